@@ -16,10 +16,12 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import os
 import re
 import struct
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -68,7 +70,7 @@ HEADER_PATTERN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}"
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value may be: bounds (inclusive unless ``above``), a choice, or a full-match pattern with its description."""
+    """What a value may be: bounds (inclusive but for ``above``), a choice, or a full-match pattern and its description."""
 
     low: float | None = None
     above: float | None = None
@@ -179,7 +181,7 @@ class Config:
     headers: HeadersConfig = HeadersConfig()
 
 
-# The embedded default: what `up` runs where there is no ./config.yaml. configs/local.yaml says the same (a test holds it).
+# What `up` runs where there is no ./config.yaml. configs/local.yaml says the same (a test holds it).
 DEFAULT_CONFIG = Config(
     models=(ModelConfig(name="smollm2", model_path=PACKAGED_MODEL, engine="llama_cpp"),),
 )
@@ -316,7 +318,7 @@ _UNKNOWN_KEY = "unknown key"
 
 
 def _field_of(item: dataclasses.Field[Any], fields: Any) -> Any:
-    """The marshmallow field for one dataclass field: sections become nested schemas, scalars are checked by their rule."""
+    """The marshmallow field for one dataclass field: a section is a nested schema, a scalar is checked by its rule."""
     annotation, _, optional = str(item.type).partition(" | ")
     messages = {"required": "is required", "null": "may not be null; leave it out for its default"}
     options: dict[str, Any] = {
@@ -403,7 +405,7 @@ def _contradictions(config: Config) -> Iterator[str]:
         if model.engine == "command" and not model.command:
             yield f"{path}.command: is required with engine: command; an argv such as [my-server, --port, '{{port}}']"
         if model.engine != "command" and model.command:
-            yield f"{path}.command: belongs to engine: command, found engine: {model.engine}; delete it or change engine"
+            yield f"{path}.command: belongs to engine: command, not to {model.engine}; delete it or change engine"
         if model.command and not any("{port}" in word for word in model.command):
             yield f"{path}.command: {{port}} must stand in it, so that the server listens where it is looked for"
 
@@ -478,6 +480,14 @@ def encode_frame(kind: bytes, payload: bytes) -> bytes:
 # =====================================================================================================================
 # Tracking: turns, sessions, histograms, and the /stats document. The clock is an argument; no I/O.
 # =====================================================================================================================
+
+
+BUCKETS_PER_OCTAVE = 8  # a bucket is 9 % wide, so a percentile read from a histogram is off by 4.5 % at most
+
+
+def histogram_bucket(value: float) -> int:
+    """The histogram bucket of a duration in milliseconds: logarithmic, 0.01 ms and less in the lowest."""
+    return math.floor(BUCKETS_PER_OCTAVE * math.log2(value)) if value > 0.01 else -54
 
 
 @dataclass(frozen=True)
@@ -556,6 +566,32 @@ class SessionEnded:
 # Node: the `serve` role, inside the job, with the engine's Python and the standard library only.
 # =====================================================================================================================
 
+
+def process_stamp(pid: int) -> str | None:
+    """What tells process ``pid`` from a later one with its number (boot id and start time); None when it is gone.
+
+    A zombie is gone: it holds no port and no file, and whoever should reap it may be slow.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return None if fields[0] in "ZX" else f"{boot}:{fields[19]}"
+
+
+def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
+    """Replace ``path`` by ``text`` so that a reader sees the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+            file.write(text)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 REPLICA_STATES = ("pending", "starting", "loading", "ready", "draining", "stopped", "failed")
 
 
@@ -607,9 +643,83 @@ class ReplicaRecord:
     gpu_ids: tuple[str, ...] = ()  # handed out to it (CUDA_VISIBLE_DEVICES)
 
 
+@dataclass(frozen=True)
+class ServeSpec:
+    """What `serve` is told, as JSON in <run directory>/specs/<replica>.json (0600)."""
+
+    replica: str
+    model: ModelConfig
+    run_directory: str
+    key_file: str  # 0600: the key that every request to this replica must carry
+    bind_host: str = "127.0.0.1"
+    gpu_ids: tuple[str, ...] = ()  # CUDA_VISIBLE_DEVICES; empty: left as it is
+    job_id: str | None = None
+    stop_grace: float = 25.0  # s that the engine has to finish its turns after SIGTERM; below Slurm's KillWait
+
+
 # =====================================================================================================================
 # Clusters: LocalCluster starts, finds and stops replicas. One protocol for every kind of cluster.
 # =====================================================================================================================
+
+
+@dataclass(frozen=True)
+class DeploymentPaths:
+    """Where a deployment keeps its state: <state home>/agent-infra/<deployment>, 0700."""
+
+    root: Path
+
+    @property
+    def lock(self) -> Path:
+        """flock'ed by the process that is the deployment's controller, for as long as it lives; holds its pid."""
+        return self.root / "controller.lock"
+
+    @property
+    def relay_socket(self) -> Path:
+        return self.root / "relay.sock"
+
+    @property
+    def relay_record(self) -> Path:
+        """JSON {pid, process, host, port}: what `status` and `stop` find the relay by."""
+        return self.root / "relay.json"
+
+    @property
+    def client_key(self) -> Path:
+        return self.root / "api_key"
+
+    @property
+    def replica_key(self) -> Path:
+        return self.root / "replica_key"
+
+    @property
+    def run(self) -> Path:
+        """The run directory: specs/, replicas/, logs/. With Slurm it lies on the cluster's shared file system."""
+        return self.root / "run"
+
+    def log(self, name: str) -> Path:
+        return self.run / "logs" / f"{name}.log"
+
+
+def state_home(environment: Mapping[str, str]) -> Path:
+    """Where all deployments keep their state (XDG base directory specification)."""
+    base = environment.get("XDG_STATE_HOME") or os.path.join(environment.get("HOME", "~"), ".local", "state")
+    return Path(base).expanduser() / "agent-infra"
+
+
+def deployment_paths(name: str, environment: Mapping[str, str]) -> DeploymentPaths:
+    """The deployment's directories, made 0700 where they are missing; RefusedError where that cannot be."""
+    paths = DeploymentPaths(state_home(environment) / name)
+    try:
+        for directory in (paths.root, paths.run / "specs", paths.run / "replicas", paths.run / "logs"):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chmod(paths.root, 0o700)
+        if not os.access(paths.root, os.W_OK | os.X_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise RefusedError(
+            f"the state directory {paths.root} cannot be written: {error.strerror}; make it writable, "
+            "or set XDG_STATE_HOME to a directory of yours"
+        ) from error
+    return paths
 
 
 # =====================================================================================================================
