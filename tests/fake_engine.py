@@ -1,0 +1,303 @@
+"""A scriptable engine for tests: a real process with a real socket that does on request what real engines do.
+
+Run it: ``python tests/fake_engine.py [--port N] [--slots N]`` prints its port and serves until it is killed.  What one
+request shall do stands in its body, under ``"fake"``; what all of them shall do is set by ``POST /fake`` with the same keys:
+
+``tokens`` (3), ``delay`` (s before the answer), ``gap`` (s between events), ``hang`` (never answer), ``status`` (answer
+with it), ``retry_after``, ``usage`` (stream it even if nobody asked), ``finish_reason``, ``die`` (kill the process:
+"before" the answer, or after that many events), ``cut`` (close the connection, likewise), ``no_done``, ``close`` (after the
+answer, with or without saying so: "silently"), ``size`` (bytes of content), ``framing`` ("length", "close", "chunked"),
+``split`` (send the answer in pieces of so many bytes), ``health`` (status of /health), ``load`` (the /load digest).
+
+``GET /fake`` tells what it saw: requests, aborted (whose client left first), running, the heads and the last body.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+
+class ClientLeft(Exception):
+    """The client closed its connection before its answer was complete."""
+
+
+class Engine:
+    """What all connections share; ``lock`` guards every field."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.behaviour: dict[str, Any] = {}
+        self.requests = self.running = self.aborted = self.connections = 0
+        self.heads: list[str] = []
+        self.body = ""
+
+    def snapshot(self) -> dict[str, Any]:
+        with self.lock:
+            names = ("requests", "running", "aborted", "connections", "heads", "body")
+            return {name: getattr(self, name) for name in names}
+
+
+class Connection:
+    """One client's connection and the thread that serves it."""
+
+    def __init__(self, engine: Engine, sock: socket.socket) -> None:
+        self.engine, self.sock, self.buffer = engine, sock, b""
+        self.split = 0
+
+    def serve(self) -> None:
+        with contextlib.suppress(OSError, ClientLeft), self.sock:
+            while self.serve_one():
+                pass
+
+    def serve_one(self) -> bool:
+        while b"\r\n\r\n" not in self.buffer:
+            data = self.sock.recv(65536)
+            if not data:
+                return False
+            self.buffer += data
+        head, _, self.buffer = self.buffer.partition(b"\r\n\r\n")
+        text = head.decode("latin-1")
+        length = 0
+        for line in text.split("\r\n")[1:]:
+            name, _, value = line.partition(":")
+            if name.lower() == "content-length":
+                length = int(value)
+        while len(self.buffer) < length:
+            data = self.sock.recv(1 << 20)
+            if not data:
+                return False
+            self.buffer += data
+        body, self.buffer = self.buffer[:length], self.buffer[length:]
+        method, path, _ = text.split(" ", 2)
+        return self.answer(method, path.partition("?")[0], text, body)
+
+    def answer(self, method: str, path: str, head: str, body: bytes) -> bool:
+        engine = self.engine
+        if path == "/fake":
+            if method == "POST":
+                with engine.lock:
+                    engine.behaviour = json.loads(body)
+            self.send_json(200, engine.snapshot())
+        elif path == "/health":
+            self.send_json(engine.behaviour.get("health", 200), {})
+        elif path == "/load":
+            self.send_json(200, engine.behaviour.get("load", {}))
+        else:
+            with engine.lock:
+                engine.requests += 1
+                engine.running += 1
+                engine.heads = [*engine.heads[-19:], head]
+                engine.body = body[:100_000].decode("utf-8", "replace")
+            try:
+                return self.infer(path, body)
+            except (OSError, ClientLeft):
+                with engine.lock:
+                    engine.aborted += 1
+                raise
+            finally:
+                with engine.lock:
+                    engine.running -= 1
+        return "connection: close" not in head.lower()
+
+    def infer(self, path: str, body: bytes) -> bool:
+        document = json.loads(body) if body[:1] == b"{" else {}
+        how = {**self.engine.behaviour, **document.get("fake", {})}
+        self.split = how.get("split", 0)
+        if how.get("die") == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how.get("cut") == "before":
+            return False
+        if how.get("hang"):
+            self.pause(3600.0)
+        self.pause(how.get("delay", 0.0))
+        if how.get("status", 200) != 200:
+            extra = {"retry-after": str(how["retry_after"])} if "retry_after" in how else {}
+            self.send_json(how["status"], {"error": {"message": "as asked", "type": "fake"}}, extra)
+        elif document.get("stream"):
+            self.stream(path, document, how)
+        else:
+            self.send_json(200, self.completion(path, document, how), framing=how.get("framing", "length"), how=how)
+        return "close" not in how and how.get("framing") != "close"
+
+    def completion(self, path: str, document: Mapping[str, Any], how: Mapping[str, Any]) -> dict[str, Any]:
+        text = "x" * how["size"] if "size" in how else " ".join(f"word{i}" for i in range(how.get("tokens", 3)))
+        reason = how.get("finish_reason", "stop")
+        if path == "/v1/messages":
+            usage = {"input_tokens": 7, "output_tokens": how.get("tokens", 3), "cache_read_input_tokens": 5}
+            return {"type": "message", "role": "assistant", "content": [{"type": "text", "text": text}], "usage": usage}
+        if path == "/v1/embeddings":
+            usage = {"prompt_tokens": 7, "total_tokens": 7}
+            return {"object": "list", "data": [{"embedding": [0.5] * 8, "index": 0}], "usage": usage}
+        return {
+            "id": "fake",
+            "object": "chat.completion",
+            "created": 1,
+            "model": document.get("model"),
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}],
+            "usage": self.usage(how),
+            "pid": os.getpid(),
+        }
+
+    def usage(self, how: Mapping[str, Any]) -> dict[str, Any]:
+        tokens = how.get("tokens", 3)
+        details = {"cached_tokens": 5}
+        return {
+            "prompt_tokens": 7,
+            "completion_tokens": tokens,
+            "total_tokens": 7 + tokens,
+            "prompt_tokens_details": details,
+        }
+
+    def stream(self, path: str, document: Mapping[str, Any], how: Mapping[str, Any]) -> None:
+        framing = how.get("framing", "chunked")
+        head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
+        head += "transfer-encoding: chunked\r\n" if framing == "chunked" else ""
+        if "close" in how and how["close"] != "silently":
+            head += "connection: close\r\n"
+        self.send(head.encode() + b"\r\n")
+        tokens = how.get("tokens", 3)
+        for index in range(tokens):
+            if how.get("die") == index:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how.get("cut") == index:
+                raise OSError("cut, as asked")
+            self.send_event({"delta": {"content": f"word{index} "}, "finish_reason": None}, document, framing)
+            self.pause(how.get("gap", 0.0))
+        self.send_event({"delta": {}, "finish_reason": how.get("finish_reason", "stop")}, document, framing)
+        if how.get("usage") or (document.get("stream_options") or {}).get("include_usage"):
+            self.send_event(None, document, framing, self.usage(how))
+        if not how.get("no_done"):
+            self.send_payload(b"data: [DONE]\n\n", framing)
+        if framing == "chunked":
+            self.send(b"0\r\n\r\n")
+
+    def send_event(self, choice: Any, document: Mapping[str, Any], framing: str, usage: Any = None) -> None:
+        event = {"id": "fake", "object": "chat.completion.chunk", "created": 1, "model": document.get("model")}
+        event["choices"] = [] if choice is None else [{"index": 0, **choice}]
+        if usage is not None:
+            event["usage"] = usage
+        self.send_payload(b"data: %b\n\n" % json.dumps(event, separators=(",", ":")).encode(), framing)
+
+    def send_payload(self, payload: bytes, framing: str) -> None:
+        self.send(b"%x\r\n%b\r\n" % (len(payload), payload) if framing == "chunked" else payload)
+
+    def send_json(
+        self,
+        status: int,
+        document: Any,
+        extra: Mapping[str, str] | None = None,
+        framing: str = "length",
+        how: Mapping[str, Any] | None = None,
+    ) -> None:
+        body = json.dumps(document).encode()
+        lines = [f"HTTP/1.1 {status} Fake", "content-type: application/json"]
+        lines += [f"{name}: {value}" for name, value in (extra or {}).items()]
+        lines += {"length": [f"content-length: {len(body)}"], "chunked": ["transfer-encoding: chunked"]}.get(
+            framing, []
+        )
+        if how and how.get("close") not in (None, "silently"):
+            lines.append("connection: close")
+        self.send("\r\n".join(lines).encode() + b"\r\n\r\n")
+        half = len(body) // 2
+        if framing == "chunked":
+            self.send_payload(body[:half], framing)
+        else:
+            self.send(body[:half])
+        if how and how.get("cut") == "middle":
+            raise OSError("cut, as asked")
+        if how and how.get("die") == "middle":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if framing == "chunked":
+            self.send_payload(body[half:], framing)
+            self.send(b"0\r\n\r\n")
+        else:
+            self.send(body[half:])
+
+    def send(self, data: bytes) -> None:
+        if not self.split:
+            self.sock.sendall(data)
+            return
+        for start in range(0, len(data), self.split):
+            self.sock.sendall(data[start : start + self.split])
+            time.sleep(0.0002)  # so that the pieces arrive as pieces
+
+    def pause(self, seconds: float) -> None:
+        """Wait, but notice at once when the client leaves, as real engines do."""
+        if seconds > 0 and select.select([self.sock], [], [], seconds)[0] and not self.sock.recv(1, socket.MSG_PEEK):
+            raise ClientLeft
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--behaviour", type=json.loads, default={})
+    options = parser.parse_args()
+    engine = Engine()
+    engine.behaviour = options.behaviour
+    listener = socket.create_server(("127.0.0.1", options.port), backlog=512)
+    print(listener.getsockname()[1], flush=True)
+    while True:
+        sock, _ = listener.accept()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        engine.connections += 1
+        threading.Thread(target=Connection(engine, sock).serve, daemon=True).start()
+
+
+class FakeEngine:
+    """A fake engine as a child process of the test: ``with FakeEngine() as engine: engine.port``."""
+
+    def __init__(self, port: int = 0, **behaviour: Any) -> None:
+        command = [sys.executable, __file__, "--port", str(port), "--behaviour", json.dumps(behaviour)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline())
+
+    def __enter__(self) -> FakeEngine:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL, and reap."""
+        self.process.kill()
+        self.process.wait(10)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+    def call(self, behaviour: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What it saw so far; with ``behaviour``, what it shall do from now on."""
+        body = json.dumps(behaviour).encode() if behaviour is not None else b""
+        method = "GET" if behaviour is None else "POST"
+        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as sock:
+            head = f"{method} /fake HTTP/1.1\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            sock.sendall(head.encode() + body)
+            received = b""
+            while data := sock.recv(65536):
+                received += data
+        answer: dict[str, Any] = json.loads(received.partition(b"\r\n\r\n")[2])
+        return answer
+
+    def wait_for(self, what: str, value: int, seconds: float = 5.0) -> dict[str, Any]:
+        """Wait until the count ``what`` is ``value``; AssertionError when it does not come."""
+        deadline = time.monotonic() + seconds
+        while (seen := self.call())[what] != value:
+            assert time.monotonic() < deadline, f"{what} is {seen[what]}, not {value}"
+            time.sleep(0.02)
+        return seen
+
+
+if __name__ == "__main__":
+    main()

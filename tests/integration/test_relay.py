@@ -1,0 +1,388 @@
+"""The relay as the controller starts it: a real process, between real clients and real (fake) engines."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from agent_infra import SessionEnded, TurnAnswering, TurnFinished, TurnSent, TurnStarted
+from fake_engine import FakeEngine
+from relay_harness import KEY, Client, RelayProcess, backend, wait_until
+
+
+@pytest.fixture
+def engine() -> Iterator[FakeEngine]:
+    with FakeEngine() as engine:
+        yield engine
+
+
+@pytest.fixture
+def relay(tmp_path: Path) -> Iterator[RelayProcess]:
+    with RelayProcess(tmp_path) as relay:
+        yield relay
+
+
+@pytest.fixture
+def client(relay: RelayProcess, engine: FakeEngine) -> Iterator[Client]:
+    relay.controller.send_table([backend(1, engine.port)])
+    with Client(relay.port) as client:
+        yield client
+
+
+# What is relayed.
+
+
+def test_an_answer_is_passed_on_with_the_replica_named(client: Client) -> None:
+    answer = client.chat()
+    assert answer.status == 200
+    assert answer.json()["choices"][0]["message"]["content"] == "word0 word1 word2"
+    assert answer.headers["x-agent-infra-backend"] == "r1"
+    assert answer.headers["x-request-id"]
+    assert answer.headers["x-agent-infra-queue-ms"] == "0"
+
+
+def test_a_stream_arrives_event_by_event_and_whole(client: Client) -> None:
+    answer = client.chat(stream=True)
+    assert answer.is_complete
+    assert len(answer.events()) == 5
+    assert answer.events()[-1] == "[DONE]"
+
+
+def test_a_streams_first_event_does_not_wait_for_the_second(client: Client) -> None:
+    started = time.monotonic()
+    client.sock.settimeout(2.0)
+    body = b'{"model":"m","stream":true,"messages":[],"fake":{"gap":3600}}'
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n" % len(body)
+    client.sock.sendall(head + body)
+    received = b""
+    while b"word0" not in received:
+        received += client.sock.recv(65536)
+    assert time.monotonic() - started < 2.0
+
+
+@pytest.mark.parametrize("split", [1, 7, 64])
+@pytest.mark.parametrize("framing", ["chunked", "close"])
+def test_a_stream_is_the_same_however_its_bytes_are_split(client: Client, split: int, framing: str) -> None:
+    answer = client.chat(stream=True, fake={"split": split, "framing": framing})
+    assert answer.is_complete
+    assert [("word" in event) for event in answer.events()] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+def test_an_answer_is_the_same_in_every_framing(client: Client, framing: str) -> None:
+    answer = client.chat(fake={"framing": framing, "size": 100_000})
+    assert len(answer.json()["choices"][0]["message"]["content"]) == 100_000
+
+
+def test_a_long_answer_that_is_no_stream_is_passed_on_whole(client: Client) -> None:
+    answer = client.chat(fake={"size": 20_000_000})
+    assert len(answer.json()["choices"][0]["message"]["content"]) == 20_000_000
+
+
+def test_a_body_of_twenty_megabytes_reaches_the_replica(client: Client, engine: FakeEngine) -> None:
+    assert client.chat(padding="y" * 20_000_000).status == 200
+    assert "content-length: 200000" in engine.call()["heads"][-1]
+
+
+def test_a_chunked_request_reaches_the_replica_with_its_length(client: Client, engine: FakeEngine) -> None:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer = client.raw(head + b'a;x=y\r\n{"model":"\r\n3\r\nm"}\r\n0\r\nTrailer: 1\r\n\r\n')
+    assert answer.status == 200
+    assert engine.call()["body"] == '{"model":"m"}'
+
+
+def test_requests_may_be_pipelined(client: Client) -> None:
+    body = b'{"model":"m"}'
+    request = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    client.sock.sendall(request * 20)
+    assert [client.read().status for _ in range(20)] == [200] * 20
+
+
+def test_the_app_and_inference_share_a_connection(client: Client) -> None:
+    for _ in range(3):
+        assert client.get("/v1/models").json()["data"][0]["id"] == "m"
+        assert client.chat().status == 200
+
+
+def test_an_http_1_0_client_gets_its_stream_without_chunks(client: Client) -> None:
+    body = b'{"model":"m","stream":true}'
+    client.sock.sendall(b"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+    answer = client.read()
+    assert "transfer-encoding" not in answer.headers
+    assert answer.headers["connection"] == "close"
+    assert answer.events()[-1] == "[DONE]"
+
+
+def test_a_client_that_expects_100_continue_gets_it(client: Client) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 13\r\nExpect: 100-continue\r\n\r\n"
+    assert client.raw(head).status == 100
+    assert client.raw(b'{"model":"m"}').status == 200
+
+
+def test_a_usage_event_that_the_client_did_not_ask_for_is_taken_out_and_counted(
+    client: Client, relay: RelayProcess
+) -> None:
+    answer = client.chat(stream=True, fake={"usage": True})
+    assert "usage" not in answer.body.decode()
+    assert answer.events()[-1] == "[DONE]"
+    [turn] = relay.controller.finished()
+    assert (turn["prompt_tokens"], turn["completion_tokens"], turn["cached_tokens"]) == (7, 3, 5)
+
+
+def test_a_usage_event_that_the_client_asked_for_stays(client: Client) -> None:
+    answer = client.chat(stream=True, stream_options={"include_usage": True})
+    assert '"completion_tokens":3' in answer.events()[-2]
+
+
+def test_the_models_name_may_stand_in_the_path(client: Client) -> None:
+    assert client.post("/m/v1/chat/completions", {}).status == 200
+    assert client.post("/nope/v1/chat/completions", {}).status == 404
+
+
+# Who gets what: headers and keys.
+
+
+def test_the_replica_gets_its_own_key_and_no_hop_by_hop_header(client: Client, engine: FakeEngine) -> None:
+    secret = {"Authorization": "Bearer client-secret", "X-Api-Key": "client-secret", "Cookie": "client-secret"}
+    client.chat({**secret, "Connection": "keep-alive, X-Private", "X-Private": "1", "TE": "trailers", "X-Mine": "yes"})
+    head = engine.call()["heads"][-1].lower()
+    assert "authorization: bearer replica-key" in head
+    assert "client-secret" not in head
+    assert "x-mine: yes" in head
+    assert "x-private" not in head
+    assert "\nte:" not in head
+
+
+# What the controller hears.
+
+
+def test_every_event_is_one_of_tracking(client: Client, relay: RelayProcess) -> None:
+    client.chat({"X-Session-ID": "s", "X-Task-ID": "t", "X-Timing-Pre-Ms": "12.5", "X-Session-End": "true"})
+    kinds = {"started": TurnStarted, "sent": TurnSent, "answering": TurnAnswering, "finished": TurnFinished}
+    kinds["session_ended"] = SessionEnded
+    wait_until(lambda: len(relay.controller.events) == 5)
+    events = [msgspec.convert(event, kinds[event["kind"]]) for event in relay.controller.events]
+    started, _, _, finished, ended = events
+    assert (started.session, started.task, started.pre_ms, started.prompt) == ("s", "t", 12.5, "hello")
+    assert (finished.outcome, finished.status, finished.answer) == ("completed", 200, "word0 word1 word2")
+    assert (finished.finish_reason, finished.estimated, finished.completion_tokens) == ("stop", False, 3)
+    assert ended.session == "s"
+
+
+def test_tokens_of_a_stream_without_usage_are_estimated(client: Client, relay: RelayProcess) -> None:
+    client.chat(stream=True, fake={"tokens": 10})
+    [turn] = relay.controller.finished()
+    assert (turn["estimated"], turn["completion_tokens"], turn["finish_reason"]) == (True, 10, "stop")
+    assert turn["answer"].startswith("word0 word1 ")
+
+
+def test_gauges_come_and_count(client: Client, relay: RelayProcess) -> None:
+    client.chat()
+    gauges = wait_until(
+        lambda: (
+            relay.controller.gauges
+            and relay.controller.gauges[-1]["counters"]["requests"]
+            and relay.controller.gauges[-1]
+        )
+    )
+    assert gauges["backends"]["r1"]["requests"] == 1
+    assert gauges["backends"]["r1"]["in_flight"] == 0
+    assert 0 < gauges["rss_bytes"] < 60 << 20
+
+
+# The app.
+
+
+def test_the_documents_are_served(client: Client, relay: RelayProcess) -> None:
+    assert client.get("/health").json() == {"status": "ok", "models": {"m": {"ready": 1}}}
+    assert "/v1/chat/completions" in client.get("/").json()["inference"]
+    assert client.get("/queue/status").json()["pending"] == 0
+    assert client.get("/nowhere").status == 404
+    assert client.get("/nowhere").json()["error"]["message"]
+
+
+def test_stats_are_the_controllers_bytes_with_their_age(client: Client, relay: RelayProcess) -> None:
+    assert client.get("/stats").status == 503
+    relay.controller.send_stats(b'{"snapshot_age_ms":0,"schema_version":1}')
+    wait_until(lambda: client.get("/stats").status == 200)
+    time.sleep(0.05)
+    stats = client.get("/stats").json()
+    assert stats["schema_version"] == 1
+    assert 50 <= stats["snapshot_age_ms"] < 5000
+
+
+def test_ending_a_session_is_told(client: Client, relay: RelayProcess) -> None:
+    assert client.post("/sessions/agent%2F7/end", {}).status == 200
+    wait_until(lambda: [e for e in relay.controller.events if e.get("session") == "agent/7"])
+
+
+def test_a_websocket_is_refused(client: Client) -> None:
+    assert client.get("/v1/realtime", {"Connection": "Upgrade", "Upgrade": "websocket"}).status == 501
+
+
+def test_only_post_reaches_an_inference_path(client: Client) -> None:
+    assert client.get("/v1/chat/completions").status == 404
+
+
+# The control channel.
+
+
+def test_nobody_is_served_before_the_first_table_and_nobody_refused(relay: RelayProcess, engine: FakeEngine) -> None:
+    with Client(relay.port, timeout=0.3) as early:
+        early.sock.sendall(b"GET /health HTTP/1.1\r\nHost: t\r\n\r\n")
+        with pytest.raises(TimeoutError):
+            early.read()
+        relay.controller.send_table([backend(1, engine.port)])
+        early.sock.settimeout(5)
+        assert early.read().status == 200
+
+
+def test_the_relay_serves_on_without_a_controller_and_the_next_one_hears_all(
+    client: Client, relay: RelayProcess
+) -> None:
+    relay.controller.close()
+    assert client.chat().status == 200
+    successor = relay.connect()
+    assert len(successor.finished(1)) == 1
+    assert successor.listener.getsockname()[1] == relay.port
+
+
+def test_the_newest_controller_wins(relay: RelayProcess) -> None:
+    relay.connect()
+    assert relay.controller.is_closed.wait(5)
+
+
+def test_a_killed_relays_successor_refuses_no_connection(
+    client: Client, relay: RelayProcess, engine: FakeEngine
+) -> None:
+    relay.process.kill()
+    relay.process.wait(5)
+    with Client(relay.port) as waiting:
+        relay.process = relay.start()
+        relay.connect().send_table([backend(1, engine.port)])
+        assert waiting.chat().status == 200
+
+
+def test_the_control_socket_is_the_users_alone(relay: RelayProcess) -> None:
+    assert stat.S_IMODE(os.stat(relay.path).st_mode) == 0o600
+
+
+def test_a_control_socket_of_a_long_path_works(tmp_path: Path, engine: FakeEngine) -> None:
+    directory = tmp_path / ("d" * 120)
+    directory.mkdir()
+    with RelayProcess(directory) as relay:
+        relay.controller.send_table([backend(1, engine.port)])
+        with Client(relay.port) as client:
+            assert client.chat().status == 200
+
+
+def test_a_table_that_is_not_understood_changes_nothing(client: Client, relay: RelayProcess) -> None:
+    relay.controller.send_table([], nonsense=1, proxy=None, drain_seconds="soon")
+    assert client.chat().status == 200
+    assert "not understood" in relay.log()
+
+
+# Several replicas.
+
+
+def test_turns_of_one_client_go_round(relay: RelayProcess) -> None:
+    with FakeEngine() as one, FakeEngine() as other, Client(relay.port) as client:
+        relay.controller.send_table([backend(1, one.port), backend(2, other.port)], proxy={"strategy": "round_robin"})
+        served = [client.chat().headers["x-agent-infra-backend"] for _ in range(6)]
+    assert served in (["r1", "r2"] * 3, ["r2", "r1"] * 3)
+
+
+def test_a_turn_goes_elsewhere_when_its_replica_cannot_be_reached(relay: RelayProcess, engine: FakeEngine) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    relay.controller.send_table([backend(1, port), backend(2, engine.port)])
+    with Client(relay.port) as client:
+        assert [client.chat().status for _ in range(10)] == [200] * 10
+
+
+def test_a_reported_load_steers_turns_away(relay: RelayProcess) -> None:
+    with FakeEngine(load={"state": "ready", "running": 7, "waiting": 2}) as busy, FakeEngine() as free:
+        rows = [backend(1, busy.port, telemetry_port=busy.port, slots=8), backend(2, free.port, slots=8)]
+        relay.controller.send_table(rows)
+        wait_until(lambda: [g for g in relay.controller.gauges if g["backends"].get("r1", {}).get("load")])
+        with Client(relay.port) as client:
+            assert {client.chat().headers["x-agent-infra-backend"] for _ in range(6)} == {"r2"}
+
+
+def test_a_sleeping_replica_gets_no_work(relay: RelayProcess) -> None:
+    with FakeEngine(load={"state": "sleeping"}) as asleep:
+        relay.controller.send_table([backend(1, asleep.port, telemetry_port=asleep.port)])
+        with Client(relay.port) as client:
+            wait_until(lambda: client.chat().status == 503)
+
+
+def test_a_drained_replica_finishes_its_turns_and_gets_no_more(relay: RelayProcess, engine: FakeEngine) -> None:
+    relay.controller.send_table([backend(1, engine.port)])
+    with Client(relay.port) as busy, Client(relay.port) as operator, ThreadPoolExecutor() as pool:
+        turn = pool.submit(busy.chat, fake={"delay": 0.5})
+        engine.wait_for("running", 1)
+        assert operator.post("/admin/backends/r1/drain", {}).json()["in_flight"] == 1
+        assert operator.chat().status == 503
+        assert turn.result().status == 200
+        wait_until(lambda: relay.controller.requests == [{"op": "drain", "backend": "r1"}])
+        operator.post("/admin/backends/r1/undrain", {})
+        assert operator.chat().status == 200
+
+
+# Clients that leave.
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_turn_at_the_replica(
+    relay: RelayProcess, engine: FakeEngine, stream: bool
+) -> None:
+    relay.controller.send_table([backend(1, engine.port)])
+    with Client(relay.port) as client:
+        body = b'{"model":"m","stream":%b,"fake":{"%b":3600}}' % (
+            b"true" if stream else b"false",
+            b"gap" if stream else b"delay",
+        )
+        client.sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        engine.wait_for("running", 1)
+    engine.wait_for("aborted", 1, seconds=0.5)
+    [turn] = relay.controller.finished()
+    assert turn["outcome"] == "aborted"
+
+
+# The key.
+
+
+def test_a_key_is_not_asked_of_the_same_user(client: Client) -> None:
+    assert client.chat({"Authorization": "Bearer whatever"}).status == 200
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_needs_the_key_for_everything_but_health(client: Client, relay: RelayProcess) -> None:
+    uid, read_end, write_end = 65534, *os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setuid(uid)
+        with Client(relay.port) as other:
+            found = [other.get("/stats").status, other.get("/health").status]
+        with Client(relay.port) as other:
+            found += [other.chat().status]
+        with Client(relay.port) as other:
+            found += [other.chat({"Authorization": "Bearer wrong"}).status]
+        with Client(relay.port) as other:
+            found += [other.chat({"Authorization": f"Bearer {KEY}"}).status, other.chat({"X-Api-Key": KEY}).status]
+        os.write(write_end, repr(found).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(write_end)
+    assert os.read(read_end, 1000) == b"[401, 200, 401, 401, 200, 200]"
+    os.close(read_end)
