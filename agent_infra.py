@@ -295,7 +295,10 @@ _SCALARS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "str": ("a string (in quotes, if it looks like a number)", lambda value: isinstance(value, str)),
     "bool": ("true or false", lambda value: isinstance(value, bool)),
     "int": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    "float": ("a number", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)),
+    "float": (
+        "a number",
+        lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+    ),
     "tuple[str, ...]": ("a list of strings", lambda value: isinstance(value, list) and _are_strings(value)),
     "Mapping[str, str]": (
         "a mapping of names to strings",
