@@ -11,6 +11,7 @@ Reading order: every section refers only to sections above it.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -21,7 +22,10 @@ import json
 import math
 import os
 import re
+import select
+import shlex
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -1442,9 +1446,650 @@ def _as_lost(record: ReplicaRecord, line: str) -> ReplicaRecord:
 # =====================================================================================================================
 
 
+RELAY_START_S = 15.0  # for a relay to import gevent and Flask and open its control socket
+RELAY_SILENCE_S = 15.0  # it reports every second; silent for so long, it is hung and is replaced
+RELAY_RETRY_S = 2.0  # between two starts of a relay that dies at once
+DISCOVERY_INTERVAL_S = 0.5
+SNAPSHOT_INTERVAL_S = 1.0
+DRAIN_S = 30.0  # that turns in flight have to end before a relay or a replica is stopped
+
+
+class RelayGoneError(AgentInfraError):
+    """The relay's process or its control socket is gone; the controller starts another."""
+
+
+class RelayLink:
+    """The relay process and the control socket to it; owns both, and the listening socket, which outlives any relay."""
+
+    def __init__(self, paths: DeploymentPaths, host: str, port: int) -> None:
+        self._paths, self._host, self.port = paths, host, port
+        self._listener: socket.socket | None = None
+        self._control: socket.socket | None = None
+        self._frames = FrameReader()
+        self.pid = 0
+        self._stamp: str | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def open(self) -> None:
+        """Take over the relay that an earlier controller left behind, or else listen and start one."""
+        if self._adopt():
+            return
+        self._listener = listen_on(self._host, self.port)
+        self.port = self._listener.getsockname()[1]
+        self.spawn()
+
+    def _adopt(self) -> bool:
+        """Connect to a relay that still serves this address; end one that serves another."""
+        left = read_relay_record(self._paths)
+        if left is None:
+            return False
+        if left["host"] == self._host and self.port in (0, left["port"]):
+            with contextlib.suppress(RelayGoneError):
+                self.port = left["port"]
+                self._greet(time.monotonic() + 2.0)
+                return True
+        end_process(left["pid"], left["process"], DRAIN_S)
+        return False
+
+    def spawn(self) -> None:
+        """Start a relay on the listening socket and wait until it says hello; RelayGoneError when it does not."""
+        listener = self._listener
+        assert listener is not None, "open() made or received it"
+        self.abandon()
+        command = [sys.executable, os.path.abspath(__file__), "relay", "--socket", str(self._paths.relay_socket)]
+        command += ["--listener-fd", str(listener.fileno())]
+        with open(self._paths.log("proxy"), "ab") as log:
+            self._child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+            )
+        self._greet(time.monotonic() + RELAY_START_S)
+
+    def _greet(self, deadline: float) -> None:
+        """Connect to the control socket and read the hello, which carries the listening socket."""
+        self._frames = FrameReader()
+        while True:
+            control = socket.socket(socket.AF_UNIX)
+            control.settimeout(5.0)
+            try:
+                with unix_address(str(self._paths.relay_socket)) as address:
+                    control.connect(address)
+                data, descriptors, _, _ = socket.recv_fds(control, 4096, 1)
+                frames = self._frames.feed(data)
+                if frames and descriptors and frames[0][0] == FRAME_HELLO:
+                    break
+                error: object = "it hung up"
+            except (OSError, ValueError) as problem:
+                error = problem
+            control.close()
+            exited = self._child is not None and self._child.poll() is not None
+            if exited or time.monotonic() > deadline:
+                raise RelayGoneError(f"the relay does not answer ({error}); see {self._paths.log('proxy')}")
+            time.sleep(0.02)
+        received = socket.socket(fileno=descriptors[0])
+        if self._listener is None:
+            self._listener = received
+        else:
+            received.close()
+        self._control, self.pid = control, int(json.loads(frames[0][1])["pid"])
+        self._stamp = process_stamp(self.pid)
+        record = {"pid": self.pid, "process": self._stamp, "host": self._host, "port": self.port}
+        write_atomically(self._paths.relay_record, json.dumps(record))
+
+    def send(self, kind: bytes, payload: bytes) -> None:
+        """Send a frame; RelayGoneError when the relay takes none."""
+        try:
+            if self._control is None:
+                raise OSError("not connected")
+            self._control.sendall(encode_frame(kind, payload))
+        except OSError as error:
+            raise RelayGoneError(f"the relay (pid {self.pid}) is gone: {error}") from error
+
+    def receive(self, timeout: float) -> list[tuple[bytes, bytes]]:
+        """The frames that arrive within ``timeout`` seconds, perhaps none; RelayGoneError at the end of the stream."""
+        if self._control is None:
+            raise RelayGoneError("the relay is not connected")
+        try:
+            if not select.select([self._control], [], [], timeout)[0]:
+                return []
+            data = self._control.recv(1 << 20)
+            if not data:
+                raise OSError("it hung up")
+            return self._frames.feed(data)
+        except (OSError, ValueError) as error:
+            raise RelayGoneError(f"the relay (pid {self.pid}) is gone: {error}") from error
+
+    def abandon(self) -> None:
+        """Close the control socket and make sure that the relay's process is gone."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._stamp is not None:
+            end_process(self.pid, self._stamp, 0.0)
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+        self._child = self._stamp = None
+
+    def terminate(self) -> None:
+        """Ask the relay to finish what is in flight and exit; a second call makes it exit at once."""
+        if self._stamp is not None and process_stamp(self.pid) == self._stamp:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        """End the relay, close the sockets, remove what names them."""
+        self.abandon()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        for path in (self._paths.relay_record, self._paths.relay_socket):
+            path.unlink(missing_ok=True)
+
+
+def listen_on(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; RefusedError, with the fix, when the address cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=4096)  # type: ignore[arg-type]
+    except OSError as error:
+        fix = "set proxy.host to an address of this machine"
+        if error.errno == errno.EADDRINUSE:
+            fix = "end the program that listens there, or set proxy.port (or --port) to a free one"
+        elif error.errno == errno.EACCES:
+            fix = "set proxy.port to one above 1023"
+        raise RefusedError(f"the proxy cannot listen on {host}:{port}: {error.strerror or error}; {fix}") from error
+
+
+def read_relay_record(paths: DeploymentPaths) -> dict[str, Any] | None:
+    """What the controller noted of the deployment's relay, if that very process still runs."""
+    try:
+        record: dict[str, Any] = json.loads(paths.relay_record.read_text(encoding="utf-8"))
+        return record if process_stamp(record["pid"]) == record["process"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class Discovery:
+    """Looks at the replicas every ``interval_s``, in a thread of its own, because a look may block."""
+
+    def __init__(self, look: Callable[[], Sequence[ReplicaRecord]], interval_s: float) -> None:
+        self._look, self._interval_s = look, interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="discovery", daemon=True)
+        self.records: Sequence[ReplicaRecord] = ()  # replaced as a whole, so that readers need no lock
+        self.error: str | None = None
+
+    def start(self) -> None:
+        self.look()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10.0)
+
+    def look(self) -> None:
+        """One look; what goes wrong is kept in ``error`` and leaves the last records standing."""
+        try:
+            self.records, self.error = self._look(), None
+        except Exception as error:  # noqa: BLE001  a look that fails must not end discovery
+            self.error = f"{type(error).__name__}: {error}"
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            self.look()
+
+
+def replica_table(models: Sequence[str], records: Iterable[ReplicaRecord], key: str | None, drained: set[str]) -> Any:
+    """The payload of FRAME_TABLE but for the settings: who can serve what, and which models are still loading."""
+    backends, loading = [], set()
+    for record in records:
+        if record.state in ("pending", "starting", "loading"):
+            loading.add(record.model)
+        if record.state not in ("ready", "draining") or record.port is None:
+            continue
+        state = "draining" if record.replica in drained else record.state
+        backend = Backend(
+            id=record.replica,
+            model=record.model,
+            host=record.host,
+            port=record.port,
+            telemetry_port=record.telemetry_port,
+            key=key,
+            state=state,
+            slots=record.slots,
+            node=record.node,
+        )
+        backends.append(dataclasses.asdict(backend))
+    return {"models": list(models), "loading": sorted(loading), "backends": backends}
+
+
+class Controller:
+    """The control plane of one deployment: keeps relay, replica table and tracker in step, in one thread of its own."""
+
+    def __init__(
+        self,
+        config: Config,
+        paths: DeploymentPaths,
+        look: Callable[[], Sequence[ReplicaRecord]],
+        *,
+        keys: tuple[str, str | None],
+        log_format: str = "text",
+    ) -> None:
+        """``look`` finds the replicas; ``keys`` are the clients' key and the replicas'."""
+        self._config, self._paths = config, paths
+        client_key, self._replica_key = keys
+        self._settings = {
+            "proxy": {**dataclasses.asdict(config.proxy), "api_key": client_key},
+            "headers": dataclasses.asdict(config.headers),
+            "log_format": log_format,
+            "drain_seconds": DRAIN_S,
+        }
+        self.discovery = Discovery(look, DISCOVERY_INTERVAL_S)
+        self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
+        self._tracker = Tracker(time.time)
+        self._drained: set[str] = set()
+        self._sent_table: Any = None
+        self._stop = threading.Event()
+        self._ending = threading.Event()  # set by the thread that drains: a relay that ends now is meant to
+        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
+        self._heard_at = 0.0
+        self.failure: BaseException | None = None
+
+    @property
+    def url(self) -> str:
+        """The proxy's address as a client on this machine types it."""
+        host = self._config.proxy.host
+        shown = "127.0.0.1" if host in ("", "0.0.0.0") else "[::1]" if host == "::" else host  # noqa: S104
+        return f"http://{f'[{shown}]' if ':' in shown and '[' not in shown else shown}:{self.relay.port}"
+
+    def start(self) -> None:
+        """Take over or start the relay, then keep everything in step in a thread until stop()."""
+        self.relay.open()
+        self.discovery.start()
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self, grace_s: float = DRAIN_S) -> None:
+        """Let turns in flight end (``grace_s`` at most), end the relay and the threads. Safe to call again."""
+        if self._thread.is_alive() and grace_s > 0:
+            self._ending.set()
+            self.relay.terminate()
+            self._thread.join(timeout=grace_s)
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10.0)
+        self.discovery.stop()
+        self.relay.close()
+
+    def _run(self) -> None:
+        """The thread: never ends by an error of the relay, which is replaced, only by stop()."""
+        try:
+            snapshot_due = 0.0
+            self._heard_at = time.monotonic()
+            while not self._stop.is_set():
+                try:
+                    self._exchange(max(0.0, min(0.1, snapshot_due - time.monotonic())))
+                    if time.monotonic() >= snapshot_due:
+                        snapshot_due = time.monotonic() + SNAPSHOT_INTERVAL_S
+                        self.relay.send(FRAME_STATS, self._snapshot())
+                except RelayGoneError as error:
+                    if self._ending.is_set():
+                        return
+                    self._replace_relay(error)
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    def _exchange(self, timeout: float) -> None:
+        """Send the table if it changed, take in what the relay says."""
+        table = replica_table(
+            [model.name for model in self._config.models], self.discovery.records, self._replica_key, self._drained
+        )
+        if table != self._sent_table:
+            first = {"settings": self._settings} if self._sent_table is None else {}
+            self.relay.send(FRAME_TABLE, json.dumps({**first, **table}).encode())
+            self._sent_table = table
+        for kind, payload in self.relay.receive(timeout):
+            self._heard_at = time.monotonic()
+            self._take(kind, json.loads(payload))
+        if time.monotonic() - self._heard_at > RELAY_SILENCE_S:
+            raise RelayGoneError(f"the relay (pid {self.relay.pid}) said nothing for {RELAY_SILENCE_S:g} s")
+
+    def _take(self, kind: bytes, message: Any) -> None:
+        """One frame of the relay."""
+        if kind == FRAME_EVENTS:
+            for each in message:
+                event = event_from_json(each)
+                if event is not None:
+                    self._tracker.observe(event)
+        elif kind == FRAME_GAUGES:
+            self._tracker.sample(message)
+        elif kind == FRAME_REQUEST and message["op"] == "drain":
+            self._drained.add(message["backend"])
+        elif kind == FRAME_REQUEST and message["op"] == "undrain":
+            self._drained.discard(message["backend"])
+
+    def _replace_relay(self, why: RelayGoneError) -> None:
+        """Start another relay at once; one that cannot be started is tried again, at a bounded rate, until stop()."""
+        _log(self._paths, f"{why}; starting another")
+        self._tracker.relay_restarted()
+        self._sent_table = None
+        try:
+            self.relay.spawn()
+        except RelayGoneError as error:
+            _log(self._paths, str(error))
+            self._stop.wait(RELAY_RETRY_S)
+        self._heard_at = time.monotonic()
+
+    def _snapshot(self) -> bytes:
+        return json.dumps(self._tracker.snapshot(self.discovery.records, self._config.proxy.strategy)).encode()
+
+
+def _log(paths: DeploymentPaths, text: str) -> None:
+    """A line of the controller's in the proxy's log; a full disk does not stop the service."""
+    with contextlib.suppress(OSError), open(paths.log("proxy"), "a", encoding="utf-8") as log:
+        log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} controller {text}\n")
+
+
 # =====================================================================================================================
 # Orchestration: what the command line and the library do with a deployment: start, connect, status, stop.
 # =====================================================================================================================
+
+
+LOAD_DEADLINE_S = 3600.0  # for a replica to be ready; `serve` has the same patience with its engine
+
+
+class DeploymentLock:
+    """The right to be a deployment's controller: an flock that the kernel gives back when its holder dies."""
+
+    def __init__(self, paths: DeploymentPaths) -> None:
+        self._path = paths.lock
+        self._file: int | None = None
+
+    def acquire(self, verb: str) -> None:
+        """Take the lock; RefusedError, naming who has it, when another controller runs."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            holder = lock_holder(self._path) or {"verb": "another command", "pid": "?"}
+            raise RefusedError(
+                f"the deployment {self._path.parent.name} is already run by `{holder['verb']}` (pid {holder['pid']}); "
+                "end that with `agent_infra.py stop`, or give this one another cluster.name"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "verb": verb}).encode(), 0)
+        self._file = descriptor
+
+    def release(self) -> None:
+        if self._file is not None:
+            os.ftruncate(self._file, 0)
+            os.close(self._file)
+            self._file = None
+
+
+def lock_holder(path: Path) -> dict[str, Any] | None:
+    """``{pid, verb}`` of the process that holds a deployment's lock; None when nobody does."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        with contextlib.suppress(ValueError):
+            holder: dict[str, Any] = json.loads(os.pread(descriptor, 4096, 0))
+            return holder
+        return {"pid": 0, "verb": "another command"}
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def describe_replica(record: ReplicaRecord) -> str:
+    """A replica's state in words: ``LOADING 5/9``, ``READY 127.0.0.1:5901``, ``FAILED out_of_memory: …``."""
+    words = record.state.upper()
+    if record.state == "ready":
+        words += f" {record.host}:{record.port}"
+    elif record.progress:
+        words += f" {record.progress}"
+    if record.failure is not None:
+        words += f" {record.failure.kind}: {record.failure.line}"
+    elif record.message:
+        words += f" ({record.message})"
+    if record.restarts:
+        words += f" [{record.restarts} restart{'s' if record.restarts > 1 else ''}]"
+    return words
+
+
+class Deployment:
+    """A deployment from the operator's side: start its replicas, connect a proxy to them, show it, stop it."""
+
+    def __init__(self, config: Config, report: Callable[[str], None], environment: Mapping[str, str]) -> None:
+        """``report`` takes lines for the operator. Raises RefusedError when the state directory cannot be written."""
+        self.config, self.report = config, report
+        self.paths = deployment_paths(config.cluster.name, environment)
+        self.cluster: Cluster = LocalCluster(self.paths, config, environment, report)
+        self._lock = DeploymentLock(self.paths)
+        self.controller: Controller | None = None
+
+    def select_models(self, name: str | None = None, replicas: int | None = None) -> list[ModelConfig]:
+        """The models to start: all of the configuration, or the one called ``name``; RefusedError when there is none."""
+        models = [model for model in self.config.models if name in (None, model.name)]
+        if not models:
+            known = ", ".join(model.name for model in self.config.models)
+            raise RefusedError(f"no model is called {name}; the configuration has {known}")
+        return [dataclasses.replace(model, replicas=replicas or model.replicas) for model in models]
+
+    def start(self, models: Sequence[ModelConfig]) -> list[ReplicaRecord]:
+        """Start what is missing of every model's replicas; everything is checked before the first engine starts."""
+        prepared = [self.cluster.prepare(model) for model in models]
+        running = [record for record in self.cluster.replicas() if record.state in LIVE_STATES]
+        started = []
+        for model in prepared:
+            present = [record for record in running if record.model == model.name]
+            if present:
+                self.report(f"{model.name}: {len(present)} of {model.replicas} replicas run already")
+            started += [self.cluster.start(model) for _ in range(model.replicas - len(present))]
+        return started
+
+    def wait_ready(self, show: Callable[[Sequence[ReplicaRecord]], None], should_stop: Callable[[], bool]) -> None:
+        """Show the replicas until each is ready or has failed; AgentInfraError when none of a model's is ready."""
+        deadline = time.monotonic() + LOAD_DEADLINE_S
+        while not should_stop():
+            records = self.cluster.replicas()
+            show(records)
+            if all(record.state not in ("pending", "starting", "loading") for record in records):
+                break
+            if time.monotonic() > deadline:
+                raise AgentInfraError(f"not ready after {LOAD_DEADLINE_S:g} s; see `agent_infra.py logs`")
+            time.sleep(0.1)
+        else:
+            return
+        ready = {record.model for record in records if record.state == "ready"}
+        failed = [record for record in records if record.failure is not None and record.model not in ready]
+        if failed:
+            raise AgentInfraError("; ".join(explain_failure(record, self.paths) for record in failed))
+
+    def claim(self, verb: str) -> None:
+        """Become the deployment's controller; RefusedError when another process is."""
+        self._lock.acquire(verb)
+
+    def connect(self, log_format: str = "text") -> Controller:
+        """Start the controller and its relay; needs claim(). RefusedError when the port is taken."""
+        keys = (client_key(self.config, self.paths), self.cluster.replica_key())
+        controller = Controller(self.config, self.paths, self.cluster.replicas, keys=keys, log_format=log_format)
+        controller.start()
+        self.controller = controller
+        return controller
+
+    def disconnect(self, grace_s: float) -> None:
+        """Stop the controller and its relay, if this process runs them; turns in flight have ``grace_s`` to end."""
+        if self.controller is not None:
+            self.controller.stop(grace_s)
+            self.controller = None
+        self._lock.release()
+
+    def status(self) -> dict[str, Any]:
+        """``{deployment, replicas: [ReplicaRecord], proxy: {pid, url, controller} | None, degraded: [reason]}``."""
+        records = [r for r in self.cluster.replicas() if r.state != "stopped"]
+        relay, holder = read_relay_record(self.paths), lock_holder(self.paths.lock)
+        degraded = [f"{r.replica} is {describe_replica(r)}" for r in records if r.state != "ready"]
+        for model in self.config.models:
+            present = sum(r.model == model.name for r in records)
+            if present < model.replicas:
+                degraded.append(f"{present} of {model.replicas} replicas of {model.name} run")
+        if relay is None:
+            degraded.append("no proxy runs; `connect` starts one")
+        elif holder is None:
+            degraded.append("the proxy runs without its controller; `connect` takes it over")
+        return {
+            "deployment": self.config.cluster.name,
+            "replicas": [dataclasses.asdict(record) for record in records],
+            "proxy": relay and {**relay, "controller": holder},
+            "degraded": degraded,
+        }
+
+    def stop(self, now: bool = False) -> list[str]:
+        """End whatever of the deployment runs: its controller and relay, then its replicas. Names what was ended.
+
+        Turns in flight have DRAIN_S to end, none with ``now``.  Safe to call again; touches no other deployment.
+        Raises AgentInfraError when something still runs at the end.
+        """
+        records = [r for r in self.cluster.replicas() if r.state in LIVE_STATES]
+        ended = [] if self.controller is not None else self._end_controller(now)
+        if self.controller is not None:
+            ended.append("proxy")
+        self.disconnect(0.0 if now else DRAIN_S)
+        relay = read_relay_record(self.paths)
+        if relay is not None:
+            end_process(relay["pid"], relay["process"], 0.0 if now else DRAIN_S)
+            ended.append(f"proxy (pid {relay['pid']})")
+        for leftover in (self.paths.relay_record, self.paths.relay_socket):
+            leftover.unlink(missing_ok=True)
+        self.cluster.stop([record.replica for record in records], now)
+        return ended + [record.replica for record in records]
+
+    def _end_controller(self, now: bool) -> list[str]:
+        """End the process that holds the deployment's lock, by its own orderly way; by force when that fails."""
+        holder = lock_holder(self.paths.lock)
+        if holder is None:
+            return []
+        stamp = process_stamp(holder["pid"]) if holder["pid"] else None
+        if stamp is None:
+            raise AgentInfraError(f"{self.paths.lock} is locked by a process on another machine; stop it there")
+        os.kill(holder["pid"], signal.SIGTERM)
+        deadline = time.monotonic() + (10.0 if now else 2 * DRAIN_S + 10.0)
+        while process_stamp(holder["pid"]) == stamp and time.monotonic() < deadline:
+            time.sleep(0.05)
+            if now:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(holder["pid"], signal.SIGTERM)
+        end_process(holder["pid"], stamp, 0.0)
+        return [f"`{holder['verb']}` (pid {holder['pid']})"]
+
+
+def explain_failure(record: ReplicaRecord, paths: DeploymentPaths) -> str:
+    """What became of a replica, the line that says why, and what to do."""
+    failure = record.failure
+    reason = f"{failure.kind}: {failure.line}; {failure.hint}" if failure else record.message or "it stopped"
+    return f"{record.replica} failed: {reason} (log: {paths.log(record.replica)})"
+
+
+def client_key(config: Config, paths: DeploymentPaths) -> str:
+    """The key that clients must send: the configuration's, else one made once and kept in the state directory."""
+    return config.proxy.api_key or ensure_key(paths.client_key)
+
+
+class ConnectionManager:
+    """A deployment from Python, for asyncio: ``start``, ``connect``, ``status``, ``stop``, or ``async with`` for all.
+
+    Whatever blocks runs in a thread, so the event loop never waits.  One task uses a manager at a time.
+    """
+
+    def __init__(self, config: Config | str | os.PathLike[str] | None = None) -> None:
+        """``config``: a Config, the path of a YAML file, or None for ./config.yaml or the embedded default."""
+        self.config = config if isinstance(config, Config) else load_config(config)
+        self._deployment: Deployment | None = None
+        self._messages: list[str] = []
+
+    @property
+    def base_url(self) -> str:
+        """What an OpenAI client takes as ``base_url``, once connected."""
+        controller = self._deployment.controller if self._deployment else None
+        if controller is None:
+            raise AgentInfraError("not connected; await connect() first")
+        return f"{controller.url}/v1"
+
+    @property
+    def api_key(self) -> str:
+        """What an OpenAI client takes as ``api_key``."""
+        return client_key(self.config, self._open().paths)
+
+    def _open(self) -> Deployment:
+        if self._deployment is None:
+            self._deployment = Deployment(self.config, self._messages.append, os.environ)
+        return self._deployment
+
+    async def start(self, model: str | None = None, replicas: int | None = None) -> None:
+        """Start the replicas that are missing and wait until they are ready; AgentInfraError says why one is not."""
+        import asyncio
+
+        deployment = self._open()
+        models = deployment.select_models(model, replicas)
+        stopping = threading.Event()
+        try:
+            await asyncio.to_thread(deployment.start, models)
+            await asyncio.to_thread(deployment.wait_ready, lambda _: None, stopping.is_set)
+        finally:
+            stopping.set()
+
+    async def connect(self) -> str:
+        """Start controller and proxy in the background of this process; returns ``base_url``."""
+        import asyncio
+
+        deployment = self._open()
+        if deployment.controller is None:
+            deployment.claim("ConnectionManager.connect")
+            try:
+                await asyncio.to_thread(deployment.connect)
+            except BaseException:
+                deployment.disconnect(0.0)
+                raise
+        return self.base_url
+
+    async def status(self) -> dict[str, Any]:
+        """See Deployment.status."""
+        import asyncio
+
+        return await asyncio.to_thread(self._open().status)
+
+    async def stop(self, now: bool = False) -> list[str]:
+        """End proxy and replicas; names what was ended. Safe to call again."""
+        import asyncio
+
+        return await asyncio.to_thread(self._open().stop, now)
+
+    async def __aenter__(self) -> ConnectionManager:
+        try:
+            await self.start()
+            await self.connect()
+        except BaseException:
+            await self.stop(now=True)
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
 
 
 # =====================================================================================================================
@@ -1455,3 +2100,412 @@ def _as_lost(record: ReplicaRecord, line: str) -> ReplicaRecord:
 # =====================================================================================================================
 # Command line
 # =====================================================================================================================
+
+
+class ReplicaBoard:
+    """Shows replicas as they come up: one live line each on a terminal, else one line per change."""
+
+    def __init__(self) -> None:
+        self._shown: dict[str, str] = {}
+        self._live: Any = None
+
+    def __enter__(self) -> ReplicaBoard:
+        if sys.stdout.isatty():
+            from rich.live import Live
+
+            self._live = Live(refresh_per_second=8)
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        if self._live is not None:
+            self._live.__exit__(*details)
+
+    def show(self, records: Sequence[ReplicaRecord]) -> None:
+        """Bring the board up to date."""
+        lines = {record.replica: describe_replica(record) for record in records}
+        if self._live is not None:
+            from rich.text import Text
+
+            self._live.update(Text("\n".join(f"{name:<24} {line}" for name, line in lines.items())))
+        else:
+            for name, line in lines.items():
+                if self._shown.get(name) != line:
+                    print(f"{name}  {line}", flush=True)
+        self._shown = lines
+
+
+class StopSignals:
+    """SIGINT, SIGTERM and SIGHUP as a flag to wait for; a second one ends turns in flight at once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.on_second: Callable[[], None] = lambda: None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._take)
+
+    def _take(self, _number: int, _frame: object) -> None:
+        self.count += 1
+        if self.count > 1:
+            self.on_second()
+
+    def came(self) -> bool:
+        return self.count > 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _deployment(arguments: argparse.Namespace) -> Deployment:
+    """The deployment that a command line means."""
+    config = load_config(arguments.config)
+    if getattr(arguments, "port", None) is not None:
+        config = dataclasses.replace(config, proxy=dataclasses.replace(config.proxy, port=arguments.port))
+    return Deployment(config, _say, os.environ)
+
+
+def _run_start(arguments: argparse.Namespace) -> int:
+    deployment = _deployment(arguments)
+    models = deployment.select_models(arguments.model, arguments.replicas)
+    if arguments.dry_run:
+        for model in models:
+            command = ENGINES[model.engine].command(model, model.base_port)
+            _say(f"{model.replicas} × {shlex.join(command)}")
+        return 0
+    signals = StopSignals()
+    started = deployment.start(models)
+    if arguments.detach:
+        _say(f"started {', '.join(record.replica for record in started) or 'nothing'}; `status` shows how they do")
+        return 0
+    with ReplicaBoard() as board:
+        deployment.wait_ready(board.show, signals.came)
+    if signals.came():
+        _say("left the replicas loading; `status` shows them, `stop` ends them")
+        return 130
+    _say("next: agent_infra.py connect")
+    return 0
+
+
+def _greet(controller: Controller, deployment: Deployment) -> None:
+    """What the operator needs in order to point an agent at the proxy."""
+    _say(f"proxy  {controller.url}  ({deployment.config.proxy.strategy})")
+    _say(f"stats  {controller.url}/stats")
+    _say(f"export OPENAI_BASE_URL={controller.url}/v1")
+    if deployment.config.proxy.api_key is None:
+        _say(f'export OPENAI_API_KEY="$(cat {shlex.quote(str(deployment.paths.client_key))})"')
+    else:
+        _say("export OPENAI_API_KEY=...  # proxy.api_key of the configuration")
+
+
+def _attend(controller: Controller, signals: StopSignals) -> None:
+    """Wait until a signal comes, or the controller fails (then AgentInfraError)."""
+    while not signals.came():
+        if not controller.is_running:
+            raise AgentInfraError(f"the controller failed: {controller.failure!r}; the proxy's log says more")
+        time.sleep(0.2)
+
+
+def _run_connect(arguments: argparse.Namespace) -> int:
+    deployment = _deployment(arguments)
+    signals = StopSignals()
+    deployment.claim("connect")
+    try:
+        controller = deployment.connect(arguments.log_format)
+        signals.on_second = controller.relay.terminate
+        _greet(controller, deployment)
+        _attend(controller, signals)
+        _say("finishing the turns in flight (again to end at once); the replicas stay, `stop` ends them")
+    finally:
+        deployment.disconnect(DRAIN_S)
+    return 0
+
+
+def _run_up(arguments: argparse.Namespace) -> int:
+    deployment = _deployment(arguments)
+    models = deployment.select_models(arguments.model, arguments.replicas)
+    signals = StopSignals()
+    deployment.claim("up")
+    try:
+        controller = deployment.connect(arguments.log_format)
+        signals.on_second = controller.relay.terminate
+        deployment.start(models)
+        with ReplicaBoard() as board:
+            deployment.wait_ready(board.show, signals.came)
+        if not signals.came():
+            _greet(controller, deployment)
+            _say("Ctrl-C stops it all")
+            _attend(controller, signals)
+    finally:
+        _say("stopping")
+        ended = deployment.stop(now=signals.count != 1)
+        _say(f"stopped {', '.join(ended)}" if ended else "nothing ran")
+    return 0
+
+
+def _run_proxy(arguments: argparse.Namespace) -> int:
+    records = [parse_backend(text, number) for number, text in enumerate(arguments.backend, start=1)]
+    names = dict.fromkeys(record.model for record in records)
+    config = Config(
+        models=tuple(ModelConfig(name=name, model_path=name, engine="command") for name in names),
+        proxy=ProxyConfig(
+            host=arguments.host, port=arguments.port, strategy=arguments.strategy, capture_text=arguments.capture_text
+        ),
+        cluster=ClusterConfig(name=f"proxy-{arguments.port}"),
+    )
+    paths = deployment_paths(config.cluster.name, os.environ)
+    lock, signals = DeploymentLock(paths), StopSignals()
+    lock.acquire("proxy")
+    keys = (client_key(config, paths), os.environ.get("AGENT_INFRA_BACKEND_KEY"))
+    controller = Controller(config, paths, lambda: records, keys=keys, log_format=arguments.log_format)
+    try:
+        controller.start()
+        signals.on_second = controller.relay.terminate
+        _say(f"proxy  {controller.url}  ({arguments.strategy}), {len(records)} backends, key in {paths.client_key}")
+        _attend(controller, signals)
+    finally:
+        controller.stop()
+        lock.release()
+    return 0
+
+
+def parse_backend(text: str, number: int) -> ReplicaRecord:
+    """``MODEL=HOST:PORT`` as a replica that is ready; RefusedError when it is not of that form."""
+    match = re.fullmatch(rf"({NAME_PATTERN})=(\[[^\]]+\]|[^:]+):(\d{{1,5}})", text)
+    if match is None or not 0 < int(match[3]) < 65536:
+        raise RefusedError(f"--backend {text}: MODEL=HOST:PORT is needed, such as my_model=127.0.0.1:8000")
+    try:
+        address = socket.getaddrinfo(match[2].strip("[]"), int(match[3]), type=socket.SOCK_STREAM)[0][4]
+    except OSError as error:
+        raise RefusedError(f"--backend {text}: {match[2]} is not known here: {error.strerror}") from error
+    return ReplicaRecord(
+        replica=f"{match[1]}-{number}",
+        model=match[1],
+        state="ready",
+        engine="command",
+        node=match[2],
+        pid=0,
+        process="",
+        host=str(address[0]),
+        port=int(match[3]),
+    )
+
+
+def _run_status(arguments: argparse.Namespace) -> int:
+    deployment = _deployment(arguments)
+    while True:
+        status = deployment.status()
+        if arguments.json:
+            _say(json.dumps(status, indent=None if arguments.watch else 2))
+        else:
+            _show_status(status, clear=arguments.watch and sys.stdout.isatty())
+        if not arguments.watch:
+            return 3 if status["degraded"] else 0
+        time.sleep(1.0)
+
+
+def _show_status(status: Mapping[str, Any], clear: bool) -> None:
+    """The status for people: a table of the replicas, the proxy, and what is not as it should be."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    if clear:
+        console.clear()
+    if status["replicas"]:
+        table = Table("replica", "model", "node", "state", "pid", box=None, header_style="bold", pad_edge=False)
+        for row in status["replicas"]:
+            record = record_from_json(row)
+            colour = {"ready": "green", "failed": "red"}.get(record.state, "yellow")
+            state = Text(describe_replica(record), style=colour)
+            table.add_row(record.replica, record.model, record.node, state, str(record.pid))
+        console.print(table)
+    proxy = status["proxy"]
+    if proxy is not None:
+        console.print(Text(f"proxy  http://{proxy['host']}:{proxy['port']}  (pid {proxy['pid']})"))
+    for reason in status["degraded"]:
+        console.print(Text(f"degraded: {reason}", style="yellow"))
+
+
+def _run_logs(arguments: argparse.Namespace) -> int:
+    deployment = _deployment(arguments)
+    known = sorted(path.stem for path in (deployment.paths.run / "logs").glob("*.log"))
+    names = [arguments.name] if arguments.name else known
+    missing = [name for name in names if name not in known]
+    if missing or not names:
+        raise RefusedError(
+            f"no log of {missing[0] if missing else 'anything'}; there are: {', '.join(known) or 'none'}"
+        )
+    follow_logs([deployment.paths.log(name) for name in names], arguments.lines, arguments.follow, _say)
+    return 0
+
+
+def follow_logs(paths: Sequence[Path], lines: int, follow: bool, say: Callable[[str], None]) -> None:
+    """The last ``lines`` of each log, named where there are several, then (``follow``) whatever is added, for ever."""
+    prefix = {path: f"{path.stem}: " if len(paths) > 1 else "" for path in paths}
+    offsets: dict[Path, int] = {}
+    while True:
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as log:
+                first = path not in offsets
+                size = log.seek(0, os.SEEK_END)
+                log.seek(max(0, size - (1 << 20)) if first else min(offsets[path], size))
+                *complete, rest = log.read().split(b"\n")
+                offsets[path] = log.tell() - (len(rest) if follow else 0)
+                shown = complete + ([rest] if rest and not follow else [])
+                for line in shown[-lines:] if first and lines else shown if not first else []:
+                    say(prefix[path] + line.decode(errors="replace"))
+        if not follow:
+            return
+        time.sleep(0.2)
+
+
+def _run_stop(arguments: argparse.Namespace) -> int:
+    deployment = _deployment(arguments)
+    ended = deployment.stop(arguments.now)
+    _say(f"stopped {', '.join(ended)}" if ended else f"nothing of the deployment {deployment.config.cluster.name} ran")
+    return 0
+
+
+def _run_serve(arguments: argparse.Namespace) -> int:
+    return serve(arguments.run_dir, arguments.replica)
+
+
+def _run_llama_cpp(arguments: argparse.Namespace) -> int:
+    return run_llama_cpp(arguments)
+
+
+def _run_relay(arguments: argparse.Namespace) -> int:
+    return run_relay(arguments.socket, arguments.listener_fd)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line. Options stand after the verb."""
+    parser = argparse.ArgumentParser(
+        prog="agent_infra.py", description="GPU serving for multi-turn LLM agents: start, connect, stop."
+    )
+    parser.add_argument("--version", action="version", version=f"agent-infra {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str, *shared: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(run=run)
+        for option in shared:
+            _SHARED_OPTIONS[option](added)
+        return added
+
+    verb("up", _run_up, "start the replicas and the proxy; Ctrl-C stops it all", "config", "model", "port", "log")
+    added = verb("start", _run_start, "start the replicas that are missing", "config", "model")
+    added.add_argument("--detach", action="store_true", help="do not wait until they are ready")
+    added.add_argument("--dry-run", action="store_true", help="print what would be started, start nothing")
+    verb("connect", _run_connect, "run the proxy in front of the replicas", "config", "port", "log")
+    added = verb("status", _run_status, "show replicas and proxy; exit code 3 when something is missing", "config")
+    added.add_argument("--json", action="store_true", help="print JSON")
+    added.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
+    added = verb("logs", _run_logs, "print the logs of a replica or of the proxy", "config")
+    added.add_argument("name", nargs="?", metavar="REPLICA|proxy", help="whose log (default: all)")
+    added.add_argument("-f", "--follow", action="store_true", help="go on as lines are added")
+    added.add_argument("-n", "--lines", type=_count, default=100, help="how many of the last lines (default 100)")
+    added = verb("stop", _run_stop, "end the proxy and the replicas of the deployment", "config")
+    added.add_argument("--now", action="store_true", help="do not let the turns in flight finish")
+    added = verb("proxy", _run_proxy, "run the proxy alone, in front of servers that run already", "log")
+    _add_proxy_options(added)
+    _add_roles(verbs)
+    return parser
+
+
+def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
+    defaults = ProxyConfig()
+    parser.add_argument(
+        "--backend", action="append", required=True, metavar="MODEL=HOST:PORT", help="a server; once for each"
+    )
+    parser.add_argument("--host", default=defaults.host, help=f"address to listen on (default {defaults.host})")
+    parser.add_argument("--port", type=_port, default=defaults.port, help=f"default {defaults.port}; 0 = any free one")
+    parser.add_argument("--strategy", choices=STRATEGY_NAMES, default=defaults.strategy, help="how turns are spread")
+    parser.add_argument(
+        "--capture-text", type=_count, default=defaults.capture_text, help="characters of prompt and answer kept a turn"
+    )
+
+
+def _add_roles(verbs: Any) -> None:
+    """The verbs that the program uses on itself; not listed in --help."""
+    serve_parser = verbs.add_parser("serve")
+    serve_parser.add_argument("--run-dir", required=True)
+    serve_parser.add_argument("--replica", required=True)
+    serve_parser.set_defaults(run=_run_serve)
+    relay_parser = verbs.add_parser("relay")
+    relay_parser.add_argument("--socket", required=True)
+    relay_parser.add_argument("--listener-fd", type=int, required=True)
+    relay_parser.set_defaults(run=_run_relay)
+
+
+def _count(text: str) -> int:
+    """argparse type: a whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    """argparse type: a TCP port, or 0 for any free one."""
+    if _count(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port (0 to 65535)")
+    return int(text)
+
+
+def _add_config_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="default: ./config.yaml, else the embedded default")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="NAME", help="only this model of the configuration")
+    parser.add_argument("--replicas", type=_at_least_one, metavar="N", help="instead of the configuration's")
+
+
+def _at_least_one(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    if _count(text) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return int(text)
+
+
+def _add_port_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=_port, metavar="P", help="instead of proxy.port; 0 = any free one")
+
+
+def _add_log_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="of the proxy's log")
+
+
+_SHARED_OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
+    "config": _add_config_option,
+    "model": _add_model_options,
+    "port": _add_port_option,
+    "log": _add_log_option,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0 ok, 1 failed, 2 refused, 3 degraded, 130 interrupted."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        return code
+    except AgentInfraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        fix = "; free some space there" if error.errno == errno.ENOSPC else ""
+        print(f"error: {where}{error.strerror or error}{fix}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
