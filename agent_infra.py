@@ -78,7 +78,7 @@ HEADER_PATTERN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}"
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value may be: bounds (inclusive but for ``above``), a choice, or a full-match pattern and its description."""
+    """What a value may be: bounds (``above`` is exclusive), a choice, or a full-match pattern and its description."""
 
     low: float | None = None
     above: float | None = None
@@ -793,6 +793,22 @@ def read_or_make_key(path: Path) -> str:
     return key
 
 
+def end_process(pid: int, stamp: str, grace_s: float) -> None:
+    """SIGTERM, ``grace_s`` to end, then SIGKILL; only the very process that ``stamp`` tells, never its number's heir.
+
+    Returns when it is gone, or after 10 s more (a process in uninterruptible sleep cannot be ended).
+    """
+    steps = ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)) if grace_s > 0 else ((signal.SIGKILL, 10.0),)
+    for number, patience_s in steps:
+        if process_stamp(pid) != stamp:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        deadline = time.monotonic() + patience_s
+        while process_stamp(pid) == stamp and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
 # --- Records: what `serve` wrote, read by a program that may be older or newer than it. ------------------------------
 
 
@@ -1494,7 +1510,8 @@ class RelayLink:
     def spawn(self) -> None:
         """Start a relay on the listening socket and wait until it says hello; RelayGoneError when it does not."""
         listener = self._listener
-        assert listener is not None, "open() made or received it"
+        if listener is None:
+            raise RelayGoneError("there is no listening socket; open() comes first")
         self.abandon()
         command = [sys.executable, os.path.abspath(__file__), "relay", "--socket", str(self._paths.relay_socket)]
         command += ["--listener-fd", str(listener.fileno())]
@@ -1594,7 +1611,7 @@ def listen_on(host: str, port: int) -> socket.socket:
     """A listening TCP socket; RefusedError, with the fix, when the address cannot be had."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=4096)  # type: ignore[arg-type]
+        return socket.create_server(address[:2], family=family, backlog=4096)
     except OSError as error:
         fix = "set proxy.host to an address of this machine"
         if error.errno == errno.EADDRINUSE:
@@ -1804,6 +1821,7 @@ def _log(paths: DeploymentPaths, text: str) -> None:
 # =====================================================================================================================
 
 
+LIVE_STATES = ("pending", "starting", "loading", "ready", "draining")
 LOAD_DEADLINE_S = 3600.0  # for a replica to be ready; `serve` has the same patience with its engine
 
 
@@ -1878,12 +1896,12 @@ class Deployment:
         """``report`` takes lines for the operator. Raises RefusedError when the state directory cannot be written."""
         self.config, self.report = config, report
         self.paths = deployment_paths(config.cluster.name, environment)
-        self.cluster: Cluster = LocalCluster(self.paths, config, environment, report)
+        self.cluster: Cluster = LocalCluster(self.paths, serve_command(), environment, report)
         self._lock = DeploymentLock(self.paths)
         self.controller: Controller | None = None
 
     def select_models(self, name: str | None = None, replicas: int | None = None) -> list[ModelConfig]:
-        """The models to start: all of the configuration, or the one called ``name``; RefusedError when there is none."""
+        """The models to start: all of them, or the one called ``name``; RefusedError when there is none."""
         models = [model for model in self.config.models if name in (None, model.name)]
         if not models:
             known = ", ".join(model.name for model in self.config.models)
@@ -1976,7 +1994,14 @@ class Deployment:
             ended.append(f"proxy (pid {relay['pid']})")
         for leftover in (self.paths.relay_record, self.paths.relay_socket):
             leftover.unlink(missing_ok=True)
-        self.cluster.stop([record.replica for record in records], now)
+        names = [record.replica for record in self.cluster.replicas()]
+        self.cluster.stop(names, now)
+        left = self.cluster.wait_stopped(names, time.monotonic() + DRAIN_S + 10.0)
+        if left and not now:
+            self.cluster.stop(left, now=True)
+            left = self.cluster.wait_stopped(left, time.monotonic() + 10.0)
+        if left:
+            raise AgentInfraError(f"{', '.join(left)} did not end; see `agent_infra.py logs`")
         return ended + [record.replica for record in records]
 
     def _end_controller(self, now: bool) -> list[str]:
@@ -2005,9 +2030,14 @@ def explain_failure(record: ReplicaRecord, paths: DeploymentPaths) -> str:
     return f"{record.replica} failed: {reason} (log: {paths.log(record.replica)})"
 
 
+def serve_command() -> list[str]:
+    """The words that start `serve` on this machine, with this Python and this file."""
+    return [sys.executable, os.path.abspath(__file__), "serve"]
+
+
 def client_key(config: Config, paths: DeploymentPaths) -> str:
     """The key that clients must send: the configuration's, else one made once and kept in the state directory."""
-    return config.proxy.api_key or ensure_key(paths.client_key)
+    return config.proxy.api_key or read_or_make_key(paths.client_key)
 
 
 class ConnectionManager:
