@@ -12,6 +12,7 @@ Reading order: every section refers only to sections above it.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
@@ -20,6 +21,7 @@ import fcntl
 import functools
 import hashlib
 import hmac
+import itertools
 import json
 import math
 import os
@@ -38,7 +40,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeGuard, TypedDict
 
 __version__ = "0.1.0"
 __all__ = ["AgentInfraError", "Config", "ConnectionManager", "SessionContext", "attach", "load_config"]
@@ -962,6 +964,882 @@ class SessionEnded:
     session: str
     at: float
     kind: str = "session_ended"
+
+
+TurnEvent = TurnStarted | TurnSent | TurnAnswering | TurnFinished | SessionEnded
+TURN_OUTCOMES = ("completed", "error", "cut", "aborted", "rejected")
+
+# Bounds of what is kept. Nothing here grows with the number of turns, nor beyond these with that of sessions.
+MAX_LIVE_SESSIONS = 20_000  # beyond: the one that was silent for longest is forgotten
+SESSION_IDLE_S = 1800.0  # a session silent for this long is over
+MAX_OPEN_TURNS = 50_000  # beyond, and after MAX_TURN_S: the oldest is forgotten (its finish still counts in totals)
+MAX_TURN_S = 6 * 3600.0
+FINISHED_TURNS_REMEMBERED = 10_000  # ids by which a second finish, or a start after it, is known for what it is
+RECENT_TURNS = 100
+HISTORY_POINTS = 300
+HISTORY_STEP_S = 2.0
+LISTED_SESSIONS = 200  # in /stats: those heard of last
+LISTED_WAITING = 50
+RECENT_S = 300.0  # what "recent" means for percentiles, shares and active sessions
+RATE_S = 60.0  # what rates are taken over
+LEAST_RATE_S = 5.0  # below this much time a rate is not told
+SCHEMA_VERSION = 1  # of /stats
+MAX_FIGURE = 1e12  # of a time, a duration or a count off the wire; so no sum ever becomes infinite
+MAX_TEXT = 512  # characters kept of an id or a message off the wire (excerpts have their own bound, in the relay)
+
+
+def _is_figure(value: Any) -> bool:
+    """A finite number that a time, a duration or a count can be; NaN fails the comparison."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_FIGURE
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and _is_figure(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_bucket_counts(value: Any) -> bool:
+    """What ``gaps`` is in JSON: histogram bucket, as a string → count."""
+    if not isinstance(value, dict) or len(value) > 1000:
+        return False
+    return all(re.fullmatch(r"-?[0-9]{1,3}", key) and _is_count(count) for key, count in value.items())
+
+
+_EVENT_KINDS: Mapping[str, type[TurnEvent]] = {
+    event.kind: event for event in (TurnStarted, TurnSent, TurnAnswering, TurnFinished, SessionEnded)
+}
+_EVENT_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    "str": _is_text,
+    "bool": lambda value: isinstance(value, bool),
+    "int": _is_count,
+    "float": _is_figure,
+    "Mapping[str, int]": _is_bucket_counts,
+}
+_EVENT_FIELDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
+    kind: {item.name: _EVENT_CHECKS[str(item.type).removesuffix(" | None")] for item in dataclasses.fields(event)}
+    for kind, event in _EVENT_KINDS.items()
+}
+_REQUIRED_FIELDS: Mapping[str, frozenset[str]] = {
+    kind: frozenset(
+        item.name
+        for item in dataclasses.fields(event)
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    )
+    for kind, event in _EVENT_KINDS.items()
+}
+
+
+def event_from_json(data: object) -> TurnEvent | None:
+    """The turn event that a decoded JSON object says; None when it says none.
+
+    Never raises: an unknown kind, or a required field that is missing or cannot be, gives None; an unknown field is
+    left out, an optional one that cannot be gets its default, an unknown outcome counts as an error.
+    """
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or not isinstance(kind, str) or kind not in _EVENT_KINDS:
+        return None
+    checks = _EVENT_FIELDS[kind]
+    values = {name: value for name, value in data.items() if name in checks and checks[name](value)}
+    if not _REQUIRED_FIELDS[kind] <= values.keys():
+        return None
+    for name, value in values.items():
+        if isinstance(value, str) and len(value) > MAX_TEXT and name not in ("prompt", "answer"):
+            values[name] = value[:MAX_TEXT]
+    if kind == TurnFinished.kind and values["outcome"] not in TURN_OUTCOMES:
+        values["outcome"] = "error"
+    return _EVENT_KINDS[kind](**values)
+
+
+HIGHEST_BUCKET = 30 * BUCKETS_PER_OCTAVE  # 12 days and more
+
+
+class Histogram:
+    """Durations in milliseconds in logarithmic buckets (``histogram_bucket``), 295 of them at most."""
+
+    __slots__ = ("_buckets", "count", "sum_ms")
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, int] = {}
+        self.count = 0
+        self.sum_ms = 0.0
+
+    def add(self, ms: float, count: int = 1) -> None:
+        """Count a finite duration ``count`` times."""
+        bucket = min(histogram_bucket(ms), HIGHEST_BUCKET)
+        self._buckets[bucket] = self._buckets.get(bucket, 0) + count
+        self.count += count
+        self.sum_ms += ms * count
+
+    def add_buckets(self, counts: Mapping[str, int]) -> None:
+        """Count what another process has put into buckets; each duration is taken for the middle of its bucket."""
+        for bucket, count in counts.items():
+            self.add(_bucket_middle(min(int(bucket), HIGHEST_BUCKET)), count)
+
+    def merge(self, other: Histogram) -> None:
+        """Count everything that ``other`` has counted."""
+        for bucket, count in other._buckets.items():
+            self._buckets[bucket] = self._buckets.get(bucket, 0) + count
+        self.count += other.count
+        self.sum_ms += other.sum_ms
+
+    @property
+    def mean_ms(self) -> float | None:
+        return self.sum_ms / self.count if self.count else None
+
+    def percentile(self, q: float) -> float | None:
+        """The duration in ms that a share ``q`` (0 to 1) does not exceed: its bucket's middle; None when empty."""
+        seen = 0
+        for bucket in sorted(self._buckets):
+            seen += self._buckets[bucket]
+            if seen >= q * self.count:
+                return _bucket_middle(bucket)
+        return None
+
+
+def _bucket_middle(bucket: int) -> float:
+    """The geometric middle of a histogram bucket, in ms."""
+    return float(2.0 ** ((bucket + 0.5) / BUCKETS_PER_OCTAVE))
+
+
+class RecentHistogram:
+    """A histogram of the last ``window_s`` seconds, to within a tenth of that: ten slices, the oldest is dropped."""
+
+    _SLICES = 10
+
+    def __init__(self, clock: Callable[[], float], window_s: float = RECENT_S) -> None:
+        self._clock = clock
+        self._slice_s = window_s / self._SLICES
+        self._slices: list[tuple[int, Histogram]] = []  # (slice number, its durations), oldest first
+        self._merged = Histogram()  # of all slices: so that reading costs no merge
+
+    def add(self, ms: float) -> None:
+        """Count a duration that ended now."""
+        merged = self.read()
+        merged.add(ms)
+        self._slices[-1][1].add(ms)
+
+    def add_buckets(self, counts: Mapping[str, int]) -> None:
+        """``Histogram.add_buckets``, for now."""
+        merged = self.read()
+        merged.add_buckets(counts)
+        self._slices[-1][1].add_buckets(counts)
+
+    def read(self) -> Histogram:
+        """What was counted lately; the caller must not change it."""
+        number = int(self._clock() // self._slice_s)
+        if not self._slices or self._slices[-1][0] != number:
+            # Slices of the future go too: the clock was set back.
+            kept = [entry for entry in self._slices if number - self._SLICES < entry[0] < number]
+            self._slices = [*kept, (number, Histogram())]
+            self._merged = Histogram()
+            for _, durations in kept:
+                self._merged.merge(durations)
+        return self._merged
+
+
+def _rounded(ms: float | None) -> float | None:
+    return None if ms is None else round(ms, 2)
+
+
+def _percentiles(durations: Histogram, *percents: int) -> dict[str, float | None]:
+    """``{"p50": ms, …}``; None where nothing was counted."""
+    return {f"p{percent}": _rounded(durations.percentile(percent / 100)) for percent in percents}
+
+
+def _plus(total: float | None, value: float | None) -> float | None:
+    """A sum in which None is "not known": None until something is."""
+    return total if value is None else (total or 0.0) + value
+
+
+@dataclass(slots=True)
+class Session:
+    """What is known of a live session; about 1 KB, whatever the number of its turns. Sums are over its turns."""
+
+    id: str
+    task: str | None
+    client: str | None
+    model: str
+    last_seen: float  # s since the epoch
+    backend: str | None = None
+    turns: int = 0  # finished, whatever became of them
+    errors: int = 0
+    open_turns: int = 0
+    last_end: float | None = None  # s since the epoch: when its last turn finished
+    pre_ms: float | None = None
+    wait_ms: float | None = None
+    inference_ms: float | None = None
+    post_ms: float | None = None
+    unaccounted_ms: float | None = None
+    context_tokens: int | None = None  # prompt and answer of the last turn that told
+    cached_tokens: int | None = None  # of the same turn
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+    def think_time_ms(self, arrival: float) -> float | None:
+        """From the previous answer's end to ``arrival``; None for a first turn, or while another one is open."""
+        if self.last_end is None or self.open_turns:
+            return None
+        return max(0.0, arrival - self.last_end) * 1000
+
+    def finish(self, event: TurnFinished, at: float) -> None:
+        """Add what a finished turn says."""
+        self.turns += 1
+        self.errors += event.outcome in ("error", "cut")
+        self.last_end = max(at, self.last_end or at)
+        self.backend = event.backend or self.backend
+        self.wait_ms = _plus(self.wait_ms, event.queue_ms)
+        self.inference_ms = _plus(self.inference_ms, event.inference_ms)
+        self.tokens_in += event.prompt_tokens or 0
+        self.tokens_out += event.completion_tokens or 0
+        if event.prompt_tokens is not None:
+            self.context_tokens = event.prompt_tokens + (event.completion_tokens or 0)
+            self.cached_tokens = event.cached_tokens
+
+
+def split_think_time(
+    gap_ms: float | None, pre_ms: float | None, post_ms: float | None
+) -> tuple[float | None, float | None]:
+    """``(pre, unaccounted)`` of a turn, in ms, from the think time before it and what its client reported of that.
+
+    A gap of which the client reported nothing is pre as a whole, and nothing of it is unaccounted for.
+    """
+    if pre_ms is None and post_ms is None:
+        return gap_ms, None
+    if gap_ms is None:
+        return pre_ms, None
+    return pre_ms, max(0.0, gap_ms - (pre_ms or 0.0) - (post_ms or 0.0))
+
+
+class SessionTable:
+    """The live sessions, the one heard of last at the end; at most ``max_live``, none idle for ``idle_s`` or more."""
+
+    def __init__(self, max_live: int, idle_s: float) -> None:
+        self._max_live = max_live
+        self._idle_s = idle_s
+        self._live: collections.OrderedDict[str, Session] = collections.OrderedDict()
+        self.ended = 0  # by the agent or by idleness
+        self.evicted = 0  # for want of room
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._live.values())
+
+    def open(self, event: TurnStarted, at: float) -> Session | None:
+        """The session that a new turn belongs to, made where it is new; None for a turn that names none.
+
+        Such a turn is a session of its own, and over with its answer: it is counted everywhere but here.
+        """
+        if not event.session:
+            return None
+        session = self._live.get(event.session)
+        if session is None:
+            session = Session(event.session, event.task, event.client, event.model, at)
+            self._live[session.id] = session
+            if len(self._live) > self._max_live:
+                self._live.popitem(last=False)
+                self.evicted += 1
+        session.task, session.client = event.task or session.task, event.client or session.client
+        session.model = event.model
+        return session
+
+    def touch(self, session: Session, at: float) -> None:
+        """``session`` was heard of."""
+        session.last_seen = max(at, session.last_seen)
+        if self._live.get(session.id) is session:  # else it has ended since, and its last turn is still running
+            self._live.move_to_end(session.id)
+
+    def end(self, name: str) -> None:
+        """The agent says that this session is over."""
+        if self._live.pop(name, None) is not None:
+            self.ended += 1
+
+    def expire(self, now: float) -> None:
+        """End the sessions that are idle for too long."""
+        silent = itertools.takewhile(lambda session: session.last_seen <= now - self._idle_s, self._live.values())
+        for session in [session for session in silent if not session.open_turns]:
+            self.end(session.id)
+
+    def latest(self, limit: int) -> list[Session]:
+        """The sessions heard of last, latest first."""
+        return list(itertools.islice(reversed(self._live.values()), limit))
+
+    def count_active(self, now: float) -> int:
+        """How many sessions have a turn in flight or were heard of in the last RECENT_S seconds."""
+        return sum(1 for session in self if session.open_turns or session.last_seen > now - RECENT_S)
+
+
+@dataclass(slots=True)
+class OpenTurn:
+    """A turn that has not finished."""
+
+    started: TurnStarted
+    session: Session | None
+    pre_ms: float | None
+    unaccounted_ms: float | None
+    phase: str = "waiting"  # waiting | prefill | decoding
+    backend: str | None = None
+    queue_ms: float | None = None
+    ttft_ms: float | None = None
+
+
+class TurnLedger:
+    """Which turns are open, and which finished lately: so that each is counted once, in whatever order events come."""
+
+    def __init__(self) -> None:
+        self.open: collections.OrderedDict[str, OpenTurn] = collections.OrderedDict()
+        self._finished: collections.OrderedDict[str, None] = collections.OrderedDict()
+
+    def knows(self, turn: str) -> bool:
+        """Whether this turn is open or finished already: then its start is none."""
+        return turn in self.open or turn in self._finished
+
+    def add(self, turn: OpenTurn) -> None:
+        self.open[turn.started.turn] = turn
+        if turn.session is not None:
+            turn.session.open_turns += 1
+
+    def close(self, turn: str) -> tuple[bool, OpenTurn | None]:
+        """Whether this is the turn's first finish, and the open turn (None where its start never came)."""
+        if turn in self._finished:
+            return False, None
+        self._finished[turn] = None
+        if len(self._finished) > FINISHED_TURNS_REMEMBERED:
+            self._finished.popitem(last=False)
+        return True, self._take(turn)
+
+    def forget_lost(self, now: float) -> None:
+        """Forget turns whose finish seems lost. One that comes after all is counted, but for no session."""
+        while self.open:
+            oldest = next(iter(self.open.values())).started
+            if len(self.open) <= MAX_OPEN_TURNS and oldest.at > now - MAX_TURN_S:
+                break
+            self._take(oldest.turn)
+
+    def phases(self) -> dict[str, str]:
+        """Session → how far its furthest open turn is."""
+        order = ("waiting", "prefill", "decoding")
+        found: dict[str, str] = {}
+        for turn in self.open.values():
+            name = turn.session.id if turn.session else ""
+            found[name] = max(found.get(name, "waiting"), turn.phase, key=order.index)
+        return found
+
+    def _take(self, name: str) -> OpenTurn | None:
+        turn = self.open.pop(name, None)
+        if turn is not None and turn.session is not None:
+            turn.session.open_turns -= 1
+        return turn
+
+
+class Pipeline:
+    """Where the time of recent turns went. Shares are of the time of all of SHARED together; *ttft* is in inference."""
+
+    PARTS = ("pre", "queue", "ttft", "inference", "post", "unaccounted")
+    SHARED = ("pre", "queue", "inference", "post", "unaccounted")
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._parts = {part: RecentHistogram(clock) for part in self.PARTS}
+
+    def add(self, **durations_ms: float | None) -> None:
+        """Add durations by part; None is "not known" and leaves no trace."""
+        for part, ms in durations_ms.items():
+            if ms is not None:
+                self._parts[part].add(ms)
+
+    def document(self) -> dict[str, dict[str, float | None]]:
+        """``{part: {mean_ms, p50_ms, p95_ms, share}}``; share is 0 to 1, and None for ttft and without traffic."""
+        total_ms = sum(self._parts[part].read().sum_ms for part in self.SHARED)
+        document: dict[str, dict[str, float | None]] = {}
+        for part, recent in self._parts.items():
+            durations = recent.read()
+            shared = part in self.SHARED and total_ms > 0
+            document[part] = {
+                "mean_ms": _rounded(durations.mean_ms),
+                "p50_ms": _rounded(durations.percentile(0.5)),
+                "p95_ms": _rounded(durations.percentile(0.95)),
+                "share": round(durations.sum_ms / total_ms, 4) if shared else None,
+            }
+        return document
+
+
+class Throughput:
+    """Rates over the last RATE_S seconds from readings of ever-growing totals, taken about once a second."""
+
+    def __init__(self) -> None:
+        self._readings: collections.deque[tuple[float, int, int]] = collections.deque(maxlen=300)
+
+    def read(self, now: float, completed: int, tokens_out: int) -> None:
+        """Note the totals of this moment."""
+        if self._readings and now < self._readings[-1][0]:
+            self._readings.clear()  # the clock was set back
+        self._readings.append((now, completed, tokens_out))
+
+    def rates(self, now: float, completed: int, tokens_out: int) -> dict[str, float | None]:
+        """``{turns_per_minute, tokens_per_second}`` (completed turns, tokens of answers); None before LEAST_RATE_S."""
+        while self._readings and self._readings[0][0] < now - RATE_S - 0.5:  # a reading comes each second, or so
+            self._readings.popleft()
+        at, completed_then, tokens_then = self._readings[0] if self._readings else (now, 0, 0)
+        if now - at < LEAST_RATE_S:
+            return {"turns_per_minute": None, "tokens_per_second": None}
+        return {
+            "turns_per_minute": round((completed - completed_then) * 60 / (now - at), 2),
+            "tokens_per_second": round((tokens_out - tokens_then) / (now - at), 2),
+        }
+
+
+class RelayCounters:
+    """Counters that start at zero with each relay, summed over all relays; a sum never falls."""
+
+    def __init__(self, *names: str) -> None:
+        self.sums = dict.fromkeys(names, 0)
+        self._last = dict.fromkeys(names, 0)
+
+    def read(self, readings: Mapping[str, Any]) -> None:
+        """Take the relay's present counts. One below the last reading comes from a relay that started since."""
+        for name, last in self._last.items():
+            count = readings.get(name)
+            if _is_count(count):
+                self.sums[name] += count - last if count >= last else count
+                self._last[name] = count
+
+    def restart(self) -> None:
+        """The next reading comes from a new relay."""
+        self._last = dict.fromkeys(self._last, 0)
+
+
+class BackendFigures:
+    """What was measured of one backend: turns sent to it, summed over relays, and its recent latencies."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.counters = RelayCounters("requests", "errors")
+        self.latency = RecentHistogram(clock)  # sent → last byte, of completed turns
+        self.ttft = RecentHistogram(clock)
+        self.gap = RecentHistogram(clock)  # between chunks of a stream
+
+    def finish(self, event: TurnFinished) -> None:
+        """Add a turn that this backend ended."""
+        if event.outcome == "completed" and event.inference_ms is not None:
+            self.latency.add(event.inference_ms)
+        if event.ttft_ms is not None:
+            self.ttft.add(event.ttft_ms)
+        if event.gaps:
+            self.gap.add_buckets(event.gaps)
+
+
+_TOTAL_OF_OUTCOME = {
+    "completed": "completed",
+    "error": "errors",
+    "cut": "errors",
+    "aborted": "aborted",
+    "rejected": "rejected",
+}
+_TOTALS = (
+    *("requests", "completed", "errors", "aborted", "rejected", "retries"),
+    *("tokens_in", "tokens_out", "cached_tokens"),
+)
+
+
+def _as_mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value with None in the place of NaN and the infinities, which Python reads but JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _turn_row(event: TurnFinished, turn: OpenTurn | None) -> dict[str, Any]:
+    """A finished turn as it stands in recent_turns; its ``post_ms`` comes with the session's next turn."""
+    started = turn.started if turn else None
+    return {
+        "turn": event.turn,
+        "session": started.session if started else None,
+        "task": started.task if started else None,
+        "client": started.client if started else None,
+        "model": started.model if started else None,
+        "path": started.path if started else None,
+        "stream": started.stream if started else None,
+        "backend": event.backend,
+        "started_at": started.at if started else None,
+        "finished_at": event.at,
+        "outcome": event.outcome,
+        "status": event.status,
+        "retries": event.retries,
+        "pre_ms": _rounded(turn.pre_ms) if turn else None,
+        "queue_ms": _rounded(event.queue_ms),
+        "ttft_ms": _rounded(event.ttft_ms),
+        "inference_ms": _rounded(event.inference_ms),
+        "post_ms": None,
+        "unaccounted_ms": _rounded(turn.unaccounted_ms) if turn else None,
+        "prompt_tokens": event.prompt_tokens,
+        "completion_tokens": event.completion_tokens,
+        "cached_tokens": event.cached_tokens,
+        "tokens_estimated": event.estimated,
+        "finish_reason": event.finish_reason,
+        "error": event.error,
+        "prompt": started.prompt if started else "",
+        "answer": event.answer,
+    }
+
+
+def _client_rows(sessions: Iterable[Session], phases: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Sessions by client, in their order. What a client calls itself is ``id`` or ``id command…``."""
+    rows: dict[str | None, dict[str, Any]] = {}
+    for session in sessions:
+        name, _, command = (session.client or "").strip().partition(" ")
+        row = rows.setdefault(session.client, {"id": name or None, "command": command.strip() or None, "sessions": []})
+        row["sessions"].append(_session_row(session, phases.get(session.id, "idle")))
+    return list(rows.values())
+
+
+def _session_row(session: Session, state: str) -> dict[str, Any]:
+    return {
+        "id": session.id,
+        "task": session.task,
+        "model": session.model,
+        "backend": session.backend,
+        "state": state,  # idle | waiting | prefill | decoding
+        "turns": session.turns,
+        "errors": session.errors,
+        "last_seen": session.last_seen,
+        "idle_since": session.last_end if state == "idle" else None,
+        "pre_ms": _rounded(session.pre_ms),
+        "wait_ms": _rounded(session.wait_ms),
+        "inference_ms": _rounded(session.inference_ms),
+        "post_ms": _rounded(session.post_ms),
+        "unaccounted_ms": _rounded(session.unaccounted_ms),
+        "context_tokens": session.context_tokens,
+        "cached_tokens": session.cached_tokens,
+        "tokens_in": session.tokens_in,
+        "tokens_out": session.tokens_out,
+    }
+
+
+# Of a replica's load digest (GET /load of `serve`): what the document tells of the engine.
+_ENGINE_FIGURES = (
+    *("state", "running", "waiting", "kv_usage", "kv_capacity_tokens", "prefix_queries", "prefix_hits"),
+    *("preemptions", "prompt_tokens", "generation_tokens", "at"),
+)
+
+
+def _replica_row(record: Mapping[str, Any], backend: Backend | None, gauge: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of one backend from its record, the replica table and the relay's gauge; any may be missing."""
+    load = _as_mapping(gauge.get("load"))
+    failure = record.get("failure")
+    is_draining = backend is not None and backend.state == "draining"
+    told = (_as_mapping(failure).get("line"), gauge.get("reason"), record.get("message"), record.get("progress"))
+    return {
+        "id": record["replica"] if record else backend.id if backend else None,
+        "model": record["model"] if record else backend.model if backend else None,
+        "node": record.get("node") or (backend.node if backend else None) or None,
+        "partition": record.get("partition"),
+        "port": record.get("port") or (backend.port if backend else None),
+        "state": "draining" if is_draining else record.get("state", "ready"),
+        "healthy": gauge.get("healthy"),
+        "reason": next((reason for reason in told if reason), None),
+        "failure": failure,
+        "progress": record.get("progress"),
+        "restarts": record.get("restarts"),
+        "started_at": record.get("started_at") or None,
+        "ready_at": record.get("ready_at"),
+        "ends_at": record.get("ends_at"),
+        "inflight": gauge.get("in_flight"),
+        "slots": record.get("slots") or (backend.slots if backend else None) or None,
+        "gpu": _gpu_summary(load.get("gpus") or record.get("gpus")),
+        "engine": {"name": record.get("engine"), **{name: load.get(name) for name in _ENGINE_FIGURES}},
+        "tunnel": None,
+    }
+
+
+def _gpu_summary(gpus: Any) -> dict[str, Any] | None:
+    """A replica's GPUs as one: mean utilisation, summed memory (bytes) and power, the hottest; None without GPUs."""
+    samples = [_as_mapping(gpu) for gpu in gpus] if isinstance(gpus, (list, tuple)) else []
+    if not samples:
+        return None
+
+    def combine(name: str, how: Callable[[list[float]], float]) -> float | None:
+        known = [sample[name] for sample in samples if _is_figure(sample.get(name))]
+        return how(known) if known else None
+
+    return {
+        "count": len(samples),
+        "name": samples[0].get("name"),
+        "utilization": combine("utilization", lambda known: round(sum(known) / len(known), 1)),
+        "memory_used": combine("memory_used", sum),
+        "memory_total": combine("memory_total", sum),
+        "power_w": combine("power_w", sum),
+        "temperature_c": combine("temperature_c", max),
+    }
+
+
+def _model_rows(backends: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The models and what serves them."""
+    models: dict[str, list[Mapping[str, Any]]] = {}
+    for row in backends:
+        models.setdefault(row["model"], []).append(row)
+    return [
+        {
+            "name": name,
+            "replicas": len(rows),
+            "ready": sum(1 for row in rows if row["state"] == "ready" and row["healthy"] is not False),
+            "slots": _sum_known(row["slots"] for row in rows),
+            "inflight": _sum_known(row["inflight"] for row in rows),
+        }
+        for name, rows in models.items()
+    ]
+
+
+def _sum_known(values: Iterable[int | None]) -> int | None:
+    """The sum of what is known; None when nothing is."""
+    known = [value for value in values if _is_count(value)]
+    return sum(known) if known else None
+
+
+class BackendTable:
+    """The figures of every backend that was heard of since the last ``rows``."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._figures: dict[str, BackendFigures] = {}
+
+    def figures(self, backend: str) -> BackendFigures:
+        """The figures of one backend, empty ones where it is new."""
+        if backend not in self._figures:
+            self._figures[backend] = BackendFigures(self._clock)
+        return self._figures[backend]
+
+    def relay_restarted(self) -> None:
+        for figures in self._figures.values():
+            figures.counters.restart()
+
+    def rows(
+        self,
+        records: Iterable[Mapping[str, Any]],
+        table: Iterable[Backend],
+        gauges: Mapping[str, Any],
+        sessions: Mapping[str | None, int],
+    ) -> list[dict[str, Any]]:
+        """A row for each backend that has a record or is routed to; the figures of all others are forgotten."""
+        known = {record["replica"]: _finite(record) for record in records}
+        routed = {backend.id: backend for backend in table}
+        self._figures = {name: self.figures(name) for name in {**known, **routed}}
+        return [
+            {
+                **_replica_row(known.get(name, {}), routed.get(name), _as_mapping(gauges.get(name))),
+                **figures.counters.sums,
+                "latency_ms": _percentiles(figures.latency.read(), 50, 95, 99),
+                "ttft_ms": _percentiles(figures.ttft.read(), 50, 95, 99),
+                "gap_ms": _percentiles(figures.gap.read(), 50, 95, 99),
+                "sessions": sessions.get(name, 0),
+            }
+            for name, figures in self._figures.items()
+        ]
+
+
+class StatsDocument(TypedDict):
+    """The body of GET /stats. Times are s since the epoch; None (null) is "not known"; no figure is ever NaN."""
+
+    snapshot_age_ms: int  # stays the first key: the relay writes the age over it, in the finished bytes
+    schema_version: int
+    now: float
+    uptime_seconds: float  # of the controller; totals count from its start
+    strategy: str
+    totals: dict[str, int]  # requests = completed + errors + aborted + rejected
+    throughput: dict[str, Any]  # rates over the last minute; history[]: one point each HISTORY_STEP_S
+    models: list[dict[str, Any]]
+    backends: list[dict[str, Any]]
+    queue: dict[str, Any]
+    sessions: dict[str, int]  # counts: live, active, listed, ended, evicted
+    clients: list[dict[str, Any]]  # the listed sessions by client; their *_ms and tokens_* are sums over their turns
+    recent_turns: list[dict[str, Any]]  # finished, latest first
+    pipeline: dict[str, dict[str, float | None]]
+    relay: dict[str, Any]  # counts over all relays, at the socket; events_dropped: turns that totals lack
+
+
+class Tracker:
+    """What the controller knows of turns and sessions: turn events and gauges in, the /stats document out.
+
+    One thread at a time. ``clock`` is seconds since the epoch, the same as the relay's.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        max_sessions: int = MAX_LIVE_SESSIONS,
+        session_idle_s: float = SESSION_IDLE_S,
+    ) -> None:
+        self._clock = clock
+        self._started_at = clock()
+        self._sessions = SessionTable(max_sessions, session_idle_s)
+        self._turns = TurnLedger()
+        self._totals = dict.fromkeys(_TOTALS, 0)
+        self._recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=RECENT_TURNS)
+        self._pipeline = Pipeline(clock)
+        self._wait = RecentHistogram(clock, RATE_S)  # queue and inference of completed turns: what an agent waits
+        self._throughput = Throughput()
+        self._history: collections.deque[dict[str, Any]] = collections.deque(maxlen=HISTORY_POINTS)
+        self._backends = BackendTable(clock)
+        self._relay = RelayCounters("requests", "errors", "retries", "aborted", "rejected", "events_dropped")
+        self._relay_restarts = 0
+        self._gauges: Mapping[str, Any] = {}
+
+    def observe(self, event: TurnEvent) -> None:
+        """Take an event of the relay. One that comes twice, or after its turn's finish, changes nothing."""
+        at = min(event.at, self._clock())
+        if isinstance(event, SessionEnded):
+            self._sessions.end(event.session)
+        elif isinstance(event, TurnStarted):
+            self._start(event, at)
+        elif isinstance(event, TurnFinished):
+            self._finish(event, at)
+        elif (turn := self._turns.open.get(event.turn)) is not None:
+            if isinstance(event, TurnSent):
+                turn.phase, turn.backend, turn.queue_ms, turn.ttft_ms = "prefill", event.backend, event.queue_ms, None
+            else:
+                turn.phase, turn.ttft_ms = "decoding", event.ttft_ms
+            if turn.session is not None:
+                turn.session.backend = turn.backend or turn.session.backend
+                self._sessions.touch(turn.session, at)
+
+    def sample(self, gauges: Mapping[str, Any]) -> None:
+        """Take the relay's gauges (FRAME_GAUGES), once a second; what is missing or cannot be is not known.
+
+        ``{"at", "backends": {id: {"healthy", "reason", "in_flight", "requests", "errors", "load": digest | None}},
+        "queue": {"pending", "in_flight", "oldest_ms", "waiting": [...]}, "counters": {...}, "rss_bytes",
+        "connections"}``.
+        """
+        now = self._clock()
+        self._gauges = _as_mapping(_finite(gauges))
+        self._relay.read(_as_mapping(self._gauges.get("counters")))
+        for backend, gauge in _as_mapping(self._gauges.get("backends")).items():
+            self._backends.figures(backend).counters.read(_as_mapping(gauge))
+        self._turns.forget_lost(now)
+        self._sessions.expire(now)
+        self._throughput.read(now, self._totals["completed"], self._totals["tokens_out"])
+        if not self._history or now // HISTORY_STEP_S != self._history[-1]["at"] // HISTORY_STEP_S:
+            self._history.append(self._history_point(now))
+
+    def relay_restarted(self) -> None:
+        """The relay died and another takes its place: its open turns are over, its counters start at zero."""
+        now = self._clock()
+        for name, turn in list(self._turns.open.items()):
+            waited_ms = max(0.0, now - turn.started.at) * 1000 if turn.queue_ms is None else turn.queue_ms
+            error = "the relay ended during this turn"
+            self._finish(TurnFinished(name, now, "cut", 0, turn.backend, waited_ms, turn.ttft_ms, error=error), now)
+        self._relay.restart()
+        self._backends.relay_restarted()
+        self._relay_restarts += 1
+        self._gauges = {}
+
+    def pins(self) -> dict[str, str]:
+        """Session → the backend that has its KV cache, for the table of a relay that starts."""
+        return {session.id: session.backend for session in self._sessions if session.backend is not None}
+
+    def snapshot(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend], strategy: str) -> StatsDocument:
+        """The /stats document of this moment.
+
+        ``records`` are the replicas' records as `serve` writes them (ReplicaRecord, as JSON); ``table`` is what the
+        relay routes by, so also backends without a record. What was measured of any other backend is forgotten.
+        """
+        now = self._clock()
+        sessions = collections.Counter(session.backend for session in self._sessions)
+        rows = self._backends.rows(records, table, _as_mapping(self._gauges.get("backends")), sessions)
+        listed = self._sessions.latest(LISTED_SESSIONS)
+        rates = self._throughput.rates(now, self._totals["completed"], self._totals["tokens_out"])
+        return StatsDocument(
+            snapshot_age_ms=0,
+            schema_version=SCHEMA_VERSION,
+            now=now,
+            uptime_seconds=round(max(0.0, now - self._started_at), 3),
+            strategy=strategy,
+            totals=dict(self._totals),
+            throughput={**rates, "history": list(self._history)},
+            models=_model_rows(rows),
+            backends=rows,
+            queue=self._queue(),
+            sessions={
+                "live": len(self._sessions),
+                "active": self._sessions.count_active(now),
+                "listed": len(listed),
+                "ended": self._sessions.ended,
+                "evicted": self._sessions.evicted,
+            },
+            clients=_client_rows(listed, self._turns.phases()),
+            recent_turns=[dict(row) for row in reversed(self._recent)],
+            pipeline=self._pipeline.document(),
+            relay={
+                **self._relay.sums,
+                "restarts": self._relay_restarts,
+                "sampled_at": self._gauges.get("at"),
+                "rss_bytes": self._gauges.get("rss_bytes"),
+                "connections": self._gauges.get("connections"),
+            },
+        )
+
+    def _start(self, event: TurnStarted, at: float) -> None:
+        if self._turns.knows(event.turn):
+            return
+        session = self._sessions.open(event, at)
+        gap_ms = session.think_time_ms(at) if session else None
+        pre_ms, unaccounted_ms = split_think_time(gap_ms, event.pre_ms, event.post_ms)
+        self._pipeline.add(pre=pre_ms, post=event.post_ms, unaccounted=unaccounted_ms)
+        if session is not None:
+            session.pre_ms = _plus(session.pre_ms, pre_ms)
+            session.post_ms = _plus(session.post_ms, event.post_ms)
+            session.unaccounted_ms = _plus(session.unaccounted_ms, unaccounted_ms)
+            self._sessions.touch(session, at)
+            previous = (row for row in reversed(self._recent) if row["session"] == session.id)
+            if event.post_ms is not None and (row := next(previous, None)) is not None:
+                row["post_ms"] = _rounded(event.post_ms)
+        self._turns.add(OpenTurn(event, session, pre_ms, unaccounted_ms))
+
+    def _finish(self, event: TurnFinished, at: float) -> None:
+        is_first, turn = self._turns.close(event.turn)
+        if not is_first:
+            return
+        self._totals["requests"] += 1
+        self._totals[_TOTAL_OF_OUTCOME[event.outcome]] += 1
+        self._totals["retries"] += event.retries
+        self._totals["tokens_in"] += event.prompt_tokens or 0
+        self._totals["tokens_out"] += event.completion_tokens or 0
+        self._totals["cached_tokens"] += event.cached_tokens or 0
+        self._pipeline.add(queue=event.queue_ms, ttft=event.ttft_ms, inference=event.inference_ms)
+        if event.outcome == "completed" and event.inference_ms is not None:
+            self._wait.add(event.queue_ms + event.inference_ms)
+        if event.backend is not None:
+            self._backends.figures(event.backend).finish(event)
+        if turn is not None and turn.session is not None:
+            turn.session.finish(event, at)
+            self._sessions.touch(turn.session, at)
+        self._recent.append(_turn_row(event, turn))
+
+    def _queue(self) -> dict[str, Any]:
+        queue = _as_mapping(self._gauges.get("queue"))
+        waiting = queue.get("waiting")
+        return {
+            **{name: queue.get(name) for name in ("pending", "in_flight", "oldest_ms")},
+            "waiting": waiting[:LISTED_WAITING] if isinstance(waiting, list) else [],
+        }
+
+    def _history_point(self, now: float) -> dict[str, Any]:
+        queue = _as_mapping(self._gauges.get("queue"))
+        return {
+            "at": now,
+            **self._throughput.rates(now, self._totals["completed"], self._totals["tokens_out"]),
+            "in_flight": queue.get("in_flight"),
+            "pending": queue.get("pending"),
+            "active_sessions": self._sessions.count_active(now),
+            "latency_ms": _percentiles(self._wait.read(), 50, 95),
+        }
 
 
 # =====================================================================================================================
