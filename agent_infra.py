@@ -40,7 +40,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeGuard, TypedDict
+from typing import Any, NoReturn, Protocol, TypedDict, TypeGuard
 
 __version__ = "0.1.0"
 __all__ = ["AgentInfraError", "Config", "ConnectionManager", "SessionContext", "attach", "load_config"]
@@ -661,7 +661,7 @@ def read_engine_load(engine: Engine, text: str) -> EngineLoad:
     for line in text.splitlines():
         name = re.split(r"[ {]", line, maxsplit=1)[0]
         if name in wanted:
-            value = _finite(line.rpartition(" ")[2])
+            value = _number(line.rpartition(" ")[2])
             if value is not None:
                 samples.setdefault(name, []).append((dict(_METRIC_LABEL.findall(line)), value))
     loads: dict[str, Any] = {}
@@ -674,7 +674,7 @@ def read_engine_load(engine: Engine, text: str) -> EngineLoad:
     return EngineLoad(**loads, kv_capacity_tokens=sum(caches) or None, is_sleeping=not all(awake) if awake else None)
 
 
-def _finite(text: str) -> float | None:
+def _number(text: str) -> float | None:
     with contextlib.suppress(ValueError):
         value = float(text)
         return value if math.isfinite(value) else None
@@ -1986,6 +1986,9 @@ class ReplicaRecord:
     gpu_ids: tuple[str, ...] = ()  # handed out to it (CUDA_VISIBLE_DEVICES)
 
 
+STOP_GRACE_S = 25.0  # that an engine has for its turns after SIGTERM; below Slurm's KillWait of 30 s
+
+
 @dataclass(frozen=True)
 class ServeSpec:
     """What `serve` is told, as JSON in <run directory>/specs/<replica>.json (0600)."""
@@ -1997,7 +2000,7 @@ class ServeSpec:
     bind_host: str = "127.0.0.1"
     gpu_ids: tuple[str, ...] = ()  # CUDA_VISIBLE_DEVICES; empty: left as it is
     job_id: str | None = None
-    stop_grace: float = 25.0  # s that the engine has to finish its turns after SIGTERM; below Slurm's KillWait
+    stop_grace: float = STOP_GRACE_S  # s that the engine has to finish its turns after SIGTERM; below Slurm's KillWait
     load_timeout: float = 3600.0  # s that the engine has to get ready
     hang_timeout: float = 120.0  # s without an answer to its health probe after which a ready engine is killed
     restart_backoff: float = 1.0  # s before the first restart; five times as long before each further one
@@ -2122,7 +2125,7 @@ class GpuSampler:
             return None
 
 
-def visible_gpus(spec: ServeSpec, environment: Mapping[str, str]) -> tuple[str, ...] | None:
+def sampled_gpus(spec: ServeSpec, environment: Mapping[str, str]) -> tuple[str, ...] | None:
     """The ids of the GPUs that a replica may use; None: all of the machine."""
     if not ENGINES[spec.model.engine].uses_gpus:
         return ()
@@ -2367,7 +2370,7 @@ class Replica:
         self._engine = ENGINES[spec.model.engine]
         self._directory = Path(spec.run_directory)
         self._log = self._directory / "logs" / f"{spec.replica}.log"
-        self._sampler = GpuSampler(visible_gpus(spec, os.environ))
+        self._sampler = GpuSampler(sampled_gpus(spec, os.environ))
         self._digest_lock = threading.Lock()  # one thread at a time asks the engine and NVML
         self._digest: dict[str, Any] = {}
         self._digest_at = -math.inf  # monotonic s
@@ -3802,7 +3805,9 @@ class Controller:
         self._heard_at = time.monotonic()
 
     def _snapshot(self) -> bytes:
-        return json.dumps(self._tracker.snapshot(self.discovery.records, self._config.proxy.strategy)).encode()
+        records = [dataclasses.asdict(record) for record in self.discovery.records]
+        table = [Backend(**row) for row in self._sent_table["backends"]]
+        return json.dumps(self._tracker.snapshot(records, table, self._config.proxy.strategy)).encode()
 
 
 def _log(paths: DeploymentPaths, text: str) -> None:
@@ -4160,7 +4165,7 @@ class ReplicaBoard:
         self._shown = lines
 
 
-class StopSignals:
+class OperatorSignals:
     """SIGINT, SIGTERM and SIGHUP as a flag to wait for; a second one ends turns in flight at once."""
 
     def __init__(self) -> None:
@@ -4195,10 +4200,13 @@ def _run_start(arguments: argparse.Namespace) -> int:
     models = deployment.select_models(arguments.model, arguments.replicas)
     if arguments.dry_run:
         for model in models:
-            command = ENGINES[model.engine].command(model, model.base_port)
-            _say(f"{model.replicas} × {shlex.join(command)}")
+            check_engine_args(model)
+            launch = Launch(
+                "127.0.0.1", model.base_port, "", sys.executable, os.path.abspath(__file__), "", STOP_GRACE_S
+            )
+            _say(f"{model.replicas} × {shlex.join(ENGINES[model.engine].argv(model, launch))}")
         return 0
-    signals = StopSignals()
+    signals = OperatorSignals()
     started = deployment.start(models)
     if arguments.detach:
         _say(f"started {', '.join(record.replica for record in started) or 'nothing'}; `status` shows how they do")
@@ -4223,7 +4231,7 @@ def _greet(controller: Controller, deployment: Deployment) -> None:
         _say("export OPENAI_API_KEY=...  # proxy.api_key of the configuration")
 
 
-def _attend(controller: Controller, signals: StopSignals) -> None:
+def _attend(controller: Controller, signals: OperatorSignals) -> None:
     """Wait until a signal comes, or the controller fails (then AgentInfraError)."""
     while not signals.came():
         if not controller.is_running:
@@ -4233,7 +4241,7 @@ def _attend(controller: Controller, signals: StopSignals) -> None:
 
 def _run_connect(arguments: argparse.Namespace) -> int:
     deployment = _deployment(arguments)
-    signals = StopSignals()
+    signals = OperatorSignals()
     deployment.claim("connect")
     try:
         controller = deployment.connect(arguments.log_format)
@@ -4249,7 +4257,7 @@ def _run_connect(arguments: argparse.Namespace) -> int:
 def _run_up(arguments: argparse.Namespace) -> int:
     deployment = _deployment(arguments)
     models = deployment.select_models(arguments.model, arguments.replicas)
-    signals = StopSignals()
+    signals = OperatorSignals()
     deployment.claim("up")
     try:
         controller = deployment.connect(arguments.log_format)
@@ -4279,7 +4287,7 @@ def _run_proxy(arguments: argparse.Namespace) -> int:
         cluster=ClusterConfig(name=f"proxy-{arguments.port}"),
     )
     paths = deployment_paths(config.cluster.name, os.environ)
-    lock, signals = DeploymentLock(paths), StopSignals()
+    lock, signals = DeploymentLock(paths), OperatorSignals()
     lock.acquire("proxy")
     keys = (client_key(config, paths), os.environ.get("AGENT_INFRA_BACKEND_KEY"))
     controller = Controller(config, paths, lambda: records, keys=keys, log_format=arguments.log_format)
@@ -4341,7 +4349,7 @@ def _show_status(status: Mapping[str, Any], clear: bool) -> None:
     if status["replicas"]:
         table = Table("replica", "model", "node", "state", "pid", box=None, header_style="bold", pad_edge=False)
         for row in status["replicas"]:
-            record = record_from_json(row)
+            record = record_from_json(json.dumps(row))
             colour = {"ready": "green", "failed": "red"}.get(record.state, "yellow")
             state = Text(describe_replica(record), style=colour)
             table.add_row(record.replica, record.model, record.node, state, str(record.pid))
@@ -4398,7 +4406,15 @@ def _run_serve(arguments: argparse.Namespace) -> int:
 
 
 def _run_llama_cpp(arguments: argparse.Namespace) -> int:
-    return run_llama_cpp(arguments)
+    return run_llama_cpp(
+        arguments.model_path,
+        arguments.name,
+        arguments.host,
+        arguments.port,
+        arguments.slots,
+        arguments.threads,
+        arguments.context_tokens,
+    )
 
 
 def _run_relay(arguments: argparse.Namespace) -> int:
@@ -4459,6 +4475,12 @@ def _add_roles(verbs: Any) -> None:
     serve_parser.add_argument("--run-dir", required=True)
     serve_parser.add_argument("--replica", required=True)
     serve_parser.set_defaults(run=_run_serve)
+    engine_parser = verbs.add_parser("llama-cpp")
+    for option in ("--model-path", "--name", "--host"):
+        engine_parser.add_argument(option, required=True)
+    for option in ("--port", "--slots", "--threads", "--context-tokens"):
+        engine_parser.add_argument(option, type=int, required=True)
+    engine_parser.set_defaults(run=_run_llama_cpp)
     relay_parser = verbs.add_parser("relay")
     relay_parser.add_argument("--socket", required=True)
     relay_parser.add_argument("--listener-fd", type=int, required=True)
