@@ -2719,12 +2719,20 @@ class DeploymentPaths:
 def state_home(environment: Mapping[str, str]) -> Path:
     """Where all deployments keep their state (XDG base directory specification)."""
     base = environment.get("XDG_STATE_HOME") or os.path.join(environment.get("HOME", "~"), ".local", "state")
-    return Path(base).expanduser() / "agent-infra"
+    return Path(base).expanduser().absolute() / "agent-infra"
+
+
+MAX_SOCKET_PATH_BYTES = 107  # Linux: sun_path, less the zero at its end
 
 
 def deployment_paths(name: str, environment: Mapping[str, str]) -> DeploymentPaths:
     """The deployment's directories, made 0700 where they are missing; RefusedError where that cannot be."""
     paths = DeploymentPaths(state_home(environment) / name)
+    if len(os.fsencode(paths.relay_socket)) > MAX_SOCKET_PATH_BYTES:
+        raise RefusedError(
+            f"the path {paths.relay_socket} is too long for a socket (at most {MAX_SOCKET_PATH_BYTES} bytes); "
+            "shorten cluster.name, or set XDG_STATE_HOME to a shorter path"
+        )
     try:
         for directory in (paths.root, paths.run / "specs", paths.run / "replicas", paths.run / "logs"):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -2954,7 +2962,7 @@ def resolve_model_path(model: ModelConfig, fetch_packaged: Callable[[], Path]) -
         raise RefusedError(f"{where}: {error}; write the path out") from error
     if model.engine == "llama_cpp":
         _check_gguf(where, path)
-    elif not path.exists():
+    elif not os.path.exists(path):  # unlike Path.exists, it never raises
         if model.model_path == PACKAGED_MODEL:
             raise RefusedError(f"{where} is the packaged model of llama_cpp; set engine: llama_cpp")
         if model.model_path.startswith(("/", ".", "~")):
@@ -2966,14 +2974,14 @@ def resolve_model_path(model: ModelConfig, fetch_packaged: Callable[[], Path]) -
 def _check_gguf(where: str, path: Path) -> None:
     """Raise RefusedError unless ``path`` is a readable GGUF file; llama.cpp itself says no more than "failed"."""
     choices = f"give the path of a GGUF file, or {PACKAGED_MODEL}"
-    if path.is_dir():
+    if os.path.isdir(path):
         raise RefusedError(f"{where} is a directory; {choices}")
-    if not path.exists():
-        raise RefusedError(f"{where} does not exist ({path}); {choices}")
     try:
         # A pipe would be waited for; no regular file ever is.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             magic = file.read(4)
+    except FileNotFoundError:
+        raise RefusedError(f"{where} does not exist ({path}); {choices}") from None
     except OSError as error:
         raise RefusedError(f"{where} cannot be read: {error.strerror}; make it readable, or {choices}") from error
     if magic != b"GGUF":
@@ -3134,11 +3142,17 @@ def _unpack_weights(scratch: Path, target: Path) -> None:
 # --- GPUs: who gets which. Pure but for list_gpus. -------------------------------------------------------------------
 
 
-def list_gpus() -> str:
+def list_gpus(environment: Mapping[str, str]) -> str:
     """What `nvidia-smi -L` prints; nothing where there is no driver, or no device that it can reach."""
     try:
         done = subprocess.run(
-            ["nvidia-smi", "-L"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, check=False
+            ["nvidia-smi", "-L"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+            env=environment,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
@@ -3245,6 +3259,7 @@ class LocalCluster:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def prepare(self, model: ModelConfig) -> ModelConfig:
+        check_engine_args(model)
         cache = model_cache(self._environment)
         fetch = functools.partial(fetch_packaged_model, cache, self._environment, self._report)
         return dataclasses.replace(model, model_path=resolve_model_path(model, fetch))
@@ -3339,7 +3354,7 @@ class LocalCluster:
         """GPUs for one replica; none (the variable is left alone) where it needs none or the machine has none."""
         if model.engine != "vllm" or "CUDA_VISIBLE_DEVICES" in model.env:
             return ()
-        pool = visible_gpus(list_gpus(), self._environment.get("CUDA_VISIBLE_DEVICES"))
+        pool = visible_gpus(list_gpus(self._environment), self._environment.get("CUDA_VISIBLE_DEVICES"))
         if not pool:
             return ()
         held: dict[str, str] = {}
@@ -3403,7 +3418,8 @@ class LocalCluster:
             leftover.unlink(missing_ok=True)
         self._paths.spec(replica).unlink(missing_ok=True)
         self._paths.record(replica).unlink(missing_ok=True)
-        self._children.pop(replica, None)
+        if child := self._children.pop(replica, None):
+            child.poll()
 
 
 def free_replica_id(model: str, taken: Iterable[str]) -> str:
