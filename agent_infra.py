@@ -2024,9 +2024,14 @@ _FETCH_FAILURES = (
         f"look which index pip is set to (`pip config list`), {_OTHER_WEIGHTS}",
     ),
     (
-        r"connection broken|Failed to (establish|fetch)|error sending request|timed out|No matching distribution",
+        r"connection broken|Failed to (establish|fetch)|error sending request|timed out",
         "no package index could be reached: check the network, the proxy variables and pip's index "
         f"(`pip config list`), {_OTHER_WEIGHTS}",
+    ),
+    (
+        r"No matching distribution",
+        "the package index does not have them: check which one pip is set to (`pip config list`), or whether it is "
+        f"told to stay offline, {_OTHER_WEIGHTS}",
     ),
 )
 
