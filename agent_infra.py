@@ -845,7 +845,7 @@ class Backend:
 # =====================================================================================================================
 
 # Frames on the Unix socket between controller and relay: one byte of kind, four bytes of length, the payload (JSON).
-FRAME_TABLE = b"T"  # controller → relay: {"settings": {...} | absent, "models": [name], "backends": [Backend], "pins"}
+FRAME_TABLE = b"T"  # controller → relay: {"settings": {...} | absent, "models": [name], "backends": [Backend], ...}
 FRAME_STATS = b"S"  # controller → relay: the finished bytes of GET /stats
 FRAME_HELLO = b"H"  # relay → controller, first of all: {"pid", "port", "started_at"}; carries the listening socket
 FRAME_EVENTS = b"E"  # relay → controller: a list of turn events (see Tracking), oldest first
@@ -1756,10 +1756,6 @@ class Tracker:
         self._backends.relay_restarted()
         self._relay_restarts += 1
         self._gauges = {}
-
-    def pins(self) -> dict[str, str]:
-        """Session → the backend that has its KV cache, for the table of a relay that starts."""
-        return {session.id: session.backend for session in self._sessions if session.backend is not None}
 
     def snapshot(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend], strategy: str) -> StatsDocument:
         """The /stats document of this moment.

@@ -1,9 +1,9 @@
-"""Hermetic tests: state, caches of the program and proxies of the machine never leak in; on CI nothing may be skipped."""
+"""Hermetic tests: neither the user's state nor the machine's proxies leak in, and on CI nothing may be skipped."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -23,8 +23,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Iterator[None]:  # a generator: pytest sends the report in and takes it back
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if os.environ.get("CI") == "true" and report.skipped and not item.get_closest_marker("slow"):
         report.outcome = "failed"

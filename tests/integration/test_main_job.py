@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from program import MODULE, Program, Running, is_listening, program, wait_for
 from weights import packaged_gguf
 
@@ -114,7 +114,7 @@ def test_turns_are_spread_as_the_strategy_says(tmp_path: Path, strategy: str) ->
         order = [app.chat("Hello", max_tokens=4)[1]["x-agent-infra-backend"] for _ in range(8)]
         assert set(order) == {"smollm2-1", "smollm2-2"}
         if strategy == "round_robin":
-            assert all(earlier != later for earlier, later in zip(order, order[1:], strict=False))
+            assert all(earlier != later for earlier, later in itertools.pairwise(order))
         assert up.end() == 0
 
 
@@ -129,7 +129,7 @@ def test_an_engine_killed_under_load_costs_no_turn(tmp_path: Path) -> None:
                 try:
                     answer, _ = app.chat(f"Agent {number} says hello", max_tokens=12)
                     outcomes["ok" if answer["choices"][0]["message"]["content"] else "empty"] += 1
-                except Exception as error:
+                except OSError as error:  # of urllib, whatever the proxy answers
                     outcomes[repr(error)] += 1
 
         agents = [threading.Thread(target=agent, args=(number,)) for number in range(8)]

@@ -180,7 +180,23 @@ def test_a_turn_that_outlives_its_session_is_counted(tracker: Tracker, clock: Cl
     tracker.observe(SessionEnded("s", clock.now))
     finish(tracker, clock, "t")
     assert stats(tracker)["totals"]["requests"] == 1
-    assert sessions(tracker) == {}
+    assert {name: row["state"] for name, row in sessions(tracker).items()} == {"s": "ended"}
+
+
+def test_an_ended_session_stays_to_be_looked_at_and_goes_on_where_it_was(tracker: Tracker, clock: Clock) -> None:
+    take_turn(tracker, clock, "t")
+    tracker.observe(SessionEnded("s", clock.now))
+    assert stats(tracker)["sessions"]["live"] == 0
+    assert (sessions(tracker)["s"]["state"], sessions(tracker)["s"]["turns"]) == ("ended", 1)
+    take_turn(tracker, clock, "u")
+    assert (sessions(tracker)["s"]["state"], sessions(tracker)["s"]["turns"]) == ("idle", 2)
+
+
+def test_of_the_ended_sessions_only_the_latest_are_kept(tracker: Tracker, clock: Clock) -> None:
+    for number in range(60):
+        take_turn(tracker, clock, f"t{number}", session=f"s{number}")
+        tracker.observe(SessionEnded(f"s{number}", clock.now))
+    assert list(sessions(tracker)) == [f"s{number}" for number in range(59, 9, -1)]
 
 
 def test_a_turn_without_session_is_counted_but_makes_no_session(tracker: Tracker, clock: Clock) -> None:
@@ -219,12 +235,6 @@ def test_sessions_are_grouped_by_client_and_a_client_may_name_its_command(tracke
         ("me", None, 1),
         ("host:41", "python agent.py", 2),
     ]
-
-
-def test_pins_are_the_backends_that_sessions_ran_on_last(tracker: Tracker, clock: Clock) -> None:
-    take_turn(tracker, clock, "t1")
-    start(tracker, clock, "t2", "new")
-    assert tracker.pins() == {"s": "b"}
 
 
 def test_a_retried_turn_is_on_the_backend_that_it_was_sent_to_last(tracker: Tracker, clock: Clock) -> None:

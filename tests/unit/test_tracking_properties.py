@@ -115,7 +115,7 @@ def test_totals_are_exact_and_never_fall_for_any_interleaving(steps: list[TurnEv
     rows = [row for client in tracker.snapshot([], [], "")["clients"] for row in client["sessions"]]
     assert all(row["unaccounted_ms"] is None or row["unaccounted_ms"] >= 0 for row in rows)
     if not model.open:
-        assert all(row["state"] == "idle" for row in rows)
+        assert all(row["state"] in ("idle", "ended") for row in rows)
 
 
 @given(events)
