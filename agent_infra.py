@@ -478,7 +478,6 @@ class Engine:
     environment: Callable[[Launch], dict[str, str]]
     check: Callable[[ModelConfig], None]  # raises RefusedError
     slots: Callable[[ModelConfig], int]  # turns that run at once; 0 = unknown
-    slots_in_log: re.Pattern[str] | None = None  # group 1: what the engine chose itself
     health_path: str = "/health"
     is_healthy: Callable[[int], bool] = lambda status: status == 200
     metrics: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # EngineLoad field → names, summed
@@ -503,7 +502,8 @@ def _option(words: Sequence[str], *names: str) -> int | None:
 
 # What `serve` itself decides, or what would put a secret on a command line.
 _VLLM_OWN_OPTIONS = ("--host", "--port", "--uds", "--api-key", "--served-model-name", "--root-path", "--ssl-certfile")
-# What vLLM 0.32 takes on GPUs below 70 GB and on A100; elsewhere it says in its log what it took.
+# vLLM's own default (0.32) on GPUs below 70 GB and on A100. Elsewhere it takes 1024 or 128 and does not say so; the
+# slots must be known, so it is told.
 _VLLM_DEFAULT_SLOTS = 256
 _VLLM_STOP_MARGIN_S = 5.0  # what its processes need to end after the last turn
 
@@ -520,7 +520,7 @@ def _vllm_argv(model: ModelConfig, launch: Launch) -> list[str]:
     # With the default of 0, SIGTERM ends streams cleanly in the middle of an answer: truncated, and looking complete.
     argv += ["--shutdown-timeout", str(shutdown_s)]
     argv += ["--enable-prompt-tokens-details", "--enable-force-include-usage"]
-    argv += ["--middleware", "agent_infra.EngineGuard"]
+    argv += ["--middleware", "agent_infra.EngineGuard", "--max-num-seqs", str(_VLLM_DEFAULT_SLOTS)]
     return [*argv, *model.engine_args]
 
 
@@ -530,7 +530,8 @@ def _vllm_environment(launch: Launch) -> dict[str, str]:
 
 
 def _vllm_slots(model: ModelConfig) -> int:
-    return _option(model.engine_args, "--max-num-seqs") or _VLLM_DEFAULT_SLOTS
+    engines = _option(model.engine_args, "--data-parallel-size", "-dp") or 1
+    return engines * (_option(model.engine_args, "--max-num-seqs") or _VLLM_DEFAULT_SLOTS)
 
 
 def _check_vllm(model: ModelConfig) -> None:
@@ -602,7 +603,6 @@ ENGINES: Mapping[str, Engine] = {
         environment=_vllm_environment,
         check=_check_vllm,
         slots=_vllm_slots,
-        slots_in_log=re.compile(r"Defaulting max_num_seqs to (\d+)"),
         metrics={
             "running": ("vllm:num_requests_running",),
             "waiting": ("vllm:num_requests_waiting",),
@@ -2078,8 +2078,8 @@ class GpuSampler:
         with contextlib.suppress(ImportError):
             import pynvml
 
-            # An old driver raises NVMLLibraryMismatchError, which is no NVMLError.
-            self._errors = (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError)
+            # With an old driver it raises NVMLLibraryMismatchError, which is no NVMLError; an old pynvml has none.
+            self._errors = (pynvml.NVMLError, getattr(pynvml, "NVMLLibraryMismatchError", pynvml.NVMLError))
             with contextlib.suppress(*self._errors):
                 pynvml.nvmlInit()
                 self._nvml = pynvml
@@ -2511,7 +2511,7 @@ class Replica:
             exit_code = process.exit_code()
             if exit_code is not None:
                 return classify_failure(process.log_tail(), exit_code)
-            self._read_log(process)
+            self._read_progress(process)
             if self._answers() and self._is_ours():
                 gpus = self._sampler.sample()
                 self._update(state="ready", ready_at=time.time(), progress=None, message=None, failure=None, gpus=gpus)
@@ -2521,14 +2521,8 @@ class Replica:
             self._signals.wait(LOAD_POLL_S)
         return None
 
-    def _read_log(self, process: EngineProcess) -> None:
-        """Take from the log how far loading is, and how many turns the engine chose to run at once."""
-        if self._engine.progress is None and self._engine.slots_in_log is None:
-            return
-        log = process.log_tail()
-        if self._engine.slots_in_log and (chosen := self._engine.slots_in_log.search(log)):
-            self._update(slots=int(chosen[1]))
-        if self._engine.progress and (steps := self._engine.progress.findall(log)):
+    def _read_progress(self, process: EngineProcess) -> None:
+        if self._engine.progress and (steps := self._engine.progress.findall(process.log_tail())):
             self._update(progress="/".join(steps[-1]))
 
     def _stand_by(self, process: EngineProcess) -> ReplicaFailure | None:

@@ -54,6 +54,12 @@ def engine_pids(directory: Path) -> list[int]:
     return found
 
 
+def children(pid: int) -> list[int]:
+    """The processes that ``pid`` has started and that still run."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in listed if agent_infra.process_stamp(int(child))]
+
+
 class Served:
     """One `serve` process in its own session; owns it."""
 
