@@ -980,6 +980,7 @@ RECENT_TURNS = 100
 HISTORY_POINTS = 300
 HISTORY_STEP_S = 2.0
 LISTED_SESSIONS = 200  # in /stats: those heard of last
+LISTED_ENDED = 50  # beside those, of the sessions that are over
 LISTED_WAITING = 50
 RECENT_S = 300.0  # what "recent" means for percentiles, shares and active sessions
 RATE_S = 60.0  # what rates are taken over
@@ -1215,12 +1216,16 @@ def split_think_time(
 
 
 class SessionTable:
-    """The live sessions, the one heard of last at the end; at most ``max_live``, none idle for ``idle_s`` or more."""
+    """The live sessions, the one heard of last at the end; at most ``max_live``, none idle for ``idle_s`` or more.
+
+    Of those that are over, the LISTED_ENDED latest are kept for people to look at.
+    """
 
     def __init__(self, max_live: int, idle_s: float) -> None:
         self._max_live = max_live
         self._idle_s = idle_s
         self._live: collections.OrderedDict[str, Session] = collections.OrderedDict()
+        self._over: collections.OrderedDict[str, Session] = collections.OrderedDict()
         self.ended = 0  # by the agent or by idleness
         self.evicted = 0  # for want of room
 
@@ -1239,7 +1244,9 @@ class SessionTable:
             return None
         session = self._live.get(event.session)
         if session is None:
-            session = Session(event.session, event.task, event.client, event.model, at)
+            session = self._over.pop(event.session, None) or Session(
+                event.session, event.task, event.client, event.model, at
+            )
             self._live[session.id] = session
             if len(self._live) > self._max_live:
                 self._live.popitem(last=False)
@@ -1255,9 +1262,13 @@ class SessionTable:
             self._live.move_to_end(session.id)
 
     def end(self, name: str) -> None:
-        """The agent says that this session is over."""
-        if self._live.pop(name, None) is not None:
+        """This session is over; it goes on where it was if the agent takes it up again soon."""
+        session = self._live.pop(name, None)
+        if session is not None:
             self.ended += 1
+            self._over[name] = session
+            if len(self._over) > LISTED_ENDED:
+                self._over.popitem(last=False)
 
     def expire(self, now: float) -> None:
         """End the sessions that are idle for too long."""
@@ -1266,8 +1277,12 @@ class SessionTable:
             self.end(session.id)
 
     def latest(self, limit: int) -> list[Session]:
-        """The sessions heard of last, latest first."""
+        """The live sessions heard of last, latest first."""
         return list(itertools.islice(reversed(self._live.values()), limit))
+
+    def latest_ended(self) -> list[Session]:
+        """The sessions that ended last, latest first."""
+        return list(reversed(self._over.values()))
 
     def count_active(self, now: float) -> int:
         """How many sessions have a turn in flight or were heard of in the last RECENT_S seconds."""
@@ -1492,13 +1507,14 @@ def _turn_row(event: TurnFinished, turn: OpenTurn | None) -> dict[str, Any]:
     }
 
 
-def _client_rows(sessions: Iterable[Session], phases: Mapping[str, str]) -> list[dict[str, Any]]:
+def _client_rows(live: Sequence[Session], ended: Sequence[Session], phases: Mapping[str, str]) -> list[dict[str, Any]]:
     """Sessions by client, in their order. What a client calls itself is ``id`` or ``id command…``."""
     rows: dict[str | None, dict[str, Any]] = {}
-    for session in sessions:
+    states = [phases.get(session.id, "idle") for session in live] + ["ended"] * len(ended)
+    for session, state in zip((*live, *ended), states, strict=True):
         name, _, command = (session.client or "").strip().partition(" ")
         row = rows.setdefault(session.client, {"id": name or None, "command": command.strip() or None, "sessions": []})
-        row["sessions"].append(_session_row(session, phases.get(session.id, "idle")))
+        row["sessions"].append(_session_row(session, state))
     return list(rows.values())
 
 
@@ -1508,11 +1524,11 @@ def _session_row(session: Session, state: str) -> dict[str, Any]:
         "task": session.task,
         "model": session.model,
         "backend": session.backend,
-        "state": state,  # idle | waiting | prefill | decoding
+        "state": state,  # idle | waiting | prefill | decoding | ended
         "turns": session.turns,
         "errors": session.errors,
         "last_seen": session.last_seen,
-        "idle_since": session.last_end if state == "idle" else None,
+        "idle_since": session.last_end if state in ("idle", "ended") else None,
         "pre_ms": _rounded(session.pre_ms),
         "wait_ms": _rounded(session.wait_ms),
         "inference_ms": _rounded(session.inference_ms),
@@ -1774,7 +1790,7 @@ class Tracker:
                 "ended": self._sessions.ended,
                 "evicted": self._sessions.evicted,
             },
-            clients=_client_rows(listed, self._turns.phases()),
+            clients=_client_rows(listed, self._sessions.latest_ended(), self._turns.phases()),
             recent_turns=[dict(row) for row in reversed(self._recent)],
             pipeline=self._pipeline.document(),
             relay={

@@ -37,7 +37,9 @@ def test_a_session_without_an_id_gets_a_fresh_one_and_no_task() -> None:
 
 
 def test_a_client_without_an_id_is_its_process_and_command() -> None:
-    code = "import os, agent_infra; print(os.getpid()); print(agent_infra.SessionContext().get_headers()['X-Client-ID'])"
+    code = (
+        "import os, agent_infra; print(os.getpid()); print(agent_infra.SessionContext().get_headers()['X-Client-ID'])"
+    )
     pid, client_id = run_python(code).splitlines()
     assert re.fullmatch(rf"[^ @]+@[^ ]+:{pid} -c", client_id)
 
@@ -206,7 +208,17 @@ def test_the_client_module_is_importable_by_its_name() -> None:
 
 
 def test_importing_the_library_loads_nothing_heavy() -> None:
-    heavy = {"gevent", "flask", "paramiko", "asyncio", "sqlite3", "yaml", "marshmallow", "urllib.request", "http.server"}
+    heavy = {
+        "gevent",
+        "flask",
+        "paramiko",
+        "asyncio",
+        "sqlite3",
+        "yaml",
+        "marshmallow",
+        "urllib.request",
+        "http.server",
+    }
     code = f"import sys, agent_infra; print(sorted({heavy!r} & set(sys.modules)))"
     assert run_python(code).strip() == "[]"
 
