@@ -2138,7 +2138,7 @@ class GpuSampler:
             return None
 
 
-def sampled_gpus(spec: ServeSpec, environment: Mapping[str, str]) -> tuple[str, ...] | None:
+def visible_gpus(spec: ServeSpec, environment: Mapping[str, str]) -> tuple[str, ...] | None:
     """The ids of the GPUs that a replica may use; None: all of the machine."""
     if not ENGINES[spec.model.engine].uses_gpus:
         return ()
@@ -2383,7 +2383,7 @@ class Replica:
         self._engine = ENGINES[spec.model.engine]
         self._directory = Path(spec.run_directory)
         self._log = self._directory / "logs" / f"{spec.replica}.log"
-        self._sampler = GpuSampler(sampled_gpus(spec, os.environ))
+        self._sampler = GpuSampler(visible_gpus(spec, os.environ))
         self._digest_lock = threading.Lock()  # one thread at a time asks the engine and NVML
         self._digest: dict[str, Any] = {}
         self._digest_at = -math.inf  # monotonic s
@@ -2729,17 +2729,9 @@ def state_home(environment: Mapping[str, str]) -> Path:
     return Path(base).expanduser().absolute() / "agent-infra"
 
 
-MAX_SOCKET_PATH_BYTES = 107  # Linux: sun_path, less the zero at its end
-
-
 def deployment_paths(name: str, environment: Mapping[str, str]) -> DeploymentPaths:
     """The deployment's directories, made 0700 where they are missing; RefusedError where that cannot be."""
     paths = DeploymentPaths(state_home(environment) / name)
-    if len(os.fsencode(paths.relay_socket)) > MAX_SOCKET_PATH_BYTES:
-        raise RefusedError(
-            f"the path {paths.relay_socket} is too long for a socket (at most {MAX_SOCKET_PATH_BYTES} bytes); "
-            "shorten cluster.name, or set XDG_STATE_HOME to a shorter path"
-        )
     try:
         for directory in (paths.root, paths.run / "specs", paths.run / "replicas", paths.run / "logs"):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)

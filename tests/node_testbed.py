@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import agent_infra
 
 KEY = "replica-key-of-the-tests"
-MODULE = Path(__file__).parent / "testbed" / "roles.py"  # agent_infra.__file__, once its command line has the verbs
+MODULE = Path(agent_infra.__file__)
 # A server that any Python runs: OpenAI's chat path, /health, and what its environment and argv say.
 STDLIB_ENGINE = Path(__file__).parent / "testbed" / "stdlib_engine.py"
 Found = TypeVar("Found")
