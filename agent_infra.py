@@ -3856,7 +3856,8 @@ class Controller:
     def _snapshot(self) -> bytes:
         records = [dataclasses.asdict(record) for record in self.discovery.records]
         table = [Backend(**row) for row in self._sent_table["backends"]]
-        return json.dumps(self._tracker.snapshot(records, table, self._config.proxy.strategy)).encode()
+        document = self._tracker.snapshot(records, table, self._config.proxy.strategy)
+        return json.dumps(document, separators=(",", ":")).encode()  # without blanks: the relay puts the age in
 
 
 def _log(paths: DeploymentPaths, text: str) -> None:
