@@ -53,7 +53,8 @@ def engine_pid(app: Program, replica: str) -> int:
 @pytest.mark.parametrize("options", [[], ["--stream"]], ids=["plain", "streaming"])
 def test_the_quickstart_holds_ten_turns_and_stats_follow_them(app: Program, options: list[str]) -> None:
     up = bring_up(app)
-    environment = {**app.environment, "OPENAI_BASE_URL": f"http://127.0.0.1:{app.port}/v1"}
+    environment = {**app.environment, "PYTHONPATH": str(MODULE.parent)}
+    environment["OPENAI_BASE_URL"] = f"http://127.0.0.1:{app.port}/v1"
     command = [sys.executable, str(EXAMPLES / "quickstart.py"), *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
