@@ -1,13 +1,14 @@
 """A scriptable engine for tests: a real process with a real socket that does on request what real engines do.
 
-Run it: ``python tests/fake_engine.py [--port N] [--slots N]`` prints its port and serves until it is killed.  What one
-request shall do stands in its body, under ``"fake"``; what all of them shall do is set by ``POST /fake`` with the same keys:
+Run it: ``python tests/fake_engine.py [--port N]`` prints its port and serves until it is killed.  What one request
+shall do stands in its body, under ``"fake"``; what all of them shall do is set by ``POST /fake`` with the same keys:
 
 ``tokens`` (3), ``delay`` (s before the answer), ``gap`` (s between events), ``hang`` (never answer), ``status`` (answer
 with it), ``retry_after``, ``usage`` (stream it even if nobody asked), ``finish_reason``, ``die`` (kill the process:
-"before" the answer, or after that many events), ``cut`` (close the connection, likewise), ``no_done``, ``close`` (after the
-answer, with or without saying so: "silently"), ``size`` (bytes of content), ``framing`` ("length", "close", "chunked"),
-``split`` (send the answer in pieces of so many bytes), ``health`` (status of /health), ``load`` (the /load digest).
+"before" the answer, in its "middle", or after that many events), ``cut`` (close the connection, likewise),
+``no_done``, ``close`` (after the answer, with or without saying so: "silently"), ``size`` (bytes of content),
+``framing`` ("length", "close", "chunked"), ``split`` (send the answer in pieces of so many bytes), ``health`` (status
+of /health), ``load`` (the /load digest).
 
 ``GET /fake`` tells what it saw: requests, aborted (whose client left first), running, the heads and the last body.
 """
@@ -29,7 +30,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-class ClientLeft(Exception):
+class ClientLeftError(Exception):
     """The client closed its connection before its answer was complete."""
 
 
@@ -57,7 +58,7 @@ class Connection:
         self.split = 0
 
     def serve(self) -> None:
-        with contextlib.suppress(OSError, ClientLeft), self.sock:
+        with contextlib.suppress(OSError, ClientLeftError), self.sock:
             while self.serve_one():
                 pass
 
@@ -102,7 +103,7 @@ class Connection:
                 engine.body = body[:100_000].decode("utf-8", "replace")
             try:
                 return self.infer(path, body)
-            except (OSError, ClientLeft):
+            except (OSError, ClientLeftError):
                 with engine.lock:
                     engine.aborted += 1
                 raise
@@ -126,7 +127,7 @@ class Connection:
             extra = {"retry-after": str(how["retry_after"])} if "retry_after" in how else {}
             self.send_json(how["status"], {"error": {"message": "as asked", "type": "fake"}}, extra)
         elif document.get("stream"):
-            self.stream(path, document, how)
+            self.stream(document, how)
         else:
             self.send_json(200, self.completion(path, document, how), framing=how.get("framing", "length"), how=how)
         return "close" not in how and how.get("framing") != "close"
@@ -160,7 +161,7 @@ class Connection:
             "prompt_tokens_details": details,
         }
 
-    def stream(self, path: str, document: Mapping[str, Any], how: Mapping[str, Any]) -> None:
+    def stream(self, document: Mapping[str, Any], how: Mapping[str, Any]) -> None:
         framing = how.get("framing", "chunked")
         head = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
         head += "transfer-encoding: chunked\r\n" if framing == "chunked" else ""
@@ -236,7 +237,7 @@ class Connection:
     def pause(self, seconds: float) -> None:
         """Wait, but notice at once when the client leaves, as real engines do."""
         if seconds > 0 and select.select([self.sock], [], [], seconds)[0] and not self.sock.recv(1, socket.MSG_PEEK):
-            raise ClientLeft
+            raise ClientLeftError
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The controller's side of the relay, for tests: starts the real process as the controller does and speaks its protocol."""
+"""The controller's side of the relay, for tests: starts the real process as the controller does, speaks its protocol."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from agent_infra import (
     FRAME_EVENTS,
@@ -32,10 +32,11 @@ from agent_infra import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+T = TypeVar("T")
 KEY = "test-key-of-the-proxy"
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 5.0, what: str = "it") -> Any:
+def wait_until(condition: Callable[[], T], seconds: float = 5.0, what: str = "it") -> T:
     """The first true value of ``condition``; AssertionError when there is none in time."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -112,11 +113,12 @@ class Controller:
 
     def finished(self, count: int = 1, seconds: float = 5.0) -> list[dict[str, Any]]:
         """The TurnFinished events, once there are at least ``count``."""
-        return wait_until(
-            lambda: (found := [e for e in self.events if e["kind"] == "finished"]) and len(found) >= count and found,
-            seconds,
-            f"the end of {count} turns",
-        )  # type: ignore[no-any-return]
+
+        def found() -> list[dict[str, Any]]:
+            ends = [event for event in list(self.events) if event["kind"] == "finished"]
+            return ends if len(ends) >= count else []
+
+        return wait_until(found, seconds, f"the end of {count} turns")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -165,7 +167,9 @@ class RelayProcess:
                 return Controller(self.path)
             return None
 
-        controller: Controller = wait_until(attempt, 10.0, "the relay's control socket")
+        controller = wait_until(attempt, 20.0, "the relay's control socket")
+        if controller is None:
+            raise AssertionError
         self._controllers.append(controller)
         return controller
 

@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
-
-from agent_infra import SessionEnded, TurnAnswering, TurnFinished, TurnSent, TurnStarted
 from fake_engine import FakeEngine
 from relay_harness import KEY, Client, RelayProcess, backend, wait_until
+
+from agent_infra import SessionEnded, TurnAnswering, TurnFinished, TurnSent, TurnStarted
 
 
 @pytest.fixture
@@ -166,7 +167,12 @@ def test_the_replica_gets_its_own_key_and_no_hop_by_hop_header(client: Client, e
 
 def test_every_event_is_one_of_tracking(client: Client, relay: RelayProcess) -> None:
     client.chat({"X-Session-ID": "s", "X-Task-ID": "t", "X-Timing-Pre-Ms": "12.5", "X-Session-End": "true"})
-    kinds = {"started": TurnStarted, "sent": TurnSent, "answering": TurnAnswering, "finished": TurnFinished}
+    kinds: dict[str, Any] = {
+        "started": TurnStarted,
+        "sent": TurnSent,
+        "answering": TurnAnswering,
+        "finished": TurnFinished,
+    }
     kinds["session_ended"] = SessionEnded
     wait_until(lambda: len(relay.controller.events) == 5)
     events = [msgspec.convert(event, kinds[event["kind"]]) for event in relay.controller.events]
