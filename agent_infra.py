@@ -5314,7 +5314,7 @@ class Admission:
                 self.pending -= 1
 
     def _wait_for_slot(self, turn: Turn, client: ClientConnection, timeout_s: float) -> LiveReplica:
-        since = turn.arrived
+        since, was_loading = turn.arrived, False
         try:
             while turn.replica is None:
                 if client.gone:
@@ -5322,14 +5322,15 @@ class Admission:
                 outlook, now = self.outlook(turn.model, turn.route), time.monotonic()
                 if outlook == "nothing":
                     raise RequestError(503, f"no replica of {turn.model} is there to answer", retry_after_s=1)
-                if outlook == "loading":
-                    since = now
+                if outlook == "loading" or was_loading:
+                    since, was_loading = now, outlook == "loading"
                 if now >= since + timeout_s:
                     raise RequestError(503, f"no slot came free within {timeout_s:g} s", retry_after_s=1)
                 client.deadline = since + timeout_s
                 client.park()
             return turn.replica
         finally:
+            turn.queue_ms = (time.monotonic() - turn.arrived) * 1000.0
             client.deadline = math.inf
 
 
@@ -5744,6 +5745,7 @@ class Relay:
         self.pools = {}
         for replica in self.replicas.values():
             self.pools.setdefault(replica.backend.model, []).append(replica)
+        self.admission.sweep()
         if table.get("settings") and self._accept_watcher is None and not self.is_stopping:
             self._accept_watcher = self.reactor.watch_reads(self.listener, self._accept)
 

@@ -1,4 +1,4 @@
-"""The controller's side of the relay, for tests: starts the real process as the controller does, speaks its protocol."""
+"""The controller's side of the relay, for tests: starts the process as the controller does, speaks its protocol."""
 
 from __future__ import annotations
 
@@ -292,17 +292,18 @@ class Client:
         return Answer(status, headers, body, complete)
 
     def _read_chunks(self) -> tuple[bytes, bool]:
-        body = b""
+        body = bytearray()
         while True:
             while b"\r\n" not in self.buffer:
                 if not self._more():
-                    return body, False
+                    return bytes(body), False
             line, _, self.buffer = self.buffer.partition(b"\r\n")
             size = int(line, 16)
             while len(self.buffer) < size + 2:
                 if not self._more():
-                    return body, False
+                    return bytes(body), False
             assert self.buffer[size : size + 2] == b"\r\n"
-            body, self.buffer = body + self.buffer[:size], self.buffer[size + 2 :]
+            body += self.buffer[:size]
+            self.buffer = self.buffer[size + 2 :]
             if not size:
-                return body, True
+                return bytes(body), True

@@ -192,13 +192,7 @@ def test_tokens_of_a_stream_without_usage_are_estimated(client: Client, relay: R
 
 def test_gauges_come_and_count(client: Client, relay: RelayProcess) -> None:
     client.chat()
-    gauges = wait_until(
-        lambda: (
-            relay.controller.gauges
-            and relay.controller.gauges[-1]["counters"]["requests"]
-            and relay.controller.gauges[-1]
-        )
-    )
+    gauges = wait_until(lambda: [g for g in relay.controller.gauges if g["counters"]["requests"]])[0]
     assert gauges["backends"]["r1"]["requests"] == 1
     assert gauges["backends"]["r1"]["in_flight"] == 0
     assert 0 < gauges["rss_bytes"] < 60 << 20
@@ -207,7 +201,7 @@ def test_gauges_come_and_count(client: Client, relay: RelayProcess) -> None:
 # The app.
 
 
-def test_the_documents_are_served(client: Client, relay: RelayProcess) -> None:
+def test_the_documents_are_served(client: Client) -> None:
     assert client.get("/health").json() == {"status": "ok", "models": {"m": {"ready": 1}}}
     assert "/v1/chat/completions" in client.get("/").json()["inference"]
     assert client.get("/queue/status").json()["pending"] == 0
@@ -266,9 +260,8 @@ def test_the_newest_controller_wins(relay: RelayProcess) -> None:
     assert relay.controller.is_closed.wait(5)
 
 
-def test_a_killed_relays_successor_refuses_no_connection(
-    client: Client, relay: RelayProcess, engine: FakeEngine
-) -> None:
+def test_a_killed_relays_successor_refuses_no_connection(relay: RelayProcess, engine: FakeEngine) -> None:
+    relay.controller.send_table([backend(1, engine.port)])
     relay.process.kill()
     relay.process.wait(5)
     with Client(relay.port) as waiting:
@@ -373,7 +366,8 @@ def test_a_key_is_not_asked_of_the_same_user(client: Client) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_another_user_needs_the_key_for_everything_but_health(client: Client, relay: RelayProcess) -> None:
+def test_another_user_needs_the_key_for_everything_but_health(relay: RelayProcess, engine: FakeEngine) -> None:
+    relay.controller.send_table([backend(1, engine.port)])
     uid, read_end, write_end = 65534, *os.pipe()
     child = os.fork()
     if child == 0:
