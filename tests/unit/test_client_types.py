@@ -1,4 +1,4 @@
-"""What type checkers see of the installed library: the stubs agree with the code, and a user's file is checked by them."""
+"""What type checkers see of the installed library: the stubs agree with the code, and check a user's file."""
 
 import ast
 import os
@@ -25,9 +25,9 @@ def signatures(path: Path) -> dict[str, str]:
     """The functions and annotated fields of a module's top level and its classes, without their defaults."""
     found = {}
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    classes = [("", tree), *((f"{item.name}.", item) for item in tree.body if isinstance(item, ast.ClassDef))]
-    for prefix, body in classes:
-        for item in body.body:
+    bodies = {"": tree.body} | {f"{item.name}.": item.body for item in tree.body if isinstance(item, ast.ClassDef)}
+    for prefix, body in bodies.items():
+        for item in body:
             if isinstance(item, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 item.args.defaults = [ast.Constant(...) for _ in item.args.defaults]
                 item.args.kw_defaults = [default and ast.Constant(...) for default in item.args.kw_defaults]
