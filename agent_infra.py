@@ -6973,21 +6973,28 @@ class _AttachedSession(SessionContext):
         key = client.api_key or None  # empty where the client asks a function for it
         super().__init__(session_id, task_id, client_id, headers, base_url=str(client.base_url), api_key=key)
         self._client = weakref.ref(client)  # weak, as the client holds the hooks: no cycle keeps its sockets open
-        self._headers_before = client._custom_headers
         self._origin = _origin_of(client.base_url)
+        self._headers_before: Mapping[str, Any] = {}
         self._turn = 0
         self._sent: dict[str, str] = {}  # timings of the latest turn; the SDK's retry of it sends them again
-        client._custom_headers = {**client._custom_headers, **self._identity}
-        is_async = hasattr(client._client, "aclose")
-        hooks = client._client.event_hooks  # changed in place only: another thread may be going through them
-        hooks["request"].append(self._before_request_async if is_async else self._before_request)
-        hooks["response"].append(self._after_head_async if is_async else self._after_head)
 
     def close(self) -> None:
         client = self._client()
         if client is not None:
             self.detach(client._client)
         super().close()
+
+    def install(self, client: Any) -> None:
+        """Put the headers on ``client`` and the hooks on its HTTP client, in the place of sessions that were there."""
+        hooks = client._client.event_hooks  # changed in place only: another thread may be going through them
+        for earlier in [getattr(hook, "__self__", None) for hook in hooks["request"]]:
+            if isinstance(earlier, _AttachedSession) and earlier._is_replaced_by(client, self.session_id):
+                earlier.detach(client._client)
+        self._headers_before = client._custom_headers
+        client._custom_headers = {**client._custom_headers, **self._identity}
+        is_async = hasattr(client._client, "aclose")
+        hooks["request"].append(self._before_request_async if is_async else self._before_request)
+        hooks["response"].append(self._after_head_async if is_async else self._after_head)
 
     def detach(self, http_client: Any) -> None:
         """Take the hooks off ``http_client`` and the headers off the client; harmless when they are off already."""
@@ -6999,7 +7006,7 @@ class _AttachedSession(SessionContext):
         if client is not None and was_attached:
             client._custom_headers = self._headers_before
 
-    def is_replaced_by(self, client: Any, session_id: str | None) -> bool:
+    def _is_replaced_by(self, client: Any, session_id: str) -> bool:
         """Whether attaching ``session_id`` to ``client``, on the same HTTP client, leaves nothing for this session."""
         return self._client() in (None, client) or self.session_id == session_id
 
@@ -7071,20 +7078,16 @@ def attach(
 
     Raises ClientError where the client is of another kind.
     """
-    http_client = getattr(client, "_client", None)
-    hooks = getattr(http_client, "event_hooks", None)
+    hooks = getattr(getattr(client, "_client", None), "event_hooks", None)
     if not isinstance(hooks, dict) or not isinstance(getattr(client, "_custom_headers", None), Mapping):
         kind = f"{type(client).__module__}.{type(client).__qualname__}"
         raise ClientError(
             f"attach() knows openai.OpenAI and openai.AsyncOpenAI of SDK 2 and 3, and {kind} is built differently; "
             "send SessionContext().get_headers() as extra_headers with each request instead"
         )
-    if session_id is not None:
-        _checked_header("session_id", session_id)  # a refusal leaves the client as it was
-    for earlier in [getattr(hook, "__self__", None) for hook in hooks["request"]]:
-        if isinstance(earlier, _AttachedSession) and earlier.is_replaced_by(client, session_id):
-            earlier.detach(http_client)
-    return _AttachedSession(client, session_id, task_id, client_id, headers)
+    session = _AttachedSession(client, session_id, task_id, client_id, headers)
+    session.install(client)
+    return session
 
 
 # `from agent_infra.client import SessionContext` works the way `os` makes `os.path` importable; a class's home is here.
