@@ -15,7 +15,6 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import difflib
 import errno
 import fcntl
 import functools
@@ -394,6 +393,8 @@ def _describe_errors(messages: Any, path: str, kind: type | None) -> Iterator[st
 
 def _nearest_key(path: str, kind: type | None) -> str:
     """``; did you mean strategy?`` for a key that nearly is one of ``kind``, else the list of its keys."""
+    import difflib
+
     names = [item.name for item in dataclasses.fields(kind or Config)]
     near = difflib.get_close_matches(path.rpartition(".")[2], names, n=1)
     return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(sorted(names))}"
@@ -1658,38 +1659,32 @@ MAX_FIGURE = 1e12  # of a time, a duration or a count off the wire; so no sum ev
 MAX_TEXT = 512  # characters kept of an id or a message off the wire (excerpts have their own bound, in the relay)
 
 
-def _is_figure(value: Any) -> bool:
+MAX_DURATION_MS = 2.0**30  # 12 days; whatever took longer is counted in the highest bucket
+HIGHEST_BUCKET = histogram_bucket(MAX_DURATION_MS)
+_BUCKETS = {str(bucket): bucket for bucket in range(histogram_bucket(0.0), HIGHEST_BUCKET + 1)}  # as JSON names them
+
+
+def _is_figure(value: Any) -> TypeGuard[float]:
     """A finite number that a time, a duration or a count can be; NaN fails the comparison."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_FIGURE
+    return type(value) in (int, float) and 0 <= value <= MAX_FIGURE
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and _is_figure(value)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_bucket_counts(value: Any) -> bool:
-    """What ``gaps`` is in JSON: histogram bucket, as a string → count."""
-    if not isinstance(value, dict) or len(value) > 1000:
-        return False
-    return all(re.fullmatch(r"-?[0-9]{1,3}", key) and _is_count(count) for key, count in value.items())
+    return type(value) is int and 0 <= value <= MAX_FIGURE
 
 
 _EVENT_KINDS: Mapping[str, type[TurnEvent]] = {
     event.kind: event for event in (TurnStarted, TurnSent, TurnAnswering, TurnFinished, SessionEnded)
 }
-_EVENT_CHECKS: Mapping[str, Callable[[Any], bool]] = {
-    "str": _is_text,
-    "bool": lambda value: isinstance(value, bool),
-    "int": _is_count,
-    "float": _is_figure,
-    "Mapping[str, int]": _is_bucket_counts,
+_JSON_TYPES: Mapping[str, tuple[type, ...]] = {
+    "str": (str,),
+    "bool": (bool,),
+    "int": (int,),
+    "float": (int, float),
+    "Mapping[str, int]": (dict,),
 }
-_EVENT_FIELDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
-    kind: {item.name: _EVENT_CHECKS[str(item.type).removesuffix(" | None")] for item in dataclasses.fields(event)}
+_EVENT_FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
+    kind: {item.name: _JSON_TYPES[str(item.type).removesuffix(" | None")] for item in dataclasses.fields(event)}
     for kind, event in _EVENT_KINDS.items()
 }
 _REQUIRED_FIELDS: Mapping[str, frozenset[str]] = {
@@ -1711,19 +1706,25 @@ def event_from_json(data: object) -> TurnEvent | None:
     kind = data.get("kind") if isinstance(data, dict) else None
     if not isinstance(data, dict) or not isinstance(kind, str) or kind not in _EVENT_KINDS:
         return None
-    checks = _EVENT_FIELDS[kind]
-    values = {name: value for name, value in data.items() if name in checks and checks[name](value)}
+    fields = _EVENT_FIELDS[kind]
+    values: dict[str, Any] = {}
+    # One flat loop, without a call a field: this runs for every field of every event of every turn.
+    for name, value in data.items():
+        value_type = type(value)
+        if value_type not in fields.get(name, ()):
+            continue
+        if value_type is str:
+            values[name] = value if len(value) <= MAX_TEXT or name in ("prompt", "answer") else value[:MAX_TEXT]
+        elif value_type is dict:
+            if all(bucket in _BUCKETS and _is_count(count) for bucket, count in value.items()):
+                values[name] = value
+        elif 0 <= value <= MAX_FIGURE:
+            values[name] = value
     if not _REQUIRED_FIELDS[kind] <= values.keys():
         return None
-    for name, value in values.items():
-        if isinstance(value, str) and len(value) > MAX_TEXT and name not in ("prompt", "answer"):
-            values[name] = value[:MAX_TEXT]
     if kind == TurnFinished.kind and values["outcome"] not in TURN_OUTCOMES:
         values["outcome"] = "error"
     return _EVENT_KINDS[kind](**values)
-
-
-HIGHEST_BUCKET = 30 * BUCKETS_PER_OCTAVE  # 12 days and more
 
 
 class Histogram:
@@ -1738,15 +1739,18 @@ class Histogram:
 
     def add(self, ms: float, count: int = 1) -> None:
         """Count a finite duration ``count`` times."""
-        bucket = min(histogram_bucket(ms), HIGHEST_BUCKET)
+        bucket = histogram_bucket(ms) if ms < MAX_DURATION_MS else HIGHEST_BUCKET
         self._buckets[bucket] = self._buckets.get(bucket, 0) + count
         self.count += count
         self.sum_ms += ms * count
 
     def add_buckets(self, counts: Mapping[str, int]) -> None:
         """Count what another process has put into buckets; each duration is taken for the middle of its bucket."""
-        for bucket, count in counts.items():
-            self.add(_bucket_middle(min(int(bucket), HIGHEST_BUCKET)), count)
+        for name, count in counts.items():
+            bucket = _BUCKETS[name]
+            self._buckets[bucket] = self._buckets.get(bucket, 0) + count
+            self.count += count
+            self.sum_ms += _bucket_middle(bucket) * count
 
     def merge(self, other: Histogram) -> None:
         """Count everything that ``other`` has counted."""
@@ -1782,32 +1786,27 @@ class RecentHistogram:
     def __init__(self, clock: Callable[[], float], window_s: float = RECENT_S) -> None:
         self._clock = clock
         self._slice_s = window_s / self._SLICES
-        self._slices: list[tuple[int, Histogram]] = []  # (slice number, its durations), oldest first
-        self._merged = Histogram()  # of all slices: so that reading costs no merge
+        self._number = 0  # of the slice that is being filled
+        self._slice = Histogram()
+        self._older: list[tuple[int, Histogram]] = []  # (slice number, its durations)
 
-    def add(self, ms: float) -> None:
-        """Count a duration that ended now."""
-        merged = self.read()
-        merged.add(ms)
-        self._slices[-1][1].add(ms)
-
-    def add_buckets(self, counts: Mapping[str, int]) -> None:
-        """``Histogram.add_buckets``, for now."""
-        merged = self.read()
-        merged.add_buckets(counts)
-        self._slices[-1][1].add_buckets(counts)
+    def slice(self) -> Histogram:
+        """What to add a duration to that ends now."""
+        number = int(self._clock() // self._slice_s)
+        if number != self._number:
+            # Slices of the future go too: the clock was set back.
+            ended = [*self._older, (self._number, self._slice)]
+            self._older = [entry for entry in ended if number - self._SLICES < entry[0] < number]
+            self._number, self._slice = number, Histogram()
+        return self._slice
 
     def read(self) -> Histogram:
-        """What was counted lately; the caller must not change it."""
-        number = int(self._clock() // self._slice_s)
-        if not self._slices or self._slices[-1][0] != number:
-            # Slices of the future go too: the clock was set back.
-            kept = [entry for entry in self._slices if number - self._SLICES < entry[0] < number]
-            self._slices = [*kept, (number, Histogram())]
-            self._merged = Histogram()
-            for _, durations in kept:
-                self._merged.merge(durations)
-        return self._merged
+        """Everything that was added lately."""
+        merged = Histogram()
+        merged.merge(self.slice())
+        for _, durations in self._older:
+            merged.merge(durations)
+        return merged
 
 
 def _rounded(ms: float | None) -> float | None:
@@ -1837,7 +1836,8 @@ class Session:
     turns: int = 0  # finished, whatever became of them
     errors: int = 0
     open_turns: int = 0
-    last_end: float | None = None  # s since the epoch: when its last turn finished
+    last_turn: str = ""  # the one that finished last
+    last_end: float | None = None  # s since the epoch: when that was
     pre_ms: float | None = None
     wait_ms: float | None = None
     inference_ms: float | None = None
@@ -1858,7 +1858,7 @@ class Session:
         """Add what a finished turn says."""
         self.turns += 1
         self.errors += event.outcome in ("error", "cut")
-        self.last_end = max(at, self.last_end or at)
+        self.last_turn, self.last_end = event.turn, max(at, self.last_end or at)
         self.backend = event.backend or self.backend
         self.wait_ms = _plus(self.wait_ms, event.queue_ms)
         self.inference_ms = _plus(self.inference_ms, event.inference_ms)
@@ -1959,7 +1959,7 @@ class SessionTable:
 
 @dataclass(slots=True)
 class OpenTurn:
-    """A turn that has not finished."""
+    """What is known of a turn before it has finished."""
 
     started: TurnStarted
     session: Session | None
@@ -1969,6 +1969,7 @@ class OpenTurn:
     backend: str | None = None
     queue_ms: float | None = None
     ttft_ms: float | None = None
+    post_ms: float | None = None  # comes with the session's next turn
 
 
 class TurnLedger:
@@ -2033,14 +2034,14 @@ class Pipeline:
         """Add durations by part; None is "not known" and leaves no trace."""
         for part, ms in durations_ms.items():
             if ms is not None:
-                self._parts[part].add(ms)
+                self._parts[part].slice().add(ms)
 
     def document(self) -> dict[str, dict[str, float | None]]:
         """``{part: {mean_ms, p50_ms, p95_ms, share}}``; share is 0 to 1, and None for ttft and without traffic."""
-        total_ms = sum(self._parts[part].read().sum_ms for part in self.SHARED)
+        recent = {part: durations.read() for part, durations in self._parts.items()}
+        total_ms = sum(recent[part].sum_ms for part in self.SHARED)
         document: dict[str, dict[str, float | None]] = {}
-        for part, recent in self._parts.items():
-            durations = recent.read()
+        for part, durations in recent.items():
             shared = part in self.SHARED and total_ms > 0
             document[part] = {
                 "mean_ms": _rounded(durations.mean_ms),
@@ -2108,11 +2109,11 @@ class BackendFigures:
     def finish(self, event: TurnFinished) -> None:
         """Add a turn that this backend ended."""
         if event.outcome == "completed" and event.inference_ms is not None:
-            self.latency.add(event.inference_ms)
+            self.latency.slice().add(event.inference_ms)
         if event.ttft_ms is not None:
-            self.ttft.add(event.ttft_ms)
+            self.ttft.slice().add(event.ttft_ms)
         if event.gaps:
-            self.gap.add_buckets(event.gaps)
+            self.gap.slice().add_buckets(event.gaps)
 
 
 _TOTAL_OF_OUTCOME = {
@@ -2142,7 +2143,7 @@ def _finite(value: Any) -> Any:
 
 
 def _turn_row(event: TurnFinished, turn: OpenTurn | None) -> dict[str, Any]:
-    """A finished turn as it stands in recent_turns; its ``post_ms`` comes with the session's next turn."""
+    """A finished turn as it stands in recent_turns."""
     started = turn.started if turn else None
     return {
         "turn": event.turn,
@@ -2162,7 +2163,7 @@ def _turn_row(event: TurnFinished, turn: OpenTurn | None) -> dict[str, Any]:
         "queue_ms": _rounded(event.queue_ms),
         "ttft_ms": _rounded(event.ttft_ms),
         "inference_ms": _rounded(event.inference_ms),
-        "post_ms": None,
+        "post_ms": _rounded(turn.post_ms) if turn else None,
         "unaccounted_ms": _rounded(turn.unaccounted_ms) if turn else None,
         "prompt_tokens": event.prompt_tokens,
         "completion_tokens": event.completion_tokens,
@@ -2367,7 +2368,7 @@ class Tracker:
         self._sessions = SessionTable(max_sessions, session_idle_s)
         self._turns = TurnLedger()
         self._totals = dict.fromkeys(_TOTALS, 0)
-        self._recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=RECENT_TURNS)
+        self._recent: collections.OrderedDict[str, tuple[TurnFinished, OpenTurn | None]] = collections.OrderedDict()
         self._pipeline = Pipeline(clock)
         self._wait = RecentHistogram(clock, RATE_S)  # queue and inference of completed turns: what an agent waits
         self._throughput = Throughput()
@@ -2455,7 +2456,7 @@ class Tracker:
                 "evicted": self._sessions.evicted,
             },
             clients=_client_rows(listed, self._sessions.latest_ended(), self._turns.phases()),
-            recent_turns=[dict(row) for row in reversed(self._recent)],
+            recent_turns=[_turn_row(event, turn) for event, turn in reversed(self._recent.values())],
             pipeline=self._pipeline.document(),
             relay={
                 **self._relay.sums,
@@ -2478,9 +2479,9 @@ class Tracker:
             session.post_ms = _plus(session.post_ms, event.post_ms)
             session.unaccounted_ms = _plus(session.unaccounted_ms, unaccounted_ms)
             self._sessions.touch(session, at)
-            previous = (row for row in reversed(self._recent) if row["session"] == session.id)
-            if event.post_ms is not None and (row := next(previous, None)) is not None:
-                row["post_ms"] = _rounded(event.post_ms)
+            _, previous = self._recent.get(session.last_turn, (None, None))
+            if previous is not None and event.post_ms is not None:
+                previous.post_ms = event.post_ms
         self._turns.add(OpenTurn(event, session, pre_ms, unaccounted_ms))
 
     def _finish(self, event: TurnFinished, at: float) -> None:
@@ -2495,13 +2496,15 @@ class Tracker:
         self._totals["cached_tokens"] += event.cached_tokens or 0
         self._pipeline.add(queue=event.queue_ms, ttft=event.ttft_ms, inference=event.inference_ms)
         if event.outcome == "completed" and event.inference_ms is not None:
-            self._wait.add(event.queue_ms + event.inference_ms)
+            self._wait.slice().add(event.queue_ms + event.inference_ms)
         if event.backend is not None:
             self._backends.figures(event.backend).finish(event)
         if turn is not None and turn.session is not None:
             turn.session.finish(event, at)
             self._sessions.touch(turn.session, at)
-        self._recent.append(_turn_row(event, turn))
+        self._recent[event.turn] = event, turn
+        if len(self._recent) > RECENT_TURNS:
+            self._recent.popitem(last=False)
 
     def _queue(self) -> dict[str, Any]:
         queue = _as_mapping(self._gauges.get("queue"))
@@ -6497,7 +6500,13 @@ class DeploymentLock:
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "verb": verb}).encode(), 0)
         self._file = descriptor
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this object has the lock."""
+        return self._file is not None
+
     def release(self) -> None:
+        """Give the lock back, if it is held."""
         if self._file is not None:
             os.ftruncate(self._file, 0)
             os.close(self._file)
@@ -6633,7 +6642,7 @@ class Deployment:
         Raises AgentInfraError when something still runs at the end.
         """
         records = [r for r in self.cluster.replicas() if r.state in LIVE_STATES]
-        ended = [] if self.controller is not None else self._end_controller(now)
+        ended = [] if self._lock.is_held else self._end_controller(now)
         if self.controller is not None:
             ended.append("proxy")
         self.disconnect(0.0 if now else DRAIN_S)
