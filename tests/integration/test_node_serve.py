@@ -21,7 +21,7 @@ import pytest
 
 import agent_infra
 from agent_infra import ModelConfig, answer_challenge, process_stamp, reserve_port
-from tests.node_testbed import KEY, STDLIB_ENGINE, Served, children, engine_pids, wait_for
+from node_testbed import KEY, STDLIB_ENGINE, Served, children, engine_pids, wait_for
 
 PYENV = Path("/root/.pyenv/versions")
 Serve = Callable[..., Served]
