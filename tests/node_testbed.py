@@ -17,15 +17,10 @@ from typing import Any, TypeVar
 import agent_infra
 
 KEY = "replica-key-of-the-tests"
-MODULE = Path(__file__).parent / "testbed" / "roles.py"  # agent_infra.__file__, once its command line has the verbs
+MODULE = Path(agent_infra.__file__)
 # A server that any Python runs: OpenAI's chat path, /health, and what its environment and argv say.
 STDLIB_ENGINE = Path(__file__).parent / "testbed" / "stdlib_engine.py"
 Found = TypeVar("Found")
-
-
-def serve_command(run_directory: Path, replica: str, python: tuple[str, ...]) -> list[str]:
-    """The command line that runs `serve`."""
-    return [*python, str(MODULE), "serve", "--run-dir", str(run_directory), "--replica", replica]
 
 
 def wait_for(what: Callable[[], Found], deadline_s: float = 60.0) -> Found:
@@ -83,7 +78,7 @@ class Served:
         (directory / "specs" / f"{replica}.json").write_text(json.dumps(dataclasses.asdict(written)))
         with open(directory / "serve.out", "ab") as output:
             self.process = subprocess.Popen(
-                serve_command(directory, replica, python),
+                [*python, str(MODULE), "serve", "--run-dir", str(directory), "--replica", replica],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
