@@ -776,9 +776,13 @@ FAILURE_SIGNS = (
     ),
     FailureSign(
         "bad_argument",
-        r"greater than the derived max_model_len|must be divisible by tensor parallel|No module named"
-        r"|validation errors? for \w*Config",
-        "correct this key of the model's configuration; a module that is missing must be installed where `serve` runs",
+        r"greater than the derived max_model_len|must be divisible by tensor parallel|validation errors? for \w*Config",
+        "correct this key of the model's configuration",
+    ),
+    FailureSign(
+        "bad_argument",
+        r"No module named",
+        "install it for the Python that runs the engine, named first in the log (vllm: pip install 'agent-infra[gpu]')",
     ),
     FailureSign("node_failure", "", "the engine was built for another processor; install one built for it", -4),
     FailureSign(
@@ -787,7 +791,7 @@ FAILURE_SIGNS = (
 )
 
 # Starting again as it is cannot mend these, unless the replica had been ready before.
-HOPELESS_FAILURES = ("model_not_found", "gated_model", "quota", "bad_argument")
+HOPELESS_FAILURES = ("model_not_found", "gated_model", "quota", "bad_argument", "timed_out")
 
 
 def classify_failure(log: str, exit_code: int | None) -> ReplicaFailure:
