@@ -784,9 +784,13 @@ FAILURE_SIGNS = (
     ),
     FailureSign(
         "bad_argument",
-        r"greater than the derived max_model_len|must be divisible by tensor parallel|No module named"
-        r"|validation errors? for \w*Config",
-        "correct this key of the model's configuration; a module that is missing must be installed where `serve` runs",
+        r"greater than the derived max_model_len|must be divisible by tensor parallel|validation errors? for \w*Config",
+        "correct this key of the model's configuration",
+    ),
+    FailureSign(
+        "bad_argument",
+        r"No module named",
+        "install it for the Python that runs the engine, named first in the log (vllm: pip install 'agent-infra[gpu]')",
     ),
     FailureSign("node_failure", "", "the engine was built for another processor; install one built for it", -4),
     FailureSign(
@@ -795,7 +799,7 @@ FAILURE_SIGNS = (
 )
 
 # Starting again as it is cannot mend these, unless the replica had been ready before.
-HOPELESS_FAILURES = ("model_not_found", "gated_model", "quota", "bad_argument")
+HOPELESS_FAILURES = ("model_not_found", "gated_model", "quota", "bad_argument", "timed_out")
 
 
 def classify_failure(log: str, exit_code: int | None) -> ReplicaFailure:
@@ -2736,6 +2740,39 @@ def http_get(host: str, port: int, path: str, key: str | None = None) -> tuple[i
         connection.close()
 
 
+@dataclass(frozen=True)
+class EngineClient:
+    """Asks one running engine about itself; every question has a deadline."""
+
+    engine: Engine
+    host: str
+    port: int
+    key: str
+
+    def answers(self) -> bool:
+        """Whether its health probe says that it serves."""
+        return self.engine.is_healthy(self._get(self.engine.health_path)[0])
+
+    def is_ours(self) -> bool:
+        """Whether the server on the port knows the key, where its kind can show that it does."""
+        if not self.engine.is_guarded:
+            return True
+        nonce = os.urandom(16).hex()
+        status, body = self._get(f"{CHALLENGE_PATH}?nonce={nonce}")
+        return status == 200 and answer_challenge(self.key, nonce).encode() in body
+
+    def load(self) -> EngineLoad | None:
+        """Its own figures; None where it does not tell or does not answer."""
+        if not self.engine.metrics:
+            return None
+        status, body = self._get(METRICS_PATH, self.key)
+        return read_engine_load(self.engine, body.decode("utf-8", "replace")) if status == 200 else None
+
+    def _get(self, path: str, key: str | None = None) -> tuple[int, bytes]:
+        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host  # noqa: S104 (a comparison)
+        return http_get(host, self.port, path, key)
+
+
 class GpuSampler:
     """Samples the GPUs named by CUDA_VISIBLE_DEVICES' kind of ids; no driver or no pynvml means no GPUs.
 
@@ -2809,7 +2846,7 @@ class GpuSampler:
             return None
 
 
-def visible_gpus(spec: ServeSpec, environment: Mapping[str, str]) -> tuple[str, ...] | None:
+def sampled_gpus(spec: ServeSpec, environment: Mapping[str, str]) -> tuple[str, ...] | None:
     """The ids of the GPUs that a replica may use; None: all of the machine."""
     if not ENGINES[spec.model.engine].uses_gpus:
         return ()
@@ -2896,11 +2933,15 @@ class Watcher:
 
     def announce(self) -> None:
         """Name the calling process as the engine; runs in the engine's process before it becomes the engine."""
-        os.write(self._write_end, b"%d\n" % os.getpid())
+        self._say(os.getpid())
 
     def forget(self) -> None:
         """No engine runs any more: its number may soon be another's."""
-        os.write(self._write_end, b"0\n")
+        self._say(0)
+
+    def _say(self, group: int) -> None:
+        with contextlib.suppress(BrokenPipeError):  # somebody killed the watcher; the replica serves without it
+            os.write(self._write_end, b"%d\n" % group)
 
     def close(self) -> None:
         os.close(self._write_end)
@@ -2956,13 +2997,17 @@ class StopSignals:
         self._terminations += number != signal.SIGUSR1
 
 
+def _open_log(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+
 class EngineProcess:
     """One run of an engine: its process group and the part of the log that this run wrote."""
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str], log: Path, watcher: Watcher) -> None:
         """Start it; OSError when its program cannot be started."""
         self._log, self._watcher = log, watcher
-        with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
+        with open(_open_log(log), "ab") as output:
             self._log_start = output.seek(0, os.SEEK_END)
             self._process = subprocess.Popen(
                 argv,
@@ -3054,7 +3099,8 @@ class Replica:
         self._engine = ENGINES[spec.model.engine]
         self._directory = Path(spec.run_directory)
         self._log = self._directory / "logs" / f"{spec.replica}.log"
-        self._sampler = GpuSampler(visible_gpus(spec, os.environ))
+        self._client: EngineClient | None = None  # of the engine that runs
+        self._sampler = GpuSampler(sampled_gpus(spec, {**os.environ, **spec.model.env}))
         self._digest_lock = threading.Lock()  # one thread at a time asks the engine and NVML
         self._digest: dict[str, Any] = {}
         self._digest_at = -math.inf  # monotonic s
@@ -3097,7 +3143,7 @@ class Replica:
         if self._digest_lock.acquire(timeout=PROBE_TIMEOUT_S):
             try:
                 if time.monotonic() - self._digest_at > DIGEST_MAX_AGE_S:
-                    load = self._read_load() or EngineLoad()
+                    load = (self._client.load() if self._client else None) or EngineLoad()
                     gpus = [dataclasses.asdict(gpu) for gpu in self._sampler.sample()]
                     self._digest = {**dataclasses.asdict(load), "gpus": gpus, "at": time.time()}
                     self._digest_at = time.monotonic()
@@ -3157,15 +3203,17 @@ class Replica:
         except OSError as error:
             hint = "give the program's full path in command, or install it on this node"
             return ReplicaFailure("bad_argument", f"{argv[0]} cannot be started: {error.strerror}", hint)
+        client = self._client = EngineClient(self._engine, spec.bind_host, port, self._key)
         try:
             self._update(state="loading", port=port)
-            failure = self._load(process)
+            failure = self._load(process, client)
             if failure is None and not self._signals.is_asked:
-                failure = self._stand_by(process)
+                failure = self._stand_by(process, client)
             if failure is None:
-                self._end(process)
+                self._end(process, client)
             return failure
         finally:
+            self._client = None
             process.kill()
 
     def _base_environment(self) -> dict[str, str]:
@@ -3175,7 +3223,7 @@ class Replica:
             environment.update(CUDA_VISIBLE_DEVICES=",".join(self._spec.gpu_ids), CUDA_DEVICE_ORDER="PCI_BUS_ID")
         return environment
 
-    def _load(self, process: EngineProcess) -> ReplicaFailure | None:
+    def _load(self, process: EngineProcess, client: EngineClient) -> ReplicaFailure | None:
         """Wait until the engine is ready; None then, and when told to stop."""
         deadline = time.monotonic() + self._spec.load_timeout
         while not self._signals.is_asked:
@@ -3183,7 +3231,7 @@ class Replica:
             if exit_code is not None:
                 return classify_failure(process.log_tail(), exit_code)
             self._read_progress(process)
-            if self._answers() and self._is_ours():
+            if client.answers() and client.is_ours():
                 gpus = self._sampler.sample()
                 self._update(state="ready", ready_at=time.time(), progress=None, message=None, failure=None, gpus=gpus)
                 return None
@@ -3196,14 +3244,14 @@ class Replica:
         if self._engine.progress and (steps := self._engine.progress.findall(process.log_tail())):
             self._update(progress="/".join(steps[-1]))
 
-    def _stand_by(self, process: EngineProcess) -> ReplicaFailure | None:
+    def _stand_by(self, process: EngineProcess, client: EngineClient) -> ReplicaFailure | None:
         """Watch a ready engine until it fails; None when told to stop."""
         answered_at = time.monotonic()
         while not self._signals.is_asked:
             exit_code = process.exit_code()
             if exit_code is not None:
                 return classify_failure(process.log_tail(), exit_code)
-            if self._answers():
+            if client.answers():
                 answered_at = time.monotonic()
             elif time.monotonic() - answered_at > self._spec.hang_timeout:
                 line = f"alive, but no answer to GET {self._engine.health_path} for {self._spec.hang_timeout:g} s"
@@ -3211,7 +3259,7 @@ class Replica:
             self._signals.wait(min(HEALTH_POLL_S, self._spec.hang_timeout / 4))
         return None
 
-    def _end(self, process: EngineProcess) -> None:
+    def _end(self, process: EngineProcess, client: EngineClient) -> None:
         """Let the engine finish its turns, then end it; all within stop_grace, at once when told again."""
         deadline = time.monotonic() + self._spec.stop_grace
         was_ready = self._record.state == "ready"
@@ -3219,7 +3267,7 @@ class Replica:
         drained_by = deadline - min(END_MARGIN_S, self._spec.stop_grace / 2)
         idle_since: float | None = None
         while was_ready and self._engine.metrics and time.monotonic() < drained_by and self._may_wait(process):
-            load = self._read_load()
+            load = client.load()
             if load is None or load.running or load.waiting:
                 idle_since = None
             elif idle_since is None:
@@ -3241,29 +3289,6 @@ class Replica:
             self._signals.wait(left)
         return self._signals.is_asked
 
-    def _get(self, path: str, key: str | None = None) -> tuple[int, bytes]:
-        """Ask the engine, by loopback where it listens there too."""
-        host = "127.0.0.1" if self._spec.bind_host == "0.0.0.0" else self._spec.bind_host  # noqa: S104 (a comparison)
-        return http_get(host, self._record.port or 0, path, key)
-
-    def _answers(self) -> bool:
-        return self._engine.is_healthy(self._get(self._engine.health_path)[0])
-
-    def _is_ours(self) -> bool:
-        """Whether the server on the port knows the key, where the engine can show that it does."""
-        if not self._engine.is_guarded:
-            return True
-        nonce = os.urandom(16).hex()
-        status, body = self._get(f"{CHALLENGE_PATH}?nonce={nonce}")
-        return status == 200 and answer_challenge(self._key, nonce).encode() in body
-
-    def _read_load(self) -> EngineLoad | None:
-        """The engine's own figures; None where it does not tell or does not answer."""
-        if not self._engine.metrics or self._record.port is None:
-            return None
-        status, body = self._get(METRICS_PATH, self._key)
-        return read_engine_load(self._engine, body.decode("utf-8", "replace")) if status == 200 else None
-
     def _update(self, **changes: Any) -> None:
         record = dataclasses.replace(self._record, **changes)
         path = self._directory / "replicas" / f"{record.replica}.json"
@@ -3274,7 +3299,7 @@ class Replica:
     def _note(self, line: str) -> None:
         """A line of our own in the replica's log."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with open(os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as file:
+        with open(_open_log(self._log), "a", encoding="utf-8") as file:
             file.write(f"{stamp} agent-infra: {line}\n")
 
 
@@ -3334,6 +3359,7 @@ def run_llama_cpp(
     parameters.cpuparams.n_threads = threads or max(1, len(os.sched_getaffinity(0)) // 2)
     parameters.cpuparams_batch.n_threads = parameters.cpuparams.n_threads
     parameters.endpoint_metrics = parameters.endpoint_slots = parameters.endpoint_props = True
+    parameters.n_threads_http = slots + 64  # each waiting turn holds one, and the health probe needs one too
     parameters.cache_ram_mib = 256  # its default of 8192 is a laptop's whole memory
     parameters.sse_ping_interval = 1  # its end waits for the next ping of every live stream
     parameters.fit_params, parameters.ui, parameters.offline = False, False, True

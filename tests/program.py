@@ -111,7 +111,6 @@ class Running:
             self.lines.append(self._queue.get() or "")
         return code
 
-
     def close(self) -> None:
         """Make sure that the process is gone, and close its pipe."""
         self.process.kill()

@@ -1,4 +1,4 @@
-"""The controller's side of the relay, for tests: starts the real process as the controller does, speaks its protocol."""
+"""The controller's side of the relay, for tests: starts the real process as the controller does, and speaks to it."""
 
 from __future__ import annotations
 
