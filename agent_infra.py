@@ -6409,6 +6409,13 @@ class Controller:
     def is_running(self) -> bool:
         return self._thread.is_alive()
 
+    def refresh(self, deadline_s: float = 5.0) -> None:
+        """Look at the replicas now, and return once the relay was told what is to be seen."""
+        self.discovery.look()
+        deadline = time.monotonic() + deadline_s
+        while self._sent_table != self._table() and self.is_running and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     def stop(self, grace_s: float = DRAIN_S) -> None:
         """Let turns in flight end (``grace_s`` at most), end the relay and the threads. Safe to call again."""
         if self._thread.is_alive() and grace_s > 0:
@@ -6442,9 +6449,7 @@ class Controller:
 
     def _exchange(self, timeout: float) -> None:
         """Send the table if it changed, take in what the relay says."""
-        table = replica_table(
-            [model.name for model in self._config.models], self.discovery.records, self._replica_key, self._drained
-        )
+        table = self._table()
         if table != self._sent_table:
             first = {"settings": self._settings} if self._sent_table is None else {}
             self.relay.send(FRAME_TABLE, json.dumps({**first, **table}).encode())
@@ -6454,6 +6459,10 @@ class Controller:
             self._take(kind, json.loads(payload))
         if time.monotonic() - self._heard_at > RELAY_SILENCE_S:
             raise RelayGoneError(f"the relay (pid {self.relay.pid}) said nothing for {RELAY_SILENCE_S:g} s")
+
+    def _table(self) -> Any:
+        models = [model.name for model in self._config.models]
+        return replica_table(models, self.discovery.records, self._replica_key, self._drained)
 
     def _take(self, kind: bytes, message: Any) -> None:
         """One frame of the relay."""
@@ -6630,8 +6639,8 @@ class Deployment:
         """Start the controller and its relay; needs claim(). RefusedError when the port is taken."""
         keys = (client_key(self.config, self.paths), self.cluster.replica_key())
         controller = Controller(self.config, self.paths, self.cluster.replicas, keys=keys, log_format=log_format)
-        controller.start()
         self.controller = controller
+        controller.start()
         return controller
 
     def disconnect(self, grace_s: float) -> None:
@@ -7250,6 +7259,7 @@ def _run_connect(arguments: argparse.Namespace) -> int:
     try:
         controller = deployment.connect(arguments.log_format)
         signals.on_second = controller.relay.terminate
+        controller.refresh()
         _greet(controller, deployment)
         _attend(controller, signals)
         _say("finishing the turns in flight (again to end at once); the replicas stay, `stop` ends them")
@@ -7270,6 +7280,7 @@ def _run_up(arguments: argparse.Namespace) -> int:
         with ReplicaBoard() as board:
             deployment.wait_ready(board.show, signals.came)
         if not signals.came():
+            controller.refresh()
             _greet(controller, deployment)
             _say("Ctrl-C stops it all")
             _attend(controller, signals)
