@@ -3091,6 +3091,31 @@ class Telemetry:
         request.wfile.write(body)
 
 
+class LoadSampler:
+    """The figures of the engine and of its GPUs, at most half a second old while the engine answers."""
+
+    def __init__(self, gpus: GpuSampler) -> None:
+        self.client: EngineClient | None = None  # of the engine that runs; set by the main thread
+        self._gpus = gpus
+        self._lock = threading.Lock()  # one thread at a time asks the engine and NVML
+        self._sampled: dict[str, Any] = {}
+        self._sampled_at = -math.inf  # monotonic s
+
+    def sample(self) -> Mapping[str, Any]:
+        """The fields of EngineLoad, ``gpus`` and ``at``; the last ones when the engine takes too long now."""
+        if self._lock.acquire(timeout=PROBE_TIMEOUT_S):
+            try:
+                if time.monotonic() - self._sampled_at > DIGEST_MAX_AGE_S:
+                    client = self.client
+                    load = (client.load() if client else None) or EngineLoad()
+                    gpus = [dataclasses.asdict(gpu) for gpu in self._gpus.sample()]
+                    self._sampled = {**dataclasses.asdict(load), "gpus": gpus, "at": time.time()}
+                    self._sampled_at = time.monotonic()
+            finally:
+                self._lock.release()
+        return self._sampled
+
+
 class Replica:
     """Keeps one engine running until told to stop, and its record true. The main thread owns all but ``digest``."""
 
@@ -3099,11 +3124,8 @@ class Replica:
         self._engine = ENGINES[spec.model.engine]
         self._directory = Path(spec.run_directory)
         self._log = self._directory / "logs" / f"{spec.replica}.log"
-        self._client: EngineClient | None = None  # of the engine that runs
-        self._sampler = GpuSampler(sampled_gpus(spec, {**os.environ, **spec.model.env}))
-        self._digest_lock = threading.Lock()  # one thread at a time asks the engine and NVML
-        self._digest: dict[str, Any] = {}
-        self._digest_at = -math.inf  # monotonic s
+        self._gpus = GpuSampler(sampled_gpus(spec, {**os.environ, **spec.model.env}))
+        self._load_sampler = LoadSampler(self._gpus)
         self._record = ReplicaRecord(
             replica=spec.replica,
             model=spec.model.name,
@@ -3116,7 +3138,7 @@ class Replica:
             job_id=spec.job_id,
             started_at=time.time(),
             slots=self._engine.slots(spec.model),
-            gpus=self._sampler.sample(),
+            gpus=self._gpus.sample(),
             gpu_ids=spec.gpu_ids,
         )
 
@@ -3130,7 +3152,7 @@ class Replica:
             failure = ReplicaFailure("unknown", str(error), "mend it, and start the replica again")
         finally:
             telemetry.close()
-            self._sampler.close()
+            self._gpus.close()
         if failure is None:
             self._update(state="stopped", message=None, failure=None, port=None, telemetry_port=None)
             return 0
@@ -3139,17 +3161,8 @@ class Replica:
         return 1
 
     def digest(self) -> Mapping[str, Any]:
-        """The body of ``GET /load``, at most half a second old while the engine answers; called by any thread."""
-        if self._digest_lock.acquire(timeout=PROBE_TIMEOUT_S):
-            try:
-                if time.monotonic() - self._digest_at > DIGEST_MAX_AGE_S:
-                    load = (self._client.load() if self._client else None) or EngineLoad()
-                    gpus = [dataclasses.asdict(gpu) for gpu in self._sampler.sample()]
-                    self._digest = {**dataclasses.asdict(load), "gpus": gpus, "at": time.time()}
-                    self._digest_at = time.monotonic()
-            finally:
-                self._digest_lock.release()
-        return {"state": self._record.state, "slots": self._record.slots, **self._digest}
+        """The body of ``GET /load``; called by any thread."""
+        return {"state": self._record.state, "slots": self._record.slots, **self._load_sampler.sample()}
 
     def _run_engines(self) -> ReplicaFailure | None:
         """Run the engine, again after a failure as often as is sensible; None when told to stop."""
@@ -3203,7 +3216,7 @@ class Replica:
         except OSError as error:
             hint = "give the program's full path in command, or install it on this node"
             return ReplicaFailure("bad_argument", f"{argv[0]} cannot be started: {error.strerror}", hint)
-        client = self._client = EngineClient(self._engine, spec.bind_host, port, self._key)
+        client = self._load_sampler.client = EngineClient(self._engine, spec.bind_host, port, self._key)
         try:
             self._update(state="loading", port=port)
             failure = self._load(process, client)
@@ -3213,7 +3226,7 @@ class Replica:
                 self._end(process, client)
             return failure
         finally:
-            self._client = None
+            self._load_sampler.client = None
             process.kill()
 
     def _base_environment(self) -> dict[str, str]:
@@ -3232,7 +3245,7 @@ class Replica:
                 return classify_failure(process.log_tail(), exit_code)
             self._read_progress(process)
             if client.answers() and client.is_ours():
-                gpus = self._sampler.sample()
+                gpus = self._gpus.sample()
                 self._update(state="ready", ready_at=time.time(), progress=None, message=None, failure=None, gpus=gpus)
                 return None
             if time.monotonic() > deadline:
