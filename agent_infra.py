@@ -11,7 +11,6 @@ Reading order: every section refers only to sections above it.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -46,8 +45,11 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypedDict, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypedDict, TypeGuard, TypeVar
 from urllib.parse import unquote_to_bytes
+
+if TYPE_CHECKING:
+    import argparse
 
 __version__ = "0.1.0"
 __all__ = ["AgentInfraError", "Config", "ConnectionManager", "SessionContext", "attach", "load_config"]
@@ -2550,7 +2552,7 @@ CHALLENGE_PATH = "/agent-infra/challenge"
 
 def answer_challenge(key: str, nonce: str) -> str:
     """What only a holder of ``key`` answers to ``nonce``: their HMAC-SHA256 in hexadecimal digits."""
-    return hmac.new(key.encode(), nonce.encode(), hashlib.sha256).hexdigest()
+    return hmac.new(key.encode(), nonce.encode(), "sha256").hexdigest()
 
 
 def _challenge_reply(key: str, query: str) -> tuple[int, bytes]:
@@ -3126,6 +3128,7 @@ class Replica:
         self._log = self._directory / "logs" / f"{spec.replica}.log"
         self._gpus = GpuSampler(sampled_gpus(spec, {**os.environ, **spec.model.env}))
         self._load_sampler = LoadSampler(self._gpus)
+        self._is_written = False  # whether the file says what the record says
         self._record = ReplicaRecord(
             replica=spec.replica,
             model=spec.model.name,
@@ -3264,6 +3267,7 @@ class Replica:
             exit_code = process.exit_code()
             if exit_code is not None:
                 return classify_failure(process.log_tail(), exit_code)
+            self._update()
             if client.answers():
                 answered_at = time.monotonic()
             elif time.monotonic() - answered_at > self._spec.hang_timeout:
@@ -3303,16 +3307,19 @@ class Replica:
         return self._signals.is_asked
 
     def _update(self, **changes: Any) -> None:
+        """Change the record and write it, if need be. On a full disk the engine serves on; the next call retries."""
         record = dataclasses.replace(self._record, **changes)
         path = self._directory / "replicas" / f"{record.replica}.json"
-        if record != self._record or not path.exists():
-            self._record = record
-            write_atomically(path, json.dumps(dataclasses.asdict(record)))
+        if record != self._record or not self._is_written or not path.exists():
+            self._record, self._is_written = record, False
+            with contextlib.suppress(OSError):
+                write_atomically(path, json.dumps(dataclasses.asdict(record)))
+                self._is_written = True
 
     def _note(self, line: str) -> None:
-        """A line of our own in the replica's log."""
+        """A line of our own in the replica's log, if the disk takes it."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with open(_open_log(self._log), "a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), open(_open_log(self._log), "a", encoding="utf-8") as file:
             file.write(f"{stamp} agent-infra: {line}\n")
 
 
@@ -3820,7 +3827,6 @@ def _describe_fetch_failure(output: str, status: int) -> str:
 
 def _unpack_weights(scratch: Path, target: Path) -> None:
     """Take the weights out of what was fetched, verify them, flush them, and only then give them their name."""
-    import hashlib
     import zipfile
 
     digest, unpacked = hashlib.sha256(), scratch / _WEIGHTS_NAME
@@ -7451,6 +7457,8 @@ def _run_relay(arguments: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Options stand after the verb."""
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="agent_infra.py", description="GPU serving for multi-turn LLM agents: start, connect, stop."
     )
@@ -7518,6 +7526,8 @@ def _add_roles(verbs: Any) -> None:
 def _count(text: str) -> int:
     """argparse type: a whole number of at least 0."""
     if not text.isdecimal():
+        import argparse
+
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
@@ -7525,6 +7535,8 @@ def _count(text: str) -> int:
 def _port(text: str) -> int:
     """argparse type: a TCP port, or 0 for any free one."""
     if _count(text) > 65535:
+        import argparse
+
         raise argparse.ArgumentTypeError(f"{text} is not a port (0 to 65535)")
     return int(text)
 
@@ -7541,6 +7553,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _at_least_one(text: str) -> int:
     """argparse type: a whole number of at least 1."""
     if _count(text) < 1:
+        import argparse
+
         raise argparse.ArgumentTypeError("at least 1")
     return int(text)
 
