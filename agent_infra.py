@@ -1119,6 +1119,8 @@ def parse_request_head(head: bytes) -> RequestHead:
         names = [name for name, _ in pairs]
         if any(name in fields and names.count(name) > 1 for name in _ONLY_ONCE):
             raise WireError("a header that may stand once stands twice")
+        if b"connection" in fields:  # several are one list
+            fields[b"connection"] = b",".join(value for name, value in pairs if name == b"connection")
     version = line[3] == b"1"
     if version and b"host" not in fields:
         raise WireError("the Host header is missing")
@@ -4481,7 +4483,8 @@ class Exchange:
     """
 
     __slots__ = (
-        "_backlog", "_client", "_decoder", "_has_excess", "_head_bytes", "_is_sent", "_pending_head", "_pieces", "_relay", "_replica",
+        "_backlog", "_client", "_decoder", "_has_excess", "_head_bytes", "_is_sent", "_pending_head", "_pieces",
+        "_relay", "_replica",
         "_size", "_timeout_s", "_to_chunks", "_turn", "_upstream", "_write_watcher", "body", "error", "events", "head",
         "is_raw", "received", "result",
     )  # fmt: skip
