@@ -1000,7 +1000,7 @@ FRAME_TABLE = b"T"  # controller → relay
 FRAME_STATS = b"S"  # controller → relay: the finished bytes of GET /stats, which begin with STATS_PREFIX
 STATS_PREFIX = b'{"snapshot_age_ms":0,'  # the relay puts the document's age there
 FRAME_HELLO = b"H"  # relay → controller, first of all: {"pid", "port", "started_at"}; carries the listening socket
-FRAME_EVENTS = b"E"  # relay → controller: a list of turn events (see Tracking), oldest first
+FRAME_EVENTS = b"E"  # relay → controller: EventBatch in Tracking
 FRAME_GAUGES = b"G"  # relay → controller, once a second: see Gauges in Tracking
 FRAME_REQUEST = b"R"  # relay → controller: what an operator asked for over HTTP, {"op": "drain"|"undrain", "backend"}
 _FRAME_HEAD = struct.Struct(">cI")
@@ -1585,7 +1585,6 @@ class TurnStarted:
     pre_ms: float | None = None  # observing before this turn, as the client timed it
     post_ms: float | None = None  # acting on the answer before this one: belongs to the session's previous turn
     prompt: str = ""  # excerpt, proxy.capture_text characters at most
-    kind: str = "started"
 
 
 @dataclass(frozen=True)
@@ -1596,7 +1595,6 @@ class TurnSent:
     at: float
     backend: str
     queue_ms: float
-    kind: str = "sent"
 
 
 @dataclass(frozen=True)
@@ -1606,7 +1604,6 @@ class TurnAnswering:
     turn: str
     at: float
     ttft_ms: float  # from being sent to the replica that answers
-    kind: str = "answering"
 
 
 @dataclass(frozen=True)
@@ -1630,7 +1627,7 @@ class TurnFinished:
     error: str | None = None  # in words
     gaps: Mapping[str, int] = field(default_factory=dict)  # inter-chunk gaps: histogram bucket key → count
     answer: str = ""  # excerpt
-    kind: str = "finished"
+    started: TurnStarted | None = None  # where nothing was told of the turn before: most are over within one batch
 
 
 @dataclass(frozen=True)
@@ -1639,7 +1636,6 @@ class SessionEnded:
 
     session: str
     at: float
-    kind: str = "session_ended"
 
 
 TurnEvent = TurnStarted | TurnSent | TurnAnswering | TurnFinished | SessionEnded
@@ -1679,58 +1675,69 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 <= value <= MAX_FIGURE
 
 
-_EVENT_KINDS: Mapping[str, type[TurnEvent]] = {
-    event.kind: event for event in (TurnStarted, TurnSent, TurnAnswering, TurnFinished, SessionEnded)
-}
-_JSON_TYPES: Mapping[str, tuple[type, ...]] = {
-    "str": (str,),
-    "bool": (bool,),
-    "int": (int,),
-    "float": (int, float),
-    "Mapping[str, int]": (dict,),
-}
-_EVENT_FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
-    kind: {item.name: _JSON_TYPES[str(item.type).removesuffix(" | None")] for item in dataclasses.fields(event)}
-    for kind, event in _EVENT_KINDS.items()
-}
-_REQUIRED_FIELDS: Mapping[str, frozenset[str]] = {
-    kind: frozenset(
-        item.name
-        for item in dataclasses.fields(event)
-        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+@dataclass(frozen=True)
+class EventBatch:
+    """The payload of FRAME_EVENTS: what happened since the last one, by kind, each list in order."""
+
+    started: Sequence[TurnStarted] = ()
+    sent: Sequence[TurnSent] = ()
+    answering: Sequence[TurnAnswering] = ()
+    finished: Sequence[TurnFinished] = ()
+    session_ended: Sequence[SessionEnded] = ()
+
+    def in_order(self) -> list[TurnEvent]:
+        """All events as they happened; those of one moment in the order of a turn's life."""
+        events: tuple[TurnEvent, ...] = (
+            *self.started,
+            *self.sent,
+            *self.answering,
+            *self.finished,
+            *self.session_ended,
+        )
+        return sorted(events, key=lambda event: event.at)
+
+
+def group_events(events: Iterable[TurnEvent]) -> EventBatch:
+    """Events in order as a batch. A turn that is over within the batch is its finish alone, which tells all of it."""
+    started: dict[str, TurnStarted] = {}
+    sent: list[TurnSent] = []
+    answering: list[TurnAnswering] = []
+    finished: list[TurnFinished] = []
+    ended: list[SessionEnded] = []
+    for event in events:
+        if isinstance(event, TurnFinished):
+            start = started.pop(event.turn, None)
+            finished.append(dataclasses.replace(event, started=start) if start else event)
+        elif isinstance(event, TurnStarted):
+            started[event.turn] = event
+        elif isinstance(event, SessionEnded):
+            ended.append(event)
+        elif isinstance(event, TurnSent):
+            sent.append(event)
+        else:
+            answering.append(event)
+    whole = {event.turn for event in finished if event.started}
+    return EventBatch(
+        tuple(started.values()),
+        [event for event in sent if event.turn not in whole],
+        [event for event in answering if event.turn not in whole],
+        finished,
+        ended,
     )
-    for kind, event in _EVENT_KINDS.items()
-}
 
 
-def event_from_json(data: object) -> TurnEvent | None:
-    """The turn event that a decoded JSON object says; None when it says none.
+def decode_events(payload: bytes) -> list[TurnEvent]:
+    """The events of a FRAME_EVENTS, in order. ValueError when it is none; keys that are not known are left out."""
+    batch: EventBatch = _event_decoder().decode(payload)
+    return batch.in_order()
 
-    Never raises: an unknown kind, or a required field that is missing or cannot be, gives None; an unknown field is
-    left out, an optional one that cannot be gets its default, an unknown outcome counts as an error.
-    """
-    kind = data.get("kind") if isinstance(data, dict) else None
-    if not isinstance(data, dict) or not isinstance(kind, str) or kind not in _EVENT_KINDS:
-        return None
-    fields = _EVENT_FIELDS[kind]
-    values: dict[str, Any] = {}
-    # One flat loop, without a call a field: this runs for every field of every event of every turn.
-    for name, value in data.items():
-        value_type = type(value)
-        if value_type not in fields.get(name, ()):
-            continue
-        if value_type is str:
-            values[name] = value if len(value) <= MAX_TEXT or name in ("prompt", "answer") else value[:MAX_TEXT]
-        elif value_type is dict:
-            if all(bucket in _BUCKETS and _is_count(count) for bucket, count in value.items()):
-                values[name] = value
-        elif 0 <= value <= MAX_FIGURE:
-            values[name] = value
-    if not _REQUIRED_FIELDS[kind] <= values.keys():
-        return None
-    if kind == TurnFinished.kind and values["outcome"] not in TURN_OUTCOMES:
-        values["outcome"] = "error"
-    return _EVENT_KINDS[kind](**values)
+
+@functools.cache
+def _event_decoder() -> Any:
+    """Decodes straight into the dataclasses, in C: the controller does this for every turn."""
+    import msgspec
+
+    return msgspec.json.Decoder(EventBatch)
 
 
 class Histogram:
@@ -2392,6 +2399,8 @@ class Tracker:
         elif isinstance(event, TurnStarted):
             self._start(event, at)
         elif isinstance(event, TurnFinished):
+            if event.started is not None:
+                self._start(event.started, min(event.started.at, at))
             self._finish(event, at)
         elif (turn := self._turns.open.get(event.turn)) is not None:
             if isinstance(event, TurnSent):
@@ -5455,7 +5464,7 @@ class ControlChannel:
         """Send all events that wait; those of a batch that did not go out wait on."""
         while self._events and self._controller is not None:
             batch = [self._events.popleft() for _ in range(min(EVENT_BATCH, len(self._events)))]
-            if not self.send(FRAME_EVENTS, self._relay.codec.encode(batch)):
+            if not self.send(FRAME_EVENTS, self._relay.codec.encode(group_events(batch))):
                 self._events.extendleft(reversed(batch))
                 return
 
@@ -5857,7 +5866,7 @@ def _milliseconds(value: bytes | None) -> float | None:
         number = float(value) if value else -1.0
     except ValueError:
         return None
-    return number if 0.0 <= number < math.inf else None
+    return number if 0.0 <= number <= MAX_FIGURE else None
 
 
 def socket_owner(sock: Any, peer: tuple[Any, ...]) -> int | None:
@@ -6475,7 +6484,10 @@ class Controller:
             self._sent_table = table
         for kind, payload in self.relay.receive(timeout):
             self._heard_at = time.monotonic()
-            self._take(kind, json.loads(payload))
+            try:
+                self._take(kind, payload)
+            except (ValueError, LookupError, TypeError) as error:
+                _log(self._paths, f"a frame {kind!r} of the relay cannot be taken, and is left out: {error!r}")
         if time.monotonic() - self._heard_at > RELAY_SILENCE_S:
             raise RelayGoneError(f"the relay (pid {self.relay.pid}) said nothing for {RELAY_SILENCE_S:g} s")
 
@@ -6483,19 +6495,17 @@ class Controller:
         models = [model.name for model in self._config.models]
         return replica_table(models, self.discovery.records, self._replica_key, self._drained)
 
-    def _take(self, kind: bytes, message: Any) -> None:
+    def _take(self, kind: bytes, payload: bytes) -> None:
         """One frame of the relay."""
         if kind == FRAME_EVENTS:
-            for each in message:
-                event = event_from_json(each)
-                if event is not None:
-                    self._tracker.observe(event)
+            for event in decode_events(payload):
+                self._tracker.observe(event)
         elif kind == FRAME_GAUGES:
-            self._tracker.sample(message)
-        elif kind == FRAME_REQUEST and message["op"] == "drain":
-            self._drained.add(message["backend"])
-        elif kind == FRAME_REQUEST and message["op"] == "undrain":
-            self._drained.discard(message["backend"])
+            self._tracker.sample(json.loads(payload))
+        elif kind == FRAME_REQUEST:
+            request = json.loads(payload)
+            change = self._drained.add if request["op"] == "drain" else self._drained.discard
+            change(request["backend"])
 
     def _replace_relay(self, why: RelayGoneError) -> None:
         """Start another relay at once; one that cannot be started is tried again, at a bounded rate, until stop()."""
