@@ -6368,10 +6368,17 @@ class Discovery:
 
 
 def replica_table(
-    models: Sequence[str], records: Iterable[ReplicaRecord], key: str | None, drained: frozenset[str]
-) -> Any:
-    """The payload of FRAME_TABLE but for the settings: who can serve what, and which models are still loading."""
-    backends, loading = [], set()
+    models: Sequence[str],
+    records: Iterable[ReplicaRecord],
+    key: str | None,
+    drained: frozenset[str] = frozenset(),
+    expected: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
+    """The payload of FRAME_TABLE but for the settings: who can serve what, and which models are still loading.
+
+    ``drained`` are replicas that an operator drained, ``expected`` models whose replicas are about to be started.
+    """
+    backends, loading = [], set(expected)
     for record in records:
         if record.state in ("pending", "starting", "loading"):
             loading.add(record.model)
@@ -6417,8 +6424,9 @@ class Controller:
         self.discovery = Discovery(look, DISCOVERY_INTERVAL_S)
         self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
         self._tracker = Tracker(time.time)
+        self.expected: frozenset[str] = frozenset()  # models about to be started; replaced as a whole
         self._drained: frozenset[str] = frozenset()
-        self._seen: tuple[object, object] = (None, None)  # the records and the drained that _sent_table was made of
+        self._seen: tuple[Any, ...] = (None, None, None)  # what _sent_table was made of
         self._sent_table: Any = None
         self._stop = threading.Event()
         self._ending = threading.Event()  # set by the thread that drains: a relay that ends now is meant to
@@ -6483,10 +6491,10 @@ class Controller:
 
     def _exchange(self, timeout: float) -> None:
         """Send the table if it changed, take in what the relay says."""
-        seen = (self.discovery.records, self._drained)
-        if self._sent_table is None or seen[0] is not self._seen[0] or seen[1] is not self._seen[1]:
+        seen = (self.discovery.records, self._drained, self.expected)
+        if self._sent_table is None or any(new is not old for new, old in zip(seen, self._seen, strict=True)):
             models = [model.name for model in self._config.models]
-            table = replica_table(models, seen[0], self._replica_key, self._drained)
+            table = replica_table(models, seen[0], self._replica_key, *seen[1:])
             if table != self._sent_table:
                 first = {"settings": self._settings} if self._sent_table is None else {}
                 self.relay.send(FRAME_TABLE, json.dumps({**first, **table}).encode())
@@ -6670,10 +6678,14 @@ class Deployment:
         """Become the deployment's controller; RefusedError when another process is."""
         self._lock.acquire(verb)
 
-    def connect(self, log_format: str = "text") -> Controller:
-        """Start the controller and its relay; needs claim(). RefusedError when the port is taken."""
+    def connect(self, log_format: str = "text", expected: Sequence[ModelConfig] = ()) -> Controller:
+        """Start the controller and its relay; needs claim(). RefusedError when the port is taken.
+
+        Turns for ``expected`` models, which the caller is about to start, wait for them.
+        """
         keys = (client_key(self.config, self.paths), self.cluster.replica_key())
         controller = Controller(self.config, self.paths, self.cluster.replicas, keys=keys, log_format=log_format)
+        controller.expected = frozenset(model.name for model in expected)
         self.controller = controller
         controller.start()
         return controller
@@ -7309,9 +7321,11 @@ def _run_up(arguments: argparse.Namespace) -> int:
     signals = OperatorSignals()
     deployment.claim("up")
     try:
-        controller = deployment.connect(arguments.log_format)
+        controller = deployment.connect(arguments.log_format, models)
         signals.on_second = controller.relay.terminate
         deployment.start(models)
+        controller.refresh()
+        controller.expected = frozenset()
         with ReplicaBoard() as board:
             deployment.wait_ready(board.show, signals.came)
         if not signals.came():

@@ -61,8 +61,8 @@ def test_only_replicas_that_can_answer_are_in_the_table() -> None:
         dataclasses.replace(READY, replica="m-4", state="failed"),
         dataclasses.replace(READY, replica="m-5", port=None),
     ]
-    table = replica_table(["m", "n"], records, "key", frozenset({"m-1"}))
-    assert (table["models"], table["loading"]) == (["m", "n"], ["m"])
+    table = replica_table(["m", "n"], records, "key", drained=frozenset({"m-1"}), expected=frozenset({"n"}))
+    assert (table["models"], table["loading"]) == (["m", "n"], ["m", "n"])
     assert [(row["id"], row["state"], row["key"]) for row in table["backends"]] == [
         ("m-1", "draining", "key"),  # an operator drained it
         ("m-2", "draining", "key"),
