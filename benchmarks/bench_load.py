@@ -25,29 +25,30 @@ CLIENT_HEAD = (
     "X-Stainless-Runtime-Version: 3.12.1\r\nAuthorization: Bearer unused\r\nX-Stainless-Async: false\r\n"
     "x-stainless-retry-count: 0\r\nx-stainless-read-timeout: 600\r\n"
 )
-SENTENCE = "The build fails in step seven: the linker reports an undefined symbol, and the log ends there. "
+OBSERVATION = """$ make -j4 2>&1 | tail -5
+ld: build/session.o: in function `session_close':
+session.c:212: undefined reference to "lru_evict"
+collect2: error: ld returned 1 exit status
+make: *** [Makefile:61: build/server] Error 1
+"""
 
 
 def chat_request(
     size_bytes: int, *, session: str | None = None, stream: bool = False, directive: str | None = None, salt: str = ""
 ) -> bytes:
-    """A chat turn as the openai client sends it, with a body of ``size_bytes`` (a conversation; smallest about 400)."""
-    document: dict[str, object] = {
-        "messages": [
-            {"role": "system", "content": f"You are a careful software agent. {salt}"},
-            {"role": "user", "content": "Find out why the build fails."},
-            {"role": "assistant", "content": "Let me look at the log."},
-            {"role": "user", "content": ""},
-        ],
-        "model": bench_engine.MODEL,
-        "max_tokens": 64,
-        "temperature": 0.7,
-    }
+    """A chat turn as the openai client sends it, with a body of ``size_bytes`` (700 and more): a conversation in
+    messages of a few hundred bytes, as agents have them, with the line ends and quotes that JSON must escape."""
+    messages = [{"role": "system", "content": f"You are a careful software agent. {salt}"}]
+    document: dict[str, object] = {"messages": messages, "model": bench_engine.MODEL, "max_tokens": 64}
     document |= {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
     document |= {"user": directive} if directive is not None else {}
     missing = size_bytes - len(json.dumps(document))
-    text = (SENTENCE * (missing // len(SENTENCE) + 1))[: max(0, missing)]
-    document["messages"][-1]["content"] = text  # type: ignore[index]
+    while missing > 700:
+        role = "assistant" if len(messages) % 2 == 0 else "user"
+        message = {"role": role, "content": f"Step {len(messages)}. {OBSERVATION}"}
+        messages.append(message)
+        missing -= len(json.dumps(message)) + 2
+    messages.append({"role": "user", "content": "x" * max(0, missing - 35)})
     body = json.dumps(document).encode()
     session_header = f"X-Session-ID: {session}\r\n" if session is not None else ""
     return f"{CLIENT_HEAD}{session_header}Content-Length: {len(body)}\r\n\r\n".encode() + body

@@ -52,9 +52,9 @@ REPLICAS = 3
 OURS = "agent-infra"
 RELAY_ALONE = "agent-infra, relay alone"
 ABORT_WITHIN_S = 0.5
-EVENTS_PER_SECOND = 30  # of one stream
+EVENT_INTERVAL_MS = 33  # of one stream
 FOREVER = 1_000_000  # stream events: more than anyone waits for
-STEPS = ("memory", "request_1kb", "request_100kb", "chunk_40", "chunk_300", "latency", "faults")
+STEPS = ("memory", "request_1kb", "request_1kb_full", "request_100kb", "chunk_40", "chunk_300", "latency", "faults")
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Sizes:
 
 QUICK = Sizes(2_000, 400, 2.0, 200, 300, 10, 15, 2.5)
 RATE_1KB, RATE_100KB, RATE_KILLED = 4_000, 800, 2_400  # requests a second
+AS_FAST_AS_POSSIBLE = 0
 
 
 @dataclass
@@ -234,6 +235,8 @@ class Bench:
             self._memory(contender)
         elif step == "request_1kb":
             self._request_cost(step, contender, 1_000, self.sizes.requests_1kb, RATE_1KB)
+        elif step == "request_1kb_full":
+            self._request_cost(step, contender, 1_000, self.sizes.requests_1kb, AS_FAST_AS_POSSIBLE, connections=16)
         elif step == "request_100kb":
             self._request_cost(step, contender, 100_000, self.sizes.requests_100kb, RATE_100KB)
         else:
@@ -253,12 +256,14 @@ class Bench:
         whole, relay = after.rss_mb - before.rss_mb, after.part_rss_mb - before.part_rss_mb
         self._add("rss_per_1000", contender.name, whole * per_thousand, relay * per_thousand)
 
-    def _request_cost(self, metric: str, contender: Contender, size_bytes: int, count: int, rate: int) -> None:
-        load = RequestLoad(contender.port, self._requests(size_bytes), count, rate)
+    def _request_cost(
+        self, metric: str, contender: Contender, size_bytes: int, count: int, rate: int, connections: int = 32
+    ) -> None:
+        load = RequestLoad(contender.port, self._requests(size_bytes), count, rate, connections)
         before = contender.usage()
-        with self._watched(metric, count / rate) as achieved:
+        with self._watched(metric) as achieved:
             result = load.run()
-            achieved.append(result.wall_s)
+            achieved.append(count / rate / result.wall_s if rate else 1.0)
         after = contender.usage()
         if result.errors:
             raise BenchmarkError(f"{contender.name}: {metric}: {dict(result.errors)} of {count} requests failed")
@@ -269,15 +274,15 @@ class Bench:
     def _chunk_cost(self, metric: str, contender: Contender, streams: int) -> None:
         load = StreamLoad(contender.port)
         try:
-            load.open([self._stream(FOREVER, 1000 // EVENTS_PER_SECOND) for _ in range(streams)])
+            load.open([self._stream(FOREVER, EVENT_INTERVAL_MS) for _ in range(streams)])
             if not load.wait_for_first_events(5):
                 raise BenchmarkError(f"{contender.name}: {streams} streams did not begin")
             seconds = self.sizes.stream_s
             before, first = contender.usage(), load.events
-            with self._watched(metric, seconds) as achieved:
+            with self._watched(metric) as achieved:
                 load.pump(seconds)
                 events = load.events - first
-                achieved.append(seconds * seconds * streams * 1000 / (1000 // EVENTS_PER_SECOND) / events)
+                achieved.append(events / (seconds * streams * 1000 / EVENT_INTERVAL_MS))
             after = contender.usage()
         finally:
             load.close()
@@ -285,8 +290,8 @@ class Bench:
         self._add(metric, contender.name, whole * 1e6 / events, relay * 1e6 / events)
 
     @contextlib.contextmanager
-    def _watched(self, metric: str, offered_s: float) -> Iterator[list[float]]:
-        """Record how busy the load generator and the engines were; the body appends how long the offer took in fact."""
+    def _watched(self, metric: str) -> Iterator[list[float]]:
+        """Record how busy the load generator and the engines were; the body appends the achieved share of the offer."""
         achieved: list[float] = []
         start, own, engines = time.monotonic(), time.process_time(), self.replicas.cpu_seconds()
         idle = core_idle_seconds(self.load_cores)
@@ -295,7 +300,7 @@ class Bench:
         busiest = max(after - before for after, before in zip(self.replicas.cpu_seconds(), engines, strict=True))
         idle_share = (core_idle_seconds(self.load_cores) - idle) / wall / len(self.load_cores)
         load_share = (time.process_time() - own) / wall
-        self.samples.busy.append((metric, load_share, busiest / wall, idle_share, offered_s / achieved[0]))
+        self.samples.busy.append((metric, load_share, busiest / wall, idle_share, achieved[0]))
 
     def _latency(self, running: Sequence[Contender]) -> None:
         """One request at a time, in turns of 100 for each contender and for a replica itself."""
@@ -426,8 +431,9 @@ def _progress(text: str) -> None:
 # -- Tables --
 
 COST_COLUMNS = {
-    "request_1kb": "request, 1 KB (µs)",
-    "request_100kb": "request, 100 KB (µs)",
+    "request_1kb": "request, 1 KB, 4,000/s (µs)",
+    "request_1kb_full": "the same, saturated (µs)",
+    "request_100kb": "request, 100 KB, 800/s (µs)",
     "chunk_40": "chunk, 40 streams (µs)",
     "chunk_300": "chunk, 300 streams (µs)",
     "latency_p50": "added latency p50 (µs)",
