@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """10,000 sessions of 20 turns through one proxy: is memory bounded, is /stats quick, does a stream notice?
 
-    python benchmarks/sessions.py               # about three minutes
+    python benchmarks/sessions.py               # about four minutes
     python benchmarks/sessions.py --quick       # 500 sessions: does it work at all?
 
 Needs Linux and two cores to itself.  The sessions run interleaved, turn after turn, at a fixed rate, so that all of
@@ -240,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=None, help="default 10,000; 500 with --quick")
     parser.add_argument("--turns", type=int, default=20, help="of each session (%(default)s)")
-    parser.add_argument("--rate", type=int, default=1_500, help="turns a second, all together (%(default)s)")
+    parser.add_argument("--rate", type=int, default=1_000, help="turns a second, all together (%(default)s)")
     parser.add_argument("--implicit", action="store_true", help="without session headers: every turn is a session")
     parser.add_argument("--quick", action="store_true", help="shows that it works")
     parser.add_argument("--program", type=Path, default=PROGRAM, help="the agent_infra.py to measure (%(default)s)")
@@ -252,7 +252,7 @@ def main() -> None:
         try:
             exact = run(plan, options.program.resolve(), Path(folder))
         except (BenchmarkError, KeyboardInterrupt) as error:
-            sys.exit(f"sessions.py: {error or 'interrupted'}")
+            sys.exit(f"sessions.py: {str(error) or 'interrupted'}")
     sys.exit(0 if exact else 1)
 
 
