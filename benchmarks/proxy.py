@@ -90,9 +90,9 @@ class Samples:
         self.values[metric][contender].append(value)
 
     def paired_ratios(self, metric: str, other: str) -> list[float]:
-        """Ours by the other's, round by round."""
+        """Ours by the other's, round by round; a run that broke off may have one value more of either."""
         row = self.values[metric]
-        return [ours / theirs for ours, theirs in zip(row[OURS], row[other], strict=True) if theirs > 0]
+        return [ours / theirs for ours, theirs in zip(row[OURS], row[other], strict=False) if theirs > 0]
 
 
 class Replicas:
@@ -506,7 +506,8 @@ def report(samples: Samples, names: Sequence[str], rounds: int, sizes: Sizes) ->
     """The tables of a run, as Markdown."""
     metrics = [metric for metric in COST_COLUMNS if samples.values[metric]]
     parts = [
-        f"{rounds} rounds, {REPLICAS} replicas, one worker on one core; Python {platform.python_version()} ({sys.executable})\n{sizes}",
+        f"{rounds} rounds, {REPLICAS} replicas, one worker on one core; "
+        f"Python {platform.python_version()} ({sys.executable})\n{sizes}",
         _cost_table(samples, names, metrics),
     ]
     if OURS in names and len(names) > 1:
@@ -541,15 +542,17 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="agent-infra-bench-") as folder:
         bench = Bench(sizes, names, Path(folder), options.venv, options.program.resolve())
+        failure = None
         try:
             bench.run(rounds, steps)
         except (BenchmarkError, KeyboardInterrupt) as error:
-            sys.exit(f"proxy.py: {str(error) or 'interrupted'}")
+            failure = f"proxy.py: broken off: {str(error) or 'interrupted'}"
         finally:
             bench.replicas.stop()
             if options.json:
                 options.json.write_text(json.dumps(vars(bench.samples), indent=1))
     print(report(bench.samples, names, rounds, sizes))
+    sys.exit(failure)
 
 
 if __name__ == "__main__":
