@@ -496,7 +496,7 @@ def _busy_lines(samples: Samples) -> str:
         lines.append(
             f"{step}: load generator at most {max(entry[1] for entry in entries):.0%} of its core, "
             f"busiest engine {max(entry[2] for entry in entries):.0%}, "
-            f"their core idle at least {min(entry[3] for entry in entries):.0%}, "
+            f"their core (with all else that runs there) idle at least {min(entry[3] for entry in entries):.0%}, "
             f"offered load achieved {min(entry[4] for entry in entries):.1%} or more"
         )
     return "\n".join(lines)
@@ -517,7 +517,7 @@ def report(samples: Samples, names: Sequence[str], rounds: int, sizes: Sizes) ->
     if samples.faults:
         parts.append(_fault_table(samples, names))
     if samples.busy:
-        parts.append("Not the bottleneck:\n" + _busy_lines(samples))
+        parts.append("Was the load generator the bottleneck?\n" + _busy_lines(samples))
     return "\n\n".join(parts)
 
 
