@@ -6185,6 +6185,7 @@ class RelayLink:
         self._listener: socket.socket | None = None
         self._control: socket.socket | None = None
         self._frames = FrameReader()
+        self._early: list[tuple[bytes, bytes]] = []  # frames that came with the hello
         self.pid = 0
         self._stamp: str | None = None
         self._child: subprocess.Popen[bytes] | None = None
@@ -6237,6 +6238,7 @@ class RelayLink:
         self._frames = FrameReader()
         while True:
             control = socket.socket(socket.AF_UNIX)
+            descriptors: list[int] = []
             control.settimeout(5.0)
             try:
                 with unix_address(str(self._paths.relay_socket)) as address:
@@ -6249,6 +6251,8 @@ class RelayLink:
             except (OSError, ValueError) as problem:
                 error = problem
             control.close()
+            for descriptor in descriptors:
+                os.close(descriptor)
             exited = self._child is not None and self._child.poll() is not None
             if exited or time.monotonic() > deadline:
                 raise RelayGoneError(f"the relay does not answer ({error}); see {self._paths.log('proxy')}")
@@ -6258,10 +6262,23 @@ class RelayLink:
             self._listener = received
         else:
             received.close()
+        self._early = frames[1:]
         self._control, self.pid = control, int(json.loads(frames[0][1])["pid"])
         self._stamp = process_stamp(self.pid)
         record = {"pid": self.pid, "process": self._stamp, "host": self._host, "port": self.port}
-        write_atomically(self._paths.relay_record, json.dumps(record))
+        with contextlib.suppress(OSError):  # on a full disk it serves all the same
+            write_atomically(self._paths.relay_record, json.dumps(record))
+
+    def reconnect(self) -> bool:
+        """Open a new control connection to the relay that runs; whether it answered."""
+        if self._control is None or process_stamp(self.pid) != self._stamp:
+            return False
+        self._control.close()
+        self._control = None
+        with contextlib.suppress(RelayGoneError):
+            self._greet(time.monotonic() + 2.0)
+            return True
+        return False
 
     def send(self, kind: bytes, payload: bytes) -> None:
         """Send a frame; RelayGoneError when the relay takes none."""
@@ -6276,6 +6293,9 @@ class RelayLink:
         """The frames that arrive within ``timeout`` seconds, perhaps none; RelayGoneError at the end of the stream."""
         if self._control is None:
             raise RelayGoneError("the relay is not connected")
+        if self._early:
+            frames, self._early = self._early, []
+            return frames
         try:
             if not select.select([self._control], [], [], timeout)[0]:
                 return []
@@ -6299,7 +6319,10 @@ class RelayLink:
         self._child = self._stamp = None
 
     def terminate(self) -> None:
-        """Ask the relay to finish what is in flight and exit; a second call makes it exit at once."""
+        """Accept no more, and ask the relay to finish what is in flight and exit; called again, to exit at once."""
+        if self._listener is not None:
+            self._listener.close()  # else connections would wait in it for a relay that never comes
+            self._listener = None
         if self._stamp is not None and process_stamp(self.pid) == self._stamp:
             os.kill(self.pid, signal.SIGTERM)
 
@@ -6522,15 +6545,21 @@ class Controller:
             self._drained = self._drained | backend if request["op"] == "drain" else self._drained - backend
 
     def _replace_relay(self, why: RelayGoneError) -> None:
-        """Start another relay at once; one that cannot be started is tried again, at a bounded rate, until stop()."""
-        _log(self._paths, f"{why}; starting another")
-        self._tracker.relay_restarted()
+        """Speak to the relay anew if it still answers, since it serves; else start another, at once.
+
+        One that cannot be started is tried again, at a bounded rate, until stop().
+        """
         self._sent_table = None
-        try:
-            self.relay.spawn()
-        except RelayGoneError as error:
-            _log(self._paths, str(error))
-            self._stop.wait(RELAY_RETRY_S)
+        if self.relay.reconnect():
+            _log(self._paths, f"{why}; connected to it again")
+        else:
+            _log(self._paths, f"{why}; starting another")
+            self._tracker.relay_restarted()
+            try:
+                self.relay.spawn()
+            except RelayGoneError as error:
+                _log(self._paths, str(error))
+                self._stop.wait(RELAY_RETRY_S)
         self._heard_at = time.monotonic()
 
     def _snapshot(self) -> bytes:
