@@ -46,7 +46,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NoReturn, Protocol, TYPE_CHECKING, TypeGuard, TypeVar, TypedDict
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypedDict, TypeGuard, TypeVar
 from urllib.parse import unquote_to_bytes
 
 if TYPE_CHECKING:
@@ -1192,7 +1192,7 @@ def parse_answer_head(head: bytes) -> AnswerHead:
     elif b"chunked" in fields.get(b"transfer-encoding", b"").lower():
         body = None
     elif length:
-        if not length.isdigit():
+        if not length.isdigit() or len(length) > 18:
             raise WireError("the replica's Content-Length is not a number")
         body = int(length)
     return AnswerHead(
@@ -1335,19 +1335,26 @@ def encode_chunk(payload: bytes) -> bytes:
 LAST_CHUNK = b"0\r\n\r\n"
 
 
-def holds_whole_chunks(data: bytes) -> bool:
-    """Whether ``data``, which starts between two chunks, is nothing but complete chunks, none of them the last."""
+_CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})\r\n")
+
+
+def holds_whole_events(data: bytes) -> bool:
+    """Whether ``data``, which starts between two chunks, is nothing but complete chunks, not the last one, each of
+    them ending with an event: then no word that is looked for in ``data`` can be hidden by the framing."""
     at = 0
-    try:
-        while at < len(data):
-            line = data.index(b"\r\n", at)
-            size = int(data[at:line], 16)
-            if size <= 0:
-                return False
-            at = line + size + 4
-    except ValueError:
-        return False
+    while at < len(data):
+        line = _CHUNK_SIZE.match(data, at)
+        if line is None:
+            return False
+        at = line.end() + int(line[1], 16) + 2
+        if data[at - 4 : at] != b"\n\n\r\n":
+            return False
     return at == len(data)
+
+
+def sendable_text(text: str) -> str:
+    """``text`` without halves of characters, which JSON may hold (``"\\ud83d"``) and UTF-8 may not."""
+    return text.encode("utf-8", "replace").decode()
 
 
 @dataclass
@@ -1363,19 +1370,21 @@ class AnswerDigest:
 
     def add(self, document: Any) -> None:
         """Take over what ``document`` says: a JSON answer, or one event of a stream, of any of the API's shapes."""
-        if not isinstance(document, dict):
-            return
-        for nested in ("response", "message"):  # events of /v1/responses and of /v1/messages
-            if isinstance(document.get(nested), dict):
-                self.add(document[nested])
+        if isinstance(document, dict):
+            for part in (document.get("response"), document.get("message"), document):
+                if isinstance(part, dict):  # the former two: in events of /v1/responses and of /v1/messages
+                    self._take(part)
+
+    def _take(self, document: Mapping[str, Any]) -> None:
         delta = document.get("delta")
         reason = document.get("stop_reason") or (isinstance(delta, dict) and delta.get("stop_reason"))
-        for choice in document.get("choices") or ():
+        choices = document.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
             reason = reason or (isinstance(choice, dict) and choice.get("finish_reason"))
-        self.finish_reason = reason if isinstance(reason, str) else self.finish_reason
+        self.finish_reason = sendable_text(reason) if isinstance(reason, str) else self.finish_reason
         if error := document.get("error"):
             message = error.get("message") if isinstance(error, dict) else error
-            self.error = str(message or error)[:500]
+            self.error = sendable_text(str(message or error)[:500])
         usage = document.get("usage")
         if isinstance(usage, dict):
             self.prompt_tokens = _token_count(usage, "prompt_tokens", "input_tokens", self.prompt_tokens)
@@ -1403,7 +1412,7 @@ def event_document(event: bytes) -> Any:
     lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
     try:
         return json.loads(b"\n".join(lines)) if lines else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -1443,7 +1452,7 @@ class EventStream:
             and data.endswith(b"\n\n\r\n")
             and not (self._cuts_usage and b'"usage":' in data)
             and b"abort" not in data
-            and holds_whole_chunks(data)
+            and holds_whole_events(data)
         ):
             self._note(data)
             return data
@@ -1466,10 +1475,12 @@ class EventStream:
         pieces: list[bytes] = []
         BodyDecoder(None).feed(b"".join(self._tail), 0, pieces)
         for event in _EVENT.findall(b"".join(pieces)):
-            digest.add(event_document(event))
+            with contextlib.suppress(RecursionError):
+                digest.add(event_document(event))
         if self._texts:
             with contextlib.suppress(ValueError):
-                digest.text = json.loads(b'"' + b"".join(self._texts) + b'"')[: self._wanted_text]
+                text = json.loads(b'"' + b"".join(self._texts) + b'"')
+                digest.text = sendable_text(text[: self._wanted_text])
         return digest
 
     def _note(self, chunks: bytes) -> None:
@@ -4578,8 +4589,8 @@ class Exchange(Outlet):
     """
 
     __slots__ = (
-        "_decoder", "_head_bytes", "_is_sent", "_pieces", "_relay", "_replica", "_size", "_to_chunks", "_turn", "body",
-        "ends_by_closing", "error", "events", "head", "is_raw", "received",
+        "_decoder", "_has_excess", "_head_bytes", "_is_sent", "_pieces", "_relay", "_replica", "_size", "_to_chunks",
+        "_turn", "body", "ends_by_closing", "error", "events", "head", "is_raw", "received",
     )  # fmt: skip
 
     _client: ClientConnection
@@ -4590,7 +4601,7 @@ class Exchange(Outlet):
         self._to_chunks = client.version == 1
         self.error = ""
         self.received = False  # any byte of an answer
-        self._is_sent = False
+        self._is_sent = self._has_excess = False
         self._head_bytes = self.body = b""
         self.head: Any = None  # AnswerHead, once it came
         self._decoder: Any = None
@@ -4645,7 +4656,7 @@ class Exchange(Outlet):
         return self.result or "gone"
 
     def _is_reusable(self) -> bool:
-        has_excess = self.events.has_excess if self.events is not None else False
+        has_excess = self.events.has_excess if self.events is not None else self._has_excess
         return self._is_sent and self.head.is_reusable and not has_excess and not self._decoder.is_until_close
 
     # Callbacks of the event loop: they never block.
@@ -4737,7 +4748,7 @@ class Exchange(Outlet):
         if not self._turn.first:
             self._turn.first = time.monotonic()
             self._relay.book.note_answering(self._turn)
-        self._decoder.feed(data, start, self._pieces)
+        self._has_excess = self._decoder.feed(data, start, self._pieces) < len(data)
         self._size += len(data) - start
         if not self.is_raw:
             if self._decoder.is_over:
@@ -5035,10 +5046,10 @@ class ClientConnection(ClientSocket):
         started = time.monotonic()
         while True:
             if self.buffer:
-                while self.buffer.startswith(
-                    b"\r\n"
-                ):  # an empty line before a request is to be ignored (RFC 9112, 2.2)
-                    self.buffer = self.buffer[2:]
+                empty = 0  # lines before a request are to be ignored (RFC 9112, 2.2)
+                while self.buffer.startswith(b"\r\n", empty):
+                    empty += 2
+                self.buffer = self.buffer[empty:]
                 end = self.buffer.find(b"\r\n\r\n") + 4
                 if 4 <= end <= MAX_HEAD_BYTES:
                     head, self.buffer = self.buffer[:end], self.buffer[end:]
@@ -5089,15 +5100,17 @@ class ClientConnection(ClientSocket):
         self._has_unread_body = False
         return body
 
-    def _read_chunks(self, limit: int) -> bytes:
-        decoder, pieces = BodyDecoder(None), list[bytes]()
+    def _read_chunks(self, limit: int) -> bytearray:
+        decoder, body = BodyDecoder(None), bytearray()
         while True:
-            counted = len(pieces)
+            pieces: list[bytes] = []  # joined at once: a piece of one byte takes forty
             end = decoder.feed(self.buffer, 0, pieces)
             self.buffer = self.buffer[end:]
-            self._hold(sum(map(len, pieces[counted:])), limit)
+            received = b"".join(pieces)
+            self._hold(len(received), limit)
+            body += received
             if decoder.is_over:
-                return b"".join(pieces)
+                return body
             self.buffer = self._receive(BODY_S, "the rest of the body")
             if not self.buffer:
                 raise ClientGone
@@ -5251,7 +5264,7 @@ class Admission:
 
     def acquire(self, turn: Turn, client: ClientConnection) -> LiveReplica:
         """A replica with a slot for ``turn``, after waiting where that may help; raises RequestError, ClientGone."""
-        key = turn.arrived
+        key = AGING * turn.arrived  # as queue_key of a session that had nothing yet
         if turn.session is not None and not turn.charged_s:
             turn.charged_s = self._mean_service_s
             key = queue_key(
@@ -5375,7 +5388,6 @@ class Codec:
     def __init__(self) -> None:
         import msgspec
 
-        self._error: type[Exception] = msgspec.MsgspecError
         self.encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
         self.decode: Callable[[bytes], Any] = msgspec.json.Decoder().decode
         self.convert: Callable[..., Any] = msgspec.convert
@@ -5390,7 +5402,7 @@ class Codec:
         """A request's fields that routing needs (``model``, ``stream``, ``stream_options``), and with ``wants_text``
         those that its words stand in; None when the body is no JSON object."""
         for decode in (self._worded_request, self._request) if wants_text else (self._request,):
-            with contextlib.suppress(self._error):
+            with contextlib.suppress(ValueError, RecursionError):  # bad UTF-8 is no error of msgspec's own
                 return decode(body)
         return None
 
@@ -5398,36 +5410,36 @@ class Codec:
         """The start of the last user message, or of the prompt."""
         for message in reversed(getattr(fields, "messages", ())):
             if b'"user"' in bytes(message):
-                document = self.decode(message)
-                return plain_text(document.get("content") if isinstance(document, dict) else None)[:limit]
+                with contextlib.suppress(ValueError, RecursionError):  # skipped so far, now read for the first time
+                    return plain_text(self.decode(message))[:limit]
         return plain_text(getattr(fields, "prompt", None) or getattr(fields, "input", None))[:limit]
 
     def digest(self, body: bytes, wanted_text: int) -> AnswerDigest | None:
         """What tracking keeps of a whole answer; None where it is no JSON object."""
         try:
             answer: Any = self._answer(body)
-        except self._error:
+        except (ValueError, RecursionError):
             return None
         digest = AnswerDigest()
         names = ("usage", "choices", "stop_reason", "error")
-        digest.add({name: getattr(answer, name) for name in names})
+        with contextlib.suppress(RecursionError):
+            digest.add({name: getattr(answer, name) for name in names})
         if wanted_text:
             words: Any = answer.content or answer.output
             if isinstance(answer.choices, list) and answer.choices and isinstance(answer.choices[0], dict):
-                choice = answer.choices[0]
-                words = (choice.get("message") or {}).get("content") or choice.get("text")
+                words = answer.choices[0].get("message") or answer.choices[0].get("text")
             digest.text = plain_text(words)[:wanted_text]
         return digest
 
 
-def plain_text(content: Any) -> str:
-    """The words of a message's content: a string, or the text of its parts."""
+def plain_text(content: Any, depth: int = 8) -> str:
+    """The words of a message or its content: a string, or the text of its parts, down to some depth."""
     if isinstance(content, str):
         return content
-    if isinstance(content, dict):
-        return plain_text(content.get("text") or content.get("content"))
-    if isinstance(content, list) and not (content and isinstance(content[0], int)):
-        return " ".join(filter(None, (plain_text(part) for part in content[:20])))
+    if isinstance(content, dict) and depth:
+        return plain_text(content.get("text") or content.get("content"), depth - 1)
+    if isinstance(content, list) and depth and not (content and isinstance(content[0], int)):
+        return " ".join(filter(None, (plain_text(part, depth - 1) for part in content[:20])))
     return ""
 
 
