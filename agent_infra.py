@@ -17,6 +17,7 @@ import dataclasses
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import heapq
 import hmac
@@ -45,7 +46,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypedDict, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypedDict, TypeGuard, TypeVar
 from urllib.parse import unquote_to_bytes
 
 if TYPE_CHECKING:
@@ -1000,7 +1001,7 @@ FRAME_TABLE = b"T"  # controller → relay
 FRAME_STATS = b"S"  # controller → relay: the finished bytes of GET /stats, which begin with STATS_PREFIX
 STATS_PREFIX = b'{"snapshot_age_ms":0,'  # the relay puts the document's age there
 FRAME_HELLO = b"H"  # relay → controller, first of all: {"pid", "port", "started_at"}; carries the listening socket
-FRAME_EVENTS = b"E"  # relay → controller: a list of turn events (see Tracking), oldest first
+FRAME_EVENTS = b"E"  # relay → controller: EventBatch in Tracking
 FRAME_GAUGES = b"G"  # relay → controller, once a second: see Gauges in Tracking
 FRAME_REQUEST = b"R"  # relay → controller: what an operator asked for over HTTP, {"op": "drain"|"undrain", "backend"}
 _FRAME_HEAD = struct.Struct(">cI")
@@ -1081,20 +1082,16 @@ class WireError(RequestError):
 
 @dataclass
 class RequestHead:
-    """The head of one request. Names are in lower case; ``fields`` has the last of several values of one name."""
+    """The head of one request. ``fields`` has names in lower case, and the last of several values of one name."""
 
     method: bytes
     target: bytes
     version: int  # 1 = HTTP/1.1, 0 = HTTP/1.0
-    pairs: list[tuple[bytes, bytes]]
     fields: dict[bytes, bytes]
     length: int | None  # of the body; None: it comes in chunks
     keeps_alive: bool
-
-    def text(self, name: bytes, limit: int = 256) -> str | None:
-        """The field ``name`` as text, None where it is missing or empty."""
-        value = self.fields.get(name)
-        return value.decode("utf-8", "replace").strip()[:limit] or None if value else None
+    forwarded: bytes  # the header lines that go on to a replica
+    labels: Any = None  # the relay's: what it read from ``fields``, once
 
 
 def parse_request_head(head: bytes) -> RequestHead:
@@ -1125,14 +1122,15 @@ def parse_request_head(head: bytes) -> RequestHead:
     if version and b"host" not in fields:
         raise WireError("the Host header is missing")
     connection = fields[b"connection"].lower() if b"connection" in fields else b""
+    dropped = _NOT_FORWARDED | {name.strip() for name in connection.split(b",")}
     return RequestHead(
         line[1],
         line[2],
         int(version),
-        pairs,
         fields,
         _body_length(fields, version),
         version and b"close" not in connection,
+        b"".join(name + b": " + value + b"\r\n" for name, value in pairs if name not in dropped),
     )
 
 
@@ -1165,43 +1163,21 @@ def split_inference_path(path: bytes) -> tuple[str | None, bytes] | None:
 
 def forwarded_head(request: RequestHead, target: bytes, host: bytes, key: str | None, length: int) -> bytes:
     """The request head that goes to a replica: its own key, no hop-by-hop header, nothing of the client's alone."""
-    dropped = _NOT_FORWARDED
-    if b"connection" in request.fields:
-        dropped = dropped | {name.strip() for name in request.fields[b"connection"].lower().split(b",")}
-    lines = [b"%b %b HTTP/1.1" % (request.method, target), b"host: " + host]
-    lines += [name + b": " + value for name, value in request.pairs if name not in dropped]
-    if key:
-        lines.append(b"authorization: Bearer " + key.encode("latin-1"))
-    lines.append(b"content-length: %d\r\n\r\n" % length)
-    return b"\r\n".join(lines)
+    authorization = b"authorization: Bearer %b\r\n" % key.encode("latin-1") if key else b""
+    lines = request.method, target, host, request.forwarded, authorization, length
+    return b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%bcontent-length: %d\r\n\r\n" % lines
 
 
 @dataclass
 class AnswerHead:
-    """The head of a replica's answer."""
+    """The head of a replica's answer; ``fields`` as in RequestHead."""
 
     status: int
-    line: bytes  # the status line, as HTTP/1.1
-    pairs: list[tuple[bytes, bytes]]
     fields: dict[bytes, bytes]
+    length: int | None  # of the body; None: it comes in chunks; BodyDecoder.UNTIL_CLOSE
     is_reusable: bool  # the connection may carry another request once this answer is over
-
-    @property
-    def is_event_stream(self) -> bool:
-        return self.fields.get(b"content-type", b"").lower().startswith(b"text/event-stream")
-
-    def decoder(self) -> BodyDecoder:
-        """What reads the body; WireError when the head contradicts itself."""
-        if self.status in (204, 304):
-            return BodyDecoder(0)
-        if b"chunked" in self.fields.get(b"transfer-encoding", b"").lower():
-            return BodyDecoder(None)
-        length = self.fields.get(b"content-length")
-        if length is None:
-            return BodyDecoder(BodyDecoder.UNTIL_CLOSE)
-        if not length.strip().isdigit() or len(length) > 18:
-            raise WireError("the replica's Content-Length is not a number")
-        return BodyDecoder(int(length))
+    is_event_stream: bool
+    returned: bytes  # the status line and the header lines that go on to the client
 
 
 def parse_answer_head(head: bytes) -> AnswerHead:
@@ -1211,21 +1187,65 @@ def parse_answer_head(head: bytes) -> AnswerHead:
         raise WireError("the replica does not speak HTTP/1.1")
     pairs = [(name.lower(), value) for name, value in _FIELD.findall(head)]
     fields = dict(pairs)
-    reusable = line[1] == b"1" and b"close" not in fields.get(b"connection", b"").lower()
-    return AnswerHead(int(line[2]), b"HTTP/1.1" + head[8 : line.end() - 2], pairs, fields, reusable)
+    status, length = int(line[2]), fields.get(b"content-length", b"").strip()
+    body: int | None = BodyDecoder.UNTIL_CLOSE
+    if status in (204, 304):
+        body = 0
+    elif b"chunked" in fields.get(b"transfer-encoding", b"").lower():
+        body = None
+    elif length:
+        if not length.isdigit() or len(length) > 18:
+            raise WireError("the replica's Content-Length is not a number")
+        body = int(length)
+    return AnswerHead(
+        status,
+        fields,
+        body,
+        line[1] == b"1" and b"close" not in fields.get(b"connection", b"").lower(),
+        fields.get(b"content-type", b"").lower().startswith(b"text/event-stream"),
+        b"HTTP/1.1%b\r\n" % head[8 : line.end() - 2]
+        + b"".join(name + b": " + value + b"\r\n" for name, value in pairs if name not in _NOT_RETURNED),
+    )
 
 
 def returned_head(answer: AnswerHead, extra: bytes, length: int | None, chunked: bool, closes: bool) -> bytes:
     """The answer head that goes to the client: ``extra`` is whole header lines, ``length`` None where unknown."""
-    lines = [answer.line]
-    lines += [name + b": " + value for name, value in answer.pairs if name not in _NOT_RETURNED]
+    framing = b"transfer-encoding: chunked\r\n" if chunked else b""
     if length is not None:
-        lines.append(b"content-length: %d" % length)
-    elif chunked:
-        lines.append(b"transfer-encoding: chunked")
-    if closes:
-        lines.append(b"connection: close")
-    return b"\r\n".join(lines) + b"\r\n" + extra + b"\r\n"
+        framing = b"content-length: %d\r\n" % length
+    return b"%b%b%b%b\r\n" % (answer.returned, framing, b"connection: close\r\n" if closes else b"", extra)
+
+
+HeadT = TypeVar("HeadT", RequestHead, AnswerHead)
+_LENGTH_FIELD = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ?([0-9]{1,18})\r\n")
+
+
+class HeadReader(Generic[HeadT]):
+    """Parses the heads that come over one connection, and keeps the last one.
+
+    Peers send the same head again and again, but for its Content-Length: then only that is read.  The head that is
+    given out is changed in place by the next one.
+    """
+
+    __slots__ = ("_after", "_before", "_last", "_parse")
+
+    def __init__(self, parse: Callable[[bytes], HeadT]) -> None:
+        self._parse: Callable[[bytes], HeadT] = parse
+        self._before = self._after = b""
+        self._last: HeadT | None = None
+
+    def read(self, head: bytes) -> HeadT:
+        match = _LENGTH_FIELD.search(head)
+        before, after = (head[: match.start(1)], head[match.end(1) :]) if match else (head, b"")
+        last = self._last
+        if last is None or before != self._before or after != self._after:
+            last = self._last = self._parse(head)
+            self._before, self._after = before, after
+            if match and last.length != int(match[1]):  # in a head that has no body, or chunks besides
+                self._last = None
+        elif match:
+            last.length = int(match[1])
+        return last
 
 
 class BodyDecoder:
@@ -1370,20 +1390,20 @@ class AnswerDigest:
             message = error.get("message") if isinstance(error, dict) else error
             self.error = sendable_text(str(message or error)[:500])
         usage = document.get("usage")
-        if not isinstance(usage, dict):
-            return
-        details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
-        cached = usage.get(
-            "cache_read_input_tokens", details.get("cached_tokens") if isinstance(details, dict) else None
-        )
-        self.prompt_tokens = _first_count(usage.get("prompt_tokens"), usage.get("input_tokens"), self.prompt_tokens)
-        output = usage.get("completion_tokens"), usage.get("output_tokens")
-        self.completion_tokens = _first_count(*output, self.completion_tokens)
-        self.cached_tokens = _first_count(cached, self.cached_tokens)
+        if isinstance(usage, dict):
+            self.prompt_tokens = _token_count(usage, "prompt_tokens", "input_tokens", self.prompt_tokens)
+            self.completion_tokens = _token_count(usage, "completion_tokens", "output_tokens", self.completion_tokens)
+            details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
+            cached = details if isinstance(details, dict) else usage
+            self.cached_tokens = _token_count(cached, "cached_tokens", "cache_read_input_tokens", self.cached_tokens)
 
 
-def _first_count(*values: Any) -> int | None:
-    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
+def _token_count(usage: Mapping[str, Any], name: str, other_name: str, former: int | None) -> int | None:
+    """The count that ``usage`` has by one of two names, else ``former``."""
+    value = usage.get(name)
+    if type(value) is not int:
+        value = usage.get(other_name)
+    return value if type(value) is int else former
 
 
 _EVENT = re.compile(rb".*?\r?\n\r?\n|.+", re.DOTALL)
@@ -1583,7 +1603,7 @@ def histogram_bucket(value: float) -> int:
     return math.floor(BUCKETS_PER_OCTAVE * math.log2(value)) if value > 0.01 else -54
 
 
-@dataclass(frozen=True)
+@dataclass
 class TurnStarted:
     """A request was read and admitted to the queue. Times are seconds since the epoch, durations milliseconds."""
 
@@ -1598,10 +1618,9 @@ class TurnStarted:
     pre_ms: float | None = None  # observing before this turn, as the client timed it
     post_ms: float | None = None  # acting on the answer before this one: belongs to the session's previous turn
     prompt: str = ""  # excerpt, proxy.capture_text characters at most
-    kind: str = "started"
 
 
-@dataclass(frozen=True)
+@dataclass
 class TurnSent:
     """The turn left the queue for a replica (again, when it was retried)."""
 
@@ -1609,20 +1628,18 @@ class TurnSent:
     at: float
     backend: str
     queue_ms: float
-    kind: str = "sent"
 
 
-@dataclass(frozen=True)
+@dataclass
 class TurnAnswering:
     """The first token (or, not streaming, the first byte) of the answer arrived."""
 
     turn: str
     at: float
     ttft_ms: float  # from being sent to the replica that answers
-    kind: str = "answering"
 
 
-@dataclass(frozen=True)
+@dataclass
 class TurnFinished:
     """The turn is over, whatever became of it. Every TurnStarted has exactly one."""
 
@@ -1643,7 +1660,7 @@ class TurnFinished:
     error: str | None = None  # in words
     gaps: Mapping[str, int] = field(default_factory=dict)  # inter-chunk gaps: histogram bucket key → count
     answer: str = ""  # excerpt
-    kind: str = "finished"
+    started: TurnStarted | None = None  # where nothing was told of the turn before: most are over within one batch
 
 
 @dataclass(frozen=True)
@@ -1652,7 +1669,6 @@ class SessionEnded:
 
     session: str
     at: float
-    kind: str = "session_ended"
 
 
 TurnEvent = TurnStarted | TurnSent | TurnAnswering | TurnFinished | SessionEnded
@@ -1692,58 +1708,69 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 <= value <= MAX_FIGURE
 
 
-_EVENT_KINDS: Mapping[str, type[TurnEvent]] = {
-    event.kind: event for event in (TurnStarted, TurnSent, TurnAnswering, TurnFinished, SessionEnded)
-}
-_JSON_TYPES: Mapping[str, tuple[type, ...]] = {
-    "str": (str,),
-    "bool": (bool,),
-    "int": (int,),
-    "float": (int, float),
-    "Mapping[str, int]": (dict,),
-}
-_EVENT_FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
-    kind: {item.name: _JSON_TYPES[str(item.type).removesuffix(" | None")] for item in dataclasses.fields(event)}
-    for kind, event in _EVENT_KINDS.items()
-}
-_REQUIRED_FIELDS: Mapping[str, frozenset[str]] = {
-    kind: frozenset(
-        item.name
-        for item in dataclasses.fields(event)
-        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+@dataclass(frozen=True)
+class EventBatch:
+    """The payload of FRAME_EVENTS: what happened since the last one, by kind, each list in order."""
+
+    started: Sequence[TurnStarted] = ()
+    sent: Sequence[TurnSent] = ()
+    answering: Sequence[TurnAnswering] = ()
+    finished: Sequence[TurnFinished] = ()
+    session_ended: Sequence[SessionEnded] = ()
+
+    def in_order(self) -> list[TurnEvent]:
+        """All events as they happened; those of one moment in the order of a turn's life."""
+        events: tuple[TurnEvent, ...] = (
+            *self.started,
+            *self.sent,
+            *self.answering,
+            *self.finished,
+            *self.session_ended,
+        )
+        return sorted(events, key=lambda event: event.at)
+
+
+def group_events(events: Iterable[TurnEvent]) -> EventBatch:
+    """Events in order as a batch. A turn that is over within the batch is its finish alone, which tells all of it."""
+    started: dict[str, TurnStarted] = {}
+    sent: list[TurnSent] = []
+    answering: list[TurnAnswering] = []
+    finished: list[TurnFinished] = []
+    ended: list[SessionEnded] = []
+    for event in events:
+        if isinstance(event, TurnFinished):
+            start = started.pop(event.turn, None)
+            finished.append(dataclasses.replace(event, started=start) if start else event)
+        elif isinstance(event, TurnStarted):
+            started[event.turn] = event
+        elif isinstance(event, SessionEnded):
+            ended.append(event)
+        elif isinstance(event, TurnSent):
+            sent.append(event)
+        else:
+            answering.append(event)
+    whole = {event.turn for event in finished if event.started}
+    return EventBatch(
+        tuple(started.values()),
+        [event for event in sent if event.turn not in whole],
+        [event for event in answering if event.turn not in whole],
+        finished,
+        ended,
     )
-    for kind, event in _EVENT_KINDS.items()
-}
 
 
-def event_from_json(data: object) -> TurnEvent | None:
-    """The turn event that a decoded JSON object says; None when it says none.
+def decode_events(payload: bytes) -> list[TurnEvent]:
+    """The events of a FRAME_EVENTS, in order. ValueError when it is none; keys that are not known are left out."""
+    batch: EventBatch = _event_decoder().decode(payload)
+    return batch.in_order()
 
-    Never raises: an unknown kind, or a required field that is missing or cannot be, gives None; an unknown field is
-    left out, an optional one that cannot be gets its default, an unknown outcome counts as an error.
-    """
-    kind = data.get("kind") if isinstance(data, dict) else None
-    if not isinstance(data, dict) or not isinstance(kind, str) or kind not in _EVENT_KINDS:
-        return None
-    fields = _EVENT_FIELDS[kind]
-    values: dict[str, Any] = {}
-    # One flat loop, without a call a field: this runs for every field of every event of every turn.
-    for name, value in data.items():
-        value_type = type(value)
-        if value_type not in fields.get(name, ()):
-            continue
-        if value_type is str:
-            values[name] = value if len(value) <= MAX_TEXT or name in ("prompt", "answer") else value[:MAX_TEXT]
-        elif value_type is dict:
-            if all(bucket in _BUCKETS and _is_count(count) for bucket, count in value.items()):
-                values[name] = value
-        elif 0 <= value <= MAX_FIGURE:
-            values[name] = value
-    if not _REQUIRED_FIELDS[kind] <= values.keys():
-        return None
-    if kind == TurnFinished.kind and values["outcome"] not in TURN_OUTCOMES:
-        values["outcome"] = "error"
-    return _EVENT_KINDS[kind](**values)
+
+@functools.cache
+def _event_decoder() -> Any:
+    """Decodes straight into the dataclasses, in C: the controller does this for every turn."""
+    import msgspec
+
+    return msgspec.json.Decoder(EventBatch)
 
 
 class Histogram:
@@ -2405,6 +2432,8 @@ class Tracker:
         elif isinstance(event, TurnStarted):
             self._start(event, at)
         elif isinstance(event, TurnFinished):
+            if event.started is not None:
+                self._start(event.started, min(event.started.at, at))
             self._finish(event, at)
         elif (turn := self._turns.open.get(event.turn)) is not None:
             if isinstance(event, TurnSent):
@@ -4286,6 +4315,7 @@ class Reactor:
 
     def __init__(self) -> None:
         import gevent
+        import gevent.lock
         from gevent.monkey import get_original
 
         self.hub = gevent.get_hub()
@@ -4293,6 +4323,7 @@ class Reactor:
         self.current: Callable[[], Any] = gevent.getcurrent
         self.spawn: Callable[..., Any] = gevent.spawn
         self.sleep: Callable[[float], None] = gevent.sleep
+        self.new_lock: Callable[[], Any] = gevent.lock.RLock
         self.new_socket: Any = get_original("socket", "socket")  # plain, non-blocking: watched by the loop directly
 
     def watch_reads(self, sock: Any, callback: Callable[[], None]) -> Any:
@@ -4346,12 +4377,12 @@ class Turn:
 class Upstream:
     """A connection to a replica, watched for as long as it lives; idle, it goes when the replica closes it."""
 
-    __slots__ = ("exchange", "is_reused", "replica", "sock", "watcher")
+    __slots__ = ("exchange", "heads", "replica", "sock", "watcher")
 
     def __init__(self, replica: LiveReplica, sock: Any, reactor: Reactor) -> None:
         self.replica, self.sock = replica, sock
         self.exchange: Exchange | None = None
-        self.is_reused = False
+        self.heads = HeadReader(parse_answer_head)
         self.watcher = reactor.watch_reads(sock, self.on_readable)
 
     def on_readable(self) -> None:
@@ -4359,6 +4390,23 @@ class Upstream:
             self.exchange.on_readable()
         else:
             self.replica.forget(self)  # closed by the replica, or it sends what nobody asked for
+
+    def send(self, head: bytes, body: bytes | bytearray, client: ClientSocket, exchange: Exchange) -> bool:
+        """Send a whole request; False when it does not go: what the replica said, or that it hung up, is then read."""
+        total = len(head) + len(body)
+        try:
+            sent: int = self.sock.sendmsg((head, body))
+            while sent < total and exchange.result is None:
+                client.wait_writable(self.sock)
+                if client.gone or time.monotonic() >= client.deadline:
+                    return False
+                rest = memoryview(head)[sent:] if sent < len(head) else memoryview(body)[sent - len(head) :]
+                with contextlib.suppress(BlockingIOError):
+                    sent += self.sock.send(rest)
+                    client.deadline = time.monotonic() + client.relay.settings.proxy.request_timeout
+        except OSError:
+            return False
+        return sent == total
 
     def close(self) -> None:
         self.watcher.stop()
@@ -4457,7 +4505,6 @@ class LiveReplica:
         if not self.idle:
             return None
         upstream, _ = self.idle.popitem()
-        upstream.is_reused = True
         return upstream
 
     def forget(self, upstream: Upstream) -> None:
@@ -4473,7 +4520,70 @@ class LiveReplica:
             self.forget(next(iter(self.idle)))
 
 
-class Exchange:
+class Outlet:
+    """The client's end of an exchange: sends without blocking, and pauses the replica while the client is slow."""
+
+    __slots__ = ("_client", "_timeout_s", "_write_watcher", "backlog", "pending_head", "result", "upstream")
+
+    def __init__(self, client: ClientSocket) -> None:
+        self._client = client
+        self._timeout_s = client.relay.settings.proxy.request_timeout
+        self._write_watcher: Any = None
+        self.backlog: Any = None  # what the client's socket did not take yet
+        self.pending_head = b""  # goes out with the first bytes of the body
+        self.result: str | None = None
+        self.upstream: Any = None
+
+    def send(self, out: bytes, result: str | None) -> None:
+        """Send to the client; ``result`` ends the exchange once all of it is sent. A slow client pauses the replica."""
+        if self.pending_head:
+            out, self.pending_head = self.pending_head + out, b""
+        try:
+            sent = self._client.sock.send(out)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self._client.gone = True
+            return self.end("gone")
+        if sent == len(out):
+            return self.end(result) if result else None
+        self.backlog = memoryview(out)[sent:]
+        self.upstream.watcher.stop()
+        self._write_watcher = self._client.relay.reactor.loop.io(self._client.sock.fileno(), 2)
+        self._write_watcher.start(self._on_writable, result)
+        return None
+
+    def _on_writable(self, result: str | None) -> None:
+        try:
+            sent = self._client.sock.send(self.backlog)
+        except BlockingIOError:
+            return None
+        except OSError:
+            self._client.gone = True
+            return self.end("gone")
+        self._client.deadline = time.monotonic() + self._timeout_s
+        self.backlog = self.backlog[sent:]
+        if self.backlog:
+            return None
+        self.stop_writing()
+        if result:
+            return self.end(result)
+        self.upstream.watcher.start(self.upstream.on_readable)
+        return None
+
+    def stop_writing(self) -> None:
+        self.backlog = None
+        if self._write_watcher is not None:
+            self._write_watcher.stop()
+            self._write_watcher.close()
+            self._write_watcher = None
+
+    def end(self, result: str) -> None:
+        self.result = result
+        self._client.wake()
+
+
+class Exchange(Outlet):
     """One attempt: a request sent to one replica, its answer moved to the client by event-loop callbacks.
 
     ``result`` says how it ended: ``answered`` (whole, in ``body``, nothing sent to the client yet) · ``streamed`` (the
@@ -4483,28 +4593,25 @@ class Exchange:
     """
 
     __slots__ = (
-        "_backlog", "_client", "_decoder", "_has_excess", "_head_bytes", "_is_sent", "_pending_head", "_pieces",
-        "_relay", "_replica",
-        "_size", "_timeout_s", "_to_chunks", "_turn", "_upstream", "_write_watcher", "body", "error", "events", "head",
-        "is_raw", "received", "result",
+        "_decoder", "_has_excess", "_head_bytes", "_is_sent", "_pieces", "_relay", "_replica", "_size", "_to_chunks",
+        "_turn", "body", "ends_by_closing", "error", "events", "head", "is_raw", "received",
     )  # fmt: skip
 
+    _client: ClientConnection
+
     def __init__(self, relay: Relay, client: ClientConnection, turn: Turn, replica: LiveReplica) -> None:
-        self._relay, self._client, self._turn, self._replica = relay, client, turn, replica
-        self._timeout_s = relay.settings.proxy.request_timeout
+        super().__init__(client)
+        self._relay, self._turn, self._replica = relay, turn, replica
         self._to_chunks = client.version == 1
-        self._upstream: Any = None
-        self._backlog: Any = None  # what the client's socket did not take yet
-        self._write_watcher: Any = None
-        self.result: str | None = None
         self.error = ""
         self.received = False  # any byte of an answer
         self._is_sent = self._has_excess = False
-        self._head_bytes = self._pending_head = self.body = b""
+        self._head_bytes = self.body = b""
         self.head: Any = None  # AnswerHead, once it came
         self._decoder: Any = None
         self.events: Any = None  # EventStream, where the answer is one
         self.is_raw = False
+        self.ends_by_closing = not self._to_chunks
         self._pieces: list[bytes] = []
         self._size = 0
 
@@ -4530,12 +4637,12 @@ class Exchange:
 
     def _converse(self, upstream: Upstream, head: bytes, body: bytes | bytearray) -> str:
         client = self._client
-        self._upstream, upstream.exchange = upstream, self
+        self.upstream, upstream.exchange = upstream, self
         self.result = None
         client.deadline = time.monotonic() + self._timeout_s
         client.exchange = self
         try:
-            self._send_request(head, body)
+            self._is_sent = upstream.send(head, body, client, self)
             while self.result is None:
                 if client.gone:
                     self.result = "gone"
@@ -4545,29 +4652,12 @@ class Exchange:
                     client.park()
         finally:
             upstream.exchange = client.exchange = None
-            self._stop_writing()
+            self.stop_writing()
             if self.result in ("answered", "streamed") and self._is_reusable():
                 self._replica.idle[upstream] = None
             else:
                 upstream.close()
         return self.result or "gone"
-
-    def _send_request(self, head: bytes, body: bytes | bytearray) -> None:
-        sock, client = self._upstream.sock, self._client
-        total = len(head) + len(body)
-        try:
-            sent = sock.sendmsg((head, body))
-            while sent < total and self.result is None:
-                client.wait_writable(sock)
-                if client.gone or time.monotonic() >= client.deadline:
-                    return
-                rest = memoryview(head)[sent:] if sent < len(head) else memoryview(body)[sent - len(head) :]
-                with contextlib.suppress(BlockingIOError):
-                    sent += sock.send(rest)
-                    client.deadline = time.monotonic() + self._timeout_s
-        except OSError:
-            return  # what the replica said before it hung up, or that it hung up, is for on_readable
-        self._is_sent = sent == total
 
     def _is_reusable(self) -> bool:
         has_excess = self.events.has_excess if self.events is not None else self._has_excess
@@ -4578,7 +4668,7 @@ class Exchange:
     def on_readable(self) -> None:
         """The replica's socket has bytes, or its end."""
         try:
-            data = self._upstream.sock.recv(RECEIVE_BYTES)
+            data = self.upstream.sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
             return
         except OSError:
@@ -4603,11 +4693,11 @@ class Exchange:
             if len(data) > MAX_HEAD_BYTES:
                 raise WireError("the replica's head is too long")
             return None
-        head = parse_answer_head(data[:end])
+        head = self.upstream.heads.read(data[:end])
         if head.status < 200:  # an interim answer: the real one follows
             self._head_bytes = b""
             return self._take_head(data[end:]) if len(data) > end else None
-        self.head, self._decoder = head, head.decoder()
+        self.head, self._decoder = head, BodyDecoder(head.length)
         if head.is_event_stream and head.status < 400:
             self._start_stream(head)
             if len(data) > end:
@@ -4626,18 +4716,18 @@ class Exchange:
             needs_done=turn.path in (b"/v1/chat/completions", b"/v1/completions"),
             wanted_text=turn.wanted_text,
         )
-        self._pending_head = returned_head(
-            head, self._relay.answer_fields(turn), None, self._to_chunks, not self._to_chunks
+        self.pending_head = returned_head(
+            head, self._relay.book.answer_fields(turn), None, self._to_chunks, not self._to_chunks
         )
 
     def _start_raw(self, head: AnswerHead) -> None:
         """Pass on as it comes what is neither a stream of events nor short enough to be kept for a retry."""
         self.is_raw = True
-        length = head.fields.get(b"content-length")
+        length = head.length if head.length != BodyDecoder.UNTIL_CLOSE else None
         self._to_chunks = self._to_chunks and length is None
-        fields = self._relay.answer_fields(self._turn)
-        closes = not self._to_chunks and length is None
-        self._pending_head = returned_head(head, fields, int(length) if length else None, self._to_chunks, closes)
+        self.ends_by_closing = not self._to_chunks and length is None
+        fields = self._relay.book.answer_fields(self._turn)
+        self.pending_head = returned_head(head, fields, length, self._to_chunks, self.ends_by_closing)
 
     def _relay_events(self, data: bytes) -> None:
         events, turn = self.events, self._turn
@@ -4651,17 +4741,17 @@ class Exchange:
                 turn.gaps[bucket] = turn.gaps.get(bucket, 0) + 1
             else:
                 turn.first = now
-                self._relay.note_answering(turn)
+                self._relay.book.note_answering(turn)
             turn.ended = now
         if events.fault is not None:
             self.fail(events.fault, out)
         elif out:
-            self._send(out, "streamed" if events.is_over else None)
+            self.send(out, "streamed" if events.is_over else None)
 
     def _take_body(self, data: bytes, start: int) -> None:
         if not self._turn.first:
             self._turn.first = time.monotonic()
-            self._relay.note_answering(self._turn)
+            self._relay.book.note_answering(self._turn)
         self._has_excess = self._decoder.feed(data, start, self._pieces) < len(data)
         self._size += len(data) - start
         if not self.is_raw:
@@ -4680,7 +4770,7 @@ class Exchange:
             out += LAST_CHUNK
         self._client.deadline = time.monotonic() + self._timeout_s
         if out or self._decoder.is_over:
-            self._send(out, "streamed" if self._decoder.is_over else None)
+            self.send(out, "streamed" if self._decoder.is_over else None)
 
     def _finish_body(self) -> None:
         self.body = b"".join(self._pieces)
@@ -4692,57 +4782,13 @@ class Exchange:
                 out = self.events.close()
                 if self.events.fault is not None:
                     return self.fail(self.events.fault, out)
-                return self._send(out, "streamed")
+                return self.send(out, "streamed")
             self._decoder.is_over = True
             return self._send_raw() if self.is_raw else self._finish_body()
         return self.fail("the replica died")
 
-    def _send(self, out: bytes, result: str | None) -> None:
-        """Send to the client; ``result`` ends the exchange once all of it is sent. A slow client pauses the replica."""
-        if self._pending_head:
-            out, self._pending_head = self._pending_head + out, b""
-        try:
-            sent = self._client.sock.send(out)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self._client.gone = True
-            return self.end("gone")
-        if sent == len(out):
-            return self.end(result) if result else None
-        self._backlog = memoryview(out)[sent:]
-        self._upstream.watcher.stop()
-        self._write_watcher = self._relay.reactor.loop.io(self._client.sock.fileno(), 2)
-        self._write_watcher.start(self._on_writable, result)
-        return None
-
-    def _on_writable(self, result: str | None) -> None:
-        try:
-            sent = self._client.sock.send(self._backlog)
-        except BlockingIOError:
-            return None
-        except OSError:
-            self._client.gone = True
-            return self.end("gone")
-        self._client.deadline = time.monotonic() + self._timeout_s
-        self._backlog = self._backlog[sent:]
-        if self._backlog:
-            return None
-        self._stop_writing()
-        if result:
-            return self.end(result)
-        self._upstream.watcher.start(self._upstream.on_readable)
-        return None
-
-    def _stop_writing(self) -> None:
-        self._backlog = None
-        if self._write_watcher is not None:
-            self._write_watcher.stop()
-            self._write_watcher.close()
-            self._write_watcher = None
-
     def _time_out(self) -> None:
-        if self._backlog is not None:  # it is the client that does not take its answer
+        if self.backlog is not None:  # it is the client that does not take its answer
             self._client.gone = True
             self.result = "gone"
             return
@@ -4751,41 +4797,26 @@ class Exchange:
     def fail(self, error: str, out: bytes = b"", result: str = "lost") -> None:
         """The answer broke off; ``out`` is what had come of it. Once the client has a part, it is told."""
         self.error = error
-        has_begun = (self.events is not None or self.is_raw) and not self._pending_head
+        has_begun = (self.events is not None or self.is_raw) and not self.pending_head
         if not has_begun:
             self.end(result)
-        elif self.events is None or self._backlog is not None:
+        elif self.events is None or self.backlog is not None:
             self.end("torn")
         else:
-            self._send(out + self.events.failure(error_event(error, self._turn.is_anthropic)), "cut")
-
-    def end(self, result: str) -> None:
-        self.result = result
-        self._client.wake()
+            self.send(out + self.events.failure(error_event(error, self._turn.is_anthropic)), "cut")
 
 
-class ClientConnection:
-    """One client's socket: reads requests, one after the other, and owns the greenlet that serves them."""
+class ClientSocket:
+    """A client's socket and the parking of its one greenlet (see Reactor): every wait here has a deadline."""
 
-    def __init__(self, relay: Relay, sock: Any, peer: tuple[Any, ...]) -> None:
-        self.relay, self.sock, self.peer = relay, sock, peer
-        self.version = 1
-        self.buffer = b""
+    def __init__(self, relay: Relay, sock: Any) -> None:
+        self.relay, self.sock = relay, sock
         self.gone = False
         self.deadline = math.inf  # the sweep wakes the greenlet then
-        self.exchange: Exchange | None = None
-        self.is_trusted: bool | None = None  # whether the socket's owner needs no key; asked once
         self._parked: Any = None
         self._is_reading = False
         self._is_watching = True
-        self._held_bytes = 0
-        self._has_unread_body = False
-        self._is_anthropic = False
-        self._keeps_alive = True
-        self._turn: Turn | None = None
         self._watcher = relay.reactor.watch_reads(sock, self._on_readable)
-
-    # Waiting: see Reactor.
 
     def park(self) -> None:
         """Wait for a wake; only for the connection's own greenlet."""
@@ -4894,7 +4925,28 @@ class ClientConnection:
             except OSError:
                 raise ClientGone from None
 
-    # Serving.
+    def close(self) -> None:
+        self._watcher.stop()
+        self._watcher.close()
+        self.sock.close()
+
+
+class ClientConnection(ClientSocket):
+    """One client: reads its requests, one after the other, and owns the greenlet that serves them."""
+
+    def __init__(self, relay: Relay, sock: Any, peer: tuple[Any, ...]) -> None:
+        super().__init__(relay, sock)
+        self.peer = peer
+        self.version = 1
+        self.buffer = b""
+        self.exchange: Exchange | None = None
+        self.is_trusted: bool | None = None  # whether the socket's owner needs no key; asked once
+        self._heads = HeadReader(parse_request_head)
+        self._held_bytes = 0
+        self._has_unread_body = False
+        self._is_anthropic = False
+        self._keeps_alive = True
+        self._turn: Turn | None = None
 
     def serve(self) -> None:
         """Serve requests until one of the sides has had enough; the connection's greenlet runs this."""
@@ -4909,9 +4961,7 @@ class ClientConnection:
             )
         finally:
             self.relay.connections.discard(self)
-            self._watcher.stop()
-            self._watcher.close()
-            self.sock.close()
+            self.close()
 
     @property
     def is_idle(self) -> bool:
@@ -4959,7 +5009,7 @@ class ClientConnection:
             return True
         body = self._read_body(request, int(self.relay.settings.proxy.max_body_mb * (1 << 20)))
         model, path = route
-        turn = self._turn = self.relay.begin(request, model, path, body)
+        turn = self._turn = self.relay.book.begin(request, model, path, body)
         try:
             target = path + b"?" + query if query else path
             return Delivery(self.relay, self, turn, request, target, body).run()
@@ -4968,12 +5018,12 @@ class ClientConnection:
             turn.outcome = "rejected" if refusal.status in (429, 503) else "error"
             raise
         finally:
-            self.relay.finish(turn, request)
+            self.relay.book.finish(turn, request)
 
     def _refuse(self, refusal: RequestError) -> bool:
         if self._turn is None:
-            self.relay.counters["rejected"] += 1
-        extra = self.relay.answer_fields(self._turn) if self._turn is not None else b""
+            self.relay.book.counters["rejected"] += 1
+        extra = self.relay.book.answer_fields(self._turn) if self._turn is not None else b""
         if refusal.retry_after_s:
             extra += b"retry-after: %d\r\n" % refusal.retry_after_s
         if refusal.status == 401:
@@ -5007,7 +5057,7 @@ class ClientConnection:
                 end = self.buffer.find(b"\r\n\r\n") + 4
                 if 4 <= end <= MAX_HEAD_BYTES:
                     head, self.buffer = self.buffer[:end], self.buffer[end:]
-                    return parse_request_head(head)
+                    return self._heads.read(head)
                 if len(self.buffer) > MAX_HEAD_BYTES:
                     raise WireError("the head is too long", 431)
                 if self.buffer.count(b"\n") != self.buffer.count(b"\r\n"):
@@ -5109,7 +5159,7 @@ class Delivery:
     def _attempt(self, replica: LiveReplica) -> bool | None:
         """One replica's turn at it: None to go on with another, else as ``run``."""
         turn, relay = self._turn, self._relay
-        relay.note_sent(turn, replica)
+        relay.book.note_sent(turn, replica)
         head = forwarded_head(self._request, self._target, replica.host, replica.backend.key, len(self._body))
         exchange = Exchange(relay, self._client, turn, replica)
         try:
@@ -5131,9 +5181,7 @@ class Delivery:
             now = turn.ended = time.monotonic()
             replica.note_success((now - turn.sent) * 1000.0, now)
             turn.outcome = "completed"
-            return not (
-                self._client.version == 0 or (exchange.is_raw and b"content-length" not in self._fields(exchange))
-            )
+            return not exchange.ends_by_closing
         replica.note_failure(exchange.error, is_dead=False)
         if result == "timeout":
             raise RequestError(
@@ -5141,9 +5189,6 @@ class Delivery:
             )
         turn.outcome, turn.error = "cut", exchange.error
         return result == "cut" and self._client.version == 1
-
-    def _fields(self, exchange: Exchange) -> Mapping[bytes, bytes]:
-        return exchange.head.fields if exchange.head is not None else {}
 
     def _take_answer(self, replica: LiveReplica, exchange: Exchange) -> bool | None:
         """A whole answer, of which the client has nothing yet: pass it on, unless it says to go elsewhere."""
@@ -5167,7 +5212,7 @@ class Delivery:
         if head.status >= 400 and turn.digest is not None:
             turn.error = turn.digest.error
         keeps_alive = self._request.keeps_alive
-        extra = self._relay.answer_fields(turn)
+        extra = self._relay.book.answer_fields(turn)
         self._client.send_all(returned_head(head, extra, len(exchange.body), False, not keeps_alive) + exchange.body)
         return keeps_alive
 
@@ -5176,7 +5221,7 @@ class Delivery:
         replica.note_failure(error, is_dead=True)
         self._unreachable += 1
         self._exclude(replica)
-        if self._unreachable > self._relay.settings.proxy.max_retries or not self._relay.take_retry():
+        if self._unreachable > self._relay.settings.proxy.max_retries or not self._relay.book.take_retry():
             raise RequestError(503, f"no replica of {self._turn.model} could be reached: {error}", retry_after_s=1)
         self._turn.retries += 1
         return self._start_over()
@@ -5192,7 +5237,7 @@ class Delivery:
         self._exclude(replica)
         if not is_dead:
             raise RequestError(502, f"replica {replica.id} broke off without an answer: {error}", code="replica_lost")
-        if self._turn.deaths > 1 or not self._relay.take_retry():
+        if self._turn.deaths > 1 or not self._relay.book.take_retry():
             message = f"replica {replica.id} died with this request, as one did before; it is not sent again"
             raise RequestError(
                 502, message if self._turn.deaths > 1 else f"replica {replica.id}: {error}", code="replica_lost"
@@ -5409,6 +5454,7 @@ class ControlChannel:
         self._relay, self._listener = relay, listener
         self._events: deque[Any] = deque()
         self._controller: Any = None
+        self._write_lock = relay.reactor.new_lock()  # one frame after the other: three greenlets send
         self.events_dropped = 0
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
@@ -5470,20 +5516,208 @@ class ControlChannel:
         """Send all events that wait; those of a batch that did not go out wait on."""
         while self._events and self._controller is not None:
             batch = [self._events.popleft() for _ in range(min(EVENT_BATCH, len(self._events)))]
-            if not self.send(FRAME_EVENTS, self._relay.codec.encode(batch)):
+            if not self.send(FRAME_EVENTS, self._relay.codec.encode(group_events(batch))):
                 self._events.extendleft(reversed(batch))
                 return
 
     def send(self, kind: bytes, payload: bytes) -> bool:
         """Send one frame; whether a controller took it. Blocks this greenlet (alone) while the controller is slow."""
-        controller = self._controller
-        if controller is None:
-            return False
-        try:
-            controller.sendall(encode_frame(kind, payload))
-        except OSError:
-            return False
+        with self._write_lock:
+            controller = self._controller
+            if controller is None:
+                return False
+            try:
+                controller.sendall(encode_frame(kind, payload))
+            except OSError:
+                return False
         return True
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a request's headers say about its turn."""
+
+    session: str | None
+    task: str | None
+    client: str | None
+    pre_ms: float | None
+    post_ms: float | None
+    ends_session: bool
+
+
+def read_labels(request: RequestHead, names: HeadersConfig) -> Labels:
+    """The labels of a request, by the configured names of headers."""
+
+    def field_of(name: str) -> bytes | None:
+        return request.fields.get(name.lower().encode())
+
+    return Labels(
+        _text(field_of(names.session)) or _text(request.fields.get(b"x-session-affinity")),
+        _text(field_of(names.task)),
+        _text(field_of(names.client)),
+        _milliseconds(field_of(names.timing_pre)),
+        _milliseconds(field_of(names.timing_post)),
+        request.fields.get(b"x-session-end", b"").lower() == b"true",
+    )
+
+
+class TurnBook:
+    """Every turn from its beginning to its end, exactly once each: counters, events, the retry budget."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self.counters = dict.fromkeys(("requests", "errors", "retries", "aborted", "rejected"), 0)
+        self.turns: dict[str, Turn] = {}  # between begin and finish
+        self._retry_tokens = RETRY_FLOOR
+        self._prefix = secrets.token_hex(6)
+        self._count = 0
+
+    def begin(self, request: RequestHead, model: str | None, path: bytes, body: bytes | bytearray) -> Turn:
+        """A turn for a request that was read; RequestError when its model is not served. ``finish`` is then due."""
+        wanted_text = self._relay.settings.proxy.capture_text
+        is_json = b"multipart" not in request.fields.get(b"content-type", b"")
+        fields: Any = self._relay.codec.request(body, wanted_text > 0) if is_json else None
+        if is_json and fields is None:
+            raise RequestError(400, "the body is not a JSON object")
+        model = self._model_of(model, fields.model if is_json else _form_model(body))
+        labels = request.labels = request.labels or read_labels(request, self._relay.settings.headers)
+        self._count += 1
+        options = fields.stream_options if is_json else None
+        turn = Turn(
+            id=f"{self._prefix}-{self._count:x}",
+            arrived=time.monotonic(),
+            arrived_at=time.time(),
+            model=model,
+            path=path,
+            session=labels.session,
+            is_stream=is_json and fields.stream is True,
+            cuts_usage=not (isinstance(options, dict) and options.get("include_usage")),
+            wanted_text=wanted_text,
+            tokens=len(body) // 4,
+        )
+        self.turns[turn.id] = turn
+        self.counters["requests"] += 1
+        self._retry_tokens = min(self._retry_tokens + RETRY_SHARE, 10 * RETRY_FLOOR)
+        self._relay.control.add(
+            TurnStarted(
+                turn.id,
+                turn.arrived_at,
+                model,
+                path.decode("ascii"),
+                turn.session,
+                labels.task,
+                labels.client,
+                turn.is_stream,
+                labels.pre_ms,
+                labels.post_ms,
+                self._relay.codec.last_words(fields, wanted_text) if wanted_text and is_json else "",
+            )
+        )
+        return turn
+
+    def note_sent(self, turn: Turn, replica: LiveReplica) -> None:
+        turn.sent = time.monotonic()
+        turn.queue_ms = (turn.sent - turn.arrived) * 1000.0
+        turn.backend = replica.id
+        self._relay.control.add(TurnSent(turn.id, self._at(turn, turn.sent), replica.id, turn.queue_ms))
+
+    def note_answering(self, turn: Turn) -> None:
+        self._relay.control.add(TurnAnswering(turn.id, self._at(turn, turn.first), (turn.first - turn.sent) * 1000.0))
+
+    def finish(self, turn: Turn, request: RequestHead) -> None:
+        """The turn is over, whatever became of it: its slot, its counters, its last event."""
+        now = time.monotonic()
+        turn.ended = turn.ended or now
+        self.turns.pop(turn.id, None)
+        self._relay.admission.settle(turn)
+        counters = self.counters
+        counters["retries"] += turn.retries
+        if turn.outcome != "completed":
+            counters[{"aborted": "aborted", "rejected": "rejected"}.get(turn.outcome, "errors")] += 1
+        digest = turn.digest or AnswerDigest()
+        is_estimated = digest.completion_tokens is None and turn.events > 0
+        estimate = max(0, turn.events - 2)  # the last two events carry the finish reason and [DONE]
+        has_first = turn.first > 0.0
+        self._relay.control.add(
+            TurnFinished(
+                turn=turn.id,
+                at=self._at(turn, now),
+                outcome=turn.outcome,
+                status=turn.status,
+                backend=turn.backend,
+                queue_ms=turn.queue_ms if turn.sent else (now - turn.arrived) * 1000.0,
+                ttft_ms=(turn.first - turn.sent) * 1000.0 if has_first else None,
+                inference_ms=(turn.ended - turn.sent) * 1000.0 if has_first else None,
+                retries=turn.retries,
+                prompt_tokens=digest.prompt_tokens,
+                completion_tokens=estimate if is_estimated else digest.completion_tokens,
+                cached_tokens=digest.cached_tokens,
+                estimated=is_estimated,
+                finish_reason=digest.finish_reason,
+                error=turn.error or digest.error,
+                gaps={str(bucket): count for bucket, count in turn.gaps.items()},
+                answer=digest.text,
+            )
+        )
+        if turn.session is not None and request.labels.ends_session:
+            self.end_session(turn.session)
+
+    def end_session(self, session: str) -> None:
+        self._relay.control.add(SessionEnded(session, time.time()))
+
+    def answer_fields(self, turn: Turn) -> bytes:
+        """The header lines that every answer to a turn carries."""
+        backend = (
+            b"" if turn.backend is None else b"x-agent-infra-backend: %b\r\n" % turn.backend.encode("ascii", "replace")
+        )
+        return b"x-request-id: %b\r\n%bx-agent-infra-queue-ms: %d\r\n" % (turn.id.encode(), backend, turn.queue_ms)
+
+    def take_retry(self) -> bool:
+        """Whether the retry budget, a share of the requests, has one left; it is taken."""
+        if self._retry_tokens < 1.0:
+            return False
+        self._retry_tokens -= 1.0
+        return True
+
+    def _at(self, turn: Turn, moment: float) -> float:
+        """A monotonic moment of a turn as seconds since the epoch, steady even when the clock is set."""
+        return turn.arrived_at + (moment - turn.arrived)
+
+    def _model_of(self, prefix: str | None, named: Any) -> str:
+        if named is not None and not isinstance(named, str):
+            raise RequestError(400, "model must be a string")
+        if prefix is not None and named is not None and prefix != named:
+            raise RequestError(400, f"the path names the model {prefix!r}, the body {named!r}")
+        model = prefix if prefix is not None else named
+        if model is None and len(self._relay.models) == 1:
+            model = self._relay.models[0]
+        if model is None:
+            raise RequestError(400, f"name a model; served here: {', '.join(self._relay.models) or 'none'}")
+        if model not in self._relay.models:
+            message = (
+                f"the model {model[:100]!r} does not exist; served here: {', '.join(self._relay.models) or 'none'}"
+            )
+            raise RequestError(404, message, code="model_not_found")
+        return model
+
+    def queue_status(self) -> dict[str, Any]:
+        """What GET /queue/status says: how many wait, how many are with a replica, and the 50 that wait longest."""
+        now, waiting = time.monotonic(), self._relay.admission.waiting()
+        rows = [
+            {
+                "turn": turn.id,
+                "session": turn.session,
+                "model": turn.model,
+                "waited_ms": round((now - turn.arrived) * 1000),
+            }
+            for turn in waiting[:50]
+        ]
+        return {
+            "pending": len(waiting),
+            "in_flight": len(self.turns) - len(waiting),
+            "oldest_ms": rows[0]["waited_ms"] if rows else 0,
+            "waiting": rows,
+        }
 
 
 @dataclass(frozen=True)
@@ -5508,6 +5742,7 @@ class Relay:
         self.listener.setblocking(False)
         self.control = ControlChannel(self, socket_path, self.listener)
         self.admission = Admission(self)
+        self.book = TurnBook(self)
         self.app = RelayApp(self)
         self.settings = RelaySettings(ProxyConfig(api_key=secrets.token_hex(16)), HeadersConfig())
         self.strategy = self.settings.proxy.strategy
@@ -5516,16 +5751,11 @@ class Relay:
         self.replicas: dict[str, LiveReplica] = {}
         self.pools: dict[str, list[LiveReplica]] = {}
         self.connections: set[ClientConnection] = set()
-        self.counters = dict.fromkeys(("requests", "errors", "retries", "aborted", "rejected"), 0)
         self.stats: tuple[bytes, float] | None = None  # the finished document, and when it came
-        self.turns: dict[str, Turn] = {}  # between begin and finish
         self.buffered_bytes = 0
         self.is_stopping = False
-        self._retry_tokens = RETRY_FLOOR
         self._key = b""
         self._stopped = Event()
-        self._turn_prefix = secrets.token_hex(6)
-        self._turn_count = 0
         self._accept_watcher: Any = None
         self._new_event = Event
         self._watchers: list[Any] = []
@@ -5578,115 +5808,6 @@ class Relay:
         replica.greenlets = [self.reactor.spawn(task, replica) for task in tasks]
         return replica
 
-    # Turns.
-
-    def begin(self, request: RequestHead, model: str | None, path: bytes, body: bytes | bytearray) -> Turn:
-        """A turn for a request that was read; RequestError when its model is not served. ``finish`` is then due."""
-        wanted_text = self.settings.proxy.capture_text
-        is_json = b"multipart" not in request.fields.get(b"content-type", b"")
-        fields: Any = self.codec.request(body, wanted_text > 0) if is_json else None
-        if is_json and fields is None:
-            raise RequestError(400, "the body is not a JSON object")
-        model = self._model_of(model, fields.model if is_json else _form_model(body))
-        names = self.settings.headers
-        self._turn_count += 1
-        options = fields.stream_options if is_json else None
-        turn = Turn(
-            id=f"{self._turn_prefix}-{self._turn_count:x}",
-            arrived=time.monotonic(),
-            arrived_at=time.time(),
-            model=model,
-            path=path,
-            session=request.text(names.session.lower().encode()) or request.text(b"x-session-affinity"),
-            is_stream=is_json and fields.stream is True,
-            cuts_usage=not (isinstance(options, dict) and options.get("include_usage")),
-            wanted_text=wanted_text,
-            tokens=len(body) // 4,
-        )
-        self.turns[turn.id] = turn
-        self.counters["requests"] += 1
-        self._retry_tokens = min(self._retry_tokens + RETRY_SHARE, 10 * RETRY_FLOOR)
-        self.control.add(
-            TurnStarted(
-                turn.id,
-                turn.arrived_at,
-                model,
-                path.decode("ascii"),
-                turn.session,
-                request.text(names.task.lower().encode()),
-                request.text(names.client.lower().encode()),
-                turn.is_stream,
-                _milliseconds(request.fields.get(names.timing_pre.lower().encode())),
-                _milliseconds(request.fields.get(names.timing_post.lower().encode())),
-                self.codec.last_words(fields, wanted_text) if wanted_text and is_json else "",
-            )
-        )
-        return turn
-
-    def note_sent(self, turn: Turn, replica: LiveReplica) -> None:
-        turn.sent = time.monotonic()
-        turn.queue_ms = (turn.sent - turn.arrived) * 1000.0
-        turn.backend = replica.id
-        self.control.add(TurnSent(turn.id, self._at(turn, turn.sent), replica.id, turn.queue_ms))
-
-    def note_answering(self, turn: Turn) -> None:
-        self.control.add(TurnAnswering(turn.id, self._at(turn, turn.first), (turn.first - turn.sent) * 1000.0))
-
-    def finish(self, turn: Turn, request: RequestHead) -> None:
-        """The turn is over, whatever became of it: its slot, its counters, its last event."""
-        now = time.monotonic()
-        turn.ended = turn.ended or now
-        self.turns.pop(turn.id, None)
-        self.admission.settle(turn)
-        counters = self.counters
-        counters["retries"] += turn.retries
-        if turn.outcome != "completed":
-            counters[{"aborted": "aborted", "rejected": "rejected"}.get(turn.outcome, "errors")] += 1
-        digest = turn.digest or AnswerDigest()
-        is_estimated = digest.completion_tokens is None and turn.events > 0
-        estimate = max(0, turn.events - 2)  # the last two events carry the finish reason and [DONE]
-        has_first = turn.first > 0.0
-        self.control.add(
-            TurnFinished(
-                turn=turn.id,
-                at=self._at(turn, now),
-                outcome=turn.outcome,
-                status=turn.status,
-                backend=turn.backend,
-                queue_ms=turn.queue_ms if turn.sent else (now - turn.arrived) * 1000.0,
-                ttft_ms=(turn.first - turn.sent) * 1000.0 if has_first else None,
-                inference_ms=(turn.ended - turn.sent) * 1000.0 if has_first else None,
-                retries=turn.retries,
-                prompt_tokens=digest.prompt_tokens,
-                completion_tokens=estimate if is_estimated else digest.completion_tokens,
-                cached_tokens=digest.cached_tokens,
-                estimated=is_estimated,
-                finish_reason=digest.finish_reason,
-                error=turn.error or digest.error,
-                gaps={str(bucket): count for bucket, count in turn.gaps.items()},
-                answer=digest.text,
-            )
-        )
-        if turn.session is not None and request.fields.get(b"x-session-end", b"").lower() == b"true":
-            self.end_session(turn.session)
-
-    def end_session(self, session: str) -> None:
-        self.control.add(SessionEnded(session, time.time()))
-
-    def answer_fields(self, turn: Turn) -> bytes:
-        """The header lines that every answer to a turn carries."""
-        backend = (
-            b"" if turn.backend is None else b"x-agent-infra-backend: %b\r\n" % turn.backend.encode("ascii", "replace")
-        )
-        return b"x-request-id: %b\r\n%bx-agent-infra-queue-ms: %d\r\n" % (turn.id.encode(), backend, turn.queue_ms)
-
-    def take_retry(self) -> bool:
-        """Whether the retry budget, a share of the requests, has one left; it is taken."""
-        if self._retry_tokens < 1.0:
-            return False
-        self._retry_tokens -= 1.0
-        return True
-
     def authorize(self, client: ClientConnection, request: RequestHead) -> None:
         """RequestError 401 unless the client is this user (or root) on this machine, or sends the key."""
         if client.is_trusted is None:
@@ -5699,25 +5820,6 @@ class Relay:
             raise RequestError(
                 401, "a key is needed: send the proxy's key as Authorization: Bearer", code="invalid_api_key"
             )
-
-    def _at(self, turn: Turn, moment: float) -> float:
-        """A monotonic moment of a turn as seconds since the epoch, steady even when the clock is set."""
-        return turn.arrived_at + (moment - turn.arrived)
-
-    def _model_of(self, prefix: str | None, named: Any) -> str:
-        if named is not None and not isinstance(named, str):
-            raise RequestError(400, "model must be a string")
-        if prefix is not None and named is not None and prefix != named:
-            raise RequestError(400, f"the path names the model {prefix!r}, the body {named!r}")
-        model = prefix if prefix is not None else named
-        if model is None and len(self.models) == 1:
-            model = self.models[0]
-        if model is None:
-            raise RequestError(400, f"name a model; served here: {', '.join(self.models) or 'none'}")
-        if model not in self.models:
-            message = f"the model {model[:100]!r} does not exist; served here: {', '.join(self.models) or 'none'}"
-            raise RequestError(404, message, code="model_not_found")
-        return model
 
     # The process.
 
@@ -5742,7 +5844,7 @@ class Relay:
     def _accept(self) -> None:
         for _ in range(64):
             try:
-                sock, peer = self.listener.accept()
+                descriptor, peer = self.listener._accept()  # accept() would make one of gevent's patched sockets
             except BlockingIOError:
                 return
             except OSError as error:
@@ -5750,6 +5852,7 @@ class Relay:
                 self.log("error", f"no connection can be accepted: {error}")
                 self._accept_watcher.stop()
                 return
+            sock = self.reactor.new_socket(self.listener.family, socket.SOCK_STREAM, 0, fileno=descriptor)
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             client = ClientConnection(self, sock, peer)
@@ -5790,29 +5893,10 @@ class Relay:
         return {
             "at": time.time(),
             "backends": backends,
-            "queue": self.queue_status(),
-            "counters": {**self.counters, "events_dropped": self.control.events_dropped},
+            "queue": self.book.queue_status(),
+            "counters": {**self.book.counters, "events_dropped": self.control.events_dropped},
             "rss_bytes": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
             "connections": len(self.connections),
-        }
-
-    def queue_status(self) -> dict[str, Any]:
-        """What GET /queue/status says: how many wait, how many are with a replica, and the 50 that wait longest."""
-        now, waiting = time.monotonic(), self.admission.waiting()
-        rows = [
-            {
-                "turn": turn.id,
-                "session": turn.session,
-                "model": turn.model,
-                "waited_ms": round((now - turn.arrived) * 1000),
-            }
-            for turn in waiting[:50]
-        ]
-        return {
-            "pending": len(waiting),
-            "in_flight": len(self.turns) - len(waiting),
-            "oldest_ms": rows[0]["waited_ms"] if rows else 0,
-            "waiting": rows,
         }
 
     def _on_signal(self) -> None:
@@ -5826,7 +5910,7 @@ class Relay:
 
     def _stop(self) -> None:
         """Accept nothing more, let the turns end that are on their way, up to the deadline; then go."""
-        self.log("info", f"stopping: {len(self.turns)} turns to finish")
+        self.log("info", f"stopping: {len(self.book.turns)} turns to finish")
         if self._accept_watcher is not None:
             self._accept_watcher.stop()
         self.listener.close()
@@ -5866,13 +5950,18 @@ def _form_model(body: bytes | bytearray) -> str | None:
     return match[1].decode("utf-8", "replace") if match else None
 
 
+def _text(value: bytes | None) -> str | None:
+    """A header's value as text, bounded; None where it is missing or empty."""
+    return value.decode("utf-8", "replace").strip()[:256] or None if value else None
+
+
 def _milliseconds(value: bytes | None) -> float | None:
     """A duration that a client sent; None where it is missing or none."""
     try:
         number = float(value) if value else -1.0
     except ValueError:
         return None
-    return number if 0.0 <= number < math.inf else None
+    return number if 0.0 <= number <= MAX_FIGURE else None
 
 
 def socket_owner(sock: Any, peer: tuple[Any, ...]) -> int | None:
@@ -6022,7 +6111,7 @@ class ReplicaWatch:
                 end = received.find(b"\r\n\r\n") + 4
                 if end >= 4:
                     answer = parse_answer_head(received[:end])
-                    status, decoder = answer.status, answer.decoder()
+                    status, decoder = answer.status, BodyDecoder(answer.length)
                     decoder.feed(received, end, pieces)
             return status, b"".join(pieces)
 
@@ -6121,7 +6210,7 @@ class RelayApp:
         return self._flask.Response(age + document.removeprefix(STATS_PREFIX), mimetype="application/json")
 
     def _queue_status(self) -> Any:
-        return self._relay.queue_status()
+        return self._relay.book.queue_status()
 
     def _models(self, model: str | None = None) -> Any:
         names = [name for name in self._relay.models if model in (None, name)]
@@ -6131,7 +6220,7 @@ class RelayApp:
         return {"object": "list", "data": rows}
 
     def _end_session(self, session: str) -> Any:
-        self._relay.end_session(session[:256])
+        self._relay.book.end_session(session[:256])
         return {"session": session[:256], "ended": True}
 
     def _drain(self, backend: str, operation: str) -> Any:
@@ -6163,7 +6252,11 @@ def run_relay(socket_path: str, listener_fd: int) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return Relay(socket_path, listener_fd).run()
+    relay = Relay(socket_path, listener_fd)
+    gc.collect()
+    gc.freeze()  # what was imported is for ever: the collector need not walk it again and again
+    gc.set_threshold(20_000, 20, 50)
+    return relay.run()
 
 
 # =====================================================================================================================
@@ -6191,6 +6284,7 @@ class RelayLink:
         self._listener: socket.socket | None = None
         self._control: socket.socket | None = None
         self._frames = FrameReader()
+        self._early: list[tuple[bytes, bytes]] = []  # frames that came with the hello
         self.pid = 0
         self._stamp: str | None = None
         self._child: subprocess.Popen[bytes] | None = None
@@ -6222,8 +6316,10 @@ class RelayLink:
         if listener is None:
             raise RelayGoneError("there is no listening socket; open() comes first")
         self.abandon()
-        command = [sys.executable, os.path.abspath(__file__), "relay", "--socket", str(self._paths.relay_socket)]
-        command += ["--listener-fd", str(listener.fileno())]
+        folder, name = os.path.split(os.path.abspath(__file__))
+        # As a module, Python takes its cached bytecode: a quarter of the time, when every connection waits.
+        command = [sys.executable, "-m", name.removesuffix(".py"), "relay"]
+        command += ["--socket", str(self._paths.relay_socket), "--listener-fd", str(listener.fileno())]
         with open(self._paths.log("proxy"), "ab") as log:
             self._child = subprocess.Popen(
                 command,
@@ -6232,6 +6328,7 @@ class RelayLink:
                 stderr=log,
                 pass_fds=[listener.fileno()],
                 start_new_session=True,
+                cwd=folder,
             )
         self._greet(time.monotonic() + RELAY_START_S)
 
@@ -6240,6 +6337,7 @@ class RelayLink:
         self._frames = FrameReader()
         while True:
             control = socket.socket(socket.AF_UNIX)
+            descriptors: list[int] = []
             control.settimeout(5.0)
             try:
                 with unix_address(str(self._paths.relay_socket)) as address:
@@ -6252,6 +6350,8 @@ class RelayLink:
             except (OSError, ValueError) as problem:
                 error = problem
             control.close()
+            for descriptor in descriptors:
+                os.close(descriptor)
             exited = self._child is not None and self._child.poll() is not None
             if exited or time.monotonic() > deadline:
                 raise RelayGoneError(f"the relay does not answer ({error}); see {self._paths.log('proxy')}")
@@ -6261,10 +6361,23 @@ class RelayLink:
             self._listener = received
         else:
             received.close()
+        self._early = frames[1:]
         self._control, self.pid = control, int(json.loads(frames[0][1])["pid"])
         self._stamp = process_stamp(self.pid)
         record = {"pid": self.pid, "process": self._stamp, "host": self._host, "port": self.port}
-        write_atomically(self._paths.relay_record, json.dumps(record))
+        with contextlib.suppress(OSError):  # on a full disk it serves all the same
+            write_atomically(self._paths.relay_record, json.dumps(record))
+
+    def reconnect(self) -> bool:
+        """Open a new control connection to the relay that runs; whether it answered."""
+        if self._control is None or process_stamp(self.pid) != self._stamp:
+            return False
+        self._control.close()
+        self._control = None
+        with contextlib.suppress(RelayGoneError):
+            self._greet(time.monotonic() + 2.0)
+            return True
+        return False
 
     def send(self, kind: bytes, payload: bytes) -> None:
         """Send a frame; RelayGoneError when the relay takes none."""
@@ -6279,6 +6392,9 @@ class RelayLink:
         """The frames that arrive within ``timeout`` seconds, perhaps none; RelayGoneError at the end of the stream."""
         if self._control is None:
             raise RelayGoneError("the relay is not connected")
+        if self._early:
+            frames, self._early = self._early, []
+            return frames
         try:
             if not select.select([self._control], [], [], timeout)[0]:
                 return []
@@ -6302,7 +6418,10 @@ class RelayLink:
         self._child = self._stamp = None
 
     def terminate(self) -> None:
-        """Ask the relay to finish what is in flight and exit; a second call makes it exit at once."""
+        """Accept no more, and ask the relay to finish what is in flight and exit; called again, to exit at once."""
+        if self._listener is not None:
+            self._listener.close()  # else connections would wait in it for a relay that never comes
+            self._listener = None
         if self._stamp is not None and process_stamp(self.pid) == self._stamp:
             os.kill(self.pid, signal.SIGTERM)
 
@@ -6370,9 +6489,18 @@ class Discovery:
             self.look()
 
 
-def replica_table(models: Sequence[str], records: Iterable[ReplicaRecord], key: str | None, drained: set[str]) -> Any:
-    """The payload of FRAME_TABLE but for the settings: who can serve what, and which models are still loading."""
-    backends, loading = [], set()
+def replica_table(
+    models: Sequence[str],
+    records: Iterable[ReplicaRecord],
+    key: str | None,
+    drained: frozenset[str] = frozenset(),
+    expected: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
+    """The payload of FRAME_TABLE but for the settings: who can serve what, and which models are still loading.
+
+    ``drained`` are replicas that an operator drained, ``expected`` models whose replicas are about to be started.
+    """
+    backends, loading = [], set(expected)
     for record in records:
         if record.state in ("pending", "starting", "loading"):
             loading.add(record.model)
@@ -6418,7 +6546,9 @@ class Controller:
         self.discovery = Discovery(look, DISCOVERY_INTERVAL_S)
         self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
         self._tracker = Tracker(time.time)
-        self._drained: set[str] = set()
+        self.expected: frozenset[str] = frozenset()  # models about to be started; replaced as a whole
+        self._drained: frozenset[str] = frozenset()
+        self._seen: tuple[Any, ...] = (None, None, None)  # what _sent_table was made of
         self._sent_table: Any = None
         self._stop = threading.Event()
         self._ending = threading.Event()  # set by the thread that drains: a relay that ends now is meant to
@@ -6447,7 +6577,7 @@ class Controller:
         """Look at the replicas now, and return once the relay was told what is to be seen."""
         self.discovery.look()
         deadline = time.monotonic() + deadline_s
-        while self._sent_table != self._table() and self.is_running and time.monotonic() < deadline:
+        while self._seen[0] is not self.discovery.records and self.is_running and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def stop(self, grace_s: float = DRAIN_S) -> None:
@@ -6469,7 +6599,7 @@ class Controller:
             self._heard_at = time.monotonic()
             while not self._stop.is_set():
                 try:
-                    self._exchange(max(0.0, min(0.1, snapshot_due - time.monotonic())))
+                    self._exchange(max(0.0, min(0.25, snapshot_due - time.monotonic())))
                     if time.monotonic() >= snapshot_due:
                         snapshot_due = time.monotonic() + SNAPSHOT_INTERVAL_S
                         self.relay.send(FRAME_STATS, self._snapshot())
@@ -6483,45 +6613,52 @@ class Controller:
 
     def _exchange(self, timeout: float) -> None:
         """Send the table if it changed, take in what the relay says."""
-        table = self._table()
-        if table != self._sent_table:
-            first = {"settings": self._settings} if self._sent_table is None else {}
-            self.relay.send(FRAME_TABLE, json.dumps({**first, **table}).encode())
-            self._sent_table = table
+        seen = (self.discovery.records, self._drained, self.expected)
+        if self._sent_table is None or any(new is not old for new, old in zip(seen, self._seen, strict=True)):
+            models = [model.name for model in self._config.models]
+            table = replica_table(models, seen[0], self._replica_key, *seen[1:])
+            if table != self._sent_table:
+                first = {"settings": self._settings} if self._sent_table is None else {}
+                self.relay.send(FRAME_TABLE, json.dumps({**first, **table}).encode())
+                self._sent_table = table
+            self._seen = seen
         for kind, payload in self.relay.receive(timeout):
             self._heard_at = time.monotonic()
-            self._take(kind, json.loads(payload))
+            try:
+                self._take(kind, payload)
+            except (ValueError, LookupError, TypeError) as error:
+                _log(self._paths, f"a frame {kind!r} of the relay cannot be taken, and is left out: {error!r}")
         if time.monotonic() - self._heard_at > RELAY_SILENCE_S:
             raise RelayGoneError(f"the relay (pid {self.relay.pid}) said nothing for {RELAY_SILENCE_S:g} s")
 
-    def _table(self) -> Any:
-        models = [model.name for model in self._config.models]
-        return replica_table(models, self.discovery.records, self._replica_key, self._drained)
-
-    def _take(self, kind: bytes, message: Any) -> None:
+    def _take(self, kind: bytes, payload: bytes) -> None:
         """One frame of the relay."""
         if kind == FRAME_EVENTS:
-            for each in message:
-                event = event_from_json(each)
-                if event is not None:
-                    self._tracker.observe(event)
+            for event in decode_events(payload):
+                self._tracker.observe(event)
         elif kind == FRAME_GAUGES:
-            self._tracker.sample(message)
-        elif kind == FRAME_REQUEST and message["op"] == "drain":
-            self._drained.add(message["backend"])
-        elif kind == FRAME_REQUEST and message["op"] == "undrain":
-            self._drained.discard(message["backend"])
+            self._tracker.sample(json.loads(payload))
+        elif kind == FRAME_REQUEST:
+            request = json.loads(payload)
+            backend = {request["backend"]}
+            self._drained = self._drained | backend if request["op"] == "drain" else self._drained - backend
 
     def _replace_relay(self, why: RelayGoneError) -> None:
-        """Start another relay at once; one that cannot be started is tried again, at a bounded rate, until stop()."""
-        _log(self._paths, f"{why}; starting another")
-        self._tracker.relay_restarted()
+        """Speak to the relay anew if it still answers, since it serves; else start another, at once.
+
+        One that cannot be started is tried again, at a bounded rate, until stop().
+        """
         self._sent_table = None
-        try:
-            self.relay.spawn()
-        except RelayGoneError as error:
-            _log(self._paths, str(error))
-            self._stop.wait(RELAY_RETRY_S)
+        if self.relay.reconnect():
+            _log(self._paths, f"{why}; connected to it again")
+        else:
+            _log(self._paths, f"{why}; starting another")
+            self._tracker.relay_restarted()
+            try:
+                self.relay.spawn()
+            except RelayGoneError as error:
+                _log(self._paths, str(error))
+                self._stop.wait(RELAY_RETRY_S)
         self._heard_at = time.monotonic()
 
     def _snapshot(self) -> bytes:
@@ -6669,10 +6806,14 @@ class Deployment:
         """Become the deployment's controller; RefusedError when another process is."""
         self._lock.acquire(verb)
 
-    def connect(self, log_format: str = "text") -> Controller:
-        """Start the controller and its relay; needs claim(). RefusedError when the port is taken."""
+    def connect(self, log_format: str = "text", expected: Sequence[ModelConfig] = ()) -> Controller:
+        """Start the controller and its relay; needs claim(). RefusedError when the port is taken.
+
+        Turns for ``expected`` models, which the caller is about to start, wait for them.
+        """
         keys = (client_key(self.config, self.paths), self.cluster.replica_key())
         controller = Controller(self.config, self.paths, self.cluster.replicas, keys=keys, log_format=log_format)
+        controller.expected = frozenset(model.name for model in expected)
         self.controller = controller
         controller.start()
         return controller
@@ -7308,9 +7449,11 @@ def _run_up(arguments: argparse.Namespace) -> int:
     signals = OperatorSignals()
     deployment.claim("up")
     try:
-        controller = deployment.connect(arguments.log_format)
+        controller = deployment.connect(arguments.log_format, models)
         signals.on_second = controller.relay.terminate
         deployment.start(models)
+        controller.refresh()
+        controller.expected = frozenset()
         with ReplicaBoard() as board:
             deployment.wait_ready(board.show, signals.came)
         if not signals.came():

@@ -205,7 +205,7 @@ class Program:
 
     def find(self, role: str) -> int:
         """The pid of the one process that plays ``role`` (serve, relay, llama-cpp, connect, up), its fork left out."""
-        playing = [pid for pid, command in self.processes() if f"agent_infra.py {role} " in command]
+        playing = [pid for pid, command in self.processes() if re.search(rf"agent_infra(\.py)? {role} ", command)]
         found = [pid for pid in playing if parent_of(pid) not in playing]
         assert len(found) == 1, (role, self.processes())
         return found[0]
