@@ -197,8 +197,8 @@ def tool_call_events() -> list[str]:
         deltas += [{"tool_calls": [{"index": index, "function": {"arguments": piece}}]} for piece in arguments]
     rows = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
     rows.append({"index": 0, "delta": {}, "finish_reason": "tool_calls"})
-    common = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "echo"}
-    documents = [{**common, "choices": [row]} for row in rows]
+    common: dict[str, Any] = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "echo"}
+    documents: list[dict[str, Any]] = [{**common, "choices": [row]} for row in rows]
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
     documents.append({**common, "choices": [], "usage": usage})
     return [f"data: {json.dumps(document)}\n\n" for document in documents] + ["data: [DONE]\n\n"]
