@@ -1241,7 +1241,7 @@ class HeadReader(Generic[HeadT]):
         if last is None or before != self._before or after != self._after:
             last = self._last = self._parse(head)
             self._before, self._after = before, after
-            if match and last.length != int(match[1]):  # in a head that has no body, or chunks besides
+            if match and not (last.length and last.length == int(match[1])):  # it has chunks besides, or no body
                 self._last = None
         elif match:
             last.length = int(match[1])
