@@ -4811,6 +4811,7 @@ class ClientSocket:
 
     def __init__(self, relay: Relay, sock: Any) -> None:
         self.relay, self.sock = relay, sock
+        self.buffer = b""  # read, and not yet taken by a request
         self.gone = False
         self.deadline = math.inf  # the sweep wakes the greenlet then
         self._parked: Any = None
@@ -4869,14 +4870,17 @@ class ClientSocket:
         if self._is_reading:
             return self.wake()
         try:
-            if self.sock.recv(1, socket.MSG_PEEK):
-                self._watcher.stop()  # the next request, ahead of its time: it stays in the socket
-                self._is_watching = False
-                return None
+            data = self.sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
             return None
         except OSError:
-            pass
+            data = b""
+        if data:  # the next request, ahead of its time, or an empty line behind this one: the end may follow
+            self.buffer += data
+            if len(self.buffer) > MAX_HEAD_BYTES:  # the rest stays in the socket
+                self._watcher.stop()
+                self._is_watching = False
+            return None
         self._watcher.stop()
         self.gone = True
         return self.wake()
@@ -4938,7 +4942,6 @@ class ClientConnection(ClientSocket):
         super().__init__(relay, sock)
         self.peer = peer
         self.version = 1
-        self.buffer = b""
         self.exchange: Exchange | None = None
         self.is_trusted: bool | None = None  # whether the socket's owner needs no key; asked once
         self._heads = HeadReader(parse_request_head)

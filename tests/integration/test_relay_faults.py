@@ -181,6 +181,27 @@ def test_all_requests_of_clients_that_left_are_aborted_within_half_a_second(rela
     assert {turn["outcome"] for turn in relay.controller.finished(40)} == {"aborted"}
 
 
+@pytest.mark.parametrize("ahead", [b"\r\n", request(), request()[:30]])
+def test_a_client_that_leaves_is_noticed_whatever_it_sent_ahead(relay: RelayProcess, ahead: bytes) -> None:
+    with FakeEngine() as engine:
+        relay.controller.send_table([backend(1, engine.port)])
+        with Client(relay.port) as client:
+            client.sock.sendall(request(fake={"delay": 3600}))
+            engine.wait_for("running", 1)
+            client.sock.sendall(ahead)
+        engine.wait_for("aborted", 1, seconds=0.5)
+
+
+def test_many_requests_sent_ahead_are_all_answered(relay: RelayProcess) -> None:
+    with FakeEngine() as engine, Client(relay.port) as client, Client(relay.port) as operator:
+        relay.controller.send_table([backend(1, engine.port)])
+        client.sock.sendall(request(fake={"delay": 0.3}))
+        engine.wait_for("running", 1)
+        client.sock.sendall(request(padding="x" * 20_000) * 20)
+        assert operator.get("/health").status == 200
+        assert [client.read().status for _ in range(21)] == [200] * 21
+
+
 def test_a_client_that_leaves_the_queue_reaches_no_replica(relay: RelayProcess) -> None:
     with FakeEngine() as engine, Client(relay.port) as busy:
         relay.controller.send_table([backend(1, engine.port, slots=1)])
