@@ -1116,6 +1116,8 @@ def parse_request_head(head: bytes) -> RequestHead:
         names = [name for name, _ in pairs]
         if any(name in fields and names.count(name) > 1 for name in _ONLY_ONCE):
             raise WireError("a header that may stand once stands twice")
+        if b"connection" in fields:  # several are one list
+            fields[b"connection"] = b",".join(value for name, value in pairs if name == b"connection")
     version = line[3] == b"1"
     if version and b"host" not in fields:
         raise WireError("the Host header is missing")
@@ -1239,6 +1241,8 @@ class HeadReader(Generic[HeadT]):
         if last is None or before != self._before or after != self._after:
             last = self._last = self._parse(head)
             self._before, self._after = before, after
+            if match and last.length != int(match[1]):  # in a head that has no body, or chunks besides
+                self._last = None
         elif match:
             last.length = int(match[1])
         return last

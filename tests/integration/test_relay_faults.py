@@ -1,0 +1,430 @@
+"""Replicas die, hang, refuse, and clients leave: what a client sees is an answer, or an error that it can tell."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from fake_engine import FakeEngine
+from relay_harness import KEY, Answer, Client, RelayProcess, backend, wait_until
+
+CLIENTS = 8
+
+
+@pytest.fixture
+def relay(tmp_path: Path) -> Iterator[RelayProcess]:
+    with RelayProcess(tmp_path, FIRST_EJECTION_S=0.1) as relay:
+        yield relay
+
+
+def request(stream: bool = False, **fields: Any) -> bytes:
+    """A chat request as bytes."""
+    document = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "stream": stream, **fields}
+    body = json.dumps(document).encode()
+    return b"POST /v1/chat/completions HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+def openai_client(relay: RelayProcess) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{relay.port}/v1", api_key=KEY, max_retries=0, timeout=20.0)
+
+
+def read_until(client: Client, word: bytes) -> None:
+    """Take in the answer up to ``word``; ``client.read()`` goes on from there."""
+    while word not in client.buffer:
+        data = client.sock.recv(65536)
+        assert data
+        client.buffer += data
+
+
+# Replicas killed under load.
+
+
+def survive(relay: RelayProcess, answers: int, kills: int) -> None:
+    """Eight clients ask without a pause until there were so many answers and killed replicas; all must be answered."""
+    engines = [FakeEngine(delay=0.005) for _ in range(3)]
+    relay.controller.send_table([backend(number, engine.port, slots=64) for number, engine in enumerate(engines)])
+    is_over = threading.Event()
+    failures: list[Answer] = []
+
+    def ask() -> int:
+        count = 0
+        with Client(relay.port) as client:
+            while not is_over.is_set():
+                answer = client.chat()
+                count += 1
+                if answer.status != 200 or answer.json()["object"] != "chat.completion":
+                    failures.append(answer)
+                    break
+        return count
+
+    try:
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            counts = [pool.submit(ask) for _ in range(CLIENTS)]
+            try:
+                deadline = time.monotonic() + 300.0
+                done = 0
+                while (done < kills or relay_requests(relay) < answers) and not failures:
+                    assert time.monotonic() < deadline
+                    number = done % len(engines)
+                    engines[number].kill()
+                    engines[number] = FakeEngine(engines[number].port, delay=0.005)
+                    wait_until(lambda n=number: engines[n].call()["requests"] > 5 or failures, 20.0, "readmission")  # type: ignore[misc]
+                    done += 1
+            finally:
+                is_over.set()
+            total = sum(count.result(30) for count in counts)
+    finally:
+        for engine in engines:
+            engine.kill()
+    assert failures == []
+    assert total >= answers
+    turns = relay.controller.finished(total, 10.0)
+    assert {(turn["outcome"], turn["status"]) for turn in turns} == {("completed", 200)}
+    assert sum(turn["retries"] for turn in turns) > 0
+
+
+def relay_requests(relay: RelayProcess) -> int:
+    count: int = relay.controller.gauges[-1]["counters"]["requests"] if relay.controller.gauges else 0
+    return count
+
+
+def test_no_client_sees_that_replicas_are_killed(relay: RelayProcess) -> None:
+    survive(relay, answers=1_500, kills=4)
+
+
+@pytest.mark.slow
+def test_no_client_of_ten_thousand_sees_that_replicas_are_killed(relay: RelayProcess) -> None:
+    survive(relay, answers=10_000, kills=25)
+
+
+@pytest.mark.parametrize("framing", ["chunked", "close"])
+def test_every_stream_of_a_killed_replica_ends_with_an_error_event(relay: RelayProcess, framing: str) -> None:
+    with FakeEngine() as engine:
+        relay.controller.send_table([backend(1, engine.port)])
+        clients = [Client(relay.port) for _ in range(20)]
+        try:
+            for client in clients:
+                client.sock.sendall(request(stream=True, fake={"gap": 3600, "framing": framing}))
+            for client in clients:
+                read_until(client, b"word0")
+            engine.kill()
+            for client in clients:
+                answer = client.read()
+                assert answer.is_complete
+                assert json.loads(answer.events()[-1])["error"]["code"] == "replica_lost"
+                assert "[DONE]" not in answer.events()
+        finally:
+            for client in clients:
+                client.sock.close()
+    assert {turn["outcome"] for turn in relay.controller.finished(20)} == {"cut"}
+
+
+def test_an_http_1_0_stream_of_a_killed_replica_ends_with_an_error_event(relay: RelayProcess) -> None:
+    with FakeEngine() as engine, Client(relay.port) as client:
+        relay.controller.send_table([backend(1, engine.port)])
+        client.sock.sendall(request(stream=True, fake={"gap": 3600}).replace(b"HTTP/1.1", b"HTTP/1.0"))
+        read_until(client, b"word0")
+        engine.kill()
+        assert json.loads(client.read().events()[-1])["error"]["code"] == "replica_lost"
+
+
+def test_the_openai_client_raises_when_its_streams_replica_is_killed(relay: RelayProcess) -> None:
+    with FakeEngine() as engine, openai_client(relay) as client:
+        relay.controller.send_table([backend(1, engine.port)])
+        streams = [
+            client.chat.completions.create(
+                model="m",
+                messages=[{"role": "user", "content": "hello"}],
+                stream=True,
+                extra_body={"fake": {"gap": 3600}},
+            )
+            for _ in range(5)
+        ]
+        for stream in streams:
+            assert next(stream).choices[0].delta.content == "word0 "
+        engine.kill()
+        for stream in streams:
+            with pytest.raises(openai.APIError):
+                list(stream)
+
+
+def test_a_long_answer_that_breaks_off_is_never_complete(relay: RelayProcess) -> None:
+    with FakeEngine() as engine, Client(relay.port) as client:
+        relay.controller.send_table([backend(1, engine.port)])
+        answer = client.chat(fake={"size": 20_000_000, "cut": "middle"})
+        assert not answer.is_complete
+
+
+# Clients that leave.
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_all_requests_of_clients_that_left_are_aborted_within_half_a_second(relay: RelayProcess, stream: bool) -> None:
+    with FakeEngine() as engine:
+        relay.controller.send_table([backend(1, engine.port)])
+        clients = [Client(relay.port) for _ in range(40)]
+        for client in clients:
+            client.sock.sendall(request(stream, fake={"gap" if stream else "delay": 3600}))
+        engine.wait_for("running", 40)
+        for client in clients:
+            client.sock.close()
+        engine.wait_for("aborted", 40, seconds=0.5)
+    assert {turn["outcome"] for turn in relay.controller.finished(40)} == {"aborted"}
+
+
+def test_a_client_that_leaves_the_queue_reaches_no_replica(relay: RelayProcess) -> None:
+    with FakeEngine() as engine, Client(relay.port) as busy:
+        relay.controller.send_table([backend(1, engine.port, slots=1)])
+        busy.sock.sendall(request(fake={"delay": 3600}))
+        engine.wait_for("running", 1)
+        with Client(relay.port) as waiting:
+            waiting.sock.sendall(request())
+            with Client(relay.port) as other:
+                wait_until(lambda: other.get("/queue/status").json()["pending"] == 1)
+        [turn] = relay.controller.finished()
+        assert (turn["outcome"], turn["backend"]) == ("aborted", None)
+        assert engine.call()["requests"] == 1
+
+
+# No replica, hung replicas, replicas that refuse.
+
+
+@pytest.mark.parametrize("had_connections", [True, False])
+@pytest.mark.parametrize("stream", [True, False])
+def test_without_any_replica_the_refusal_comes_soon_and_in_openais_shape(
+    relay: RelayProcess, stream: bool, had_connections: bool, record_property: Any
+) -> None:
+    engines = [FakeEngine() for _ in range(3)]
+    relay.controller.send_table([backend(number, engine.port) for number, engine in enumerate(engines)])
+    with Client(relay.port) as client:
+        for _ in range(6 if had_connections else 0):
+            assert client.chat().status == 200
+        for engine in engines:
+            engine.kill()
+        started = time.monotonic()
+        answer = client.chat(stream=stream)
+        seconds = time.monotonic() - started
+    record_property("seconds", seconds)
+    assert seconds < 5.0
+    assert answer.status == 503
+    assert answer.json()["error"]["type"] == "service_unavailable_error"
+    assert int(answer.headers["retry-after"]) >= 1
+    with openai_client(relay) as sdk, pytest.raises(openai.InternalServerError):
+        sdk.chat.completions.create(model="m", messages=[])
+
+
+def test_a_hung_replica_times_out_and_slows_nobody_else(relay: RelayProcess) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as hung, FakeEngine() as engine:
+        rows = [backend(1, hung.getsockname()[1], model="hung"), backend(2, engine.port)]
+        relay.controller.send_table(rows, proxy={"request_timeout": 1.0})
+        with ThreadPoolExecutor(8) as pool, Client(relay.port) as client:
+
+            def ask(stream: bool) -> Answer:
+                with Client(relay.port) as other:
+                    return other.chat(model="hung", stream=stream)
+
+            lost = [pool.submit(ask, bool(number % 2)) for number in range(8)]
+            served = 0
+            while not all(answer.done() for answer in lost):
+                assert client.chat().status == 200
+                served += 1
+            assert served > 50
+            for answer in lost:
+                assert answer.result().status == 504
+                assert answer.result().json()["error"]["type"] == "timeout_error"
+
+
+def test_a_stream_that_falls_silent_ends_with_an_error_event(relay: RelayProcess) -> None:
+    with FakeEngine() as engine, Client(relay.port) as client:
+        relay.controller.send_table([backend(1, engine.port)], proxy={"request_timeout": 0.5})
+        answer = client.chat(stream=True, fake={"gap": 3600})
+        assert answer.is_complete
+        assert "silent" in json.loads(answer.events()[-1])["error"]["message"]
+        engine.wait_for("aborted", 1)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("had_connections", [True, False])
+def test_a_prompt_that_kills_its_engine_kills_two_at_most(
+    relay: RelayProcess, had_connections: bool, stream: bool
+) -> None:
+    engines = [FakeEngine() for _ in range(4)]
+    try:
+        relay.controller.send_table(
+            [backend(number, engine.port) for number, engine in enumerate(engines)], proxy={"strategy": "round_robin"}
+        )
+        with Client(relay.port) as client:
+            for _ in range(8 if had_connections else 0):
+                assert client.chat().status == 200
+            answer = client.chat(stream=stream, fake={"die": "before"})
+            assert answer.status == 502
+            assert answer.json()["error"]["code"] == "replica_lost"
+            assert "not sent again" in answer.json()["error"]["message"]
+            assert [client.chat().status for _ in range(20)] == [200] * 20
+        assert sum(engine.process.poll() is not None for engine in engines) == 2
+    finally:
+        for engine in engines:
+            engine.kill()
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_replica_that_is_busy_sends_its_turn_elsewhere_and_is_left_alone(relay: RelayProcess, status: int) -> None:
+    with FakeEngine(status=status, retry_after=30) as busy, FakeEngine() as free, Client(relay.port) as client:
+        rows = [backend(1, busy.port), backend(2, free.port)]
+        relay.controller.send_table(rows, proxy={"strategy": "round_robin"})
+        answers = [client.chat() for _ in range(10)]
+        assert {(a.status, a.headers["x-agent-infra-backend"]) for a in answers} == {(200, "r2")}
+        assert busy.call()["requests"] == 1
+    gauges = relay.controller.gauges
+    wait_until(lambda: gauges[-1]["counters"]["requests"] == 10 and gauges[-1]["backends"]["r1"]["errors"] == 0)
+
+
+def test_a_turn_waits_for_the_only_replica_that_is_busy(relay: RelayProcess) -> None:
+    with FakeEngine(status=503) as engine, Client(relay.port) as client:
+        relay.controller.send_table([backend(1, engine.port)])
+        client.sock.sendall(request())
+        wait_until(lambda: engine.call()["requests"] >= 1)
+        engine.call({})
+        assert client.read().status == 200
+
+
+def test_a_live_replicas_error_is_passed_on_and_not_retried(relay: RelayProcess) -> None:
+    with FakeEngine() as one, FakeEngine() as other, Client(relay.port) as client:
+        relay.controller.send_table([backend(1, one.port), backend(2, other.port)])
+        for status in (400, 404, 422, 500):
+            answer = client.chat(fake={"status": status})
+            assert (answer.status, answer.json()["error"]["message"]) == (status, "as asked")
+        assert one.call()["requests"] + other.call()["requests"] == 4
+
+
+def test_an_answer_that_its_engine_aborted_comes_from_another_one(relay: RelayProcess) -> None:
+    with FakeEngine(finish_reason="abort") as ending, FakeEngine() as other, Client(relay.port) as client:
+        rows = [backend(1, ending.port), backend(2, other.port)]
+        relay.controller.send_table(rows, proxy={"strategy": "round_robin"})
+        answers = [client.chat() for _ in range(4)]
+        assert {a.status for a in answers} == {200}
+        assert {a.json()["choices"][0]["finish_reason"] for a in answers} == {"stop"}
+        assert ending.call()["requests"] >= 1
+
+
+def test_a_stream_that_its_engine_aborted_ends_with_an_error_event(relay: RelayProcess) -> None:
+    with FakeEngine(finish_reason="abort") as ending, Client(relay.port) as client:
+        relay.controller.send_table([backend(1, ending.port)])
+        answer = client.chat(stream=True, fake={"gap": 0.1})
+        assert answer.is_complete
+        assert "shut down" in json.loads(answer.events()[-1])["error"]["message"]
+        assert "[DONE]" not in answer.events()
+
+
+# The queue.
+
+
+def test_turns_without_a_session_do_not_overtake_those_with_one(relay: RelayProcess) -> None:
+    with FakeEngine() as engine, Client(relay.port) as busy, Client(relay.port) as operator:
+        relay.controller.send_table([backend(1, engine.port, slots=1)])
+        busy.sock.sendall(request(fake={"delay": 3600}))
+        engine.wait_for("running", 1)
+        waiting = [Client(relay.port) for _ in range(3)]
+        for number, client in enumerate(waiting):
+            session = b"Host: t\r\nX-Session-ID: s\r\n" if number == 0 else b"Host: t\r\n"
+            client.sock.sendall(request(user=f"waiting-{number}", fake={"delay": 0.1}).replace(b"Host: t\r\n", session))
+            wait_until(lambda n=number: operator.get("/queue/status").json()["pending"] == n + 1)  # type: ignore[misc]
+        busy.sock.close()
+        seen = ""
+        for number, client in enumerate(waiting):
+            wait_until(lambda n=number: engine.call()["requests"] >= n + 2)  # type: ignore[misc]
+            seen = engine.call()["body"]
+            assert f"waiting-{number}" in seen
+            assert client.read().status == 200
+            client.sock.close()
+
+
+# A replica that says more than it was asked for.
+
+
+def test_bytes_behind_an_answer_are_nobody_elses_answer(relay: RelayProcess) -> None:
+    answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"
+    connections = []
+
+    def serve(listener: socket.socket) -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            data = sock.recv(65536)
+            if data.startswith(b"POST"):
+                connections.append(sock)
+                sock.sendall(answer + b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\n")
+            else:
+                sock.sendall(answer)
+                sock.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, Client(relay.port) as client:
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        relay.controller.send_table([backend(1, listener.getsockname()[1])])
+        for number in range(3):
+            assert client.chat().body == b"{}"
+            assert len(connections) == number + 1
+            connections[-1].close()
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
+
+
+# The end.
+
+
+def stop(relay: RelayProcess, seconds: float = 5.0) -> int:
+    relay.process.send_signal(signal.SIGTERM)
+    return relay.process.wait(seconds)
+
+
+def test_a_stopped_relay_finishes_what_it_has(relay: RelayProcess) -> None:
+    with FakeEngine() as engine, Client(relay.port) as whole, Client(relay.port) as stream, Client(relay.port) as idle:
+        relay.controller.send_table([backend(1, engine.port)])
+        assert idle.chat().status == 200
+        whole.sock.sendall(request(fake={"delay": 0.7}))
+        stream.sock.sendall(request(stream=True, fake={"gap": 0.2}))
+        engine.wait_for("running", 2)
+        relay.process.send_signal(signal.SIGTERM)
+        assert idle.is_closed()
+        assert whole.read().status == 200
+        assert stream.read().events()[-1] == "[DONE]"
+        assert relay.process.wait(5) == 0
+    assert {turn["outcome"] for turn in relay.controller.finished(3)} == {"completed"}
+
+
+def test_what_does_not_end_in_time_is_told_so(relay: RelayProcess) -> None:
+    with FakeEngine() as engine, Client(relay.port) as whole, Client(relay.port) as stream:
+        relay.controller.send_table([backend(1, engine.port)], drain_seconds=0.3)
+        whole.sock.sendall(request(fake={"delay": 3600}))
+        stream.sock.sendall(request(stream=True, fake={"gap": 3600}))
+        engine.wait_for("running", 2)
+        read_until(stream, b"word0")
+        assert stop(relay) == 0
+        assert "stopped" in whole.read().json()["error"]["message"]
+        answer = stream.read()
+        assert answer.is_complete
+        assert "stopped" in json.loads(answer.events()[-1])["error"]["message"]
+        engine.wait_for("aborted", 2)
+
+
+def test_a_second_signal_ends_at_once(relay: RelayProcess) -> None:
+    with FakeEngine() as engine, Client(relay.port) as client:
+        relay.controller.send_table([backend(1, engine.port)], drain_seconds=3600.0)
+        client.sock.sendall(request(fake={"delay": 3600}))
+        engine.wait_for("running", 1)
+        relay.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: "stopping" in relay.log())
+        assert stop(relay) == 1
+        engine.wait_for("aborted", 1)
