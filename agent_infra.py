@@ -1241,10 +1241,11 @@ class HeadReader(Generic[HeadT]):
         if last is None or before != self._before or after != self._after:
             last = self._last = self._parse(head)
             self._before, self._after = before, after
-            if match and last.length != int(match[1]):  # in a head that has no body, or chunks besides
+            # Not when no body follows whatever the length (204, 304), or chunks do; 0 does not tell.
+            if match and (last.length != int(match[1]) or last.length == 0):
                 self._last = None
         elif match:
-            last.length = int(match[1])
+            last.length, last.fields[b"content-length"] = int(match[1]), match[1]
         return last
 
 

@@ -195,7 +195,7 @@ def tool_call_events() -> list[str]:
         call = {"index": index, "id": f"call_{index}", "type": "function"}
         deltas.append({"tool_calls": [{**call, "function": {"name": "look", "arguments": ""}}]})
         deltas += [{"tool_calls": [{"index": index, "function": {"arguments": piece}}]} for piece in arguments]
-    rows = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
+    rows: list[dict[str, Any]] = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
     rows.append({"index": 0, "delta": {}, "finish_reason": "tool_calls"})
     common = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "echo"}
     documents = [{**common, "choices": [row]} for row in rows]
