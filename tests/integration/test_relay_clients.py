@@ -197,8 +197,8 @@ def tool_call_events() -> list[str]:
         deltas += [{"tool_calls": [{"index": index, "function": {"arguments": piece}}]} for piece in arguments]
     rows: list[dict[str, Any]] = [{"index": 0, "delta": delta, "finish_reason": None} for delta in deltas]
     rows.append({"index": 0, "delta": {}, "finish_reason": "tool_calls"})
-    common = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "echo"}
-    documents = [{**common, "choices": [row]} for row in rows]
+    common: dict[str, Any] = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "echo"}
+    documents: list[dict[str, Any]] = [{**common, "choices": [row]} for row in rows]
     usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
     documents.append({**common, "choices": [], "usage": usage})
     return [f"data: {json.dumps(document)}\n\n" for document in documents] + ["data: [DONE]\n\n"]
@@ -279,3 +279,13 @@ def test_a_form_with_a_file_passes_byte_for_byte(url: str, echo: Echo, tmp_path:
     assert answer == echo.bodies[-1]
     assert sound in answer
     assert re.match(rb"--[-\w]+\r\n", answer)
+
+
+def test_half_a_character_in_a_streams_excerpt_ends_no_relay(relay: RelayProcess) -> None:
+    events = [r'data: {"choices":[{"delta":{"content":"\ud83d"}}],"error":"\udfff"}' + "\n\n", "data: [DONE]\n\n"]
+    seen = len(relay.controller.finished(0))
+    with Client(relay.port) as client:
+        answer = client.post("/v1/chat/completions", {"model": "echo", "stream": True, "events": events})
+        assert answer.body.decode() == "".join(events)
+        assert relay.controller.finished(seen + 1)[-1]["answer"] == "?"
+        assert client.chat().status == 200

@@ -369,16 +369,17 @@ def test_bytes_behind_an_answer_are_nobody_elses_answer(relay: RelayProcess) -> 
                 sock.sendall(answer)
                 sock.close()
 
-    with socket.create_server(("127.0.0.1", 0)) as listener, Client(relay.port) as client:
+    with socket.create_server(("127.0.0.1", 0)) as listener, Client(relay.port, timeout=3.0) as client:
         thread = threading.Thread(target=serve, args=(listener,), daemon=True)
         thread.start()
         relay.controller.send_table([backend(1, listener.getsockname()[1])])
         for number in range(3):
             assert client.chat().body == b"{}"
             assert len(connections) == number + 1
-            connections[-1].close()
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(5)
+        for sock in connections:
+            sock.close()
 
 
 # The end.

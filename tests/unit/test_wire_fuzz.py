@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -289,9 +290,11 @@ REQUESTS = [
 def test_a_head_is_read_alike_whatever_came_before_it_on_the_connection(heads: list[bytes], parse: Any) -> None:
     def outcome(read: Any, head: bytes) -> Any:
         try:
-            return repr(read(head))
+            found = read(head)
         except WireError:
             return "refused"
+        fields = {name: value for name, value in found.fields.items() if name != b"content-length"}  # ``length`` has it
+        return repr(dataclasses.replace(found, fields=fields))
 
     every = [head % number for head in heads for number in (0, 7, 123)]
     for first in every:
