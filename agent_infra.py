@@ -1241,10 +1241,11 @@ class HeadReader(Generic[HeadT]):
         if last is None or before != self._before or after != self._after:
             last = self._last = self._parse(head)
             self._before, self._after = before, after
-            if match and not (last.length and last.length == int(match[1])):  # it has chunks besides, or no body
+            # Not when no body follows whatever the length (204, 304), or chunks do; 0 does not tell.
+            if match and (last.length != int(match[1]) or last.length == 0):
                 self._last = None
         elif match:
-            last.length = int(match[1])
+            last.length, last.fields[b"content-length"] = int(match[1]), match[1]
         return last
 
 
@@ -1442,7 +1443,7 @@ class EventStream:
         self.is_over = self.has_excess = False
         self._to_chunks, self._cuts_usage, self._needs_done = to_chunks, cuts_usage, needs_done
         self._passes_verbatim = decoder.is_chunked and to_chunks
-        self._is_clean = True  # nothing held, and between two chunks
+        self._is_clean = self._passes_verbatim  # nothing held, and between two chunks that may pass as they are
         self._held = b""
         self._tail: deque[bytes] = deque(maxlen=4)  # the last pieces, in chunks: usage and finish reason are there
         self._texts: list[bytes] = []  # the answer's first words, still as JSON strings
@@ -1452,13 +1453,15 @@ class EventStream:
         """The bytes to send for these that came; WireError when the replica's framing is broken."""
         if (
             self._is_clean
-            and self._passes_verbatim
             and data.endswith(b"\n\n\r\n")
-            and not (self._cuts_usage and b'"usage":' in data)
             and b"abort" not in data
+            and not (self._cuts_usage and b'"usage":' in data)
             and holds_whole_events(data)
         ):
-            self._note(data)
+            self._tail.append(data)
+            self.events += data.count(b"data:")
+            if self._captured < self._wanted_text:
+                self._capture(data)
             return data
         return self._feed_events(data)
 
@@ -1487,13 +1490,10 @@ class EventStream:
                 digest.text = sendable_text(text[: self._wanted_text])
         return digest
 
-    def _note(self, chunks: bytes) -> None:
-        self._tail.append(chunks)
-        self.events += chunks.count(b"data:")
-        if self._captured < self._wanted_text:
-            for text in _EVENT_TEXT.findall(chunks):
-                self._texts.append(text)
-                self._captured += len(text)
+    def _capture(self, chunks: bytes) -> None:
+        for text in _EVENT_TEXT.findall(chunks):
+            self._texts.append(text)
+            self._captured += len(text)
 
     def _feed_events(self, data: bytes) -> bytes:
         pieces: list[bytes] = []
@@ -1506,7 +1506,7 @@ class EventStream:
         if len(payload) - end > MAX_HELD_EVENT_BYTES:
             end = len(payload)
         events, self._held = payload[:end], payload[end:]
-        self._is_clean = not self._held and self.decoder.is_between_chunks
+        self._is_clean = self._passes_verbatim and not self._held and self.decoder.is_between_chunks
         return self._encode(events)
 
     def _end(self, events: bytes) -> bytes:
@@ -1519,7 +1519,10 @@ class EventStream:
     def _encode(self, events: bytes) -> bytes:
         if not events:
             return b""
-        self._note(encode_chunk(events))
+        self._tail.append(encode_chunk(events))
+        self.events += events.count(b"\ndata:") + events.startswith(b"data:")
+        if self._captured < self._wanted_text:
+            self._capture(events)
         if b"abort" in events or (self._cuts_usage and b'"usage":' in events):
             events = b"".join(self._kept(events))
         return encode_chunk(events) if self._to_chunks else events
@@ -1776,19 +1779,30 @@ def _event_decoder() -> Any:
 class Histogram:
     """Durations in milliseconds in logarithmic buckets (``histogram_bucket``), 295 of them at most."""
 
-    __slots__ = ("_buckets", "count", "sum_ms")
+    __slots__ = ("_buckets", "_new", "count", "sum_ms")
 
     def __init__(self) -> None:
         self._buckets: dict[int, int] = {}
+        self._new: list[float] = []  # not in buckets yet: many at once cost a third of one by one
         self.count = 0
         self.sum_ms = 0.0
 
-    def add(self, ms: float, count: int = 1) -> None:
-        """Count a finite duration ``count`` times."""
-        bucket = histogram_bucket(ms) if ms < MAX_DURATION_MS else HIGHEST_BUCKET
-        self._buckets[bucket] = self._buckets.get(bucket, 0) + count
-        self.count += count
-        self.sum_ms += ms * count
+    def add(self, ms: float) -> None:
+        """Count a finite duration."""
+        self.count += 1
+        self.sum_ms += ms
+        self._new.append(ms)
+        if len(self._new) > 1000:
+            self._sort()
+
+    def _sort(self) -> dict[int, int]:
+        """Put the new durations into their buckets; all buckets with their counts."""
+        buckets = self._buckets
+        for ms in self._new:
+            bucket = histogram_bucket(ms) if ms < MAX_DURATION_MS else HIGHEST_BUCKET
+            buckets[bucket] = buckets.get(bucket, 0) + 1
+        self._new.clear()
+        return buckets
 
     def add_buckets(self, counts: Mapping[str, int]) -> None:
         """Count what another process has put into buckets; each duration is taken for the middle of its bucket."""
@@ -1800,7 +1814,7 @@ class Histogram:
 
     def merge(self, other: Histogram) -> None:
         """Count everything that ``other`` has counted."""
-        for bucket, count in other._buckets.items():
+        for bucket, count in other._sort().items():
             self._buckets[bucket] = self._buckets.get(bucket, 0) + count
         self.count += other.count
         self.sum_ms += other.sum_ms
@@ -1811,9 +1825,9 @@ class Histogram:
 
     def percentile(self, q: float) -> float | None:
         """The duration in ms that a share ``q`` (0 to 1) does not exceed: its bucket's middle; None when empty."""
-        seen = 0
-        for bucket in sorted(self._buckets):
-            seen += self._buckets[bucket]
+        seen, buckets = 0, self._sort()
+        for bucket in sorted(buckets):
+            seen += buckets[bucket]
             if seen >= q * self.count:
                 return _bucket_middle(bucket)
         return None
@@ -1833,17 +1847,20 @@ class RecentHistogram:
         self._clock = clock
         self._slice_s = window_s / self._SLICES
         self._number = 0  # of the slice that is being filled
+        self._from = self._until = 0.0  # its time
         self._slice = Histogram()
         self._older: list[tuple[int, Histogram]] = []  # (slice number, its durations)
 
     def slice(self) -> Histogram:
         """What to add a duration to that ends now."""
-        number = int(self._clock() // self._slice_s)
-        if number != self._number:
+        now = self._clock()
+        if not self._from <= now < self._until:
+            number = int(now // self._slice_s)
             # Slices of the future go too: the clock was set back.
             ended = [*self._older, (self._number, self._slice)]
             self._older = [entry for entry in ended if number - self._SLICES < entry[0] < number]
             self._number, self._slice = number, Histogram()
+            self._from, self._until = number * self._slice_s, (number + 1) * self._slice_s
         return self._slice
 
     def read(self) -> Histogram:
@@ -4377,19 +4394,20 @@ class Turn:
 class Upstream:
     """A connection to a replica, watched for as long as it lives; idle, it goes when the replica closes it."""
 
-    __slots__ = ("exchange", "heads", "replica", "sock", "watcher")
+    __slots__ = ("heads", "replica", "sock", "watcher")
 
     def __init__(self, replica: LiveReplica, sock: Any, reactor: Reactor) -> None:
         self.replica, self.sock = replica, sock
-        self.exchange: Exchange | None = None
         self.heads = HeadReader(parse_answer_head)
-        self.watcher = reactor.watch_reads(sock, self.on_readable)
+        self.watcher = reactor.watch_reads(sock, self._on_idle)
 
-    def on_readable(self) -> None:
-        if self.exchange is not None:
-            self.exchange.on_readable()
-        else:
-            self.replica.forget(self)  # closed by the replica, or it sends what nobody asked for
+    def rest(self) -> None:
+        """Wait among the replica's idle connections for the next exchange."""
+        self.watcher.callback = self._on_idle
+        self.replica.idle[self] = None
+
+    def _on_idle(self) -> None:
+        self.replica.forget(self)  # closed by the replica, or it sends what nobody asked for
 
     def send(self, head: bytes, body: bytes | bytearray, client: ClientSocket, exchange: Exchange) -> bool:
         """Send a whole request; False when it does not go: what the replica said, or that it hung up, is then read."""
@@ -4523,7 +4541,7 @@ class LiveReplica:
 class Outlet:
     """The client's end of an exchange: sends without blocking, and pauses the replica while the client is slow."""
 
-    __slots__ = ("_client", "_timeout_s", "_write_watcher", "backlog", "pending_head", "result", "upstream")
+    __slots__ = ("_client", "_timeout_s", "_write_watcher", "backlog", "listener", "pending_head", "result", "upstream")
 
     def __init__(self, client: ClientSocket) -> None:
         self._client = client
@@ -4533,6 +4551,7 @@ class Outlet:
         self.pending_head = b""  # goes out with the first bytes of the body
         self.result: str | None = None
         self.upstream: Any = None
+        self.listener: Any = None  # what the replica's bytes wake
 
     def send(self, out: bytes, result: str | None) -> None:
         """Send to the client; ``result`` ends the exchange once all of it is sent. A slow client pauses the replica."""
@@ -4568,7 +4587,7 @@ class Outlet:
         self.stop_writing()
         if result:
             return self.end(result)
-        self.upstream.watcher.start(self.upstream.on_readable)
+        self.upstream.watcher.start(self.listener)
         return None
 
     def stop_writing(self) -> None:
@@ -4604,6 +4623,7 @@ class Exchange(Outlet):
         self._relay, self._turn, self._replica = relay, turn, replica
         self._to_chunks = client.version == 1
         self.error = ""
+        self._has_excess = False  # bytes behind the answer's end
         self.received = False  # any byte of an answer
         self._is_sent = self._has_excess = False
         self._head_bytes = self.body = b""
@@ -4637,7 +4657,8 @@ class Exchange(Outlet):
 
     def _converse(self, upstream: Upstream, head: bytes, body: bytes | bytearray) -> str:
         client = self._client
-        self.upstream, upstream.exchange = upstream, self
+        self.upstream = upstream
+        upstream.watcher.callback = self.listener = self.on_readable
         self.result = None
         client.deadline = time.monotonic() + self._timeout_s
         client.exchange = self
@@ -4651,10 +4672,10 @@ class Exchange(Outlet):
                 else:
                     client.park()
         finally:
-            upstream.exchange = client.exchange = None
+            client.exchange = self.listener = None
             self.stop_writing()
             if self.result in ("answered", "streamed") and self._is_reusable():
-                self._replica.idle[upstream] = None
+                upstream.rest()
             else:
                 upstream.close()
         return self.result or "gone"
@@ -4676,8 +4697,6 @@ class Exchange(Outlet):
         try:
             if not data:
                 self._on_closed()
-            elif self.events is not None:
-                self._relay_events(data)
             elif self.head is not None:
                 self._take_body(data, 0)
             else:
@@ -4700,8 +4719,9 @@ class Exchange(Outlet):
         self.head, self._decoder = head, BodyDecoder(head.length)
         if head.is_event_stream and head.status < 400:
             self._start_stream(head)
+            self.upstream.watcher.callback = self.listener = self.on_events
             if len(data) > end:
-                self._relay_events(data[end:])
+                self.on_events(data[end:])
             return None
         if head.fields.get(b"content-type", b"").startswith(b"audio/"):
             self._start_raw(head)
@@ -4729,24 +4749,40 @@ class Exchange(Outlet):
         fields = self._relay.book.answer_fields(self._turn)
         self.pending_head = returned_head(head, fields, length, self._to_chunks, self.ends_by_closing)
 
-    def _relay_events(self, data: bytes) -> None:
-        events, turn = self.events, self._turn
+    def on_events(self, data: bytes | None = None) -> None:
+        """``on_readable`` once events flow, or ``data`` that came with the head: the hottest lines of the relay."""
+        if data is None:
+            try:
+                data = self.upstream.sock.recv(RECEIVE_BYTES)
+            except BlockingIOError:
+                return None
+            except OSError:
+                data = b""
+            if not data:
+                return self._on_closed()
+        events, turn, client = self.events, self._turn, self._client
+        try:
+            out = events.feed(data)
+        except WireError as error:
+            return self.fail(str(error))
         now = time.monotonic()
-        before = turn.ended
-        out = events.feed(data)
-        self._client.deadline = now + self._timeout_s
-        if events.events:
-            if turn.first:
-                bucket = histogram_bucket((now - before) * 1000.0)
-                turn.gaps[bucket] = turn.gaps.get(bucket, 0) + 1
-            else:
-                turn.first = now
-                self._relay.book.note_answering(turn)
+        client.deadline = now + self._timeout_s
+        if turn.first:
+            bucket = histogram_bucket((now - turn.ended) * 1000.0)
+            turn.gaps[bucket] = turn.gaps.get(bucket, 0) + 1
             turn.ended = now
+        elif events.events:
+            turn.first = turn.ended = now
+            self._relay.book.note_answering(turn)
         if events.fault is not None:
-            self.fail(events.fault, out)
-        elif out:
-            self.send(out, "streamed" if events.is_over else None)
+            return self.fail(events.fault, out)
+        if self.pending_head or events.is_over:
+            return self.send(out, "streamed" if events.is_over else None) if out else None
+        try:
+            sent = client.sock.send(out)
+        except OSError:
+            sent = 0  # said again, and understood, below
+        return self.send(out[sent:], None) if sent < len(out) else None
 
     def _take_body(self, data: bytes, start: int) -> None:
         if not self._turn.first:
