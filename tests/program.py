@@ -64,6 +64,14 @@ def processes_with(marker: str) -> list[tuple[int, str]]:
     return found
 
 
+def parent_of(pid: int) -> int:
+    """The parent of a process; 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
 class Running:
     """A command in the background whose lines can be waited for; owns the process and the thread that reads it."""
 
@@ -98,10 +106,18 @@ class Running:
         """Send a signal, wait for the exit code, keep what was said until then."""
         self.process.send_signal(number)
         code = self.process.wait(timeout=seconds)
-        self._reader.join(timeout=10.0)
+        self.close()
         while not self._queue.empty():
             self.lines.append(self._queue.get() or "")
         return code
+
+    def close(self) -> None:
+        """Make sure that the process is gone, and close its pipe."""
+        self.process.kill()
+        self.process.wait(timeout=10.0)
+        self._reader.join(timeout=10.0)
+        if self.process.stdout is not None and not self._reader.is_alive():
+            self.process.stdout.close()
 
 
 class Program:
@@ -114,6 +130,7 @@ class Program:
         self.environment = {**os.environ, "XDG_STATE_HOME": str(self.state), "PYTHONUNBUFFERED": "1"}
         self.config = folder / "config.yaml"
         self.module = MODULE
+        self.running: list[Running] = []
         self.configure(**config)
 
     def configure(
@@ -151,16 +168,16 @@ class Program:
 
     def spawn(self, *words: str) -> Running:
         """A command in the background."""
-        return Running(
-            subprocess.Popen(
-                self.command(*words),
-                env=self.environment,
-                cwd=self.folder,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+        process = subprocess.Popen(
+            self.command(*words),
+            env=self.environment,
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
+        self.running.append(Running(process))
+        return self.running[-1]
 
     def status(self) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(self.run("status", "--json").stdout)
@@ -187,8 +204,9 @@ class Program:
         return processes_with(str(self.state))
 
     def find(self, role: str) -> int:
-        """The pid of the one process that plays ``role`` (serve, relay, llama-cpp, connect, up)."""
-        found = [pid for pid, command in self.processes() if f"agent_infra.py {role} " in command]
+        """The pid of the one process that plays ``role`` (serve, relay, llama-cpp, connect, up), its fork left out."""
+        playing = [pid for pid, command in self.processes() if re.search(rf"agent_infra(\.py)? {role} ", command)]
+        found = [pid for pid in playing if parent_of(pid) not in playing]
         assert len(found) == 1, (role, self.processes())
         return found[0]
 
@@ -205,3 +223,5 @@ def program(folder: Path, **config: Any) -> Iterator[Program]:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+        for each in made.running:
+            each.close()

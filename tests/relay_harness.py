@@ -1,4 +1,4 @@
-"""The controller's side of the relay, for tests: starts the process as the controller does, speaks its protocol."""
+"""The controller's side of the relay, for tests: starts the real process as the controller does, and speaks to it."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ from agent_infra import (
     FrameReader,
     HeadersConfig,
     ProxyConfig,
+    SessionEnded,
+    TurnAnswering,
+    TurnEvent,
+    TurnFinished,
+    TurnSent,
+    TurnStarted,
+    decode_events,
     encode_frame,
     unix_address,
 )
@@ -43,6 +50,15 @@ def wait_until(condition: Callable[[], T], seconds: float = 5.0, what: str = "it
         assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
         time.sleep(0.01)
     return value
+
+
+_KINDS: dict[type, str] = {
+    TurnStarted: "started",
+    TurnSent: "sent",
+    TurnAnswering: "answering",
+    TurnFinished: "finished",
+    SessionEnded: "session_ended",
+}
 
 
 class Controller:
@@ -73,16 +89,22 @@ class Controller:
         with contextlib.suppress(OSError):
             while True:
                 for kind, payload in frames:
-                    document = json.loads(payload)
                     if kind == FRAME_EVENTS:
-                        self.events += document
+                        for event in decode_events(payload):
+                            self._note(event)
                     else:
-                        {FRAME_GAUGES: self.gauges, FRAME_REQUEST: self.requests}[kind].append(document)
+                        {FRAME_GAUGES: self.gauges, FRAME_REQUEST: self.requests}[kind].append(json.loads(payload))
                 data = self.sock.recv(1 << 20)
                 if not data:
                     break
                 frames = self._reader.feed(data)
         self.is_closed.set()
+
+    def _note(self, event: TurnEvent) -> None:
+        """Keep an event as a mapping with its kind; a finish that tells all of its turn also as the start it tells."""
+        if isinstance(event, TurnFinished) and event.started is not None:
+            self._note(event.started)
+        self.events.append({"kind": _KINDS[type(event)], **dataclasses.asdict(event)})
 
     def send_table(
         self,
@@ -292,18 +314,17 @@ class Client:
         return Answer(status, headers, body, complete)
 
     def _read_chunks(self) -> tuple[bytes, bool]:
-        body = bytearray()
+        body = b""
         while True:
             while b"\r\n" not in self.buffer:
                 if not self._more():
-                    return bytes(body), False
+                    return body, False
             line, _, self.buffer = self.buffer.partition(b"\r\n")
             size = int(line, 16)
             while len(self.buffer) < size + 2:
                 if not self._more():
-                    return bytes(body), False
+                    return body, False
             assert self.buffer[size : size + 2] == b"\r\n"
-            body += self.buffer[:size]
-            self.buffer = self.buffer[size + 2 :]
+            body, self.buffer = body + self.buffer[:size], self.buffer[size + 2 :]
             if not size:
-                return bytes(body), True
+                return body, True

@@ -11,12 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from fake_engine import FakeEngine
 from relay_harness import KEY, Client, RelayProcess, backend, wait_until
-
-from agent_infra import SessionEnded, TurnAnswering, TurnFinished, TurnSent, TurnStarted
 
 
 @pytest.fixture
@@ -167,20 +164,13 @@ def test_the_replica_gets_its_own_key_and_no_hop_by_hop_header(client: Client, e
 
 def test_every_event_is_one_of_tracking(client: Client, relay: RelayProcess) -> None:
     client.chat({"X-Session-ID": "s", "X-Task-ID": "t", "X-Timing-Pre-Ms": "12.5", "X-Session-End": "true"})
-    kinds: dict[str, Any] = {
-        "started": TurnStarted,
-        "sent": TurnSent,
-        "answering": TurnAnswering,
-        "finished": TurnFinished,
-    }
-    kinds["session_ended"] = SessionEnded
-    wait_until(lambda: len(relay.controller.events) == 5)
-    events = [msgspec.convert(event, kinds[event["kind"]]) for event in relay.controller.events]
-    started, _, _, finished, ended = events
-    assert (started.session, started.task, started.pre_ms, started.prompt) == ("s", "t", 12.5, "hello")
-    assert (finished.outcome, finished.status, finished.answer) == ("completed", 200, "word0 word1 word2")
-    assert (finished.finish_reason, finished.estimated, finished.completion_tokens) == ("stop", False, 3)
-    assert ended.session == "s"
+    wait_until(lambda: len(relay.controller.events) >= 3)
+    started, finished, ended = relay.controller.events[-3:]
+    assert [each["kind"] for each in (started, finished, ended)] == ["started", "finished", "session_ended"]
+    assert [started[name] for name in ("session", "task", "pre_ms", "prompt")] == ["s", "t", 12.5, "hello"]
+    assert [finished[name] for name in ("outcome", "status", "answer")] == ["completed", 200, "word0 word1 word2"]
+    assert [finished[name] for name in ("finish_reason", "estimated", "completion_tokens")] == ["stop", False, 3]
+    assert ended["session"] == "s"
 
 
 def test_tokens_of_a_stream_without_usage_are_estimated(client: Client, relay: RelayProcess) -> None:
@@ -192,7 +182,12 @@ def test_tokens_of_a_stream_without_usage_are_estimated(client: Client, relay: R
 
 def test_gauges_come_and_count(client: Client, relay: RelayProcess) -> None:
     client.chat()
-    gauges = wait_until(lambda: [g for g in relay.controller.gauges if g["counters"]["requests"]])[0]
+
+    def counted() -> dict[str, Any] | None:
+        return next((each for each in relay.controller.gauges if each["counters"]["requests"]), None)
+
+    gauges = wait_until(counted)
+    assert gauges is not None
     assert gauges["backends"]["r1"]["requests"] == 1
     assert gauges["backends"]["r1"]["in_flight"] == 0
     assert 0 < gauges["rss_bytes"] < 60 << 20
@@ -201,7 +196,7 @@ def test_gauges_come_and_count(client: Client, relay: RelayProcess) -> None:
 # The app.
 
 
-def test_the_documents_are_served(client: Client) -> None:
+def test_the_documents_are_served(client: Client, relay: RelayProcess) -> None:
     assert client.get("/health").json() == {"status": "ok", "models": {"m": {"ready": 1}}}
     assert "/v1/chat/completions" in client.get("/").json()["inference"]
     assert client.get("/queue/status").json()["pending"] == 0
@@ -260,8 +255,9 @@ def test_the_newest_controller_wins(relay: RelayProcess) -> None:
     assert relay.controller.is_closed.wait(5)
 
 
-def test_a_killed_relays_successor_refuses_no_connection(relay: RelayProcess, engine: FakeEngine) -> None:
-    relay.controller.send_table([backend(1, engine.port)])
+def test_a_killed_relays_successor_refuses_no_connection(
+    client: Client, relay: RelayProcess, engine: FakeEngine
+) -> None:
     relay.process.kill()
     relay.process.wait(5)
     with Client(relay.port) as waiting:
@@ -366,8 +362,7 @@ def test_a_key_is_not_asked_of_the_same_user(client: Client) -> None:
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_another_user_needs_the_key_for_everything_but_health(relay: RelayProcess, engine: FakeEngine) -> None:
-    relay.controller.send_table([backend(1, engine.port)])
+def test_another_user_needs_the_key_for_everything_but_health(client: Client, relay: RelayProcess) -> None:
     uid, read_end, write_end = 65534, *os.pipe()
     child = os.fork()
     if child == 0:

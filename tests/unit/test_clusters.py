@@ -237,8 +237,3 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
             resolve("llama_cpp", str(tmp_path / "m.gguf"))
     finally:
         os.seteuid(user)
-
-
-def test_a_state_directory_too_deep_for_a_socket_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match="too long"):
-        agent_infra.deployment_paths("d" * 63, {"XDG_STATE_HOME": str(tmp_path / ("x" * 60))})

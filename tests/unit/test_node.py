@@ -20,8 +20,8 @@ from agent_infra import (
     ServeSpec,
     answer_challenge,
     record_from_json,
+    sampled_gpus,
     spec_from_json,
-    visible_gpus,
 )
 
 KEY = "the-replica-key"
@@ -146,4 +146,4 @@ def test_only_the_gpus_that_were_handed_out_are_sampled(
     engine: str, gpu_ids: tuple[str, ...], environment: dict[str, str], expected: tuple[str, ...] | None
 ) -> None:
     spec = ServeSpec("r", ModelConfig("m", "p", engine=engine), "/run", "/key", gpu_ids=gpu_ids)
-    assert visible_gpus(spec, environment) == expected
+    assert sampled_gpus(spec, environment) == expected

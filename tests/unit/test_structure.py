@@ -66,8 +66,9 @@ def test_every_section_refers_only_to_sections_above_it() -> None:
         f"line {node.lineno}: {node.id} is defined further down"
         for statement in TREE.body
         if not isinstance(statement, ast.If)  # the __main__ guard
+        for local in [local_names(statement)]
         for node in ast.walk(statement)
-        if isinstance(node, ast.Name) and node.id not in local_names(statement)
+        if isinstance(node, ast.Name) and node.id not in local
         if defined.get(node.id, 0) > section(node.lineno)
     ]
     assert upward == []

@@ -41,20 +41,15 @@ def test_merging_is_counting_everything_in_one(left: list[float], right: list[fl
 
 def test_the_number_of_buckets_is_bounded_whatever_comes() -> None:
     histogram = filled([10 ** (exponent / 50) for exponent in range(-1000, 600)])
-    assert len(histogram._buckets) <= 295
+    assert histogram.percentile(0.5) is not None
+    assert len(histogram._buckets) + len(histogram._new) <= 295
 
 
 def test_bucket_counts_of_another_process_are_added_as_they_are() -> None:
     histogram = Histogram()
-    histogram.add_buckets({"-54": 1, "32": 3, "999": 1})
+    histogram.add_buckets({"-54": 1, "32": 3, "240": 1})
     assert histogram.count == 5
     assert histogram.percentile(0.5) == pytest.approx(2 ** (32.5 / 8))
-
-
-def test_a_count_is_as_good_as_repetition() -> None:
-    repeated = Histogram()
-    repeated.add(12.5, 4)
-    assert (repeated.count, repeated.mean_ms) == (4, 12.5)
 
 
 def test_a_recent_histogram_forgets_what_is_older_than_its_window() -> None:
@@ -62,7 +57,7 @@ def test_a_recent_histogram_forgets_what_is_older_than_its_window() -> None:
     recent = RecentHistogram(lambda: now[0], window_s=100)
     for second in range(300):
         now[0] = 1000.0 + second
-        recent.add(5.0)
+        recent.slice().add(5.0)
     assert recent.read().count == 100  # nine whole slices and the one that is being filled
     now[0] += 100
     assert recent.read().count == 0
@@ -71,7 +66,7 @@ def test_a_recent_histogram_forgets_what_is_older_than_its_window() -> None:
 def test_a_recent_histogram_survives_a_clock_that_is_set_back() -> None:
     now = [10_000.0]
     recent = RecentHistogram(lambda: now[0], window_s=100)
-    recent.add(5.0)
+    recent.slice().add(5.0)
     now[0] = 10.0
-    recent.add(7.0)
+    recent.slice().add(7.0)
     assert recent.read().count == 1

@@ -5,12 +5,15 @@ import json
 from collections import Counter
 from typing import Any
 
+import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_infra import (
     TURN_OUTCOMES,
     Backend,
+    EventBatch,
     SessionEnded,
     Tracker,
     TurnAnswering,
@@ -18,7 +21,8 @@ from agent_infra import (
     TurnFinished,
     TurnSent,
     TurnStarted,
-    event_from_json,
+    decode_events,
+    group_events,
 )
 
 NOW = 1_800_000_000.0
@@ -118,33 +122,60 @@ def test_totals_are_exact_and_never_fall_for_any_interleaving(steps: list[TurnEv
         assert all(row["state"] in ("idle", "ended") for row in rows)
 
 
-@given(events)
-def test_an_event_survives_the_wire(event: TurnEvent) -> None:
-    assert event_from_json(json.loads(json.dumps(dataclasses.asdict(event)))) == event
+def over_the_wire(batch: EventBatch) -> list[TurnEvent]:
+    return decode_events(msgspec.json.encode(batch))
 
 
-def test_unknown_kinds_and_fields_are_ignored() -> None:
-    wire = {"kind": "sent", "turn": "t", "at": 1.0, "backend": "b", "queue_ms": 2, "colour": "blue"}
-    assert event_from_json(wire) == TurnSent("t", 1.0, "b", 2)
-    assert event_from_json({**wire, "kind": "teleported"}) is None
+@given(st.lists(events, max_size=20))
+def test_events_survive_the_wire(steps: list[TurnEvent]) -> None:
+    batch = EventBatch(
+        started=[event for event in steps if isinstance(event, TurnStarted)],
+        sent=[event for event in steps if isinstance(event, TurnSent)],
+        answering=[event for event in steps if isinstance(event, TurnAnswering)],
+        finished=[event for event in steps if isinstance(event, TurnFinished)],
+        session_ended=[event for event in steps if isinstance(event, SessionEnded)],
+    )
+    found = over_the_wire(batch)
+    assert Counter(map(repr, found)) == Counter(map(repr, steps))
+    assert [event.at for event in found] == sorted(event.at for event in steps)
 
 
-def test_an_event_without_what_it_needs_is_none() -> None:
-    for wrong in ({"at": float("nan")}, {"at": "soon"}, {"turn": None}, {"queue_ms": -1}, {"backend": 3}):
-        wire = {"kind": "sent", "turn": "t", "at": 1.0, "backend": "b", "queue_ms": 2.0, **wrong}
-        assert event_from_json(wire) is None
+def test_a_turn_that_is_over_within_a_batch_is_its_finish_alone() -> None:
+    started = TurnStarted("t", 1.0, "m", "/v1/chat/completions", "s")
+    finished = TurnFinished("t", 3.0, "completed", 200, "b")
+    others: list[TurnEvent] = [TurnStarted("u", 2.5, "m", "/v1/chat/completions"), TurnSent("u", 2.6, "b", 0.1)]
+    life: list[TurnEvent] = [started, TurnSent("t", 1.5, "b", 0.5), TurnAnswering("t", 2.0, 0.5), finished]
+    batch = group_events([*life, *others])
+    assert over_the_wire(batch) == [*others, dataclasses.replace(finished, started=started)]
 
 
-def test_an_optional_figure_that_cannot_be_is_not_known() -> None:
-    wire = {"kind": "finished", "turn": "t", "at": 1.0, "outcome": "melted", "status": 200}
-    more = {"prompt_tokens": -5, "inference_ms": float("inf"), "retries": True, "gaps": {"x": 1}}
-    assert event_from_json({**wire, **more}) == TurnFinished("t", 1.0, "error", 200)
+def test_a_finish_that_tells_all_counts_like_the_events_of_its_turn() -> None:
+    steps: list[TurnEvent] = [
+        TurnStarted("t", NOW - 3, "m", "/v1/chat/completions", "s", pre_ms=5.0),
+        TurnSent("t", NOW - 2, "b", 1000.0),
+        TurnAnswering("t", NOW - 1, 1000.0),
+        TurnFinished("t", NOW, "completed", 200, "b", 1000.0, 1000.0, 2000.0, prompt_tokens=7, completion_tokens=3),
+    ]
+    apart, together = Tracker(lambda: NOW), Tracker(lambda: NOW)
+    for step in steps:
+        apart.observe(step)
+    for step in group_events(steps).in_order():
+        together.observe(step)
+    assert together.snapshot([], [], "") == apart.snapshot([], [], "")
 
 
-def test_a_name_without_end_is_cut() -> None:
-    event = event_from_json({"kind": "session_ended", "session": "x" * 10_000, "at": 1.0})
-    assert isinstance(event, SessionEnded)
-    assert len(event.session) == 512
+def test_what_is_not_known_in_a_batch_is_left_out() -> None:
+    assert decode_events(b'{"colours":[1],"sent":[{"turn":"t","at":1.0,"backend":"b","queue_ms":2,"hue":3}]}') == [
+        TurnSent("t", 1.0, "b", 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    "payload", [b"", b"[]", b'{"sent":[{"turn":"t"}]}', b'{"sent":[{"turn":3,"at":1.0}]}', b"\xff"]
+)
+def test_what_is_no_batch_is_refused(payload: bytes) -> None:
+    with pytest.raises(ValueError, match="."):  # whatever msgspec calls it
+        decode_events(payload)
 
 
 junk = st.recursive(
@@ -152,29 +183,15 @@ junk = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
 )
-event_keys = ["turn", "at", "model", "path", "session", "outcome", "status", "backend", "queue_ms", "ttft_ms", "gaps"]
 gauge_keys = ["backends", "queue", "counters", "waiting", "b", "load", "gpus", "requests", "in_flight", "healthy"]
-garbled_events = st.fixed_dictionaries(
-    {"kind": junk | st.sampled_from(["started", "sent", "answering", "finished", "session_ended"])},
-    optional={key: junk | st.just("x") | st.just(1.0) | st.just(200) for key in event_keys},
-)
 garbled_gauges = st.recursive(
     junk, lambda inner: st.dictionaries(st.sampled_from(gauge_keys), inner, max_size=5), max_leaves=12
 ).filter(lambda value: isinstance(value, dict))
 
 
 @settings(deadline=None)
-@given(st.lists(garbled_events, max_size=8), garbled_gauges)
-def test_garbage_never_raises_nor_spoils_the_document(wires: list[dict[str, Any]], gauges: dict[str, Any]) -> None:
+@given(garbled_gauges)
+def test_garbled_gauges_never_raise_nor_spoil_the_document(gauges: dict[str, Any]) -> None:
     tracker = Tracker(lambda: NOW)
-    for wire in wires:
-        event = event_from_json(wire)
-        if event is not None:
-            tracker.observe(event)
     tracker.sample(gauges)
     json.dumps(tracker.snapshot([], [Backend("b", "m", "127.0.0.1", 1)], "least_load"), allow_nan=False)
-
-
-@given(junk)
-def test_what_is_no_object_is_no_event(value: object) -> None:
-    assert event_from_json(value) is None

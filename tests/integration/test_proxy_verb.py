@@ -1,0 +1,110 @@
+"""`proxy`: the proxy alone, in front of servers that run already; and how controller and relay hold together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine
+from program import Program, Running, is_listening, program, wait_for
+
+
+@pytest.fixture
+def engine() -> Iterator[FakeEngine]:
+    with FakeEngine() as made:
+        yield made
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[Program]:
+    with program(tmp_path) as made:
+        yield made
+
+
+def bring_up(app: Program, engine: FakeEngine, *words: str) -> Running:
+    running = app.spawn("proxy", "--port", str(app.port), "--backend", f"smollm2=127.0.0.1:{engine.port}", *words)
+    running.wait_line("^proxy  http")
+    wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 1, "the backend in the proxy")
+    return running
+
+
+def test_the_proxy_alone_relays_and_leaves_nothing(app: Program, engine: FakeEngine) -> None:
+    proxy = bring_up(app, engine, "--strategy", "round_robin")
+    answer, headers = app.chat()
+    assert answer["choices"][0]["message"]["content"]
+    assert headers["x-agent-infra-backend"] == "smollm2-1"
+    wait_for(lambda: app.get("/stats")["totals"]["requests"] == 1, "the turn in /stats")
+    assert app.get("/stats")["strategy"] == "round_robin"
+    assert proxy.end() == 0
+    wait_for(lambda: not app.processes(), "no process left")
+    assert not is_listening(app.port)
+
+
+def test_the_servers_key_comes_from_the_environment_and_is_on_no_command_line(app: Program, engine: FakeEngine) -> None:
+    app.environment["AGENT_INFRA_BACKEND_KEY"] = "the-servers-secret"
+    proxy = bring_up(app, engine)
+    app.chat()
+    assert "authorization: bearer the-servers-secret" in engine.call()["heads"][-1].lower()
+    assert all("secret" not in command for _, command in app.processes())
+    assert proxy.end() == 0
+
+
+def test_a_state_path_longer_than_a_socket_address_is_no_obstacle(tmp_path: Path, engine: FakeEngine) -> None:
+    deep = tmp_path / ("deep" * 30)
+    deep.mkdir()
+    with program(deep) as app:
+        proxy = bring_up(app, engine)
+        assert app.chat()[0]["choices"]
+        assert proxy.end() == 0
+
+
+def test_a_relay_that_hangs_is_replaced(app: Program, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = bring_up(app, engine)
+    relay = app.find("relay")
+    os.kill(relay, signal.SIGSTOP)
+    wait_for(lambda: relay not in [pid for pid, _ in app.processes()], "the hung relay gone", 40.0)
+    assert app.chat()[0]["choices"]
+    assert proxy.end() == 0
+
+
+def test_a_drained_backend_stays_drained_over_a_relays_end(app: Program, engine: FakeEngine) -> None:
+    proxy = bring_up(app, engine)
+    url = f"http://127.0.0.1:{app.port}"
+    subprocess.run(["curl", "-sf", "-X", "POST", f"{url}/admin/backends/smollm2-1/drain"], check=True, timeout=10)
+    wait_for(lambda: app.get("/stats")["backends"][0]["state"] == "draining", "the drain in /stats")
+    os.kill(app.find("relay"), signal.SIGKILL)
+    assert wait_for(lambda: app.get("/health"), "a relay")["models"]["smollm2"]["ready"] == 0
+    subprocess.run(["curl", "-sf", "-X", "POST", f"{url}/admin/backends/smollm2-1/undrain"], check=True, timeout=10)
+    assert app.chat()[0]["choices"]
+    assert proxy.end() == 0
+
+
+def test_the_log_is_json_lines_when_asked_for(app: Program, engine: FakeEngine) -> None:
+    proxy = bring_up(app, engine, "--log-format", "json")
+    log = app.state / "agent-infra" / f"proxy-{app.port}" / "run" / "logs" / "proxy.log"
+    assert proxy.end() == 0
+    lines = log.read_text().splitlines()
+    assert lines
+    assert all(json.loads(line) for line in lines)
+
+
+def test_a_second_signal_ends_turns_in_flight_at_once(app: Program, engine: FakeEngine) -> None:
+    proxy = bring_up(app, engine)
+    engine.call({"hang": True})
+    body = '{"model": "smollm2", "messages": [{"role": "user", "content": "hi"}]}'
+    agent = subprocess.Popen(
+        ["curl", "-s", f"http://127.0.0.1:{app.port}/v1/chat/completions", "-d", body], stdout=subprocess.DEVNULL
+    )
+    engine.wait_for("running", 1)
+    proxy.process.send_signal(signal.SIGINT)
+    wait_for(lambda: not is_listening(app.port), "the proxy accepts no more")
+    assert proxy.process.poll() is None  # the turn has its time
+    proxy.process.send_signal(signal.SIGINT)
+    assert proxy.process.wait(timeout=10) == 0
+    agent.wait(timeout=10)
+    wait_for(lambda: not app.processes(), "no process left")

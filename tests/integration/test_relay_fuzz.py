@@ -1,0 +1,128 @@
+"""A live relay between clients that send nonsense and a real engine: afterwards it serves, and owes nobody anything."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fake_engine import FakeEngine
+from relay_harness import Client, RelayProcess, backend, wait_until
+
+SEED = 20_261_122
+CLIENTS = 12
+REQUESTS_PER_CLIENT = 100
+BODY = b'{"model":"m","messages":[{"role":"user","content":"h\xc3\xa9 \\u00e9"}],"stream":false}'
+STREAM = BODY.replace(b"false", b"true")
+EXPECTED = {100, 200, 308, 400, 401, 404, 405, 408, 413, 414, 415, 429, 431, 501, 502, 503, 504}
+
+
+def post(body: bytes, path: bytes = b"/v1/chat/completions", fields: bytes = b"") -> bytes:
+    return b"POST %b HTTP/1.1\r\nHost: t\r\n%bContent-Length: %d\r\n\r\n%b" % (path, fields, len(body), body)
+
+
+VALID = [
+    post(BODY),
+    post(STREAM),
+    post(STREAM.replace(b"}]", b'}],"stream_options":{"include_usage":true}')),
+    post(
+        BODY,
+        b"/m/v1/completions?x=y",
+        b"X-Session-ID: s\r\nX-Task-ID: t\r\nX-Timing-Pre-Ms: 1.5\r\nX-Session-End: true\r\n",
+    ),
+    post(BODY, b"/v1/messages", b"Expect: 100-continue\r\nConnection: keep-alive, X-A\r\nX-A: b\r\n"),
+    b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b'8;a=b\r\n{"model"\r\n5\r\n:"m"}\r\n0\r\nX: y\r\n\r\n',
+    b"POST /v1/completions HTTP/1.0\r\nContent-Length: 13\r\n\r\n" + b'{"model":"m"}',
+    b"GET /health HTTP/1.1\r\nHost: t\r\n\r\n",
+    b"GET //queue/status?%ff=%00 HTTP/1.1\r\nHost: t\r\n\r\n",
+    b"GET /v1/models HTTP/1.1\r\nHost: t\r\nUpgrade: websocket\r\n\r\n",
+    post(b"{}", b"/sessions/a%2Fb%ff/end"),
+]
+PIECES = [
+    b"\r\n", b"\n", b"\r", b"\0", b" ", b":", b"\r\n\r\n", b"0\r\n\r\n", b"%00", b"%0d%0a", b"\xff", b"\\ud83d", b'"',
+    b"Transfer-Encoding: chunked\r\n", b"Content-Length: 5\r\n", b"Content-Length: 99999999999\r\n", b"f" * 16,
+    b"Host: u\r\n", b"HTTP/1.0", b"-1", b"null", b"1e400", b'"stream":1,', b"x" * 9000, b"[" * 3000,
+]  # fmt: skip
+
+
+def mutate(request: bytes, chance: random.Random) -> bytes:
+    """``request`` with a few bytes changed, doubled, cut out or put in."""
+    for _ in range(chance.choice([0, 1, 1, 1, 2, 3, 5])):
+        start = chance.randrange(len(request) + 1)
+        end = min(len(request), start + chance.choice([0, 1, 1, 2, 8, 40]))
+        change = chance.choice(["put in", "put in", "cut out", "double", "noise", "flip"])
+        middle = request[start:end]
+        if change == "put in":
+            middle += chance.choice(PIECES)
+        elif change == "cut out":
+            middle = b""
+        elif change == "double":
+            middle *= 2
+        elif change == "noise":
+            middle = chance.randbytes(len(middle))
+        else:
+            middle = bytes(byte ^ (1 << chance.randrange(8)) for byte in middle)
+        request = request[:start] + middle + request[end:]
+    return request
+
+
+def assail(port: int, seed: int) -> set[int]:
+    """Send one request after the other, each on a connection of its own; the statuses that came back."""
+    chance, found = random.Random(seed), set[int]()
+    for _ in range(REQUESTS_PER_CLIENT):
+        data = b"".join(mutate(chance.choice(VALID), chance) for _ in range(chance.choice([1, 1, 1, 2, 4])))
+        with Client(port) as client, contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            cut = chance.randrange(len(data) + 1) if chance.random() < 0.3 else 0
+            client.sock.sendall(data[:cut])
+            client.sock.sendall(data[cut:])
+            if chance.random() < 0.2:
+                continue  # leave at once
+            if chance.random() < 0.5:
+                client.sock.shutdown(1)
+            while answer := client.read():
+                if not answer.status:
+                    break
+                found.add(answer.status)
+    return found
+
+
+def test_nonsense_leaves_no_trace(tmp_path: Path) -> None:
+    timeouts = {"HEAD_S": 0.3, "BODY_S": 0.3, "LINGER_S": 0.1, "IDLE_CLIENT_S": 0.3}
+    with RelayProcess(tmp_path, **timeouts) as relay, FakeEngine() as engine:
+        relay.controller.send_table([backend(1, engine.port)], proxy={"queue_timeout": 1.0, "request_timeout": 5.0})
+
+        def descriptors() -> int:
+            return len(os.listdir(f"/proc/{relay.process.pid}/fd"))
+
+        with Client(relay.port) as client:
+            assert client.get("/health").status == 200  # Flask and all are loaded
+        wait_until(lambda: relay.controller.gauges and relay.controller.gauges[-1]["connections"] == 0)
+        before = descriptors()
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            found = set[int]().union(*pool.map(assail, [relay.port] * CLIENTS, range(SEED, SEED + CLIENTS)))
+        assert found <= EXPECTED
+        assert {200, 400, 404, 408} <= found
+
+        with Client(relay.port) as client:
+            wait_until(lambda: client.chat().status == 200)
+            assert client.chat(stream=True).events()[-1] == "[DONE]"
+        turns = wait_until(lambda: balanced(relay), what="a balance of turns begun and ended")
+        assert turns > CLIENTS
+        engine.kill()  # and the idle connections to it are closed
+        wait_until(lambda: descriptors() <= before, what="the closing of all connections")
+        assert relay.process.poll() is None
+        assert "a connection failed" not in relay.log()
+        assert "Traceback" not in relay.log()
+
+
+def balanced(relay: RelayProcess) -> int:
+    """The number of turns, once all that began have ended and nothing is held for any of them."""
+    gauge = relay.controller.gauges[-1]
+    is_idle = not gauge["connections"] and not gauge["queue"]["pending"] and not gauge["queue"]["in_flight"]
+    turns: int = gauge["counters"]["requests"]
+    ended = [event["turn"] for event in relay.controller.finished(1)]
+    assert len(set(ended)) == len(ended)
+    return turns if is_idle and not gauge["backends"]["r1"]["in_flight"] and len(ended) == turns else 0

@@ -1,0 +1,250 @@
+"""What the relay promises a request on its way: limits, the queue, the replica that takes over, the log."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine
+from relay_harness import Answer, Client, RelayProcess, backend, wait_until
+
+
+@pytest.fixture
+def engine() -> Iterator[FakeEngine]:
+    with FakeEngine() as engine:
+        yield engine
+
+
+@pytest.fixture
+def relay(tmp_path: Path) -> Iterator[RelayProcess]:
+    with RelayProcess(tmp_path, HEAD_S=0.4, BODY_S=0.4, LINGER_S=0.2) as relay:
+        yield relay
+
+
+def serve(relay: RelayProcess, *engines: FakeEngine, slots: int = 0, **proxy: Any) -> None:
+    rows = [backend(number, engine.port, slots=slots) for number, engine in enumerate(engines, 1)]
+    relay.controller.send_table(rows, models=["m"], proxy=proxy)
+
+
+def chat(relay: RelayProcess, *, stream: bool = False, session: str = "", **fake: Any) -> Answer:
+    with Client(relay.port, timeout=20) as client:
+        return client.chat({"X-Session-ID": session} if session else {}, stream=stream, fake=fake)
+
+
+def error_of(answer: Answer) -> str:
+    return str(answer.json()["error"]["message"])
+
+
+# Requests that are refused.
+
+
+def test_a_head_beyond_the_limit_is_431(relay: RelayProcess, engine: FakeEngine) -> None:
+    serve(relay, engine)
+    with Client(relay.port) as client:
+        assert client.raw(b"GET / HTTP/1.1\r\nHost: t\r\n" + b"X: y\r\n" * 20_000).status == 431
+
+
+def test_a_slow_head_and_a_slow_body_are_408(relay: RelayProcess, engine: FakeEngine) -> None:
+    serve(relay, engine)
+    for data in (b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 9\r\n\r\n{"):
+        with Client(relay.port) as client:
+            assert client.raw(data).status == 408
+            assert client.is_closed()
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 3000000", "Transfer-Encoding: chunked"])
+def test_a_body_beyond_the_limit_is_413(relay: RelayProcess, engine: FakeEngine, framing: str) -> None:
+    serve(relay, engine, max_body_mb=1.0)
+    with Client(relay.port) as client:
+        client.sock.sendall(f"POST /v1/completions HTTP/1.1\r\nHost: t\r\n{framing}\r\n\r\n".encode())
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(30):
+                client.sock.sendall(b"186a0\r\n" + b"x" * 100_000 + b"\r\n")
+        assert client.read().status == 413
+    assert chat(relay).status == 200
+
+
+def test_bodies_together_beyond_the_limit_are_429_and_their_room_comes_back(
+    relay: RelayProcess, engine: FakeEngine
+) -> None:
+    serve(relay, engine, max_buffered_mb=1.0)
+    with Client(relay.port) as first, Client(relay.port) as second, ThreadPoolExecutor() as pool:
+        held = pool.submit(first.chat, padding="x" * 900_000, fake={"delay": 0.6})
+        engine.wait_for("running", 1)
+        answer = second.chat(padding="x" * 900_000)
+        assert (answer.status, answer.headers["retry-after"]) == (429, "1")
+        assert held.result().status == 200
+    with Client(relay.port) as third:
+        assert third.chat(padding="x" * 900_000).status == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/chat/completions", b"{", 400),
+        ("/v1/chat/completions", b"[]", 400),
+        ("/v1/chat/completions", b'{"model": 3}', 400),
+        ("/v1/chat/completions", b'{"model": "other"}', 404),
+        ("/other/v1/chat/completions", b"{}", 404),
+        ("/m/v1/chat/completions", b'{"model": "other"}', 400),
+        ("/v1/chat/completions", b"{}", 200),
+    ],
+)
+def test_a_request_for_no_model_is_told_so_on_a_connection_that_stays(
+    relay: RelayProcess, engine: FakeEngine, path: str, body: bytes, status: int
+) -> None:
+    serve(relay, engine)
+    with Client(relay.port) as client:
+        answer = client.post(path, body)
+        assert answer.status == status
+        assert status == 200 or answer.json()["error"]["type"]
+        assert client.chat().status == 200
+
+
+def test_an_error_on_the_messages_path_has_anthropics_shape(relay: RelayProcess, engine: FakeEngine) -> None:
+    serve(relay, engine)
+    with Client(relay.port) as client:
+        assert client.post("/v1/messages", {"model": "other"}).json()["type"] == "error"
+
+
+def test_a_turn_waits_for_a_slot_and_the_wait_is_told(relay: RelayProcess, engine: FakeEngine) -> None:
+    serve(relay, engine, slots=1)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(chat, relay, delay=0.5)
+        engine.wait_for("running", 1)
+        second = pool.submit(chat, relay)
+        with Client(relay.port) as client:
+            status = wait_until(lambda: (s := client.get("/queue/status").json())["pending"] and s)
+        assert status["in_flight"] == 1
+        assert status["waiting"][0]["model"] == "m"
+        assert int(first.result().headers["x-agent-infra-queue-ms"]) < 100
+        assert int(second.result().headers["x-agent-infra-queue-ms"]) > 100
+
+
+def test_a_full_queue_is_429_and_a_late_slot_503(relay: RelayProcess, engine: FakeEngine) -> None:
+    serve(relay, engine, slots=1, max_queue=1, queue_timeout=0.5)
+    with ThreadPoolExecutor() as pool:
+        pool.submit(chat, relay, delay=2.0)
+        engine.wait_for("running", 1)
+        late = pool.submit(chat, relay)
+        with Client(relay.port) as client:
+            wait_until(lambda: client.get("/queue/status").json()["pending"])
+        full = chat(relay)
+        assert (full.status, full.headers["retry-after"]) == (429, "1")
+        assert (late.result().status, late.result().headers["retry-after"]) == (503, "1")
+    assert [turn["outcome"] for turn in relay.controller.finished(3)].count("rejected") == 2
+
+
+def test_the_session_that_had_least_is_served_first(relay: RelayProcess, engine: FakeEngine) -> None:
+    serve(relay, engine, slots=1)
+    chat(relay, session="greedy", delay=1.0)
+    with ThreadPoolExecutor() as pool:
+        pool.submit(chat, relay, delay=0.6)
+        engine.wait_for("running", 1)
+        with Client(relay.port) as client:
+            waiting = []
+            for number, session in enumerate(("greedy", "modest"), 1):
+                waiting.append(pool.submit(chat, relay, session=session))
+                wait_until(lambda n=number: client.get("/queue/status").json()["pending"] == n)  # type: ignore[misc]
+        greedy, modest = (int(turn.result().headers["x-agent-infra-queue-ms"]) for turn in waiting)
+    ended = [turn["turn"] for turn in relay.controller.finished(4)]
+    started = {e["turn"]: e["session"] for e in relay.controller.events if e["kind"] == "started"}
+    assert [started[turn] for turn in ended][-2:] == ["modest", "greedy"], (greedy, modest)
+
+
+def test_turns_wait_for_a_model_that_is_loading_without_a_timeout(relay: RelayProcess, engine: FakeEngine) -> None:
+    relay.controller.send_table([], models=["m"], loading=["m"], proxy={"queue_timeout": 0.2})
+    with ThreadPoolExecutor() as pool, Client(relay.port) as client:
+        turn = pool.submit(chat, relay)
+        wait_until(lambda: client.get("/queue/status").json()["oldest_ms"] > 600)
+        assert client.get("/health").json()["status"] == "starting"
+        serve(relay, engine)
+        assert turn.result().status == 200
+
+
+def test_all_replicas_down_is_503_within_a_second(relay: RelayProcess) -> None:
+    with FakeEngine() as one, FakeEngine() as other:
+        serve(relay, one, other)
+        assert chat(relay).status == 200
+        one.kill()
+        other.kill()
+        started = time.monotonic()
+        assert chat(relay).status == 503
+        assert chat(relay).json()["error"]["type"] == "service_unavailable_error"
+        assert time.monotonic() - started < 1.0
+
+
+# Replicas that fail.
+
+
+@pytest.mark.parametrize("how", ["before", "middle"])
+def test_a_replica_that_dies_before_its_answer_is_whole_is_replaced_by_another(relay: RelayProcess, how: str) -> None:
+    with FakeEngine(die=how) as dying, FakeEngine() as living:
+        serve(relay, dying, living, strategy="round_robin")
+        assert [chat(relay).status for _ in range(4)] == [200] * 4
+    assert sum(turn["retries"] for turn in relay.controller.finished(4)) == 1
+
+
+def test_a_replica_that_dies_before_its_first_event_is_replaced_by_another(relay: RelayProcess) -> None:
+    with FakeEngine(die=0) as dying, FakeEngine() as living:
+        serve(relay, dying, living, strategy="round_robin")
+        answers = [chat(relay, stream=True) for _ in range(2)]
+    assert [answer.events()[-1] for answer in answers] == ["[DONE]"] * 2
+
+
+def test_a_live_replica_that_breaks_off_is_not_sent_the_request_again(relay: RelayProcess) -> None:
+    with FakeEngine(cut="before") as one, FakeEngine(cut="before") as other:
+        serve(relay, one, other)
+        assert chat(relay).status == 502
+        assert one.call()["requests"] + other.call()["requests"] == 1
+
+
+def test_an_error_of_a_replica_that_died_of_it_is_retried_elsewhere(relay: RelayProcess) -> None:
+    with FakeEngine(status=500, health=503) as sick, FakeEngine() as well:
+        serve(relay, sick, well, strategy="round_robin", health_check_interval=3600.0)
+        assert [chat(relay).status for _ in range(2)] == [200, 200]
+
+
+def test_a_stream_may_run_longer_than_the_timeout_as_long_as_it_moves(relay: RelayProcess, engine: FakeEngine) -> None:
+    serve(relay, engine, request_timeout=0.5)
+    assert chat(relay, stream=True, tokens=8, gap=0.15).events()[-1] == "[DONE]"
+    stalled = chat(relay, stream=True, tokens=8, gap=2.0)
+    assert "silent" in stalled.events()[-1]
+
+
+def test_an_idle_connection_that_the_replica_closed_is_no_error(relay: RelayProcess) -> None:
+    with FakeEngine(close="silently") as engine, ThreadPoolExecutor(8) as pool:
+        serve(relay, engine)
+        assert [answer.status for answer in pool.map(lambda _: chat(relay), range(200))] == [200] * 200
+    gauges = wait_until(lambda: [g for g in relay.controller.gauges if g["counters"]["requests"] == 200])[-1]
+    assert gauges["backends"]["r1"]["errors"] == 0
+
+
+def test_a_replica_that_fails_is_ejected_and_comes_back_when_it_answers(relay: RelayProcess) -> None:
+    with FakeEngine() as one, FakeEngine() as other:
+        serve(relay, one, other, strategy="round_robin")
+        port = one.port
+        one.kill()
+        assert [chat(relay).status for _ in range(6)] == [200] * 6
+        wait_until(lambda: [g for g in relay.controller.gauges if not g["backends"].get("r1", {}).get("healthy", True)])
+        with FakeEngine(port=port):
+            wait_until(lambda: chat(relay).headers["x-agent-infra-backend"] == "r1", 10.0)
+
+
+def test_the_log_can_be_json_and_holds_no_key(relay: RelayProcess, engine: FakeEngine) -> None:
+    relay.controller.send_table([backend(1, engine.port)], log_format="json")
+    with Client(relay.port) as client:
+        client.chat({"Authorization": "Bearer very-secret"})
+    relay.process.send_signal(signal.SIGTERM)
+    relay.process.wait(5)
+    lines = [json.loads(line) for line in relay.log().splitlines()]
+    assert {"at", "level", "role", "message"} <= set(lines[-1])
+    assert "secret" not in relay.log()
+    assert "replica-key" not in relay.log()

