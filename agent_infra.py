@@ -46,7 +46,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypedDict, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypedDict, TypeGuard, TypeVar
 from urllib.parse import unquote_to_bytes
 
 if TYPE_CHECKING:
@@ -1037,6 +1037,8 @@ def encode_frame(kind: bytes, payload: bytes) -> bytes:
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_REQUEST_LINE_BYTES = 8 << 10
+MAX_KNOWN_LINES = 4000
+MAX_KNOWN_LINE_BYTES = 256
 MAX_CHUNK_LINE_BYTES = 4 << 10
 MAX_TRAILER_LINES = 64
 MAX_HELD_EVENT_BYTES = 1 << 20  # an SSE event longer than this is passed on in pieces, unseen
@@ -1057,10 +1059,11 @@ _NOT_FORWARDED = _HOP_BY_HOP | frozenset(b"host expect accept-encoding authoriza
 _NOT_RETURNED = _HOP_BY_HOP | frozenset(b"server x-request-id set-cookie".split())
 _ONLY_ONCE = frozenset(b"content-length transfer-encoding host expect authorization".split())
 
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/1\.([01])\r\n")
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?\r\n")
-_FIELD = re.compile(rb"\r\n([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\r]*)")
-_CONTROL_BYTES = bytes(byte for byte in (*range(0x20), 0x7F) if byte not in b"\t\r\n")
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/1\.([01])")
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
+# No control character but the tab: so no CR or LF gets into a line, and none out of it.
+_FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+_SECRET_FIELDS = frozenset(b"authorization proxy-authorization x-api-key api-key cookie set-cookie".split())
 
 
 class RequestError(AgentInfraError):
@@ -1080,6 +1083,45 @@ class WireError(RequestError):
         super().__init__(status, message, closes=True)
 
 
+class HeaderLines:
+    """Reads header lines, and remembers those that come again and again, so that each is examined once.
+
+    Bounded in number and length; lines that carry a secret are never kept.
+    """
+
+    __slots__ = ("_dropped", "_known")
+
+    def __init__(self, dropped: frozenset[bytes]) -> None:
+        """``dropped`` are the names (lower case) of headers that are not passed on."""
+        self._dropped = dropped
+        self._known: dict[bytes, tuple[bytes, bytes, bytes]] = {}
+
+    def read(self, line: bytes) -> tuple[bytes, bytes, bytes]:
+        """Name in lower case, value, and the line as it is passed on (empty: it is not); WireError for no header."""
+        entry = self._known.get(line)
+        if entry is not None:
+            return entry
+        match = _FIELD.fullmatch(line)
+        if match is None:
+            raise WireError("a header line is malformed")
+        name, value = match[1].lower(), match[2]
+        entry = name, value, b"" if name in self._dropped else b"%b: %b\r\n" % (name, value)
+        if len(line) <= MAX_KNOWN_LINE_BYTES and name not in _SECRET_FIELDS:
+            if len(self._known) >= MAX_KNOWN_LINES:
+                self._known.clear()
+            self._known[line] = entry
+        return entry
+
+    def read_all(self, lines: Sequence[bytes]) -> tuple[dict[bytes, bytes], list[tuple[bytes, bytes, bytes]]]:
+        """The lines' fields (the last of several of one name; of Connection, all in one list) and their readings."""
+        read = self._known.get
+        rows = [read(line) or self.read(line) for line in lines]
+        fields = {name: value for name, value, _ in rows}
+        if len(fields) != len(rows) and b"connection" in fields:
+            fields[b"connection"] = b",".join(value for name, value, _ in rows if name == b"connection")
+        return fields, rows
+
+
 @dataclass
 class RequestHead:
     """The head of one request. ``fields`` has names in lower case, and the last of several values of one name."""
@@ -1091,38 +1133,26 @@ class RequestHead:
     length: int | None  # of the body; None: it comes in chunks
     keeps_alive: bool
     forwarded: bytes  # the header lines that go on to a replica
-    labels: Any = None  # the relay's: what it read from ``fields``, once
 
 
-def parse_request_head(head: bytes) -> RequestHead:
+def parse_request_head(head: bytes, known: HeaderLines) -> RequestHead:
     """The request head in ``head``, its empty line included; WireError unless it can be read in one way only."""
-    line = _REQUEST_LINE.match(head)
+    first, *lines = head[:-4].split(b"\r\n")
+    line = _REQUEST_LINE.fullmatch(first)
     if line is None:
         raise WireError("the request line is not HTTP/1.1")
-    if line.end() > MAX_REQUEST_LINE_BYTES:
+    if len(first) > MAX_REQUEST_LINE_BYTES:
         raise WireError("the request line is too long", 414)
-    lines = head.count(b"\r\n")
-    found = _FIELD.findall(head)
-    if (
-        len(found) != lines - 2  # a line that is no field: folded, nameless, or with a space before its colon
-        or head.count(b"\n") != lines
-        or head.count(b"\r") != lines
-        or len(head.translate(None, _CONTROL_BYTES)) != len(head)
-    ):
-        raise WireError("a header line is malformed")
-    pairs = [(name.lower(), value) for name, value in found]
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
+    fields, rows = known.read_all(lines)
+    if len(fields) != len(rows):
+        names = [name for name, _, _ in rows]
         if any(name in fields and names.count(name) > 1 for name in _ONLY_ONCE):
             raise WireError("a header that may stand once stands twice")
-        if b"connection" in fields:  # several are one list
-            fields[b"connection"] = b",".join(value for name, value in pairs if name == b"connection")
     version = line[3] == b"1"
     if version and b"host" not in fields:
         raise WireError("the Host header is missing")
-    connection = fields[b"connection"].lower() if b"connection" in fields else b""
-    dropped = _NOT_FORWARDED | {name.strip() for name in connection.split(b",")}
+    connection = fields.get(b"connection", b"").lower()
+    dropped = {name.strip() for name in connection.split(b",")} if connection else ()
     return RequestHead(
         line[1],
         line[2],
@@ -1130,7 +1160,7 @@ def parse_request_head(head: bytes) -> RequestHead:
         fields,
         _body_length(fields, version),
         version and b"close" not in connection,
-        b"".join(name + b": " + value + b"\r\n" for name, value in pairs if name not in dropped),
+        b"".join([passed for name, _, passed in rows if name not in dropped]),
     )
 
 
@@ -1180,13 +1210,13 @@ class AnswerHead:
     returned: bytes  # the status line and the header lines that go on to the client
 
 
-def parse_answer_head(head: bytes) -> AnswerHead:
+def parse_answer_head(head: bytes, known: HeaderLines) -> AnswerHead:
     """The answer head in ``head``, its empty line included; WireError when it is none."""
-    line = _STATUS_LINE.match(head)
+    first, *lines = head[:-4].split(b"\r\n")
+    line = _STATUS_LINE.fullmatch(first)
     if line is None:
         raise WireError("the replica does not speak HTTP/1.1")
-    pairs = [(name.lower(), value) for name, value in _FIELD.findall(head)]
-    fields = dict(pairs)
+    fields, rows = known.read_all(lines)
     status, length = int(line[2]), fields.get(b"content-length", b"").strip()
     body: int | None = BodyDecoder.UNTIL_CLOSE
     if status in (204, 304):
@@ -1203,8 +1233,7 @@ def parse_answer_head(head: bytes) -> AnswerHead:
         body,
         line[1] == b"1" and b"close" not in fields.get(b"connection", b"").lower(),
         fields.get(b"content-type", b"").lower().startswith(b"text/event-stream"),
-        b"HTTP/1.1%b\r\n" % head[8 : line.end() - 2]
-        + b"".join(name + b": " + value + b"\r\n" for name, value in pairs if name not in _NOT_RETURNED),
+        b"HTTP/1.1%b\r\n%b" % (first[8:], b"".join([passed for _, _, passed in rows])),
     )
 
 
@@ -1214,39 +1243,6 @@ def returned_head(answer: AnswerHead, extra: bytes, length: int | None, chunked:
     if length is not None:
         framing = b"content-length: %d\r\n" % length
     return b"%b%b%b%b\r\n" % (answer.returned, framing, b"connection: close\r\n" if closes else b"", extra)
-
-
-HeadT = TypeVar("HeadT", RequestHead, AnswerHead)
-_LENGTH_FIELD = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: ?([0-9]{1,18})\r\n")
-
-
-class HeadReader(Generic[HeadT]):
-    """Parses the heads that come over one connection, and keeps the last one.
-
-    Peers send the same head again and again, but for its Content-Length: then only that is read.  The head that is
-    given out is changed in place by the next one.
-    """
-
-    __slots__ = ("_after", "_before", "_last", "_parse")
-
-    def __init__(self, parse: Callable[[bytes], HeadT]) -> None:
-        self._parse: Callable[[bytes], HeadT] = parse
-        self._before = self._after = b""
-        self._last: HeadT | None = None
-
-    def read(self, head: bytes) -> HeadT:
-        match = _LENGTH_FIELD.search(head)
-        before, after = (head[: match.start(1)], head[match.end(1) :]) if match else (head, b"")
-        last = self._last
-        if last is None or before != self._before or after != self._after:
-            last = self._last = self._parse(head)
-            self._before, self._after = before, after
-            # Not when no body follows whatever the length (204, 304), or chunks do; 0 does not tell.
-            if match and (last.length != int(match[1]) or last.length == 0):
-                self._last = None
-        elif match:
-            last.length, last.fields[b"content-length"] = int(match[1]), match[1]
-        return last
 
 
 class BodyDecoder:
@@ -1711,7 +1707,7 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 <= value <= MAX_FIGURE
 
 
-@dataclass(frozen=True)
+@dataclass
 class EventBatch:
     """The payload of FRAME_EVENTS: what happened since the last one, by kind, each list in order."""
 
@@ -1731,35 +1727,6 @@ class EventBatch:
             *self.session_ended,
         )
         return sorted(events, key=lambda event: event.at)
-
-
-def group_events(events: Iterable[TurnEvent]) -> EventBatch:
-    """Events in order as a batch. A turn that is over within the batch is its finish alone, which tells all of it."""
-    started: dict[str, TurnStarted] = {}
-    sent: list[TurnSent] = []
-    answering: list[TurnAnswering] = []
-    finished: list[TurnFinished] = []
-    ended: list[SessionEnded] = []
-    for event in events:
-        if isinstance(event, TurnFinished):
-            start = started.pop(event.turn, None)
-            finished.append(dataclasses.replace(event, started=start) if start else event)
-        elif isinstance(event, TurnStarted):
-            started[event.turn] = event
-        elif isinstance(event, SessionEnded):
-            ended.append(event)
-        elif isinstance(event, TurnSent):
-            sent.append(event)
-        else:
-            answering.append(event)
-    whole = {event.turn for event in finished if event.started}
-    return EventBatch(
-        tuple(started.values()),
-        [event for event in sent if event.turn not in whole],
-        [event for event in answering if event.turn not in whole],
-        finished,
-        ended,
-    )
 
 
 def decode_events(payload: bytes) -> list[TurnEvent]:
@@ -4385,6 +4352,11 @@ class Turn:
     events: int = 0
     gaps: dict[int, int] = field(default_factory=dict)
     ended: float = 0.0
+    labels: Any = None  # Labels
+    prompt: str = ""  # excerpt
+    is_told: bool = False  # the controller knows of it; likewise the moments below
+    told_sent: float = 0.0
+    told_first: float = 0.0
 
     @property
     def is_anthropic(self) -> bool:
@@ -4394,11 +4366,10 @@ class Turn:
 class Upstream:
     """A connection to a replica, watched for as long as it lives; idle, it goes when the replica closes it."""
 
-    __slots__ = ("heads", "replica", "sock", "watcher")
+    __slots__ = ("replica", "sock", "watcher")
 
     def __init__(self, replica: LiveReplica, sock: Any, reactor: Reactor) -> None:
         self.replica, self.sock = replica, sock
-        self.heads = HeadReader(parse_answer_head)
         self.watcher = reactor.watch_reads(sock, self._on_idle)
 
     def rest(self) -> None:
@@ -4712,7 +4683,7 @@ class Exchange(Outlet):
             if len(data) > MAX_HEAD_BYTES:
                 raise WireError("the replica's head is too long")
             return None
-        head = self.upstream.heads.read(data[:end])
+        head = parse_answer_head(data[:end], self._relay.answer_lines)
         if head.status < 200:  # an interim answer: the real one follows
             self._head_bytes = b""
             return self._take_head(data[end:]) if len(data) > end else None
@@ -4773,7 +4744,6 @@ class Exchange(Outlet):
             turn.ended = now
         elif events.events:
             turn.first = turn.ended = now
-            self._relay.book.note_answering(turn)
         if events.fault is not None:
             return self.fail(events.fault, out)
         if self.pending_head or events.is_over:
@@ -4787,7 +4757,6 @@ class Exchange(Outlet):
     def _take_body(self, data: bytes, start: int) -> None:
         if not self._turn.first:
             self._turn.first = time.monotonic()
-            self._relay.book.note_answering(self._turn)
         self._has_excess = self._decoder.feed(data, start, self._pieces) < len(data)
         self._size += len(data) - start
         if not self.is_raw:
@@ -4980,7 +4949,6 @@ class ClientConnection(ClientSocket):
         self.version = 1
         self.exchange: Exchange | None = None
         self.is_trusted: bool | None = None  # whether the socket's owner needs no key; asked once
-        self._heads = HeadReader(parse_request_head)
         self._held_bytes = 0
         self._has_unread_body = False
         self._is_anthropic = False
@@ -5057,7 +5025,7 @@ class ClientConnection(ClientSocket):
             turn.outcome = "rejected" if refusal.status in (429, 503) else "error"
             raise
         finally:
-            self.relay.book.finish(turn, request)
+            self.relay.book.finish(turn)
 
     def _refuse(self, refusal: RequestError) -> bool:
         if self._turn is None:
@@ -5096,7 +5064,7 @@ class ClientConnection(ClientSocket):
                 end = self.buffer.find(b"\r\n\r\n") + 4
                 if 4 <= end <= MAX_HEAD_BYTES:
                     head, self.buffer = self.buffer[:end], self.buffer[end:]
-                    return self._heads.read(head)
+                    return parse_request_head(head, self.relay.request_lines)
                 if len(self.buffer) > MAX_HEAD_BYTES:
                     raise WireError("the head is too long", 431)
                 if self.buffer.count(b"\n") != self.buffer.count(b"\r\n"):
@@ -5437,6 +5405,16 @@ class Codec:
         self.convert: Callable[..., Any] = msgspec.convert
         routed = [(name, Any, None) for name in ("model", "stream", "stream_options")]
         words = [("messages", list[msgspec.Raw], ()), ("prompt", Any, None), ("input", Any, None)]
+        message = msgspec.defstruct("Message", [("content", str | None, None)])
+        choice = msgspec.defstruct(
+            "Choice",
+            [("finish_reason", str | None, None), ("message", message | None, None), ("text", str | None, None)],
+        )
+        details = msgspec.defstruct("Details", [("cached_tokens", int | None, None)])
+        counts = [("prompt_tokens", int | None, None), ("completion_tokens", int | None, None)]
+        usage = msgspec.defstruct("Usage", [*counts, ("prompt_tokens_details", details | None, None)])
+        plain = [("choices", list[choice]), ("usage", usage)]  # type: ignore[valid-type]
+        self._plain_answer = msgspec.json.Decoder(msgspec.defstruct("PlainAnswer", plain)).decode
         answered = [(name, Any, None) for name in ("usage", "choices", "stop_reason", "error", "content", "output")]
         self._request = msgspec.json.Decoder(msgspec.defstruct("RoutedBody", routed)).decode
         self._worded_request = msgspec.json.Decoder(msgspec.defstruct("WordedBody", routed + words)).decode  # type: ignore[operator]
@@ -5460,6 +5438,8 @@ class Codec:
 
     def digest(self, body: bytes, wanted_text: int) -> AnswerDigest | None:
         """What tracking keeps of a whole answer; None where it is no JSON object."""
+        with contextlib.suppress(ValueError, IndexError, RecursionError):
+            return self._plain_digest(self._plain_answer(body), wanted_text)
         try:
             answer: Any = self._answer(body)
         except (ValueError, RecursionError):
@@ -5474,6 +5454,19 @@ class Codec:
                 words = answer.choices[0].get("message") or answer.choices[0].get("text")
             digest.text = plain_text(words)[:wanted_text]
         return digest
+
+    def _plain_digest(self, answer: Any, wanted_text: int) -> AnswerDigest:
+        """The digest of a completion of the common shape, which nearly all answers have."""
+        choice, usage, details = answer.choices[0], answer.usage, answer.usage.prompt_tokens_details
+        words = (choice.message.content if choice.message is not None else choice.text) or ""
+        return AnswerDigest(
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            details.cached_tokens if details is not None else None,
+            sendable_text(choice.finish_reason) if choice.finish_reason is not None else None,
+            None,
+            sendable_text(words[:wanted_text]),
+        )
 
 
 def plain_text(content: Any, depth: int = 8) -> str:
@@ -5492,7 +5485,9 @@ class ControlChannel:
 
     def __init__(self, relay: Relay, path: str, listener: Any) -> None:
         self._relay, self._listener = relay, listener
-        self._events: deque[Any] = deque()
+        self._finished: deque[TurnFinished] = deque()
+        self._ended: deque[SessionEnded] = deque(maxlen=MAX_BUFFERED_EVENTS)
+        self._unsent = b""  # a batch, encoded
         self._controller: Any = None
         self._write_lock = relay.reactor.new_lock()  # one frame after the other: three greenlets send
         self.events_dropped = 0
@@ -5523,6 +5518,7 @@ class ControlChannel:
             except OSError:
                 controller.close()
                 continue
+            self._relay.book.forget_told()  # another controller knows nothing of the turns in flight
             self._controller = controller
             self._relay.reactor.spawn(self._read, controller)
 
@@ -5540,12 +5536,16 @@ class ControlChannel:
                 self._relay.log("info", "the controller is gone; the last table stays in force")
             controller.close()
 
-    def add(self, event: Any) -> None:
-        """Queue a turn event for the next batch."""
-        self._events.append(event)
-        if len(self._events) > MAX_BUFFERED_EVENTS:
-            self._events.popleft()
+    def add_finished(self, event: TurnFinished) -> None:
+        """Queue the end of a turn for the next batch."""
+        self._finished.append(event)
+        if len(self._finished) > MAX_BUFFERED_EVENTS:
+            self._finished.popleft()
             self.events_dropped += 1
+
+    def add_ended_session(self, event: SessionEnded) -> None:
+        """Queue the end of a session for the next batch."""
+        self._ended.append(event)
 
     def add_request(self, request: Mapping[str, str]) -> None:
         """Tell the controller what an operator asked for; it is lost when there is none."""
@@ -5553,12 +5553,19 @@ class ControlChannel:
         self._relay.reactor.spawn(self.send, FRAME_REQUEST, payload)
 
     def flush(self) -> None:
-        """Send all events that wait; those of a batch that did not go out wait on."""
-        while self._events and self._controller is not None:
-            batch = [self._events.popleft() for _ in range(min(EVENT_BATCH, len(self._events)))]
-            if not self.send(FRAME_EVENTS, self._relay.codec.encode(group_events(batch))):
-                self._events.extendleft(reversed(batch))
+        """Send what happened since the last batch; one that did not go out is sent before anything else."""
+        while self._controller is not None:
+            if not self._unsent:
+                batch = self._relay.book.news()
+                finished = [self._finished.popleft() for _ in range(min(EVENT_BATCH, len(self._finished)))]
+                ended = [self._ended.popleft() for _ in range(len(self._ended))]
+                if not (finished or ended or batch.started or batch.sent or batch.answering):
+                    return
+                batch.finished, batch.session_ended = finished, ended
+                self._unsent = self._relay.codec.encode(batch)
+            if not self.send(FRAME_EVENTS, self._unsent):
                 return
+            self._unsent = b""
 
     def send(self, kind: bytes, payload: bytes) -> bool:
         """Send one frame; whether a controller took it. Blocks this greenlet (alone) while the controller is slow."""
@@ -5585,20 +5592,26 @@ class Labels:
     ends_session: bool
 
 
-def read_labels(request: RequestHead, names: HeadersConfig) -> Labels:
-    """The labels of a request, by the configured names of headers."""
+class LabelReader:
+    """Reads labels by the configured names of headers."""
 
-    def field_of(name: str) -> bytes | None:
-        return request.fields.get(name.lower().encode())
+    def __init__(self, names: HeadersConfig) -> None:
+        texts = names.session, names.task, names.client
+        self._session, self._task, self._client = (name.lower().encode() for name in texts)
+        self._pre, self._post = (name.lower().encode() for name in (names.timing_pre, names.timing_post))
 
-    return Labels(
-        _text(field_of(names.session)) or _text(request.fields.get(b"x-session-affinity")),
-        _text(field_of(names.task)),
-        _text(field_of(names.client)),
-        _milliseconds(field_of(names.timing_pre)),
-        _milliseconds(field_of(names.timing_post)),
-        request.fields.get(b"x-session-end", b"").lower() == b"true",
-    )
+    def read(self, fields: Mapping[bytes, bytes]) -> Labels:
+        """The labels of a request. An SDK's retry repeats the timings of the first try, which count once."""
+        get = fields.get
+        is_retry = get(b"x-stainless-retry-count", b"0") != b"0"
+        return Labels(
+            _text(get(self._session)) or _text(get(b"x-session-affinity")),
+            _text(get(self._task)),
+            _text(get(self._client)),
+            None if is_retry else _milliseconds(get(self._pre)),
+            None if is_retry else _milliseconds(get(self._post)),
+            get(b"x-session-end", b"").lower() == b"true",
+        )
 
 
 class TurnBook:
@@ -5620,7 +5633,7 @@ class TurnBook:
         if is_json and fields is None:
             raise RequestError(400, "the body is not a JSON object")
         model = self._model_of(model, fields.model if is_json else _form_model(body))
-        labels = request.labels = request.labels or read_labels(request, self._relay.settings.headers)
+        labels = self._relay.settings.labels.read(request.fields)
         self._count += 1
         options = fields.stream_options if is_json else None
         turn = Turn(
@@ -5634,37 +5647,20 @@ class TurnBook:
             cuts_usage=not (isinstance(options, dict) and options.get("include_usage")),
             wanted_text=wanted_text,
             tokens=len(body) // 4,
+            labels=labels,
+            prompt=self._relay.codec.last_words(fields, wanted_text) if wanted_text and is_json else "",
         )
         self.turns[turn.id] = turn
         self.counters["requests"] += 1
         self._retry_tokens = min(self._retry_tokens + RETRY_SHARE, 10 * RETRY_FLOOR)
-        self._relay.control.add(
-            TurnStarted(
-                turn.id,
-                turn.arrived_at,
-                model,
-                path.decode("ascii"),
-                turn.session,
-                labels.task,
-                labels.client,
-                turn.is_stream,
-                labels.pre_ms,
-                labels.post_ms,
-                self._relay.codec.last_words(fields, wanted_text) if wanted_text and is_json else "",
-            )
-        )
         return turn
 
     def note_sent(self, turn: Turn, replica: LiveReplica) -> None:
         turn.sent = time.monotonic()
         turn.queue_ms = (turn.sent - turn.arrived) * 1000.0
         turn.backend = replica.id
-        self._relay.control.add(TurnSent(turn.id, self._at(turn, turn.sent), replica.id, turn.queue_ms))
 
-    def note_answering(self, turn: Turn) -> None:
-        self._relay.control.add(TurnAnswering(turn.id, self._at(turn, turn.first), (turn.first - turn.sent) * 1000.0))
-
-    def finish(self, turn: Turn, request: RequestHead) -> None:
+    def finish(self, turn: Turn) -> None:
         """The turn is over, whatever became of it: its slot, its counters, its last event."""
         now = time.monotonic()
         turn.ended = turn.ended or now
@@ -5678,7 +5674,7 @@ class TurnBook:
         is_estimated = digest.completion_tokens is None and turn.events > 0
         estimate = max(0, turn.events - 2)  # the last two events carry the finish reason and [DONE]
         has_first = turn.first > 0.0
-        self._relay.control.add(
+        self._relay.control.add_finished(
             TurnFinished(
                 turn=turn.id,
                 at=self._at(turn, now),
@@ -5697,13 +5693,52 @@ class TurnBook:
                 error=turn.error or digest.error,
                 gaps={str(bucket): count for bucket, count in turn.gaps.items()},
                 answer=digest.text,
+                started=None if turn.is_told else self._started(turn),
             )
         )
-        if turn.session is not None and request.labels.ends_session:
+        if turn.session is not None and turn.labels.ends_session:
             self.end_session(turn.session)
 
     def end_session(self, session: str) -> None:
-        self._relay.control.add(SessionEnded(session, time.time()))
+        self._relay.control.add_ended_session(SessionEnded(session, time.time()))
+
+    def news(self) -> EventBatch:
+        """What the controller was not told yet of the turns in flight; they count as told from here on."""
+        started: list[TurnStarted] = []
+        sent: list[TurnSent] = []
+        answering: list[TurnAnswering] = []
+        for turn in self.turns.values():
+            if not turn.is_told:
+                turn.is_told = True
+                started.append(self._started(turn))
+            if turn.sent != turn.told_sent and turn.backend is not None:
+                turn.told_sent = turn.sent
+                sent.append(TurnSent(turn.id, self._at(turn, turn.sent), turn.backend, turn.queue_ms))
+            if turn.first and turn.first != turn.told_first:
+                turn.told_first = turn.first
+                answering.append(TurnAnswering(turn.id, self._at(turn, turn.first), (turn.first - turn.sent) * 1000.0))
+        return EventBatch(started, sent, answering)
+
+    def forget_told(self) -> None:
+        """Nobody was told anything of the turns in flight."""
+        for turn in self.turns.values():
+            turn.is_told, turn.told_sent, turn.told_first = False, 0.0, 0.0
+
+    def _started(self, turn: Turn) -> TurnStarted:
+        labels = turn.labels
+        return TurnStarted(
+            turn.id,
+            turn.arrived_at,
+            turn.model,
+            turn.path.decode("ascii"),
+            turn.session,
+            labels.task,
+            labels.client,
+            turn.is_stream,
+            labels.pre_ms,
+            labels.post_ms,
+            turn.prompt,
+        )
 
     def answer_fields(self, turn: Turn) -> bytes:
         """The header lines that every answer to a turn carries."""
@@ -5769,6 +5804,10 @@ class RelaySettings:
     log_format: str = "text"
     drain_seconds: float = 10.0
 
+    @functools.cached_property
+    def labels(self) -> LabelReader:
+        return LabelReader(self.headers)
+
 
 class Relay:
     """The data plane's process: its clients, replicas, counters, and what the controller said last."""
@@ -5778,6 +5817,7 @@ class Relay:
 
         self.reactor = Reactor()
         self.codec = Codec()
+        self.request_lines, self.answer_lines = HeaderLines(_NOT_FORWARDED), HeaderLines(_NOT_RETURNED)
         self.listener = self.reactor.new_socket(fileno=listener_fd)
         self.listener.setblocking(False)
         self.control = ControlChannel(self, socket_path, self.listener)
@@ -6151,7 +6191,7 @@ class ReplicaWatch:
                 received += data
                 end = received.find(b"\r\n\r\n") + 4
                 if end >= 4:
-                    answer = parse_answer_head(received[:end])
+                    answer = parse_answer_head(received[:end], self._relay.answer_lines)
                     status, decoder = answer.status, BodyDecoder(answer.length)
                     decoder.feed(received, end, pieces)
             return status, b"".join(pieces)

@@ -22,7 +22,6 @@ from agent_infra import (
     TurnSent,
     TurnStarted,
     decode_events,
-    group_events,
 )
 
 NOW = 1_800_000_000.0
@@ -140,15 +139,6 @@ def test_events_survive_the_wire(steps: list[TurnEvent]) -> None:
     assert [event.at for event in found] == sorted(event.at for event in steps)
 
 
-def test_a_turn_that_is_over_within_a_batch_is_its_finish_alone() -> None:
-    started = TurnStarted("t", 1.0, "m", "/v1/chat/completions", "s")
-    finished = TurnFinished("t", 3.0, "completed", 200, "b")
-    others: list[TurnEvent] = [TurnStarted("u", 2.5, "m", "/v1/chat/completions"), TurnSent("u", 2.6, "b", 0.1)]
-    life: list[TurnEvent] = [started, TurnSent("t", 1.5, "b", 0.5), TurnAnswering("t", 2.0, 0.5), finished]
-    batch = group_events([*life, *others])
-    assert over_the_wire(batch) == [*others, dataclasses.replace(finished, started=started)]
-
-
 def test_a_finish_that_tells_all_counts_like_the_events_of_its_turn() -> None:
     steps: list[TurnEvent] = [
         TurnStarted("t", NOW - 3, "m", "/v1/chat/completions", "s", pre_ms=5.0),
@@ -159,8 +149,11 @@ def test_a_finish_that_tells_all_counts_like_the_events_of_its_turn() -> None:
     apart, together = Tracker(lambda: NOW), Tracker(lambda: NOW)
     for step in steps:
         apart.observe(step)
-    for step in group_events(steps).in_order():
-        together.observe(step)
+    started, *_, finished = steps
+    assert isinstance(started, TurnStarted)
+    assert isinstance(finished, TurnFinished)
+    [whole] = over_the_wire(EventBatch(finished=[dataclasses.replace(finished, started=started)]))
+    together.observe(whole)
     assert together.snapshot([], [], "") == apart.snapshot([], [], "")
 
 
