@@ -4573,30 +4573,23 @@ class Outlet:
         self._client.wake()
 
 
-class Exchange(Outlet):
-    """One attempt: a request sent to one replica, its answer moved to the client by event-loop callbacks.
-
-    ``result`` says how it ended: ``answered`` (whole, in ``body``, nothing sent to the client yet) · ``streamed`` (the
-    client has it all) · ``cut`` (broke off, the client was told by an error event) · ``torn`` (broke off, only closing
-    can tell the client) · ``lost`` (the replica went before the client got anything) · ``timeout`` (it was silent
-    likewise) · ``gone`` (the client left).
-    """
+class AnswerFlow(Outlet):
+    """A replica's answer on its way to the client, moved by event-loop callbacks, which never block."""
 
     __slots__ = (
-        "_decoder", "_has_excess", "_head_bytes", "_is_sent", "_pieces", "_relay", "_replica", "_size", "_to_chunks",
+        "_decoder", "_has_excess", "_head_bytes", "_pieces", "_relay", "_size", "_to_chunks",
         "_turn", "body", "ends_by_closing", "error", "events", "head", "is_raw", "received",
     )  # fmt: skip
 
     _client: ClientConnection
 
-    def __init__(self, relay: Relay, client: ClientConnection, turn: Turn, replica: LiveReplica) -> None:
+    def __init__(self, relay: Relay, client: ClientConnection, turn: Turn) -> None:
         super().__init__(client)
-        self._relay, self._turn, self._replica = relay, turn, replica
+        self._relay, self._turn = relay, turn
         self._to_chunks = client.version == 1
         self.error = ""
-        self._has_excess = False  # bytes behind the answer's end
         self.received = False  # any byte of an answer
-        self._is_sent = self._has_excess = False
+        self._has_excess = False  # bytes behind the answer's end
         self._head_bytes = self.body = b""
         self.head: Any = None  # AnswerHead, once it came
         self._decoder: Any = None
@@ -4605,57 +4598,6 @@ class Exchange(Outlet):
         self.ends_by_closing = not self._to_chunks
         self._pieces: list[bytes] = []
         self._size = 0
-
-    def run(self, head: bytes, body: bytes | bytearray) -> str:
-        """Send and relay; TransportError when the replica could not be reached and got nothing of the request."""
-        upstream = self._replica.take_idle()
-        if upstream is None:
-            return self._converse(self._connect(), head, body)
-        result = self._converse(upstream, head, body)
-        if result != "lost" or self.received:
-            return result
-        # The replica closed the idle connection under us, or died of this very request: a new connection tells.
-        try:
-            upstream = self._connect()
-        except TransportError as error:
-            self.error = str(error)
-            return "lost"
-        return self._converse(upstream, head, body)
-
-    def _connect(self) -> Upstream:
-        sock = self._client.connect(self._replica.backend.host, self._replica.backend.port)
-        return Upstream(self._replica, sock, self._relay.reactor)
-
-    def _converse(self, upstream: Upstream, head: bytes, body: bytes | bytearray) -> str:
-        client = self._client
-        self.upstream = upstream
-        upstream.watcher.callback = self.listener = self.on_readable
-        self.result = None
-        client.deadline = time.monotonic() + self._timeout_s
-        client.exchange = self
-        try:
-            self._is_sent = upstream.send(head, body, client, self)
-            while self.result is None:
-                if client.gone:
-                    self.result = "gone"
-                elif time.monotonic() >= client.deadline:
-                    self._time_out()
-                else:
-                    client.park()
-        finally:
-            client.exchange = self.listener = None
-            self.stop_writing()
-            if self.result in ("answered", "streamed") and self._is_reusable():
-                upstream.rest()
-            else:
-                upstream.close()
-        return self.result or "gone"
-
-    def _is_reusable(self) -> bool:
-        has_excess = self.events.has_excess if self.events is not None else self._has_excess
-        return self._is_sent and self.head.is_reusable and not has_excess and not self._decoder.is_until_close
-
-    # Callbacks of the event loop: they never block.
 
     def on_readable(self) -> None:
         """The replica's socket has bytes, or its end."""
@@ -4792,13 +4734,6 @@ class Exchange(Outlet):
             return self._send_raw() if self.is_raw else self._finish_body()
         return self.fail("the replica died")
 
-    def _time_out(self) -> None:
-        if self.backlog is not None:  # it is the client that does not take its answer
-            self._client.gone = True
-            self.result = "gone"
-            return
-        self.fail(f"the replica was silent for {self._timeout_s:g} s", result="timeout")
-
     def fail(self, error: str, out: bytes = b"", result: str = "lost") -> None:
         """The answer broke off; ``out`` is what had come of it. Once the client has a part, it is told."""
         self.error = error
@@ -4809,6 +4744,79 @@ class Exchange(Outlet):
             self.end("torn")
         else:
             self.send(out + self.events.failure(error_event(error, self._turn.is_anthropic)), "cut")
+
+
+class Exchange(AnswerFlow):
+    """One attempt: a request sent to one replica, its answer moved to the client by event-loop callbacks.
+
+    ``result`` says how it ended: ``answered`` (whole, in ``body``, nothing sent to the client yet) · ``streamed`` (the
+    client has it all) · ``cut`` (broke off, the client was told by an error event) · ``torn`` (broke off, only closing
+    can tell the client) · ``lost`` (the replica went before the client got anything) · ``timeout`` (it was silent
+    likewise) · ``gone`` (the client left).
+    """
+
+    __slots__ = ("_is_sent", "_replica")
+
+    def __init__(self, relay: Relay, client: ClientConnection, turn: Turn, replica: LiveReplica) -> None:
+        super().__init__(relay, client, turn)
+        self._replica = replica
+        self._is_sent = False
+
+    def run(self, head: bytes, body: bytes | bytearray) -> str:
+        """Send and relay; TransportError when the replica could not be reached and got nothing of the request."""
+        upstream = self._replica.take_idle()
+        if upstream is None:
+            return self._converse(self._connect(), head, body)
+        result = self._converse(upstream, head, body)
+        if result != "lost" or self.received:
+            return result
+        # The replica closed the idle connection under us, or died of this very request: a new connection tells.
+        try:
+            upstream = self._connect()
+        except TransportError as error:
+            self.error = str(error)
+            return "lost"
+        return self._converse(upstream, head, body)
+
+    def _connect(self) -> Upstream:
+        sock = self._client.connect(self._replica.backend.host, self._replica.backend.port)
+        return Upstream(self._replica, sock, self._relay.reactor)
+
+    def _converse(self, upstream: Upstream, head: bytes, body: bytes | bytearray) -> str:
+        client = self._client
+        self.upstream = upstream
+        upstream.watcher.callback = self.listener = self.on_readable
+        self.result = None
+        client.deadline = time.monotonic() + self._timeout_s
+        client.exchange = self
+        try:
+            self._is_sent = upstream.send(head, body, client, self)
+            while self.result is None:
+                if client.gone:
+                    self.result = "gone"
+                elif time.monotonic() >= client.deadline:
+                    self._time_out()
+                else:
+                    client.park()
+        finally:
+            client.exchange = self.listener = None
+            self.stop_writing()
+            if self.result in ("answered", "streamed") and self._is_reusable():
+                upstream.rest()
+            else:
+                upstream.close()
+        return self.result or "gone"
+
+    def _is_reusable(self) -> bool:
+        has_excess = self.events.has_excess if self.events is not None else self._has_excess
+        return self._is_sent and self.head.is_reusable and not has_excess and not self._decoder.is_until_close
+
+    def _time_out(self) -> None:
+        if self.backlog is not None:  # it is the client that does not take its answer
+            self._client.gone = True
+            self.result = "gone"
+            return
+        self.fail(f"the replica was silent for {self._timeout_s:g} s", result="timeout")
 
 
 class ClientSocket:
