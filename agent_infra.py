@@ -4438,12 +4438,9 @@ class LiveReplica:
         if self.override == backend.state:
             self.override = None
         state = self.override or backend.state
-        is_away = isinstance(self.load, dict) and self.load.get("state") in (
-            "sleeping",
-            "draining",
-            "stopped",
-            "failed",
-        )
+        load: Mapping[str, Any] = self.load if isinstance(self.load, dict) else {}
+        # Asleep, an engine answers its health probe and hangs every turn.
+        is_away = bool(load.get("is_sleeping")) or load.get("state") in ("draining", "stopped", "failed")
         self.accepts_work = state == "ready" and self.health != "down" and not is_away
         self.capacity = 1 if self.health == "trial" else backend.slots
 
@@ -5311,11 +5308,16 @@ class Admission:
             self._attained.charge(turn.session, took - turn.charged_s, time.monotonic())
 
     def outlook(self, model: str, route: RouteRequest = ANYWHERE) -> str:
-        """What waiting may bring: ``slot`` (all are busy), ``loading`` (one is on its way), or ``nothing``."""
+        """What waiting may bring: ``slot`` (all are busy), ``loading`` (one is on its way), or ``nothing``.
+
+        What is on its way is known from the controller; while there is none, waiting has its bound.
+        """
         pool = self._relay.pools.get(model, ())
         if any(replica.accepts_work and replica.id not in route.excluded for replica in pool):
             return "slot"
-        return "loading" if model in self._relay.loading else "nothing"
+        if model not in self._relay.loading:
+            return "nothing"
+        return "loading" if self._relay.control.is_connected else "slot"
 
     def dispatch(self, model: str) -> None:
         """Give free slots to those who wait, in their order."""
@@ -5540,6 +5542,11 @@ class ControlChannel:
                 self._controller = None
                 self._relay.log("info", "the controller is gone; the last table stays in force")
             controller.close()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a controller."""
+        return self._controller is not None
 
     def add_finished(self, event: TurnFinished) -> None:
         """Queue the end of a turn for the next batch."""
@@ -6171,7 +6178,8 @@ class ReplicaWatch:
             return f"no answer to GET /health within {PROBE_S:g} s", False
         except (OSError, WireError) as error:
             return f"health probe: {getattr(error, 'strerror', None) or error}", True
-        return (None, False) if status == 200 else (f"GET /health says {status}", True)
+        # A server without /health answers 404, and serves; an engine that died behind its server answers 5xx.
+        return (None, False) if 200 <= status < 500 else (f"GET /health says {status}", True)
 
     def _get(self, host: str, port: int, path: bytes, key: str | None) -> tuple[int, bytes]:
         """Status and body of one GET, on a connection of its own; OSError or WireError."""

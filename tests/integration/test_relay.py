@@ -313,7 +313,7 @@ def test_a_reported_load_steers_turns_away(relay: RelayProcess) -> None:
 
 
 def test_a_sleeping_replica_gets_no_work(relay: RelayProcess) -> None:
-    with FakeEngine(load={"state": "sleeping"}) as asleep:
+    with FakeEngine(load={"state": "ready", "is_sleeping": True}) as asleep:
         relay.controller.send_table([backend(1, asleep.port, telemetry_port=asleep.port)])
         with Client(relay.port) as client:
             wait_until(lambda: client.chat().status == 503)

@@ -248,3 +248,33 @@ def test_the_log_can_be_json_and_holds_no_key(relay: RelayProcess, engine: FakeE
     assert {"at", "level", "role", "message"} <= set(lines[-1])
     assert "secret" not in relay.log()
     assert "replica-key" not in relay.log()
+
+
+def test_without_a_controller_waiting_for_a_replica_that_loads_has_its_bound(relay: RelayProcess) -> None:
+    relay.controller.send_table([], models=["m"], loading=["m"], proxy={"queue_timeout": 0.5})
+    with Client(relay.port) as client:
+        assert client.get("/health").json()["models"] == {"m": {"ready": 0}}
+    relay.controller.close()
+    answer = chat(relay)
+    assert answer.status == 503
+    assert "no slot came free within 0.5 s" in error_of(answer)
+
+
+def test_a_server_without_a_health_page_is_alive(relay: RelayProcess, engine: FakeEngine) -> None:
+    engine.call({"health": 404})
+    relay.controller.send_table(
+        [backend(1, engine.port)], models=["m"], proxy={"health_check_interval": 0.05, "max_retries": 0}
+    )
+    wait_until(lambda: len(relay.controller.gauges) >= 2)  # a second, and many probes
+    assert relay.controller.gauges[-1]["backends"]["r1"]["healthy"]
+    assert chat(relay).status == 200
+
+
+def test_an_sdks_retry_does_not_repeat_its_timings(relay: RelayProcess, engine: FakeEngine) -> None:
+    serve(relay, engine)
+    with Client(relay.port) as client:
+        client.chat({"X-Timing-Pre-Ms": "5", "X-Stainless-Retry-Count": "0"})
+        client.chat({"X-Timing-Pre-Ms": "5", "X-Stainless-Retry-Count": "1"})
+    relay.controller.finished(2)
+    started = [event for event in relay.controller.events if event["kind"] == "started"]
+    assert [event["pre_ms"] for event in started] == [5.0, None]
