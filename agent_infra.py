@@ -6782,6 +6782,7 @@ def _log(paths: DeploymentPaths, text: str) -> None:
 # =====================================================================================================================
 
 
+LIBRARY_HOLDER = "ConnectionManager"  # in the lock: not a process of ours, so not one to be ended
 LIVE_STATES = ("pending", "starting", "loading", "ready", "draining")
 LOAD_DEADLINE_S = 3600.0  # for a replica to be ready; `serve` has the same patience with its engine
 
@@ -6980,6 +6981,11 @@ class Deployment:
         holder = lock_holder(self.paths.lock)
         if holder is None:
             return []
+        if holder["verb"] == LIBRARY_HOLDER:
+            raise AgentInfraError(
+                f"the deployment is run by a program that imported agent_infra (pid {holder['pid']}); "
+                "let that program call stop(), or end it, then stop again"
+            )
         stamp = process_stamp(holder["pid"]) if holder["pid"] else None
         if stamp is None:
             raise AgentInfraError(f"{self.paths.lock} is locked by a process on another machine; stop it there")
@@ -7060,7 +7066,7 @@ class ConnectionManager:
 
         deployment = self._open()
         if deployment.controller is None:
-            deployment.claim("ConnectionManager.connect")
+            deployment.claim(LIBRARY_HOLDER)
             try:
                 await asyncio.to_thread(deployment.connect)
             except BaseException:
@@ -7555,6 +7561,10 @@ def _run_up(arguments: argparse.Namespace) -> int:
         controller = deployment.connect(arguments.log_format, models)
         signals.on_second = controller.relay.terminate
         deployment.start(models)
+    except RefusedError:
+        deployment.disconnect(0.0)  # nothing was started: what ran before runs on
+        raise
+    try:
         controller.refresh()
         controller.expected = frozenset()
         with ReplicaBoard() as board:

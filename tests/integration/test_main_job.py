@@ -238,6 +238,16 @@ def test_a_port_in_use_is_refused(tmp_path: Path) -> None:
         assert app.processes() == []
 
 
+def test_a_refused_up_leaves_what_ran_before(app: Program) -> None:
+    assert app.run("start").returncode == 0
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", app.port))
+        other.listen()
+        assert app.run("up").returncode == 2
+    assert [each["state"] for each in app.status()["replicas"]] == ["ready"]
+    assert app.run("stop").returncode == 0
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -300,8 +310,9 @@ def test_up_that_cannot_load_its_model_says_why_and_leaves_nothing(tmp_path: Pat
 
 def test_connection_manager_runs_a_deployment_inside_asyncio_and_patches_nothing(app: Program) -> None:
     code = """
-import asyncio, json, socket, sys, threading
+import asyncio, json, socket, subprocess, sys, threading
 plain = (socket.socket, threading.Thread)
+import agent_infra
 from agent_infra import ConnectionManager, load_config
 from openai import AsyncOpenAI
 
@@ -311,7 +322,10 @@ async def main():
         async with AsyncOpenAI(base_url=manager.base_url, api_key=manager.api_key) as client:
             answer = await client.chat.completions.create(
                 model="smollm2", max_tokens=8, messages=[{"role": "user", "content": "Hi"}])
-        print(json.dumps([answer.choices[0].message.content, status["degraded"], manager.base_url]))
+        print(json.dumps([answer.choices[0].message.content, status["degraded"], manager.base_url]), flush=True)
+        stop = subprocess.run([sys.executable, agent_infra.__file__, "stop", "--config", sys.argv[1]], text=True,
+                              capture_output=True, timeout=30)
+        assert (stop.returncode, "let that program call stop()" in stop.stderr) == (1, True), stop
     assert "gevent" not in sys.modules and plain[0] is socket.socket and plain[1] is threading.Thread
 
 asyncio.run(main())
