@@ -7575,9 +7575,11 @@ def _run_up(arguments: argparse.Namespace) -> int:
             _say("Ctrl-C stops it all")
             _attend(controller, signals)
     finally:
-        _say("stopping")
+        with contextlib.suppress(OSError):  # the terminal may be gone; what runs must end all the same
+            _say("stopping")
         ended = deployment.stop(now=signals.count != 1)
-        _say(f"stopped {', '.join(ended)}" if ended else "nothing ran")
+        with contextlib.suppress(OSError):
+            _say(f"stopped {', '.join(ended)}" if ended else "nothing ran")
     return 0
 
 

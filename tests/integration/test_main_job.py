@@ -154,6 +154,18 @@ def restarted(app: Program) -> Any:
     return next((r for r in app.status()["replicas"] if r["restarts"] == 1 and r["state"] == "ready"), None)
 
 
+def test_up_whose_terminal_was_closed_leaves_nothing(app: Program) -> None:
+    up = subprocess.Popen(
+        app.command("up"), env=app.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert up.stdout is not None
+    with up.stdout:
+        assert any("Ctrl-C stops it all" in line for line in up.stdout)
+    up.send_signal(signal.SIGHUP)
+    up.wait(timeout=30)
+    assert_nothing_is_left(app, [app.port])
+
+
 def test_a_killed_relay_is_replaced_and_no_connection_is_refused(app: Program) -> None:
     up = bring_up(app)
     relay = app.find("relay")
