@@ -229,7 +229,7 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
     try:
         return parse_config(text, os.environ)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}:{'' if str(error).startswith(chr(10)) else ' '}{error}") from None
 
 
 def parse_config(text: str, environment: Mapping[str, str]) -> Config:
@@ -778,6 +778,12 @@ FAILURE_SIGNS = (
         "bad_argument",
         r"trust_remote_code=True",
         "the model brings its own code: read it, then set trust_remote_code: true",
+    ),
+    FailureSign(
+        "bad_argument",
+        r"can't open file .*No such file",
+        "the program that command names is not there: give its full path",
+        exit_code=2,
     ),
     FailureSign(
         "bad_argument",
@@ -4236,9 +4242,11 @@ def _as_lost(record: ReplicaRecord, line: str) -> ReplicaRecord:
         kind, message = "node_failure", f"{record.node} was restarted while it ran"
         hint = "start it again"
     else:
-        kind, message = "unknown", f"its process {record.pid} ended without a word: killed, or out of memory"
+        kind, message = "unknown", f"its `serve` (pid {record.pid}) ended without a word: killed, or out of memory"
         hint = "start it again; its log and the kernel's (dmesg) may say more"
-    return dataclasses.replace(record, state="failed", message=message, failure=ReplicaFailure(kind, line, hint))
+    # What `serve` noted while all was well decides nothing; a line that it did not write itself may.
+    decisive = line if line and " agent-infra: " not in line and not line.startswith("--- ") else message
+    return dataclasses.replace(record, state="failed", message=message, failure=ReplicaFailure(kind, decisive, hint))
 
 
 # =====================================================================================================================
@@ -6549,7 +6557,8 @@ def listen_on(host: str, port: int) -> socket.socket:
             fix = "end the program that listens there, or set proxy.port (or --port) to a free one"
         elif error.errno == errno.EACCES:
             fix = "set proxy.port to one above 1023"
-        raise RefusedError(f"the proxy cannot listen on {host}:{port}: {error.strerror or error}; {fix}") from error
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error
+        raise RefusedError(f"the proxy cannot listen on {host}:{port}: {reason}; {fix}") from error
 
 
 def read_relay_record(paths: DeploymentPaths) -> dict[str, Any] | None:
@@ -6625,6 +6634,24 @@ def replica_table(
     return {"models": list(models), "loading": sorted(loading), "backends": backends}
 
 
+def describe_replica(record: ReplicaRecord) -> str:
+    """A replica's state in words: ``LOADING 5/9``, ``READY 127.0.0.1:5901``, ``FAILED out_of_memory: …``."""
+    words = record.state.upper()
+    if record.state == "ready":
+        words += f" {record.host}:{record.port}"
+    elif record.progress:
+        words += f" {record.progress}"
+    if record.failure is not None and record.state == "failed":
+        words += f" {record.failure.kind}: {record.failure.line}"
+    elif record.failure is not None:
+        words += f" (before: {record.failure.line})"
+    elif record.message:
+        words += f" ({record.message})"
+    if record.restarts:
+        words += f" [{record.restarts} restart{'s' if record.restarts > 1 else ''}]"
+    return words
+
+
 class Controller:
     """The control plane of one deployment: keeps relay, replica table and tracker in step, in one thread of its own."""
 
@@ -6653,6 +6680,7 @@ class Controller:
         self._drained: frozenset[str] = frozenset()
         self._seen: tuple[Any, ...] = (None, None, None)  # what _sent_table was made of
         self._sent_table: Any = None
+        self._told: dict[str, str] = {}  # replica → what the log said of it last
         self._stop = threading.Event()
         self._ending = threading.Event()  # set by the thread that drains: a relay that ends now is meant to
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
@@ -6723,6 +6751,7 @@ class Controller:
             if table != self._sent_table:
                 first = {"settings": self._settings} if self._sent_table is None else {}
                 self.relay.send(FRAME_TABLE, json.dumps({**first, **table}).encode())
+                self._note_changes(seen[0])
                 self._sent_table = table
             self._seen = seen
         for kind, payload in self.relay.receive(timeout):
@@ -6730,9 +6759,28 @@ class Controller:
             try:
                 self._take(kind, payload)
             except (ValueError, LookupError, TypeError) as error:
-                _log(self._paths, f"a frame {kind!r} of the relay cannot be taken, and is left out: {error!r}")
+                self._log(f"a frame {kind!r} of the relay cannot be taken, and is left out: {error!r}")
         if time.monotonic() - self._heard_at > RELAY_SILENCE_S:
             raise RelayGoneError(f"the relay (pid {self.relay.pid}) said nothing for {RELAY_SILENCE_S:g} s")
+
+    def _note_changes(self, records: Sequence[ReplicaRecord]) -> None:
+        """Say in the log which replicas changed, and to what."""
+        told = {record.replica: describe_replica(record) for record in records}
+        for replica, words in told.items():
+            if self._told.get(replica) != words:
+                self._log(f"{replica} is {words}")
+        for replica in self._told.keys() - told.keys():
+            self._log(f"{replica} is gone")
+        self._told = told
+
+    def _log(self, message: str) -> None:
+        """A line in the proxy's log; a full disk does not stop the service."""
+        at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        line = f"{at} info controller: {message}"
+        if self._settings["log_format"] == "json":
+            line = json.dumps({"at": at, "level": "info", "role": "controller", "message": message})
+        with contextlib.suppress(OSError), open(self._paths.log("proxy"), "a", encoding="utf-8") as log:
+            log.write(line + "\n")
 
     def _take(self, kind: bytes, payload: bytes) -> None:
         """One frame of the relay."""
@@ -6753,14 +6801,14 @@ class Controller:
         """
         self._sent_table = None
         if self.relay.reconnect():
-            _log(self._paths, f"{why}; connected to it again")
+            self._log(f"{why}; connected to it again")
         else:
-            _log(self._paths, f"{why}; starting another")
+            self._log(f"{why}; starting another")
             self._tracker.relay_restarted()
             try:
                 self.relay.spawn()
             except RelayGoneError as error:
-                _log(self._paths, str(error))
+                self._log(str(error))
                 self._stop.wait(RELAY_RETRY_S)
         self._heard_at = time.monotonic()
 
@@ -6769,12 +6817,6 @@ class Controller:
         table = [Backend(**row) for row in self._sent_table["backends"]]
         document = self._tracker.snapshot(records, table, self._config.proxy.strategy)
         return json.dumps(document, separators=(",", ":")).encode()  # without blanks: the relay puts the age in
-
-
-def _log(paths: DeploymentPaths, text: str) -> None:
-    """A line of the controller's in the proxy's log; a full disk does not stop the service."""
-    with contextlib.suppress(OSError), open(paths.log("proxy"), "a", encoding="utf-8") as log:
-        log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} controller {text}\n")
 
 
 # =====================================================================================================================
@@ -6839,22 +6881,6 @@ def lock_holder(path: Path) -> dict[str, Any] | None:
     finally:
         os.close(descriptor)
     return None
-
-
-def describe_replica(record: ReplicaRecord) -> str:
-    """A replica's state in words: ``LOADING 5/9``, ``READY 127.0.0.1:5901``, ``FAILED out_of_memory: …``."""
-    words = record.state.upper()
-    if record.state == "ready":
-        words += f" {record.host}:{record.port}"
-    elif record.progress:
-        words += f" {record.progress}"
-    if record.failure is not None:
-        words += f" {record.failure.kind}: {record.failure.line}"
-    elif record.message:
-        words += f" ({record.message})"
-    if record.restarts:
-        words += f" [{record.restarts} restart{'s' if record.restarts > 1 else ''}]"
-    return words
 
 
 class Deployment:
@@ -6933,7 +6959,11 @@ class Deployment:
         """``{deployment, replicas: [ReplicaRecord], proxy: {pid, url, controller} | None, degraded: [reason]}``."""
         records = [r for r in self.cluster.replicas() if r.state != "stopped"]
         relay, holder = read_relay_record(self.paths), lock_holder(self.paths.lock)
-        degraded = [f"{r.replica} is {describe_replica(r)}" for r in records if r.state != "ready"]
+        degraded = [
+            f"{r.replica} is {describe_replica(r)}" + (f"; {r.failure.hint}" if r.failure else "")
+            for r in records
+            if r.state != "ready"
+        ]
         for model in self.config.models:
             present = sum(r.model == model.name for r in records)
             if present < model.replicas:
@@ -7545,6 +7575,8 @@ def _run_connect(arguments: argparse.Namespace) -> int:
         signals.on_second = controller.relay.terminate
         controller.refresh()
         _greet(controller, deployment)
+        for reason in deployment.status()["degraded"]:
+            _say(f"degraded: {reason}; `start` starts what is missing")
         _attend(controller, signals)
         _say("finishing the turns in flight (again to end at once); the replicas stay, `stop` ends them")
     finally:
@@ -7601,7 +7633,8 @@ def _run_proxy(arguments: argparse.Namespace) -> int:
     try:
         controller.start()
         signals.on_second = controller.relay.terminate
-        _say(f"proxy  {controller.url}  ({arguments.strategy}), {len(records)} backends, key in {paths.client_key}")
+        _say(f"proxy  {controller.url}  ({arguments.strategy})  backends: {', '.join(arguments.backend)}")
+        _say(f'export OPENAI_API_KEY="$(cat {shlex.quote(str(paths.client_key))})"')
         _attend(controller, signals)
     finally:
         controller.stop()

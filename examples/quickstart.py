@@ -87,7 +87,7 @@ def play(model: str, stream: bool, turns: int = 10) -> None:
             with session.acting():
                 messages.append({"role": "assistant", "content": answer})
                 result = game.act(answer)
-            print(f"turn {turn:2}  {elapsed_s:5.2f} s  {tokens:3} tokens  {result}")
+            print(f"turn {turn:2}  {elapsed_s:5.2f} s  {tokens:3} tokens  {answer[:30]!r}: {result}")
             total_tokens, total_s = total_tokens + tokens, total_s + elapsed_s
     print(f"session {session.session_id}")
     print(f"{turns} turns: {total_tokens} tokens in {total_s:.2f} s, {total_tokens / total_s:.0f} tokens/s")

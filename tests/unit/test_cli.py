@@ -36,6 +36,10 @@ READY = ReplicaRecord("m-1", "m", "ready", "vllm", "gpu07", 7, "boot:1", port=59
             "FAILED out_of_memory: CUDA oom",
         ),
         (dataclasses.replace(READY, state="starting", message="restart 1 of 3"), "STARTING (restart 1 of 3)"),
+        (
+            dataclasses.replace(READY, state="loading", failure=ReplicaFailure("unknown", "ended by signal 9", "x")),
+            "LOADING (before: ended by signal 9)",
+        ),
     ],
 )
 def test_a_replicas_state_is_told_in_words(record: ReplicaRecord, words: str) -> None:
