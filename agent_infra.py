@@ -88,6 +88,7 @@ CLUSTER_TYPES = ("local",)
 PACKAGED_MODEL = "smollm2-135m-instruct"
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+KEY_PATTERN = r"[\x21-\x7e]{8,}"
 HEADER_PATTERN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}"
 
 
@@ -151,7 +152,7 @@ class ProxyConfig:
     queue_timeout: float = _key(60.0, above=0)  # s
     max_body_mb: float = _key(64.0, above=0)
     max_buffered_mb: float = _key(512.0, above=0)
-    api_key: str | None = _key(None, pattern=r"[\x21-\x7e]{8,}", allowed="at least 8 printable characters, no spaces")
+    api_key: str | None = _key(None, pattern=KEY_PATTERN, allowed="at least 8 printable characters, no spaces")
     capture_text: int = _key(200, low=0, high=100_000)  # characters of prompt and answer kept per turn
 
 
@@ -208,6 +209,12 @@ class Config:
 DEFAULT_CONFIG = Config(
     models=(ModelConfig(name="smollm2", model_path=PACKAGED_MODEL, engine="llama_cpp"),),
 )
+
+
+def proxy_url(host: str, port: int) -> str:
+    """The URL by which this machine reaches a proxy that listens on ``host``."""
+    reached = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (the wildcard, named)
+    return f"http://{f'[{reached}]' if ':' in reached else reached}:{port}"
 
 
 def load_config(path: str | os.PathLike[str] | None = None) -> Config:
@@ -496,7 +503,6 @@ class Engine:
     sleep_metric: str | None = None
     progress: re.Pattern[str] | None = None  # in the log while weights load; groups: done, total
     uses_gpus: bool = True
-    takes_usage_flags: bool = False  # then every answer carries usage, asked for or not
     is_guarded: bool = False  # EngineGuard stands before it: the key on every path, and the keyed challenge
 
 
@@ -627,7 +633,6 @@ ENGINES: Mapping[str, Engine] = {
         cache_info_metric="vllm:cache_config_info",
         sleep_metric="vllm:engine_sleep_state",
         progress=re.compile(r"Loading \S+ checkpoint shards:[^\r\n]*?\b(\d+)/(\d+)"),
-        takes_usage_flags=True,
         is_guarded=True,
     ),
     "llama_cpp": Engine(
@@ -1043,6 +1048,7 @@ def encode_frame(kind: bytes, payload: bytes) -> bytes:
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_REQUEST_LINE_BYTES = 8 << 10
+MAX_FIGURE = 1e12  # of a duration or a count off the wire; so no sum ever becomes infinite
 MAX_KNOWN_LINES = 4000
 MAX_KNOWN_LINE_BYTES = 256
 MAX_CHUNK_LINE_BYTES = 4 << 10
@@ -1403,10 +1409,15 @@ class AnswerDigest:
 
 def _token_count(usage: Mapping[str, Any], name: str, other_name: str, former: int | None) -> int | None:
     """The count that ``usage`` has by one of two names, else ``former``."""
-    value = usage.get(name)
-    if type(value) is not int:
-        value = usage.get(other_name)
-    return value if type(value) is int else former
+    for value in (usage.get(name), usage.get(other_name)):
+        if is_count(value):
+            return value
+    return former
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether this is a number of things: engines are believed no more than that."""
+    return type(value) is int and 0 <= value <= MAX_FIGURE
 
 
 _EVENT = re.compile(rb".*?\r?\n\r?\n|.+", re.DOTALL)
@@ -1677,7 +1688,6 @@ class SessionEnded:
 
 
 TurnEvent = TurnStarted | TurnSent | TurnAnswering | TurnFinished | SessionEnded
-TURN_OUTCOMES = ("completed", "error", "cut", "aborted", "rejected")
 
 # Bounds of what is kept. Nothing here grows with the number of turns, nor beyond these with that of sessions.
 MAX_LIVE_SESSIONS = 20_000  # beyond: the one that was silent for longest is forgotten
@@ -1695,8 +1705,6 @@ RECENT_S = 300.0  # what "recent" means for percentiles, shares and active sessi
 RATE_S = 60.0  # what rates are taken over
 LEAST_RATE_S = 5.0  # below this much time a rate is not told
 SCHEMA_VERSION = 1  # of /stats
-MAX_FIGURE = 1e12  # of a time, a duration or a count off the wire; so no sum ever becomes infinite
-MAX_TEXT = 512  # characters kept of an id or a message off the wire (excerpts have their own bound, in the relay)
 
 
 MAX_DURATION_MS = 2.0**30  # 12 days; whatever took longer is counted in the highest bucket
@@ -1707,10 +1715,6 @@ _BUCKETS = {str(bucket): bucket for bucket in range(histogram_bucket(0.0), HIGHE
 def _is_figure(value: Any) -> TypeGuard[float]:
     """A finite number that a time, a duration or a count can be; NaN fails the comparison."""
     return type(value) in (int, float) and 0 <= value <= MAX_FIGURE
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value <= MAX_FIGURE
 
 
 @dataclass
@@ -2124,7 +2128,7 @@ class RelayCounters:
         """Take the relay's present counts. One below the last reading comes from a relay that started since."""
         for name, last in self._last.items():
             count = readings.get(name)
-            if _is_count(count):
+            if is_count(count):
                 self.sums[name] += count - last if count >= last else count
                 self._last[name] = count
 
@@ -2152,7 +2156,7 @@ class BackendFigures:
             self.gap.slice().add_buckets(event.gaps)
 
 
-_TOTAL_OF_OUTCOME = {
+TOTAL_OF_OUTCOME = {
     "completed": "completed",
     "error": "errors",
     "cut": "errors",
@@ -2322,7 +2326,7 @@ def _model_rows(backends: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _sum_known(values: Iterable[int | None]) -> int | None:
     """The sum of what is known; None when nothing is."""
-    known = [value for value in values if _is_count(value)]
+    known = [value for value in values if is_count(value)]
     return sum(known) if known else None
 
 
@@ -2527,7 +2531,7 @@ class Tracker:
         if not is_first:
             return
         self._totals["requests"] += 1
-        self._totals[_TOTAL_OF_OUTCOME[event.outcome]] += 1
+        self._totals[TOTAL_OF_OUTCOME[event.outcome]] += 1
         self._totals["retries"] += event.retries
         self._totals["tokens_in"] += event.prompt_tokens or 0
         self._totals["tokens_out"] += event.completion_tokens or 0
@@ -3542,7 +3546,7 @@ def read_or_make_key(path: Path) -> str:
 
         create_atomically(path, secrets.token_urlsafe(32) + "\n")
     key = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not re.fullmatch(r"[\x21-\x7e]{8,}", key):
+    if not re.fullmatch(KEY_PATTERN, key):
         raise RefusedError(f"{path} holds no key (at least 8 printable characters, no spaces); delete it for a new one")
     return key
 
@@ -5473,11 +5477,12 @@ class Codec:
     def _plain_digest(self, answer: Any, wanted_text: int) -> AnswerDigest:
         """The digest of a completion of the common shape, which nearly all answers have."""
         choice, usage, details = answer.choices[0], answer.usage, answer.usage.prompt_tokens_details
+        cached = details.cached_tokens if details is not None else None
         words = (choice.message.content if choice.message is not None else choice.text) or ""
         return AnswerDigest(
-            usage.prompt_tokens,
-            usage.completion_tokens,
-            details.cached_tokens if details is not None else None,
+            usage.prompt_tokens if is_count(usage.prompt_tokens) else None,
+            usage.completion_tokens if is_count(usage.completion_tokens) else None,
+            cached if is_count(cached) else None,
             sendable_text(choice.finish_reason) if choice.finish_reason is not None else None,
             None,
             sendable_text(words[:wanted_text]),
@@ -6690,9 +6695,7 @@ class Controller:
     @property
     def url(self) -> str:
         """The proxy's address as a client on this machine types it."""
-        host = self._config.proxy.host
-        shown = "127.0.0.1" if host in ("", "0.0.0.0") else "[::1]" if host == "::" else host  # noqa: S104
-        return f"http://{f'[{shown}]' if ':' in shown and '[' not in shown else shown}:{self.relay.port}"
+        return proxy_url(self._config.proxy.host, self.relay.port)
 
     def start(self) -> None:
         """Take over or start the relay, then keep everything in step in a thread until stop()."""
@@ -7226,8 +7229,7 @@ class SessionContext:
         """
         loaded = config if isinstance(config, Config) else load_config(config)
         proxy = loaded.proxy
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(proxy.host, proxy.host)  # noqa: S104 (the wildcard, named)
-        base_url = f"http://{f'[{host}]' if ':' in host else host}:{proxy.port}/v1" if proxy.port else None
+        base_url = f"{proxy_url(proxy.host, proxy.port)}/v1" if proxy.port else None
         return cls(session_id, task_id, client_id, loaded.headers, base_url=base_url, api_key=proxy.api_key)
 
     def get_headers(self) -> dict[str, str]:
@@ -7696,7 +7698,7 @@ def _show_status(status: Mapping[str, Any], clear: bool) -> None:
         console.print(table)
     proxy = status["proxy"]
     if proxy is not None:
-        console.print(Text(f"proxy  http://{proxy['host']}:{proxy['port']}  (pid {proxy['pid']})"))
+        console.print(Text(f"proxy  {proxy_url(proxy['host'], proxy['port'])}  (pid {proxy['pid']})"))
     for reason in status["degraded"]:
         console.print(Text(f"degraded: {reason}", style="yellow"))
 

@@ -15,12 +15,6 @@ from program import Program, Running, is_listening, program, wait_for
 
 
 @pytest.fixture
-def engine() -> Iterator[FakeEngine]:
-    with FakeEngine() as made:
-        yield made
-
-
-@pytest.fixture
 def app(tmp_path: Path) -> Iterator[Program]:
     with program(tmp_path) as made:
         yield made

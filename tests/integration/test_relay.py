@@ -17,12 +17,6 @@ from relay_harness import KEY, Client, RelayProcess, backend, wait_until
 
 
 @pytest.fixture
-def engine() -> Iterator[FakeEngine]:
-    with FakeEngine() as engine:
-        yield engine
-
-
-@pytest.fixture
 def relay(tmp_path: Path) -> Iterator[RelayProcess]:
     with RelayProcess(tmp_path) as relay:
         yield relay

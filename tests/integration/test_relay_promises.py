@@ -17,12 +17,6 @@ from relay_harness import Answer, Client, RelayProcess, backend, wait_until
 
 
 @pytest.fixture
-def engine() -> Iterator[FakeEngine]:
-    with FakeEngine() as engine:
-        yield engine
-
-
-@pytest.fixture
 def relay(tmp_path: Path) -> Iterator[RelayProcess]:
     with RelayProcess(tmp_path, HEAD_S=0.4, BODY_S=0.4, LINGER_S=0.2) as relay:
         yield relay

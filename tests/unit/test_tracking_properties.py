@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent_infra import (
-    TURN_OUTCOMES,
+    TOTAL_OF_OUTCOME,
     Backend,
     EventBatch,
     SessionEnded,
@@ -48,7 +48,7 @@ events: st.SearchStrategy[TurnEvent] = st.one_of(
         TurnFinished,
         turn=turns,
         at=times,
-        outcome=st.sampled_from(TURN_OUTCOMES),
+        outcome=st.sampled_from(sorted(TOTAL_OF_OUTCOME)),
         status=st.just(200),
         backend=st.none() | names,
         queue_ms=durations,

@@ -524,3 +524,14 @@ def test_words_that_are_no_text_can_be_told(bad: bytes) -> None:
         fields = codec.request(body % bad, True)
         codec.encode(codec.last_words(fields, 50))
     assert codec.encode(codec.digest(b'{"choices":[{"message":{"content":"%b"}}]}' % bad, 50))
+
+
+@pytest.mark.parametrize("wrong", ["-5", "1e3", "1000000000000000000000000000000", "true", '"7"'])
+def test_a_token_count_that_cannot_be_is_not_known(wrong: str) -> None:
+    usage = b'{"prompt_tokens":%b,"completion_tokens":2}' % wrong.encode()
+    document = b'{"choices":[{"finish_reason":"stop","message":{"content":"x"}}],"usage":%b}' % usage
+    stream = EventStream(BodyDecoder(None), to_chunks=True, cuts_usage=False, needs_done=False, wanted_text=10)
+    stream.feed(encode_chunk(b"data: " + document + b"\n\n"))
+    for digest in (Codec().digest(document, 10), stream.digest()):
+        assert digest is not None
+        assert (digest.prompt_tokens, digest.completion_tokens, digest.text) == (None, 2, "x")
