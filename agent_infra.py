@@ -6382,6 +6382,7 @@ def run_relay(socket_path: str, listener_fd: int) -> int:
 
 RELAY_START_S = 15.0  # for a relay to import gevent and Flask and open its control socket
 RELAY_SILENCE_S = 15.0  # it reports every second; silent for so long, it is hung and is replaced
+RELAY_END_S = 5.0  # for a relay to end in order once its turns are over, or their time is
 RELAY_RETRY_S = 2.0  # between two starts of a relay that dies at once
 DISCOVERY_INTERVAL_S = 0.5
 SNAPSHOT_INTERVAL_S = 1.0
@@ -6423,7 +6424,7 @@ class RelayLink:
                 self.port = left["port"]
                 self._greet(time.monotonic() + 2.0)
                 return True
-        end_process(left["pid"], left["process"], DRAIN_S)
+        end_process(left["pid"], left["process"], DRAIN_S + RELAY_END_S)
         return False
 
     def spawn(self) -> None:
@@ -6719,7 +6720,8 @@ class Controller:
         if self._thread.is_alive() and grace_s > 0:
             self._ending.set()
             self.relay.terminate()
-            self._thread.join(timeout=grace_s)
+            # Longer than the relay's own patience: at its end it still tells the clients of the turns that it cuts.
+            self._thread.join(timeout=grace_s + RELAY_END_S)
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=10.0)
@@ -6810,7 +6812,7 @@ class Controller:
             self._tracker.relay_restarted()
             try:
                 self.relay.spawn()
-            except RelayGoneError as error:
+            except (RelayGoneError, OSError) as error:  # OSError: no process or no descriptor is to be had now
                 self._log(str(error))
                 self._stop.wait(RELAY_RETRY_S)
         self._heard_at = time.monotonic()
@@ -6995,7 +6997,7 @@ class Deployment:
         self.disconnect(0.0 if now else DRAIN_S)
         relay = read_relay_record(self.paths)
         if relay is not None:
-            end_process(relay["pid"], relay["process"], 0.0 if now else DRAIN_S)
+            end_process(relay["pid"], relay["process"], 0.0 if now else DRAIN_S + RELAY_END_S)
             ended.append(f"proxy (pid {relay['pid']})")
         for leftover in (self.paths.relay_record, self.paths.relay_socket):
             leftover.unlink(missing_ok=True)
