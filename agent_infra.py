@@ -3947,6 +3947,69 @@ def allocate_gpus(wanted: int, pool: Sequence[str], held: Mapping[str, str]) -> 
     )
 
 
+# --- Commands on the cluster's host: here, or over SSH (see Tunnels). ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """How a command on the cluster's host ended."""
+
+    status: int  # exit code; negative: ended by that signal
+    output: bytes
+    errors: bytes
+
+
+class HostUnreachableError(AgentInfraError):
+    """The cluster's host, not the command, failed; says nothing about the jobs. The message carries the fix."""
+
+
+class CommandRunner(Protocol):
+    """Runs commands on the host from which the cluster is used; safe to use from several threads."""
+
+    def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
+        """Run ``argv`` to its end, whatever its exit code; HostUnreachableError when the host cannot be asked."""
+
+    def close(self) -> None:
+        """Give back what the runner holds."""
+
+
+class LocalCommands:
+    """Commands run on this machine."""
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = environment
+
+    def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
+        try:
+            # A group of its own: at the deadline what a shell has started ends too, else it would hold the pipes open.
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=self._environment,
+                start_new_session=True,
+            )
+        except FileNotFoundError as error:
+            return CommandResult(127, b"", f"{error.filename}: not found".encode())  # as a shell says it
+        except OSError as error:
+            raise HostUnreachableError(f"`{argv[0]}` cannot be started here: {error.strerror}") from error
+        with process:
+            try:
+                output, errors = process.communicate(stdin, timeout_s)
+            except BaseException as error:
+                os.killpg(process.pid, signal.SIGKILL)
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                raise HostUnreachableError(
+                    f"`{argv[0]}` gave no answer within {timeout_s:g} s; is the file system or the scheduler hung?"
+                ) from error
+        return CommandResult(process.returncode, output, errors)
+
+    def close(self) -> None:
+        pass
+
+
 # --- The clusters themselves. ----------------------------------------------------------------------------------------
 
 

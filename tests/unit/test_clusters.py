@@ -237,3 +237,12 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
             resolve("llama_cpp", str(tmp_path / "m.gguf"))
     finally:
         os.seteuid(user)
+
+
+def test_a_command_that_fails_is_told_from_a_host_that_does() -> None:
+    here = agent_infra.LocalCommands(os.environ)
+    done = here.run(["sh", "-c", "cat; echo wrong >&2; exit 3"], stdin=b"in\x00\n")
+    assert (done.status, done.output, done.errors) == (3, b"in\x00\n", b"wrong\n")
+    assert here.run(["no-such-program"]).status == 127
+    with pytest.raises(agent_infra.HostUnreachableError, match=r"`sh` gave no answer within 0\.1 s"):
+        here.run(["sh", "-c", "sleep 60; true"], timeout_s=0.1)
