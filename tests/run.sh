@@ -9,9 +9,11 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 VENV=.venv-test
 
-# Debian packages: a C compiler (a stand-in for the NVML library), curl, and venv for Debian's own Python.
+# Debian packages: a C compiler (a stand-in for the NVML library), curl, Slurm and sshd, and venv for Debian's own Python.
 missing=()
-for pair in gcc:gcc cc:libc6-dev curl:curl; do
+PATH=$PATH:/usr/sbin
+for pair in gcc:gcc cc:libc6-dev curl:curl \
+    slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge sshd:openssh-server; do
   command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
 done
 "$PYTHON" -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
