@@ -1695,7 +1695,9 @@ SESSION_IDLE_S = 1800.0  # a session silent for this long is over
 MAX_OPEN_TURNS = 50_000  # beyond, and after MAX_TURN_S: the oldest is forgotten (its finish still counts in totals)
 MAX_TURN_S = 6 * 3600.0
 FINISHED_TURNS_REMEMBERED = 10_000  # ids by which a second finish, or a start after it, is known for what it is
-RECENT_TURNS = 100
+RECENT_TURNS = 100  # in /stats
+KEPT_TURNS = 5_000  # records of finished turns, about 1 KB each, for a look at one session
+MAX_UNTAKEN_TURNS = 20_000  # records that wait for take_records(); beyond: the oldest is dropped
 HISTORY_POINTS = 300
 HISTORY_STEP_S = 2.0
 LISTED_SESSIONS = 200  # in /stats: those heard of last
@@ -1864,6 +1866,50 @@ def _plus(total: float | None, value: float | None) -> float | None:
 
 
 @dataclass(slots=True)
+class TurnRecord:
+    """One finished turn, all that is kept of it. Times are s since the epoch; None is "not known".
+
+    ``post_ms`` comes with the session's next request. What comes from the turn's start is None where that was lost.
+    """
+
+    turn: str
+    finished_at: float
+    outcome: str  # completed | error | cut | aborted | rejected, see TurnFinished
+    status: int
+    session: str | None = None
+    task: str | None = None
+    client: str | None = None
+    model: str | None = None
+    path: str | None = None
+    stream: bool | None = None
+    backend: str | None = None
+    started_at: float | None = None
+    retries: int = 0
+    think_ms: float | None = None  # previous answer's end → arrival
+    pre_ms: float | None = None
+    queue_ms: float | None = None
+    ttft_ms: float | None = None
+    inference_ms: float | None = None
+    post_ms: float | None = None
+    unaccounted_ms: float | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    expected_cached_tokens: int | None = None
+    cache_miss: str | None = None  # why fewer were cached than expected, in words
+    tokens_estimated: bool = False
+    finish_reason: str | None = None
+    error: str | None = None
+    prompt: str = ""
+    answer: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """As it stands in /stats: a field each, durations rounded."""
+        row = {name: getattr(self, name) for name in self.__slots__}
+        return {name: _rounded(value) if name.endswith("_ms") else value for name, value in row.items()}
+
+
+@dataclass(slots=True)
 class Session:
     """What is known of a live session; about 1 KB, whatever the number of its turns. Sums are over its turns."""
 
@@ -1894,19 +1940,25 @@ class Session:
             return None
         return max(0.0, arrival - self.last_end) * 1000
 
-    def finish(self, event: TurnFinished, at: float) -> None:
-        """Add what a finished turn says."""
+    def think(self, pre_ms: float | None, post_ms: float | None, unaccounted_ms: float | None) -> None:
+        """Add what is known of the time around an answer."""
+        self.pre_ms = _plus(self.pre_ms, pre_ms)
+        self.post_ms = _plus(self.post_ms, post_ms)
+        self.unaccounted_ms = _plus(self.unaccounted_ms, unaccounted_ms)
+
+    def finish(self, record: TurnRecord, at: float) -> None:
+        """Add what a finished turn says, but for its think time."""
         self.turns += 1
-        self.errors += event.outcome in ("error", "cut")
-        self.last_turn, self.last_end = event.turn, max(at, self.last_end or at)
-        self.backend = event.backend or self.backend
-        self.wait_ms = _plus(self.wait_ms, event.queue_ms)
-        self.inference_ms = _plus(self.inference_ms, event.inference_ms)
-        self.tokens_in += event.prompt_tokens or 0
-        self.tokens_out += event.completion_tokens or 0
-        if event.prompt_tokens is not None:
-            self.context_tokens = event.prompt_tokens + (event.completion_tokens or 0)
-            self.cached_tokens = event.cached_tokens
+        self.errors += record.outcome in ("error", "cut")
+        self.last_turn, self.last_end = record.turn, max(at, self.last_end or at)
+        self.backend = record.backend or self.backend
+        self.wait_ms = _plus(self.wait_ms, record.queue_ms)
+        self.inference_ms = _plus(self.inference_ms, record.inference_ms)
+        self.tokens_in += record.prompt_tokens or 0
+        self.tokens_out += record.completion_tokens or 0
+        if record.prompt_tokens is not None:
+            self.context_tokens = record.prompt_tokens + (record.completion_tokens or 0)
+            self.cached_tokens = record.cached_tokens
 
 
 def split_think_time(
@@ -1943,24 +1995,24 @@ class SessionTable:
     def __iter__(self) -> Iterator[Session]:
         return iter(self._live.values())
 
-    def open(self, event: TurnStarted, at: float) -> Session | None:
-        """The session that a new turn belongs to, made where it is new; None for a turn that names none.
+    def open(self, turn: TurnStarted | TurnRecord, at: float) -> Session | None:
+        """The session that a turn belongs to, made where it is new; None for a turn that names none.
 
         Such a turn is a session of its own, and over with its answer: it is counted everywhere but here.
         """
-        if not event.session:
+        if not turn.session:
             return None
-        session = self._live.get(event.session)
+        session = self._live.get(turn.session)
         if session is None:
-            session = self._over.pop(event.session, None) or Session(
-                event.session, event.task, event.client, event.model, at
+            session = self._over.pop(turn.session, None) or Session(
+                turn.session, turn.task, turn.client, turn.model or "", at
             )
             self._live[session.id] = session
             if len(self._live) > self._max_live:
                 self._live.popitem(last=False)
                 self.evicted += 1
-        session.task, session.client = event.task or session.task, event.client or session.client
-        session.model = event.model
+        session.task, session.client = turn.task or session.task, turn.client or session.client
+        session.model = turn.model or session.model
         return session
 
     def touch(self, session: Session, at: float) -> None:
@@ -2003,13 +2055,13 @@ class OpenTurn:
 
     started: TurnStarted
     session: Session | None
+    think_ms: float | None
     pre_ms: float | None
     unaccounted_ms: float | None
     phase: str = "waiting"  # waiting | prefill | decoding
     backend: str | None = None
     queue_ms: float | None = None
     ttft_ms: float | None = None
-    post_ms: float | None = None  # comes with the session's next turn
 
 
 class TurnLedger:
@@ -2182,38 +2234,74 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _turn_row(event: TurnFinished, turn: OpenTurn | None) -> dict[str, Any]:
-    """A finished turn as it stands in recent_turns."""
-    started = turn.started if turn else None
-    return {
-        "turn": event.turn,
-        "session": started.session if started else None,
-        "task": started.task if started else None,
-        "client": started.client if started else None,
-        "model": started.model if started else None,
-        "path": started.path if started else None,
-        "stream": started.stream if started else None,
-        "backend": event.backend,
-        "started_at": started.at if started else None,
-        "finished_at": event.at,
-        "outcome": event.outcome,
-        "status": event.status,
-        "retries": event.retries,
-        "pre_ms": _rounded(turn.pre_ms) if turn else None,
-        "queue_ms": _rounded(event.queue_ms),
-        "ttft_ms": _rounded(event.ttft_ms),
-        "inference_ms": _rounded(event.inference_ms),
-        "post_ms": _rounded(turn.post_ms) if turn else None,
-        "unaccounted_ms": _rounded(turn.unaccounted_ms) if turn else None,
-        "prompt_tokens": event.prompt_tokens,
-        "completion_tokens": event.completion_tokens,
-        "cached_tokens": event.cached_tokens,
-        "tokens_estimated": event.estimated,
-        "finish_reason": event.finish_reason,
-        "error": event.error,
-        "prompt": started.prompt if started else "",
-        "answer": event.answer,
-    }
+def _record_of(event: TurnFinished, turn: OpenTurn | None) -> TurnRecord:
+    """What is kept of a turn that finished."""
+    record = TurnRecord(
+        event.turn,
+        event.at,
+        event.outcome,
+        event.status,
+        backend=event.backend,
+        retries=event.retries,
+        queue_ms=event.queue_ms,
+        ttft_ms=event.ttft_ms,
+        inference_ms=event.inference_ms,
+        prompt_tokens=event.prompt_tokens,
+        completion_tokens=event.completion_tokens,
+        cached_tokens=event.cached_tokens,
+        tokens_estimated=event.estimated,
+        finish_reason=event.finish_reason,
+        error=event.error,
+        answer=event.answer,
+    )
+    if turn is not None:
+        started = turn.started
+        record.session, record.task, record.client = started.session, started.task, started.client
+        record.model, record.path, record.stream = started.model, started.path, started.stream
+        record.started_at, record.prompt = started.at, started.prompt
+        record.think_ms, record.pre_ms, record.unaccounted_ms = turn.think_ms, turn.pre_ms, turn.unaccounted_ms
+    return record
+
+
+class TurnLog:
+    """The records of the turns that finished last: to look at, and for those who keep them, to whom each goes once."""
+
+    def __init__(self) -> None:
+        self._kept: collections.OrderedDict[str, TurnRecord] = collections.OrderedDict()
+        self._untaken: collections.OrderedDict[str, TurnRecord] = collections.OrderedDict()
+        self._posts: dict[str, float] = {}
+
+    def add(self, record: TurnRecord) -> None:
+        """A turn finished."""
+        self.keep(record)
+        self._untaken[record.turn] = record
+        if len(self._untaken) > MAX_UNTAKEN_TURNS:
+            self._untaken.popitem(last=False)
+
+    def keep(self, record: TurnRecord) -> None:
+        """Have a record to look at, and for nothing else."""
+        self._kept[record.turn] = record
+        if len(self._kept) > KEPT_TURNS:
+            self._kept.popitem(last=False)
+
+    def learn_post(self, turn: str, post_ms: float) -> None:
+        """How long the agent acted on a turn's answer."""
+        for record in (self._kept.get(turn), self._untaken.get(turn)):
+            if record is not None:
+                record.post_ms = post_ms
+        if turn not in self._untaken and len(self._posts) < MAX_UNTAKEN_TURNS:
+            self._posts[turn] = post_ms
+
+    def take(self) -> tuple[list[TurnRecord], dict[str, float]]:
+        """See Tracker.take_records."""
+        taken = list(self._untaken.values()), self._posts
+        self._untaken.clear()
+        self._posts = {}
+        return taken
+
+    def latest(self, limit: int) -> list[TurnRecord]:
+        """The turns that finished last, latest first."""
+        return list(itertools.islice(reversed(self._kept.values()), limit))
 
 
 def _client_rows(live: Sequence[Session], ended: Sequence[Session], phases: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -2377,9 +2465,9 @@ class StatsDocument(TypedDict):
     snapshot_age_ms: int  # stays the first key: the relay writes the age over it, in the finished bytes
     schema_version: int
     now: float
-    uptime_seconds: float  # of the controller; totals count from its start
+    uptime_seconds: float  # of the controller
     strategy: str
-    totals: dict[str, int]  # requests = completed + errors + aborted + rejected
+    totals: dict[str, int]  # of all time that is remembered; requests = completed + errors + aborted + rejected
     throughput: dict[str, Any]  # rates over the last minute; history[]: one point each HISTORY_STEP_S
     models: list[dict[str, Any]]
     backends: list[dict[str, Any]]
@@ -2408,7 +2496,7 @@ class Tracker:
         self._sessions = SessionTable(max_sessions, session_idle_s)
         self._turns = TurnLedger()
         self._totals = dict.fromkeys(_TOTALS, 0)
-        self._recent: collections.OrderedDict[str, tuple[TurnFinished, OpenTurn | None]] = collections.OrderedDict()
+        self._log = TurnLog()
         self._pipeline = Pipeline(clock)
         self._wait = RecentHistogram(clock, RATE_S)  # queue and inference of completed turns: what an agent waits
         self._throughput = Throughput()
@@ -2468,6 +2556,30 @@ class Tracker:
         self._relay_restarts += 1
         self._gauges = {}
 
+    def take_records(self) -> tuple[list[TurnRecord], dict[str, float]]:
+        """The turns that finished since the last call, and turn → post_ms, learnt since, of those given out before."""
+        return self._log.take()
+
+    def restore(self, records: Iterable[TurnRecord], totals: Mapping[str, Any]) -> None:
+        """Go on where an earlier tracker was; before any event.
+
+        ``records`` are its latest turns, oldest first: what they say of their sessions is what is known of these.
+        ``totals`` are its totals by name; what is no count is left out.
+        """
+        self._totals.update({name: totals[name] for name in self._totals if is_count(totals.get(name))})
+        for record in records:
+            is_first, _ = self._turns.close(record.turn)
+            if not is_first:
+                continue
+            self._log.keep(record)
+            at = min(record.finished_at, self._clock())
+            session = self._sessions.open(record, at)
+            if session is not None:
+                session.think(record.pre_ms, record.post_ms, record.unaccounted_ms)
+                session.finish(record, at)
+                self._sessions.touch(session, at)
+        self._sessions.expire(self._clock())
+
     def snapshot(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend], strategy: str) -> StatsDocument:
         """The /stats document of this moment.
 
@@ -2498,7 +2610,7 @@ class Tracker:
                 "evicted": self._sessions.evicted,
             },
             clients=_client_rows(listed, self._sessions.latest_ended(), self._turns.phases()),
-            recent_turns=[_turn_row(event, turn) for event, turn in reversed(self._recent.values())],
+            recent_turns=[record.row() for record in self._log.latest(RECENT_TURNS)],
             pipeline=self._pipeline.document(),
             relay={
                 **self._relay.sums,
@@ -2517,14 +2629,11 @@ class Tracker:
         pre_ms, unaccounted_ms = split_think_time(gap_ms, event.pre_ms, event.post_ms)
         self._pipeline.add(pre=pre_ms, post=event.post_ms, unaccounted=unaccounted_ms)
         if session is not None:
-            session.pre_ms = _plus(session.pre_ms, pre_ms)
-            session.post_ms = _plus(session.post_ms, event.post_ms)
-            session.unaccounted_ms = _plus(session.unaccounted_ms, unaccounted_ms)
+            session.think(pre_ms, event.post_ms, unaccounted_ms)
             self._sessions.touch(session, at)
-            _, previous = self._recent.get(session.last_turn, (None, None))
-            if previous is not None and event.post_ms is not None:
-                previous.post_ms = event.post_ms
-        self._turns.add(OpenTurn(event, session, pre_ms, unaccounted_ms))
+            if session.last_turn and event.post_ms is not None:
+                self._log.learn_post(session.last_turn, event.post_ms)
+        self._turns.add(OpenTurn(event, session, gap_ms, pre_ms, unaccounted_ms))
 
     def _finish(self, event: TurnFinished, at: float) -> None:
         is_first, turn = self._turns.close(event.turn)
@@ -2541,12 +2650,11 @@ class Tracker:
             self._wait.slice().add(event.queue_ms + event.inference_ms)
         if event.backend is not None:
             self._backends.figures(event.backend).finish(event)
+        record = _record_of(event, turn)
         if turn is not None and turn.session is not None:
-            turn.session.finish(event, at)
+            turn.session.finish(record, at)
             self._sessions.touch(turn.session, at)
-        self._recent[event.turn] = event, turn
-        if len(self._recent) > RECENT_TURNS:
-            self._recent.popitem(last=False)
+        self._log.add(record)
 
     def _queue(self) -> dict[str, Any]:
         queue = _as_mapping(self._gauges.get("queue"))

@@ -448,3 +448,80 @@ def test_figures_of_backends_that_are_gone_are_forgotten(tracker: Tracker, clock
     finish(tracker, clock, "t", backend="b", inference_ms=10.0)
     assert tracker.snapshot([], [], "least_load")["backends"] == []
     assert tracker.snapshot([], backend, "least_load")["backends"][0]["latency_ms"]["p50"] is None
+
+
+# --- records of turns, for those who keep them
+
+
+def test_every_finished_turn_is_given_out_once(tracker: Tracker, clock: Clock) -> None:
+    take_turn(tracker, clock, "t1", pre_ms=7.0)
+    start(tracker, clock, "open")
+    records, _ = tracker.take_records()
+    assert [(record.turn, record.session, record.pre_ms, record.inference_ms) for record in records] == [
+        ("t1", "s", 7.0, 1995.0)
+    ]
+    take_turn(tracker, clock, "t2")
+    assert [record.turn for record in tracker.take_records()[0]] == ["t2"]
+    assert tracker.take_records() == ([], {})
+
+
+def test_post_is_in_the_record_or_comes_after_it(tracker: Tracker, clock: Clock) -> None:
+    take_turn(tracker, clock, "t1")
+    take_turn(tracker, clock, "t2", post_ms=30.0)
+    records, posts = tracker.take_records()
+    assert ([record.post_ms for record in records], posts) == ([30.0, None], {})
+    take_turn(tracker, clock, "t3", post_ms=40.0)
+    assert tracker.take_records()[1] == {"t2": 40.0}
+
+
+def test_think_time_is_from_the_answer_before_to_the_request(tracker: Tracker, clock: Clock) -> None:
+    take_turn(tracker, clock, "t1", pre_ms=1.0)
+    clock.now += 4
+    take_turn(tracker, clock, "t2", pre_ms=1000.0, post_ms=2000.0)
+    first, second = tracker.take_records()[0]
+    assert (first.think_ms, second.think_ms, second.unaccounted_ms) == (None, 4000.0, 1000.0)
+
+
+def test_what_nobody_takes_is_bounded(tracker: Tracker, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_infra, "MAX_UNTAKEN_TURNS", 10)
+    for number in range(25):
+        finish(tracker, clock, str(number))
+    assert [record.turn for record in tracker.take_records()[0]] == [str(number) for number in range(15, 25)]
+
+
+def test_another_tracker_goes_on_where_the_first_one_was(tracker: Tracker, clock: Clock) -> None:
+    for number in range(3):
+        take_turn(tracker, clock, f"t{number}", session=f"s{number % 2}", pre_ms=5.0, post_ms=[None, None, 3.0][number])
+        clock.now += 1
+    take_turn(tracker, clock, "alone", session=None)
+    before: Any = stats(tracker)
+    records, _ = tracker.take_records()
+    other = Tracker(clock)
+    other.restore(records, before["totals"])
+    after: Any = stats(other)
+    for part in ("totals", "clients", "recent_turns"):
+        assert after[part] == before[part]
+    assert after["sessions"]["live"] == 2
+    assert other.take_records() == ([], {})
+
+
+def test_a_restored_turn_is_not_counted_again_and_its_session_goes_on(tracker: Tracker, clock: Clock) -> None:
+    take_turn(tracker, clock, "t1")
+    other = Tracker(clock)
+    other.restore(tracker.take_records()[0], {"requests": 1, "completed": 1, "tokens_in": "many"})
+    finish(other, clock, "t1")
+    clock.now += 5
+    take_turn(other, clock, "t2", post_ms=1000.0)
+    assert stats(other)["totals"]["requests"] == 2
+    assert sessions(other)["s"]["turns"] == 2
+    records, posts = other.take_records()
+    assert ([record.think_ms for record in records], posts) == ([5000.0], {"t1": 1000.0})
+
+
+def test_sessions_that_are_idle_for_too_long_are_not_restored(tracker: Tracker, clock: Clock) -> None:
+    take_turn(tracker, clock, "t")
+    records, _ = tracker.take_records()
+    clock.now += 1800
+    other = Tracker(clock)
+    other.restore(records, {})
+    assert stats(other)["sessions"]["live"] == 0
