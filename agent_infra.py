@@ -85,6 +85,8 @@ class ConfigError(RefusedError):
 STRATEGY_NAMES = ("least_load", "round_robin", "least_connections", "least_latency")
 ENGINE_NAMES = ("vllm", "llama_cpp", "command")
 CLUSTER_TYPES = ("local",)
+TUNNEL_MODES = ("auto", "login", "node", "none")
+TUNNEL_DRIVERS = ("auto", "sshtunnel", "openssh")
 PACKAGED_MODEL = "smollm2-135m-instruct"
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
@@ -157,11 +159,27 @@ class ProxyConfig:
 
 
 @dataclass(frozen=True)
+class SshConfig:
+    """How the cluster's login host is reached; what is None comes from ssh_config, else from ssh's own defaults."""
+
+    # Not a dash first: ssh would take it for an option.
+    host: str = _key(pattern=r"[A-Za-z0-9_.:][\w.:-]*", allowed="a host's name or address, or an alias of ssh_config")
+    user: str | None = _key(None, pattern=r"[\w.@+][\w.@+-]*", allowed="a user's name there")
+    port: int | None = _key(None, low=1, high=65535)
+    identity_file: str | None = _key(None, pattern=r"\S(.*\S)?", allowed="the path of a private key")
+    config_file: str | None = _key(None, pattern=r"\S(.*\S)?", allowed="the path of an ssh_config; default ~/.ssh/config")
+    known_hosts_file: str | None = _key(None, pattern=r"\S+", allowed="the path of a known_hosts file, without blanks")
+
+
+@dataclass(frozen=True)
 class ClusterConfig:
     """Where replicas run; ``name`` is the deployment: it names state, keys and replicas."""
 
     type: str = _key("local", choices=CLUSTER_TYPES)
     name: str = _key("default", pattern=NAME_PATTERN, allowed="letters, digits, '.', '_' and '-', at most 63")
+    ssh: SshConfig | None = None  # None: commands run here
+    tunnel: str = _key("auto", choices=TUNNEL_MODES)
+    tunnel_driver: str = _key("auto", choices=TUNNEL_DRIVERS)
 
 
 @dataclass(frozen=True)
@@ -315,7 +333,7 @@ def _join(path: str, key: object) -> str:
 
 # The sections of the configuration by their annotation, and the scalar kinds: what one is called and how it is told.
 _SECTIONS: Mapping[str, type] = {
-    kind.__name__: kind for kind in (ProxyConfig, ClusterConfig, ModelConfig, HeadersConfig)
+    kind.__name__: kind for kind in (ProxyConfig, SshConfig, ClusterConfig, ModelConfig, HeadersConfig)
 }
 _SCALARS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "str": ("a string (in quotes, if it looks like a number)", lambda value: isinstance(value, str)),
@@ -359,7 +377,7 @@ def _field_of(item: dataclasses.Field[Any], fields: Any) -> Any:
         "error_messages": messages,
     }
     if annotation in _SECTIONS:
-        return fields.Nested(_schema_of(_SECTIONS[annotation]), **options)
+        return fields.Nested(_schema_of(_SECTIONS[annotation]), allow_none=optional == "None", **options)
     if annotation == "tuple[ModelConfig, ...]":
         messages["invalid"] = "a list is needed, with one entry a model"
         return fields.List(fields.Nested(_schema_of(ModelConfig)), **options)
@@ -397,6 +415,7 @@ def _describe_errors(messages: Any, path: str, kind: type | None) -> Iterator[st
             yield from _describe_errors(below, path, kind)
             continue
         annotation = next((str(f.type) for f in dataclasses.fields(kind or Config) if f.name == key), "")
+        annotation = annotation.partition(" | ")[0]
         inner = ModelConfig if "ModelConfig" in annotation or isinstance(key, int) else _SECTIONS.get(annotation)
         yield from _describe_errors(below, _join(path, key), inner if isinstance(below, dict) else kind)
 
@@ -416,8 +435,10 @@ def _build(kind: type, loaded: Mapping[str, Any]) -> Any:
     for item in dataclasses.fields(kind):
         if item.name not in loaded:
             continue
-        value, annotation = loaded[item.name], str(item.type)
-        if annotation in _SECTIONS:
+        value, annotation = loaded[item.name], str(item.type).partition(" | ")[0]
+        if value is None:
+            pass
+        elif annotation in _SECTIONS:
             value = _build(_SECTIONS[annotation], value)
         elif annotation == "tuple[ModelConfig, ...]":
             value = tuple(_build(ModelConfig, entry) for entry in value)
@@ -433,6 +454,10 @@ def _contradictions(config: Config) -> Iterator[str]:
     """What is wrong with keys that are each valid: lines ``path: message``."""
     if not config.models:
         yield "models: at least one model is needed"
+    if config.cluster.type == "local":
+        for item in dataclasses.fields(ClusterConfig):
+            if item.name in ("ssh", "tunnel", "tunnel_driver") and getattr(config.cluster, item.name) != item.default:
+                yield f"cluster.{item.name}: belongs to a cluster that is not here; delete it, or set cluster.type"
     for index, model in enumerate(config.models):
         path = f"models[{index}]"
         if model.name in [earlier.name for earlier in config.models[:index]]:

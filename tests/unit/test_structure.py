@@ -134,6 +134,7 @@ def test_the_readme_names_every_verb_flag_and_key() -> None:
     assert sorted(options_of_the_command_line() - spoken) == []
     for kind in (
         agent_infra.ProxyConfig,
+        agent_infra.SshConfig,
         agent_infra.ClusterConfig,
         agent_infra.ModelConfig,
         agent_infra.HeadersConfig,
