@@ -167,7 +167,7 @@ class SshConfig:
     user: str | None = _key(None, pattern=r"[\w.@+][\w.@+-]*", allowed="a user's name there")
     port: int | None = _key(None, low=1, high=65535)
     identity_file: str | None = _key(None, pattern=r"\S(.*\S)?", allowed="the path of a private key")
-    config_file: str | None = _key(None, pattern=r"\S(.*\S)?", allowed="the path of an ssh_config; default ~/.ssh/config")
+    config_file: str | None = _key(None, pattern=r"\S(.*\S)?", allowed="the path of an ssh_config")
     known_hosts_file: str | None = _key(None, pattern=r"\S+", allowed="the path of a known_hosts file, without blanks")
 
 
