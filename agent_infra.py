@@ -43,7 +43,7 @@ import traceback
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypedDict, TypeGuard, TypeVar
@@ -199,6 +199,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     engine_args: tuple[str, ...] = ()
     env: Mapping[str, str] = _key({})
+    idle_shutdown_minutes: float | None = _key(None, above=0)  # without a turn; then the replica ends by itself
 
 
 @dataclass(frozen=True)
@@ -229,9 +230,14 @@ DEFAULT_CONFIG = Config(
 )
 
 
+def reached_host(host: str) -> str:
+    """The address by which this machine reaches what listens on ``host``."""
+    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (the wildcard, named)
+
+
 def proxy_url(host: str, port: int) -> str:
     """The URL by which this machine reaches a proxy that listens on ``host``."""
-    reached = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (the wildcard, named)
+    reached = reached_host(host)
     return f"http://{f'[{reached}]' if ':' in reached else reached}:{port}"
 
 
@@ -262,12 +268,24 @@ def parse_config(text: str, environment: Mapping[str, str]) -> Config:
     document = _read_yaml(text)
     if not isinstance(document, dict):
         raise ConfigError("a mapping of keys is needed, such as `models: [...]`; see configs/example.yaml")
+    problems: list[str] = []
+    return _validated(_expand_environment(document, environment, "", problems), problems)
+
+
+def config_from_json(text: str) -> Config:
+    """The configuration that ``json.dumps(dataclasses.asdict(config))`` wrote; ConfigError when it is none."""
+    try:
+        return _validated(json.loads(text), [])
+    except ValueError as error:
+        raise ConfigError(f"not a configuration: {error}") from error
+
+
+def _validated(document: Any, problems: list[str]) -> Config:
+    """The configuration that a document says, unless there are ``problems`` already; raises ConfigError."""
     import marshmallow
 
-    problems: list[str] = []
-    expanded = _expand_environment(document, environment, "", problems)
     try:
-        loaded = _schema_of(Config)().load(expanded)
+        loaded = _schema_of(Config)().load(document)
     except marshmallow.ValidationError as error:
         problems += _describe_errors(error.messages, "", Config)
         loaded = None
@@ -444,7 +462,7 @@ def _build(kind: type, loaded: Mapping[str, Any]) -> Any:
             value = tuple(_build(ModelConfig, entry) for entry in value)
         elif isinstance(value, list):
             value = tuple(value)
-        elif annotation == "float":
+        elif annotation.startswith("float") and value is not None:
             value = float(value)
         values[item.name] = value
     return kind(**values)
@@ -630,6 +648,11 @@ def _command_argv(model: ModelConfig, launch: Launch) -> list[str]:
 
 
 def _check_command(model: ModelConfig) -> None:
+    if model.idle_shutdown_minutes is not None:
+        raise RefusedError(
+            f"model {model.name}: idle_shutdown_minutes: nobody can tell whether a server of engine: command is idle; "
+            "delete it"
+        )
     if model.engine_args:
         raise RefusedError(f"model {model.name}: engine_args: engine: command takes none; write them into command")
 
@@ -2710,6 +2733,7 @@ LOAD_POLL_S = 0.1  # between looks at an engine that loads
 HEALTH_POLL_S = 5.0  # between looks at one that is ready
 PROBE_TIMEOUT_S = 2.0
 DRAIN_SETTLE_S = 0.5  # an engine counts as idle after this long, for turns still on their way when draining was told
+IDLE_SETTLE_S = 3.0  # likewise when it drains by its own decision: the relay reads of it at its next look at the load
 END_MARGIN_S = 3.0  # of stop_grace, kept for the engine's own end
 MAX_RESTARTS = 3
 FORGIVEN_AFTER_S = 600.0  # healthy, and earlier restarts no longer count
@@ -2843,6 +2867,7 @@ class ReplicaRecord:
     slots: int = 0
     gpus: tuple[GpuSample, ...] = ()
     gpu_ids: tuple[str, ...] = ()  # handed out to it (CUDA_VISIBLE_DEVICES)
+    is_idle: bool = False  # it ended by itself, after idle_shutdown_minutes without a turn
 
 
 STOP_GRACE_S = 25.0  # that an engine has for its turns after SIGTERM; below Slurm's KillWait of 30 s
@@ -2896,15 +2921,17 @@ def _known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return {item.name: values[item.name] for item in dataclasses.fields(kind) if item.name in values}
 
 
-def http_get(host: str, port: int, path: str, key: str | None = None) -> tuple[int, bytes]:
-    """Status and body of a GET, with a deadline and whatever http_proxy says; status 0 when nothing answers."""
+def http_get(
+    host: str, port: int, path: str, key: str | None = None, *, method: str = "GET", timeout_s: float = PROBE_TIMEOUT_S
+) -> tuple[int, bytes]:
+    """Status and body of a request without one, whatever http_proxy says; status 0 when nothing answers in time."""
     import http.client
 
-    connection = http.client.HTTPConnection(host, port, timeout=PROBE_TIMEOUT_S)
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
-        connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
+        connection.request(method, path, headers={"Authorization": f"Bearer {key}"} if key else {})
         response = connection.getresponse()
-        return response.status, response.read(4 << 20)
+        return response.status, response.read(64 << 20)
     except (OSError, http.client.HTTPException):
         return 0, b""
     finally:
@@ -3262,6 +3289,27 @@ class Telemetry:
         request.wfile.write(body)
 
 
+class IdleWatch:
+    """Whether an engine had no turn for ``minutes``, by its own counters; None: it may be idle for ever."""
+
+    def __init__(self, minutes: float | None, clock: Callable[[], float]) -> None:
+        self.limit_s = math.inf if minutes is None else minutes * 60
+        self._clock = clock
+        self._busy_at = clock()
+        self._totals: tuple[int | None, ...] = ()
+
+    def is_over(self, load: Callable[[], EngineLoad | None]) -> bool:
+        """Take in what the engine says now, if need be; what it does not say is taken for a turn."""
+        if self.limit_s == math.inf:
+            return False
+        now = load()
+        totals = (now.prompt_tokens, now.generation_tokens) if now else ()
+        if now is None or now.running != 0 or now.waiting != 0 or totals != self._totals:
+            self._busy_at = self._clock()
+        self._totals = totals
+        return self._clock() - self._busy_at >= self.limit_s
+
+
 class LoadSampler:
     """The figures of the engine and of its GPUs, at most half a second old while the engine answers."""
 
@@ -3326,7 +3374,8 @@ class Replica:
             telemetry.close()
             self._gpus.close()
         if failure is None:
-            self._update(state="stopped", message=None, failure=None, port=None, telemetry_port=None)
+            message = f"no turn for {self._spec.model.idle_shutdown_minutes:g} min" if self._record.is_idle else None
+            self._update(state="stopped", message=message, failure=None, port=None, telemetry_port=None)
             return 0
         self._note(f"failed ({failure.kind}): {failure.line}; {failure.hint}")
         self._update(state="failed", message=None, failure=failure, port=None, telemetry_port=None)
@@ -3430,35 +3479,39 @@ class Replica:
             self._update(progress="/".join(steps[-1]))
 
     def _stand_by(self, process: EngineProcess, client: EngineClient) -> ReplicaFailure | None:
-        """Watch a ready engine until it fails; None when told to stop."""
-        answered_at = time.monotonic()
+        """Watch a ready engine until it fails; None when told to stop, or when it was idle for too long."""
+        answered_at, idle = time.monotonic(), IdleWatch(self._spec.model.idle_shutdown_minutes, time.monotonic)
         while not self._signals.is_asked:
             exit_code = process.exit_code()
             if exit_code is not None:
                 return classify_failure(process.log_tail(), exit_code)
             self._update()
+            if idle.is_over(client.load):
+                self._note(f"no turn for {idle.limit_s / 60:g} min: it ends, as idle_shutdown_minutes says")
+                self._update(is_idle=True)
+                return None
             if client.answers():
                 answered_at = time.monotonic()
             elif time.monotonic() - answered_at > self._spec.hang_timeout:
                 line = f"alive, but no answer to GET {self._engine.health_path} for {self._spec.hang_timeout:g} s"
                 return ReplicaFailure("timed_out", line, "it hangs, and was killed; its log may tell where")
-            self._signals.wait(min(HEALTH_POLL_S, self._spec.hang_timeout / 4))
+            self._signals.wait(min(HEALTH_POLL_S, self._spec.hang_timeout / 4, idle.limit_s / 4))
         return None
 
     def _end(self, process: EngineProcess, client: EngineClient) -> None:
-        """Let the engine finish its turns, then end it; all within stop_grace, at once when told again."""
+        """Let the engine finish its turns, then end it; when told to, within stop_grace, at once when told again."""
         deadline = time.monotonic() + self._spec.stop_grace
         was_ready = self._record.state == "ready"
         self._update(state="draining", message=None)
-        drained_by = deadline - min(END_MARGIN_S, self._spec.stop_grace / 2)
-        idle_since: float | None = None
-        while was_ready and self._engine.metrics and time.monotonic() < drained_by and self._may_wait(process):
+        margin_s = min(END_MARGIN_S, self._spec.stop_grace / 2)
+        settle_s, idle_since = IDLE_SETTLE_S if self._record.is_idle else DRAIN_SETTLE_S, math.inf
+        while was_ready and self._engine.metrics and self._may_wait(process) and time.monotonic() < deadline - margin_s:
             load = client.load()
             if load is None or load.running or load.waiting:
-                idle_since = None
-            elif idle_since is None:
-                idle_since = time.monotonic()
-            elif time.monotonic() - idle_since > DRAIN_SETTLE_S:
+                idle_since = math.inf
+                if load and self._record.is_idle and not self._signals.is_asked:
+                    deadline = time.monotonic() + self._spec.stop_grace  # a turn that still came has all its time
+            elif time.monotonic() - (idle_since := min(idle_since, time.monotonic())) > settle_s:
                 break
             self._signals.wait(LOAD_POLL_S)
         process.terminate()
@@ -3593,6 +3646,16 @@ class DeploymentPaths:
         return self.root / "replica_key"
 
     @property
+    def config(self) -> Path:
+        """The configuration that what runs was started with: `stop` needs no other."""
+        return self.root / "config.json"
+
+    @property
+    def wanted(self) -> Path:
+        """JSON {model: number of replicas that shall run}, where `start` or `scale` said it."""
+        return self.root / "wanted.json"
+
+    @property
     def run(self) -> Path:
         """The run directory: specs/, replicas/, logs/. With Slurm it lies on the cluster's shared file system."""
         return self.root / "run"
@@ -3613,6 +3676,11 @@ def state_home(environment: Mapping[str, str]) -> Path:
     """Where all deployments keep their state (XDG base directory specification)."""
     base = environment.get("XDG_STATE_HOME") or os.path.join(environment.get("HOME", "~"), ".local", "state")
     return Path(base).expanduser().absolute() / "agent-infra"
+
+
+def deployment_names(environment: Mapping[str, str]) -> list[str]:
+    """The deployments of this user that have any state here."""
+    return sorted(path.parent.name for path in state_home(environment).glob("*/run"))
 
 
 def deployment_paths(name: str, environment: Mapping[str, str]) -> DeploymentPaths:
@@ -6880,6 +6948,7 @@ class Controller:
         self._tracker = Tracker(time.time)
         self.expected: frozenset[str] = frozenset()  # models about to be started; replaced as a whole
         self._drained: frozenset[str] = frozenset()
+        self._known: dict[str, tuple[str | None, str]] = {}  # replica → its job and process
         self._seen: tuple[Any, ...] = (None, None, None)  # what _sent_table was made of
         self._sent_table: Any = None
         self._told: dict[str, str] = {}  # replica → what the log said of it last
@@ -6945,7 +7014,10 @@ class Controller:
 
     def _exchange(self, timeout: float) -> None:
         """Send the table if it changed, take in what the relay says."""
-        seen = (self.discovery.records, self._drained, self.expected)
+        records = self.discovery.records
+        if records is not self._seen[0]:
+            self._forget_drained(records)
+        seen = (records, self._drained, self.expected)
         if self._sent_table is None or any(new is not old for new, old in zip(seen, self._seen, strict=True)):
             models = [model.name for model in self._config.models]
             table = replica_table(models, seen[0], self._replica_key, *seen[1:])
@@ -6963,6 +7035,12 @@ class Controller:
                 self._log(f"a frame {kind!r} of the relay cannot be taken, and is left out: {error!r}")
         if time.monotonic() - self._heard_at > RELAY_SILENCE_S:
             raise RelayGoneError(f"the relay (pid {self.relay.pid}) said nothing for {RELAY_SILENCE_S:g} s")
+
+    def _forget_drained(self, records: Sequence[ReplicaRecord]) -> None:
+        """A replica that is gone, or was started anew under its name, is drained no longer."""
+        known = {record.replica: (record.job_id, record.process) for record in records}
+        self._drained = frozenset(name for name in self._drained & known.keys() if known[name] == self._known.get(name))
+        self._known = known
 
     def _note_changes(self, records: Sequence[ReplicaRecord]) -> None:
         """Say in the log which replicas changed, and to what."""
@@ -7026,7 +7104,9 @@ class Controller:
 
 
 LIBRARY_HOLDER = "ConnectionManager"  # in the lock: not a process of ours, so not one to be ended
-LIVE_STATES = ("pending", "starting", "loading", "ready", "draining")
+SERVING_STATES = ("pending", "starting", "loading", "ready")  # what counts towards a model's wanted replicas
+LIVE_STATES = (*SERVING_STATES, "draining")
+SCALE_DRAIN_S = 300.0  # that a replica's turns have to end when `scale` takes it away
 LOAD_DEADLINE_S = 3600.0  # for a replica to be ready; `serve` has the same patience with its engine
 
 
@@ -7084,6 +7164,68 @@ def lock_holder(path: Path) -> dict[str, Any] | None:
     return None
 
 
+def kept_config(paths: DeploymentPaths) -> Config | None:
+    """The configuration that the deployment was started with; None when nothing, or nothing readable, was kept."""
+    with contextlib.suppress(OSError, ConfigError):
+        return config_from_json(paths.config.read_text(encoding="utf-8"))
+    return None
+
+
+@dataclass(frozen=True)
+class ProxyClient:
+    """The deployment's running proxy, asked over its own HTTP interface with the clients' key."""
+
+    host: str
+    port: int
+    key: str
+
+    def get(self, path: str) -> dict[str, Any]:
+        """The JSON document at ``path``; empty when there is none within a few seconds."""
+        status, body = http_get(self.host, self.port, path, self.key, timeout_s=5.0)
+        with contextlib.suppress(ValueError):
+            document = json.loads(body) if status == 200 else {}
+            return document if isinstance(document, dict) else {}
+        return {}
+
+    def backends(self) -> dict[str, dict[str, Any]]:
+        """Replica → its row of /stats."""
+        return {row["id"]: row for row in self.get("/stats").get("backends", ())}
+
+    def drain(self, replica: str, operation: str = "drain") -> int | None:
+        """Let a replica have no new turns (or again: ``undrain``); how many it has now, None when nobody answered."""
+        path = f"/admin/backends/{replica}/{operation}"
+        status, body = http_get(self.host, self.port, path, self.key, method="POST", timeout_s=5.0)
+        if status != 200:
+            return 0 if status == 404 else None  # 404: the proxy routes nothing there
+        return int(json.loads(body)["in_flight"])
+
+
+def cheapest_to_end(
+    records: Iterable[ReplicaRecord], rows: Mapping[str, Mapping[str, Any]], count: int
+) -> list[ReplicaRecord]:
+    """Which ``count`` replicas to take away: such as serve nobody yet, then those with the fewest turns and sessions.
+
+    ``rows`` are the proxy's, by replica; one that drains already goes first, and of equals the latest started.
+    """
+
+    def cost(record: ReplicaRecord) -> tuple[int, bool, int, int, float]:
+        row = rows.get(record.replica, {})
+        is_kept = row.get("state") != "draining"
+        load = (row.get("inflight") or 0, row.get("sessions") or 0)
+        return (SERVING_STATES.index(record.state), is_kept, *load, -record.started_at)
+
+    return sorted(records, key=cost)[:count]
+
+
+def summarize(model: str, wanted: int, records: Iterable[ReplicaRecord]) -> dict[str, Any]:
+    """A model's row in `status`: ``{name, wanted, running, ready, idle}``; idle: ended by themselves, as configured."""
+    states = collections.Counter(
+        "idle" if record.is_idle and record.state == "stopped" else record.state for record in records
+    )
+    running = sum(states[state] for state in LIVE_STATES)
+    return {"name": model, "wanted": wanted, "running": running, "ready": states["ready"], "idle": states["idle"]}
+
+
 class Deployment:
     """A deployment from the operator's side: start its replicas, connect a proxy to them, show it, stop it."""
 
@@ -7106,8 +7248,9 @@ class Deployment:
     def start(self, models: Sequence[ModelConfig]) -> list[ReplicaRecord]:
         """Start what is missing of every model's replicas; everything is checked before the first engine starts."""
         prepared = [self.cluster.prepare(model) for model in models]
-        running = [record for record in self.cluster.replicas() if record.state in LIVE_STATES]
+        running = [record for record in self.cluster.replicas() if record.state in SERVING_STATES]
         started = []
+        self.want({model.name: model.replicas for model in models})
         for model in prepared:
             present = [record for record in running if record.model == model.name]
             if present:
@@ -7115,11 +7258,43 @@ class Deployment:
             started += [self.cluster.start(model) for _ in range(model.replicas - len(present))]
         return started
 
-    def wait_ready(self, show: Callable[[Sequence[ReplicaRecord]], None], should_stop: Callable[[], bool]) -> None:
-        """Show the replicas until each is ready or has failed; AgentInfraError when none of a model's is ready."""
+    def wanted(self) -> dict[str, int]:
+        """Model → how many replicas shall run: what `start` or `scale` said last, else what the configuration says."""
+        told: Any = None
+        with contextlib.suppress(OSError, ValueError):
+            told = json.loads(self.paths.wanted.read_text(encoding="utf-8"))
+        counts = told if isinstance(told, dict) else {}
+        return {model.name: counts.get(model.name, model.replicas) for model in self.config.models}
+
+    def want(self, counts: Mapping[str, int]) -> None:
+        """Note how many replicas of these models shall run, and the configuration that says what they are."""
+        write_atomically(self.paths.wanted, json.dumps({**self.wanted(), **counts}))
+        self.keep_config()
+
+    def keep_config(self) -> None:
+        """Note the configuration for `stop`, which must work whatever becomes of its file."""
+        write_atomically(self.paths.config, json.dumps(dataclasses.asdict(self.config)))
+
+    def proxy(self) -> ProxyClient | None:
+        """The deployment's proxy, if one runs."""
+        relay = read_relay_record(self.paths)
+        if relay is None:
+            return None
+        return ProxyClient(reached_host(relay["host"]), relay["port"], client_key(self.config, self.paths))
+
+    def wait_ready(
+        self,
+        show: Callable[[Sequence[ReplicaRecord]], None],
+        should_stop: Callable[[], bool],
+        only: Collection[str] | None = None,
+    ) -> None:
+        """Show the replicas until each is ready or has failed; AgentInfraError when none of a model's is ready.
+
+        ``only`` these replicas, and then none of them may fail.
+        """
         deadline = time.monotonic() + LOAD_DEADLINE_S
         while not should_stop():
-            records = self.cluster.replicas()
+            records = [record for record in self.cluster.replicas() if only is None or record.replica in only]
             show(records)
             if all(record.state not in ("pending", "starting", "loading") for record in records):
                 break
@@ -7128,7 +7303,7 @@ class Deployment:
             time.sleep(0.1)
         else:
             return
-        ready = {record.model for record in records if record.state == "ready"}
+        ready = {record.model for record in records if record.state == "ready"} if only is None else set()
         failed = [record for record in records if record.failure is not None and record.model not in ready]
         if failed:
             raise AgentInfraError("; ".join(explain_failure(record, self.paths) for record in failed))
@@ -7143,6 +7318,8 @@ class Deployment:
         Turns for ``expected`` models, which the caller is about to start, wait for them.
         """
         keys = (client_key(self.config, self.paths), self.cluster.replica_key())
+        with contextlib.suppress(OSError):  # on a full disk it serves all the same
+            self.keep_config()
         controller = Controller(self.config, self.paths, self.cluster.replicas, keys=keys, log_format=log_format)
         controller.expected = frozenset(model.name for model in expected)
         self.controller = controller
@@ -7157,24 +7334,33 @@ class Deployment:
         self._lock.release()
 
     def status(self) -> dict[str, Any]:
-        """``{deployment, replicas: [ReplicaRecord], proxy: {pid, url, controller} | None, degraded: [reason]}``."""
-        records = [r for r in self.cluster.replicas() if r.state != "stopped"]
+        """``{deployment, models, replicas: [ReplicaRecord], proxy: {pid, host, port, controller} | None, degraded}``.
+
+        ``models`` are ``{name, wanted, running, ready, idle}`` (idle: ended by themselves, as configured); ``degraded``
+        are the reasons why this is not what was wanted.
+        """
+        records = [r for r in self.cluster.replicas() if r.state != "stopped" or r.is_idle]
+        wanted = self.wanted()
         relay, holder = read_relay_record(self.paths), lock_holder(self.paths.lock)
+        models = [summarize(name, count, [r for r in records if r.model == name]) for name, count in wanted.items()]
+        short = {row["name"] for row in models if row["ready"] + row["idle"] < row["wanted"]}
         degraded = [
             f"{r.replica} is {describe_replica(r)}" + (f"; {r.failure.hint}" if r.failure else "")
             for r in records
-            if r.state != "ready"
+            if r.state == "failed" or (r.state != "ready" and not r.is_idle and r.model in short)
         ]
-        for model in self.config.models:
-            present = sum(r.model == model.name for r in records)
-            if present < model.replicas:
-                degraded.append(f"{present} of {model.replicas} replicas of {model.name} run")
+        degraded += [
+            f"{row['running']} of {row['wanted']} replicas of {row['name']} run"
+            for row in models
+            if sum(r.model == row["name"] for r in records) < row["wanted"]
+        ]
         if relay is None:
             degraded.append("no proxy runs; `connect` starts one")
         elif holder is None:
             degraded.append("the proxy runs without its controller; `connect` takes it over")
         return {
             "deployment": self.config.cluster.name,
+            "models": models,
             "replicas": [dataclasses.asdict(record) for record in records],
             "proxy": relay and {**relay, "controller": holder},
             "degraded": degraded,
@@ -7205,6 +7391,8 @@ class Deployment:
             left = self.cluster.wait_stopped(left, time.monotonic() + 10.0)
         if left:
             raise AgentInfraError(f"{', '.join(left)} did not end; see `agent_infra.py logs`")
+        for leftover in (self.paths.wanted, self.paths.config):
+            leftover.unlink(missing_ok=True)
         return ended + [record.replica for record in records]
 
     def _end_controller(self, now: bool) -> list[str]:
@@ -7229,6 +7417,56 @@ class Deployment:
                     os.kill(holder["pid"], signal.SIGTERM)
         end_process(holder["pid"], stamp, 0.0)
         return [f"`{holder['verb']}` (pid {holder['pid']})"]
+
+
+class Scaling:
+    """Changes how many replicas of a model run: starts what is missing, drains what is too many, and ends it."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._cluster = deployment.cluster
+
+    def scale(self, name: str, replicas: int) -> tuple[list[ReplicaRecord], list[ReplicaRecord]]:
+        """Make ``replicas`` the wanted number of a model: start what is missing, choose what is to go (see retire()).
+
+        Returns the replicas that were started and those that are too many.
+        """
+        [model] = self._deployment.select_models(name)
+        running = [r for r in self._cluster.replicas() if r.model == name and r.state in SERVING_STATES]
+        proxy = self._deployment.proxy()
+        rows = proxy.backends() if proxy else {}
+        surplus = cheapest_to_end(running, rows, max(0, len(running) - replicas))
+        for record in running:
+            if proxy and record not in surplus and rows.get(record.replica, {}).get("state") == "draining":
+                proxy.drain(record.replica, "undrain")  # an earlier `scale` was to take it away
+        if len(running) < replicas:
+            return self._deployment.start([dataclasses.replace(model, replicas=replicas)]), []
+        self._deployment.want({name: replicas})
+        return [], surplus
+
+    def retire(self, records: Iterable[ReplicaRecord], grace_s: float, should_stop: Callable[[], bool]) -> list[str]:
+        """Drain replicas: no new turns; each ends when its last turn has ended, or when ``grace_s`` are over.
+
+        Returns the replicas that ended; those left when ``should_stop`` says so stay drained.
+        """
+        waiting, ended = [record.replica for record in records], list[str]()
+        deadline = time.monotonic() + grace_s
+        turns: Mapping[str, int | None] = {}
+        while waiting and not should_stop():
+            proxy, is_late, before = self._deployment.proxy(), time.monotonic() >= deadline, turns
+            turns = {replica: proxy.drain(replica) if proxy else 0 for replica in waiting}
+            for replica, count in turns.items():
+                if count and (is_late or count != before.get(replica)):
+                    self._deployment.report(f"{replica}: {count} turns {'are cut' if is_late else 'still in flight'}")
+            idle = [replica for replica in waiting if is_late or turns[replica] == 0]
+            self._cluster.stop(idle, now=grace_s == 0)
+            ended += idle
+            waiting = [replica for replica in waiting if replica not in idle]
+            time.sleep(0.25 if waiting else 0.0)
+        left = self._cluster.wait_stopped(ended, time.monotonic() + DRAIN_S + 10.0)
+        if left:
+            raise AgentInfraError(f"{', '.join(left)} did not end; see `agent_infra.py logs`")
+        return ended
 
 
 def explain_failure(record: ReplicaRecord, paths: DeploymentPaths) -> str:
@@ -7766,7 +8004,54 @@ def _attend(controller: Controller, signals: OperatorSignals) -> None:
         time.sleep(0.2)
 
 
+def run_detached(work: Callable[[Callable[[Path], None]], int]) -> int:
+    """Run ``work`` in a child process that keeps this terminal until it calls what it is given, with the path of a log.
+
+    Until then prompts, messages and errors appear here; from then on it lives on without the terminal, and the log
+    takes what it says.  Returns 0 at that moment, the child's exit code when it ends before.  Call it before any
+    thread is started.
+    """
+    ready, child_end = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(ready)
+        return work(functools.partial(_leave_terminal, child_end))
+    os.close(child_end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the child too; it decides
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    with open(ready, "rb") as pipe:
+        if pipe.read(1):
+            return 0
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0:
+        raise AgentInfraError(f"it was {describe_exit(code)} before it served; the proxy's log may say more")
+    return code
+
+
+def _leave_terminal(report: int, log: Path) -> None:
+    """Detach this process for good and say so through the pipe ``report``."""
+    os.setsid()
+    sys.stdout.flush()
+    null, output = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for source, target in ((null, 0), (output, 1), (output, 2)):
+        os.dup2(source, target)
+    os.close(null)
+    os.close(output)
+    with contextlib.suppress(BrokenPipeError):  # whoever waited is gone; the proxy serves
+        os.write(report, b"1")
+    os.close(report)
+
+
 def _run_connect(arguments: argparse.Namespace) -> int:
+    if arguments.background:
+        return run_detached(functools.partial(_connect, arguments))
+    return _connect(arguments)
+
+
+def _connect(arguments: argparse.Namespace, detach: Callable[[Path], None] | None = None) -> int:
+    """Run controller and proxy until a signal comes; ``detach`` leaves the terminal once they serve."""
     deployment = _deployment(arguments)
     signals = OperatorSignals()
     deployment.claim("connect")
@@ -7777,6 +8062,10 @@ def _run_connect(arguments: argparse.Namespace) -> int:
         _greet(controller, deployment)
         for reason in deployment.status()["degraded"]:
             _say(f"degraded: {reason}; `start` starts what is missing")
+        if detach is not None:
+            log = deployment.paths.log("proxy")
+            _say(f"runs in the background: `stop` ends it and the replicas, `kill {os.getpid()}` it alone; log: {log}")
+            detach(log)
         _attend(controller, signals)
         _say("finishing the turns in flight (again to end at once); the replicas stay, `stop` ends them")
     finally:
@@ -7864,6 +8153,29 @@ def parse_backend(text: str, number: int) -> ReplicaRecord:
     )
 
 
+def _run_scale(arguments: argparse.Namespace) -> int:
+    deployment = _deployment(arguments)
+    signals = OperatorSignals()
+    if deployment.proxy() is None:
+        _say("no proxy runs: a replica that is taken away ends the turns that it may have; `connect` picks up new ones")
+    elif lock_holder(deployment.paths.lock) is None:
+        _say("the proxy runs without its controller: it gets no new replicas until `connect` takes it over")
+    scaling = Scaling(deployment)
+    started, surplus = scaling.scale(arguments.name, arguments.count)
+    ended = scaling.retire(surplus, 0.0 if arguments.now else SCALE_DRAIN_S, signals.came)
+    if started and not arguments.detach:
+        with ReplicaBoard() as board:
+            deployment.wait_ready(board.show, signals.came, [record.replica for record in started])
+    for verb, names in (("started", [record.replica for record in started]), ("ended", ended)):
+        if names:
+            _say(f"{verb} {', '.join(names)}")
+    if signals.came():
+        _say(f"interrupted: what drains goes on draining, what loads goes on loading; `{shlex.join(sys.argv)}` resumes")
+        return 130
+    _say(f"{arguments.name}: {arguments.count} replicas wanted")
+    return 0
+
+
 def _run_status(arguments: argparse.Namespace) -> int:
     deployment = _deployment(arguments)
     while True:
@@ -7934,8 +8246,27 @@ def follow_logs(paths: Sequence[Path], lines: int, follow: bool, say: Callable[[
         time.sleep(0.2)
 
 
+def _deployment_to_stop(arguments: argparse.Namespace) -> Deployment:
+    """The deployment that `stop` means, as it was started: its configuration may have been changed or broken since."""
+    if arguments.name is None:
+        try:
+            config = load_config(arguments.config)
+        except ConfigError as error:
+            known = ", ".join(deployment_names(os.environ)) or "none"
+            raise ConfigError(
+                f"{error}\n`stop --name DEPLOYMENT` needs no configuration; deployments: {known}"
+            ) from None
+    elif arguments.name in deployment_names(os.environ):
+        config = dataclasses.replace(DEFAULT_CONFIG, cluster=ClusterConfig(name=arguments.name))
+    else:
+        known = ", ".join(deployment_names(os.environ)) or "none"
+        raise RefusedError(f"no deployment is called {arguments.name}; there are: {known}")
+    kept = kept_config(deployment_paths(config.cluster.name, os.environ))
+    return Deployment(kept or config, _say, os.environ)
+
+
 def _run_stop(arguments: argparse.Namespace) -> int:
-    deployment = _deployment(arguments)
+    deployment = _deployment_to_stop(arguments)
     ended = deployment.stop(arguments.now)
     _say(f"stopped {', '.join(ended)}" if ended else f"nothing of the deployment {deployment.config.cluster.name} ran")
     return 0
@@ -7982,7 +8313,13 @@ def build_parser() -> argparse.ArgumentParser:
     added = verb("start", _run_start, "start the replicas that are missing", "config", "model")
     added.add_argument("--detach", action="store_true", help="do not wait until they are ready")
     added.add_argument("--dry-run", action="store_true", help="print what would be started, start nothing")
-    verb("connect", _run_connect, "run the proxy in front of the replicas", "config", "port", "log")
+    added = verb("connect", _run_connect, "run the proxy in front of the replicas", "config", "port", "log")
+    added.add_argument("--background", action="store_true", help="go on without this terminal once the proxy serves")
+    added = verb("scale", _run_scale, "change how many replicas of a model run", "config")
+    added.add_argument("name", metavar="MODEL", help="the model's name")
+    added.add_argument("count", metavar="N", type=_count, help="how many replicas shall run")
+    added.add_argument("--detach", action="store_true", help="do not wait until new ones are ready")
+    added.add_argument("--now", action="store_true", help="do not let the turns of those that go finish")
     added = verb("status", _run_status, "show replicas and proxy; exit code 3 when something is missing", "config")
     added.add_argument("--json", action="store_true", help="print JSON")
     added.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
@@ -7991,6 +8328,7 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("-f", "--follow", action="store_true", help="go on as lines are added")
     added.add_argument("-n", "--lines", type=_count, default=100, help="how many of the last lines (default 100)")
     added = verb("stop", _run_stop, "end the proxy and the replicas of the deployment", "config")
+    added.add_argument("--name", metavar="DEPLOYMENT", help="this one, whatever the configuration says")
     added.add_argument("--now", action="store_true", help="do not let the turns in flight finish")
     added = verb("proxy", _run_proxy, "run the proxy alone, in front of servers that run already", "log")
     _add_proxy_options(added)

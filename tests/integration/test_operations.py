@@ -1,0 +1,192 @@
+"""The operator's verbs around a run: connect in the background, scale, idle replicas, stop without a configuration."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from program import Program, parent_of, program, wait_for
+from weights import packaged_gguf
+
+
+@pytest.fixture(autouse=True, scope="module")
+def weights() -> None:
+    packaged_gguf()
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[Program]:
+    with program(tmp_path) as made:
+        yield made
+
+
+def connect(app: Program, replicas: int = 1) -> None:
+    """Start the replicas and the proxy, both in the background."""
+    started = app.run("start", "--replicas", str(replicas))
+    assert started.returncode == 0, started.stderr
+    connected = app.run("connect", "--background")
+    assert connected.returncode == 0, connected.stderr
+    wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == replicas, "the replicas in the proxy")
+
+
+def idle_model(app: Program, minutes: float) -> dict[str, Any]:
+    ports = {"base_port": 20000 + app.port % 10000, "idle_shutdown_minutes": minutes}
+    return {"name": "smollm2", "model_path": "smollm2-135m-instruct", "engine": "llama_cpp", **ports}
+
+
+class LongTurn:
+    """A turn of some seconds on whichever replica gets it."""
+
+    def __init__(self, app: Program, tokens: int) -> None:
+        self.backend = ""
+        self.finish_reason = ""
+        self._thread = threading.Thread(target=self._take, args=(app, tokens))
+        self._thread.start()
+
+    def _take(self, app: Program, tokens: int) -> None:
+        answer, headers = app.chat("Tell a long story", max_tokens=tokens, ignore_eos=True)
+        self.backend = headers["x-agent-infra-backend"]
+        self.finish_reason = answer["choices"][0]["finish_reason"]
+
+    def wait(self) -> None:
+        self._thread.join(timeout=60)
+        assert not self._thread.is_alive()
+
+
+def busy(app: Program) -> list[str]:
+    """The replicas that have a turn now."""
+    return [row["id"] for row in app.get("/stats")["backends"] if row["inflight"]]
+
+
+def test_connect_in_the_background_serves_without_its_terminal_and_stop_finds_it(app: Program) -> None:
+    assert app.run("start").returncode == 0
+    connected = app.run("connect", "--background")
+    assert connected.returncode == 0, connected.stderr
+    assert f"export OPENAI_BASE_URL=http://127.0.0.1:{app.port}/v1" in connected.stdout
+    assert "runs in the background" in connected.stdout
+    assert app.chat()[0]["choices"]
+    controller = app.find("connect")
+    assert os.getsid(controller) == controller  # no terminal can hang it up
+    assert app.run("status").returncode == 0
+    stopped = app.run("stop")
+    assert f"`connect` (pid {controller})" in stopped.stdout
+    wait_for(lambda: not app.processes(), "no process left")
+
+
+def test_a_background_controller_that_cannot_serve_says_why_in_the_terminal(app: Program) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", app.port))
+        other.listen()
+        done = app.run("connect", "--background")
+    assert done.returncode == 2
+    assert f"error: the proxy cannot listen on 127.0.0.1:{app.port}" in done.stderr
+    assert app.processes() == []
+
+
+def test_a_background_controller_that_dies_at_its_start_is_an_error(app: Program) -> None:
+    connecting = app.spawn("connect", "--background")
+    child = wait_for(
+        lambda: [pid for pid, _ in app.processes() if parent_of(pid) == connecting.process.pid], "the child", 10
+    )[0]
+    os.kill(child, signal.SIGKILL)
+    assert connecting.process.wait(timeout=20) == 1
+    connecting.wait_line("error: it was ended by signal 9 before it served")
+
+
+def test_connect_after_a_killed_background_controller_touches_no_replica(app: Program) -> None:
+    connect(app)
+    serve, relay = app.find("serve"), app.find("relay")
+    os.kill(app.find("connect"), signal.SIGKILL)
+    assert app.chat()[0]["choices"]
+    assert app.run("connect", "--background").returncode == 0
+    assert (app.find("serve"), app.find("relay")) == (serve, relay)
+    assert app.run("status").returncode == 0
+    assert app.run("stop").returncode == 0
+
+
+def test_scale_up_starts_replicas_and_down_ends_the_least_loaded_after_its_turns(app: Program) -> None:
+    connect(app)
+    up = app.run("scale", "smollm2", "2")
+    assert up.returncode == 0, up.stderr
+    assert "smollm2-2  READY" in up.stdout
+    wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 2, "both in the proxy")
+    turn = LongTurn(app, 200)
+    (loaded,) = wait_for(lambda: busy(app), "the turn in /stats")
+    down = app.run("scale", "smollm2", "1")
+    idle = {"smollm2-1": "smollm2-2", "smollm2-2": "smollm2-1"}[loaded]
+    assert f"ended {idle}" in down.stdout
+    turn.wait()
+    assert (turn.backend, turn.finish_reason) == (loaded, "length")
+    status = app.run("status")
+    assert status.returncode == 0, status.stdout  # what was wanted: one of the configuration's one
+    assert [row["replica"] for row in app.status()["replicas"]] == [loaded]
+    assert app.run("stop").returncode == 0
+
+
+def test_a_replica_that_is_scaled_away_finishes_its_turn_and_its_name_serves_again(app: Program) -> None:
+    connect(app, 2)
+    turns = [LongTurn(app, 150), LongTurn(app, 150)]
+    wait_for(lambda: len(busy(app)) == 2, "a turn on each")
+    down = app.run("scale", "smollm2", "1")
+    assert down.returncode == 0, down.stderr
+    assert "1 turns still in flight" in down.stdout
+    for turn in turns:
+        turn.wait()
+    assert {turn.finish_reason for turn in turns} == {"length"}
+    assert app.status()["models"] == [{"name": "smollm2", "wanted": 1, "running": 1, "ready": 1, "idle": 0}]
+    assert app.run("scale", "smollm2", "2").returncode == 0
+    wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 2, "the name is not drained for ever")
+    assert app.run("scale", "smollm2", "0").returncode == 0
+    assert app.status()["replicas"] == []
+    assert app.run("status").returncode == 0
+    again = app.run("start")  # back to the configuration's number
+    assert again.returncode == 0
+    assert app.status()["models"][0]["wanted"] == 1
+    assert app.run("stop").returncode == 0
+
+
+def test_scale_without_a_proxy_says_what_that_means(app: Program) -> None:
+    assert app.run("start").returncode == 0
+    up = app.run("scale", "smollm2", "2")
+    assert up.returncode == 0
+    assert "no proxy runs" in up.stdout
+    assert len(app.status()["replicas"]) == 2
+    unknown = app.run("scale", "other", "1")
+    assert unknown.returncode == 2
+    assert "no model is called other; the configuration has smollm2" in unknown.stderr
+    assert app.run("stop").returncode == 0
+
+
+def test_an_idle_replica_ends_by_itself_and_start_brings_it_back(app: Program) -> None:
+    app.configure(models=[idle_model(app, 0.05)])
+    connect(app)
+    assert app.chat()[0]["choices"]
+    ended = wait_for(lambda: [r for r in app.status()["replicas"] if r["is_idle"] and r["state"] == "stopped"], "idle")
+    assert ended[0]["message"] == "no turn for 0.05 min"
+    status = app.run("status")
+    assert status.returncode == 0, status.stdout
+    assert app.get("/health")["models"]["smollm2"]["ready"] == 0
+    assert app.run("start", "--detach").returncode == 0
+    wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 1, "it is back")
+    assert app.run("stop").returncode == 0
+
+
+def test_stop_needs_no_configuration_that_can_be_read(app: Program) -> None:
+    connect(app)
+    app.config.write_text("models: [")
+    refused = app.run("stop")
+    assert refused.returncode == 2
+    assert "`stop --name DEPLOYMENT` needs no configuration; deployments: default" in refused.stderr
+    stopped = app.run("stop", "--name", "default")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "smollm2-1" in stopped.stdout
+    wait_for(lambda: not app.processes(), "no process left")
+    unknown = app.run("stop", "--name", "../other")
+    assert unknown.returncode == 2
+    assert "no deployment is called ../other; there are: default" in unknown.stderr

@@ -1,0 +1,139 @@
+"""What the operator's verbs decide: which replicas go, what is missing, when an engine is idle, what `stop` goes by."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent_infra import (
+    Config,
+    ConfigError,
+    EngineLoad,
+    IdleWatch,
+    ModelConfig,
+    RefusedError,
+    ReplicaRecord,
+    cheapest_to_end,
+    check_engine_args,
+    config_from_json,
+    kept_config,
+    load_config,
+    summarize,
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def replica(name: str, state: str = "ready", **fields: Any) -> ReplicaRecord:
+    return ReplicaRecord(name, name.rpartition("-")[0], state, "vllm", "node", 1, "stamp", **fields)
+
+
+def names(records: list[ReplicaRecord]) -> list[str]:
+    return [record.replica for record in records]
+
+
+def test_what_serves_nobody_yet_is_taken_away_first() -> None:
+    records = [replica("m-1"), replica("m-2", "loading"), replica("m-3", "pending"), replica("m-4", "starting")]
+    assert names(cheapest_to_end(records, {}, 3)) == ["m-3", "m-4", "m-2"]
+
+
+def test_of_the_ready_ones_the_least_loaded_goes_first_and_of_equals_the_latest() -> None:
+    records = [replica(f"m-{number}", started_at=float(number)) for number in (1, 2, 3, 4)]
+    rows = {
+        "m-1": {"inflight": 2, "sessions": 0},
+        "m-2": {"inflight": 0, "sessions": 5},
+        "m-3": {"inflight": 0, "sessions": 1},
+        "m-4": {"inflight": 0, "sessions": 1},
+    }
+    assert names(cheapest_to_end(records, rows, 4)) == ["m-4", "m-3", "m-2", "m-1"]
+    assert cheapest_to_end(records, rows, 0) == []
+
+
+def test_one_that_drains_already_goes_before_an_idle_one() -> None:
+    rows = {"m-1": {"inflight": 3, "state": "draining"}, "m-2": {"inflight": 0, "state": "ready"}}
+    assert names(cheapest_to_end([replica("m-1"), replica("m-2")], rows, 1)) == ["m-1"]
+
+
+def test_a_model_is_summed_up_with_those_that_ended_by_themselves() -> None:
+    records = [replica("m-1"), replica("m-2", "stopped", is_idle=True), replica("m-3", "failed"), replica("m-4")]
+    assert summarize("m", 4, records) == {"name": "m", "wanted": 4, "running": 2, "ready": 2, "idle": 1}
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+IDLE = EngineLoad(running=0, waiting=0, prompt_tokens=10, generation_tokens=5)
+
+
+def looks(minutes: float | None, *readings: tuple[float, EngineLoad | None]) -> list[bool]:
+    """What an IdleWatch says at each (time in s, what the engine says)."""
+    clock = Clock()
+    watch = IdleWatch(minutes, clock)
+    said = []
+    for at, load in readings:
+        clock.now = at
+        said.append(watch.is_over(lambda load=load: load))  # type: ignore[misc]
+    return said
+
+
+def test_an_engine_without_turns_is_idle_once_the_minutes_are_over() -> None:
+    assert looks(1, (0, IDLE), (59, IDLE), (60, IDLE)) == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "sign",
+    [
+        dataclasses.replace(IDLE, running=1),
+        dataclasses.replace(IDLE, waiting=1),
+        dataclasses.replace(IDLE, generation_tokens=6),  # a whole turn between two looks
+        dataclasses.replace(IDLE, running=None),
+        None,
+    ],
+)
+def test_any_sign_of_a_turn_and_any_silence_starts_the_minutes_anew(sign: EngineLoad | None) -> None:
+    assert looks(1, (0, IDLE), (50, sign), (90, sign or IDLE), (100, sign or IDLE))[1:] == [False, False, False]
+
+
+def test_without_a_limit_the_engine_is_not_even_asked() -> None:
+    def never() -> EngineLoad:
+        raise AssertionError
+
+    assert IdleWatch(None, Clock()).is_over(never) is False
+
+
+def test_idle_shutdown_is_refused_where_nobody_can_tell() -> None:
+    model = ModelConfig("m", "p", engine="command", command=("x", "{port}"), idle_shutdown_minutes=5)
+    with pytest.raises(RefusedError, match="idle_shutdown_minutes: nobody can tell"):
+        check_engine_args(model)
+
+
+def test_a_kept_configuration_is_the_very_one(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs" / "example.yaml")
+    model = dataclasses.replace(config.models[0], env={"A": "${NOT_EXPANDED_TWICE}"}, idle_shutdown_minutes=3.0)
+    config = dataclasses.replace(config, models=(model,))
+    assert config_from_json(json.dumps(dataclasses.asdict(config))) == config
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"models": []}', '{"models": [{"name": "m"}]}'])
+def test_what_is_no_configuration_is_refused_and_not_taken_up(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError):
+        config_from_json(text)
+
+
+def test_a_configuration_that_was_kept_by_another_version_is_left_alone(tmp_path: Path) -> None:
+    from agent_infra import DeploymentPaths
+
+    paths = DeploymentPaths(tmp_path)
+    assert kept_config(paths) is None
+    text = json.dumps({**dataclasses.asdict(Config((ModelConfig("m", "p"),))), "unknown": 1})
+    paths.config.write_text(text)
+    assert kept_config(paths) is None
