@@ -84,7 +84,8 @@ class ConfigError(RefusedError):
 
 STRATEGY_NAMES = ("least_load", "round_robin", "least_connections", "least_latency")
 ENGINE_NAMES = ("vllm", "llama_cpp", "command")
-CLUSTER_TYPES = ("local",)
+CLUSTER_TYPES = ("local", "slurm")
+CONTAINER_RUNTIMES = ("apptainer", "pyxis")
 TUNNEL_MODES = ("auto", "login", "node", "none")
 TUNNEL_DRIVERS = ("auto", "sshtunnel", "openssh")
 PACKAGED_MODEL = "smollm2-135m-instruct"
@@ -171,6 +172,56 @@ class SshConfig:
     known_hosts_file: str | None = _key(None, pattern=r"\S+", allowed="the path of a known_hosts file, without blanks")
 
 
+# What this program sets itself, or what would take its jobs out of its hands.
+RESERVED_DIRECTIVES = (
+    *("array", "chdir", "comment", "error", "export", "hold", "input", "job-name", "nodes", "ntasks"),
+    *("ntasks-per-node", "open-mode", "output", "parsable", "partition", "qos", "time", "test-only", "wait", "wrap"),
+)
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """A partition that replicas may run in; of several with room, the one of the highest priority is taken."""
+
+    name: str = _key(pattern=r"[\w.@+-]{1,64}", allowed="the name of a partition, as `sinfo` shows it")
+    qos: str | None = _key(None, pattern=r"[\w.@+-]{1,64}", allowed="the name of a QoS")
+    gpus_per_node: int = _key(4, low=1, high=1024)
+    priority: int = 1
+    gres: str = _key("gpu", pattern=r"[\w.-]+(:[\w.-]+)?", allowed="a GRES as name or name:type, such as gpu:h100")
+    time_limit: str | None = _key(
+        None,
+        pattern=r"\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}",
+        allowed='a time as sbatch takes it, in quotes (YAML reads 8:00:00 as a number): "8:00:00", "2-00:00:00"',
+    )
+    exclusive: bool = False  # whole nodes: one job holds as many replicas as fit
+    sbatch: Mapping[str, str | int | bool | None] = _key({})  # true: without a value; None takes one away
+
+
+@dataclass(frozen=True)
+class ContainerConfig:
+    """The container that engines run in."""
+
+    runtime: str = _key(choices=CONTAINER_RUNTIMES)
+    image: str = _key(pattern=r"\S+", allowed="a path or URL of an image, without blanks")
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """How replicas become Slurm jobs."""
+
+    partitions: tuple[PartitionConfig, ...] = ()
+    default_qos: str | None = _key(None, pattern=r"[\w.@+-]{1,64}", allowed="the name of a QoS")
+    work_dir: str = _key(
+        "~/.agent-infra",
+        pattern=r"(~|~?/[^\s%'\"\\$`]*)",
+        allowed="an absolute path or one below ~/, without blanks, quotes and %",
+    )
+    setup: tuple[str, ...] = ()  # shell lines before the engine
+    container: ContainerConfig | None = None
+    template: str | None = _key(None, pattern=r"\S(.*\S)?", allowed="the path of a template")
+    sbatch: Mapping[str, str | int | bool | None] = _key({})  # true: without a value; None takes one away
+
+
 @dataclass(frozen=True)
 class ClusterConfig:
     """Where replicas run; ``name`` is the deployment: it names state, keys and replicas."""
@@ -180,6 +231,8 @@ class ClusterConfig:
     ssh: SshConfig | None = None  # None: commands run here
     tunnel: str = _key("auto", choices=TUNNEL_MODES)
     tunnel_driver: str = _key("auto", choices=TUNNEL_DRIVERS)
+    poll_interval: float = _key(30.0, low=0.1)  # s between looks at the scheduler
+    slurm: SlurmConfig = SlurmConfig()
 
 
 @dataclass(frozen=True)
@@ -351,7 +404,11 @@ def _join(path: str, key: object) -> str:
 
 # The sections of the configuration by their annotation, and the scalar kinds: what one is called and how it is told.
 _SECTIONS: Mapping[str, type] = {
-    kind.__name__: kind for kind in (ProxyConfig, SshConfig, ClusterConfig, ModelConfig, HeadersConfig)
+    kind.__name__: kind
+    for kind in (
+        *(ProxyConfig, SshConfig, PartitionConfig, ContainerConfig, SlurmConfig, ClusterConfig),
+        *(ModelConfig, HeadersConfig),
+    )
 }
 _SCALARS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "str": ("a string (in quotes, if it looks like a number)", lambda value: isinstance(value, str)),
@@ -366,11 +423,30 @@ _SCALARS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         "a mapping of names to strings",
         lambda value: isinstance(value, dict) and _are_strings([*value, *value.values()]),
     ),
+    "Mapping[str, str | int | bool | None]": (
+        "a mapping of sbatch's long options, without dashes before, to a line of text, a number, true or null",
+        lambda value: isinstance(value, dict) and all(map(_is_directive, value.items())),
+    ),
 }
 
 
 def _are_strings(values: Iterable[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
+
+
+def _is_directive(item: tuple[Any, Any]) -> bool:
+    """Whether ``option: value`` fits on a line of a job script."""
+    name, value = item
+    is_value = value is None or value is True or (isinstance(value, int) and not isinstance(value, bool))
+    is_line = isinstance(value, str) and value.isprintable()
+    return bool(isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9-]*", name) and (is_value or is_line))
+
+
+def _section_of(annotation: str) -> tuple[type | None, bool]:
+    """The section that ``X``, ``X | None`` or ``tuple[X, ...]`` names, and whether it is a list of them."""
+    plain = annotation.removesuffix(" | None")
+    element = plain.removeprefix("tuple[").removesuffix(", ...]")
+    return _SECTIONS.get(element), element != plain
 
 
 @functools.cache
@@ -388,19 +464,21 @@ _UNKNOWN_KEY = "unknown key"
 
 def _field_of(item: dataclasses.Field[Any], fields: Any) -> Any:
     """The marshmallow field for one dataclass field: a section is a nested schema, a scalar is checked by its rule."""
-    annotation, _, optional = str(item.type).partition(" | ")
+    annotation = str(item.type).removesuffix(" | None")
+    is_optional = annotation != str(item.type)
     messages = {"required": "is required", "null": "may not be null; leave it out for its default"}
     options: dict[str, Any] = {
         "required": item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING,
         "error_messages": messages,
     }
-    if annotation in _SECTIONS:
-        return fields.Nested(_schema_of(_SECTIONS[annotation]), allow_none=optional == "None", **options)
-    if annotation == "tuple[ModelConfig, ...]":
-        messages["invalid"] = "a list is needed, with one entry a model"
-        return fields.List(fields.Nested(_schema_of(ModelConfig)), **options)
+    section, is_list = _section_of(annotation)
+    if section is not None and is_list:
+        messages["invalid"] = "a list is needed, with one entry each"
+        return fields.List(fields.Nested(_schema_of(section)), **options)
+    if section is not None:
+        return fields.Nested(_schema_of(section), allow_none=is_optional, **options)
     check = functools.partial(_check_scalar, annotation, item.metadata.get("rule", Rule()))
-    return fields.Raw(validate=check, allow_none=optional == "None", **options)
+    return fields.Raw(validate=check, allow_none=is_optional, **options)
 
 
 def _check_scalar(annotation: str, rule: Rule, value: Any) -> None:
@@ -433,8 +511,7 @@ def _describe_errors(messages: Any, path: str, kind: type | None) -> Iterator[st
             yield from _describe_errors(below, path, kind)
             continue
         annotation = next((str(f.type) for f in dataclasses.fields(kind or Config) if f.name == key), "")
-        annotation = annotation.partition(" | ")[0]
-        inner = ModelConfig if "ModelConfig" in annotation or isinstance(key, int) else _SECTIONS.get(annotation)
+        inner = kind if isinstance(key, int) else _section_of(annotation)[0]
         yield from _describe_errors(below, _join(path, key), inner if isinstance(below, dict) else kind)
 
 
@@ -453,16 +530,15 @@ def _build(kind: type, loaded: Mapping[str, Any]) -> Any:
     for item in dataclasses.fields(kind):
         if item.name not in loaded:
             continue
-        value, annotation = loaded[item.name], str(item.type).partition(" | ")[0]
+        value = loaded[item.name]
+        section, is_list = _section_of(str(item.type))
         if value is None:
             pass
-        elif annotation in _SECTIONS:
-            value = _build(_SECTIONS[annotation], value)
-        elif annotation == "tuple[ModelConfig, ...]":
-            value = tuple(_build(ModelConfig, entry) for entry in value)
+        elif section is not None:
+            value = tuple(_build(section, entry) for entry in value) if is_list else _build(section, value)
         elif isinstance(value, list):
             value = tuple(value)
-        elif annotation.startswith("float") and value is not None:
+        elif str(item.type).startswith("float"):
             value = float(value)
         values[item.name] = value
     return kind(**values)
@@ -474,8 +550,10 @@ def _contradictions(config: Config) -> Iterator[str]:
         yield "models: at least one model is needed"
     if config.cluster.type == "local":
         for item in dataclasses.fields(ClusterConfig):
-            if item.name in ("ssh", "tunnel", "tunnel_driver") and getattr(config.cluster, item.name) != item.default:
+            if item.name not in ("type", "name") and getattr(config.cluster, item.name) != item.default:
                 yield f"cluster.{item.name}: belongs to a cluster that is not here; delete it, or set cluster.type"
+    else:
+        yield from _slurm_contradictions(config.cluster.slurm)
     for index, model in enumerate(config.models):
         path = f"models[{index}]"
         if model.name in [earlier.name for earlier in config.models[:index]]:
@@ -486,6 +564,21 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"{path}.command: belongs to engine: command, not to {model.engine}; delete it or change engine"
         if model.command and not any("{port}" in word for word in model.command):
             yield f"{path}.command: {{port}} must stand in it, so that the server listens where it is looked for"
+
+
+def _slurm_contradictions(slurm: SlurmConfig) -> Iterator[str]:
+    """The same of cluster.slurm."""
+    if not slurm.partitions:
+        yield "cluster.slurm.partitions: at least one is needed, such as [{name: gpu}]; `sinfo` lists them"
+    for index, partition in enumerate(slurm.partitions):
+        if partition.name in [earlier.name for earlier in slurm.partitions[:index]]:
+            yield f"cluster.slurm.partitions[{index}].name: {partition.name} stands twice"
+    scopes = {"cluster.slurm.sbatch": slurm.sbatch}
+    scopes |= {f"cluster.slurm.partitions[{i}].sbatch": each.sbatch for i, each in enumerate(slurm.partitions)}
+    for path, directives in scopes.items():
+        for name in directives:
+            if name in RESERVED_DIRECTIVES:
+                yield f"{path}.{name}: is set by this program (see the keys of cluster.slurm and of its partitions)"
 
 
 # =====================================================================================================================
@@ -7232,6 +7325,8 @@ class Deployment:
     def __init__(self, config: Config, report: Callable[[str], None], environment: Mapping[str, str]) -> None:
         """``report`` takes lines for the operator. Raises RefusedError when the state directory cannot be written."""
         self.config, self.report = config, report
+        if config.cluster.type != "local":
+            raise RefusedError("cluster.type: slurm cannot be started by this version yet; set it to local")
         self.paths = deployment_paths(config.cluster.name, environment)
         self.cluster: Cluster = LocalCluster(self.paths, serve_command(), environment, report)
         self._lock = DeploymentLock(self.paths)

@@ -14,6 +14,10 @@ ROOT = Path(agent_infra.__file__).parent
 MODEL = "models: [{name: m, model_path: org/m}]\n"
 
 
+def slurm(keys: str) -> str:
+    return MODEL + f"cluster: {{type: slurm, slurm: {{{keys}}}}}"
+
+
 def problem(text: str) -> str:
     with pytest.raises(ConfigError) as caught:
         parse_config(text, {})
@@ -76,6 +80,21 @@ def test_example_yaml_shows_every_key_with_its_default() -> None:
         (MODEL + "cluster: {tunnel: maybe}", "allowed: one of auto, login, node, none"),
         (MODEL + "cluster: {ssh: {host: login}}", "cluster.ssh: belongs to a cluster that is not here"),
         (MODEL + "cluster: {tunnel: login}", "cluster.tunnel: belongs to a cluster that is not here"),
+        (MODEL + "cluster: {poll_interval: 5}", "cluster.poll_interval: belongs to a cluster that is not here"),
+        (MODEL + "cluster: {type: slurm}", "cluster.slurm.partitions: at least one is needed"),
+        (slurm("partitions: [{nam: a}]"), "cluster.slurm.partitions[0].nam: unknown key; did you mean name?"),
+        (slurm("partitions: [{name: a}, {}]"), "cluster.slurm.partitions[1].name: is required"),
+        (slurm("partitions: {name: a}"), "cluster.slurm.partitions: a list is needed"),
+        (slurm("partitions: [{name: a}, {name: a}]"), "cluster.slurm.partitions[1].name: a stands twice"),
+        (slurm("partitions: [{name: a, gres: 'gpu:h100:4'}]"), "allowed: a GRES as name or name:type"),
+        (slurm("partitions: [{name: a, time_limit: 2h}]"), "cluster.slurm.partitions[0].time_limit: found"),
+        (slurm("partitions: [{name: a}], container: {runtime: docker, image: x}"), "one of apptainer, pyxis"),
+        (slurm("partitions: [{name: a}], container: {runtime: pyxis}"), "cluster.slurm.container.image: is required"),
+        (slurm("partitions: [{name: a}], work_dir: runs"), "cluster.slurm.work_dir: found"),
+        (slurm("partitions: [{name: a}], sbatch: {output: x}"), "cluster.slurm.sbatch.output: is set by this program"),
+        (slurm("partitions: [{name: a, sbatch: {qos: x}}]"), "cluster.slurm.partitions[0].sbatch.qos: is set by"),
+        (slurm('partitions: [{name: a}], sbatch: {account: "a\\nrm x"}'), "cluster.slurm.sbatch: found"),
+        (slurm("partitions: [{name: a}], sbatch: {Account: a}"), "cluster.slurm.sbatch: found"),
         (MODEL + "models: []", "models: stands twice (again at line 2)"),
         ("models: [{name: m, model_path: '${NOWHERE}/m'}]", "the environment variable NOWHERE is not set"),
         ("models: [", "not valid YAML"),
@@ -85,6 +104,15 @@ def test_example_yaml_shows_every_key_with_its_default() -> None:
 )
 def test_a_wrong_key_names_its_path_and_what_is_allowed(text: str, message: str) -> None:
     assert message in problem(text)
+
+
+def test_the_example_for_slurm_is_valid_and_keeps_every_kind_of_directive() -> None:
+    first, second = agent_infra.load_config(ROOT / "configs" / "slurm.yaml").cluster.slurm.partitions
+    assert (first.name, first.gpus_per_node, first.time_limit, first.qos) == ("gpu", 4, "8:00:00", None)
+    assert (second.exclusive, second.qos, second.sbatch) == (True, "low", {"requeue": True})
+    directives = {"account": "abc", "mem": None, "requeue": True, "cpus-per-task": 8}
+    text = slurm("partitions: [{name: a}], sbatch: {account: abc, mem: null, requeue: true, cpus-per-task: 8}")
+    assert parse_config(text, {}).cluster.slurm.sbatch == directives
 
 
 def test_all_wrong_keys_are_named_at_once() -> None:

@@ -135,6 +135,9 @@ def test_the_readme_names_every_verb_flag_and_key() -> None:
     for kind in (
         agent_infra.ProxyConfig,
         agent_infra.SshConfig,
+        agent_infra.PartitionConfig,
+        agent_infra.ContainerConfig,
+        agent_infra.SlurmConfig,
         agent_infra.ClusterConfig,
         agent_infra.ModelConfig,
         agent_infra.HeadersConfig,
