@@ -25,6 +25,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import resource
@@ -46,7 +47,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypedDict, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypedDict, TypeGuard, TypeVar
 from urllib.parse import unquote_to_bytes
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ class ProxyConfig:
     max_buffered_mb: float = _key(512.0, above=0)
     api_key: str | None = _key(None, pattern=KEY_PATTERN, allowed="at least 8 printable characters, no spaces")
     capture_text: int = _key(200, low=0, high=100_000)  # characters of prompt and answer kept per turn
+    history: str | None = _key(None, pattern=r"\S(.*\S)?", allowed='"off" (in quotes), or the path of a file')
 
 
 @dataclass(frozen=True)
@@ -1844,6 +1846,7 @@ HISTORY_STEP_S = 2.0
 LISTED_SESSIONS = 200  # in /stats: those heard of last
 LISTED_ENDED = 50  # beside those, of the sessions that are over
 LISTED_WAITING = 50
+LISTED_REPLICAS = 200
 RECENT_S = 300.0  # what "recent" means for percentiles, shares and active sessions
 RATE_S = 60.0  # what rates are taken over
 LEAST_RATE_S = 5.0  # below this much time a rate is not told
@@ -2697,6 +2700,11 @@ class Tracker:
         self._relay_restarts += 1
         self._gauges = {}
 
+    @property
+    def totals(self) -> Mapping[str, int]:
+        """``totals`` of /stats, as they are now."""
+        return self._totals
+
     def take_records(self) -> tuple[list[TurnRecord], dict[str, float]]:
         """The turns that finished since the last call, and turn → post_ms, learnt since, of those given out before."""
         return self._log.take()
@@ -2815,6 +2823,538 @@ class Tracker:
             "active_sessions": self._sessions.count_active(now),
             "latency_ms": _percentiles(self._wait.read(), 50, 95),
         }
+
+
+# =====================================================================================================================
+# History: what outlives the controller, in one SQLite file, and what it becomes: export, report; and GET /metrics.
+# Knows the tracker's records and plain figures; nothing of replicas' life or of the relay.
+# =====================================================================================================================
+
+
+HISTORY_BYTES = 1 << 30  # of the file; beyond, the oldest turns go
+HISTORY_INTERVAL_S = 1.0  # between two batches, so what a kill -9 loses at most; five times as long after a failure
+HISTORY_BACKLOG_BYTES = 32 << 20  # of turns that wait while the file cannot be written; beyond, the oldest is lost
+HISTORY_BUSY_S = 2.0  # that a write waits for another program's lock
+HISTORY_CLOSE_S = 10.0  # that the last batch has, at the end
+HISTORY_CHUNK = 1000  # turns that one query reads: a reader must not hold a lock for long, nor the file in memory
+RESTORED_TURNS = 50_000  # that a new controller reads again, of the last RESTORED_S: about a second's work
+RESTORED_S = 6 * 3600.0
+MAX_VERDICTS = 100_000  # kept, one a minute and model: two months of one model
+REPLICA_TIME_STEP_S = 300  # by which replica time is summed; of days gone by for a week, by the day
+REPLICA_TIME_FINE_S = 8 * 86400
+REPLICA_TIME_WRITE_S = 10.0  # between two writings
+REPLICA_STATES_HELD = ("pending", "loading", "ready_busy", "ready_idle")
+
+_HISTORY_MARK = 0x41494E46  # PRAGMA application_id: by which a file is known for one of ours
+# The steps from each version of the schema (PRAGMA user_version) to the next. One that was released never changes.
+_MIGRATIONS = (
+    """
+    CREATE TABLE turns (id INTEGER PRIMARY KEY, turn TEXT NOT NULL UNIQUE, finished_at REAL NOT NULL,
+        outcome TEXT NOT NULL, status INTEGER NOT NULL, session TEXT, task TEXT, client TEXT, model TEXT, path TEXT,
+        stream INTEGER, backend TEXT, started_at REAL, retries INTEGER NOT NULL, think_ms REAL, pre_ms REAL,
+        queue_ms REAL, ttft_ms REAL, inference_ms REAL, post_ms REAL, unaccounted_ms REAL, prompt_tokens INTEGER,
+        completion_tokens INTEGER, cached_tokens INTEGER, expected_cached_tokens INTEGER, cache_miss TEXT,
+        tokens_estimated INTEGER NOT NULL, finish_reason TEXT, error TEXT, prompt TEXT NOT NULL, answer TEXT NOT NULL);
+    CREATE TABLE totals (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE TABLE about (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+    INSERT INTO about VALUES ('since', CAST(strftime('%s', 'now') AS REAL))
+    """,
+    """
+    CREATE TABLE replica_time (replica TEXT, model TEXT, gpu_type TEXT, gpus INTEGER, state TEXT, at INTEGER,
+        seconds REAL NOT NULL, PRIMARY KEY (replica, model, gpu_type, gpus, state, at)) WITHOUT ROWID;
+    CREATE TABLE verdicts (id INTEGER PRIMARY KEY, at REAL NOT NULL, model TEXT NOT NULL, gpu TEXT, verdict TEXT,
+        confidence REAL, sentence TEXT, flags TEXT, agents REAL, turns_per_hour REAL, suggested_agents REAL)
+    """,
+)
+TURN_COLUMNS = tuple(item.name for item in dataclasses.fields(TurnRecord))
+_TRUTHS = tuple(TURN_COLUMNS.index(name) for name in ("stream", "tokens_estimated"))  # columns that SQLite has as 0, 1
+_turn_values = operator.attrgetter(*TURN_COLUMNS)
+
+# File systems of one machine, where SQLite's write-ahead log, which needs shared memory, is safe. Any other is taken
+# for a network's (nfs, lustre, gpfs, beegfs, cifs, fuse, …), where only the rollback journal is.
+_LOCAL_FILE_SYSTEMS = frozenset(
+    ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay", "f2fs", "bcachefs", "jfs", "nilfs2")
+)
+
+
+def history_path(setting: str | None, default: Path) -> Path | None:
+    """The file that ``proxy.history`` means; None when it is off."""
+    if setting == "off":
+        return None
+    return default if setting is None else Path(setting).expanduser().absolute()
+
+
+def is_local(path: Path, mounts: str) -> bool:
+    """Whether a file lies on a disk of this machine, by the text of /proc/self/mountinfo; False when in doubt."""
+    kinds: dict[str, str] = {}
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        fields = before.split()
+        if len(fields) > 4 and after:
+            # Blanks and the like stand as octal numbers; of two mounts on one place the later one is seen.
+            place = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), fields[4])
+            kinds[place] = after.split()[0]
+    for folder in (path, *path.parents):
+        if str(folder) in kinds:
+            return kinds[str(folder)] in _LOCAL_FILE_SYSTEMS
+    return False
+
+
+class HistoryRefusedError(RefusedError):
+    """A file is not to be touched: it is of a newer version, or no history at all."""
+
+
+class ReplicaView(Protocol):
+    """What accounting asks of a replica: its record."""
+
+    @property
+    def replica(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def gpus(self) -> Sequence[Any]: ...  # each with a name
+    @property
+    def gpu_ids(self) -> Sequence[str]: ...
+
+
+class ReplicaUse(NamedTuple):
+    """What a replica holds, and in which of REPLICA_STATES_HELD."""
+
+    replica: str
+    model: str
+    gpu_type: str  # "" where there is no GPU, or none that tells
+    gpus: int
+    state: str
+
+
+def replica_use(record: ReplicaView, in_flight: Any) -> ReplicaUse | None:
+    """What a replica holds now; None for one that has ended. Without a word on its turns it is idle."""
+    phase = {"pending": "pending", "starting": "loading", "loading": "loading"}.get(record.state)
+    if phase is None and record.state not in ("ready", "draining"):
+        return None
+    phase = phase or ("ready_busy" if is_count(in_flight) and in_flight > 0 else "ready_idle")
+    gpu_type = str(record.gpus[0].name) if record.gpus else ""
+    return ReplicaUse(record.replica, record.model, gpu_type, max(len(record.gpus), len(record.gpu_ids)), phase)
+
+
+class ReplicaTime:
+    """How long each replica was in which state: all of it, and what was not taken yet, in steps of time.
+
+    Only the time that is sampled counts: a deployment without a controller is not seen.
+    """
+
+    def __init__(self, clock: Callable[[], float], steady_clock: Callable[[], float]) -> None:
+        self._clock, self._steady_clock = clock, steady_clock
+        self.since = clock()
+        self._sums: dict[ReplicaUse, float] = {}
+        self._untaken: dict[tuple[ReplicaUse, int], float] = {}
+        self._sampled_at = steady_clock()
+        self._present: frozenset[str] = frozenset()  # replicas of the last sample
+
+    def sample(self, uses: Collection[ReplicaUse]) -> None:
+        """The replicas were like this since the last sample."""
+        now = self._steady_clock()
+        seconds, self._sampled_at = now - self._sampled_at, now
+        step = int(self._clock() // REPLICA_TIME_STEP_S) * REPLICA_TIME_STEP_S
+        self._present = frozenset(use.replica for use in uses)
+        for use in uses:
+            self._sums[use] = self._sums.get(use, 0.0) + seconds
+            self._untaken[use, step] = self._untaken.get((use, step), 0.0) + seconds
+
+    def take(self) -> dict[tuple[ReplicaUse, int], float]:
+        """Seconds by use and step of time, since the last call."""
+        taken, self._untaken = self._untaken, {}
+        return taken
+
+    def restore(self, sums: Mapping[ReplicaUse, float], since: float) -> None:
+        """Go on where an earlier controller was."""
+        self._sums.update(sums)
+        self.since = since
+
+    def document(self) -> dict[str, Any]:
+        """``accounting`` of /stats: hours by state, of GPUs and of replicas, in all, by model and by replica."""
+        return {
+            "since": self.since,
+            **_hours(self._sums),
+            "by_model": [{"model": name, **_hours(sums)} for name, sums in _grouped(self._sums, "model").items()],
+            "by_replica": [
+                {"replica": name, "model": next(iter(sums)).model, **_hours(sums)}
+                for name, sums in _grouped(self._sums, "replica").items()
+                if name in self._present
+            ][:LISTED_REPLICAS],
+        }
+
+
+def _grouped(sums: Mapping[ReplicaUse, float], by: str) -> dict[str, dict[ReplicaUse, float]]:
+    groups: dict[str, dict[ReplicaUse, float]] = {}
+    for use, seconds in sums.items():
+        groups.setdefault(getattr(use, by), {})[use] = seconds
+    return groups
+
+
+def _hours(sums: Mapping[ReplicaUse, float]) -> dict[str, dict[str, float]]:
+    """``{"gpu_hours": {state: hours}, "replica_hours": {state: hours}}``."""
+    gpu_s, replica_s = dict.fromkeys(REPLICA_STATES_HELD, 0.0), dict.fromkeys(REPLICA_STATES_HELD, 0.0)
+    for use, seconds in sums.items():
+        gpu_s[use.state] += seconds * use.gpus
+        replica_s[use.state] += seconds
+    return {
+        "gpu_hours": {state: round(seconds / 3600, 4) for state, seconds in gpu_s.items()},
+        "replica_hours": {state: round(seconds / 3600, 4) for state, seconds in replica_s.items()},
+    }
+
+
+@dataclass
+class HistoryBatch:
+    """What waits to be written, all of it in one transaction."""
+
+    turns: deque[TurnRecord] = field(default_factory=deque)
+    posts: dict[str, float] = field(default_factory=dict)  # turn → post_ms, of turns that were written before
+    totals: dict[str, int] = field(default_factory=dict)  # what is to be added
+    replica_time: dict[tuple[ReplicaUse, int], float] = field(default_factory=dict)  # (use, step) → seconds to be added
+    verdicts: list[tuple[Any, ...]] = field(default_factory=list)  # rows of VERDICT_COLUMNS
+    text_bytes: int = 0  # of the turns, about
+
+    def add(self, later: HistoryBatch) -> int:
+        """Add what came later, up to HISTORY_BACKLOG_BYTES of turns; how many turns, the oldest, were dropped."""
+        self.turns += later.turns
+        self.text_bytes += later.text_bytes
+        self.posts.update(later.posts)
+        for name, value in later.totals.items():
+            self.totals[name] = self.totals.get(name, 0) + value
+        for key, seconds in later.replica_time.items():
+            self.replica_time[key] = self.replica_time.get(key, 0.0) + seconds
+        self.verdicts = (self.verdicts + later.verdicts)[-MAX_VERDICTS:]
+        dropped = 0
+        while self.text_bytes > HISTORY_BACKLOG_BYTES:
+            oldest = self.turns.popleft()
+            self.text_bytes -= _record_bytes(oldest)
+            self.posts.pop(oldest.turn, None)
+            dropped += 1
+        return dropped
+
+    def __bool__(self) -> bool:
+        return bool(self.turns or self.posts or self.replica_time or self.verdicts or any(self.totals.values()))
+
+
+def _record_bytes(record: TurnRecord) -> int:
+    """About what a record takes in memory."""
+    return 1000 + len(record.prompt) + len(record.answer)
+
+
+VERDICT_COLUMNS = (
+    *("at", "model", "gpu", "verdict", "confidence", "sentence", "flags"),
+    *("agents", "turns_per_hour", "suggested_agents"),
+)
+_INSERT_TURN = (
+    f"INSERT INTO turns ({', '.join(TURN_COLUMNS)}) VALUES ({', '.join('?' * len(TURN_COLUMNS))}) "
+    "ON CONFLICT (turn) DO NOTHING"
+)
+_INSERT_VERDICT = (
+    f"INSERT INTO verdicts ({', '.join(VERDICT_COLUMNS)}) VALUES ({', '.join('?' * len(VERDICT_COLUMNS))})"
+)
+_ADD_TOTAL = "INSERT INTO totals VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
+_ADD_REPLICA_TIME = (
+    "INSERT INTO replica_time (replica, model, gpu_type, gpus, state, at, seconds) VALUES (?, ?, ?, ?, ?, ?, ?) "
+    "ON CONFLICT DO UPDATE SET seconds = seconds + excluded.seconds"
+)
+
+
+class HistoryFile:
+    """One connection to a history file, made and brought up to date where it is opened to be written.
+
+    Of one thread at a time.  All methods raise sqlite3.Error and OSError as they come, HistoryRefusedError for a file
+    that is not to be touched.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        import sqlite3
+
+        self._path = path
+        if not read_only and not path.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # By hand, for its mode. Never where it exists: to close a file drops this process's locks on it.
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        self._connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}",
+            uri=True,
+            timeout=HISTORY_BUSY_S,
+            isolation_level=None,
+            check_same_thread=False,  # opened by the controller, to restore; then the writer's
+        )
+        try:
+            self._check()
+            if not read_only:
+                self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check(self) -> None:
+        version, mark = self._value("PRAGMA user_version"), self._value("PRAGMA application_id")
+        if mark != _HISTORY_MARK and (version or self._value("SELECT count(*) FROM sqlite_schema")):
+            raise HistoryRefusedError(f"{self._path} is no history of Agent Infra; set proxy.history to another path")
+        if version > len(_MIGRATIONS):
+            raise HistoryRefusedError(
+                f"{self._path} is of a newer version (schema {version}, this program knows {len(_MIGRATIONS)}); "
+                "take that version of the program, or set proxy.history to another path"
+            )
+
+    def _prepare(self) -> None:
+        try:
+            mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            mounts = ""
+        local = is_local(self._path.resolve(), mounts)
+        self._value(f"PRAGMA journal_mode = {'wal' if local else 'truncate'}")
+        # A log that is not flushed at each batch survives any end of a process; only a power cut may cost batches.
+        self._value(f"PRAGMA synchronous = {'normal' if local else 'full'}")
+        if self._value("PRAGMA user_version") < len(_MIGRATIONS):
+            self._migrate()
+
+    def _migrate(self) -> None:
+        with self._transaction():  # in which the version is read again: another program may have been quicker
+            for step in _MIGRATIONS[self._value("PRAGMA user_version") :]:
+                for statement in step.split(";"):
+                    self._connection.execute(statement)
+            self._connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+            self._connection.execute(f"PRAGMA application_id = {_HISTORY_MARK}")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def write(self, batch: HistoryBatch) -> int:
+        """Write all of it, or nothing; how many turns are new. One that is there already stays as it is."""
+        with self._transaction():
+            before = self._connection.total_changes
+            self._connection.executemany(_INSERT_TURN, map(_turn_values, batch.turns))
+            added = self._connection.total_changes - before
+            posts = [(post_ms, turn) for turn, post_ms in batch.posts.items()]
+            self._connection.executemany("UPDATE turns SET post_ms = ? WHERE turn = ?", posts)
+            self._connection.executemany(_ADD_TOTAL, [(name, value) for name, value in batch.totals.items() if value])
+            held = [(*use, at, seconds) for (use, at), seconds in batch.replica_time.items()]
+            self._connection.executemany(_ADD_REPLICA_TIME, held)
+            self._connection.executemany(_INSERT_VERDICT, batch.verdicts)
+        return added
+
+    def trim(self, max_bytes: int, turns: int) -> int:
+        """Where the file is larger than ``max_bytes``, remove the oldest ``turns``; how many went."""
+        pages = self._value("PRAGMA page_count") - self._value("PRAGMA freelist_count")
+        if pages * self._value("PRAGMA page_size") <= max_bytes:
+            return 0
+        last = "SELECT max(id) FROM (SELECT id FROM turns ORDER BY id LIMIT ?)"
+        return self._connection.execute(f"DELETE FROM turns WHERE id <= ({last})", (turns,)).rowcount
+
+    def tidy(self, now: float) -> None:
+        """Keep the small tables small."""
+        with self._transaction():
+            oldest = (self._value("SELECT max(id) FROM verdicts") or 0) - MAX_VERDICTS
+            self._connection.execute("DELETE FROM verdicts WHERE id <= ?", (oldest,))
+            self._sum_up_days(int((now - REPLICA_TIME_FINE_S) // 86400) * 86400)
+
+    def _sum_up_days(self, before: int) -> None:
+        """Put the replica time of days gone by into one row a day."""
+        self._connection.execute(
+            "INSERT INTO replica_time (replica, model, gpu_type, gpus, state, at, seconds) "
+            "SELECT replica, model, gpu_type, gpus, state, at - at % 86400, sum(seconds) FROM replica_time "
+            "WHERE at < ? AND at % 86400 != 0 GROUP BY 1, 2, 3, 4, 5, 6 "
+            "ON CONFLICT DO UPDATE SET seconds = seconds + excluded.seconds",
+            (before,),
+        )
+        self._connection.execute("DELETE FROM replica_time WHERE at < ? AND at % 86400 != 0", (before,))
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:  # some errors have rolled back already
+                self._connection.execute("ROLLBACK")
+            raise
+
+    def _value(self, query: str, *values: Any) -> Any:
+        row = self._connection.execute(query, values).fetchone()
+        return row[0] if row else None
+
+    def query(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """All rows of a query that has few."""
+        return self._connection.execute(query, values).fetchall()
+
+    def since(self) -> float:
+        """When the file was begun."""
+        return float(self._value("SELECT value FROM about WHERE name = 'since'"))
+
+    def totals(self) -> dict[str, int]:
+        """The deployment's totals by name, also of turns that were removed since."""
+        return dict(self.query("SELECT name, value FROM totals"))
+
+    def count_turns(self) -> int:
+        return int(self._value("SELECT count(*) FROM turns"))
+
+    def replica_seconds(self, since: float = 0.0) -> dict[ReplicaUse, float]:
+        """Replica time, from the step of time that holds ``since``."""
+        rows = self.query(
+            "SELECT replica, model, gpu_type, gpus, state, sum(seconds) FROM replica_time WHERE at > ? "
+            "GROUP BY 1, 2, 3, 4, 5 ORDER BY min(at)",
+            since - REPLICA_TIME_STEP_S,
+        )
+        return {ReplicaUse(*row[:5]): row[5] for row in rows}
+
+    def latest_turns(self, limit: int, since: float) -> Iterator[TurnRecord]:
+        """The ``limit`` turns that were written last, of those that finished after ``since``, oldest first."""
+        newest = self._value("SELECT max(id) FROM turns") or 0
+        return self.turns(since=since, after=newest - limit)
+
+    def turns(self, session: str | None = None, since: float = 0.0, after: int = 0) -> Iterator[TurnRecord]:
+        """Turns as they were written, row by row; no lock is held between two chunks of them."""
+        where = "id > ? AND finished_at >= ?" + (" AND session = ?" if session is not None else "")
+        query = f"SELECT id, {', '.join(TURN_COLUMNS)} FROM turns WHERE {where} ORDER BY id LIMIT {HISTORY_CHUNK}"
+        values = [since] if session is None else [since, session]
+        while rows := self.query(query, after, *values):
+            for number, *row in rows:
+                for column in _TRUTHS:
+                    row[column] = None if row[column] is None else bool(row[column])
+                after = number
+                yield TurnRecord(**dict(zip(TURN_COLUMNS, row, strict=True)))
+
+
+class History:
+    """Keeps a deployment's history in a file that a thread of its own writes, so that nobody waits for a disk.
+
+    What cannot be written waits in memory, up to HISTORY_BACKLOG_BYTES; the log is told when that begins and ends.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        log: Callable[[str], None],
+        clock: Callable[[], float],
+        *,
+        interval_s: float = HISTORY_INTERVAL_S,
+        max_bytes: int = HISTORY_BYTES,
+    ) -> None:
+        self.path = path
+        self._log, self._clock = log, clock
+        self._interval_s, self._max_bytes = interval_s, max_bytes
+        self._lock = threading.Lock()  # of _pending and _lost
+        self._pending = HistoryBatch()
+        self._lost = 0  # turns that had no room, since it was last written
+        self._file: HistoryFile | None = None
+        self._turns: int | None = None  # in the file; None: not known
+        self._tidied_on = 0.0
+        self._problem: str | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="history", daemon=True)
+
+    def open(self, restore: Callable[[HistoryFile], None]) -> None:
+        """Let ``restore`` read what an earlier controller wrote, then write in a thread, until close()."""
+        try:
+            restore(self._opened())
+        except Exception as error:  # noqa: BLE001  whatever it is: it is served without history rather than not at all
+            self._fail(error, "starting without what was before: ")
+        self._thread.start()
+
+    def add(self, batch: HistoryBatch) -> None:
+        """Have it written with the next batch."""
+        batch.text_bytes = sum(map(_record_bytes, batch.turns))
+        with self._lock:
+            self._lost += self._pending.add(batch)
+
+    def document(self) -> dict[str, Any]:
+        """``history`` of /stats."""
+        state = "on" if self._problem is None else "failing"
+        return {"path": str(self.path), "state": state, "reason": self._problem, "turns": self._turns}
+
+    def close(self) -> None:
+        """Write the last batch, as far as it can be within HISTORY_CLOSE_S."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=HISTORY_CLOSE_S)
+        left = len(self._pending.turns) + self._lost
+        if left:
+            self._log(f"the history lacks {left} turns: {self._problem or 'the disk is too slow'}")
+
+    def _run(self) -> None:
+        """The thread. No error ends it: what fails is tried again."""
+        while not self._stop.wait(self._interval_s * (1 if self._problem is None else 5)):
+            self._flush()
+        self._flush()
+        if self._file is not None:
+            self._file.close()
+
+    def _opened(self) -> HistoryFile:
+        if self._file is None:
+            self._file = HistoryFile(self.path)
+            self._turns = self._file.count_turns()
+        return self._file
+
+    def _flush(self) -> None:
+        with self._lock:
+            batch, self._pending = self._pending, HistoryBatch()
+        if not batch and self._problem is None:
+            return
+        try:
+            file = self._opened()
+            added = file.write(batch)
+        except Exception as error:  # noqa: BLE001  see _run
+            with self._lock:
+                batch_and_later = batch
+                self._lost += batch_and_later.add(self._pending)
+                self._pending = batch_and_later
+            self._fail(error)
+            return
+        self._turns = (self._turns or 0) + added
+        self._recover()
+        try:
+            self._turns -= file.trim(self._max_bytes, max(1000, 2 * len(batch.turns)))
+            if self._clock() - self._tidied_on > 3600:
+                file.tidy(self._clock())
+                self._tidied_on = self._clock()
+        except Exception as error:  # noqa: BLE001  see _run
+            self._fail(error)
+
+    def _recover(self) -> None:
+        if self._problem is not None:
+            with self._lock:
+                lost, self._lost = self._lost, 0
+            self._log(f"the history {self.path} is written again" + (f"; {lost} turns are lost to it" if lost else ""))
+        self._problem = None
+
+    def _fail(self, error: Exception, consequence: str = "") -> None:
+        """Note why the file cannot be read or written; a damaged one is put aside, so that a new one can begin."""
+        if self._file is not None:
+            with contextlib.suppress(Exception):
+                self._file.close()
+        self._file, self._turns = None, None
+        problem = f"{error}" if isinstance(error, HistoryRefusedError) else f"{self.path}: {error}"
+        if is_damaged(error):
+            with contextlib.suppress(OSError):
+                problem += f"; it is put aside as {put_aside(self.path, self._clock())}, a new one is begun"
+        if problem != self._problem:
+            self._log(f"warning: history: {consequence}{problem}")
+        self._problem = problem
+
+
+def is_damaged(error: Exception) -> bool:
+    """Whether SQLite says that a file is no database, or one that does not hold together."""
+    import sqlite3
+
+    return type(error) is sqlite3.DatabaseError  # whatever else can be wrong has a class below this one
+
+
+def put_aside(path: Path, now: float) -> Path:
+    """Rename a history, with the journals that belong to it; its new name."""
+    aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S', time.localtime(now))}")
+    path.rename(aside)
+    for suffix in ("-wal", "-shm", "-journal"):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
+    return aside
 
 
 # =====================================================================================================================
@@ -3729,6 +4269,11 @@ class DeploymentPaths:
     def relay_record(self) -> Path:
         """JSON {pid, process, host, port}: what `status` and `stop` find the relay by."""
         return self.root / "relay.json"
+
+    @property
+    def history(self) -> Path:
+        """The SQLite file of finished turns, unless proxy.history says another."""
+        return self.root / "history.db"
 
     @property
     def client_key(self) -> Path:
@@ -7015,6 +7560,67 @@ def describe_replica(record: ReplicaRecord) -> str:
     return words
 
 
+class Bookkeeper:
+    """What is kept of the tracker's turns and of the replicas' time beyond the controller's life, and given back."""
+
+    def __init__(self, config: Config, paths: DeploymentPaths, tracker: Tracker, log: Callable[[str], None]) -> None:
+        self._tracker = tracker
+        path = history_path(config.proxy.history, paths.history)
+        self._history = History(path, log, time.time) if path is not None else None
+        self._replica_time = ReplicaTime(time.time, time.monotonic)
+        self._replica_time_due = 0.0
+        self._told_totals = dict(tracker.totals)
+
+    def open(self) -> None:
+        """Give the tracker what an earlier controller kept; before any event."""
+        if self._history is not None:
+            self._history.open(self._restore)
+
+    def _restore(self, file: HistoryFile) -> None:
+        self._replica_time.restore(file.replica_seconds(), file.since())
+        try:
+            self._tracker.restore(file.latest_turns(RESTORED_TURNS, time.time() - RESTORED_S), file.totals())
+        finally:  # also where it broke off: what was restored must not be added again
+            self._told_totals = dict(self._tracker.totals)
+
+    def take(self) -> list[TurnRecord]:
+        """The turns that finished since the last call; they are on their way into the history."""
+        turns, posts = self._tracker.take_records()
+        new = {name: total - self._told_totals[name] for name, total in self._tracker.totals.items()}
+        if turns or posts or any(new.values()):
+            self._told_totals = dict(self._tracker.totals)
+            if self._history is not None:
+                self._history.add(HistoryBatch(deque(turns), posts, new))
+        return turns
+
+    def sample(self, records: Iterable[ReplicaRecord], gauges: Mapping[str, Any]) -> None:
+        """The replicas as they are now, once a second; ``gauges`` as Tracker.sample takes them."""
+        backends = gauges.get("backends", {})
+        uses = [replica_use(record, backends.get(record.replica, {}).get("in_flight")) for record in records]
+        self._replica_time.sample([use for use in uses if use is not None])
+        if time.monotonic() >= self._replica_time_due:
+            self._replica_time_due = time.monotonic() + REPLICA_TIME_WRITE_S
+            self._write_replica_time()
+
+    def _write_replica_time(self) -> None:
+        taken = self._replica_time.take()
+        if self._history is not None:
+            self._history.add(HistoryBatch(replica_time=taken))
+
+    def document(self) -> dict[str, Any]:
+        """What /stats says of it: ``history`` and ``accounting``."""
+        off = {"path": None, "state": "off", "reason": None, "turns": None}
+        history = self._history.document() if self._history is not None else off
+        return {"history": history, "accounting": self._replica_time.document()}
+
+    def close(self) -> None:
+        """Write what is left. Nothing is taken or sampled any more."""
+        self.take()
+        self._write_replica_time()
+        if self._history is not None:
+            self._history.close()
+
+
 class Controller:
     """The control plane of one deployment: keeps relay, replica table and tracker in step, in one thread of its own."""
 
@@ -7039,6 +7645,7 @@ class Controller:
         self.discovery = Discovery(look, DISCOVERY_INTERVAL_S)
         self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
         self._tracker = Tracker(time.time)
+        self._books = Bookkeeper(config, paths, self._tracker, self._log)
         self.expected: frozenset[str] = frozenset()  # models about to be started; replaced as a whole
         self._drained: frozenset[str] = frozenset()
         self._known: dict[str, tuple[str | None, str]] = {}  # replica → its job and process
@@ -7059,6 +7666,7 @@ class Controller:
     def start(self) -> None:
         """Take over or start the relay, then keep everything in step in a thread until stop()."""
         self.relay.open()
+        self._books.open()
         self.discovery.start()
         self._thread.start()
 
@@ -7084,6 +7692,7 @@ class Controller:
         if self._thread.is_alive():
             self._thread.join(timeout=10.0)
         self.discovery.stop()
+        self._books.close()
         self.relay.close()
 
     def _run(self) -> None:
@@ -7126,6 +7735,7 @@ class Controller:
                 self._take(kind, payload)
             except (ValueError, LookupError, TypeError) as error:
                 self._log(f"a frame {kind!r} of the relay cannot be taken, and is left out: {error!r}")
+        self._books.take()
         if time.monotonic() - self._heard_at > RELAY_SILENCE_S:
             raise RelayGoneError(f"the relay (pid {self.relay.pid}) said nothing for {RELAY_SILENCE_S:g} s")
 
@@ -7160,7 +7770,9 @@ class Controller:
             for event in decode_events(payload):
                 self._tracker.observe(event)
         elif kind == FRAME_GAUGES:
-            self._tracker.sample(json.loads(payload))
+            gauges = json.loads(payload)
+            self._tracker.sample(gauges)
+            self._books.sample(self.discovery.records, gauges)
         elif kind == FRAME_REQUEST:
             request = json.loads(payload)
             backend = {request["backend"]}
@@ -7187,7 +7799,7 @@ class Controller:
     def _snapshot(self) -> bytes:
         records = [dataclasses.asdict(record) for record in self.discovery.records]
         table = [Backend(**row) for row in self._sent_table["backends"]]
-        document = self._tracker.snapshot(records, table, self._config.proxy.strategy)
+        document = self._tracker.snapshot(records, table, self._config.proxy.strategy) | self._books.document()
         return json.dumps(document, separators=(",", ":")).encode()  # without blanks: the relay puts the age in
 
 

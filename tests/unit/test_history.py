@@ -1,0 +1,572 @@
+"""The history file and its writer: what is kept, what outlives what, and what happens where it cannot be written."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import resource
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+import agent_infra
+from agent_infra import (
+    GpuSample,
+    History,
+    HistoryBatch,
+    HistoryFile,
+    HistoryRefusedError,
+    ReplicaRecord,
+    ReplicaTime,
+    ReplicaUse,
+    TurnRecord,
+    history_path,
+    is_local,
+    replica_use,
+)
+
+T = TypeVar("T")
+NOW = 1_800_000_000.0
+USE = ReplicaUse("m-1", "m", "H100", 2, "ready_busy")
+
+
+def record(number: int, **fields: Any) -> TurnRecord:
+    values: dict[str, Any] = {
+        "session": f"s{number % 3}",
+        "model": "m",
+        "stream": True,
+        "queue_ms": 1.5,
+        "prompt_tokens": 100,
+        "prompt": "say",
+        "answer": "said",
+        **fields,
+    }
+    return TurnRecord(f"t-{number:x}", NOW + number, "completed", 200, **values)
+
+
+def batch(*records: TurnRecord, **fields: Any) -> HistoryBatch:
+    return HistoryBatch(deque(records), **fields)
+
+
+def wait_for(condition: Callable[[], T], what: str, seconds: float = 20.0) -> T:
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.01)
+    return value
+
+
+@contextlib.contextmanager
+def history_file(path: Path, **options: Any) -> Iterator[HistoryFile]:
+    file = HistoryFile(path, **options)
+    try:
+        yield file
+    finally:
+        file.close()
+
+
+class Writer:
+    """A History that writes fast, with what it says in the log."""
+
+    def __init__(self, path: Path, **options: Any) -> None:
+        self.said: list[str] = []
+        self.history = History(path, self.said.append, lambda: NOW, interval_s=0.02, **options)
+
+    def __enter__(self) -> Writer:
+        self.history.open(lambda _: None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.history.close()
+
+    def add(self, *records: TurnRecord, **fields: Any) -> None:
+        self.history.add(batch(*records, **fields))
+
+    def wait_state(self, state: str, turns: int | None = None) -> None:
+        def reached() -> bool:
+            document = self.history.document()
+            return document["state"] == state and turns in (None, document["turns"])
+
+        wait_for(reached, f"{state} with {turns} turns; it is {self.history.document()}")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "history.db"
+
+
+# --- The file ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_turn_is_read_as_it_was_written(path: Path) -> None:
+    whole = TurnRecord(
+        turn="t-1",
+        finished_at=NOW,
+        outcome="cut",
+        status=200,
+        session="sitzung 😀",
+        task="a,b",
+        client="c",
+        model="m",
+        path="/v1/x",
+        stream=False,
+        backend="m-1",
+        started_at=NOW - 2.25,
+        retries=2,
+        think_ms=1.0,
+        pre_ms=2.0,
+        queue_ms=3.0,
+        ttft_ms=4.0,
+        inference_ms=5.0,
+        post_ms=6.0,
+        unaccounted_ms=7.0,
+        prompt_tokens=8,
+        completion_tokens=9,
+        cached_tokens=10,
+        expected_cached_tokens=11,
+        cache_miss="moved",
+        tokens_estimated=True,
+        finish_reason="stop",
+        error="e",
+        prompt="line\nline\0",
+        answer='"=1+1"',
+    )
+    bare = TurnRecord("t-2", NOW, "rejected", 429)
+    with history_file(path) as file:
+        file.write(batch(whole, bare))
+    with history_file(path, read_only=True) as file:
+        assert list(file.turns()) == [whole, bare]
+
+
+def test_every_field_of_a_record_has_its_column(path: Path) -> None:
+    with history_file(path) as file:
+        columns = [row[1] for row in file.query("PRAGMA table_info(turns)")]
+    assert sorted(columns) == sorted(["id", *(item.name for item in dataclasses.fields(TurnRecord))])
+
+
+def test_only_the_user_can_read_it(path: Path) -> None:
+    with history_file(path) as file:
+        file.write(batch(record(1)))
+        files = list(path.parent.iterdir())
+        assert [stat.S_IMODE(each.stat().st_mode) for each in files] == [0o600] * len(files)
+
+
+def test_a_turn_that_is_written_twice_counts_once(path: Path) -> None:
+    with history_file(path) as file:
+        assert file.write(batch(record(1), record(2))) == 2
+        assert file.write(batch(record(2, answer="again"), record(3))) == 1
+        assert [turn.answer for turn in file.turns()] == ["said"] * 3
+
+
+def test_a_late_post_time_finds_its_turn(path: Path) -> None:
+    with history_file(path) as file:
+        file.write(batch(record(1)))
+        file.write(batch(record(2), posts={"t-1": 250.0, "t-2": 1.0, "t-unknown": 3.0}))
+        assert [turn.post_ms for turn in file.turns()] == [250.0, 1.0]
+
+
+def test_totals_and_replica_time_are_summed(path: Path) -> None:
+    with history_file(path) as file:
+        for _ in range(2):
+            file.write(batch(totals={"requests": 3, "errors": 0}, replica_time={(USE, 300): 1.5, (USE, 600): 2.0}))
+        assert file.totals() == {"requests": 6}
+        assert file.replica_seconds() == {USE: 7.0}
+        assert file.replica_seconds(since=620.0) == {USE: 4.0}  # the step of 600 s holds it
+
+
+def test_turns_are_found_by_session_time_and_number(path: Path) -> None:
+    with history_file(path) as file:
+        file.write(batch(*map(record, range(3000))))  # more than one chunk
+        assert [turn.session for turn in file.turns(session="s1")] == ["s1"] * 1000
+        assert next(file.turns(since=NOW + 10)).turn == "t-a"
+        assert [turn.turn for turn in file.latest_turns(2, 0.0)] == [record(2998).turn, record(2999).turn]
+
+
+def test_a_file_that_is_too_large_loses_its_oldest_turns(path: Path) -> None:
+    with history_file(path) as file:
+        file.write(batch(*(record(number, answer="x" * 5000) for number in range(100))))
+        assert file.trim(1 << 30, 10) == 0
+        assert file.trim(100_000, 10) == 10
+        assert next(file.turns()).turn == record(10).turn
+        while file.trim(100_000, 10):
+            pass
+        kept = file.count_turns()
+        for number in range(100, 200):  # what was freed is used again
+            file.write(batch(record(number, answer="x" * 5000)))
+            file.trim(100_000, 10)
+        assert 0 < kept <= 20
+        assert 0 < file.count_turns() <= 20
+        assert file.query("PRAGMA page_count")[0][0] * 4096 < 700_000
+
+
+def test_replica_time_of_days_gone_by_is_kept_by_the_day(path: Path) -> None:
+    day = int(NOW // 86400) * 86400
+    times = {(USE, day - 20 * 86400 + step): 300.0 for step in range(0, 86400, 300)}
+    with history_file(path) as file:
+        file.write(batch(replica_time={**times, (USE, day): 7.0, (USE, day + 300): 8.0}))
+        for _ in range(2):  # the second time there is nothing to do
+            file.tidy(day + 400.0)
+            assert file.query("SELECT at, seconds FROM replica_time ORDER BY at") == [
+                (day - 20 * 86400, 86400.0),
+                (day, 7.0),
+                (day + 300, 8.0),
+            ]
+
+
+def test_an_older_versions_file_is_brought_up_to_date(path: Path) -> None:
+    old = sqlite3.connect(path)
+    for statement in agent_infra._MIGRATIONS[0].split(";"):
+        old.execute(statement)
+    old.execute("INSERT INTO totals VALUES ('requests', 41)")
+    old.execute(f"PRAGMA application_id = {agent_infra._HISTORY_MARK}")
+    old.execute("PRAGMA user_version = 1")
+    old.commit()
+    old.close()
+    with history_file(path) as file:
+        file.write(batch(record(1), totals={"requests": 1}, replica_time={(USE, 0): 1.0}))
+        assert file.totals() == {"requests": 42}
+        assert file.query("PRAGMA user_version") == [(len(agent_infra._MIGRATIONS),)]
+        assert file.since() == pytest.approx(time.time(), abs=60)
+
+
+def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with history_file(path) as file:
+        file.write(batch(record(1)))
+    steps = (*agent_infra._MIGRATIONS, "CREATE TABLE more (x); CREATE TABLE turns (y)")
+    monkeypatch.setattr(agent_infra, "_MIGRATIONS", steps)
+    with pytest.raises(sqlite3.OperationalError, match="already exists"):
+        HistoryFile(path)
+    monkeypatch.undo()
+    with history_file(path) as file:
+        assert file.count_turns() == 1
+        assert not file.query("SELECT name FROM sqlite_schema WHERE name = 'more'")
+
+
+@pytest.mark.parametrize(
+    ("statements", "reason"),
+    [
+        (["PRAGMA user_version = 99"], "newer version"),
+        (["PRAGMA application_id = 7"], "no history of Agent Infra"),
+    ],
+)
+def test_a_file_that_is_not_ours_to_touch_is_left_as_it_is(path: Path, statements: list[str], reason: str) -> None:
+    with history_file(path) as file:
+        file.write(batch(record(1)))
+    other = sqlite3.connect(path)
+    for statement in statements:
+        other.execute(statement)
+    other.close()
+    before = path.read_bytes()
+    with pytest.raises(HistoryRefusedError, match=reason):
+        HistoryFile(path)
+    with Writer(path) as writer:
+        writer.add(record(2))
+        writer.wait_state("failing")
+    assert reason in writer.said[0]
+    assert "another path" in writer.said[0]
+    assert path.read_bytes() == before
+
+
+def test_somebody_elses_database_is_refused(path: Path) -> None:
+    other = sqlite3.connect(path)
+    other.execute("CREATE TABLE notes (text)")
+    other.close()
+    with pytest.raises(HistoryRefusedError, match="no history of Agent Infra"):
+        HistoryFile(path)
+
+
+MOUNTS = r"""
+21 1 254:1 / / rw,relatime shared:1 - ext4 /dev/vda1 rw
+30 21 0:40 / /home rw - nfs4 server:/home rw,vers=4.2
+31 30 0:41 / /home/me/scratch\040disk rw - tmpfs tmpfs rw
+32 21 0:50 / /lustre rw master:3 - lustre mds:/fs rw
+33 21 0:51 / /remote rw - fuse.sshfs me@there: rw
+34 21 0:52 / /twice rw - nfs server:/a rw
+35 34 0:53 / /twice rw - xfs /dev/sdb rw
+""".strip()
+
+
+@pytest.mark.parametrize(
+    ("place", "local"),
+    [
+        ("/var/lib/history.db", True),
+        ("/home/me/history.db", False),
+        ("/home/me/scratch disk/history.db", True),
+        ("/lustre/history.db", False),
+        ("/remote/deep/er/history.db", False),
+        ("/twice/history.db", True),
+        ("/homely/history.db", True),
+    ],
+)
+def test_a_network_file_system_is_known_by_its_mount(place: str, local: bool) -> None:
+    assert is_local(Path(place), MOUNTS) == local
+
+
+def test_what_cannot_be_told_is_taken_for_a_network(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_local(Path("/somewhere"), "")
+    with history_file(path) as file:
+        assert file.query("PRAGMA journal_mode") == [("wal",)]
+        file.write(batch(record(1)))
+    monkeypatch.setattr(agent_infra, "is_local", lambda *_: False)
+    with history_file(path) as file:  # one that was brought here from a local disk
+        assert file.query("PRAGMA journal_mode") == [("truncate",)]
+        file.write(batch(record(2)))
+        assert file.count_turns() == 2
+
+
+def test_the_setting_names_a_file_or_turns_it_off(path: Path) -> None:
+    assert history_path(None, path) == path
+    assert history_path("off", path) is None
+    assert history_path("~/h.db", path) == Path.home() / "h.db"
+
+
+# --- The writer -------------------------------------------------------------------------------------------------------
+
+
+def test_it_writes_by_itself_and_its_end_writes_the_rest(path: Path) -> None:
+    with Writer(path) as writer:
+        writer.add(record(1), totals={"requests": 1})
+        writer.wait_state("on", turns=1)
+        writer.add(record(2), record(3), totals={"requests": 2})
+    assert not writer.said
+    with history_file(path) as file:
+        assert (file.count_turns(), file.totals()) == (3, {"requests": 3})
+
+
+def test_what_was_written_is_given_to_the_next_one(path: Path) -> None:
+    with Writer(path) as writer:
+        writer.add(record(1), record(2))
+    found: list[TurnRecord] = []
+    following = History(path, writer.said.append, lambda: NOW)
+    following.open(lambda file: found.extend(file.latest_turns(10, 0.0)))
+    assert found == [record(1), record(2)]
+    assert following.document() == {"path": str(path), "state": "on", "reason": None, "turns": 2}
+    following.close()
+
+
+def test_a_locked_file_holds_nobody_up_and_is_written_later(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_infra, "HISTORY_BUSY_S", 0.05)
+    with Writer(path) as writer:
+        writer.add(record(1))
+        writer.wait_state("on", turns=1)
+        holder = sqlite3.connect(path, isolation_level=None)
+        holder.execute("BEGIN EXCLUSIVE")
+        writer.add(record(2), totals={"requests": 1})
+        writer.wait_state("failing")
+        assert "locked" in writer.history.document()["reason"]
+        writer.add(record(3), totals={"requests": 1})
+        holder.execute("ROLLBACK")
+        holder.close()
+        writer.wait_state("on", turns=3)
+    assert [line.partition(": ")[0] for line in writer.said] == ["warning", f"the history {path} is written again"]
+    with history_file(path) as file:
+        assert file.totals() == {"requests": 2}
+
+
+def test_while_it_cannot_be_opened_at_all_nothing_is_lost(tmp_path: Path) -> None:
+    blocked = tmp_path / "folder"
+    blocked.write_text("a file where a folder should be")
+    with Writer(blocked / "history.db") as writer:
+        writer.add(record(1))
+        writer.wait_state("failing")
+        blocked.unlink()
+        writer.wait_state("on", turns=1)
+    assert writer.said[0].startswith("warning: history: starting without what was before: ")
+
+
+def test_a_backlog_is_bounded_and_what_is_lost_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_infra, "HISTORY_BUSY_S", 0.05)
+    monkeypatch.setattr(agent_infra, "HISTORY_BACKLOG_BYTES", 50 * 1007)
+    with Writer(path) as writer:
+        writer.add(record(0))
+        writer.wait_state("on", turns=1)
+        holder = sqlite3.connect(path, isolation_level=None)
+        holder.execute("BEGIN EXCLUSIVE")
+        for number in range(1, 81):
+            writer.add(record(number), totals={"requests": 1})
+        writer.wait_state("failing")
+        holder.execute("ROLLBACK")
+        holder.close()
+        writer.wait_state("on", turns=51)
+    assert writer.said[-1] == f"the history {path} is written again; 30 turns are lost to it"
+    with history_file(path) as file:
+        assert [turn.turn for turn in file.turns()][1:] == [record(number).turn for number in range(31, 81)]
+        assert file.totals() == {"requests": 80}  # totals stay true
+
+
+@pytest.mark.parametrize("damage", ["no database at all", "a torn page"])
+def test_a_damaged_file_is_put_aside_and_a_new_one_begun(path: Path, damage: str) -> None:
+    with history_file(path) as file:
+        file.write(batch(*(record(number, answer="x" * 3000) for number in range(50))))
+    content = bytearray(path.read_bytes())
+    if damage == "a torn page":
+        content[4096:] = b"\xff" * (len(content) - 4096)
+    else:
+        content[:100] = b"!" * 100
+    path.write_bytes(content)
+    with Writer(path) as writer:
+        writer.add(record(100))
+        writer.wait_state("on", turns=1)
+    aside = [each for each in path.parent.iterdir() if "damaged" in each.name]
+    assert [each.read_bytes() for each in aside] == [bytes(content)]
+    assert str(aside[0]) in writer.said[0]
+    with history_file(path) as file:
+        assert [turn.turn for turn in file.turns()] == [record(100).turn]
+
+
+def write_with_a_limit(path: Path, limit: int) -> None:
+    """The body of a process whose files may not grow beyond ``limit`` bytes until it lifts that."""
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with Writer(path) as writer:
+        writer.add(record(0))
+        writer.wait_state("on", turns=1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        for number in range(1, 400):
+            writer.add(record(number, answer="x" * 2000), totals={"requests": 1})
+        writer.wait_state("failing")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        writer.wait_state("on", turns=400)
+    assert writer.said[0].startswith("warning: history: ")
+
+
+def test_a_file_that_may_not_grow_is_served_without_and_caught_up_later(path: Path) -> None:
+    program = f"import test_history, pathlib; test_history.write_with_a_limit(pathlib.Path({str(path)!r}), 200_000)"
+    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(agent_infra.__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": folders}
+    subprocess.run([sys.executable, "-W", "error", "-c", program], env=environment, check=True, timeout=60)
+    with history_file(path) as file:
+        assert (file.count_turns(), file.totals()) == (400, {"requests": 399})
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    if os.getuid() != 0:
+        pytest.skip("only root may mount a small disk; the test above has a limit of the process instead")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)], check=False)
+    if mounted.returncode:
+        pytest.skip("this root may not mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_served_without_and_caught_up_later(small_disk: Path) -> None:
+    path = small_disk / "history.db"
+    ballast = small_disk / "ballast"
+    with Writer(path) as writer:
+        writer.add(record(0))
+        writer.wait_state("on", turns=1)
+        with contextlib.suppress(OSError):
+            ballast.write_bytes(b"x" * (512 << 10))
+        writer.add(*(record(number, answer="x" * 2000) for number in range(1, 50)))
+        writer.wait_state("failing")
+        assert "full" in writer.history.document()["reason"] or "I/O" in writer.history.document()["reason"]
+        ballast.unlink()
+        writer.wait_state("on", turns=50)
+
+
+def test_an_end_that_cannot_write_says_what_is_lost(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_infra, "HISTORY_BUSY_S", 0.05)
+    with history_file(path):
+        pass
+    holder = sqlite3.connect(path, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    with Writer(path) as writer:
+        writer.add(record(1), record(2))
+    holder.close()
+    assert "lacks 2 turns" in writer.said[-1]
+
+
+def test_what_a_killed_process_wrote_last_is_there(path: Path) -> None:
+    program = (
+        "import pathlib, os, signal, test_history as t\n"
+        f"writer = t.Writer(pathlib.Path({str(path)!r})).__enter__()\n"
+        "writer.add(*map(t.record, range(100)), totals={'requests': 100})\n"
+        "writer.wait_state('on', turns=100)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(agent_infra.__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": folders}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=False, timeout=60)
+    with history_file(path, read_only=True) as file:
+        assert (file.count_turns(), file.totals()) == (100, {"requests": 100})
+
+
+# --- Replica time -----------------------------------------------------------------------------------------------------
+
+GPU = GpuSample("NVIDIA H100", 1.0, 2, 3, 4.0, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("state", "in_flight", "phase"),
+    [
+        ("pending", None, "pending"),
+        ("starting", None, "loading"),
+        ("loading", 3, "loading"),
+        ("ready", 3, "ready_busy"),
+        ("ready", 0, "ready_idle"),
+        ("ready", None, "ready_idle"),
+        ("draining", 1, "ready_busy"),
+        ("failed", None, None),
+        ("stopped", 1, None),
+    ],
+)
+def test_a_replica_is_in_one_of_four_states_while_it_holds_anything(
+    state: str, in_flight: int | None, phase: str | None
+) -> None:
+    replica = ReplicaRecord("m-1", "m", state, "vllm", "node", 1, "", gpus=(GPU, GPU), gpu_ids=("0", "1"))
+    use = replica_use(replica, in_flight)
+    assert (use.state if use else None) == phase
+    assert use is None or (use.gpus, use.gpu_type) == (2, "NVIDIA H100")
+
+
+def test_a_replica_on_the_cpu_holds_no_gpu() -> None:
+    use = replica_use(ReplicaRecord("m-1", "m", "ready", "llama_cpp", "node", 1, ""), 1)
+    assert use == ReplicaUse("m-1", "m", "", 0, "ready_busy")
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = NOW
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_replica_time_goes_on_where_an_earlier_controller_was() -> None:
+    clock = Clock()
+    earlier = ReplicaTime(clock, clock)
+    idle = USE._replace(state="ready_idle")
+    for use in (USE, USE, idle):
+        clock.now += 1800
+        earlier.sample([use, ReplicaUse("c-1", "c", "", 0, "ready_busy")])
+    taken = earlier.take()
+    assert sum(taken.values()) == 2 * 3 * 1800
+    assert not earlier.take()
+    sums: dict[ReplicaUse, float] = {}
+    for (use, _), seconds in taken.items():
+        sums[use] = sums.get(use, 0.0) + seconds
+    later = ReplicaTime(clock, clock)
+    clock.now += 7200  # nobody was there to see
+    later.restore(sums, NOW)
+    later.sample([])
+    clock.now += 3600
+    later.sample([USE])
+    document = later.document()
+    assert document["since"] == NOW
+    assert document["gpu_hours"] == {"pending": 0, "loading": 0, "ready_busy": 2 * 2.0, "ready_idle": 2 * 0.5}
+    assert document["replica_hours"] == {"pending": 0, "loading": 0, "ready_busy": 2.0 + 1.5, "ready_idle": 0.5}
+    assert [(row["model"], row["gpu_hours"]["ready_busy"]) for row in document["by_model"]] == [("m", 4.0), ("c", 0.0)]
+    assert [(row["replica"], row["replica_hours"]["ready_busy"]) for row in document["by_replica"]] == [("m-1", 2.0)]
