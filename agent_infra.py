@@ -1850,7 +1850,19 @@ LISTED_REPLICAS = 200
 RECENT_S = 300.0  # what "recent" means for percentiles, shares and active sessions
 RATE_S = 60.0  # what rates are taken over
 LEAST_RATE_S = 5.0  # below this much time a rate is not told
-SCHEMA_VERSION = 1  # of /stats
+MISS_TOKENS = 64  # fewer tokens missing from the cache are none: engines keep whole blocks, and templates add words
+MISS_SHARE = 0.1  # likewise, of what was expected
+WATCH_INTERVAL_S = 5.0  # between two looks of the watchdog
+LISTED_ALERTS = 50
+LEAST_THINKS = 5  # think times of a session before its silence can be unusual
+SILENT_S = 60.0  # silence that is never unusual
+SILENT_FACTOR = 5.0  # silence is unusual beyond this many times the session's longest think time
+REPEATED_TURNS = 4  # identical turns in a row
+RUNAWAY_TOKENS = 8_000  # a context that never is one that ran away
+RUNAWAY_FACTOR = 4.0  # a context that did is this many times the median of its model's sessions
+LEAST_CONTEXTS = 8  # sessions of a model that make a median
+THRASHING_MOVES = 4  # changes of the replica within the last 8 turns
+SCHEMA_VERSION = 2  # of /stats, as docs/stats.schema.json has it
 
 
 MAX_DURATION_MS = 2.0**30  # 12 days; whatever took longer is counted in the highest bucket
@@ -2053,6 +2065,32 @@ class TurnRecord:
         return {name: _rounded(value) if name.endswith("_ms") else value for name, value in row.items()}
 
 
+@dataclass(frozen=True)
+class HeldContext:
+    """What a replica should have in its cache for a session's next turn."""
+
+    backend: str | None
+    prompt_tokens: int  # of the last prompt
+    tokens: int  # of the last prompt and its answer
+
+
+def explain_miss(record: TurnRecord, held: HeldContext, changed: str | None) -> str | None:
+    """Why fewer tokens of a turn were cached than expected, in words; None when not notably fewer were.
+
+    ``changed`` is what the client changed of the context that was there, in words.
+    """
+    expected, cached = record.expected_cached_tokens, record.cached_tokens
+    if expected is None or cached is None or expected - cached <= max(MISS_TOKENS, MISS_SHARE * expected):
+        return None
+    if changed is not None:
+        return f"your client changed {changed}"
+    if record.backend != held.backend:
+        return f"moved from {held.backend} to {record.backend}"
+    if cached >= held.prompt_tokens - MISS_TOKENS:
+        return "the last answer came back changed, by your client or by the chat template"
+    return f"evicted from {held.backend}"
+
+
 @dataclass(slots=True)
 class Session:
     """What is known of a live session; about 1 KB, whatever the number of its turns. Sums are over its turns."""
@@ -2073,10 +2111,22 @@ class Session:
     inference_ms: float | None = None
     post_ms: float | None = None
     unaccounted_ms: float | None = None
+    thinks: int = 0  # think times known
+    longest_think_ms: float = 0.0  # fading: an early one does not count for ever
     context_tokens: int | None = None  # prompt and answer of the last turn that told
-    cached_tokens: int | None = None  # of the same turn
+    prompt_tokens: int | None = None  # of the same turn, like the next two
+    cached_tokens: int | None = None
+    held_by: str | None = None  # the replica that should have its context in the cache
+    cache_misses: int = 0
+    last_miss: str | None = None
+    last_backend: str | None = None  # that finished a turn
+    moves: int = 0  # changes of the replica
+    recent_moves: int = 0  # whether each of the last 8 turns was one, in bits
     tokens_in: int = 0
     tokens_out: int = 0
+    signature: int = 0  # of the last turn; likewise turns have likewise signatures
+    repeats: int = 1  # turns in a row with this signature
+    alerts: dict[str, float] = field(default_factory=dict)  # kind → since, s since the epoch
 
     def think_time_ms(self, arrival: float) -> float | None:
         """From the previous answer's end to ``arrival``; None for a first turn, or while another one is open."""
@@ -2084,8 +2134,19 @@ class Session:
             return None
         return max(0.0, arrival - self.last_end) * 1000
 
-    def think(self, pre_ms: float | None, post_ms: float | None, unaccounted_ms: float | None) -> None:
+    def held(self) -> HeldContext | None:
+        """What should be cached of this session now; None when it is not known, or changes at this moment."""
+        if self.context_tokens is None or self.prompt_tokens is None or self.open_turns:
+            return None
+        return HeldContext(self.held_by, self.prompt_tokens, self.context_tokens)
+
+    def think(
+        self, think_ms: float | None, pre_ms: float | None, post_ms: float | None, unaccounted_ms: float | None
+    ) -> None:
         """Add what is known of the time around an answer."""
+        if think_ms is not None:
+            self.thinks += 1
+            self.longest_think_ms = max(0.95 * self.longest_think_ms, think_ms)
         self.pre_ms = _plus(self.pre_ms, pre_ms)
         self.post_ms = _plus(self.post_ms, post_ms)
         self.unaccounted_ms = _plus(self.unaccounted_ms, unaccounted_ms)
@@ -2095,14 +2156,36 @@ class Session:
         self.turns += 1
         self.errors += record.outcome in ("error", "cut")
         self.last_turn, self.last_end = record.turn, max(at, self.last_end or at)
-        self.backend = record.backend or self.backend
+        self._note_repeat(record)
+        if record.backend is not None:
+            is_move = self.last_backend not in (None, record.backend)
+            self.moves += is_move
+            self.recent_moves = (self.recent_moves << 1 | is_move) & 0xFF
+            self.backend = self.last_backend = record.backend
         self.wait_ms = _plus(self.wait_ms, record.queue_ms)
         self.inference_ms = _plus(self.inference_ms, record.inference_ms)
         self.tokens_in += record.prompt_tokens or 0
         self.tokens_out += record.completion_tokens or 0
+        if record.cache_miss is not None:
+            self.cache_misses += 1
+            self.last_miss = record.cache_miss
         if record.prompt_tokens is not None:
             self.context_tokens = record.prompt_tokens + (record.completion_tokens or 0)
-            self.cached_tokens = record.cached_tokens
+            self.prompt_tokens, self.cached_tokens = record.prompt_tokens, record.cached_tokens
+            self.held_by = record.backend
+
+    def _note_repeat(self, record: TurnRecord) -> None:
+        grown = record.prompt_tokens - (self.context_tokens or 0) if record.prompt_tokens is not None else None
+        told = record.outcome, record.prompt, record.answer, record.completion_tokens, grown
+        signature = hash(told) if record.prompt or record.answer else 0
+        self.repeats = self.repeats + 1 if signature and signature == self.signature else 1
+        self.signature = signature
+
+
+def split_client(client: str | None) -> tuple[str | None, str | None]:
+    """``(id, command)`` of what a client calls itself: ``id`` or ``id command…``, as describe_client() says it."""
+    name, _, command = (client or "").strip().partition(" ")
+    return name or None, command.strip() or None
 
 
 def split_think_time(
@@ -2199,6 +2282,7 @@ class OpenTurn:
 
     started: TurnStarted
     session: Session | None
+    held: HeldContext | None
     think_ms: float | None
     pre_ms: float | None
     unaccounted_ms: float | None
@@ -2255,6 +2339,80 @@ class TurnLedger:
         if turn is not None and turn.session is not None:
             turn.session.open_turns -= 1
         return turn
+
+
+class Watchdog:
+    """Which sessions someone should look at, and why. Looks at all of them every WATCH_INTERVAL_S."""
+
+    def __init__(self) -> None:
+        self._due = 0.0
+        self.rows: list[dict[str, Any]] = []  # the LISTED_ALERTS latest, latest first
+
+    def look(self, sessions: Iterable[Session], now: float, kv_capacity: Mapping[str, float]) -> None:
+        """Look if it is time to. ``kv_capacity`` is replica → tokens that its cache holds."""
+        if self._due - WATCH_INTERVAL_S <= now < self._due:
+            return
+        self._due = now + WATCH_INTERVAL_S
+        contexts: dict[str, list[int]] = {}
+        for session in sessions:
+            contexts.setdefault(session.model, []).append(session.context_tokens or 0)
+        usual = {
+            model: sorted(tokens)[len(tokens) // 2]
+            for model, tokens in contexts.items()
+            if len(tokens) >= LEAST_CONTEXTS
+        }
+        rows = []
+        for session in sessions:
+            found = alerts_of(session, now, usual.get(session.model), kv_capacity.get(session.backend or ""))
+            if found or session.alerts:
+                session.alerts = {kind: session.alerts.get(kind, since) for kind, since, _ in found}
+                rows += [self._row(session, kind, sentence) for kind, _, sentence in found]
+        self.rows = sorted(rows, key=lambda row: -row["since"])[:LISTED_ALERTS]
+
+    @staticmethod
+    def _row(session: Session, kind: str, sentence: str) -> dict[str, Any]:
+        return {
+            "kind": kind,
+            "session": session.id,
+            "client": split_client(session.client)[0],
+            "model": session.model,
+            "since": session.alerts[kind],
+            "sentence": sentence,
+        }
+
+
+def alerts_of(
+    session: Session, now: float, usual_context: float | None, kv_capacity: float | None
+) -> list[tuple[str, float, str]]:
+    """What is wrong with a session: ``(kind, since, sentence)`` each.
+
+    ``usual_context`` is the median of its model's sessions, ``kv_capacity`` what its replica's cache holds, in tokens.
+    """
+    found = []
+    context, silent_s = session.context_tokens or 0, now - (session.last_end or now)
+    if not session.open_turns and session.thinks >= LEAST_THINKS:
+        longest_s = session.longest_think_ms / 1000
+        if silent_s > max(SILENT_S, SILENT_FACTOR * longest_s):
+            sentence = (
+                f"Silent for {silent_s:.0f} s, and it thought for {longest_s:.0f} s at most before: is its agent dead?"
+            )
+            found.append(("silent", now - silent_s, sentence))
+    if session.repeats >= REPEATED_TURNS:
+        sentence = f"Its last {session.repeats} turns were identical: its agent may be in a loop."
+        found.append(("repeating", now, sentence))
+    if kv_capacity and context > max(RUNAWAY_TOKENS, kv_capacity / 2):
+        sentence = (
+            f"Its context of {context:,} tokens takes more than half of its replica's cache ({kv_capacity:,.0f})."
+        )
+        found.append(("runaway_context", now, sentence))
+    elif usual_context and context > max(RUNAWAY_TOKENS, RUNAWAY_FACTOR * usual_context):
+        times = context / usual_context
+        sentence = f"Its context of {context:,} tokens is {times:.0f} times that of its model's usual session."
+        found.append(("runaway_context", now, sentence))
+    if (moves := session.recent_moves.bit_count()) >= THRASHING_MOVES:
+        sentence = f"It changed its replica in {moves} of its last 8 turns; each time its context is computed anew."
+        found.append(("thrashing", now, sentence))
+    return found
 
 
 class Pipeline:
@@ -2404,6 +2562,9 @@ def _record_of(event: TurnFinished, turn: OpenTurn | None) -> TurnRecord:
         record.model, record.path, record.stream = started.model, started.path, started.stream
         record.started_at, record.prompt = started.at, started.prompt
         record.think_ms, record.pre_ms, record.unaccounted_ms = turn.think_ms, turn.pre_ms, turn.unaccounted_ms
+        if turn.held is not None and record.prompt_tokens is not None:
+            record.expected_cached_tokens = min(turn.held.tokens, record.prompt_tokens)
+            record.cache_miss = explain_miss(record, turn.held, None)
     return record
 
 
@@ -2449,12 +2610,12 @@ class TurnLog:
 
 
 def _client_rows(live: Sequence[Session], ended: Sequence[Session], phases: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Sessions by client, in their order. What a client calls itself is ``id`` or ``id command…``."""
+    """Sessions by client, in their order."""
     rows: dict[str | None, dict[str, Any]] = {}
     states = [phases.get(session.id, "idle") for session in live] + ["ended"] * len(ended)
     for session, state in zip((*live, *ended), states, strict=True):
-        name, _, command = (session.client or "").strip().partition(" ")
-        row = rows.setdefault(session.client, {"id": name or None, "command": command.strip() or None, "sessions": []})
+        name, command = split_client(session.client)
+        row = rows.setdefault(session.client, {"id": name, "command": command, "sessions": []})
         row["sessions"].append(_session_row(session, state))
     return list(rows.values())
 
@@ -2477,6 +2638,10 @@ def _session_row(session: Session, state: str) -> dict[str, Any]:
         "unaccounted_ms": _rounded(session.unaccounted_ms),
         "context_tokens": session.context_tokens,
         "cached_tokens": session.cached_tokens,
+        "cache_misses": session.cache_misses,
+        "last_miss": session.last_miss,
+        "moves": session.moves,
+        "alerts": list(session.alerts),
         "tokens_in": session.tokens_in,
         "tokens_out": session.tokens_out,
     }
@@ -2604,7 +2769,10 @@ class BackendTable:
 
 
 class StatsDocument(TypedDict):
-    """The body of GET /stats. Times are s since the epoch; None (null) is "not known"; no figure is ever NaN."""
+    """The body of GET /stats; docs/stats.schema.json says what every field means.
+
+    Times are s since the epoch; None (null) is "not known"; no figure is ever NaN.
+    """
 
     snapshot_age_ms: int  # stays the first key: the relay writes the age over it, in the finished bytes
     schema_version: int
@@ -2620,6 +2788,10 @@ class StatsDocument(TypedDict):
     clients: list[dict[str, Any]]  # the listed sessions by client; their *_ms and tokens_* are sums over their turns
     recent_turns: list[dict[str, Any]]  # finished, latest first
     pipeline: dict[str, dict[str, float | None]]
+    watchdog: list[dict[str, Any]]  # sessions that someone should look at, and why
+    analysis: list[dict[str, Any]]  # what holds each model back; like the next two, the controller puts it in
+    accounting: dict[str, Any] | None  # GPU-hours
+    history: dict[str, Any] | None  # what becomes of the turns on disk
     relay: dict[str, Any]  # counts over all relays, at the socket; events_dropped: turns that totals lack
 
 
@@ -2646,6 +2818,7 @@ class Tracker:
         self._throughput = Throughput()
         self._history: collections.deque[dict[str, Any]] = collections.deque(maxlen=HISTORY_POINTS)
         self._backends = BackendTable(clock)
+        self._watchdog = Watchdog()
         self._relay = RelayCounters("requests", "errors", "retries", "aborted", "rejected", "events_dropped")
         self._relay_restarts = 0
         self._gauges: Mapping[str, Any] = {}
@@ -2680,10 +2853,15 @@ class Tracker:
         now = self._clock()
         self._gauges = _as_mapping(_finite(gauges))
         self._relay.read(_as_mapping(self._gauges.get("counters")))
+        kv_capacity = {}
         for backend, gauge in _as_mapping(self._gauges.get("backends")).items():
             self._backends.figures(backend).counters.read(_as_mapping(gauge))
+            capacity = _as_mapping(_as_mapping(gauge).get("load")).get("kv_capacity_tokens")
+            if _is_figure(capacity):
+                kv_capacity[backend] = capacity
         self._turns.forget_lost(now)
         self._sessions.expire(now)
+        self._watchdog.look(self._sessions, now, kv_capacity)
         self._throughput.read(now, self._totals["completed"], self._totals["tokens_out"])
         if not self._history or now // HISTORY_STEP_S != self._history[-1]["at"] // HISTORY_STEP_S:
             self._history.append(self._history_point(now))
@@ -2724,7 +2902,7 @@ class Tracker:
             at = min(record.finished_at, self._clock())
             session = self._sessions.open(record, at)
             if session is not None:
-                session.think(record.pre_ms, record.post_ms, record.unaccounted_ms)
+                session.think(record.think_ms, record.pre_ms, record.post_ms, record.unaccounted_ms)
                 session.finish(record, at)
                 self._sessions.touch(session, at)
         self._sessions.expire(self._clock())
@@ -2761,6 +2939,10 @@ class Tracker:
             clients=_client_rows(listed, self._sessions.latest_ended(), self._turns.phases()),
             recent_turns=[record.row() for record in self._log.latest(RECENT_TURNS)],
             pipeline=self._pipeline.document(),
+            watchdog=self._watchdog.rows,
+            analysis=[],
+            accounting=None,
+            history=None,
             relay={
                 **self._relay.sums,
                 "restarts": self._relay_restarts,
@@ -2774,15 +2956,16 @@ class Tracker:
         if self._turns.knows(event.turn):
             return
         session = self._sessions.open(event, at)
+        held = session.held() if session else None
         gap_ms = session.think_time_ms(at) if session else None
         pre_ms, unaccounted_ms = split_think_time(gap_ms, event.pre_ms, event.post_ms)
         self._pipeline.add(pre=pre_ms, post=event.post_ms, unaccounted=unaccounted_ms)
         if session is not None:
-            session.think(pre_ms, event.post_ms, unaccounted_ms)
+            session.think(gap_ms, pre_ms, event.post_ms, unaccounted_ms)
             self._sessions.touch(session, at)
             if session.last_turn and event.post_ms is not None:
                 self._log.learn_post(session.last_turn, event.post_ms)
-        self._turns.add(OpenTurn(event, session, gap_ms, pre_ms, unaccounted_ms))
+        self._turns.add(OpenTurn(event, session, held, gap_ms, pre_ms, unaccounted_ms))
 
     def _finish(self, event: TurnFinished, at: float) -> None:
         is_first, turn = self._turns.close(event.turn)

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from program import MODULE, Program, Running, is_listening, program, wait_for
+from stats_schema import check_stats
 from weights import packaged_gguf
 
 EXAMPLES = MODULE.parent / "examples"
@@ -72,6 +73,7 @@ def test_the_quickstart_holds_ten_turns_and_stats_follow_them(app: Program, opti
     assert (totals["requests"], totals["errors"]) == (10, 0)
     assert totals["tokens_in"] > 100
     assert totals["tokens_out"] > 10
+    check_stats(app.get("/stats"))
     engine = app.status()["replicas"][0]["port"]
     assert up.end(signal.SIGINT) == 0
     assert_nothing_is_left(app, [app.port, engine])

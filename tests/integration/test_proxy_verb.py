@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from fake_engine import FakeEngine
 from program import Program, Running, is_listening, program, wait_for
+from stats_schema import check_stats
 
 
 @pytest.fixture
@@ -34,6 +35,7 @@ def test_the_proxy_alone_relays_and_leaves_nothing(app: Program, engine: FakeEng
     assert headers["x-agent-infra-backend"] == "smollm2-1"
     wait_for(lambda: app.get("/stats")["totals"]["requests"] == 1, "the turn in /stats")
     assert app.get("/stats")["strategy"] == "round_robin"
+    check_stats(app.get("/stats"))
     assert proxy.end() == 0
     wait_for(lambda: not app.processes(), "no process left")
     assert not is_listening(app.port)

@@ -262,7 +262,7 @@ def test_the_age_is_the_first_key_and_the_document_is_plain_json(tracker: Tracke
     tracker.sample(gauges(backends={"b": {"load": {"kv_usage": float("nan"), "running": float("inf")}}}))
     document = tracker.snapshot([], [Backend("b", "m", "127.0.0.1", 1)], "round_robin")
     text = json.dumps(document, allow_nan=False)
-    assert text.startswith('{"snapshot_age_ms": 0, "schema_version": 1, ')
+    assert text.startswith('{"snapshot_age_ms": 0, "schema_version": 2, ')
     assert document["backends"][0]["engine"]["kv_usage"] is None
 
 

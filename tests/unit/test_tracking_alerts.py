@@ -1,0 +1,169 @@
+"""What the tracker finds notable: context that was not cached, and sessions that someone should look at."""
+
+from typing import Any
+
+import pytest
+
+import agent_infra
+from agent_infra import Tracker, TurnFinished, TurnRecord, TurnStarted
+
+
+class Driver:
+    """A tracker and the turns of its sessions, on a clock of its own."""
+
+    def __init__(self) -> None:
+        self.now = 1_800_000_000.0
+        self.tracker = Tracker(lambda: self.now)
+        self.turns = 0
+
+    def turn(self, session: str = "s", backend: str | None = "a", outcome: str = "completed", **more: Any) -> None:
+        """A turn of one second, a second after whatever was before."""
+        self.turns += 1
+        self.now += more.pop("think_s", 1.0)
+        told = {name: more.pop(name) for name in ("prompt", "prints", "client") if name in more}
+        started = TurnStarted(str(self.turns), self.now, "m", "/v1/chat/completions", session, **told)
+        self.now += 1.0
+        self.tracker.observe(
+            TurnFinished(started.turn, self.now, outcome, 200, backend, 0.0, 10.0, 1000.0, started=started, **more)
+        )
+
+    def last(self) -> TurnRecord:
+        return self.tracker.take_records()[0][-1]
+
+    def look(self, seconds: float = 5.0, capacity: int | None = None) -> list[dict[str, Any]]:
+        """What the watchdog says after so many seconds."""
+        self.now += seconds
+        self.tracker.sample({"backends": {"a": {"load": {"kv_capacity_tokens": capacity}}}})
+        return self.tracker.snapshot([], [], "")["watchdog"]
+
+    def session(self, name: str = "s") -> dict[str, Any]:
+        clients = self.tracker.snapshot([], [], "")["clients"]
+        return next(row for client in clients for row in client["sessions"] if row["id"] == name)
+
+
+@pytest.fixture
+def driver() -> Driver:
+    return Driver()
+
+
+# --- what should have been cached
+
+
+def test_a_first_turn_has_nothing_to_expect(driver: Driver) -> None:
+    driver.turn(prompt_tokens=1000, completion_tokens=100, cached_tokens=0)
+    record = driver.last()
+    assert (record.expected_cached_tokens, record.cache_miss) == (None, None)
+
+
+def test_the_last_prompt_and_answer_are_expected_and_whole_blocks_are_no_miss(driver: Driver) -> None:
+    driver.turn(prompt_tokens=1000, completion_tokens=100)
+    driver.turn(prompt_tokens=1200, completion_tokens=100, cached_tokens=1088)
+    record = driver.last()
+    assert (record.expected_cached_tokens, record.cache_miss) == (1100, None)
+
+
+@pytest.mark.parametrize(
+    ("backend", "cached", "reason"),
+    [
+        ("b", 16, "moved from a to b"),
+        ("a", 16, "evicted from a"),
+        ("a", 992, "the last answer came back changed, by your client or by the chat template"),
+        ("b", 1300, None),
+        ("a", None, None),
+    ],
+)
+def test_a_miss_has_its_reason(driver: Driver, backend: str, cached: int | None, reason: str | None) -> None:
+    driver.turn(prompt_tokens=1000, completion_tokens=400)
+    driver.turn(backend=backend, prompt_tokens=1500, completion_tokens=100, cached_tokens=cached)
+    assert driver.last().cache_miss == reason
+    assert (driver.session()["cache_misses"], driver.session()["last_miss"]) == (reason is not None, reason)
+
+
+def test_a_context_that_was_cut_short_is_expected_up_to_its_own_length(driver: Driver) -> None:
+    driver.turn(prompt_tokens=5000, completion_tokens=100)
+    driver.turn(prompt_tokens=1000, completion_tokens=100, cached_tokens=960)
+    record = driver.last()
+    assert (record.expected_cached_tokens, record.cache_miss) == (1000, None)
+
+
+def test_a_turn_that_failed_leaves_what_is_cached_as_it_was(driver: Driver) -> None:
+    driver.turn(prompt_tokens=1000, completion_tokens=400)
+    driver.turn(backend="b", outcome="error")
+    driver.turn(backend="a", prompt_tokens=1500, cached_tokens=10)
+    assert driver.last().cache_miss == "evicted from a"
+
+
+def test_changes_of_the_replica_are_counted(driver: Driver) -> None:
+    for backend in ("a", "a", "b", None, "b", "a"):
+        driver.turn(backend=backend)
+    assert driver.session()["moves"] == 2
+
+
+# --- the watchdog
+
+
+def test_silence_is_unusual_when_it_is_long_for_this_session(driver: Driver) -> None:
+    for _ in range(6):
+        driver.turn(think_s=20.0)
+    silent_since = driver.now
+    assert driver.look(99) == []
+    [row] = driver.look(10)
+    assert (row["kind"], row["session"], row["since"]) == ("silent", "s", silent_since)
+    assert "109 s" in row["sentence"]
+    assert driver.session()["alerts"] == ["silent"]
+    driver.turn()
+    assert driver.look() == []
+    assert driver.session()["alerts"] == []
+
+
+def test_a_session_that_thought_long_before_may_be_silent_for_long(driver: Driver) -> None:
+    for think_s in (2.0, 2.0, 100.0, 2.0, 2.0, 2.0, 2.0):
+        driver.turn(think_s=think_s)
+    assert driver.look(400) == []
+
+
+def test_identical_turns_in_a_row_are_noticed_and_the_row_keeps_its_time(driver: Driver) -> None:
+    for number in range(3):
+        driver.turn(prompt="again", answer="no", prompt_tokens=100 * number, completion_tokens=50)
+    assert driver.look() == []
+    for number in range(3, 6):
+        driver.turn(prompt="again", answer="no", prompt_tokens=100 * number, completion_tokens=50)
+    [row] = driver.look()
+    assert row["kind"] == "repeating"
+    driver.turn(prompt="again", answer="no", prompt_tokens=600, completion_tokens=50)
+    [later] = driver.look()
+    assert later["since"] == row["since"]
+    driver.turn(prompt="something else", answer="yes")
+    assert driver.look() == []
+
+
+def test_a_context_far_above_the_others_ran_away(driver: Driver) -> None:
+    for number in range(8):
+        driver.turn(session=f"s{number}", prompt_tokens=3000, completion_tokens=0)
+    driver.turn(session="large", prompt_tokens=20_000, completion_tokens=0)
+    [row] = driver.look()
+    assert (row["kind"], row["session"]) == ("runaway_context", "large")
+
+
+def test_a_context_of_half_a_replicas_cache_ran_away(driver: Driver) -> None:
+    driver.turn(prompt_tokens=20_000, completion_tokens=0)
+    assert driver.look(capacity=100_000) == []
+    [row] = driver.look(capacity=39_000)
+    assert row["kind"] == "runaway_context"
+
+
+def test_a_session_that_changes_its_replica_again_and_again_thrashes(driver: Driver) -> None:
+    for backend in "aababa":
+        driver.turn(backend=backend)
+    [row] = driver.look()
+    assert row["kind"] == "thrashing"
+    for _ in range(5):
+        driver.turn(backend="a")
+    assert driver.look() == []
+
+
+def test_alerts_are_fifty_at_most(driver: Driver) -> None:
+    for number in range(60):
+        for backend in "ababab":
+            driver.turn(session=f"s{number}", backend=backend)
+    assert len(driver.look()) == agent_infra.LISTED_ALERTS == 50
