@@ -2491,6 +2491,55 @@ class RelayCounters:
         self._last = dict.fromkeys(self._last, 0)
 
 
+class RelayReport:
+    """What the relay says of itself once a second; what is missing there or cannot be is not known."""
+
+    def __init__(self) -> None:
+        self.gauges: Mapping[str, Any] = {}
+        self._counters = RelayCounters("requests", "errors", "retries", "aborted", "rejected", "events_dropped")
+        self._restarts = 0
+
+    def read(self, gauges: Mapping[str, Any]) -> None:
+        """Take what Tracker.sample() gets."""
+        self.gauges = _as_mapping(_finite(gauges))
+        self._counters.read(_as_mapping(self.gauges.get("counters")))
+
+    def restart(self) -> None:
+        """The next gauges come from a new relay."""
+        self._counters.restart()
+        self._restarts += 1
+        self.gauges = {}
+
+    @property
+    def backends(self) -> Mapping[str, Mapping[str, Any]]:
+        """The gauge of each backend."""
+        return {name: _as_mapping(gauge) for name, gauge in _as_mapping(self.gauges.get("backends")).items()}
+
+    def kv_capacity(self) -> dict[str, float]:
+        """Backend → tokens that its cache holds, where that is known."""
+        told = {name: _as_mapping(gauge.get("load")) for name, gauge in self.backends.items()}
+        return {name: tokens for name, load in told.items() if _is_figure(tokens := load.get("kv_capacity_tokens"))}
+
+    def queue(self) -> dict[str, Any]:
+        """``queue`` of /stats."""
+        queue = _as_mapping(self.gauges.get("queue"))
+        waiting = queue.get("waiting")
+        return {
+            **{name: queue.get(name) for name in ("pending", "in_flight", "oldest_ms")},
+            "waiting": waiting[:LISTED_WAITING] if isinstance(waiting, list) else [],
+        }
+
+    def document(self) -> dict[str, Any]:
+        """``relay`` of /stats."""
+        return {
+            **self._counters.sums,
+            "restarts": self._restarts,
+            "sampled_at": self.gauges.get("at"),
+            "rss_bytes": self.gauges.get("rss_bytes"),
+            "connections": self.gauges.get("connections"),
+        }
+
+
 class BackendFigures:
     """What was measured of one backend: turns sent to it, summed over relays, and its recent latencies."""
 
@@ -2819,9 +2868,7 @@ class Tracker:
         self._history: collections.deque[dict[str, Any]] = collections.deque(maxlen=HISTORY_POINTS)
         self._backends = BackendTable(clock)
         self._watchdog = Watchdog()
-        self._relay = RelayCounters("requests", "errors", "retries", "aborted", "rejected", "events_dropped")
-        self._relay_restarts = 0
-        self._gauges: Mapping[str, Any] = {}
+        self._relay = RelayReport()
 
     def observe(self, event: TurnEvent) -> None:
         """Take an event of the relay. One that comes twice, or after its turn's finish, changes nothing."""
@@ -2851,17 +2898,12 @@ class Tracker:
         "connections"}``.
         """
         now = self._clock()
-        self._gauges = _as_mapping(_finite(gauges))
-        self._relay.read(_as_mapping(self._gauges.get("counters")))
-        kv_capacity = {}
-        for backend, gauge in _as_mapping(self._gauges.get("backends")).items():
-            self._backends.figures(backend).counters.read(_as_mapping(gauge))
-            capacity = _as_mapping(_as_mapping(gauge).get("load")).get("kv_capacity_tokens")
-            if _is_figure(capacity):
-                kv_capacity[backend] = capacity
+        self._relay.read(gauges)
+        for backend, gauge in self._relay.backends.items():
+            self._backends.figures(backend).counters.read(gauge)
         self._turns.forget_lost(now)
         self._sessions.expire(now)
-        self._watchdog.look(self._sessions, now, kv_capacity)
+        self._watchdog.look(self._sessions, now, self._relay.kv_capacity())
         self._throughput.read(now, self._totals["completed"], self._totals["tokens_out"])
         if not self._history or now // HISTORY_STEP_S != self._history[-1]["at"] // HISTORY_STEP_S:
             self._history.append(self._history_point(now))
@@ -2875,8 +2917,6 @@ class Tracker:
             self._finish(TurnFinished(name, now, "cut", 0, turn.backend, waited_ms, turn.ttft_ms, error=error), now)
         self._relay.restart()
         self._backends.relay_restarted()
-        self._relay_restarts += 1
-        self._gauges = {}
 
     @property
     def totals(self) -> Mapping[str, int]:
@@ -2915,7 +2955,7 @@ class Tracker:
         """
         now = self._clock()
         sessions = collections.Counter(session.backend for session in self._sessions)
-        rows = self._backends.rows(records, table, _as_mapping(self._gauges.get("backends")), sessions)
+        rows = self._backends.rows(records, table, self._relay.backends, sessions)
         listed = self._sessions.latest(LISTED_SESSIONS)
         rates = self._throughput.rates(now, self._totals["completed"], self._totals["tokens_out"])
         return StatsDocument(
@@ -2928,7 +2968,7 @@ class Tracker:
             throughput={**rates, "history": list(self._history)},
             models=_model_rows(rows),
             backends=rows,
-            queue=self._queue(),
+            queue=self._relay.queue(),
             sessions={
                 "live": len(self._sessions),
                 "active": self._sessions.count_active(now),
@@ -2943,13 +2983,7 @@ class Tracker:
             analysis=[],
             accounting=None,
             history=None,
-            relay={
-                **self._relay.sums,
-                "restarts": self._relay_restarts,
-                "sampled_at": self._gauges.get("at"),
-                "rss_bytes": self._gauges.get("rss_bytes"),
-                "connections": self._gauges.get("connections"),
-            },
+            relay=self._relay.document(),
         )
 
     def _start(self, event: TurnStarted, at: float) -> None:
@@ -2988,21 +3022,13 @@ class Tracker:
             self._sessions.touch(turn.session, at)
         self._log.add(record)
 
-    def _queue(self) -> dict[str, Any]:
-        queue = _as_mapping(self._gauges.get("queue"))
-        waiting = queue.get("waiting")
-        return {
-            **{name: queue.get(name) for name in ("pending", "in_flight", "oldest_ms")},
-            "waiting": waiting[:LISTED_WAITING] if isinstance(waiting, list) else [],
-        }
-
     def _history_point(self, now: float) -> dict[str, Any]:
-        queue = _as_mapping(self._gauges.get("queue"))
+        queue = self._relay.queue()
         return {
             "at": now,
             **self._throughput.rates(now, self._totals["completed"], self._totals["tokens_out"]),
-            "in_flight": queue.get("in_flight"),
-            "pending": queue.get("pending"),
+            "in_flight": queue["in_flight"],
+            "pending": queue["pending"],
             "active_sessions": self._sessions.count_active(now),
             "latency_ms": _percentiles(self._wait.read(), 50, 95),
         }

@@ -142,8 +142,10 @@ def sample() -> Any:
     tunnel = {"state": "up", "reconnects": 1, "reason": None, "driver": "sshtunnel", "mode": "login"}
     for backend in document["backends"][:3]:
         backend |= {"tunnel": tunnel, "partition": "gpu"}
-    hours = {"pending": 0.1, "loading": 0.15, "ready_busy": 1.2, "ready_idle": 0.3}
-    accounting = {"since": START, "gpu_hours": hours, "by_model": [{"model": "qwen", **hours}]}
+    spent = {"pending": 0.1, "loading": 0.15, "ready_busy": 1.2, "ready_idle": 0.3}
+    hours = {"gpu_hours": spent, "replica_hours": spent}
+    replicas = [{"replica": "qwen-1", "model": "qwen", **hours}]
+    accounting = {"since": START, **hours, "by_model": [{"model": "qwen", **hours}], "by_replica": replicas}
     history = {"path": "/home/me/.local/state/agent-infra/default/history.db", "state": "on", "reason": None}
     analysis = json.loads((GOLDEN / "analysis.json").read_text())
     document["throughput"]["history"] = document["throughput"]["history"][-60:]
