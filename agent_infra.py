@@ -3710,6 +3710,10 @@ class ReplicaRecord:
     gpus: tuple[GpuSample, ...] = ()
     gpu_ids: tuple[str, ...] = ()  # handed out to it (CUDA_VISIBLE_DEVICES)
     is_idle: bool = False  # it ended by itself, after idle_shutdown_minutes without a turn
+    # Of its job, as the scheduler said at the last look:
+    time_left_s: float | None = None  # of the walltime
+    queue_wait_s: float | None = None  # between submission and start, or until now
+    pending_reason: str | None = None  # the scheduler's own word, such as QOSMaxJobsPerUserLimit
 
 
 STOP_GRACE_S = 25.0  # that an engine has for its turns after SIGTERM; below Slurm's KillWait of 30 s
@@ -7846,6 +7850,85 @@ def replica_table(
         )
         backends.append(dataclasses.asdict(backend))
     return {"models": list(models), "loading": sorted(loading), "backends": backends}
+
+
+# --- Handover (pure): a replica is replaced before the walltime of its job ends. -------------------------------------
+
+HANDOVER_MARGIN = 1.5  # times what a replica was seen to need until it was ready
+HANDOVER_RESERVE_S = 120.0  # for the old one's turns to end; more than the node takes at the end of the walltime
+HANDOVER_LIFE_SHARE = 0.75  # of the walltime, at most: else long queues would have every replica replaced at once
+HANDOVER_ATTEMPTS = 3  # successors that fail, before it is given up
+# Reasons for which a successor waits until its predecessor has ended, because the two count against one limit.
+_LIMIT_REASON = re.compile(r"(QOS|Assoc)(Max|Grp)\w*|Max\w*Per(User|Account)\w*|Licenses")
+
+
+@dataclass(frozen=True)
+class Succession:
+    """A replica that is being replaced; handover.json keeps these by the name of the replica."""
+
+    job: str | None  # the replica's: another job of its name is another replica
+    successor: str
+    is_after: bool = False  # the successor starts when the replica has ended, for a limit does not allow both
+    attempts: int = 1
+    note: str = ""  # for `status`
+
+
+@dataclass(frozen=True)
+class HandoverStep:
+    """What is to be done next about one replica."""
+
+    action: str  # submit | postpone (a limit does not allow both) | drain (and end once idle) | forget
+    replica: str
+    reason: str  # for the log
+
+
+def handover_lead_s(record: ReplicaRecord, records: Iterable[ReplicaRecord], now: float) -> float:
+    """How long before the end of its walltime a replica's successor is to be submitted.
+
+    From the longest wait in the queue and the longest loading time that its model's replicas had.
+    """
+    peers = [peer for peer in records if peer.model == record.model]
+    wait_s = max((peer.queue_wait_s or 0.0 for peer in peers), default=0.0)
+    load_s = max((peer.ready_at - peer.started_at for peer in peers if peer.ready_at), default=0.0)
+    walltime_s = (record.time_left_s or 0.0) + max(0.0, now - record.started_at)
+    return min(HANDOVER_MARGIN * (wait_s + load_s) + HANDOVER_RESERVE_S, HANDOVER_LIFE_SHARE * walltime_s)
+
+
+def plan_handover(
+    records: Sequence[ReplicaRecord], successions: Mapping[str, Succession], now: float
+) -> list[HandoverStep]:
+    """The next step for every replica whose walltime nears its end, or that is being replaced already.
+
+    ``now`` is s since the epoch.  Steps may come again at the next look, until they have had their effect.
+    """
+    known = {record.replica: record for record in records}
+    steps = [_succession_step(known, replica, succession) for replica, succession in successions.items()]
+    for record in records:
+        is_followed = record.replica in successions and successions[record.replica].job == record.job_id
+        if record.state == "ready" and record.time_left_s is not None and not is_followed:
+            lead_s = handover_lead_s(record, records, now)
+            if record.time_left_s < lead_s:
+                reason = f"{record.replica} has {record.time_left_s:.0f} s left, a successor needs up to {lead_s:.0f} s"
+                steps.append(HandoverStep("submit", record.replica, reason))
+    return [step for step in steps if step]
+
+
+def _succession_step(known: Mapping[str, ReplicaRecord], replica: str, succession: Succession) -> HandoverStep | None:
+    """What is next for a replica that has a successor; None: to wait."""
+    old, new = known.get(replica), known.get(succession.successor)
+    if old is None or old.job_id != succession.job or old.state in ("stopped", "failed"):
+        return HandoverStep("forget", replica, f"{replica} has ended, {succession.successor} takes its place")
+    if new is None or new.state in ("stopped", "failed"):
+        why = describe_replica(new) if new else "gone"
+        if succession.attempts >= HANDOVER_ATTEMPTS:
+            return None
+        return HandoverStep("submit", replica, f"{succession.successor}, to replace {replica}, is {why}")
+    if new.state == "ready":
+        return HandoverStep("drain", replica, f"{new.replica} is ready and takes over from {replica}")
+    if new.state == "pending" and not succession.is_after and _LIMIT_REASON.fullmatch(new.pending_reason or ""):
+        reason = f"{new.pending_reason} does not allow {new.replica} beside {replica}: it starts once that has ended"
+        return HandoverStep("postpone", replica, reason)
+    return None
 
 
 def describe_replica(record: ReplicaRecord) -> str:
