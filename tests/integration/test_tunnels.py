@@ -1,0 +1,345 @@
+"""Tunnels to real `serve` processes behind real sshds: both drivers, every mode, and what breaks them."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.server
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from node_testbed import KEY, STDLIB_ENGINE, Served
+from program import free_port, is_listening, wait_for
+from testbed.sshd import SSHD, SshServer, descendants, make_key, public_key
+
+import agent_infra
+from agent_infra import ClusterConfig, LoginHost, ModelConfig, ReplicaRecord, TunnelSet, http_get
+
+pytestmark = pytest.mark.skipif(SSHD is None or shutil.which("ssh") is None, reason="needs sshd and ssh")
+DRIVERS = ["sshtunnel", "openssh"]
+
+
+def engine_model() -> ModelConfig:
+    command = (sys.executable, str(STDLIB_ENGINE), "{port}")
+    return ModelConfig("chat", "none", engine="command", command=command, base_port=free_port())
+
+
+class Cluster:
+    """A login host, a compute node and one replica on it, all of this machine; and the tunnels to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.login, self.node = SshServer(folder / "login"), SshServer(folder / "node")
+        # The node takes the key that opens the login host, as where home directories are shared.
+        self.node.authorized.write_text(self.login.authorized.read_text())
+        self.config = folder / "ssh_config"
+        self.config.write_text(f"Host {os.uname().nodename}\n  HostName 127.0.0.1\n  Port {self.node.port}\n")
+        self.served = Served(folder / "run", engine_model())
+        self.hosts: list[LoginHost] = []
+        self.sets: list[TunnelSet] = []
+
+    def start(self) -> ReplicaRecord:
+        self.login.start()
+        self.node.start()
+        return self.served.wait_for_state("ready")
+
+    def tunnels(self, driver: str, mode: str, key: str = KEY, **changes: str) -> TunnelSet:
+        ssh = self.login.ssh(config_file=str(self.config), **changes)
+        cluster = ClusterConfig(ssh=ssh, tunnel=mode, tunnel_driver=driver)
+        self.hosts.append(LoginHost(cluster, os.environ, str(self.folder)))
+        self.hosts[-1].lead()
+        self.sets.append(TunnelSet(cluster, self.hosts[-1], key))
+        return self.sets[-1]
+
+    def close(self) -> None:
+        for tunnels in self.sets:
+            tunnels.close()
+        for host in self.hosts:
+            host.close()
+        self.login.stop()
+        self.node.stop()
+        self.served.close()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    made = Cluster(tmp_path)
+    yield made
+    made.close()
+
+
+def follow_until_up(tunnels: TunnelSet, record: ReplicaRecord, reconnects: int = 0) -> ReplicaRecord:
+    """The record with this side's ports, once the tunnel stands."""
+
+    def seen() -> ReplicaRecord | None:
+        there = tunnels.follow([record])[0]
+        state = tunnels.states()[record.replica]
+        return there if state.state == "up" and state.reconnects >= reconnects else None
+
+    try:
+        there = wait_for(seen, "the tunnel is up", 30)
+        assert there is not None
+        return there
+    except AssertionError as error:
+        raise AssertionError(tunnels.states()) from error
+
+
+def answers(record: ReplicaRecord) -> bool:
+    return record.port is not None and http_get(record.host, record.port, "/health")[0] == 200
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("mode", ["login", "node"])
+def test_engine_and_telemetry_are_reached_through_the_tunnel(driver: str, mode: str, cluster: Cluster) -> None:
+    record = cluster.start()
+    tunnels = cluster.tunnels(driver, mode)
+    first = tunnels.follow([record])[0]  # does not wait for it
+    assert (first.port, first.state) == (None, "loading")
+    there = follow_until_up(tunnels, record)
+    assert there.host == "127.0.0.1"
+    assert there.port not in (None, record.port)
+    assert answers(there)
+    assert there.telemetry_port is not None
+    status, body = http_get(there.host, there.telemetry_port, "/load", KEY)
+    assert (status, json.loads(body)["state"]) == (200, "ready")
+    state = tunnels.states()[record.replica]
+    assert (state.driver, state.mode, state.reconnects) == (driver, mode, 0)
+    assert any(line.startswith(f"tunnel {mode}: cluster.tunnel says so") for line in tunnels.describe())
+    # The replica goes, and with it its ports here.
+    assert tunnels.follow([]) == []
+    assert tunnels.states() == {}
+    wait_for(lambda: not is_listening(there.port or 0), "the tunnel's port is closed")
+
+
+def test_auto_goes_to_the_node_where_the_engine_listens_on_loopback(cluster: Cluster) -> None:
+    record = cluster.start()
+    tunnels = cluster.tunnels("auto", "auto")
+    assert answers(follow_until_up(tunnels, record))
+    assert tunnels.describe() == [
+        "tunnel node: the engine listens on its node's loopback alone",
+        "driver sshtunnel: ssh_config asks for nothing more",
+    ]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_tunnel_whose_connection_is_cut_is_replaced(driver: str, cluster: Cluster) -> None:
+    record = cluster.start()
+    tunnels = cluster.tunnels(driver, "login")
+    there = follow_until_up(tunnels, record)
+    cluster.login.cut_sessions()
+    again = follow_until_up(tunnels, record, reconnects=1)
+    assert again.port != there.port
+    assert answers(again)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_silent_tunnel_is_suspected_then_replaced(
+    driver: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_infra, "SUSPECT_AFTER_S", 1.0)
+    monkeypatch.setattr(agent_infra, "REPLACED_AFTER_S", 5.0)
+    record = cluster.start()
+    tunnels = cluster.tunnels(driver, "node")
+    there = follow_until_up(tunnels, record)
+    cluster.node.cut_sessions(signal.SIGSTOP)  # nothing is closed, nothing answers
+    wait_for(lambda: tunnels.states()[record.replica].state == "suspect", "it is suspected")
+    assert tunnels.follow([record])[0].port == there.port  # it may come back
+    again = follow_until_up(tunnels, record, reconnects=1)
+    assert answers(again)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_an_engine_that_moved_is_followed(driver: str, cluster: Cluster) -> None:
+    record = cluster.start()
+    tunnels = cluster.tunnels(driver, "login")
+    there = follow_until_up(tunnels, record)
+    second = Served(cluster.folder / "second", engine_model())
+    try:
+        moved = second.wait_for_state("ready")
+        assert tunnels.follow([moved])[0].port is None
+        again = follow_until_up(tunnels, moved)
+        assert again.port != there.port
+        assert answers(again)
+        wait_for(lambda: not is_listening(there.port or 0), "the old port is closed")
+    finally:
+        second.close()
+
+
+class Stranger(http.server.BaseHTTPRequestHandler):
+    """Somebody else's server on a port that should be ours; notes what it was asked."""
+
+    seen: list[tuple[str, str]]
+
+    def do_GET(self) -> None:
+        self.seen.append((self.path, str(self.headers)))
+        body = json.dumps({"answer": "0" * 64, "status": "ok"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("mode", ["login", "none"])
+def test_a_foreign_server_on_our_port_gets_neither_key_nor_request(mode: str, cluster: Cluster) -> None:
+    record = cluster.start()
+    seen: list[tuple[str, str]] = []
+    handler = type("Noting", (Stranger,), {"seen": seen})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        port = server.server_address[1]
+        # A guarded engine (vLLM) is asked itself; of another one, `serve` says who listens on its port.
+        for engine, telemetry_port in (("vllm", record.telemetry_port), ("command", port)):
+            tunnels = cluster.tunnels("sshtunnel", mode)
+            stolen = dataclasses.replace(record, engine=engine, port=port, telemetry_port=telemetry_port)
+            assert "it gets neither key nor request" in refusal(tunnels, stolen)
+            tunnels.close()
+        assert seen
+        assert all(path.startswith("/agent-infra/challenge?nonce=") for path, _ in seen)
+        assert not any("authorization" in headers.lower() or KEY in headers for _, headers in seen)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(5)
+
+
+def refusal(tunnels: TunnelSet, record: ReplicaRecord) -> str:
+    """What the record that is followed says, once its tunnel has failed."""
+
+    def said() -> str:
+        there = tunnels.follow([record])[0]
+        assert there.port is None
+        return there.message or ""
+
+    return wait_for(lambda: said() if "down: " in said() else "", "it is refused")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to listen as another user")
+def test_serve_vouches_for_no_port_that_another_user_listens_on(cluster: Cluster) -> None:
+    record = cluster.start()
+    assert record.port is not None
+    assert record.telemetry_port is not None
+    os.seteuid(65534)
+    try:
+        foreign = socket.create_server(("127.0.0.1", 0))
+    finally:
+        os.seteuid(0)
+    with foreign:
+        assert agent_infra.proves_key("127.0.0.1", record.telemetry_port, KEY, record.port) is True
+        assert agent_infra.proves_key("127.0.0.1", record.telemetry_port, KEY, foreign.getsockname()[1]) is False
+    assert agent_infra.proves_key("127.0.0.1", record.telemetry_port, "another key", record.port) is False
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_login_host_that_forbids_forwarding_is_named(driver: str, cluster: Cluster, tmp_path: Path) -> None:
+    cluster.login.options["AllowTcpForwarding"] = "no"
+    record = cluster.start()
+    tunnels = cluster.tunnels(driver, "login")
+    assert "AllowTcpForwarding" in refusal(tunnels, record)
+
+
+def test_turns_wait_for_a_lost_tunnel_for_a_while_and_then_are_told(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_infra, "FORGIVING_S", 2.0)
+    record = cluster.start()
+    tunnels = cluster.tunnels("sshtunnel", "login")
+    follow_until_up(tunnels, record)
+    cluster.login.stop()
+
+    def state() -> tuple[str, int | None]:
+        there = tunnels.follow([record])[0]
+        return there.state, there.port
+
+    wait_for(lambda: state() == ("loading", None), "it counts as loading")
+    wait_for(lambda: state() == ("ready", None), "it counts as away")
+    assert "refuses connections" in (tunnels.states()[record.replica].reason or "")
+    cluster.login.start()
+    assert answers(follow_until_up(tunnels, record, reconnects=1))
+
+
+PARENT = """
+import dataclasses, json, os, sys, time
+import agent_infra as ai
+document = json.loads(sys.stdin.readline())
+cluster = ai.ClusterConfig(ssh=ai.SshConfig(**document["ssh"]), tunnel="node", tunnel_driver=document["driver"])
+host = ai.LoginHost(cluster, os.environ, document["name"])
+host.lead()
+tunnels = ai.TunnelSet(cluster, host, document["key"])
+record = ai.record_from_json(document["record"])
+while tunnels.follow([record])[0].port is None:
+    time.sleep(0.05)
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_nothing_outlives_a_parent_that_is_killed_and_no_secret_shows(driver: str, cluster: Cluster) -> None:
+    record = cluster.start()
+    ssh = cluster.login.ssh(config_file=str(cluster.config))
+    document = {
+        "ssh": dataclasses.asdict(ssh), "driver": driver, "name": str(cluster.folder), "key": KEY,
+        "record": json.dumps(dataclasses.asdict(record)),
+    }  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        cwd=Path(agent_infra.__file__).parent,
+    ) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        parent.stdin.write(json.dumps(document).encode() + b"\n")
+        parent.stdin.flush()
+        assert parent.stdout.readline() == b"up\n"
+        children = descendants(parent.pid)
+        assert len(children) >= (1 if driver == "sshtunnel" else 4)
+        for pid in children:
+            seen = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
+            assert KEY.encode() not in seen
+        stamps = {pid: agent_infra.process_stamp(pid) for pid in children}
+        parent.kill()
+        wait_for(
+            lambda: not any(agent_infra.process_stamp(pid) == stamp for pid, stamp in stamps.items()),
+            "its tunnels are gone",
+            10,
+        )
+    wait_for(lambda: not cluster.login.sessions() and not cluster.node.sessions(), "the SSH sessions are over")
+
+
+def test_a_passphrase_reaches_the_tunnel_by_its_pipe_alone(cluster: Cluster, tmp_path: Path) -> None:
+    locked = make_key(tmp_path / "locked", passphrase="open sesame")
+    for server in (cluster.login, cluster.node):
+        server.authorized.write_text(public_key(locked) + "\n")
+    record = cluster.start()
+    ssh = cluster.login.ssh(config_file=str(cluster.config), identity_file=str(locked))
+    config = ClusterConfig(ssh=ssh, tunnel="node")
+    asked: list[str] = []
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        return "open sesame"
+
+    host = LoginHost(config, os.environ, str(tmp_path), answer)
+    cluster.hosts.append(host)
+    cluster.sets.append(TunnelSet(config, host, KEY))
+    assert answers(follow_until_up(cluster.sets[-1], record))
+    assert len(asked) == 1
+    children = [pid for pid in descendants(os.getpid()) if b"tunnel" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert children
+    for pid in children:
+        seen = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
+        assert b"open sesame" not in seen
