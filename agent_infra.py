@@ -9820,13 +9820,29 @@ def cheapest_to_end(
     return sorted(records, key=cost)[:count]
 
 
-def summarize(model: str, wanted: int, records: Iterable[ReplicaRecord]) -> dict[str, Any]:
-    """A model's row in `status`: ``{name, wanted, running, ready, idle}``; idle: ended by themselves, as configured."""
+def summarize(
+    model: str, wanted: int, records: Iterable[ReplicaRecord], rows: Iterable[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """A model's row in `status`: ``{name, wanted, running, ready, idle, in_flight, sessions}``.
+
+    ``idle`` replicas ended by themselves, as configured.  ``rows`` are /stats's backends; without them turns in flight
+    and sessions are not known (None).
+    """
     states = collections.Counter(
         "idle" if record.is_idle and record.state == "stopped" else record.state for record in records
     )
-    running = sum(states[state] for state in LIVE_STATES)
-    return {"name": model, "wanted": wanted, "running": running, "ready": states["ready"], "idle": states["idle"]}
+    served = [row for row in rows if row["model"] == model]
+    counts = {
+        name: sum(row[key] or 0 for row in served) for name, key in (("in_flight", "inflight"), ("sessions",) * 2)
+    }
+    return {
+        "name": model,
+        "wanted": wanted,
+        "running": sum(states[state] for state in LIVE_STATES),
+        "ready": states["ready"],
+        "idle": states["idle"],
+        **(counts if served else dict.fromkeys(counts)),
+    }
 
 
 class Deployment:
@@ -9939,15 +9955,17 @@ class Deployment:
         self._lock.release()
 
     def status(self) -> dict[str, Any]:
-        """``{deployment, models, replicas: [ReplicaRecord], proxy: {pid, host, port, controller} | None, degraded}``.
+        """``{deployment, models, replicas, proxy: {pid, host, port, controller} | None, accounting, degraded}``.
 
-        ``models`` are ``{name, wanted, running, ready, idle}`` (idle: ended by themselves, as configured); ``degraded``
-        are the reasons why this is not what was wanted.
+        ``models`` are rows of summarize(), ``replicas`` are ReplicaRecords, ``accounting`` is /stats's (None without a
+        proxy), ``degraded`` are the reasons why this is not what was wanted.
         """
         records = [r for r in self.cluster.replicas() if r.state != "stopped" or r.is_idle]
         wanted = self.wanted()
-        relay, holder = read_relay_record(self.paths), lock_holder(self.paths.lock)
-        models = [summarize(name, count, [r for r in records if r.model == name]) for name, count in wanted.items()]
+        relay, holder, proxy = read_relay_record(self.paths), lock_holder(self.paths.lock), self.proxy()
+        stats = proxy.get("/stats") if proxy else {}
+        of_model = {name: [r for r in records if r.model == name] for name in wanted}
+        models = [summarize(name, wanted[name], of_model[name], stats.get("backends", ())) for name in wanted]
         short = {row["name"] for row in models if row["ready"] + row["idle"] < row["wanted"]}
         degraded = [
             f"{r.replica} is {describe_replica(r)}" + (f"; {r.failure.hint}" if r.failure else "")
@@ -9957,7 +9975,7 @@ class Deployment:
         degraded += [
             f"{row['running']} of {row['wanted']} replicas of {row['name']} run"
             for row in models
-            if sum(r.model == row["name"] for r in records) < row["wanted"]
+            if len(of_model[row["name"]]) < row["wanted"]
         ]
         if relay is None:
             degraded.append("no proxy runs; `connect` starts one")
@@ -9968,6 +9986,7 @@ class Deployment:
             "models": models,
             "replicas": [dataclasses.asdict(record) for record in records],
             "proxy": relay and {**relay, "controller": holder},
+            "accounting": stats.get("accounting"),
             "degraded": degraded,
         }
 
@@ -10969,6 +10988,25 @@ def _run_status(arguments: argparse.Namespace) -> int:
         time.sleep(1.0)
 
 
+def describe_model(row: Mapping[str, Any]) -> str:
+    """A model's row of the status in words."""
+    words = [f"{row['ready']} of {row['wanted']} ready"]
+    words += [f"{row['idle']} ended for want of turns"] if row["idle"] else []
+    words += [f"{row['in_flight']} turns in flight, {row['sessions']} sessions"] if row["sessions"] is not None else []
+    return f"{row['name']}  {', '.join(words)}"
+
+
+def describe_accounting(accounting: Mapping[str, Any] | None) -> str | None:
+    """GPU-hours in words; None where no GPU was held."""
+    hours: Mapping[str, float] = (accounting or {}).get("gpu_hours", {})
+    total = sum(hours.values())
+    if accounting is None or total <= 0:
+        return None
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(accounting["since"]))
+    parts = ", ".join(f"{value:.2f} {state.replace('_', ' ')}" for state, value in hours.items())
+    return f"GPU-hours  {total:.2f} since {since}: {parts}"
+
+
 def _show_status(status: Mapping[str, Any], clear: bool) -> None:
     """The status for people: a table of the replicas, the proxy, and what is not as it should be."""
     from rich.console import Console
@@ -10986,7 +11024,11 @@ def _show_status(status: Mapping[str, Any], clear: bool) -> None:
             state = Text(describe_replica(record), style=colour)
             table.add_row(record.replica, record.model, record.node, state, str(record.pid))
         console.print(table)
-    proxy = status["proxy"]
+    for model in status["models"]:
+        console.print(Text(describe_model(model)))
+    hours, proxy = describe_accounting(status["accounting"]), status["proxy"]
+    if hours is not None:
+        console.print(Text(hours))
     if proxy is not None:
         console.print(Text(f"proxy  {proxy_url(proxy['host'], proxy['port'])}  (pid {proxy['pid']})"))
     for reason in status["degraded"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 from program import Program, parent_of, program, wait_for
 from weights import packaged_gguf
+
+FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine.py"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,17 +43,24 @@ def idle_model(app: Program, minutes: float) -> dict[str, Any]:
     return {"name": "smollm2", "model_path": "smollm2-135m-instruct", "engine": "llama_cpp", **ports}
 
 
-class LongTurn:
-    """A turn of some seconds on whichever replica gets it."""
+def scripted_model(app: Program) -> dict[str, Any]:
+    """A model whose turns last as long as they are told to."""
+    command = [sys.executable, str(FAKE_ENGINE), "--port", "{port}"]
+    ports = {"base_port": 20000 + app.port % 10000}
+    return {"name": "smollm2", "model_path": "none", "engine": "command", "command": command, **ports}
 
-    def __init__(self, app: Program, tokens: int) -> None:
+
+class LongTurn:
+    """A turn of ``seconds`` on whichever replica gets it."""
+
+    def __init__(self, app: Program, seconds: float) -> None:
         self.backend = ""
         self.finish_reason = ""
-        self._thread = threading.Thread(target=self._take, args=(app, tokens))
+        self._thread = threading.Thread(target=self._take, args=(app, seconds))
         self._thread.start()
 
-    def _take(self, app: Program, tokens: int) -> None:
-        answer, headers = app.chat("Tell a long story", max_tokens=tokens, ignore_eos=True)
+    def _take(self, app: Program, seconds: float) -> None:
+        answer, headers = app.chat("Think", fake={"delay": seconds})
         self.backend = headers["x-agent-infra-backend"]
         self.finish_reason = answer["choices"][0]["finish_reason"]
 
@@ -73,7 +83,9 @@ def test_connect_in_the_background_serves_without_its_terminal_and_stop_finds_it
     assert app.chat()[0]["choices"]
     controller = app.find("connect")
     assert os.getsid(controller) == controller  # no terminal can hang it up
-    assert app.run("status").returncode == 0
+    status = app.run("status")
+    assert status.returncode == 0
+    assert "smollm2  1 of 1 ready, 0 turns in flight" in status.stdout
     stopped = app.run("stop")
     assert f"`connect` (pid {controller})" in stopped.stdout
     wait_for(lambda: not app.processes(), "no process left")
@@ -111,18 +123,19 @@ def test_connect_after_a_killed_background_controller_touches_no_replica(app: Pr
 
 
 def test_scale_up_starts_replicas_and_down_ends_the_least_loaded_after_its_turns(app: Program) -> None:
+    app.configure(models=[scripted_model(app)])
     connect(app)
     up = app.run("scale", "smollm2", "2")
     assert up.returncode == 0, up.stderr
     assert "smollm2-2  READY" in up.stdout
     wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 2, "both in the proxy")
-    turn = LongTurn(app, 200)
+    turn = LongTurn(app, 8.0)
     (loaded,) = wait_for(lambda: busy(app), "the turn in /stats")
     down = app.run("scale", "smollm2", "1")
     idle = {"smollm2-1": "smollm2-2", "smollm2-2": "smollm2-1"}[loaded]
     assert f"ended {idle}" in down.stdout
     turn.wait()
-    assert (turn.backend, turn.finish_reason) == (loaded, "length")
+    assert (turn.backend, turn.finish_reason) == (loaded, "stop")
     status = app.run("status")
     assert status.returncode == 0, status.stdout  # what was wanted: one of the configuration's one
     assert [row["replica"] for row in app.status()["replicas"]] == [loaded]
@@ -130,16 +143,18 @@ def test_scale_up_starts_replicas_and_down_ends_the_least_loaded_after_its_turns
 
 
 def test_a_replica_that_is_scaled_away_finishes_its_turn_and_its_name_serves_again(app: Program) -> None:
+    app.configure(models=[scripted_model(app)])
     connect(app, 2)
-    turns = [LongTurn(app, 150), LongTurn(app, 150)]
+    turns = [LongTurn(app, 8.0), LongTurn(app, 8.0)]
     wait_for(lambda: len(busy(app)) == 2, "a turn on each")
     down = app.run("scale", "smollm2", "1")
     assert down.returncode == 0, down.stderr
     assert "1 turns still in flight" in down.stdout
     for turn in turns:
         turn.wait()
-    assert {turn.finish_reason for turn in turns} == {"length"}
-    assert app.status()["models"] == [{"name": "smollm2", "wanted": 1, "running": 1, "ready": 1, "idle": 0}]
+    assert {turn.finish_reason for turn in turns} == {"stop"}
+    (model,) = app.status()["models"]
+    assert (model["wanted"], model["running"], model["ready"]) == (1, 1, 1)
     assert app.run("scale", "smollm2", "2").returncode == 0
     wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 2, "the name is not drained for ever")
     assert app.run("scale", "smollm2", "0").returncode == 0
@@ -152,6 +167,7 @@ def test_a_replica_that_is_scaled_away_finishes_its_turn_and_its_name_serves_aga
 
 
 def test_scale_without_a_proxy_says_what_that_means(app: Program) -> None:
+    app.configure(models=[scripted_model(app)])
     assert app.run("start").returncode == 0
     up = app.run("scale", "smollm2", "2")
     assert up.returncode == 0

@@ -22,7 +22,9 @@ from agent_infra import (
     cheapest_to_end,
     check_engine_args,
     config_from_json,
+    describe_accounting,
     describe_hub_failure,
+    describe_model,
     fetched_path,
     is_hub_id,
     kept_config,
@@ -65,7 +67,28 @@ def test_one_that_drains_already_goes_before_an_idle_one() -> None:
 
 def test_a_model_is_summed_up_with_those_that_ended_by_themselves() -> None:
     records = [replica("m-1"), replica("m-2", "stopped", is_idle=True), replica("m-3", "failed"), replica("m-4")]
-    assert summarize("m", 4, records) == {"name": "m", "wanted": 4, "running": 2, "ready": 2, "idle": 1}
+    row = summarize("m", 4, records)
+    assert row == {"name": "m", "wanted": 4, "running": 2, "ready": 2, "idle": 1, "in_flight": None, "sessions": None}
+    assert describe_model(row) == "m  2 of 4 ready, 1 ended for want of turns"
+
+
+def test_what_the_proxy_knows_of_a_model_is_summed_over_its_replicas() -> None:
+    rows: list[dict[str, Any]] = [
+        {"model": "m", "inflight": 2, "sessions": 3},
+        {"model": "m", "inflight": None, "sessions": 1},
+    ]
+    row = summarize("m", 1, [replica("m-1")], [*rows, {"model": "other", "inflight": 9, "sessions": 9}])
+    assert describe_model(row) == "m  1 of 1 ready, 2 turns in flight, 4 sessions"
+
+
+def test_gpu_hours_are_told_where_a_gpu_was_held() -> None:
+    hours = {"pending": 0.0, "loading": 0.25, "ready_busy": 1.5, "ready_idle": 0.25}
+    told = describe_accounting({"since": 0.0, "gpu_hours": hours})
+    assert told is not None
+    assert told.startswith("GPU-hours  2.00 since 19")
+    assert told.endswith(": 0.00 pending, 0.25 loading, 1.50 ready busy, 0.25 ready idle")
+    assert describe_accounting({"since": 0.0, "gpu_hours": dict.fromkeys(hours, 0.0)}) is None
+    assert describe_accounting(None) is None
 
 
 class Clock:
