@@ -47,7 +47,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypedDict, TypeGuard, TypeVar
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, NoReturn, Protocol, TypedDict, TypeGuard, TypeVar
 from urllib.parse import unquote_to_bytes
 
 if TYPE_CHECKING:
@@ -1947,6 +1947,10 @@ class Histogram:
             self.count += count
             self.sum_ms += _bucket_middle(bucket) * count
 
+    def count_below(self, octave: int) -> int:
+        """How many are shorter than 2^octave ms; exactly, since buckets are parts of octaves."""
+        return sum(count for bucket, count in self._sort().items() if bucket < octave * BUCKETS_PER_OCTAVE)
+
     def merge(self, other: Histogram) -> None:
         """Count everything that ``other`` has counted."""
         for bucket, count in other._sort().items():
@@ -3186,14 +3190,23 @@ class ReplicaTime:
         """``accounting`` of /stats: hours by state, of GPUs and of replicas, in all, by model and by replica."""
         return {
             "since": self.since,
-            **_hours(self._sums),
-            "by_model": [{"model": name, **_hours(sums)} for name, sums in _grouped(self._sums, "model").items()],
+            "gpu_hours": _hours(self._sums, of_gpus=True),
+            "replica_hours": _hours(self._sums, of_gpus=False),
+            "by_model": [_hours_row({"model": name}, sums) for name, sums in _grouped(self._sums, "model").items()],
             "by_replica": [
-                {"replica": name, "model": next(iter(sums)).model, **_hours(sums)}
+                _hours_row({"replica": name, "model": next(iter(sums)).model}, sums)
                 for name, sums in _grouped(self._sums, "replica").items()
                 if name in self._present
             ][:LISTED_REPLICAS],
         }
+
+    def seconds(self) -> Mapping[ReplicaUse, float]:
+        """All of it."""
+        return self._sums
+
+
+def _hours_row(names: dict[str, Any], sums: Mapping[ReplicaUse, float]) -> dict[str, Any]:
+    return {**names, **_hours(sums, of_gpus=True), "replica_hours": _hours(sums, of_gpus=False)}
 
 
 def _grouped(sums: Mapping[ReplicaUse, float], by: str) -> dict[str, dict[ReplicaUse, float]]:
@@ -3203,16 +3216,12 @@ def _grouped(sums: Mapping[ReplicaUse, float], by: str) -> dict[str, dict[Replic
     return groups
 
 
-def _hours(sums: Mapping[ReplicaUse, float]) -> dict[str, dict[str, float]]:
-    """``{"gpu_hours": {state: hours}, "replica_hours": {state: hours}}``."""
-    gpu_s, replica_s = dict.fromkeys(REPLICA_STATES_HELD, 0.0), dict.fromkeys(REPLICA_STATES_HELD, 0.0)
+def _hours(sums: Mapping[ReplicaUse, float], of_gpus: bool) -> dict[str, float]:
+    """Hours by state: of GPUs, or of replicas whether they have one or not."""
+    hours = dict.fromkeys(REPLICA_STATES_HELD, 0.0)
     for use, seconds in sums.items():
-        gpu_s[use.state] += seconds * use.gpus
-        replica_s[use.state] += seconds
-    return {
-        "gpu_hours": {state: round(seconds / 3600, 4) for state, seconds in gpu_s.items()},
-        "replica_hours": {state: round(seconds / 3600, 4) for state, seconds in replica_s.items()},
-    }
+        hours[use.state] += seconds * (use.gpus if of_gpus else 1) / 3600
+    return {state: round(value, 4) for state, value in hours.items()}
 
 
 @dataclass
@@ -3331,6 +3340,10 @@ class HistoryFile:
                     self._connection.execute(statement)
             self._connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
             self._connection.execute(f"PRAGMA application_id = {_HISTORY_MARK}")
+
+    def is_current(self) -> bool:
+        """Whether it is of this version; one that is read only may be older."""
+        return bool(self._value("PRAGMA user_version") == len(_MIGRATIONS))
 
     def close(self) -> None:
         self._connection.close()
@@ -3564,6 +3577,424 @@ def put_aside(path: Path, now: float) -> Path:
         with contextlib.suppress(FileNotFoundError):
             path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
     return aside
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    """A quotient, or None where there is none."""
+    return one / other if one is not None and other else None
+
+
+# --- Export: turns as text. -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def read_history(path: Path) -> Iterator[HistoryFile | None]:
+    """A history to read, while a controller writes it or not; None where there is none yet.
+
+    One of an older version is brought up to date first. Raises RefusedError, with the fix, where it cannot be read.
+    """
+    import sqlite3
+
+    if not path.exists():
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+
+        def opened(read_only: bool) -> HistoryFile:
+            return stack.enter_context(contextlib.closing(HistoryFile(path, read_only=read_only)))
+
+        try:
+            file = opened(read_only=True)
+            if not file.is_current():
+                opened(read_only=False)
+            yield file
+        except sqlite3.Error as error:
+            fix = "the controller puts it aside, at its next start" if is_damaged(error) else "try again"
+            raise RefusedError(f"the history {path} cannot be read: {error}; {fix}") from error
+
+
+def csv_cell(value: Any) -> Any:
+    """A value as CSV shows it: what a spreadsheet would take for a formula gets an apostrophe, which it hides."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
+        return "'" + value
+    return value
+
+
+def export_turns(turns: Iterable[TurnRecord], form: str, out: IO[str]) -> None:
+    """Write turns as ``csv`` (a line of names first) or ``jsonl``, one by one."""
+    import csv
+
+    writer = csv.writer(out, lineterminator="\n")
+    if form == "csv":
+        writer.writerow(TURN_COLUMNS)
+    for turn in turns:
+        row = turn.row()
+        if form == "csv":
+            writer.writerow([csv_cell(row[name]) for name in TURN_COLUMNS])
+        else:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+# --- Report: a run in Markdown. ---------------------------------------------------------------------------------------
+
+REPORT_PARTS = {
+    "pre": "observing",
+    "queue": "waiting for a slot",
+    "ttft": "to the first token",
+    "inference": "the whole answer",
+    "post": "acting",
+    "unaccounted": "think time that the agent did not report",
+}
+REPORT_ROWS = 24  # of throughput over time
+REPORT_VERDICTS = 100  # the latest
+_REPORT_STEPS_S = (60, 300, 900, 3600, 4 * 3600, 86400, 7 * 86400)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """A Markdown table; text first, figures to the right."""
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    return lines + ["| " + " | ".join(map(_words, row)) + " |" for row in rows] + [""]
+
+
+def _words(value: Any) -> str:
+    """A figure or text as a table's cell; None is a dash."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _at(moment: float, form: str = "%Y-%m-%d %H:%M") -> str:
+    return time.strftime(form, time.localtime(moment))
+
+
+class Report:
+    """A run in Markdown: the turns of a history that finished at ``since`` or later, and what happened meanwhile."""
+
+    def __init__(self, file: HistoryFile, name: str, since: float) -> None:
+        self._file, self._name, self._since = file, name, since
+        self._first, self._last, self._turns, self._completed, self._sessions, self._tasks = self._row(
+            "min(coalesce(started_at, finished_at)), max(finished_at), count(*), "
+            "coalesce(sum(outcome = 'completed'), 0), count(DISTINCT session), count(DISTINCT task)"
+        )
+
+    def _rows(self, columns: str, rest: str = "") -> list[tuple[Any, ...]]:
+        return self._file.query(f"SELECT {columns} FROM turns WHERE finished_at >= ? {rest}", self._since)
+
+    def _row(self, columns: str) -> tuple[Any, ...]:
+        return self._rows(columns)[0]
+
+    def text(self) -> str:
+        """All of it."""
+        parts = [self._summary(), self._replica_time(), self._verdicts()]
+        if self._turns:
+            parts[1:1] = [self._throughput(), self._durations()]
+            parts.append(self._waste())
+        return "\n".join(line for part in parts for line in part)
+
+    def _summary(self) -> list[str]:
+        lines = [f"# Deployment {self._name}", ""]
+        if not self._turns:
+            return [*lines, "No turns yet." if self._since == 0 else f"No turns since {_at(self._since)}.", ""]
+        span_s = max(self._last - self._first, 1.0)
+        tokens_in, tokens_out, cached = self._row("sum(prompt_tokens), sum(completion_tokens), sum(cached_tokens)")
+        lines += [f"{_at(self._first)} to {_at(self._last)}: {span_s / 3600:.2g} h", ""]
+        figures: list[tuple[str, Any]] = [
+            ("turns", self._turns),
+            *(
+                (f"… {outcome}", count)
+                for outcome, count in self._rows("outcome, count(*)", "GROUP BY 1 ORDER BY 2 DESC")
+            ),
+            ("sessions", self._sessions),
+            ("tasks", self._tasks),
+            ("completed turns per hour", self._completed * 3600 / span_s),
+            ("tokens in", tokens_in),
+            ("… found in the cache", _share(cached, tokens_in)),
+            ("tokens out", tokens_out),
+            ("tokens out per second", _ratio(tokens_out, span_s)),
+        ]
+        return lines + _table(("", "all"), figures)
+
+    def _throughput(self) -> list[str]:
+        span_s = self._last - self._first
+        step = next((step for step in _REPORT_STEPS_S if span_s / step < REPORT_ROWS), _REPORT_STEPS_S[-1])
+        rows = self._rows(
+            f"CAST(finished_at / {step} AS INTEGER), count(*), sum(outcome = 'completed'), sum(completion_tokens), "
+            "avg(queue_ms), avg(inference_ms), count(DISTINCT session)",
+            "GROUP BY 1 ORDER BY 1",
+        )
+        heads = ("from", "turns", "completed/min", "tokens out/s", "queue s, mean", "inference s, mean", "sessions")
+        table = (
+            (_at(n * step), turns, done * 60 / step, _ratio(out, step), _seconds(queue), _seconds(inference), sessions)
+            for n, turns, done, out, queue, inference, sessions in rows
+        )
+        return ["## Throughput", "", *_table(heads, table)]
+
+    def _durations(self) -> list[str]:
+        rows = []
+        for part, words in REPORT_PARTS.items():
+            column = f"{part}_ms"
+            values = [row[0] for row in self._rows(column, f"AND {column} IS NOT NULL ORDER BY 1")]
+            if values:
+                cuts = (values[math.ceil(share * len(values)) - 1] for share in (0.5, 0.9, 0.95, 0.99))
+                rows.append((f"{part}: {words}", len(values), *map(_seconds, (sum(values) / len(values), *cuts))))
+        heads = ("seconds", "turns", "mean", "p50", "p90", "p95", "p99")
+        return ["## Where the time of a turn went", "", *_table(heads, rows)]
+
+    def _replica_time(self) -> list[str]:
+        sums = self._file.replica_seconds(self._since)
+        if not sums:
+            return []
+        lines = ["## Replicas and GPUs", ""]
+        rows = []
+        for model, of_model in _grouped(sums, "model").items():
+            kinds = ", ".join(sorted({use.gpu_type for use in of_model} - {""})) or "none"
+            rows.append((f"{model}: GPUs ({kinds})", *_hours(of_model, of_gpus=True).values()))
+            rows.append((f"{model}: replicas", *_hours(of_model, of_gpus=False).values()))
+        lines += _table(("hours", *(state.replace("_", ", ") for state in REPLICA_STATES_HELD)), rows)
+        held = {use: seconds for use, seconds in sums.items() if use.state != "pending"}
+        gpu_s = sum(seconds * use.gpus for use, seconds in held.items())
+        what, total_s = ("GPU-seconds", gpu_s) if gpu_s else ("replica-seconds", sum(held.values()))
+        per = (("completed turn", self._completed), ("session", self._sessions), ("task", self._tasks))
+        costs = [(f"{what} per {unit}", _ratio(total_s, count)) for unit, count in per if count]
+        return lines + (_table(("loading and ready", "all"), costs) if costs else [])
+
+    def _verdicts(self) -> list[str]:
+        rows = self._file.query(
+            f"SELECT {', '.join(VERDICT_COLUMNS)} FROM verdicts WHERE at >= ? ORDER BY model, gpu, id", self._since
+        )
+        spans: list[dict[str, Any]] = []
+        for row in rows:
+            verdict = dict(zip(VERDICT_COLUMNS, row, strict=True))
+            same = ("model", "gpu", "verdict", "flags")
+            if spans and all(spans[-1][name] == verdict[name] for name in same):
+                spans[-1].update(verdict, at=spans[-1]["at"], until=verdict["at"])
+            else:
+                spans.append({**verdict, "until": verdict["at"]})
+        if not spans:
+            return []
+        lines = ["## Verdict over time", ""]
+        for span in spans[-REPORT_VERDICTS:]:
+            sure = f", {span['confidence']:.0%} sure" if span["confidence"] is not None else ""
+            flags = f" [{span['flags']}]" if span["flags"] else ""
+            where = f"{span['model']} ({span['gpu']})" if span["gpu"] else span["model"]
+            when = f"{_at(span['at'])}–{_at(span['until'], '%H:%M')}"
+            lines.append(f"- {when} {where}: **{span['verdict']}**{flags}{sure}. {_words(span['sentence'])}")
+        return [*lines, ""]
+
+    def _waste(self) -> list[str]:
+        in_vain = "outcome IN ('aborted', 'cut', 'error')"
+        missed = "max(0, expected_cached_tokens - coalesce(cached_tokens, 0))"
+        spent = f"sum(coalesce(prompt_tokens, 0) + coalesce(completion_tokens, 0)) FILTER (WHERE {in_vain})"
+        retried, again, vain, vain_ms, vain_tokens, misses, prefilled, tokens_in = self._row(
+            f"coalesce(sum(retries > 0), 0), sum(retries * prompt_tokens), coalesce(sum({in_vain}), 0), "
+            f"sum(inference_ms) FILTER (WHERE {in_vain}), {spent}, "
+            f"coalesce(sum({missed} > 0), 0), sum({missed}), sum(prompt_tokens)"
+        )
+        rows = [
+            ("retried: sent to more than one replica", retried, again, _share(again, tokens_in)),
+            ("aborted, cut or failed", vain, vain_tokens, _share(vain_tokens, tokens_in)),
+            ("prefilled again: expected in the cache, and not there", misses, prefilled, _share(prefilled, tokens_in)),
+        ]
+        lines = ["## Waste", "", *_table(("", "turns", "tokens", "of tokens in"), rows)]
+        if vain_ms:
+            lines += [f"Inference in vain: {_words(vain_ms / 1000)} s.", ""]
+        reasons: collections.Counter[str] = collections.Counter()
+        for reason, count in self._rows("cache_miss, count(*)", "AND cache_miss IS NOT NULL GROUP BY 1"):
+            reasons[re.split(r" from | message ", reason)[0]] += count  # without the names of replicas, and numbers
+        return lines + (_table(("why not in the cache", "turns"), reasons.most_common(10)) if reasons else [])
+
+
+def _share(part: float | None, whole: float | None) -> str | None:
+    share = _ratio(part, whole)
+    return None if share is None else f"{share:.1%}"
+
+
+def _seconds(ms: float | None) -> float | None:
+    return None if ms is None else ms / 1000
+
+
+# --- Metrics: the text of GET /metrics. -------------------------------------------------------------------------------
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MAX_METRIC_SERIES = (
+    2000  # of turns by model, backend and outcome; beyond, the one that was quiet for longest is dropped
+)
+# Upper bounds of the histograms' buckets, in octaves of a millisecond: 1 ms to 17 minutes, where Histogram's end too.
+METRIC_OCTAVES = range(21)
+METRIC_PARTS = {
+    "pre": "Time an agent observed before a turn.",
+    "queue": "Time a turn waited for a slot.",
+    "ttft": "Time from sending a turn to a replica to its first token.",
+    "inference": "Time from sending a turn to a replica to its last byte.",
+    "unaccounted": "Think time that the agent did not report.",
+    "post": "Time an agent acted on an answer.",
+}
+METRIC_SUMS = {
+    "retries": "Times that a turn was sent to another replica.",
+    "prompt_tokens": "Tokens in.",
+    "cached_tokens": "Tokens in that were found in a prefix cache.",
+    "prefilled_again_tokens": "Tokens in that should have been in a prefix cache and were not.",
+    "completion_tokens": "Tokens out.",
+}
+
+
+class TurnMetrics:
+    """Counters and histograms of turns since this process started, by model; none by session."""
+
+    def __init__(self) -> None:
+        self._turns: OrderedDict[tuple[str, str, str], int] = OrderedDict()
+        self._sums: dict[tuple[str, str], int] = {}  # (name, model) → sum
+        self._durations: dict[tuple[str, str], Histogram] = {}  # (part, model) → durations; post is of all models
+
+    def add(self, record: TurnRecord) -> None:
+        """Count a finished turn."""
+        model = record.model or ""
+        key = model, record.backend or "", record.outcome
+        self._turns[key] = self._turns.get(key, 0) + 1
+        self._turns.move_to_end(key)
+        if len(self._turns) > MAX_METRIC_SERIES:
+            self._turns.popitem(last=False)
+        missed = max(0, (record.expected_cached_tokens or 0) - (record.cached_tokens or 0))
+        tokens = record.prompt_tokens, record.cached_tokens, missed, record.completion_tokens
+        for name, value in zip(METRIC_SUMS, (record.retries, *tokens), strict=True):
+            if value:
+                self._sums[name, model] = self._sums.get((name, model), 0) + value
+        durations = record.pre_ms, record.queue_ms, record.ttft_ms, record.inference_ms, record.unaccounted_ms
+        for part, ms in zip(METRIC_PARTS, durations):  # noqa: B905  post, the last one, comes later
+            if ms is not None:
+                self._histogram(part, model).add(ms)
+
+    def add_post(self, ms: float) -> None:
+        """Count the time that an agent acted on an answer."""
+        self._histogram("post", "").add(ms)
+
+    def _histogram(self, part: str, model: str) -> Histogram:
+        if (part, model) not in self._durations:
+            self._durations[part, model] = Histogram()
+        return self._durations[part, model]
+
+    def families(self) -> Iterator[Any]:
+        """As prometheus_client takes it."""
+        from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+
+        turns = CounterMetricFamily("agent_infra_turns", "Finished turns.", labels=("model", "backend", "outcome"))
+        for key, count in self._turns.items():
+            turns.add_metric(key, count)
+        yield turns
+        for name, text in METRIC_SUMS.items():
+            counter = CounterMetricFamily(f"agent_infra_{name}", text, labels=("model",))
+            for (each, model), value in self._sums.items():
+                if each == name:
+                    counter.add_metric((model,), value)
+            yield counter
+        for part, text in METRIC_PARTS.items():
+            by = () if part == "post" else ("model",)
+            family = HistogramMetricFamily(f"agent_infra_{part}_seconds", text, labels=by)
+            for (each, model), durations in self._durations.items():
+                if each == part:
+                    family.add_metric((model,)[: len(by)], _cumulative(durations), durations.sum_ms / 1000)
+            yield family
+
+
+def _cumulative(durations: Histogram) -> list[tuple[str, float]]:
+    """A histogram's buckets: (upper bound in seconds, how many are below it)."""
+    bounds = [(str(2.0**octave / 1000), float(durations.count_below(octave))) for octave in METRIC_OCTAVES]
+    return [*bounds, ("+Inf", float(durations.count))]
+
+
+# Of a backend's row in /stats: name → text and what it is there; None is not told.
+_BACKEND_GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
+    "up": ("Whether it is ready and healthy.", lambda row: row["state"] == "ready" and row["healthy"] is not False),
+    "in_flight": ("Turns with it.", lambda row: row["inflight"]),
+    "slots": ("Turns that it can work on at once.", lambda row: row["slots"]),
+    "kv_cache_usage_ratio": ("Used share of its KV cache.", lambda row: row["engine"]["kv_usage"]),
+    "gpu_memory_used_bytes": ("Used memory of its GPUs.", lambda row: _as_mapping(row["gpu"]).get("memory_used")),
+    "gpu_memory_bytes": ("Memory of its GPUs.", lambda row: _as_mapping(row["gpu"]).get("memory_total")),
+    "gpu_utilization_ratio": ("Of its GPUs.", lambda row: _ratio(_as_mapping(row["gpu"]).get("utilization"), 100)),
+}
+_GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
+    "start_time_seconds": ("When the controller started.", lambda stats: stats["now"] - stats["uptime_seconds"]),
+    "queue_turns": ("Turns that wait for a slot.", lambda stats: stats["queue"]["pending"]),
+    "in_flight_turns": ("Turns with a replica.", lambda stats: stats["queue"]["in_flight"]),
+    "live_sessions": ("Sessions that are not over.", lambda stats: stats["sessions"]["live"]),
+    "active_sessions": ("Of these, heard of lately.", lambda stats: stats["sessions"]["active"]),
+    "relay_resident_memory_bytes": ("Of the relay.", lambda stats: stats["relay"]["rss_bytes"]),
+    "relay_connections": ("Open connections of clients.", lambda stats: stats["relay"]["connections"]),
+    "history_up": ("Whether turns are being kept.", lambda stats: stats["history"]["state"] == "on"),
+    "history_turns": ("Turns in the history.", lambda stats: stats["history"]["turns"]),
+}
+# Of an entry of the analysis: the same.
+_ANALYSIS_GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
+    "suggested_agents": ("Agents to run in parallel.", lambda entry: entry["suggestion"]["agents"]["value"]),
+    "utilisation_ratio": ("Of the replicas, by the model.", lambda entry: entry["operating"]["utilisation"]["value"]),
+}
+
+
+class StatsMetrics:
+    """The state that a /stats document tells, and replica time, as prometheus_client takes it."""
+
+    def __init__(self, stats: Mapping[str, Any], replica_seconds: Mapping[ReplicaUse, float]) -> None:
+        self._stats, self._replica_seconds = stats, replica_seconds
+
+    def families(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        info = GaugeMetricFamily("agent_infra_info", "Of the program.", labels=("version",))
+        info.add_metric((__version__,), 1)
+        yield info
+        backends = [((row["model"], row["id"]), row) for row in self._stats["backends"]]
+        analysis = [((entry["model"], entry["gpu"] or ""), entry) for entry in self._stats["analysis"] or ()]
+        for prefix, labels, rows, gauges in (
+            ("", (), [((), self._stats)], _GAUGES),
+            ("backend_", ("model", "backend"), backends, _BACKEND_GAUGES),
+            ("", ("model", "gpu"), analysis, _ANALYSIS_GAUGES),
+        ):
+            for name, (text, read) in gauges.items():
+                gauge = GaugeMetricFamily(f"agent_infra_{prefix}{name}", text, labels=labels)
+                for values, row in rows:
+                    if (figure := read(row)) is not None:
+                        gauge.add_metric(values, figure)
+                yield gauge
+        relay = self._stats["relay"]
+        yield CounterMetricFamily("agent_infra_relay_restarts", "Relays that were replaced.", relay["restarts"])
+        yield CounterMetricFamily("agent_infra_events_dropped", "Turns not counted.", relay["events_dropped"])
+        for what in ("replica", "gpu"):
+            family = CounterMetricFamily(
+                f"agent_infra_{what}_seconds", f"Time of {what}s by state.", labels=("model", "gpu", "state")
+            )
+            sums: dict[tuple[str, str, str], float] = {}
+            for use, seconds in self._replica_seconds.items():
+                key = use.model, use.gpu_type, use.state
+                sums[key] = sums.get(key, 0.0) + seconds * (use.gpus if what == "gpu" else 1)
+            for key, seconds in sums.items():
+                family.add_metric(key, seconds)
+            yield family
+
+
+class _Families:
+    """What prometheus_client calls a collector."""
+
+    def __init__(self, *sources: TurnMetrics | StatsMetrics) -> None:
+        self._sources = sources
+
+    def collect(self) -> Iterator[Any]:
+        for source in self._sources:
+            yield from source.families()
+
+
+def metrics_text(*sources: TurnMetrics | StatsMetrics) -> bytes:
+    """The body of GET /metrics, in Prometheus's text format (METRICS_TYPE)."""
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Families(*sources))
+    return generate_latest(registry)
 
 
 # =====================================================================================================================
@@ -10909,7 +11340,11 @@ def _run_proxy(arguments: argparse.Namespace) -> int:
     config = Config(
         models=tuple(ModelConfig(name=name, model_path=name, engine="command") for name in names),
         proxy=ProxyConfig(
-            host=arguments.host, port=arguments.port, strategy=arguments.strategy, capture_text=arguments.capture_text
+            host=arguments.host,
+            port=arguments.port,
+            strategy=arguments.strategy,
+            capture_text=arguments.capture_text,
+            history=arguments.history,
         ),
         cluster=ClusterConfig(name=f"proxy-{arguments.port}"),
     )
@@ -11109,6 +11544,43 @@ def _deployment_to_stop(arguments: argparse.Namespace) -> Deployment:
     return Deployment(kept or config, _say, os.environ)
 
 
+def _run_export(arguments: argparse.Namespace) -> int:
+    with _history_of(arguments) as file, _output(arguments.output) as out:
+        export_turns(file.turns(arguments.session, arguments.since) if file else (), arguments.format, out)
+    return 0
+
+
+def _run_report(arguments: argparse.Namespace) -> int:
+    with _history_of(arguments) as file, _output(arguments.output) as out:
+        name = arguments.history or load_config(arguments.config).cluster.name
+        out.write(Report(file, name, arguments.since).text() if file else f"# {name}\n\nNo turns yet.\n")
+    return 0
+
+
+def _history_of(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[HistoryFile | None]:
+    """The history that a command line means; RefusedError when none is kept, or the file that it names is not there."""
+    if arguments.history is not None:
+        if not os.path.exists(arguments.history):
+            raise RefusedError(f"--history {arguments.history}: there is no such file")
+        return read_history(Path(arguments.history))
+    config = load_config(arguments.config)
+    path = history_path(config.proxy.history, deployment_paths(config.cluster.name, os.environ).history)
+    if path is None:
+        raise RefusedError('proxy.history is "off": no turn is kept; name an older file with --history')
+    return read_history(path)
+
+
+@contextlib.contextmanager
+def _output(path: str | None) -> Iterator[IO[str]]:
+    """Where a command writes: a file of this user alone, since prompts are in it, or standard output."""
+    if path is not None:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            yield file
+    else:
+        yield sys.stdout
+        sys.stdout.flush()  # here, where a reader that has gone is no error
+
+
 def _run_stop(arguments: argparse.Namespace) -> int:
     deployment = _deployment_to_stop(arguments)
     ended = deployment.stop(arguments.now)
@@ -11205,6 +11677,7 @@ def _add_looking_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("name", nargs="?", metavar="REPLICA|proxy", help="whose log (default: all)")
     added.add_argument("-f", "--follow", action="store_true", help="go on as lines are added")
     added.add_argument("-n", "--lines", type=_count, default=100, help="how many of the last lines (default 100)")
+    _add_history_verbs(verb)
 
 
 def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
@@ -11218,6 +11691,7 @@ def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--capture-text", type=_count, default=defaults.capture_text, help="characters of prompt and answer kept a turn"
     )
+    parser.add_argument("--history", metavar="FILE", help='where turns are kept; "off": nowhere')
 
 
 def _add_roles(verbs: Any) -> None:
@@ -11251,6 +11725,27 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def moment(text: str, now: float) -> float:
+    """Seconds since the epoch of ``2h`` (ago; s, m, h, d, w), or of a date or time of this place; else ValueError."""
+    import datetime
+
+    ago = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
+    if ago is not None:
+        return now - float(ago[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}[ago[2]]
+    return datetime.datetime.fromisoformat(re.sub("Z$", "+00:00", text)).timestamp()
+
+
+def _moment(text: str) -> float:
+    """argparse type: see moment."""
+    try:
+        return moment(text, time.time())
+    except ValueError:
+        import argparse
+
+        words = f"{text!r} is no time: write 30m, 2h, 3d (ago), or 2026-11-22 or 2026-11-22T16:30"
+        raise argparse.ArgumentTypeError(words) from None
+
+
 def _port(text: str) -> int:
     """argparse type: a TCP port, or 0 for any free one."""
     if _count(text) > 65535:
@@ -11258,6 +11753,21 @@ def _port(text: str) -> int:
 
         raise argparse.ArgumentTypeError(f"{text} is not a port (0 to 65535)")
     return int(text)
+
+
+def _add_history_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    added = verb("export", _run_export, "print every finished turn, a line each", "config", "history")
+    added.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="default csv")
+    added.add_argument("--session", metavar="ID", help="only this session's")
+    verb("report", _run_report, "sum a run up, in Markdown", "config", "history")
+
+
+def _add_history_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--since", type=_moment, default=0.0, metavar="TIME", help="such as 2h (ago) or 2026-11-22T16:30"
+    )
+    parser.add_argument("--output", metavar="FILE", help="default: standard output")
+    parser.add_argument("--history", metavar="FILE", help="instead of the deployment's own")
 
 
 def _add_config_option(parser: argparse.ArgumentParser) -> None:
@@ -11291,6 +11801,7 @@ _SHARED_OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
     "model": _add_model_options,
     "port": _add_port_option,
     "log": _add_log_option,
+    "history": _add_history_options,
 }
 
 

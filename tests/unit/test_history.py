@@ -568,5 +568,5 @@ def test_replica_time_goes_on_where_an_earlier_controller_was() -> None:
     assert document["since"] == NOW
     assert document["gpu_hours"] == {"pending": 0, "loading": 0, "ready_busy": 2 * 2.0, "ready_idle": 2 * 0.5}
     assert document["replica_hours"] == {"pending": 0, "loading": 0, "ready_busy": 2.0 + 1.5, "ready_idle": 0.5}
-    assert [(row["model"], row["gpu_hours"]["ready_busy"]) for row in document["by_model"]] == [("m", 4.0), ("c", 0.0)]
+    assert [(row["model"], row["ready_busy"]) for row in document["by_model"]] == [("m", 4.0), ("c", 0.0)]
     assert [(row["replica"], row["replica_hours"]["ready_busy"]) for row in document["by_replica"]] == [("m-1", 2.0)]
