@@ -3190,11 +3190,10 @@ class ReplicaTime:
         """``accounting`` of /stats: hours by state, of GPUs and of replicas, in all, by model and by replica."""
         return {
             "since": self.since,
-            "gpu_hours": _hours(self._sums, of_gpus=True),
-            "replica_hours": _hours(self._sums, of_gpus=False),
-            "by_model": [_hours_row({"model": name}, sums) for name, sums in _grouped(self._sums, "model").items()],
+            **_hours_row(self._sums),
+            "by_model": [{"model": name, **_hours_row(sums)} for name, sums in _grouped(self._sums, "model").items()],
             "by_replica": [
-                _hours_row({"replica": name, "model": next(iter(sums)).model}, sums)
+                {"replica": name, "model": next(iter(sums)).model, **_hours_row(sums)}
                 for name, sums in _grouped(self._sums, "replica").items()
                 if name in self._present
             ][:LISTED_REPLICAS],
@@ -3205,8 +3204,8 @@ class ReplicaTime:
         return self._sums
 
 
-def _hours_row(names: dict[str, Any], sums: Mapping[ReplicaUse, float]) -> dict[str, Any]:
-    return {**names, **_hours(sums, of_gpus=True), "replica_hours": _hours(sums, of_gpus=False)}
+def _hours_row(sums: Mapping[ReplicaUse, float]) -> dict[str, Any]:
+    return {"gpu_hours": _hours(sums, of_gpus=True), "replica_hours": _hours(sums, of_gpus=False)}
 
 
 def _grouped(sums: Mapping[ReplicaUse, float], by: str) -> dict[str, dict[ReplicaUse, float]]:
@@ -3626,7 +3625,7 @@ def export_turns(turns: Iterable[TurnRecord], form: str, out: IO[str]) -> None:
     """Write turns as ``csv`` (a line of names first) or ``jsonl``, one by one."""
     import csv
 
-    writer = csv.writer(out, lineterminator="\n")
+    writer = csv.writer(out)  # with the line ends of RFC 4180: else a carriage return in a text would end its line
     if form == "csv":
         writer.writerow(TURN_COLUMNS)
     for turn in turns:
@@ -3676,8 +3675,8 @@ def _at(moment: float, form: str = "%Y-%m-%d %H:%M") -> str:
 class Report:
     """A run in Markdown: the turns of a history that finished at ``since`` or later, and what happened meanwhile."""
 
-    def __init__(self, file: HistoryFile, name: str, since: float) -> None:
-        self._file, self._name, self._since = file, name, since
+    def __init__(self, file: HistoryFile, title: str, since: float) -> None:
+        self._file, self._title, self._since = file, title, since
         self._first, self._last, self._turns, self._completed, self._sessions, self._tasks = self._row(
             "min(coalesce(started_at, finished_at)), max(finished_at), count(*), "
             "coalesce(sum(outcome = 'completed'), 0), count(DISTINCT session), count(DISTINCT task)"
@@ -3698,7 +3697,7 @@ class Report:
         return "\n".join(line for part in parts for line in part)
 
     def _summary(self) -> list[str]:
-        lines = [f"# Deployment {self._name}", ""]
+        lines = [f"# {self._title}", ""]
         if not self._turns:
             return [*lines, "No turns yet." if self._since == 0 else f"No turns since {_at(self._since)}.", ""]
         span_s = max(self._last - self._first, 1.0)
@@ -11552,8 +11551,8 @@ def _run_export(arguments: argparse.Namespace) -> int:
 
 def _run_report(arguments: argparse.Namespace) -> int:
     with _history_of(arguments) as file, _output(arguments.output) as out:
-        name = arguments.history or load_config(arguments.config).cluster.name
-        out.write(Report(file, name, arguments.since).text() if file else f"# {name}\n\nNo turns yet.\n")
+        title = arguments.history or f"Deployment {load_config(arguments.config).cluster.name}"
+        out.write(Report(file, title, arguments.since).text() if file else f"# {title}\n\nNo turns yet.\n")
     return 0
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import dataclasses
+import io
+import json
 import os
 import resource
 import sqlite3
@@ -29,8 +32,11 @@ from agent_infra import (
     ReplicaTime,
     ReplicaUse,
     TurnRecord,
+    export_turns,
     history_path,
     is_local,
+    main,
+    moment,
     replica_use,
 )
 
@@ -55,6 +61,17 @@ def record(number: int, **fields: Any) -> TurnRecord:
 
 def batch(*records: TurnRecord, **fields: Any) -> HistoryBatch:
     return HistoryBatch(deque(records), **fields)
+
+
+def make_first_version(path: Path) -> None:
+    """A file as the first version of the schema had it, with 41 requests counted."""
+    old = sqlite3.connect(path, isolation_level=None)
+    for statement in agent_infra._MIGRATIONS[0].split(";"):
+        old.execute(statement)
+    old.execute("INSERT INTO totals VALUES ('requests', 41)")
+    old.execute(f"PRAGMA application_id = {agent_infra._HISTORY_MARK}")
+    old.execute("PRAGMA user_version = 1")
+    old.close()
 
 
 def wait_for(condition: Callable[[], T], what: str, seconds: float = 20.0) -> T:
@@ -223,14 +240,7 @@ def test_replica_time_of_days_gone_by_is_kept_by_the_day(path: Path) -> None:
 
 
 def test_an_older_versions_file_is_brought_up_to_date(path: Path) -> None:
-    old = sqlite3.connect(path)
-    for statement in agent_infra._MIGRATIONS[0].split(";"):
-        old.execute(statement)
-    old.execute("INSERT INTO totals VALUES ('requests', 41)")
-    old.execute(f"PRAGMA application_id = {agent_infra._HISTORY_MARK}")
-    old.execute("PRAGMA user_version = 1")
-    old.commit()
-    old.close()
+    make_first_version(path)
     with history_file(path) as file:
         file.write(batch(record(1), totals={"requests": 1}, replica_time={(USE, 0): 1.0}))
         assert file.totals() == {"requests": 42}
@@ -568,5 +578,193 @@ def test_replica_time_goes_on_where_an_earlier_controller_was() -> None:
     assert document["since"] == NOW
     assert document["gpu_hours"] == {"pending": 0, "loading": 0, "ready_busy": 2 * 2.0, "ready_idle": 2 * 0.5}
     assert document["replica_hours"] == {"pending": 0, "loading": 0, "ready_busy": 2.0 + 1.5, "ready_idle": 0.5}
-    assert [(row["model"], row["ready_busy"]) for row in document["by_model"]] == [("m", 4.0), ("c", 0.0)]
+    assert [(row["model"], row["gpu_hours"]["ready_busy"]) for row in document["by_model"]] == [("m", 4.0), ("c", 0.0)]
     assert [(row["replica"], row["replica_hours"]["ready_busy"]) for row in document["by_replica"]] == [("m-1", 2.0)]
+
+
+# --- Export and report ------------------------------------------------------------------------------------------------
+
+
+def fill(path: Path) -> None:
+    """A run of 40 minutes: three sessions of two tasks, a busy and an idle replica, one verdict that changed."""
+    with history_file(path) as file:
+        for number in range(240):
+            fields: dict[str, Any] = {"task": f"task{number % 2}", "inference_ms": 1000.0 + number, "ttft_ms": 50.0}
+            fields |= {"completion_tokens": 20, "cached_tokens": 60, "expected_cached_tokens": 60, "backend": "m-1"}
+            turn = record(number * 10, **fields)
+            if number == 7:
+                turn.outcome = "aborted"
+            elif number == 8:
+                turn.cached_tokens, turn.cache_miss, turn.retries = 10, "moved from m-2 to m-1", 1
+            file.write(batch(turn, posts={turn.turn: 250.0}))
+        idle, old = USE._replace(state="ready_idle"), USE._replace(state="loading")
+        at = int(NOW // 300) * 300
+        file.write(batch(replica_time={(USE, at): 1800.0, (idle, at): 540.0, (old, at): 60.0}))
+        for minute in range(40):
+            verdict = "GPU-BOUND" if minute >= 25 else "AGENT-BOUND"
+            row = (NOW + 60 * minute, "m", "H100", verdict, 0.9, f"It is {verdict}.", "", 4.0, 360.0, 6.0)
+            file.write(HistoryBatch(verdicts=[row]))
+
+
+def test_what_is_exported_is_every_turn_a_line(path: Path) -> None:
+    fill(path)
+    with history_file(path, read_only=True) as file:
+        lines, table = io.StringIO(), io.StringIO()
+        export_turns(file.turns(), "jsonl", lines)
+        export_turns(file.turns(), "csv", table)
+        first = next(file.turns())
+    rows = [json.loads(line) for line in lines.getvalue().splitlines()]
+    assert len(rows) == 240
+    assert rows[0] == first.row()
+    cells = list(csv.DictReader(io.StringIO(table.getvalue())))
+    assert len(cells) == 240
+    assert list(cells[0]) == list(rows[0])
+    assert cells[0]["stream"] == "true"
+    assert cells[0]["cache_miss"] == ""
+    assert float(cells[3]["post_ms"]) == 250.0
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-2", "@SUM(A1)", "\t=1", "\r=1"])
+def test_a_spreadsheet_takes_no_answer_for_a_formula(text: str) -> None:
+    out = io.StringIO()
+    export_turns([record(1, answer=text, queue_ms=0.5)], "csv", out)
+    row = next(csv.DictReader(io.StringIO(out.getvalue(), newline="")))
+    assert row["answer"] == "'" + text
+    assert row["queue_ms"] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90s", NOW - 90),
+        ("1.5h", NOW - 5400),
+        ("2w", NOW - 14 * 86400),
+        ("2027-01-15T08:00:00+00:00", 1_800_000_000.0),
+        ("2027-01-15T08:00:00Z", 1_800_000_000.0),
+        ("2027-01-15", time.mktime((2027, 1, 15, 0, 0, 0, 0, 0, -1))),
+    ],
+)
+def test_a_time_is_an_age_or_a_date(text: str, seconds: float) -> None:
+    assert moment(text, NOW) == seconds
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(list(words)) == 0
+    return capsys.readouterr().out
+
+
+def test_export_finds_the_deployments_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(agent_infra.deployment_paths("default", os.environ).history)
+    assert len(run(capsys, "export").splitlines()) == 241
+    rows = run(capsys, "export", "--format", "jsonl", "--session", "s1").splitlines()
+    assert len(rows) == 80
+    since = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(NOW + 2300))
+    out = tmp_path / "out.csv"
+    assert run(capsys, "export", "--since", since, "--output", str(out)) == ""
+    assert len(out.read_text().splitlines()) == 11
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+
+
+def test_where_nothing_is_kept_yet_export_and_report_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "export") == ",".join(agent_infra.TURN_COLUMNS) + "\r\n"
+    assert run(capsys, "report") == "# Deployment default\n\nNo turns yet.\n"
+    with history_file(agent_infra.deployment_paths("default", os.environ).history):
+        pass
+    assert run(capsys, "report") == "# Deployment default\n\nNo turns yet.\n"
+    assert "No turns since" in run(capsys, "report", "--since", "2h")
+
+
+@pytest.mark.parametrize(
+    ("words", "config", "refusal"),
+    [
+        (["--history", "/nowhere/h.db"], "", "there is no such file"),
+        ([], "proxy: {history: 'off'}", "no turn is kept; name an older file with --history"),
+        (["--since", "yesterday"], "", "write 30m, 2h, 3d (ago), or 2026-11-22"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_with_the_fix(
+    words: list[str], config: str, refusal: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "config.yaml"
+    written.write_text(f"models: [{{name: m, model_path: p}}]\n{config}\n")
+    try:
+        code: Any = main(["export", "--config", str(written), *words])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert refusal in capsys.readouterr().err
+
+
+def test_a_damaged_history_is_told_by_its_readers(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path.write_bytes(b"!" * 5000)
+    assert main(["report", "--history", str(path)]) == 2
+    assert "file is not a database; the controller puts it aside" in capsys.readouterr().err
+    assert path.read_bytes() == b"!" * 5000
+
+
+def test_an_older_history_is_brought_up_to_date_to_be_read(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_first_version(path)
+    assert "No turns yet." in run(capsys, "report", "--history", str(path))
+
+
+def test_export_reads_while_a_controller_writes(path: Path) -> None:
+    with Writer(path) as writer:
+        writer.add(*map(record, range(5000)))
+        writer.wait_state("on", turns=5000)
+        with history_file(path, read_only=True) as file:
+            turns = file.turns()
+            seen = [next(turns) for _ in range(1500)]
+            writer.add(record(5000))
+            writer.wait_state("on", turns=5001)
+            seen += turns
+    assert len(seen) == 5001
+
+
+def test_a_reader_that_leaves_is_no_error(path: Path) -> None:
+    with history_file(path) as file:
+        file.write(batch(*(record(number, answer="x" * 200) for number in range(3000))))
+    command = [sys.executable, agent_infra.__file__, "export", "--history", str(path)]
+    export = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert export.stdout is not None
+    assert export.stderr is not None
+    with export.stdout, export.stderr:
+        assert export.stdout.readline().startswith("turn,")
+        export.stdout.close()
+        assert export.stderr.read() == ""
+    assert export.wait(20) == 0
+
+
+def test_a_report_sums_a_run_up(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fill(path)
+    text = run(capsys, "report", "--history", str(path))
+    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in text.splitlines()}
+    assert rows["turns"] == ["240"]
+    assert rows["… aborted"] == ["1"]
+    assert (rows["sessions"], rows["tasks"]) == (["3"], ["2"])
+    assert rows["completed turns per hour"] == ["360"]  # 239 in 2390 s
+    assert rows["… found in the cache"] == ["59.8%"]
+    assert rows["inference: the whole answer"] == ["240", "1.12", "1.12", "1.22", "1.23", "1.24"]
+    assert rows["post: acting"] == ["240", *["0.25"] * 5]
+    assert rows["m: GPUs (H100)"] == ["0", "0.0333", "1", "0.3"]
+    assert rows["m: replicas"] == ["0", "0.0167", "0.5", "0.15"]
+    assert rows["GPU-seconds per task"] == ["2,400"]
+    assert rows["GPU-seconds per completed turn"] == ["20.1"]
+    assert rows["retried: sent to more than one replica"] == ["1", "100", "0.4%"]
+    assert rows["aborted, cut or failed"] == ["1", "120", "0.5%"]
+    assert rows["prefilled again: expected in the cache, and not there"] == ["1", "50", "0.2%"]
+    assert rows["moved"] == ["1"]
+    verdicts = [line.partition(" ")[2] for line in text.splitlines() if "BOUND" in line]
+    assert [verdict.split("**")[1] for verdict in verdicts] == ["AGENT-BOUND", "GPU-BOUND"]
+    assert "m (H100)" in verdicts[0]
+    assert "90% sure. It is AGENT-BOUND." in verdicts[0]
+
+
+def test_a_report_goes_over_any_span(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with history_file(path) as file:
+        for span in (0, 3, 100, 10_000, 400_000, 40_000_000):
+            file.write(batch(TurnRecord(f"t{span}", NOW + span, "completed", 200)))
+            text = run(capsys, "report", "--history", str(path))
+            throughput = text.partition("## Throughput")[2].partition("##")[0].splitlines()
+            assert 1 <= len([line for line in throughput if line.startswith("| 20")]) <= 100
+            assert "nan" not in text
+            assert "None" not in text
