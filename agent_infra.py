@@ -1157,7 +1157,9 @@ STATS_PREFIX = b'{"snapshot_age_ms":0,'  # the relay puts the document's age the
 FRAME_HELLO = b"H"  # relay → controller, first of all: {"pid", "port", "started_at"}; carries the listening socket
 FRAME_EVENTS = b"E"  # relay → controller: EventBatch in Tracking
 FRAME_GAUGES = b"G"  # relay → controller, once a second: see Gauges in Tracking
-FRAME_REQUEST = b"R"  # relay → controller: what an operator asked for over HTTP, {"op": "drain"|"undrain", "backend"}
+FRAME_REQUEST = b"R"  # relay → controller: what somebody asked for over HTTP: {"op": "drain"|"undrain", "backend"}, or
+# {"op": "metrics", "id"}, to which comes a FRAME_ANSWER
+FRAME_ANSWER = b"A"  # controller → relay: {"id", "status", "type", "body"}: an HTTP answer
 _FRAME_HEAD = struct.Struct(">cI")
 MAX_FRAME_BYTES = 256 << 20
 
@@ -3052,6 +3054,7 @@ HISTORY_CLOSE_S = 10.0  # that the last batch has, at the end
 HISTORY_CHUNK = 1000  # turns that one query reads: a reader must not hold a lock for long, nor the file in memory
 RESTORED_TURNS = 50_000  # that a new controller reads again, of the last RESTORED_S: about a second's work
 RESTORED_S = 6 * 3600.0
+VERDICT_INTERVAL_S = 60.0
 MAX_VERDICTS = 100_000  # kept, one a minute and model: two months of one model
 REPLICA_TIME_STEP_S = 300  # by which replica time is summed; of days gone by for a week, by the day
 REPLICA_TIME_FINE_S = 8 * 86400
@@ -3265,6 +3268,18 @@ VERDICT_COLUMNS = (
     *("at", "model", "gpu", "verdict", "confidence", "sentence", "flags"),
     *("agents", "turns_per_hour", "suggested_agents"),
 )
+
+
+def verdict_row(entry: Mapping[str, Any], at: float) -> tuple[Any, ...]:
+    """VERDICT_COLUMNS of one entry of /stats's ``analysis``."""
+    verdict, operating = entry["verdict"], entry["operating"]
+    return (
+        *(at, entry["model"], entry["gpu"], verdict["name"], verdict["confidence"], verdict["sentence"]),
+        ", ".join(flag["name"] for flag in entry["flags"]),
+        *(operating["agents"]["value"], operating["turns_per_hour"]["value"], entry["suggestion"]["agents"]["value"]),
+    )
+
+
 _INSERT_TURN = (
     f"INSERT INTO turns ({', '.join(TURN_COLUMNS)}) VALUES ({', '.join('?' * len(TURN_COLUMNS))}) "
     "ON CONFLICT (turn) DO NOTHING"
@@ -3647,6 +3662,7 @@ REPORT_PARTS = {
     "unaccounted": "think time that the agent did not report",
 }
 REPORT_ROWS = 24  # of throughput over time
+REPORT_RATE_S = 30.0
 REPORT_VERDICTS = 100  # the latest
 _REPORT_STEPS_S = (60, 300, 900, 3600, 4 * 3600, 86400, 7 * 86400)
 
@@ -3700,7 +3716,7 @@ class Report:
         lines = [f"# {self._title}", ""]
         if not self._turns:
             return [*lines, "No turns yet." if self._since == 0 else f"No turns since {_at(self._since)}.", ""]
-        span_s = max(self._last - self._first, 1.0)
+        span_s = self._last - self._first
         tokens_in, tokens_out, cached = self._row("sum(prompt_tokens), sum(completion_tokens), sum(cached_tokens)")
         lines += [f"{_at(self._first)} to {_at(self._last)}: {span_s / 3600:.2g} h", ""]
         figures: list[tuple[str, Any]] = [
@@ -3711,11 +3727,11 @@ class Report:
             ),
             ("sessions", self._sessions),
             ("tasks", self._tasks),
-            ("completed turns per hour", self._completed * 3600 / span_s),
+            ("completed turns per hour", _rate(self._completed * 3600, span_s)),
             ("tokens in", tokens_in),
             ("… found in the cache", _share(cached, tokens_in)),
             ("tokens out", tokens_out),
-            ("tokens out per second", _ratio(tokens_out, span_s)),
+            ("tokens out per second", _rate(tokens_out, span_s)),
         ]
         return lines + _table(("", "all"), figures)
 
@@ -3728,11 +3744,25 @@ class Report:
             "GROUP BY 1 ORDER BY 1",
         )
         heads = ("from", "turns", "completed/min", "tokens out/s", "queue s, mean", "inference s, mean", "sessions")
-        table = (
-            (_at(n * step), turns, done * 60 / step, _ratio(out, step), _seconds(queue), _seconds(inference), sessions)
-            for n, turns, done, out, queue, inference, sessions in rows
+        table = []
+        for n, turns, done, out, queue, inference, sessions in rows:
+            seconds = min((n + 1) * step, self._last) - max(n * step, self._first)
+            rates = _rate(done * 60, seconds), _rate(out, seconds)
+            table.append((_at(n * step), turns, *rates, _seconds(queue), _seconds(inference), sessions))
+        return ["## Throughput", "", *_table(heads, table), *self._by_replica()]
+
+    def _by_replica(self) -> list[str]:
+        rows = self._rows(
+            "coalesce(model, '?'), coalesce(backend, 'none'), count(*), sum(outcome = 'completed'), "
+            "sum(completion_tokens), avg(ttft_ms), avg(inference_ms)",
+            "GROUP BY 1, 2 ORDER BY 1, 3 DESC LIMIT 100",
         )
-        return ["## Throughput", "", *_table(heads, table)]
+        heads = ("model: replica", "turns", "completed", "tokens out", "ttft s, mean", "inference s, mean")
+        table = (
+            (f"{model}: {replica}", turns, completed, tokens, _seconds(ttft), _seconds(inference))
+            for model, replica, turns, completed, tokens, ttft, inference in rows
+        )
+        return _table(heads, table)
 
     def _durations(self) -> list[str]:
         rows = []
@@ -3809,6 +3839,11 @@ class Report:
         return lines + (_table(("why not in the cache", "turns"), reasons.most_common(10)) if reasons else [])
 
 
+def _rate(amount: float | None, seconds: float) -> float | None:
+    """Per second; None over less than REPORT_RATE_S, where it would say nothing."""
+    return _ratio(amount, seconds) if seconds >= REPORT_RATE_S else None
+
+
 def _share(part: float | None, whole: float | None) -> str | None:
     share = _ratio(part, whole)
     return None if share is None else f"{share:.1%}"
@@ -3864,8 +3899,10 @@ class TurnMetrics:
         for name, value in zip(METRIC_SUMS, (record.retries, *tokens), strict=True):
             if value:
                 self._sums[name, model] = self._sums.get((name, model), 0) + value
+        if record.post_ms is not None:
+            self.add_post(record.post_ms)
         durations = record.pre_ms, record.queue_ms, record.ttft_ms, record.inference_ms, record.unaccounted_ms
-        for part, ms in zip(METRIC_PARTS, durations):  # noqa: B905  post, the last one, comes later
+        for part, ms in zip(METRIC_PARTS, durations):  # noqa: B905  post, the last one, mostly comes later
             if ms is not None:
                 self._histogram(part, model).add(ms)
 
@@ -7442,6 +7479,7 @@ RETRY_SHARE = 0.1  # of requests; the budget's bounds are RETRY_FLOOR and ten ti
 RETRY_FLOOR = 100.0
 EVENT_BATCH = 500
 EVENT_BATCH_S = 0.1
+QUESTION_S = 2.0
 MAX_BUFFERED_EVENTS = 50_000
 
 
@@ -7462,6 +7500,7 @@ class Reactor:
 
     def __init__(self) -> None:
         import gevent
+        import gevent.event
         import gevent.lock
         from gevent.monkey import get_original
 
@@ -7471,6 +7510,7 @@ class Reactor:
         self.spawn: Callable[..., Any] = gevent.spawn
         self.sleep: Callable[[float], None] = gevent.sleep
         self.new_lock: Callable[[], Any] = gevent.lock.RLock
+        self.new_result: Callable[[], Any] = gevent.event.AsyncResult
         self.new_socket: Any = get_original("socket", "socket")  # plain, non-blocking: watched by the loop directly
 
     def watch_reads(self, sock: Any, callback: Callable[[], None]) -> Any:
@@ -8662,6 +8702,7 @@ class ControlChannel:
         self._controller: Any = None
         self._write_lock = relay.reactor.new_lock()  # one frame after the other: three greenlets send
         self.events_dropped = 0
+        self.questions = Questions(self, relay.reactor)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -8698,7 +8739,10 @@ class ControlChannel:
         try:
             while data := controller.recv(1 << 20):
                 for kind, payload in reader.feed(data):
-                    self._relay.take_frame(kind, payload)
+                    if kind == FRAME_ANSWER:
+                        self.questions.take(payload)
+                    else:
+                        self._relay.take_frame(kind, payload)
         except (OSError, ValueError) as error:
             self._relay.log("warning", f"the controller's connection broke: {error}")
         finally:
@@ -8754,6 +8798,35 @@ class ControlChannel:
             except OSError:
                 return False
         return True
+
+
+class Questions:
+    """What clients ask that only the controller knows: each question waits for its answer, QUESTION_S at most."""
+
+    def __init__(self, channel: ControlChannel, reactor: Reactor) -> None:
+        self._channel, self._reactor = channel, reactor
+        self._waiting: dict[int, Any] = {}
+        self._count = 0
+
+    def ask(self, op: str, **details: Any) -> dict[str, Any] | None:
+        """A FRAME_ANSWER; None without a controller, or when it says nothing in time. Blocks this greenlet."""
+        self._count += 1
+        number, result = self._count, self._reactor.new_result()
+        self._waiting[number] = result
+        try:
+            question = json.dumps({"op": op, "id": number, **details}).encode()
+            # Sent by a greenlet of its own: a controller that takes nothing must not hold this one beyond its time.
+            self._reactor.spawn(self._channel.send, FRAME_REQUEST, question)
+            answer: dict[str, Any] | None = result.wait(QUESTION_S) if self._channel.is_connected else None
+            return answer
+        finally:
+            del self._waiting[number]
+
+    def take(self, payload: bytes) -> None:
+        """A FRAME_ANSWER has come; one that nobody waits for any more is left out."""
+        answer = json.loads(payload)
+        if (result := self._waiting.get(answer["id"])) is not None:
+            result.set(answer)
 
 
 @dataclass(frozen=True)
@@ -9387,6 +9460,7 @@ class RelayApp:
             ("/", "GET", self._index),
             ("/health", "GET", self._health),
             ("/stats", "GET", self._stats),
+            ("/metrics", "GET", self._metrics),
             ("/queue/status", "GET", self._queue_status),
             ("/v1/models", "GET", self._models),
             ("/<path:model>/v1/models", "GET", self._models),
@@ -9466,6 +9540,16 @@ class RelayApp:
         document, at = self._relay.stats
         age = b'{"snapshot_age_ms":%d,' % ((time.monotonic() - at) * 1000)
         return self._flask.Response(age + document.removeprefix(STATS_PREFIX), mimetype="application/json")
+
+    def _metrics(self) -> Any:
+        return self._ask("metrics")
+
+    def _ask(self, op: str, **details: Any) -> Any:
+        """What the controller answers."""
+        answer = self._relay.control.questions.ask(op, **details)
+        if answer is None:
+            return self._error(503, f"no controller has answered within {QUESTION_S:g} s; `connect` starts one")
+        return self._flask.Response(answer["body"], answer["status"], content_type=answer["type"])
 
     def _queue_status(self) -> Any:
         return self._relay.book.queue_status()
@@ -9898,6 +9982,8 @@ class Bookkeeper:
         self._replica_time = ReplicaTime(time.time, time.monotonic)
         self._replica_time_due = 0.0
         self._told_totals = dict(tracker.totals)
+        self._verdicts_due = 0.0
+        self._metrics = TurnMetrics()
 
     def open(self) -> None:
         """Give the tracker what an earlier controller kept; before any event."""
@@ -9919,7 +10005,22 @@ class Bookkeeper:
             self._told_totals = dict(self._tracker.totals)
             if self._history is not None:
                 self._history.add(HistoryBatch(deque(turns), posts, new))
+        for record in turns:
+            self._metrics.add(record)
+        for post_ms in posts.values():
+            self._metrics.add_post(post_ms)
         return turns
+
+    def note_analysis(self, entries: Sequence[Mapping[str, Any]], now: float) -> None:
+        """Keep the verdicts of /stats's ``analysis``, once a minute."""
+        if self._history is None or not entries or now < self._verdicts_due:
+            return
+        self._verdicts_due = now + VERDICT_INTERVAL_S
+        self._history.add(HistoryBatch(verdicts=[verdict_row(entry, now) for entry in entries]))
+
+    def metrics(self, stats: Mapping[str, Any]) -> bytes:
+        """The body of GET /metrics, beside what ``stats``, a /stats document, says."""
+        return metrics_text(self._metrics, StatsMetrics(stats, self._replica_time.seconds()))
 
     def sample(self, records: Iterable[ReplicaRecord], gauges: Mapping[str, Any]) -> None:
         """The replicas as they are now, once a second; ``gauges`` as Tracker.sample takes them."""
@@ -9974,6 +10075,7 @@ class Controller:
         self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
         self._tracker = Tracker(time.time)
         self._books = Bookkeeper(config, paths, self._tracker, self._log)
+        self._document: Mapping[str, Any] = {}  # of /stats, the latest
         self.expected: frozenset[str] = frozenset()  # models about to be started; replaced as a whole
         self._drained: frozenset[str] = frozenset()
         self._known: dict[str, tuple[str | None, str]] = {}  # replica → its job and process
@@ -10102,9 +10204,17 @@ class Controller:
             self._tracker.sample(gauges)
             self._books.sample(self.discovery.records, gauges)
         elif kind == FRAME_REQUEST:
-            request = json.loads(payload)
-            backend = {request["backend"]}
-            self._drained = self._drained | backend if request["op"] == "drain" else self._drained - backend
+            self._do(json.loads(payload))
+
+    def _do(self, request: Mapping[str, Any]) -> None:
+        """What somebody asked for over HTTP."""
+        if request["op"] == "metrics":
+            body = self._books.metrics(self._document).decode() if self._document else "# nothing is known yet\n"
+            answer = {"id": request["id"], "status": 200, "type": METRICS_TYPE, "body": body}
+            self.relay.send(FRAME_ANSWER, json.dumps(answer).encode())
+            return
+        backend = {request["backend"]}
+        self._drained = self._drained | backend if request["op"] == "drain" else self._drained - backend
 
     def _replace_relay(self, why: RelayGoneError) -> None:
         """Speak to the relay anew if it still answers, since it serves; else start another, at once.
@@ -10127,7 +10237,10 @@ class Controller:
     def _snapshot(self) -> bytes:
         records = [dataclasses.asdict(record) for record in self.discovery.records]
         table = [Backend(**row) for row in self._sent_table["backends"]]
-        document = self._tracker.snapshot(records, table, self._config.proxy.strategy) | self._books.document()
+        snapshot = self._tracker.snapshot(records, table, self._config.proxy.strategy)
+        document: dict[str, Any] = {**snapshot, **self._books.document()}
+        self._document = document
+        self._books.note_analysis(document["analysis"], document["now"])
         return json.dumps(document, separators=(",", ":")).encode()  # without blanks: the relay puts the age in
 
 

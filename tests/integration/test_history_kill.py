@@ -1,0 +1,175 @@
+"""What outlives a kill -9 of controller and relay, and of each alone: every turn but those of the last batch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine
+from program import Program, Running, program, wait_for
+from prometheus_client.parser import text_string_to_metric_families
+
+AGENTS = 8
+TURNS = 125  # of each agent
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[Program]:
+    with program(tmp_path) as made:
+        yield made
+
+
+def bring_up(app: Program, engine: FakeEngine, *words: str) -> Running:
+    running = app.spawn("proxy", "--port", str(app.port), "--backend", f"smollm2=127.0.0.1:{engine.port}", *words)
+    running.wait_line("^proxy  http")
+    wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 1, "the backend in the proxy")
+    return running
+
+
+class Agent:
+    """A session of TURNS turns: it notes the id and the moment of each that was answered, and tries again otherwise."""
+
+    def __init__(self, app: Program, name: str) -> None:
+        self.url = f"http://127.0.0.1:{app.port}/v1/chat/completions"
+        self.name = name
+        self.answered: dict[str, float] = {}
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        body = {"model": "smollm2", "messages": [{"role": "user", "content": "go on"}], "fake": {"delay": 0.02}}
+        headers = {"Content-Type": "application/json", "X-Session-ID": self.name, "X-Timing-Post-Ms": "5"}
+        request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+        deadline = time.monotonic() + 120
+        while len(self.answered) < TURNS and time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    answer.read()
+                    self.answered[answer.headers["x-request-id"]] = time.time()
+            except (OSError, urllib.error.HTTPError):
+                time.sleep(0.05)
+
+
+def kept(app: Program) -> list[dict[str, Any]]:
+    """Every turn in the history, by the export of a user."""
+    history = app.state / "agent-infra" / f"proxy-{app.port}" / "history.db"
+    command = [sys.executable, str(app.module), "export", "--format", "jsonl", "--history", str(history)]
+    done = subprocess.run(command, env=app.environment, capture_output=True, text=True, timeout=60, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait(10)
+
+
+@pytest.mark.parametrize("killed", ["controller and relay", "controller", "relay"])
+def test_a_kill_in_the_middle_of_a_thousand_turns_costs_the_last_batch_at_most(
+    app: Program, engine: FakeEngine, killed: str
+) -> None:
+    proxy = bring_up(app, engine)
+    agents = [Agent(app, f"agent-{number}") for number in range(AGENTS)]
+    wait_for(lambda: sum(len(agent.answered) for agent in agents) > AGENTS * TURNS // 3, "a third of the turns", 60)
+    relay = app.find("relay")
+    killed_at = time.time()
+    if "controller" in killed:
+        end(proxy.process)
+    if "relay" in killed:
+        os.kill(relay, signal.SIGKILL)
+    if "controller" in killed:
+        proxy = bring_up(app, engine)
+    for agent in agents:
+        agent.thread.join(120)
+    answered = {turn: at for agent in agents for turn, at in agent.answered.items()}
+    assert len(answered) == AGENTS * TURNS
+
+    told = time.time() + 1.5  # a batch of events later everything is told
+    stats = wait_for(lambda: (found := app.get("/stats"))["now"] > told and found, "the last snapshot")
+    sessions = {row["id"]: row for client in stats["clients"] for row in client["sessions"]}
+    assert proxy.end() == 0
+    rows = kept(app)
+    known = {row["turn"] for row in rows}
+    assert len(known) == len(rows)
+    # What is lost was answered within the last batch of events and of the history, about a second, before the kill.
+    lost = [at for turn, at in answered.items() if turn not in known]
+    assert [at for at in lost if not killed_at - 2.5 <= at <= killed_at + 0.5] == []
+    assert len(lost) < len(answered) / 2
+    assert not lost or "controller" in killed or len(lost) <= AGENTS * 10
+    assert stats["totals"]["requests"] == len(rows)
+    assert stats["totals"]["completed"] == sum(row["outcome"] == "completed" for row in rows)
+    assert stats["totals"]["tokens_out"] == sum(row["completion_tokens"] or 0 for row in rows)
+    for agent in agents:
+        mine = [row for row in rows if row["session"] == agent.name]
+        assert sessions[agent.name]["turns"] == len(mine)
+        assert sum(row["post_ms"] == 5 for row in mine) >= len(mine) - 5
+    with sqlite3.connect(app.state / "agent-infra" / f"proxy-{app.port}" / "history.db") as database:
+        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    database.close()
+
+
+def test_a_history_that_fails_does_not_touch_the_service(app: Program, engine: FakeEngine) -> None:
+    proxy = bring_up(app, engine)
+    app.chat()
+    history = app.state / "agent-infra" / f"proxy-{app.port}" / "history.db"
+    wait_for(lambda: app.get("/stats")["history"]["turns"] == 1, "the turn in the history")
+    with contextlib.closing(sqlite3.connect(history, isolation_level=None)) as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        app.chat()
+        failing = wait_for(
+            lambda: (found := app.get("/stats"))["history"]["state"] == "failing" and found, "the failure in /stats"
+        )
+        assert "locked" in failing["history"]["reason"]
+        assert failing["totals"]["requests"] == 2
+        assert app.chat()[0]["choices"]
+        holder.execute("ROLLBACK")
+    wait_for(lambda: app.get("/stats")["history"] == {**failing["history"], "state": "on", "reason": None, "turns": 3},
+             "the history on again")  # fmt: skip
+    assert proxy.end() == 0
+
+
+def test_without_a_history_nothing_is_written(app: Program, engine: FakeEngine) -> None:
+    proxy = bring_up(app, engine, "--history", "off")
+    app.chat()
+    wait_for(lambda: app.get("/stats")["totals"]["requests"] == 1, "the turn in /stats")
+    assert app.get("/stats")["history"]["state"] == "off"
+    assert proxy.end() == 0
+    assert not list(app.state.rglob("*.db*"))
+
+
+def scrape(app: Program) -> dict[tuple[str, ...], float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{app.port}/metrics", timeout=10) as answer:
+        assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    return {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
+
+
+def test_prometheus_can_scrape_the_proxy_over_a_relays_end(app: Program, engine: FakeEngine) -> None:
+    proxy = bring_up(app, engine)
+    turns = ("agent_infra_turns_total", "completed", "smollm2", "smollm2-1")
+    for _ in range(3):
+        app.chat()
+    wait_for(lambda: scrape(app).get(turns) == 3, "three turns in /metrics")
+    os.kill(app.find("relay"), signal.SIGKILL)
+    app.chat()
+    wait_for(lambda: scrape(app).get(turns) == 4, "four turns in /metrics")
+    found = scrape(app)
+    assert found["agent_infra_inference_seconds_count", "smollm2"] == 4
+    assert found["agent_infra_relay_restarts_total",] == 1
+    end(proxy.process)
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        scrape(app)
+    assert refusal.value.code == 503
+    assert "no controller" in json.load(refusal.value)["error"]["message"]
