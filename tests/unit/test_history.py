@@ -38,6 +38,7 @@ from agent_infra import (
     main,
     moment,
     replica_use,
+    verdict_row,
 )
 
 T = TypeVar("T")
@@ -580,6 +581,19 @@ def test_replica_time_goes_on_where_an_earlier_controller_was() -> None:
     assert document["replica_hours"] == {"pending": 0, "loading": 0, "ready_busy": 2.0 + 1.5, "ready_idle": 0.5}
     assert [(row["model"], row["gpu_hours"]["ready_busy"]) for row in document["by_model"]] == [("m", 4.0), ("c", 0.0)]
     assert [(row["replica"], row["replica_hours"]["ready_busy"]) for row in document["by_replica"]] == [("m-1", 2.0)]
+
+
+def test_a_verdict_is_kept_with_its_figures(path: Path) -> None:
+    entry = json.loads((Path(agent_infra.__file__).parent / "tests/golden/analysis.json").read_text())[0]
+    with history_file(path) as file:
+        file.write(HistoryBatch(verdicts=[verdict_row(entry, NOW)]))
+        rows = file.query(f"SELECT {', '.join(agent_infra.VERDICT_COLUMNS)} FROM verdicts")
+    assert rows == [
+        (
+            *(NOW, "qwen", "NVIDIA H100 80GB HBM3", "GPU-BOUND", 0.97, entry["verdict"]["sentence"]),
+            *("KV-BOUND", 260.0, 43790.0, 147.0),
+        )
+    ]
 
 
 # --- Export and report ------------------------------------------------------------------------------------------------
