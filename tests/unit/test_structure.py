@@ -92,7 +92,8 @@ def test_only_main_exits() -> None:
 
 
 def test_importing_the_module_and_help_load_nothing_heavy() -> None:
-    heavy = "gevent flask paramiko asyncio sqlite3 yaml marshmallow requests rich msgspec numpy prometheus_client http.server urllib.request"
+    heavy = "gevent flask paramiko asyncio sqlite3 yaml marshmallow "
+    heavy += "requests rich msgspec numpy prometheus_client http.server urllib.request"
     program = (
         "import sys, agent_infra\n"
         "try: agent_infra.main(['--help'])\n"
