@@ -43,6 +43,8 @@ import time
 import traceback
 import types
 import weakref
+import zlib
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -1198,6 +1200,8 @@ MAX_KNOWN_LINES = 4000
 MAX_KNOWN_LINE_BYTES = 256
 MAX_CHUNK_LINE_BYTES = 4 << 10
 MAX_TRAILER_LINES = 64
+MAX_TRACED_BYTES = 1 << 20  # a body or an answer longer than this does not say what conversation it belongs to
+CAPTURED_PIECES = 32  # pieces of a stream that are searched for words at once: one by one costs thrice that
 MAX_HELD_EVENT_BYTES = 1 << 20  # an SSE event longer than this is passed on in pieces, unseen
 
 # The paths that are forwarded, with or without /{model} before them.
@@ -1525,6 +1529,7 @@ class AnswerDigest:
     finish_reason: str | None = None
     error: str | None = None
     text: str = ""
+    print: bytes | None = None  # message_print() of the whole answer, where it was wanted
 
     def add(self, document: Any) -> None:
         """Take over what ``document`` says: a JSON answer, or one event of a stream, of any of the API's shapes."""
@@ -1565,8 +1570,34 @@ def is_count(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 <= value <= MAX_FIGURE
 
 
+def spoken(content: Any, calls: Any = None) -> tuple[str, list[str]]:
+    """The words of an assistant's message and the ids of its tool calls, in OpenAI's and in Anthropic's shape."""
+    if isinstance(content, str) and not calls:
+        return content, []
+    parts = content if isinstance(content, list) else [{"text": content}]
+    parts = [part for part in parts if isinstance(part, dict)]
+    words = "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
+    called = [part for part in parts if part.get("type") == "tool_use"]
+    called += [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    return words, [call["id"] for call in called if isinstance(call.get("id"), str)]
+
+
+_TWO_SUMS = struct.Struct("<II")
+
+
+def message_print(words: str, call_ids: Sequence[str]) -> bytes:
+    """Eight bytes by which an assistant's message is known again, whatever else its client sends back with it."""
+    called = zlib.crc32("\0".join(call_ids).encode("utf-8", "replace")) if call_ids else 0
+    return _TWO_SUMS.pack(zlib.crc32(words.strip().encode("utf-8", "replace")), called)
+
+
+def conversation_key(messages: bytes, answer: bytes) -> str:
+    """What a conversation up to and with an answer is known by: a digest of its messages' prints."""
+    return hashlib.blake2b(messages + answer, digest_size=8).hexdigest()
+
+
 _EVENT = re.compile(rb".*?\r?\n\r?\n|.+", re.DOTALL)
-_EVENT_TEXT = re.compile(rb'"(?:content|text|delta)":\s?"((?:[^"\\]|\\.)*)"')
+_EVENT_TEXT = re.compile(rb'"(?:content|text|delta)":\s?"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL)
 _DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
 
 
@@ -1579,6 +1610,16 @@ def event_document(event: bytes) -> Any:
         return None
 
 
+def event_call_ids(event: Any) -> list[str]:
+    """The ids of the tool calls that begin with an event of a stream."""
+    document = event if isinstance(event, dict) else {}
+    choices = document.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    delta = choice.get("delta") if isinstance(choice, dict) else None
+    calls = delta.get("tool_calls") if isinstance(delta, dict) else None
+    return spoken([document.get("content_block")], calls)[1]
+
+
 class EventStream:
     """What a replica's SSE answer becomes on its way to the client, however the bytes are split.
 
@@ -1588,13 +1629,22 @@ class EventStream:
     """
 
     __slots__ = (
-        "_captured", "_cuts_usage", "_held", "_is_clean", "_needs_done", "_passes_verbatim", "_tail", "_texts",
-        "_to_chunks", "_wanted_text", "decoder", "events", "fault", "has_excess", "is_over",
+        "_call_ids", "_captured", "_cuts_usage", "_held", "_is_clean", "_needs_done", "_passes_verbatim", "_pieces",
+        "_tail", "_texts", "_to_chunks", "_traces", "_wanted_text", "decoder", "events", "fault", "has_excess",
+        "is_over",
     )  # fmt: skip
 
     def __init__(
-        self, decoder: BodyDecoder, *, to_chunks: bool, cuts_usage: bool, needs_done: bool, wanted_text: int
+        self,
+        decoder: BodyDecoder,
+        *,
+        to_chunks: bool,
+        cuts_usage: bool,
+        needs_done: bool,
+        wanted_text: int,
+        traces: bool = False,
     ) -> None:
+        """``traces``: the digest's ``print`` is wanted."""
         self.decoder = decoder
         self.events = 0  # seen so far, counted roughly: by their data lines
         self.fault: str | None = None
@@ -1604,8 +1654,11 @@ class EventStream:
         self._is_clean = self._passes_verbatim  # nothing held, and between two chunks that may pass as they are
         self._held = b""
         self._tail: deque[bytes] = deque(maxlen=4)  # the last pieces, in chunks: usage and finish reason are there
-        self._texts: list[bytes] = []  # the answer's first words, still as JSON strings
-        self._captured, self._wanted_text = 0, wanted_text
+        self._texts: list[bytes] = []  # the answer's first words (traced: all of them), still as JSON strings
+        self._call_ids: list[str] = []
+        self._wanted_text, self._traces = wanted_text, traces
+        self._captured = 0 if wanted_text or traces else MAX_TRACED_BYTES  # bytes; enough, and no more is captured
+        self._pieces: list[bytes] = []  # not searched for words yet
 
     def feed(self, data: bytes) -> bytes:
         """The bytes to send for these that came; WireError when the replica's framing is broken."""
@@ -1618,7 +1671,7 @@ class EventStream:
         ):
             self._tail.append(data)
             self.events += data.count(b"data:")
-            if self._captured < self._wanted_text:
+            if self._captured < MAX_TRACED_BYTES:
                 self._capture(data)
             return data
         return self._feed_events(data)
@@ -1642,16 +1695,32 @@ class EventStream:
         for event in _EVENT.findall(b"".join(pieces)):
             with contextlib.suppress(RecursionError):
                 digest.add(event_document(event))
-        if self._texts:
-            with contextlib.suppress(ValueError):
-                text = json.loads(b'"' + b"".join(self._texts) + b'"')
-                digest.text = sendable_text(text[: self._wanted_text])
+        self._search()
+        with contextlib.suppress(ValueError):
+            text = json.loads(b'"' + b"".join(self._texts) + b'"')
+            digest.text = sendable_text(text[: self._wanted_text])
+            if self._traces and self._captured < MAX_TRACED_BYTES:
+                digest.print = message_print(text, self._call_ids)
         return digest
 
-    def _capture(self, chunks: bytes) -> None:
-        for text in _EVENT_TEXT.findall(chunks):
-            self._texts.append(text)
-            self._captured += len(text)
+    def _capture(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+        if len(self._pieces) >= CAPTURED_PIECES:
+            self._search()
+
+    def _search(self) -> None:
+        """Take the words out of the pieces that wait."""
+        data = b"".join(self._pieces)
+        self._pieces.clear()
+        texts = _EVENT_TEXT.findall(data)
+        self._texts += texts
+        self._captured += sum(map(len, texts))
+        if not self._traces:
+            self._captured = MAX_TRACED_BYTES if self._captured >= self._wanted_text else self._captured
+        elif b'"tool_' in data:
+            for event in _EVENT.findall(data):
+                if b'"tool_use"' in event or (b'"tool_calls"' in event and event.count(b'"id"') > 1):
+                    self._call_ids += event_call_ids(event_document(event))
 
     def _feed_events(self, data: bytes) -> bytes:
         pieces: list[bytes] = []
@@ -1679,7 +1748,7 @@ class EventStream:
             return b""
         self._tail.append(encode_chunk(events))
         self.events += events.count(b"\ndata:") + events.startswith(b"data:")
-        if self._captured < self._wanted_text:
+        if self._captured < MAX_TRACED_BYTES:
             self._capture(events)
         if b"abort" in events or (self._cuts_usage and b'"usage":' in events):
             events = b"".join(self._kept(events))
@@ -1779,6 +1848,10 @@ class TurnStarted:
     pre_ms: float | None = None  # observing before this turn, as the client timed it
     post_ms: float | None = None  # acting on the answer before this one: belongs to the session's previous turn
     prompt: str = ""  # excerpt, proxy.capture_text characters at most
+    prints: bytes = (
+        b""  # four bytes for what stands before the messages (tools), and for each message; alike when alike
+    )
+    follows: str | None = None  # the conversation_key it goes on from; "": none yet; None: it cannot be followed so
 
 
 @dataclass
@@ -1821,6 +1894,7 @@ class TurnFinished:
     error: str | None = None  # in words
     gaps: Mapping[str, int] = field(default_factory=dict)  # inter-chunk gaps: histogram bucket key → count
     answer: str = ""  # excerpt
+    key: str | None = None  # conversation_key up to and with this answer
     started: TurnStarted | None = None  # where nothing was told of the turn before: most are over within one batch
 
 
@@ -1852,6 +1926,8 @@ LISTED_REPLICAS = 200
 RECENT_S = 300.0  # what "recent" means for percentiles, shares and active sessions
 RATE_S = 60.0  # what rates are taken over
 LEAST_RATE_S = 5.0  # below this much time a rate is not told
+MAX_CONVERSATIONS = 50_000  # answers by which a session that its client does not name is found
+KEPT_PRINTS = 257  # of a session's last request: of what stands before the messages, and of the first 256
 MISS_TOKENS = 64  # fewer tokens missing from the cache are none: engines keep whole blocks, and templates add words
 MISS_SHARE = 0.1  # likewise, of what was expected
 WATCH_INTERVAL_S = 5.0  # between two looks of the watchdog
@@ -2064,6 +2140,7 @@ class TurnRecord:
     error: str | None = None
     prompt: str = ""
     answer: str = ""
+    key: str | None = None  # conversation_key up to and with this answer
 
     def row(self) -> dict[str, Any]:
         """As it stands in /stats: a field each, durations rounded."""
@@ -2078,17 +2155,27 @@ class HeldContext:
     backend: str | None
     prompt_tokens: int  # of the last prompt
     tokens: int  # of the last prompt and its answer
+    prints: bytes  # of the last request, KEPT_PRINTS at most
 
 
-def explain_miss(record: TurnRecord, held: HeldContext, changed: str | None) -> str | None:
+def changed_message(before: bytes, now: bytes) -> str | None:
+    """The first message of the request before that is another one now, in words; from the prints of both."""
+    length = min(len(before), len(now))
+    if before[:length] == now[:length]:
+        return None
+    number = next(at for at in range(0, length, 4) if before[at : at + 4] != now[at : at + 4]) // 4
+    return f"message {number} of {len(now) // 4 - 1}" if number else "the tools or the system prompt"
+
+
+def explain_miss(record: TurnRecord, held: HeldContext, prints: bytes) -> str | None:
     """Why fewer tokens of a turn were cached than expected, in words; None when not notably fewer were.
 
-    ``changed`` is what the client changed of the context that was there, in words.
+    ``prints`` are those of the turn's request.
     """
     expected, cached = record.expected_cached_tokens, record.cached_tokens
     if expected is None or cached is None or expected - cached <= max(MISS_TOKENS, MISS_SHARE * expected):
         return None
-    if changed is not None:
+    if changed := changed_message(held.prints, prints):
         return f"your client changed {changed}"
     if record.backend != held.backend:
         return f"moved from {held.backend} to {record.backend}"
@@ -2123,6 +2210,7 @@ class Session:
     prompt_tokens: int | None = None  # of the same turn, like the next two
     cached_tokens: int | None = None
     held_by: str | None = None  # the replica that should have its context in the cache
+    prints: bytes = b""  # of the request of that turn, KEPT_PRINTS at most
     cache_misses: int = 0
     last_miss: str | None = None
     last_backend: str | None = None  # that finished a turn
@@ -2144,7 +2232,7 @@ class Session:
         """What should be cached of this session now; None when it is not known, or changes at this moment."""
         if self.context_tokens is None or self.prompt_tokens is None or self.open_turns:
             return None
-        return HeldContext(self.held_by, self.prompt_tokens, self.context_tokens)
+        return HeldContext(self.held_by, self.prompt_tokens, self.context_tokens, self.prints)
 
     def think(
         self, think_ms: float | None, pre_ms: float | None, post_ms: float | None, unaccounted_ms: float | None
@@ -2157,12 +2245,12 @@ class Session:
         self.post_ms = _plus(self.post_ms, post_ms)
         self.unaccounted_ms = _plus(self.unaccounted_ms, unaccounted_ms)
 
-    def finish(self, record: TurnRecord, at: float) -> None:
-        """Add what a finished turn says, but for its think time."""
+    def finish(self, record: TurnRecord, at: float, prints: bytes = b"") -> None:
+        """Add what a finished turn says, but for its think time; ``prints`` are those of its request."""
         self.turns += 1
         self.errors += record.outcome in ("error", "cut")
         self.last_turn, self.last_end = record.turn, max(at, self.last_end or at)
-        self._note_repeat(record)
+        self._note_repeat(record, prints)
         if record.backend is not None:
             is_move = self.last_backend not in (None, record.backend)
             self.moves += is_move
@@ -2178,12 +2266,12 @@ class Session:
         if record.prompt_tokens is not None:
             self.context_tokens = record.prompt_tokens + (record.completion_tokens or 0)
             self.prompt_tokens, self.cached_tokens = record.prompt_tokens, record.cached_tokens
-            self.held_by = record.backend
+            self.held_by, self.prints = record.backend, prints[: 4 * KEPT_PRINTS]
 
-    def _note_repeat(self, record: TurnRecord) -> None:
+    def _note_repeat(self, record: TurnRecord, prints: bytes) -> None:
         grown = record.prompt_tokens - (self.context_tokens or 0) if record.prompt_tokens is not None else None
-        told = record.outcome, record.prompt, record.answer, record.completion_tokens, grown
-        signature = hash(told) if record.prompt or record.answer else 0
+        said = record.prompt or prints[-4:]
+        signature = hash((record.outcome, said, record.answer, record.completion_tokens, grown)) if said else 0
         self.repeats = self.repeats + 1 if signature and signature == self.signature else 1
         self.signature = signature
 
@@ -2228,18 +2316,16 @@ class SessionTable:
     def __iter__(self) -> Iterator[Session]:
         return iter(self._live.values())
 
-    def open(self, turn: TurnStarted | TurnRecord, at: float) -> Session | None:
-        """The session that a turn belongs to, made where it is new; None for a turn that names none.
+    def open(self, name: str | None, turn: TurnStarted | TurnRecord, at: float) -> Session | None:
+        """The session ``name``, that a turn belongs to, made where it is new; None for a turn of no session.
 
         Such a turn is a session of its own, and over with its answer: it is counted everywhere but here.
         """
-        if not turn.session:
+        if not name:
             return None
-        session = self._live.get(turn.session)
+        session = self._live.get(name)
         if session is None:
-            session = self._over.pop(turn.session, None) or Session(
-                turn.session, turn.task, turn.client, turn.model or "", at
-            )
+            session = self._over.pop(name, None) or Session(name, turn.task, turn.client, turn.model or "", at)
             self._live[session.id] = session
             if len(self._live) > self._max_live:
                 self._live.popitem(last=False)
@@ -2280,6 +2366,41 @@ class SessionTable:
     def count_active(self, now: float) -> int:
         """How many sessions have a turn in flight or were heard of in the last RECENT_S seconds."""
         return sum(1 for session in self if session.open_turns or session.last_seen > now - RECENT_S)
+
+
+class Conversations:
+    """Finds the session of a turn whose client names none: the one that gave the answer which the turn goes on from.
+
+    Exact matches only. An answer that a turn goes on from is nobody else's while that turn is open, nor once it is
+    completed; so several turns from one answer at a time are sessions of their own, and so is a turn from an answer
+    that several sessions gave. Bounded: MAX_CONVERSATIONS answers, the longest unused is forgotten.
+    """
+
+    def __init__(self) -> None:
+        self._sessions: collections.OrderedDict[str, str | None] = collections.OrderedDict()  # None: several gave it
+
+    def session_of(self, turn: TurnStarted) -> str | None:
+        """The session of a turn that starts, a new one where none is found; None where there is nothing to go by."""
+        if turn.session or turn.follows is None:
+            return turn.session
+        if (found := self._sessions.get(turn.follows)) is None:
+            return f"auto-{turn.turn}"
+        del self._sessions[turn.follows]
+        return found
+
+    def answered(self, key: str, session: str) -> None:
+        """A session gave, or gave again, the answer that ``key`` stands for."""
+        self._sessions[key] = session if self._sessions.get(key, session) == session else None
+        self._sessions.move_to_end(key)
+        if len(self._sessions) > MAX_CONVERSATIONS:
+            self._sessions.popitem(last=False)
+
+    def finish(self, started: TurnStarted, key: str | None, session: str) -> None:
+        """A turn that was followed is over; one without an answer leaves the one before for another try."""
+        if key is not None:
+            self.answered(key, session)
+        elif started.follows and session != f"auto-{started.turn}":
+            self.answered(started.follows, session)
 
 
 @dataclass(slots=True)
@@ -2610,16 +2731,18 @@ def _record_of(event: TurnFinished, turn: OpenTurn | None) -> TurnRecord:
         finish_reason=event.finish_reason,
         error=event.error,
         answer=event.answer,
+        key=event.key,
     )
     if turn is not None:
         started = turn.started
-        record.session, record.task, record.client = started.session, started.task, started.client
+        record.session = turn.session.id if turn.session is not None else None
+        record.task, record.client = started.task, started.client
         record.model, record.path, record.stream = started.model, started.path, started.stream
         record.started_at, record.prompt = started.at, started.prompt
         record.think_ms, record.pre_ms, record.unaccounted_ms = turn.think_ms, turn.pre_ms, turn.unaccounted_ms
         if turn.held is not None and record.prompt_tokens is not None:
             record.expected_cached_tokens = min(turn.held.tokens, record.prompt_tokens)
-            record.cache_miss = explain_miss(record, turn.held, None)
+            record.cache_miss = explain_miss(record, turn.held, started.prints)
     return record
 
 
@@ -2866,6 +2989,7 @@ class Tracker:
         self._started_at = clock()
         self._sessions = SessionTable(max_sessions, session_idle_s)
         self._turns = TurnLedger()
+        self._conversations = Conversations()
         self._totals = dict.fromkeys(_TOTALS, 0)
         self._log = TurnLog()
         self._pipeline = Pipeline(clock)
@@ -2946,8 +3070,10 @@ class Tracker:
                 continue
             self._log.keep(record)
             at = min(record.finished_at, self._clock())
-            session = self._sessions.open(record, at)
+            session = self._sessions.open(record.session, record, at)
             if session is not None:
+                if record.key is not None:
+                    self._conversations.answered(record.key, session.id)
                 session.think(record.think_ms, record.pre_ms, record.post_ms, record.unaccounted_ms)
                 session.finish(record, at)
                 self._sessions.touch(session, at)
@@ -2995,7 +3121,7 @@ class Tracker:
     def _start(self, event: TurnStarted, at: float) -> None:
         if self._turns.knows(event.turn):
             return
-        session = self._sessions.open(event, at)
+        session = self._sessions.open(self._conversations.session_of(event), event, at)
         held = session.held() if session else None
         gap_ms = session.think_time_ms(at) if session else None
         pre_ms, unaccounted_ms = split_think_time(gap_ms, event.pre_ms, event.post_ms)
@@ -3024,8 +3150,10 @@ class Tracker:
             self._backends.figures(event.backend).finish(event)
         record = _record_of(event, turn)
         if turn is not None and turn.session is not None:
-            turn.session.finish(record, at)
+            turn.session.finish(record, at, turn.started.prints)
             self._sessions.touch(turn.session, at)
+            if turn.started.follows is not None:
+                self._conversations.finish(turn.started, event.key, turn.session.id)
         self._log.add(record)
 
     def _history_point(self, now: float) -> dict[str, Any]:
@@ -3081,6 +3209,7 @@ _MIGRATIONS = (
     CREATE TABLE verdicts (id INTEGER PRIMARY KEY, at REAL NOT NULL, model TEXT NOT NULL, gpu TEXT, verdict TEXT,
         confidence REAL, sentence TEXT, flags TEXT, agents REAL, turns_per_hour REAL, suggested_agents REAL)
     """,
+    "ALTER TABLE turns ADD COLUMN key TEXT",
 )
 TURN_COLUMNS = tuple(item.name for item in dataclasses.fields(TurnRecord))
 _TRUTHS = tuple(TURN_COLUMNS.index(name) for name in ("stream", "tokens_estimated"))  # columns that SQLite has as 0, 1
@@ -7557,6 +7686,8 @@ class Turn:
     ended: float = 0.0
     labels: Any = None  # Labels
     prompt: str = ""  # excerpt
+    prints: bytes = b""  # see TurnStarted, like the next
+    follows: str | None = None
     is_told: bool = False  # the controller knows of it; likewise the moments below
     told_sent: float = 0.0
     told_first: float = 0.0
@@ -7848,6 +7979,7 @@ class AnswerFlow(Outlet):
             cuts_usage=turn.cuts_usage,
             needs_done=turn.path in (b"/v1/chat/completions", b"/v1/completions"),
             wanted_text=turn.wanted_text,
+            traces=turn.follows is not None,
         )
         self.pending_head = returned_head(
             head, self._relay.book.answer_fields(turn), None, self._to_chunks, not self._to_chunks
@@ -8413,7 +8545,7 @@ class Delivery:
             replica.busy_until = time.monotonic() + (min(float(after), 60.0) if after.isdigit() else BUSY_S)
             return self._start_over()
         if len(exchange.body) <= DIGESTED_ANSWER_BYTES:
-            turn.digest = self._relay.codec.digest(exchange.body, turn.wanted_text)
+            turn.digest = self._relay.codec.digest(exchange.body, turn.wanted_text, turn.follows is not None)
         now = turn.ended = time.monotonic()
         if turn.digest is not None and turn.digest.finish_reason == "abort":
             return self._after_death(replica, "the engine was shut down", is_proven=True)
@@ -8614,8 +8746,13 @@ class Codec:
         self.decode: Callable[[bytes], Any] = msgspec.json.Decoder().decode
         self.convert: Callable[..., Any] = msgspec.convert
         routed = [(name, Any, None) for name in ("model", "stream", "stream_options")]
-        words = [("messages", list[msgspec.Raw], ()), ("prompt", Any, None), ("input", Any, None)]
-        message = msgspec.defstruct("Message", [("content", str | None, None)])
+        words: list[Any] = [("messages", list[msgspec.Raw], ()), ("prompt", Any, None), ("input", Any, None)]
+        words += [(name, msgspec.Raw, msgspec.Raw(b"")) for name in ("tools", "system")]
+        call = msgspec.defstruct("Call", [("id", str, "")])
+        said = [("content", str | None, None), ("tool_calls", list[call] | None, None)]  # type: ignore[valid-type]
+        message = msgspec.defstruct("Message", said)
+        spoken_fields = [(name, Any, None) for name in ("role", "content", "tool_calls")]
+        self._message = msgspec.json.Decoder(msgspec.defstruct("AnyMessage", spoken_fields)).decode
         choice = msgspec.defstruct(
             "Choice",
             [("finish_reason", str | None, None), ("message", message | None, None), ("text", str | None, None)],
@@ -8627,16 +8764,37 @@ class Codec:
         self._plain_answer = msgspec.json.Decoder(msgspec.defstruct("PlainAnswer", plain)).decode
         answered = [(name, Any, None) for name in ("usage", "choices", "stop_reason", "error", "content", "output")]
         self._request = msgspec.json.Decoder(msgspec.defstruct("RoutedBody", routed)).decode
-        self._worded_request = msgspec.json.Decoder(msgspec.defstruct("WordedBody", routed + words)).decode  # type: ignore[operator]
+        self._worded_request = msgspec.json.Decoder(msgspec.defstruct("WordedBody", routed + words)).decode
         self._answer = msgspec.json.Decoder(msgspec.defstruct("AnswerBody", answered)).decode
 
-    def request(self, body: bytes | bytearray, wants_text: bool) -> Any:
-        """A request's fields that routing needs (``model``, ``stream``, ``stream_options``), and with ``wants_text``
-        those that its words stand in; None when the body is no JSON object."""
-        for decode in (self._worded_request, self._request) if wants_text else (self._request,):
+    def request(self, body: bytes | bytearray) -> Any:
+        """A request's fields that routing needs (``model``, ``stream``, ``stream_options``), and those that its words
+        stand in where they have the usual types; None when the body is no JSON object."""
+        for decode in (self._worded_request, self._request):
             with contextlib.suppress(ValueError, RecursionError):  # bad UTF-8 is no error of msgspec's own
                 return decode(body)
         return None
+
+    def trace(self, fields: Any, is_named: bool) -> tuple[bytes, str | None]:
+        """``prints`` and ``follows`` of TurnStarted; a session that its client names is followed by nothing else."""
+        messages = getattr(fields, "messages", ())
+        if not messages:
+            return b"", None
+        head = zlib.crc32(fields.system, zlib.crc32(fields.tools))
+        prints = array("I", (head, *map(zlib.crc32, messages))).tobytes()
+        if is_named:
+            return prints, None
+        for index in range(len(messages) - 1, -1, -1):
+            raw = bytes(messages[index])
+            if b'"assistant"' in raw:
+                try:
+                    message: Any = self._message(raw)
+                except (ValueError, RecursionError):
+                    continue
+                if message.role == "assistant":
+                    answer = message_print(*spoken(message.content, message.tool_calls))
+                    return prints, conversation_key(prints[4 : 4 + 4 * index], answer)
+        return prints, ""
 
     def last_words(self, fields: Any, limit: int) -> str:
         """The start of the last user message, or of the prompt."""
@@ -8646,10 +8804,10 @@ class Codec:
                     return plain_text(self.decode(message))[:limit]
         return plain_text(getattr(fields, "prompt", None) or getattr(fields, "input", None))[:limit]
 
-    def digest(self, body: bytes, wanted_text: int) -> AnswerDigest | None:
-        """What tracking keeps of a whole answer; None where it is no JSON object."""
+    def digest(self, body: bytes, wanted_text: int, traces: bool = False) -> AnswerDigest | None:
+        """What tracking keeps of a whole answer, with ``traces`` also its print; None where it is no JSON object."""
         with contextlib.suppress(ValueError, IndexError, RecursionError):
-            return self._plain_digest(self._plain_answer(body), wanted_text)
+            return self._plain_digest(self._plain_answer(body), wanted_text, traces)
         try:
             answer: Any = self._answer(body)
         except (ValueError, RecursionError):
@@ -8658,18 +8816,24 @@ class Codec:
         names = ("usage", "choices", "stop_reason", "error")
         with contextlib.suppress(RecursionError):
             digest.add({name: getattr(answer, name) for name in names})
-        if wanted_text:
+        if wanted_text or traces:
             words: Any = answer.content or answer.output
+            said, calls = words, None
             if isinstance(answer.choices, list) and answer.choices and isinstance(answer.choices[0], dict):
                 words = answer.choices[0].get("message") or answer.choices[0].get("text")
+                said, calls = (
+                    (words.get("content"), words.get("tool_calls")) if isinstance(words, dict) else (None, None)
+                )
             digest.text = plain_text(words)[:wanted_text]
+            digest.print = message_print(*spoken(said, calls)) if traces else None
         return digest
 
-    def _plain_digest(self, answer: Any, wanted_text: int) -> AnswerDigest:
+    def _plain_digest(self, answer: Any, wanted_text: int, traces: bool) -> AnswerDigest:
         """The digest of a completion of the common shape, which nearly all answers have."""
         choice, usage, details = answer.choices[0], answer.usage, answer.usage.prompt_tokens_details
         cached = details.cached_tokens if details is not None else None
         words = (choice.message.content if choice.message is not None else choice.text) or ""
+        calls = choice.message.tool_calls if traces and choice.message is not None else None
         return AnswerDigest(
             usage.prompt_tokens if is_count(usage.prompt_tokens) else None,
             usage.completion_tokens if is_count(usage.completion_tokens) else None,
@@ -8677,6 +8841,7 @@ class Codec:
             sendable_text(choice.finish_reason) if choice.finish_reason is not None else None,
             None,
             sendable_text(words[:wanted_text]),
+            message_print(words, [call.id for call in calls] if calls else ()) if traces else None,
         )
 
 
@@ -8776,8 +8941,9 @@ class ControlChannel:
         """Send what happened since the last batch; one that did not go out is sent before anything else."""
         while self._controller is not None:
             if not self._unsent:
-                batch = self._relay.book.news()
                 finished = [self._finished.popleft() for _ in range(min(EVENT_BATCH, len(self._finished)))]
+                # A turn that starts may go on from one that is still to be told as finished: that one goes first.
+                batch = self._relay.book.news() if not self._finished else EventBatch()
                 ended = [self._ended.popleft() for _ in range(len(self._ended))]
                 if not (finished or ended or batch.started or batch.sent or batch.answering):
                     return
@@ -8878,13 +9044,15 @@ class TurnBook:
         """A turn for a request that was read; RequestError when its model is not served. ``finish`` is then due."""
         wanted_text = self._relay.settings.proxy.capture_text
         is_json = b"multipart" not in request.fields.get(b"content-type", b"")
-        fields: Any = self._relay.codec.request(body, wanted_text > 0) if is_json else None
+        fields: Any = self._relay.codec.request(body) if is_json else None
         if is_json and fields is None:
             raise RequestError(400, "the body is not a JSON object")
         model = self._model_of(model, fields.model if is_json else _form_model(body))
         labels = self._relay.settings.labels.read(request.fields)
         self._count += 1
         options = fields.stream_options if is_json else None
+        is_traced = is_json and len(body) <= MAX_TRACED_BYTES
+        prints, follows = self._relay.codec.trace(fields, labels.session is not None) if is_traced else (b"", None)
         turn = Turn(
             id=f"{self._prefix}-{self._count:x}",
             arrived=time.monotonic(),
@@ -8898,6 +9066,8 @@ class TurnBook:
             tokens=len(body) // 4,
             labels=labels,
             prompt=self._relay.codec.last_words(fields, wanted_text) if wanted_text and is_json else "",
+            prints=prints,
+            follows=follows,
         )
         self.turns[turn.id] = turn
         self.counters["requests"] += 1
@@ -8942,11 +9112,15 @@ class TurnBook:
                 error=turn.error or digest.error,
                 gaps={str(bucket): count for bucket, count in turn.gaps.items()},
                 answer=digest.text,
+                key=self._key(turn, digest) if turn.follows is not None and turn.outcome == "completed" else None,
                 started=None if turn.is_told else self._started(turn),
             )
         )
         if turn.session is not None and turn.labels.ends_session:
             self.end_session(turn.session)
+
+    def _key(self, turn: Turn, digest: AnswerDigest) -> str | None:
+        return conversation_key(turn.prints[4:], digest.print) if digest.print is not None else None
 
     def end_session(self, session: str) -> None:
         self._relay.control.add_ended_session(SessionEnded(session, time.time()))
@@ -8987,6 +9161,8 @@ class TurnBook:
             labels.pre_ms,
             labels.post_ms,
             turn.prompt,
+            turn.prints,
+            turn.follows,
         )
 
     def answer_fields(self, turn: Turn) -> bytes:

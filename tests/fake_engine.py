@@ -3,12 +3,12 @@
 Run it: ``python tests/fake_engine.py [--port N]`` prints its port and serves until it is killed.  What one request
 shall do stands in its body, under ``"fake"``; what all of them shall do is set by ``POST /fake`` with the same keys:
 
-``tokens`` (3), ``delay`` (s before the answer), ``gap`` (s between events), ``hang`` (never answer), ``status`` (answer
-with it), ``retry_after``, ``usage`` (stream it even if nobody asked), ``finish_reason``, ``die`` (kill the process:
-"before" the answer, in its "middle", or after that many events), ``cut`` (close the connection, likewise),
-``no_done``, ``close`` (after the answer, with or without saying so: "silently"), ``size`` (bytes of content),
-``framing`` ("length", "close", "chunked"), ``split`` (send the answer in pieces of so many bytes), ``health`` (status
-of /health), ``load`` (the /load digest).
+``tokens`` (3), ``say`` (in their place), ``calls`` (ids of tool calls), ``delay`` (s before the answer), ``gap`` (s
+between events), ``hang`` (never answer), ``status`` (answer with it), ``retry_after``, ``usage`` (stream it even if
+nobody asked), ``finish_reason``, ``die`` (kill the process: "before" the answer, in its "middle", or after that many
+events), ``cut`` (close the connection, likewise), ``no_done``, ``close`` (after the answer, with or without saying so:
+"silently"), ``size`` (bytes of content), ``framing`` ("length", "close", "chunked"), ``split`` (send the answer in
+pieces of so many bytes), ``health`` (status of /health), ``load`` (the /load digest).
 
 ``GET /fake`` tells what it saw: requests, aborted (whose client left first), running, the heads and the last body.
 """
@@ -134,22 +134,33 @@ class Connection:
 
     def completion(self, path: str, document: Mapping[str, Any], how: Mapping[str, Any]) -> dict[str, Any]:
         text = "x" * how["size"] if "size" in how else " ".join(f"word{i}" for i in range(how.get("tokens", 3)))
+        text = how.get("say", text)
         reason = how.get("finish_reason", "stop")
         if path == "/v1/messages":
             usage = {"input_tokens": 7, "output_tokens": how.get("tokens", 3), "cache_read_input_tokens": 5}
-            return {"type": "message", "role": "assistant", "content": [{"type": "text", "text": text}], "usage": usage}
+            content = [{"type": "text", "text": text}]
+            content += [{"type": "tool_use", "id": name, "name": "run", "input": {}} for name in how.get("calls", ())]
+            return {"type": "message", "role": "assistant", "content": content, "usage": usage}
         if path == "/v1/embeddings":
             usage = {"prompt_tokens": 7, "total_tokens": 7}
             return {"object": "list", "data": [{"embedding": [0.5] * 8, "index": 0}], "usage": usage}
+        message = {"role": "assistant", "content": text, **self.tool_calls(how)}
         return {
             "id": "fake",
             "object": "chat.completion",
             "created": 1,
             "model": document.get("model"),
-            "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}],
+            "choices": [{"index": 0, "message": message, "finish_reason": reason}],
             "usage": self.usage(how),
             "pid": os.getpid(),
         }
+
+    def tool_calls(self, how: Mapping[str, Any]) -> dict[str, Any]:
+        """The field ``tool_calls`` of a message or a delta, where there is something to call."""
+        function = {"name": "run", "arguments": "{}"}
+        names = enumerate(how.get("calls", ()))
+        calls = [{"index": index, "id": name, "type": "function", "function": function} for index, name in names]
+        return {"tool_calls": calls} if calls else {}
 
     def usage(self, how: Mapping[str, Any]) -> dict[str, Any]:
         tokens = how.get("tokens", 3)
@@ -168,14 +179,18 @@ class Connection:
         if "close" in how and how["close"] != "silently":
             head += "connection: close\r\n"
         self.send(head.encode() + b"\r\n")
-        tokens = how.get("tokens", 3)
-        for index in range(tokens):
+        words = [f"word{index} " for index in range(how.get("tokens", 3))]
+        if "say" in how:
+            words = [how["say"][at : at + 5] for at in range(0, len(how["say"]), 5)]
+        for index, word in enumerate(words):
             if how.get("die") == index:
                 os.kill(os.getpid(), signal.SIGKILL)
             if how.get("cut") == index:
                 raise OSError("cut, as asked")
-            self.send_event({"delta": {"content": f"word{index} "}, "finish_reason": None}, document, framing)
+            self.send_event({"delta": {"content": word}, "finish_reason": None}, document, framing)
             self.pause(how.get("gap", 0.0))
+        if how.get("calls"):
+            self.send_event({"delta": self.tool_calls(how), "finish_reason": None}, document, framing)
         self.send_event({"delta": {}, "finish_reason": how.get("finish_reason", "stop")}, document, framing)
         if how.get("usage") or (document.get("stream_options") or {}).get("include_usage"):
             self.send_event(None, document, framing, self.usage(how))

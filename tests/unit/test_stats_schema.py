@@ -53,7 +53,7 @@ class Run:
         at = self.random.lognormvariate
         self.turns += 1
         turn, session = f"5f3a91c0b7de-{self.turns:x}", f"auto-{agent:02x}" if agent > 9 else f"run-{agent}"
-        told = {"pre_ms": at(7.3, 0.5), "post_ms": at(6.5, 0.5)} if agent < 8 else {}
+        told: dict[str, Any] = {"pre_ms": at(7.3, 0.5), "post_ms": at(6.5, 0.5)} if agent < 8 else {}
         backend = f"qwen-{1 + (agent + (self.turns if agent == 3 else 0)) % 3}"
         client = f"me@login1:{4100 + agent // 4} python swe_agent.py" if agent < 10 else None
         started = TurnStarted(

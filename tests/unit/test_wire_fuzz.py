@@ -506,12 +506,14 @@ def test_no_nesting_is_too_deep_for_the_relay(opening: bytes, depth: int) -> Non
     nested = opening * depth + b"1" + closing * depth
     codec = Codec()
     for name in (b"prompt", b"input"):
-        fields = codec.request(b'{"%b":%b}' % (name, nested), True)
+        fields = codec.request(b'{"%b":%b}' % (name, nested))
         codec.last_words(fields, 50)
-    fields = codec.request(b'{"messages":[{"role":"user","content":%b}]}' % nested, True)
-    codec.last_words(fields, 50)
+    for role in (b"user", b"assistant"):
+        fields = codec.request(b'{"messages":[{"role":"%b","content":%b}]}' % (role, nested))
+        codec.last_words(fields, 50)
+        codec.trace(fields, is_named=False)
     for name in (b"error", b"content", b"choices", b"usage"):
-        codec.digest(b'{"%b":%b}' % (name, nested), 50)
+        codec.digest(b'{"%b":%b}' % (name, nested), 50, traces=True)
     stream = event_stream("chunked", 0, True, True, needs_done=False)
     stream.feed(encode_chunk(b'data: {"abort":1,"response":' + nested + b"}\n\n") + LAST_CHUNK)
     stream.digest()
@@ -520,10 +522,12 @@ def test_no_nesting_is_too_deep_for_the_relay(opening: bytes, depth: int) -> Non
 @pytest.mark.parametrize("bad", [b"\xff", b"\xed\xa0\x80", rb"\ud800", rb"\ud83d"])
 def test_words_that_are_no_text_can_be_told(bad: bytes) -> None:
     codec = Codec()
-    for body in (b'{"prompt":"%b"}', b'{"messages":[{"role":"user","content":"%b"}]}', b'{"model":"%b"}'):
-        fields = codec.request(body % bad, True)
+    message = b'{"messages":[{"role":"%b","content":"%%b"}]}'
+    for body in (b'{"prompt":"%b"}', message % b"user", message % b"assistant", b'{"model":"%b"}'):
+        fields = codec.request(body % bad)
         codec.encode(codec.last_words(fields, 50))
-    assert codec.encode(codec.digest(b'{"choices":[{"message":{"content":"%b"}}]}' % bad, 50))
+        codec.encode(codec.trace(fields, is_named=False))
+    assert codec.encode(codec.digest(b'{"choices":[{"message":{"content":"%b"}}]}' % bad, 50, traces=True))
 
 
 @pytest.mark.parametrize("wrong", ["-5", "1e3", "1000000000000000000000000000000", "true", '"7"'])
