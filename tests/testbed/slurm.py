@@ -92,8 +92,9 @@ def _die_with_parent() -> None:
 class SlurmBed:
     """One cluster; owns its directory, its daemons and whatever jobs run on it.
 
-    ``node_prefix`` are words before a node's slurmd (to run it in a network namespace), ``addresses`` where nodes
-    are then reached, ``controller_prefix`` and ``controller_address`` the same of slurmctld.
+    A partition's line may name the nodes as {0}, {1}, ….  ``node_prefix`` are words before a node's slurmd (to run it
+    in a network namespace), ``addresses`` where nodes are then reached, ``controller_prefix`` and
+    ``controller_address`` the same of slurmctld.
     """
 
     def __init__(
@@ -145,7 +146,9 @@ class SlurmBed:
             (self.folder / "spool" / name).mkdir()
             for index in range(gpus):  # Slurm sets CUDA_VISIBLE_DEVICES for character devices only
                 os.mknod(self.folder / f"{name}-gpu{index}", 0o020666, os.makedev(1, 3))
-        (self.folder / "slurm.conf").write_text("\n".join([*lines, *partitions, ""]))
+        (self.folder / "slurm.conf").write_text(
+            "\n".join([*lines, *(each.format(*self.nodes) for each in partitions), ""])
+        )
         (self.folder / "gres.conf").write_text("\n".join([*devices, ""]))
 
     def start(self) -> None:
@@ -247,7 +250,8 @@ class SlurmBed:
     def _wait(self, condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            if time.monotonic() > deadline:
+            ended = [name for name, daemon in self._daemons.items() if daemon.poll() is not None]
+            if ended or time.monotonic() > deadline:
                 logs = [path.read_text(errors="replace")[-2000:] for path in self.folder.glob("*.log")]
                 raise AssertionError(f"{what} not ready within {seconds:g} s: {logs}")
             time.sleep(0.05)

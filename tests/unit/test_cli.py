@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,12 +74,16 @@ def test_only_replicas_that_can_answer_are_in_the_table() -> None:
     ]
 
 
+def reader(folder: Path) -> Callable[[str, int, int], tuple[bytes, int]]:
+    return agent_infra.LogFolder(folder).read
+
+
 def test_logs_show_the_last_lines_of_each(tmp_path: Path) -> None:
     one, two = tmp_path / "one.log", tmp_path / "two.log"
     one.write_text("a\nb\nc\n")
     two.write_text("x\nunfinished")
     said: list[str] = []
-    follow_logs([one, two, tmp_path / "gone.log"], 2, False, said.append)
+    follow_logs(["one", "two", "gone"], reader(tmp_path), 2, False, said.append)
     assert said == ["one: b", "one: c", "two: x", "two: unfinished"]
 
 
@@ -101,7 +106,7 @@ def test_following_a_log_says_each_line_once_and_whole(tmp_path: Path) -> None:
             raise EnoughError
 
     with pytest.raises(EnoughError):
-        follow_logs([log], 10, True, say)
+        follow_logs(["one"], reader(tmp_path), 10, True, say)
     assert said == ["old", "partial", "new"]
 
 

@@ -1,0 +1,426 @@
+"""Slurm, the parts without Slurm: what its commands print, where replicas go, what became of a job."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import agent_infra
+from agent_infra import (
+    JobEnd,
+    JobRequest,
+    ModelConfig,
+    PartitionConfig,
+    RefusedError,
+    ReplicaRecord,
+    SlurmConfig,
+    SlurmJob,
+    SlurmNode,
+    Submission,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+TEMPLATES = Path(agent_infra.__file__).parent / "slurm_templates"
+VLLM = ModelConfig("m", "org/m")
+GPU = PartitionConfig("gpu")
+NOW = 1_800_000_000.0
+
+
+# --- What squeue prints. ---------------------------------------------------------------------------------------------
+
+
+def printed(nonce: str, *jobs: tuple[str, ...]) -> str:
+    """As squeue fills in the format."""
+    text = ""
+    for job in jobs:
+        line = agent_infra.squeue_format(nonce)
+        for name, value in zip(("%A", "%T", "%r", "%V", "%S", "%L", "%P", "%B", "%Z", "%j"), job, strict=True):
+            line = line.replace(f"{name}@", f"{value}@", 1)
+        text += line + "\n"
+    return text
+
+
+def test_a_job_is_read_with_its_times() -> None:
+    times = ("2026-11-22T14:30:00", "2026-11-22T14:32:00", "1-02:03:04")
+    [job] = agent_infra.parse_squeue(printed("n", ("7", "RUNNING", "None", *times, "gpu", "n1", "/w", "name")), "n")
+    assert (job.id, job.state, job.partition, job.node, job.work_dir, job.name) == (
+        *("7", "RUNNING", "gpu", "n1", "/w", "name"),
+    )
+    assert job.starts_at == 1795357920.0
+    assert (job.starts_at - (job.submitted_at or 0), job.time_left_s) == (120.0, 93784.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("5:00", 300.0), ("2:00:00", 7200.0), ("UNLIMITED", None), ("INVALID", None), ("", None)]
+)
+def test_the_time_left_is_read_in_every_form(text: str, seconds: float | None) -> None:
+    row = ("7", "PENDING", "Resources", "N/A", "N/A", text, "a,b", "n/a", "/w", "x")
+    [job] = agent_infra.parse_squeue(printed("n", row), "n")
+    assert (job.time_left_s, job.starts_at, job.node) == (seconds, None, "")
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), max_size=40), max_size=4))
+def test_no_name_of_a_job_can_pass_for_another_job(names: list[str]) -> None:
+    rows = [(str(i), "RUNNING", "None", "N/A", "N/A", "5:00", "p", "n", "/w", name) for i, name in enumerate(names)]
+    jobs = agent_infra.parse_squeue(printed("0f3a77", *rows), "0f3a77")
+    assert [(job.id, job.name) for job in jobs] == [(str(i), name.strip()) for i, name in enumerate(names)]
+
+
+def test_names_with_pipes_newlines_and_the_format_itself_are_names() -> None:
+    ugly = f"a|b\n{agent_infra.squeue_format('other')}\n9|RUNNING"
+    [job] = agent_infra.parse_squeue(
+        printed("n", ("7", "RUNNING", "None", "N/A", "N/A", "1:00", "p", "n", "/w", ugly)), "n"
+    )
+    assert job.name == ugly
+
+
+def test_a_listing_that_was_cut_off_is_an_error_and_not_fewer_jobs() -> None:
+    text = printed("n", ("7", "RUNNING", "None", "N/A", "N/A", "1:00", "p", "n", "/w", "x"))
+    with pytest.raises(ValueError, match="squeue printed"):
+        agent_infra.parse_squeue(text[:-20], "n")
+
+
+def test_a_jobs_name_carries_deployment_model_and_replicas_and_no_other_is_taken_for_it() -> None:
+    request = JobRequest("d", VLLM, ("m-1", "m-12"), GPU, "/w", "/w/d/run", "/p")
+    assert agent_infra.job_name(request) == "agent-infra:d:m:1+12"
+    assert agent_infra.job_replicas("agent-infra:d:m:1+12", "d") == ("m", ["m-1", "m-12"])
+    for name in ("agent-infra:dd:m:1", "agent-infra:d", "other:d:m:1", "sbatch"):
+        assert agent_infra.job_replicas(name, "d") is None
+
+
+# --- What scontrol prints of nodes. ----------------------------------------------------------------------------------
+
+NODE = (
+    "NodeName=n1 Arch=x86_64 CoresPerSocket=8  CPUAlloc=2 CPUEfctv=8 CPUTot=8 Gres=gpu:h100:4(S:0),gpu:a100:2 "
+    "NodeAddr=n1 GresUsed=gpu:h100:3(IDX:0-2),gpu:a100:0(IDX:N/A) Version=22.05.8 OS=Linux 6.1 #1 SMP State=MIXED "
+    "ThreadsPerCore=1 Partitions=low,gpu CfgTRES=cpu=8,mem=16000M AllocTRES= "
+    "Reason=State=DOWN Gres=gpu:99 [root@2026]"
+)
+
+
+def node(**changes: str) -> SlurmNode:
+    text = NODE
+    for name, value in changes.items():
+        old = next(word for word in text.split() if word.startswith(f"{name}="))
+        text = text.replace(old, f"{name}={value}", 1)
+    [parsed] = agent_infra.parse_nodes(text)
+    return parsed
+
+
+def test_idle_gpus_are_those_of_the_wanted_type_that_no_job_has() -> None:
+    mixed = node()
+    assert (mixed.free("gpu"), mixed.free("gpu:h100"), mixed.free("gpu:a100"), mixed.free("gpu:v100")) == (3, 1, 2, 0)
+    assert mixed.partitions == ("low", "gpu")
+    assert node(GresUsed="gpu:h100:0(IDX:N/A)").free("gpu:h100") == 4
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *("IDLE+DRAIN", "DRAINED", "DOWN*", "IDLE*", "MIXED+DRAIN", "IDLE+RESERVED", "RESERVED", "MAINT", "UNKNOWN"),
+        *("IDLE+MAINTENANCE", "MIXED+PLANNED", "IDLE+POWERED_DOWN", "IDLE+CLOUD+POWERING_UP", "IDLE+NOT_RESPONDING"),
+        "ALLOCATED",
+    ],
+)
+def test_nodes_that_take_no_job_have_no_idle_gpus(state: str) -> None:
+    assert node(State=state).free("gpu") == 0
+
+
+def test_gpus_of_a_node_whose_processors_are_all_taken_are_not_idle() -> None:
+    assert node(CPUAlloc="8").free("gpu") == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"),
+    [
+        ("gpu:h100:4(S:0)", {"gpu:h100": 4}),
+        ("gpu:4", {"gpu": 4}),
+        ("gpu:h100:4(S:0-1),gpu:a100:2(S:1),shard:h100:16(S:0)", {"gpu:h100": 4, "gpu:a100": 2, "shard:h100": 16}),
+        ("gpu:1g.10gb:7(S:0)", {"gpu:1g.10gb": 7}),
+        ("gpu:nvidia_a100_80gb_pcie:2(IDX:0,3)", {"gpu:nvidia_a100_80gb_pcie": 2}),
+        ("gpu", {"gpu": 1}),
+        ("(null)", {}),
+        ("", {}),
+    ],
+)
+def test_generic_resources_are_read_typed_and_untyped(text: str, counts: dict[str, int]) -> None:
+    assert agent_infra.parse_gres(text) == counts
+
+
+# --- Where replicas go. ----------------------------------------------------------------------------------------------
+
+
+def idle(name: str, partitions: str, gpus: int = 4, cpus: int = 32) -> SlurmNode:
+    return SlurmNode(name, tuple(partitions.split(",")), True, True, cpus, {"gpu:h100": gpus}, {})
+
+
+def placed(count: int, model: ModelConfig, partitions: list[PartitionConfig], *nodes: SlurmNode) -> list[Any]:
+    return [(each.name, held) for each, held in agent_infra.place_replicas(count, model, partitions, nodes)]
+
+
+HIGH, LOW = PartitionConfig("high", priority=10), PartitionConfig("low", priority=1)
+TWO = dataclasses.replace(VLLM, tensor_parallel_size=2)
+SIXTEEN = dataclasses.replace(VLLM, tensor_parallel_size=8, pipeline_parallel_size=2)
+
+
+def test_idle_gpus_are_filled_by_priority_and_the_rest_waits_where_it_is_preferred() -> None:
+    nodes = (idle("a", "high", 2), idle("b", "low", 3))
+    assert placed(7, VLLM, [LOW, HIGH], *nodes) == [("high", 1)] * 2 + [("low", 1)] * 3 + [("high", 1)] * 2
+
+
+def test_a_node_of_two_partitions_is_filled_once() -> None:
+    assert placed(3, TWO, [LOW, HIGH], idle("a", "low,high")) == [("high", 1)] * 3
+    assert placed(3, TWO, [LOW, HIGH], idle("a", "low,high"), idle("b", "low", 2)) == [
+        *(("high", 1), ("high", 1), ("low", 1)),
+    ]
+
+
+def test_gpus_scattered_over_nodes_make_no_room_for_a_replica_that_needs_two() -> None:
+    assert placed(1, TWO, [LOW, HIGH], idle("a", "high", 1), idle("b", "high", 1), idle("c", "low", 2)) == [("low", 1)]
+
+
+def test_with_nothing_idle_everything_waits_in_the_preferred_partition() -> None:
+    assert placed(2, VLLM, [LOW, HIGH]) == [("high", 1)] * 2
+
+
+def test_an_exclusive_partition_gives_whole_nodes_and_a_job_holds_what_fits() -> None:
+    whole = PartitionConfig("whole", exclusive=True, priority=5)
+    assert placed(5, TWO, [whole], idle("a", "whole")) == [("whole", 2), ("whole", 2), ("whole", 1)]
+    busy = dataclasses.replace(idle("a", "whole"), is_idle=False)
+    assert placed(2, TWO, [whole, LOW], busy, idle("b", "low")) == [("low", 1)] * 2
+
+
+def test_a_replica_larger_than_a_node_takes_several_that_have_the_room() -> None:
+    nodes = [idle(name, "gpu", 8) for name in "abc"]
+    eight = PartitionConfig("gpu", gpus_per_node=8)
+    shape = agent_infra.replica_shape(SIXTEEN, eight)
+    assert (shape.nodes, shape.gpus) == (2, 8)
+    assert placed(2, SIXTEEN, [eight, LOW], *nodes) == [("gpu", 1)] * 2
+
+
+def test_what_fits_no_partition_is_refused_with_what_would() -> None:
+    with pytest.raises(RefusedError, match=r"its 7 GPUs do not fit partition gpu: 2 nodes .* as a multiple of 2"):
+        placed(1, dataclasses.replace(VLLM, tensor_parallel_size=7), [GPU])
+    command = ModelConfig("c", "x", engine="command", command=("s", "{port}"), tensor_parallel_size=8)
+    with pytest.raises(RefusedError, match="engine command spans no nodes"):
+        placed(1, command, [GPU])
+
+
+def test_an_engine_without_gpus_goes_where_processors_are_idle() -> None:
+    model = ModelConfig("c", "x", engine="llama_cpp", engine_args=("--threads", "2"))
+    assert placed(3, model, [LOW, HIGH], idle("a", "high", 0, cpus=4), idle("b", "low", 0, cpus=9)) == [
+        *(("high", 1), ("high", 1), ("low", 1)),
+    ]
+
+
+def test_only_engines_that_ask_for_the_key_everywhere_listen_beyond_loopback() -> None:
+    command = ModelConfig("c", "x", engine="command", command=("s", "{port}"))
+    assert [agent_infra.engine_bind_host(VLLM, mode) for mode in ("auto", "login", "none", "node")] == [
+        *("0.0.0.0", "0.0.0.0", "0.0.0.0", "127.0.0.1"),
+    ]
+    assert agent_infra.engine_bind_host(command, "auto") == "127.0.0.1"
+    for mode in ("none", "login"):
+        with pytest.raises(RefusedError, match="set it to node"):
+            agent_infra.engine_bind_host(command, mode)
+
+
+# --- What became of a replica. ---------------------------------------------------------------------------------------
+
+TOLD = Submission("7", "gpu", "vllm", "m", NOW - 100)
+JOB = SlurmJob("7", "RUNNING", "None", NOW - 90, NOW - 60, 3600.0, "gpu", "n1", "/w", "agent-infra:d:m:1")
+READY = ReplicaRecord("m-1", "m", "ready", "vllm", "n1", 5, "boot:1", port=5900, job_id="7")
+
+
+def judged(job: SlurmJob | None, record: ReplicaRecord | None) -> ReplicaRecord | None:
+    return agent_infra.judge_replica("m-1", TOLD, job, record, (NOW, NOW))
+
+
+def seen(job: SlurmJob | None, record: ReplicaRecord | None) -> ReplicaRecord:
+    found = judged(job, record)
+    assert found is not None
+    return found
+
+
+def test_a_job_that_waits_says_why_in_words_and_when_it_may_start() -> None:
+    waiting = dataclasses.replace(JOB, state="PENDING", reason="QOSMaxGRESPerUser", node="", starts_at=NOW + 600)
+    record = seen(waiting, None)
+    assert (record.state, record.pending_reason, record.starts_at) == ("pending", "QOSMaxGRESPerUser", NOW + 600)
+    assert "all the GPUs that the QoS or account allows" in (record.message or "")
+    assert (record.partition, record.job_id, record.queue_wait_s) == ("gpu", "7", 90.0)
+    assert agent_infra.describe_replica(record).startswith("PENDING (QOSMaxGRESPerUser, est. ")
+
+
+def test_every_pending_reason_of_slurm_has_words_of_its_own() -> None:
+    for reason in (
+        *("Resources", "Priority", "Dependency", "JobHeldUser", "JobHeldAdmin", "PartitionNodeLimit", "BeginTime"),
+        *("PartitionDown", "ReqNodeNotAvail, UnavailableNodes:n[1-2]", "QOSMaxGRESPerUser", "AssocGrpGRES", "Licenses"),
+        *("Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions",),
+        *("QOSMaxJobsPerUserLimit", "AssocMaxJobsLimit", "QOSGrpCpuLimit", "launch failed requeued held", "None"),
+        *("ReqNodeNotAvail, Reserved for maintenance", "MaxGRESPerAccount", "InvalidQOS", "QOSMaxCpuPerUserLimit"),
+    ):
+        assert agent_infra.explain_pending(reason) != reason
+    assert agent_infra.explain_pending("SomethingNew") == "SomethingNew"
+
+
+def test_a_job_that_runs_without_a_report_is_starting_and_with_one_is_what_it_says() -> None:
+    assert (seen(JOB, None).state, seen(JOB, None).node) == ("starting", "n1")
+    record = seen(JOB, READY)
+    assert (record.state, record.port, record.partition, record.ends_at) == ("ready", 5900, "gpu", NOW + 3600)
+    assert record.queue_wait_s == 30.0
+
+
+def test_a_report_from_before_a_requeue_is_not_believed() -> None:
+    requeued = dataclasses.replace(JOB, state="PENDING", reason="BeginTime", node="")
+    assert seen(requeued, READY).state == "pending"
+    assert seen(requeued, READY).port is None
+    elsewhere = dataclasses.replace(JOB, node="n2")
+    assert (seen(elsewhere, READY).state, seen(elsewhere, READY).node) == ("starting", "n2")
+    assert seen(JOB, dataclasses.replace(READY, job_id="6")).state == "starting"
+
+
+def test_the_last_word_of_a_replica_outlives_its_job_and_silence_is_to_be_explained() -> None:
+    assert seen(None, dataclasses.replace(READY, state="stopped")).state == "stopped"
+    assert judged(None, READY) is None
+    assert judged(dataclasses.replace(JOB, state="NODE_FAIL"), READY) is None
+    assert seen(dataclasses.replace(JOB, state="COMPLETING"), READY).state == "draining"
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [
+        ("JobId=7 JobState=FAILED Reason=NonZeroExitCode ExitCode=3:0 X=1", JobEnd("FAILED", 3, "NonZeroExitCode")),
+        ("JobId=7 JobState=FAILED Reason=RaisedSignal:53(Real-time_signal_19) ExitCode=0:53", -53),
+        ("JobId=7 JobState=TIMEOUT Reason=TimeLimit ExitCode=0:15", JobEnd("TIMEOUT", -15, "TimeLimit")),
+        ("OUT_OF_MEMORY|0:125|None\n", JobEnd("OUT_OF_MEMORY", -125, "None")),
+        ("CANCELLED by 1000|0:0|None\n", JobEnd("CANCELLED", 0, "None")),
+        ("JobId=7 JobState=RUNNING Reason=None ExitCode=0:0", None),
+        ("RUNNING|0:0|None\n", None),
+        ("", None),
+    ],
+)
+def test_the_end_of_a_job_is_read_from_scontrol_and_from_sacct(text: str, end: JobEnd | int | None) -> None:
+    found = agent_infra.parse_job_end(text)
+    assert found == end or (found is not None and found.exit_code == end)
+
+
+@pytest.mark.parametrize(
+    ("end", "log", "kind", "line"),
+    [
+        (JobEnd("TIMEOUT", -15), "", "timed_out", "reached its walltime"),
+        (JobEnd("NODE_FAIL", 0), "", "node_failure", "its node failed"),
+        (JobEnd("PREEMPTED", -15), "", "node_failure", "higher priority"),
+        (JobEnd("OUT_OF_MEMORY", -125), "Killed", "out_of_memory", "more of the node's memory"),
+        (JobEnd("FAILED", -53), "", "bad_argument", "could not open the job's log"),
+        (JobEnd("FAILED", 78), "agent-infra: python3 is not Python 3.10", "bad_argument", "is not Python 3.10"),
+        (JobEnd("FAILED", 127), "serve.sh: line 9: apptainer: command not found", "bad_argument", "apptainer: command"),
+        (JobEnd("FAILED", 1), "torch.OutOfMemoryError: CUDA out of memory", "out_of_memory", "CUDA out of memory"),
+        (JobEnd("FAILED", 1), "OSError: [Errno 122] Disk quota exceeded", "quota", "quota"),
+        (JobEnd("CANCELLED", 0), "all was well", "unknown", "its job was cancelled"),
+        (JobEnd("FAILED", -9), "", "unknown", "ended by signal 9"),
+        (None, "", "unknown", "job 7 is gone from Slurm"),
+    ],
+)
+def test_why_a_job_ended_is_told_from_evidence(end: JobEnd | None, log: str, kind: str, line: str) -> None:
+    failure = agent_infra.diagnose_job(end, "7", f"2026-11-22 10:00:00 agent-infra: starting: x\n{log}\n")
+    assert failure.kind == kind
+    assert line in failure.line
+    assert failure.hint
+
+
+# --- The script of a job. --------------------------------------------------------------------------------------------
+
+SLURM = SlurmConfig(
+    partitions=(GPU,),
+    default_qos="normal",
+    setup=("module load cuda", 'export HF_HOME="$HOME/it\'s"'),
+    sbatch={"account": "abc", "cpus-per-task": 8, "requeue": None, "mem": None, "comment-free": True},
+)
+REQUEST = JobRequest("d", VLLM, ("m-1",), GPU, "/h/w", "/h/w/d/run", "/h/w/programs/0f/agent_infra.py", gpus=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "request_", "slurm"),
+    [
+        ("vllm", REQUEST, SLURM),
+        ("vllm_multinode", dataclasses.replace(REQUEST, model=SIXTEEN, nodes=2, gpus=8), SlurmConfig()),
+        (
+            "exclusive",
+            dataclasses.replace(REQUEST, replicas=("m-1", "m-2"), partition=dataclasses.replace(GPU, exclusive=True)),
+            SlurmConfig(),
+        ),
+        (
+            "engine",
+            dataclasses.replace(REQUEST, model=ModelConfig("m", "/x.gguf", engine="llama_cpp"), gpus=0, cpus=2),
+            SlurmConfig(),
+        ),
+        (
+            "apptainer",
+            dataclasses.replace(REQUEST, model=ModelConfig("m", "/scratch/it's/m")),
+            SlurmConfig(container=agent_infra.ContainerConfig("apptainer", "/images/v$llm.sif")),
+        ),
+        (
+            "pyxis",
+            dataclasses.replace(REQUEST, model=SIXTEEN, nodes=2, gpus=8),
+            SlurmConfig(container=agent_infra.ContainerConfig("pyxis", "vllm/vllm-openai")),
+        ),
+    ],
+)
+def test_the_script_is_the_golden_one_and_the_shell_can_read_it(
+    name: str, request_: JobRequest, slurm: SlurmConfig, pytestconfig: pytest.Config
+) -> None:
+    script = agent_infra.render_job(request_, slurm, TEMPLATES)
+    golden = GOLDEN / f"{name}.sbatch"
+    assert script.replace(agent_infra.__version__, "VERSION") == golden.read_text()
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=20)
+
+
+def test_a_partitions_options_win_and_null_takes_one_away() -> None:
+    partition = dataclasses.replace(GPU, qos="fast", sbatch={"account": "other", "signal": None})
+    options = dict(agent_infra.job_directives(dataclasses.replace(REQUEST, partition=partition), SLURM))
+    assert (options["account"], options["qos"], options["cpus-per-task"]) == ("other", "fast", 8)
+    assert not {"signal", "requeue", "mem", "exclusive"} & set(options)
+
+
+def own(tmp_path: Path, text: str) -> str:
+    (tmp_path / "mine.j2").write_text(text)
+    return agent_infra.render_job(REQUEST, SlurmConfig(template=str(tmp_path / "mine.j2")), TEMPLATES)
+
+
+def test_a_template_of_ones_own_quotes_by_itself_and_may_extend_ours(tmp_path: Path) -> None:
+    mine = (
+        '{% extends "vllm.sbatch.j2" %}{% block environment %}{{ super() | shell }}echo {{ "a b; $x" }}{% endblock %}'
+    )
+    script = own(tmp_path, mine)
+    assert "\necho 'a b; $x'" in script
+    assert "export OMP_NUM_THREADS" in script
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("#!/bin/sh\n{{ modle.name }}", "mine.j2: 'modle' is undefined"),
+        ("#!/bin/sh\n{{ model.nam }}", "has no attribute 'nam'"),
+        ("#!/bin/sh\n{% if %}", "mine.j2, line 2"),
+        ("#!/bin/sh\n{{ container }}", "null is no word for the shell"),
+        ("#!/bin/sh\n{% include 'gone.j2' %}", "gone.j2 is not in"),
+        ("srun x", "its first line must be #!"),
+    ],
+)
+def test_a_mistake_in_a_template_is_refused_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(RefusedError) as caught:
+        own(tmp_path, text)
+    assert message in str(caught.value)
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
+def test_whatever_stands_in_a_template_reaches_the_program_as_it_is(text: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"printf %s {agent_infra.shell_words(text)}"], capture_output=True, check=True, timeout=20
+    )
+    assert done.stdout == text.encode()
