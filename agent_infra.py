@@ -1312,7 +1312,7 @@ FRAME_HELLO = b"H"  # relay → controller, first of all: {"pid", "port", "start
 FRAME_EVENTS = b"E"  # relay → controller: EventBatch in Tracking
 FRAME_GAUGES = b"G"  # relay → controller, once a second: see Gauges in Tracking
 FRAME_REQUEST = b"R"  # relay → controller: what somebody asked for over HTTP: {"op": "drain"|"undrain", "backend"}, or
-# {"op": "metrics", "id"}, to which comes a FRAME_ANSWER
+# {"op": "metrics", "id"} and {"op": "session", "id", "session"}, to which comes a FRAME_ANSWER
 FRAME_ANSWER = b"A"  # controller → relay: {"id", "status", "type", "body"}: an HTTP answer
 _FRAME_HEAD = struct.Struct(">cI")
 MAX_FRAME_BYTES = 256 << 20
@@ -2067,6 +2067,7 @@ MAX_OPEN_TURNS = 50_000  # beyond, and after MAX_TURN_S: the oldest is forgotten
 MAX_TURN_S = 6 * 3600.0
 FINISHED_TURNS_REMEMBERED = 10_000  # ids by which a second finish, or a start after it, is known for what it is
 RECENT_TURNS = 100  # in /stats
+LISTED_TURNS = 200  # of one session
 KEPT_TURNS = 5_000  # records of finished turns, about 1 KB each, for a look at one session
 MAX_UNTAKEN_TURNS = 20_000  # records that wait for take_records(); beyond: the oldest is dropped
 HISTORY_POINTS = 300
@@ -2511,6 +2512,10 @@ class SessionTable:
         """The live sessions heard of last, latest first."""
         return list(itertools.islice(reversed(self._live.values()), limit))
 
+    def find(self, name: str) -> tuple[Session | None, bool]:
+        """The session ``name``, and whether it is over."""
+        return (self._live.get(name) or self._over.get(name)), name not in self._live
+
     def latest_ended(self) -> list[Session]:
         """The sessions that ended last, latest first."""
         return list(reversed(self._over.values()))
@@ -2934,9 +2939,10 @@ class TurnLog:
         self._posts = {}
         return taken
 
-    def latest(self, limit: int) -> list[TurnRecord]:
-        """The turns that finished last, latest first."""
-        return list(itertools.islice(reversed(self._kept.values()), limit))
+    def latest(self, limit: int, session: str | None = None) -> list[TurnRecord]:
+        """The turns that finished last, of one session or of all, latest first."""
+        records = (record for record in reversed(self._kept.values()) if session in (None, record.session))
+        return list(itertools.islice(records, limit))
 
 
 def _client_rows(live: Sequence[Session], ended: Sequence[Session], phases: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -3269,6 +3275,19 @@ class Tracker:
             history=None,
             relay=self._relay.document(),
         )
+
+    def session(self, name: str) -> dict[str, Any] | None:
+        """The body of GET /stats/sessions/{id}; None for a session that is not known (any more)."""
+        session, is_over = self._sessions.find(name)
+        if session is None:
+            return None
+        state = "ended" if is_over else self._turns.phases().get(name, "idle")
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "now": self._clock(),
+            "session": _session_row(session, state),
+            "turns": [record.row() for record in self._log.latest(LISTED_TURNS, name)],
+        }
 
     def _start(self, event: TurnStarted, at: float) -> None:
         if self._turns.knows(event.turn):
@@ -10918,18 +10937,27 @@ class RelayApp:
     def __init__(self, relay: Relay) -> None:
         import flask
         from werkzeug.exceptions import HTTPException
+        from werkzeug.routing import BaseConverter
+
+        class Anything(BaseConverter):
+            """What a client calls its session: whatever it likes, with slashes too."""
+
+            regex, part_isolating = ".+", False
 
         self._relay, self._flask = relay, flask
         self._wsgi = app = flask.Flask("agent_infra")
+        app.url_map.merge_slashes = False
+        app.url_map.converters["anything"] = Anything
         for rule, methods, view in (
             ("/", "GET", self._index),
             ("/health", "GET", self._health),
             ("/stats", "GET", self._stats),
+            ("/stats/sessions/<anything:session>", "GET", self._session),
             ("/metrics", "GET", self._metrics),
             ("/queue/status", "GET", self._queue_status),
             ("/v1/models", "GET", self._models),
             ("/<path:model>/v1/models", "GET", self._models),
-            ("/sessions/<path:session>/end", "POST", self._end_session),
+            ("/sessions/<anything:session>/end", "POST", self._end_session),
             ("/admin/backends/<path:backend>/<any(drain, undrain):operation>", "POST", self._drain),
         ):
             app.add_url_rule(rule, view.__name__, view, methods=[methods])
@@ -11008,6 +11036,9 @@ class RelayApp:
 
     def _metrics(self) -> Any:
         return self._ask("metrics")
+
+    def _session(self, session: str) -> Any:
+        return self._ask("session", session=session[:256])
 
     def _ask(self, op: str, **details: Any) -> Any:
         """What the controller answers."""
@@ -11682,11 +11713,20 @@ class Controller:
         """What somebody asked for over HTTP."""
         if request["op"] == "metrics":
             body = self._books.metrics(self._document).decode() if self._document else "# nothing is known yet\n"
-            answer = {"id": request["id"], "status": 200, "type": METRICS_TYPE, "body": body}
-            self.relay.send(FRAME_ANSWER, json.dumps(answer).encode())
+            self._answer(request, 200, METRICS_TYPE, body)
+            return
+        if request["op"] == "session":
+            document = self._tracker.session(request["session"])
+            error = "there is no session of this name, or it was forgotten; /stats lists those that are known"
+            body = json.dumps(document) if document else error_document(404, error, None, False).decode()
+            self._answer(request, 200 if document else 404, "application/json", body)
             return
         backend = {request["backend"]}
         self._drained = self._drained | backend if request["op"] == "drain" else self._drained - backend
+
+    def _answer(self, request: Mapping[str, Any], status: int, content_type: str, body: str) -> None:
+        answer = {"id": request["id"], "status": status, "type": content_type, "body": body}
+        self.relay.send(FRAME_ANSWER, json.dumps(answer).encode())
 
     def _replace_relay(self, why: RelayGoneError) -> None:
         """Speak to the relay anew if it still answers, since it serves; else start another, at once.

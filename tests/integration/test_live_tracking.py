@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from fake_engine import FakeEngine
 from openai.types.chat import ChatCompletionMessageParam
 from program import Program, program, wait_for
+from relay_harness import Client
+from stats_schema import check_stats
 
 
 @pytest.fixture
@@ -35,6 +38,30 @@ def wait_turns(app: Program, count: int) -> Any:
 
 def sessions(document: Any) -> dict[str, Any]:
     return {session["id"]: session for client in document["clients"] for session in client["sessions"]}
+
+
+# --- one session
+
+
+@pytest.mark.parametrize("name", ["task-17", "größe/ü 😀", "/a//b/", "a?b#c%2F", "end", "x/end"])
+def test_a_session_can_be_looked_at_and_ended_whatever_it_is_called(
+    app: Program, engine: FakeEngine, name: str
+) -> None:
+    bring_up(app, engine)
+    with Client(app.port) as client:
+        for _ in range(2):
+            assert client.chat({"X-Session-ID": name.encode().decode("latin-1")}).status == 200
+        path = urllib.parse.quote(name, safe="")
+        wait_for(lambda: client.get(f"/stats/sessions/{path}").status == 200, "the session")
+        wait_turns(app, 2)
+        answer = client.get(f"/stats/sessions/{path}")
+        document = answer.json()
+        check_stats(document, "session_document")
+        assert (document["session"]["id"], len(document["turns"])) == (name, 2)
+        assert client.post(f"/sessions/{path}/end", {}).json() == {"session": name, "ended": True}
+        wait_for(lambda: client.get(f"/stats/sessions/{path}").json()["session"]["state"] == "ended", "its end")
+        missing = client.get("/stats/sessions/nobody")
+        assert (missing.status, missing.json()["error"]["type"]) == (404, "not_found_error")
 
 
 # --- an agent that sends no header at all

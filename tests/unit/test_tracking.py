@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+from stats_schema import check_stats
 
 import agent_infra
 from agent_infra import (
@@ -448,6 +449,38 @@ def test_figures_of_backends_that_are_gone_are_forgotten(tracker: Tracker, clock
     finish(tracker, clock, "t", backend="b", inference_ms=10.0)
     assert tracker.snapshot([], [], "least_load")["backends"] == []
     assert tracker.snapshot([], backend, "least_load")["backends"][0]["latency_ms"]["p50"] is None
+
+
+# --- one session
+
+
+def test_a_session_is_told_with_its_turns_latest_first(tracker: Tracker, clock: Clock) -> None:
+    take_turn(tracker, clock, "t1")
+    take_turn(tracker, clock, "other", session="another")
+    take_turn(tracker, clock, "t2", post_ms=7.0)
+    start(tracker, clock, "t3")
+    document = tracker.session("s")
+    assert document is not None
+    check_stats(document, "session_document")
+    assert (document["session"]["state"], document["session"]["turns"]) == ("waiting", 2)
+    assert [(row["turn"], row["post_ms"]) for row in document["turns"]] == [("t2", None), ("t1", 7.0)]
+
+
+def test_a_session_that_ended_is_told_and_one_that_never_was_is_not(tracker: Tracker, clock: Clock) -> None:
+    take_turn(tracker, clock, "t1")
+    tracker.observe(SessionEnded("s", clock.now))
+    document = tracker.session("s")
+    assert document is not None
+    assert document["session"]["state"] == "ended"
+    assert tracker.session("another") is None
+
+
+def test_of_a_sessions_turns_the_latest_two_hundred_are_told(tracker: Tracker, clock: Clock) -> None:
+    for number in range(205):
+        take_turn(tracker, clock, str(number))
+    document = tracker.session("s")
+    assert document is not None
+    assert [row["turn"] for row in document["turns"]] == [str(number) for number in range(204, 4, -1)]
 
 
 # --- records of turns, for those who keep them
