@@ -3215,12 +3215,24 @@ class Tracker:
         """The turns that finished since the last call, and turn → post_ms, learnt since, of those given out before."""
         return self._log.take()
 
-    def restore(self, records: Iterable[TurnRecord], totals: Mapping[str, Any]) -> None:
+    def history_after(self, at: float) -> list[dict[str, Any]]:
+        """The points of ``throughput.history`` that were noted after ``at``."""
+        return [point for point in self._history if point["at"] > at]
+
+    def restore(
+        self,
+        records: Iterable[TurnRecord],
+        totals: Mapping[str, Any],
+        history: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
         """Go on where an earlier tracker was; before any event.
 
         ``records`` are its latest turns, oldest first: what they say of their sessions is what is known of these.
-        ``totals`` are its totals by name; what is no count is left out.
+        ``totals`` are its totals by name; what is no count is left out.  ``history`` are its points, oldest first.
         """
+        now = self._clock()
+        figures = self._history_point(now)  # the names of this version; what another one has beside them is left out
+        self._history.extend({name: point.get(name) for name in figures} for point in history if point["at"] <= now)
         self._totals.update({name: totals[name] for name in self._totals if is_count(totals.get(name))})
         for record in records:
             is_first, _ = self._turns.close(record.turn)
@@ -3357,7 +3369,7 @@ VERDICT_INTERVAL_S = 60.0
 MAX_VERDICTS = 100_000  # kept, one a minute and model: two months of one model
 REPLICA_TIME_STEP_S = 300  # by which replica time is summed; of days gone by for a week, by the day
 REPLICA_TIME_FINE_S = 8 * 86400
-REPLICA_TIME_WRITE_S = 10.0  # between two writings
+FIGURES_WRITE_S = 10.0  # between two writings of replica time and of what throughput.history shows
 REPLICA_STATES_HELD = ("pending", "loading", "ready_busy", "ready_idle")
 
 _HISTORY_MARK = 0x41494E46  # PRAGMA application_id: by which a file is known for one of ours
@@ -3381,6 +3393,7 @@ _MIGRATIONS = (
         confidence REAL, sentence TEXT, flags TEXT, agents REAL, turns_per_hour REAL, suggested_agents REAL)
     """,
     "ALTER TABLE turns ADD COLUMN key TEXT",
+    "CREATE TABLE points (at REAL PRIMARY KEY, figures TEXT NOT NULL) WITHOUT ROWID",
 )
 TURN_COLUMNS = tuple(item.name for item in dataclasses.fields(TurnRecord))
 _TRUTHS = tuple(TURN_COLUMNS.index(name) for name in ("stream", "tokens_estimated"))  # columns that SQLite has as 0, 1
@@ -3535,6 +3548,7 @@ class HistoryBatch:
     totals: dict[str, int] = field(default_factory=dict)  # what is to be added
     replica_time: dict[tuple[ReplicaUse, int], float] = field(default_factory=dict)  # (use, step) → seconds to be added
     verdicts: list[tuple[Any, ...]] = field(default_factory=list)  # rows of VERDICT_COLUMNS
+    points: list[dict[str, Any]] = field(default_factory=list)  # of throughput.history in /stats; the latest are kept
     text_bytes: int = 0  # of the turns, about
 
     def add(self, later: HistoryBatch) -> int:
@@ -3547,6 +3561,7 @@ class HistoryBatch:
         for key, seconds in later.replica_time.items():
             self.replica_time[key] = self.replica_time.get(key, 0.0) + seconds
         self.verdicts = (self.verdicts + later.verdicts)[-MAX_VERDICTS:]
+        self.points = (self.points + later.points)[-HISTORY_POINTS:]
         dropped = 0
         while self.text_bytes > HISTORY_BACKLOG_BYTES:
             oldest = self.turns.popleft()
@@ -3556,7 +3571,8 @@ class HistoryBatch:
         return dropped
 
     def __bool__(self) -> bool:
-        return bool(self.turns or self.posts or self.replica_time or self.verdicts or any(self.totals.values()))
+        details = self.posts or self.replica_time or self.verdicts or self.points
+        return bool(self.turns or details or any(self.totals.values()))
 
 
 def _record_bytes(record: TurnRecord) -> int:
@@ -3674,6 +3690,8 @@ class HistoryFile:
             held = [(*use, at, seconds) for (use, at), seconds in batch.replica_time.items()]
             self._connection.executemany(_ADD_REPLICA_TIME, held)
             self._connection.executemany(_INSERT_VERDICT, batch.verdicts)
+            points = [(point["at"], json.dumps(point)) for point in batch.points]
+            self._connection.executemany("INSERT OR REPLACE INTO points VALUES (?, ?)", points)
         return added
 
     def trim(self, max_bytes: int, turns: int) -> int:
@@ -3689,6 +3707,8 @@ class HistoryFile:
         with self._transaction():
             oldest = (self._value("SELECT max(id) FROM verdicts") or 0) - MAX_VERDICTS
             self._connection.execute("DELETE FROM verdicts WHERE id <= ?", (oldest,))
+            latest = "SELECT at FROM points ORDER BY at DESC LIMIT ?"
+            self._connection.execute(f"DELETE FROM points WHERE at NOT IN ({latest})", (HISTORY_POINTS,))
             self._sum_up_days(int((now - REPLICA_TIME_FINE_S) // 86400) * 86400)
 
     def _sum_up_days(self, before: int) -> None:
@@ -3728,6 +3748,11 @@ class HistoryFile:
     def totals(self) -> dict[str, int]:
         """The deployment's totals by name, also of turns that were removed since."""
         return dict(self.query("SELECT name, value FROM totals"))
+
+    def points(self) -> list[dict[str, Any]]:
+        """The latest points of ``throughput.history`` in /stats, oldest first."""
+        rows = self.query("SELECT figures FROM points ORDER BY at DESC LIMIT ?", HISTORY_POINTS)
+        return [json.loads(figures) for (figures,) in reversed(rows)]
 
     def count_turns(self) -> int:
         return int(self._value("SELECT count(*) FROM turns"))
@@ -11482,9 +11507,10 @@ class Bookkeeper:
         path = history_path(config.proxy.history, paths.history)
         self._history = History(path, log, time.time) if path is not None else None
         self._replica_time = ReplicaTime(time.time, time.monotonic)
-        self._replica_time_due = 0.0
+        self._figures_due = 0.0
         self._told_totals = dict(tracker.totals)
         self._verdicts_due = 0.0
+        self._told_until = 0.0  # the points of throughput.history up to then
         self._metrics = TurnMetrics()
 
     def open(self) -> None:
@@ -11495,9 +11521,11 @@ class Bookkeeper:
     def _restore(self, file: HistoryFile) -> None:
         self._replica_time.restore(file.replica_seconds(), file.since())
         try:
-            self._tracker.restore(file.latest_turns(RESTORED_TURNS, time.time() - RESTORED_S), file.totals())
+            turns = file.latest_turns(RESTORED_TURNS, time.time() - RESTORED_S)
+            self._tracker.restore(turns, file.totals(), file.points())
         finally:  # also where it broke off: what was restored must not be added again
             self._told_totals = dict(self._tracker.totals)
+            self._told_until = time.time()
 
     def take(self) -> list[TurnRecord]:
         """The turns that finished since the last call; they are on their way into the history."""
@@ -11529,14 +11557,16 @@ class Bookkeeper:
         backends = gauges.get("backends", {})
         uses = [replica_use(record, backends.get(record.replica, {}).get("in_flight")) for record in records]
         self._replica_time.sample([use for use in uses if use is not None])
-        if time.monotonic() >= self._replica_time_due:
-            self._replica_time_due = time.monotonic() + REPLICA_TIME_WRITE_S
-            self._write_replica_time()
+        if time.monotonic() >= self._figures_due:
+            self._figures_due = time.monotonic() + FIGURES_WRITE_S
+            self._write_figures()
 
-    def _write_replica_time(self) -> None:
-        taken = self._replica_time.take()
+    def _write_figures(self) -> None:
+        taken, points = self._replica_time.take(), self._tracker.history_after(self._told_until)
+        if points:
+            self._told_until = points[-1]["at"]
         if self._history is not None:
-            self._history.add(HistoryBatch(replica_time=taken))
+            self._history.add(HistoryBatch(replica_time=taken, points=points))
 
     def document(self) -> dict[str, Any]:
         """What /stats says of it: ``history`` and ``accounting``."""
@@ -11547,7 +11577,7 @@ class Bookkeeper:
     def close(self) -> None:
         """Write what is left. Nothing is taken or sampled any more."""
         self.take()
-        self._write_replica_time()
+        self._write_figures()
         if self._history is not None:
             self._history.close()
 

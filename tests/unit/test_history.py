@@ -201,6 +201,16 @@ def test_totals_and_replica_time_are_summed(path: Path) -> None:
         assert file.replica_seconds(since=620.0) == {USE: 4.0}  # the step of 600 s holds it
 
 
+def test_points_are_kept_while_they_are_shown(path: Path) -> None:
+    points = [{"at": NOW + number, "in_flight": number} for number in range(1000)]
+    with history_file(path) as file:
+        for first in range(0, 1000, 100):
+            file.write(HistoryBatch(points=points[first : first + 100]))
+        assert file.points() == points[-agent_infra.HISTORY_POINTS :]
+        file.tidy(NOW)
+        assert file.query("SELECT count(*) FROM points") == [(agent_infra.HISTORY_POINTS,)]
+
+
 def test_turns_are_found_by_session_time_and_number(path: Path) -> None:
     with history_file(path) as file:
         file.write(batch(*map(record, range(3000))))  # more than one chunk
