@@ -2755,6 +2755,26 @@ class Throughput:
         }
 
 
+class Timeline:
+    """``throughput.history`` of /stats: a point each HISTORY_STEP_S, the latest HISTORY_POINTS."""
+
+    NAMES = ("at", "turns_per_minute", "tokens_per_second", "in_flight", "pending", "active_sessions", "latency_ms")
+
+    def __init__(self) -> None:
+        self.points: collections.deque[dict[str, Any]] = collections.deque(maxlen=HISTORY_POINTS)
+
+    def is_due(self, now: float) -> bool:
+        return not self.points or now // HISTORY_STEP_S != self.points[-1]["at"] // HISTORY_STEP_S
+
+    def after(self, at: float) -> list[dict[str, Any]]:
+        """The points that were noted after ``at``."""
+        return [point for point in self.points if point["at"] > at]
+
+    def restore(self, points: Iterable[Mapping[str, Any]]) -> None:
+        """Go on from points, oldest first; what another version has in them is left out."""
+        self.points.extend({name: point.get(name) for name in self.NAMES} for point in points)
+
+
 class RelayCounters:
     """Counters that start at zero with each relay, summed over all relays; a sum never falls."""
 
@@ -3153,7 +3173,7 @@ class Tracker:
         self._pipeline = Pipeline(clock)
         self._wait = RecentHistogram(clock, RATE_S)  # queue and inference of completed turns: what an agent waits
         self._throughput = Throughput()
-        self._history: collections.deque[dict[str, Any]] = collections.deque(maxlen=HISTORY_POINTS)
+        self.timeline = Timeline()
         self._backends = BackendTable(clock)
         self._watchdog = Watchdog()
         self._relay = RelayReport()
@@ -3193,8 +3213,8 @@ class Tracker:
         self._sessions.expire(now)
         self._watchdog.look(self._sessions, now, self._relay.kv_capacity())
         self._throughput.read(now, self._totals["completed"], self._totals["tokens_out"])
-        if not self._history or now // HISTORY_STEP_S != self._history[-1]["at"] // HISTORY_STEP_S:
-            self._history.append(self._history_point(now))
+        if self.timeline.is_due(now):
+            self.timeline.points.append(self._history_point(now))
 
     def relay_restarted(self) -> None:
         """The relay died and another takes its place: its open turns are over, its counters start at zero."""
@@ -3215,24 +3235,12 @@ class Tracker:
         """The turns that finished since the last call, and turn → post_ms, learnt since, of those given out before."""
         return self._log.take()
 
-    def history_after(self, at: float) -> list[dict[str, Any]]:
-        """The points of ``throughput.history`` that were noted after ``at``."""
-        return [point for point in self._history if point["at"] > at]
-
-    def restore(
-        self,
-        records: Iterable[TurnRecord],
-        totals: Mapping[str, Any],
-        history: Iterable[Mapping[str, Any]] = (),
-    ) -> None:
+    def restore(self, records: Iterable[TurnRecord], totals: Mapping[str, Any]) -> None:
         """Go on where an earlier tracker was; before any event.
 
         ``records`` are its latest turns, oldest first: what they say of their sessions is what is known of these.
-        ``totals`` are its totals by name; what is no count is left out.  ``history`` are its points, oldest first.
+        ``totals`` are its totals by name; what is no count is left out.
         """
-        now = self._clock()
-        figures = self._history_point(now)  # the names of this version; what another one has beside them is left out
-        self._history.extend({name: point.get(name) for name in figures} for point in history if point["at"] <= now)
         self._totals.update({name: totals[name] for name in self._totals if is_count(totals.get(name))})
         for record in records:
             is_first, _ = self._turns.close(record.turn)
@@ -3267,7 +3275,7 @@ class Tracker:
             uptime_seconds=round(max(0.0, now - self._started_at), 3),
             strategy=strategy,
             totals=dict(self._totals),
-            throughput={**rates, "history": list(self._history)},
+            throughput={**rates, "history": list(self.timeline.points)},
             models=_model_rows(rows),
             backends=rows,
             queue=self._relay.queue(),
@@ -11522,7 +11530,8 @@ class Bookkeeper:
         self._replica_time.restore(file.replica_seconds(), file.since())
         try:
             turns = file.latest_turns(RESTORED_TURNS, time.time() - RESTORED_S)
-            self._tracker.restore(turns, file.totals(), file.points())
+            self._tracker.restore(turns, file.totals())
+            self._tracker.timeline.restore(file.points())
         finally:  # also where it broke off: what was restored must not be added again
             self._told_totals = dict(self._tracker.totals)
             self._told_until = time.time()
@@ -11562,7 +11571,7 @@ class Bookkeeper:
             self._write_figures()
 
     def _write_figures(self) -> None:
-        taken, points = self._replica_time.take(), self._tracker.history_after(self._told_until)
+        taken, points = self._replica_time.take(), self._tracker.timeline.after(self._told_until)
         if points:
             self._told_until = points[-1]["at"]
         if self._history is not None:

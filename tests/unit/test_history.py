@@ -211,6 +211,18 @@ def test_points_are_kept_while_they_are_shown(path: Path) -> None:
         assert file.query("SELECT count(*) FROM points") == [(agent_infra.HISTORY_POINTS,)]
 
 
+def test_the_page_goes_on_with_the_points_of_before() -> None:
+    tracker = agent_infra.Tracker(lambda: NOW)
+    tracker.sample({})
+    (point,) = tracker.snapshot([], [], "least_load")["throughput"]["history"]
+    later = agent_infra.Tracker(lambda: NOW + 10)
+    later.timeline.restore([{**point, "of a newer version": 1}])
+    later.sample({})
+    points = later.snapshot([], [], "least_load")["throughput"]["history"]
+    assert [tuple(each) for each in points] == [agent_infra.Timeline.NAMES] * 2
+    assert points[0] == point
+
+
 def test_turns_are_found_by_session_time_and_number(path: Path) -> None:
     with history_file(path) as file:
         file.write(batch(*map(record, range(3000))))  # more than one chunk
