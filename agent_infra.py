@@ -1350,6 +1350,8 @@ MAX_REQUEST_LINE_BYTES = 8 << 10
 MAX_FIGURE = 1e12  # of a duration or a count off the wire; so no sum ever becomes infinite
 MAX_KNOWN_LINES = 4000
 MAX_KNOWN_LINE_BYTES = 256
+MAX_KNOWN_HEADS = 2000
+MAX_KNOWN_HEAD_BYTES = 2000
 MAX_CHUNK_LINE_BYTES = 4 << 10
 MAX_TRAILER_LINES = 64
 MAX_TRACED_BYTES = 1 << 20  # a body or an answer longer than this does not say what conversation it belongs to
@@ -1376,6 +1378,8 @@ _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) 
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
 # No control character but the tab: so no CR or LF gets into a line, and none out of it.
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
+_LENGTH_LINES = b"\r\nContent-Length: ", b"\r\ncontent-length: "
+_SECRET_LINES = b"\r\nAuthorization: ", b"\r\nauthorization: "
 _SECRET_FIELDS = frozenset(b"authorization proxy-authorization x-api-key api-key cookie set-cookie".split())
 
 
@@ -1433,6 +1437,67 @@ class HeaderLines:
         if len(fields) != len(rows) and b"connection" in fields:
             fields[b"connection"] = b",".join(value for name, value, _ in rows if name == b"connection")
         return fields, rows
+
+
+class HeadMemory:
+    """Heads that came before, but for the figures of Content-Length and the value of Authorization, and what was made
+    of them: clients and replicas repeat theirs, and finding one costs a tenth of reading it.
+
+    What is cut out are values of whole lines in their usual spelling, and a head is kept only when it has each of
+    these lines once.  So two heads that are alike without the values have them in the same place, and mean the same.
+    Bounded in number and length; no secret is kept.
+    """
+
+    __slots__ = ("_known", "_length_at", "_secret_at")
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, Any] = {}
+        self._length_at, self._secret_at = 18, 17  # where the values began in the head before: likely so again
+
+    def find(self, data: bytes, end: int) -> tuple[Any, int, bytes] | None:
+        """What is kept of the head ``data[:end]``, its Content-Length (-1: none), its Authorization; None: unknown."""
+        key, figures, secret = self._cut(data, end)
+        kept = self._known.get(key)
+        if kept is None:
+            return None
+        if figures is None:
+            return kept, -1, secret
+        return (kept, int(figures), secret) if figures.isdigit() and len(figures) <= 18 else None
+
+    def keep(self, head: bytes, fields: Mapping[bytes, bytes], value: Any) -> None:
+        """Keep ``value`` for a head that was read in full and is sound; ``fields`` are all that it has."""
+        key, figures, secret = self._cut(head, len(head))
+        names = [line.partition(b":")[0].lower() for line in head.split(b"\r\n")]
+        is_cut = figures == fields.get(b"content-length") and secret == fields.get(b"authorization", b"")
+        is_clear = names.count(b"content-length") < 2 and names.count(b"authorization") < 2
+        secrets_left = _SECRET_FIELDS.intersection(fields) - {b"authorization"}
+        if is_cut and is_clear and not secrets_left and len(key) <= MAX_KNOWN_HEAD_BYTES:
+            if len(self._known) >= MAX_KNOWN_HEADS:
+                self._known.clear()
+            self._known[key] = value
+
+    def clear(self) -> None:
+        self._known.clear()
+
+    def _cut(self, data: bytes, end: int) -> tuple[bytes, bytes | None, bytes]:
+        """The head without the values, and these: of Content-Length (None: no such line), of Authorization."""
+        at, secret = self._length_at, self._secret_at
+        if not data.startswith(_LENGTH_LINES, at - 18) or at > end:
+            self._length_at = at = 18 + max(data.find(line, 0, end) for line in _LENGTH_LINES)
+        if not data.startswith(_SECRET_LINES, secret - 17) or secret > end:
+            self._secret_at = secret = 17 + max(data.find(line, 0, end) for line in _SECRET_LINES)
+        stop = data.find(b"\r\n", at)
+        if secret < 17:
+            return (data[:end], None, b"") if at < 18 else (data[:at] + data[stop:end], data[at:stop], b"")
+        secret_end = data.find(b"\r\n", secret)
+        if at < 18:
+            key = data[:secret] + data[secret_end:end]
+            return key, None, data[secret:secret_end]
+        if secret < at:
+            key = data[:secret] + data[secret_end:at] + data[stop:end]
+        else:
+            key = data[:at] + data[stop:secret] + data[secret_end:end]
+        return key, data[at:stop], data[secret:secret_end]
 
 
 @dataclass
@@ -8995,47 +9060,126 @@ class Reactor:
         return timer
 
 
-@dataclass
-class Turn:
-    """One request of a client on its way through the relay; what tracking says of it is read from here."""
+@dataclass(frozen=True)
+class Labels:
+    """What a request's headers say about its turn."""
 
-    id: str
-    arrived: float  # monotonic, like all times here
-    arrived_at: float  # s since the epoch
-    model: str
-    path: bytes
-    session: str | None = None
-    is_stream: bool = False
-    cuts_usage: bool = True
-    wanted_text: int = 0
-    tokens: int = 0  # of the prompt, roughly
+    session: str | None
+    task: str | None
+    client: str | None
+    pre_ms: float | None
+    post_ms: float | None
+    ends_session: bool
+
+
+@dataclass(frozen=True)
+class RequestPlan:
+    """What follows from a request's head alone: where it goes, whose turn it is."""
+
+    request: RequestHead
+    path: bytes  # without query; of an inference path, without /{model}
+    query: bytes
+    is_inference: bool
+    model: str | None  # that the path names
+    labels: Labels
+    is_form: bool  # the body is no JSON
+
+    @property
+    def target(self) -> bytes:
+        return self.path + b"?" + self.query if self.query else self.path
+
+
+class Turn:
+    """One request of a client on its way through the relay; what tracking says of it is read from here.
+
+    What few turns need is a default of the class, so that making a turn costs no more than what it has of its own.
+    All times but ``arrived_at`` are monotonic.
+    """
+
+    is_stream = False
+    cuts_usage = True
+    tokens = 0  # of the prompt, roughly
     replica: LiveReplica | None = None  # that holds a slot for it
     route: RouteRequest = ANYWHERE
-    charged_s: float = 0.0  # service that its session was charged in advance, when it had to wait
-    sent: float = 0.0
-    queue_ms: float = 0.0
-    first: float = 0.0  # byte (of a stream: event) of the answer
-    deaths: int = 0  # replicas that died with it
-    retries: int = 0
-    status: int = 0
-    outcome: str = "aborted"
+    charged_s = 0.0  # service that its session was charged in advance, when it had to wait
+    sent = 0.0
+    queue_ms = 0.0
+    first = 0.0  # byte (of a stream: event) of the answer
+    deaths = 0  # replicas that died with it
+    retries = 0
+    status = 0
+    outcome = "aborted"
     backend: str | None = None
     error: str | None = None
     digest: AnswerDigest | None = None
-    events: int = 0
-    gaps: dict[int, int] = field(default_factory=dict)
-    ended: float = 0.0
-    labels: Any = None  # Labels
-    prompt: str = ""  # excerpt
-    prints: bytes = b""  # see TurnStarted, like the next
+    events = 0
+    gaps: dict[int, int] | None = None
+    ended = 0.0
+    over = 0.0  # when nothing more was to be done for it
+    words: Any = None  # the body's fields, while nobody has looked at their words
+    prompt = ""  # excerpt
+    prints = b""  # see TurnStarted, like the next
     follows: str | None = None
-    is_told: bool = False  # the controller knows of it; likewise the moments below
-    told_sent: float = 0.0
-    told_first: float = 0.0
+    is_told = False  # the controller knows of it; likewise the moments below
+    told_sent = 0.0
+    told_first = 0.0
+
+    def __init__(self, name: str, arrived: float, model: str, plan: RequestPlan, wanted_text: int) -> None:
+        self.id = name
+        self.arrived = arrived
+        self.arrived_at = time.time()  # s since the epoch
+        self.model = model
+        self.path = plan.path
+        self.labels = plan.labels
+        self.session = plan.labels.session
+        self.wanted_text = wanted_text
 
     @property
     def is_anthropic(self) -> bool:
         return self.path.startswith(b"/v1/messages")
+
+
+class HeadReader:
+    """Reads heads; those that come again and again are read in full once."""
+
+    def __init__(self) -> None:
+        self._request_lines, self._answer_lines = HeaderLines(_NOT_FORWARDED), HeaderLines(_NOT_RETURNED)
+        self.known_requests, self.known_answers = HeadMemory(), HeadMemory()
+
+    def plan(
+        self, head: bytes, let_pass: bytes | None, labels_of: Callable[[Mapping[bytes, bytes]], Labels]
+    ) -> tuple[RequestPlan, int | None, bytes]:
+        """What a request head asks for, the length of its body, its Authorization; ``let_pass`` is one known to be
+        sound. Raises WireError."""
+        known = self.known_requests.find(head, len(head))
+        if known is not None and known[2] == let_pass:
+            return known
+        request = parse_request_head(head, self._request_lines)
+        path, _, query = request.target.partition(b"?")
+        route = split_inference_path(path) if request.method == b"POST" else None
+        model, path = route or (None, path)
+        labels = labels_of(request.fields)
+        is_form = b"multipart" in request.fields.get(b"content-type", b"")
+        plan = RequestPlan(request, path, query, route is not None, model, labels, is_form)
+        fields = dict(request.fields)
+        authorization = request.fields.pop(b"authorization", b"")  # no plan that is kept holds a secret
+        # Kept is what an express may carry, and what is likely to come again.
+        is_plain = request.length and request.version and not fields.keys() & {b"expect", b"upgrade"}
+        if route is not None and is_plain and labels.pre_ms is None and labels.post_ms is None:
+            self.known_requests.keep(head, fields, plan)
+        return plan, request.length, authorization
+
+    def answer(self, data: bytes, end: int) -> tuple[AnswerHead, int | None]:
+        """The answer head ``data[:end]`` and the length of its body, as in AnswerHead; WireError."""
+        known = self.known_answers.find(data, end)
+        if known is not None:
+            return known[0], known[0].length if known[1] < 0 else known[1]
+        head = parse_answer_head(data[:end], self._answer_lines)
+        told = head.fields.get(b"content-length")
+        means_it = head.status not in (204, 304) and (told is None or told == b"%d" % (head.length or 0))
+        if head.status >= 200 and means_it and b"authorization" not in head.fields:
+            self.known_answers.keep(data[:end], head.fields, head)
+        return head, head.length
 
 
 class Upstream:
@@ -9055,22 +9199,22 @@ class Upstream:
     def _on_idle(self) -> None:
         self.replica.forget(self)  # closed by the replica, or it sends what nobody asked for
 
-    def send(self, head: bytes, body: bytes | bytearray, client: ClientSocket, exchange: Exchange) -> bool:
-        """Send a whole request; False when it does not go: what the replica said, or that it hung up, is then read."""
-        total = len(head) + len(body)
+    def send_rest(self, message: Sequence[bytes | bytearray], sent: int, exchange: Exchange) -> bool:
+        """Send what is left of a request; False when it does not go: what the replica said, or that it hung up, is
+        then read. For the client's own greenlet."""
+        client = exchange.client
+        rest = memoryview(b"".join(message))[sent:]
         try:
-            sent: int = self.sock.sendmsg((head, body))
-            while sent < total and exchange.result is None:
+            while rest and exchange.result is None:
                 client.wait_writable(self.sock)
                 if client.gone or time.monotonic() >= client.deadline:
                     return False
-                rest = memoryview(head)[sent:] if sent < len(head) else memoryview(body)[sent - len(head) :]
                 with contextlib.suppress(BlockingIOError):
-                    sent += self.sock.send(rest)
+                    rest = rest[self.sock.send(rest) :]
                     client.deadline = time.monotonic() + client.relay.settings.proxy.request_timeout
         except OSError:
             return False
-        return sent == total
+        return not rest
 
     def close(self) -> None:
         self.watcher.stop()
@@ -9085,6 +9229,7 @@ class LiveReplica:
         self.backend = backend
         self.id = backend.id
         self.host = f"{backend.host}:{backend.port}".encode("ascii")
+        self.answer_line = b"x-agent-infra-backend: %b\r\n" % backend.id.encode("ascii", "replace")
         self.in_flight = self.requests = self.errors = 0
         self.last_chosen = 0
         self.latency_ms: float | None = None
@@ -9184,46 +9329,43 @@ class LiveReplica:
 class Outlet:
     """The client's end of an exchange: sends without blocking, and pauses the replica while the client is slow."""
 
-    __slots__ = ("_client", "_timeout_s", "_write_watcher", "backlog", "listener", "pending_head", "result", "upstream")
-
-    def __init__(self, client: ClientSocket) -> None:
-        self._client = client
-        self._timeout_s = client.relay.settings.proxy.request_timeout
-        self._write_watcher: Any = None
-        self.backlog: Any = None  # what the client's socket did not take yet
-        self.pending_head = b""  # goes out with the first bytes of the body
-        self.result: str | None = None
-        self.upstream: Any = None
-        self.listener: Any = None  # what the replica's bytes wake
+    _write_watcher: Any = None
+    backlog: Any = None  # what the client's socket did not take yet
+    pending_head = b""  # goes out with the first bytes of the body
+    result: str | None = None
+    listener: Any = None  # what the replica's bytes wake
+    client: ClientConnection
+    upstream: Any
+    timeout_s: float
 
     def send(self, out: bytes, result: str | None) -> None:
         """Send to the client; ``result`` ends the exchange once all of it is sent. A slow client pauses the replica."""
         if self.pending_head:
             out, self.pending_head = self.pending_head + out, b""
         try:
-            sent = self._client.sock.send(out)
+            sent = self.client.sock.send(out)
         except BlockingIOError:
             sent = 0
         except OSError:
-            self._client.gone = True
+            self.client.gone = True
             return self.end("gone")
         if sent == len(out):
             return self.end(result) if result else None
         self.backlog = memoryview(out)[sent:]
         self.upstream.watcher.stop()
-        self._write_watcher = self._client.relay.reactor.loop.io(self._client.sock.fileno(), 2)
+        self._write_watcher = self.client.relay.reactor.loop.io(self.client.sock.fileno(), 2)
         self._write_watcher.start(self._on_writable, result)
         return None
 
     def _on_writable(self, result: str | None) -> None:
         try:
-            sent = self._client.sock.send(self.backlog)
+            sent = self.client.sock.send(self.backlog)
         except BlockingIOError:
             return None
         except OSError:
-            self._client.gone = True
+            self.client.gone = True
             return self.end("gone")
-        self._client.deadline = time.monotonic() + self._timeout_s
+        self.client.deadline = time.monotonic() + self.timeout_s
         self.backlog = self.backlog[sent:]
         if self.backlog:
             return None
@@ -9242,34 +9384,30 @@ class Outlet:
 
     def end(self, result: str) -> None:
         self.result = result
-        self._client.wake()
+        self.client.wake()
 
 
 class AnswerFlow(Outlet):
     """A replica's answer on its way to the client, moved by event-loop callbacks, which never block."""
 
-    __slots__ = (
-        "_decoder", "_has_excess", "_head_bytes", "_pieces", "_relay", "_size", "_to_chunks",
-        "_turn", "body", "ends_by_closing", "error", "events", "head", "is_raw", "received",
-    )  # fmt: skip
-
-    _client: ClientConnection
+    error = ""
+    received = False  # any byte of an answer
+    _has_excess = False  # bytes behind the answer's end
+    _head_bytes = body = b""
+    head: Any = None  # AnswerHead, once it came; it serves for many, so the body's length stands beside it
+    _length: int | None
+    _decoder: Any = None
+    events: Any = None  # EventStream, where the answer is one
+    is_raw = False
+    _size = 0
+    _pieces: list[bytes]
+    express: Callable[[Any, bytes], bool] | None = None  # takes a whole answer that comes at once, where it can
 
     def __init__(self, relay: Relay, client: ClientConnection, turn: Turn) -> None:
-        super().__init__(client)
-        self._relay, self._turn = relay, turn
+        self._relay, self.client, self._turn = relay, client, turn
+        self.timeout_s = relay.settings.proxy.request_timeout
         self._to_chunks = client.version == 1
-        self.error = ""
-        self.received = False  # any byte of an answer
-        self._has_excess = False  # bytes behind the answer's end
-        self._head_bytes = self.body = b""
-        self.head: Any = None  # AnswerHead, once it came
-        self._decoder: Any = None
-        self.events: Any = None  # EventStream, where the answer is one
-        self.is_raw = False
         self.ends_by_closing = not self._to_chunks
-        self._pieces: list[bytes] = []
-        self._size = 0
 
     def on_readable(self) -> None:
         """The replica's socket has bytes, or its end."""
@@ -9280,6 +9418,8 @@ class AnswerFlow(Outlet):
         except OSError:
             data = b""
         try:
+            if self.express is not None and not self.received and data and self.express(self, data):
+                return
             if not data:
                 self._on_closed()
             elif self.head is not None:
@@ -9288,20 +9428,29 @@ class AnswerFlow(Outlet):
                 self._take_head(data)
         except WireError as error:
             self.fail(str(error))
+        except Exception as error:  # noqa: BLE001 - a bug ends this turn, at once, and never the relay
+            self._break_off(error)
+
+    def _break_off(self, error: Exception) -> None:
+        self._relay.log_bug("an answer", error)
+        self.fail("the proxy failed on this answer", result="failed")
 
     def _take_head(self, data: bytes) -> None:
         self.received = True
-        self._head_bytes = data = self._head_bytes + data if self._head_bytes else data
-        end = data.find(b"\r\n\r\n") + 4
-        if end < 4:
-            if len(data) > MAX_HEAD_BYTES:
-                raise WireError("the replica's head is too long")
-            return None
-        head = parse_answer_head(data[:end], self._relay.answer_lines)
-        if head.status < 200:  # an interim answer: the real one follows
-            self._head_bytes = b""
-            return self._take_head(data[end:]) if len(data) > end else None
-        self.head, self._decoder = head, BodyDecoder(head.length)
+        data = self._head_bytes + data if self._head_bytes else data
+        while (end := data.find(b"\r\n\r\n") + 4) >= 4:
+            head, length = self._relay.heads.answer(data, end)
+            if head.status >= 200:
+                return self._start(head, length, data, end)
+            data = data[end:]  # an interim answer: the real one follows
+        if len(data) > MAX_HEAD_BYTES:
+            raise WireError("the replica's head is too long")
+        self._head_bytes = data
+        return None
+
+    def _start(self, head: AnswerHead, length: int | None, data: bytes, end: int) -> None:
+        self.head, self._length, self._decoder = head, length, BodyDecoder(length)
+        self._pieces = []
         if head.is_event_stream and head.status < 400:
             self._start_stream(head)
             self.upstream.watcher.callback = self.listener = self.on_events
@@ -9314,6 +9463,7 @@ class AnswerFlow(Outlet):
 
     def _start_stream(self, head: AnswerHead) -> None:
         turn = self._turn
+        turn.gaps = {}
         self.events = EventStream(
             self._decoder,
             to_chunks=self._to_chunks,
@@ -9329,7 +9479,7 @@ class AnswerFlow(Outlet):
     def _start_raw(self, head: AnswerHead) -> None:
         """Pass on as it comes what is neither a stream of events nor short enough to be kept for a retry."""
         self.is_raw = True
-        length = head.length if head.length != BodyDecoder.UNTIL_CLOSE else None
+        length = self._length if self._length != BodyDecoder.UNTIL_CLOSE else None
         self._to_chunks = self._to_chunks and length is None
         self.ends_by_closing = not self._to_chunks and length is None
         fields = self._relay.book.answer_fields(self._turn)
@@ -9337,37 +9487,40 @@ class AnswerFlow(Outlet):
 
     def on_events(self, data: bytes | None = None) -> None:
         """``on_readable`` once events flow, or ``data`` that came with the head: the hottest lines of the relay."""
-        if data is None:
-            try:
-                data = self.upstream.sock.recv(RECEIVE_BYTES)
-            except BlockingIOError:
-                return None
-            except OSError:
-                data = b""
-            if not data:
-                return self._on_closed()
-        events, turn, client = self.events, self._turn, self._client
         try:
+            if data is None:
+                try:
+                    data = self.upstream.sock.recv(RECEIVE_BYTES)
+                except BlockingIOError:
+                    return None
+                except OSError:
+                    data = b""
+                if not data:
+                    return self._on_closed()
+            events, turn, client = self.events, self._turn, self.client
             out = events.feed(data)
+            now = time.monotonic()
+            client.deadline = now + self.timeout_s
+            if turn.first:
+                bucket = histogram_bucket((now - turn.ended) * 1000.0)
+                gaps: Any = turn.gaps
+                gaps[bucket] = gaps.get(bucket, 0) + 1
+                turn.ended = now
+            elif events.events:
+                turn.first = turn.ended = now
+            if events.fault is not None:
+                return self.fail(events.fault, out)
+            if self.pending_head or events.is_over:
+                return self.send(out, "streamed" if events.is_over else None) if out else None
+            try:
+                sent = client.sock.send(out)
+            except OSError:
+                sent = 0  # said again, and understood, below
+            return self.send(out[sent:], None) if sent < len(out) else None
         except WireError as error:
             return self.fail(str(error))
-        now = time.monotonic()
-        client.deadline = now + self._timeout_s
-        if turn.first:
-            bucket = histogram_bucket((now - turn.ended) * 1000.0)
-            turn.gaps[bucket] = turn.gaps.get(bucket, 0) + 1
-            turn.ended = now
-        elif events.events:
-            turn.first = turn.ended = now
-        if events.fault is not None:
-            return self.fail(events.fault, out)
-        if self.pending_head or events.is_over:
-            return self.send(out, "streamed" if events.is_over else None) if out else None
-        try:
-            sent = client.sock.send(out)
-        except OSError:
-            sent = 0  # said again, and understood, below
-        return self.send(out[sent:], None) if sent < len(out) else None
+        except Exception as error:  # noqa: BLE001 - as in on_readable
+            return self._break_off(error)
 
     def _take_body(self, data: bytes, start: int) -> None:
         if not self._turn.first:
@@ -9388,7 +9541,7 @@ class AnswerFlow(Outlet):
         out = encode_chunk(payload) if self._to_chunks else payload
         if self._decoder.is_over and self._to_chunks:
             out += LAST_CHUNK
-        self._client.deadline = time.monotonic() + self._timeout_s
+        self.client.deadline = time.monotonic() + self.timeout_s
         if out or self._decoder.is_over:
             self.send(out, "streamed" if self._decoder.is_over else None)
 
@@ -9425,22 +9578,41 @@ class Exchange(AnswerFlow):
     ``result`` says how it ended: ``answered`` (whole, in ``body``, nothing sent to the client yet) · ``streamed`` (the
     client has it all) · ``cut`` (broke off, the client was told by an error event) · ``torn`` (broke off, only closing
     can tell the client) · ``lost`` (the replica went before the client got anything) · ``timeout`` (it was silent
-    likewise) · ``gone`` (the client left).
+    likewise) · ``failed`` (a bug of ours, likewise) · ``gone`` (the client left).
     """
 
-    __slots__ = ("_is_sent", "_replica")
+    upstream: Upstream | None = None
 
-    def __init__(self, relay: Relay, client: ClientConnection, turn: Turn, replica: LiveReplica) -> None:
+    def __init__(
+        self,
+        relay: Relay,
+        client: ClientConnection,
+        turn: Turn,
+        replica: LiveReplica,
+        message: tuple[bytes, bytes | bytearray],
+    ) -> None:
+        """``message`` is the request as it is sent: head and body."""
         super().__init__(relay, client, turn)
-        self._replica = replica
-        self._is_sent = False
+        self._replica, self._message = replica, message
+        self._sent = 0
+        self.is_sent = False
 
-    def run(self, head: bytes, body: bytes | bytearray) -> str:
-        """Send and relay; TransportError when the replica could not be reached and got nothing of the request."""
+    def begin(self, now: float) -> bool:
+        """Send on an idle connection; False where there is none. ``is_sent`` says whether all of it went."""
         upstream = self._replica.take_idle()
-        if upstream is None:
-            return self._converse(self._connect(), head, body)
-        result = self._converse(upstream, head, body)
+        if upstream is not None:
+            self._open(upstream, now)
+        return upstream is not None
+
+    def run(self) -> str:
+        """Send and relay; TransportError when the replica could not be reached and got nothing of the request.
+
+        For the client's own greenlet, also of an exchange that a callback has begun.
+        """
+        if self.upstream is None and not self.begin(time.monotonic()):
+            self._open(self._connect(), time.monotonic())
+            return self._follow()
+        result = self._follow()
         if result != "lost" or self.received:
             return result
         # The replica closed the idle connection under us, or died of this very request: a new connection tells.
@@ -9449,21 +9621,34 @@ class Exchange(AnswerFlow):
         except TransportError as error:
             self.error = str(error)
             return "lost"
-        return self._converse(upstream, head, body)
+        self._open(upstream, time.monotonic())
+        return self._follow()
 
     def _connect(self) -> Upstream:
-        sock = self._client.connect(self._replica.backend.host, self._replica.backend.port)
+        sock = self.client.connect(self._replica.backend.host, self._replica.backend.port)
         return Upstream(self._replica, sock, self._relay.reactor)
 
-    def _converse(self, upstream: Upstream, head: bytes, body: bytes | bytearray) -> str:
-        client = self._client
+    def _open(self, upstream: Upstream, now: float) -> None:
         self.upstream = upstream
         upstream.watcher.callback = self.listener = self.on_readable
         self.result = None
-        client.deadline = time.monotonic() + self._timeout_s
-        client.exchange = self
+        self.client.deadline = now + self.timeout_s
+        self.client.exchange = self
+        head, body = self._message
         try:
-            self._is_sent = upstream.send(head, body, client, self)
+            self._sent = upstream.sock.sendmsg(self._message)
+        except OSError:
+            self._sent = 0  # said again, and understood, when the rest is sent
+        self.is_sent = self._sent == len(head) + len(body)
+
+    def _follow(self) -> str:
+        """Park until the exchange is over."""
+        client, upstream = self.client, self.upstream
+        if upstream is None:
+            raise TransportError("nothing was sent")
+        try:
+            if not self.is_sent:
+                self.is_sent = upstream.send_rest(self._message, self._sent, self)
             while self.result is None:
                 if client.gone:
                     self.result = "gone"
@@ -9472,24 +9657,32 @@ class Exchange(AnswerFlow):
                 else:
                     client.park()
         finally:
-            client.exchange = self.listener = None
-            self.stop_writing()
-            if self.result in ("answered", "streamed") and self._is_reusable():
-                upstream.rest()
-            else:
-                upstream.close()
+            self.close()
         return self.result or "gone"
+
+    def close(self) -> None:
+        """Give the connection back, or close it where it cannot serve again."""
+        self.client.exchange = self.listener = None
+        if self._write_watcher is not None:
+            self.stop_writing()
+        upstream = self.upstream
+        if upstream is not None and self.result in ("answered", "streamed") and self._is_reusable():
+            upstream.rest()
+        elif upstream is not None:
+            upstream.close()
 
     def _is_reusable(self) -> bool:
         has_excess = self.events.has_excess if self.events is not None else self._has_excess
-        return self._is_sent and self.head.is_reusable and not has_excess and not self._decoder.is_until_close
+        if not self.is_sent or self.head is None or not self.head.is_reusable or has_excess:
+            return False
+        return self._decoder is None or not self._decoder.is_until_close
 
     def _time_out(self) -> None:
         if self.backlog is not None:  # it is the client that does not take its answer
-            self._client.gone = True
+            self.client.gone = True
             self.result = "gone"
             return
-        self.fail(f"the replica was silent for {self._timeout_s:g} s", result="timeout")
+        self.fail(f"the replica was silent for {self.timeout_s:g} s", result="timeout")
 
 
 class ClientSocket:
@@ -9561,21 +9754,27 @@ class ClientSocket:
             return None
         except OSError:
             data = b""
-        if data:  # the next request, ahead of its time, or an empty line behind this one: the end may follow
-            self.buffer += data
-            if len(self.buffer) > MAX_HEAD_BYTES:  # the rest stays in the socket
-                self._watcher.stop()
-                self._is_watching = False
-            return None
+        if data:
+            return self._take(data)
         self._watcher.stop()
         self.gone = True
         return self.wake()
 
-    def _receive(self, seconds: float, what: str, into: memoryview | None = None) -> Any:
-        """Bytes from the client (their number, with ``into``): none at its end; WireError 408 when they are late."""
+    def _take(self, data: bytes) -> None:
+        """Bytes that nobody waits for: the next request, ahead of its time, or an empty line behind this one."""
+        self.buffer += data
+        if len(self.buffer) > MAX_HEAD_BYTES:  # the rest stays in the socket; else the client's end is to be noticed
+            self._watcher.stop()
+            self._is_watching = False
+
+    def _resume_watching(self) -> None:
         if not self._is_watching:
             self._watcher.start(self._on_readable)
             self._is_watching = True
+
+    def _receive(self, seconds: float, what: str, into: memoryview | None = None) -> Any:
+        """Bytes from the client (their number, with ``into``): none at its end; WireError 408 when they are late."""
+        self._resume_watching()
         self.deadline = time.monotonic() + seconds
         self._is_reading = True
         try:
@@ -9621,153 +9820,41 @@ class ClientSocket:
         self.sock.close()
 
 
-class ClientConnection(ClientSocket):
-    """One client: reads its requests, one after the other, and owns the greenlet that serves them."""
+class RequestReader(ClientSocket):
+    """Takes a client's requests out of what it sends; holds the bodies' bytes against the limits."""
 
-    def __init__(self, relay: Relay, sock: Any, peer: tuple[Any, ...]) -> None:
+    def __init__(self, relay: Relay, sock: Any) -> None:
         super().__init__(relay, sock)
-        self.peer = peer
-        self.version = 1
-        self.exchange: Exchange | None = None
-        self.is_trusted: bool | None = None  # whether the socket's owner needs no key; asked once
+        self.authorization: bytes | None = None  # of the last request that was read in full, and let pass with it
         self._held_bytes = 0
         self._has_unread_body = False
-        self._is_anthropic = False
-        self._keeps_alive = True
-        self._turn: Turn | None = None
 
-    def serve(self) -> None:
-        """Serve requests until one of the sides has had enough; the connection's greenlet runs this."""
-        try:
-            while self._serve_one() and not self.relay.is_stopping:
-                pass
-        except (ClientGone, OSError):
-            pass
-        except Exception as error:  # noqa: BLE001 - a bug ends this connection, never the relay
-            self.relay.log(
-                "error", f"a connection failed: {type(error).__name__}: {error}", trace=traceback.format_exc()
-            )
-        finally:
-            self.relay.connections.discard(self)
-            self.close()
-
-    @property
-    def is_idle(self) -> bool:
-        return self._is_reading and not self.buffer and not self._has_unread_body
-
-    def cut(self, reason: str) -> None:
-        """End what the connection is doing, telling the client why where it can still be told; event loop only."""
-        if self.exchange is not None:
-            self.exchange.fail(reason, result="timeout")
-        else:
-            self.leave()
-
-    def leave(self) -> None:
-        """End an idle connection; only for event-loop callbacks."""
-        self.gone = True
-        self.wake()
-
-    def _serve_one(self) -> bool:
-        """Serve one request; whether another one may follow."""
-        self._turn, self._is_anthropic, self._has_unread_body = None, False, False
-        try:
-            request = self._read_head()
-            if request is None:
-                return False
-            self.version, self._keeps_alive = request.version, request.keeps_alive
-            self._has_unread_body = request.length != 0
-            return self._answer(request) and request.keeps_alive
-        except RequestError as refusal:
-            return self._refuse(refusal)
-        finally:
-            self.relay.buffered_bytes -= self._held_bytes
-            self._held_bytes = 0
-
-    def _answer(self, request: RequestHead) -> bool:
-        path, _, query = request.target.partition(b"?")
-        route = split_inference_path(path) if request.method == b"POST" else None
-        self._is_anthropic = b"/v1/messages" in path
-        if path != b"/health":
-            self.relay.authorize(self, request)
-        if b"websocket" in request.fields.get(b"upgrade", b"").lower():
-            raise RequestError(501, "WebSocket is not supported; the same models answer over HTTP", closes=True)
-        if route is None:
-            body = self._read_body(request, APP_BODY_BYTES)
-            self.send_all(self.relay.app.answer(request, path, query, bytes(body)))
-            return True
-        body = self._read_body(request, int(self.relay.settings.proxy.max_body_mb * (1 << 20)))
-        model, path = route
-        turn = self._turn = self.relay.book.begin(request, model, path, body)
-        try:
-            target = path + b"?" + query if query else path
-            return Delivery(self.relay, self, turn, request, target, body).run()
-        except RequestError as refusal:
-            turn.status, turn.error = refusal.status, str(refusal)
-            turn.outcome = "rejected" if refusal.status in (429, 503) else "error"
-            raise
-        finally:
-            self.relay.book.finish(turn)
-
-    def _refuse(self, refusal: RequestError) -> bool:
-        if self._turn is None:
-            self.relay.book.counters["rejected"] += 1
-        extra = self.relay.book.answer_fields(self._turn) if self._turn is not None else b""
-        if refusal.retry_after_s:
-            extra += b"retry-after: %d\r\n" % refusal.retry_after_s
-        if refusal.status == 401:
-            extra += b"www-authenticate: Bearer\r\n"
-        closes = refusal.closes or self._has_unread_body or not self._keeps_alive
-        body = error_document(refusal.status, str(refusal), refusal.code, self._is_anthropic)
-        self.send_all(plain_answer(refusal.status, body, extra=extra, closes=closes))
-        if closes:
-            self._linger()
-        return not closes
-
-    def _linger(self) -> None:
-        """Take what the client still sends, for a while: closing on unread bytes would reset the connection, and the
-        answer with it."""
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
-        end = time.monotonic() + LINGER_S
-        with contextlib.suppress(WireError, ClientGone):
-            while (left := end - time.monotonic()) > 0 and self._receive(left, "the end"):
-                pass
-
-    def _read_head(self) -> RequestHead | None:
-        """The next request's head, its bytes taken off the buffer; None when the client is through."""
+    def _read_head(self) -> tuple[RequestPlan, int | None, bytes] | None:
+        """The next request's plan, its body's length (None: chunks) and its Authorization, its head taken off the
+        buffer; None when there was nothing but empty lines, which are to be ignored (RFC 9112, 2.2)."""
         started = time.monotonic()
         while True:
-            if self.buffer:
-                empty = 0  # lines before a request are to be ignored (RFC 9112, 2.2)
-                while self.buffer.startswith(b"\r\n", empty):
-                    empty += 2
-                self.buffer = self.buffer[empty:]
-                end = self.buffer.find(b"\r\n\r\n") + 4
-                if 4 <= end <= MAX_HEAD_BYTES:
-                    head, self.buffer = self.buffer[:end], self.buffer[end:]
-                    return parse_request_head(head, self.relay.request_lines)
-                if len(self.buffer) > MAX_HEAD_BYTES:
-                    raise WireError("the head is too long", 431)
-                if self.buffer.count(b"\n") != self.buffer.count(b"\r\n"):
-                    raise WireError("a line ends in a bare line feed")
-                left = started + HEAD_S - time.monotonic()
-            else:
-                left = IDLE_CLIENT_S
-            try:
-                data = self._receive(left, "the rest of the head")
-            except WireError:
-                if not self.buffer:
-                    return None
-                raise
-            if not data:
-                return None
+            empty = 0
+            while self.buffer.startswith(b"\r\n", empty):
+                empty += 2
+            self.buffer = self.buffer[empty:]
             if not self.buffer:
-                started = time.monotonic()
+                return None
+            end = self.buffer.find(b"\r\n\r\n") + 4
+            if 4 <= end <= MAX_HEAD_BYTES:
+                head, self.buffer = self.buffer[:end], self.buffer[end:]
+                return self.relay.heads.plan(head, self.authorization, self.relay.settings.labels.read)
+            if len(self.buffer) > MAX_HEAD_BYTES:
+                raise WireError("the head is too long", 431)
+            if self.buffer.count(b"\n") != self.buffer.count(b"\r\n"):
+                raise WireError("a line ends in a bare line feed")
+            data = self._receive(started + HEAD_S - time.monotonic(), "the rest of the head")
+            if not data:
+                raise ClientGone
             self.buffer += data
 
-    def _read_body(self, request: RequestHead, limit: int) -> bytes | bytearray:
+    def _read_body(self, request: RequestHead, length: int | None, limit: int) -> bytes | bytearray:
         """The request's body, out of its framing, taken off the buffer; RequestError 413 or 429 beyond the limits."""
-        length = request.length
         if length == 0:
             return b""
         if length is not None:
@@ -9811,47 +9898,238 @@ class ClientConnection(ClientSocket):
         """Count ``size`` more bytes of this body against both limits."""
         if self._held_bytes + size > limit:
             raise RequestError(413, f"the body is larger than {limit} bytes", closes=True)
-        if self.relay.buffered_bytes + size > self.relay.settings.proxy.max_buffered_mb * (1 << 20):
+        if self.relay.buffered_bytes + size > self.relay.settings.max_buffered_bytes:
             raise RequestError(429, "too many bytes of requests are held already", retry_after_s=1, closes=True)
         self._held_bytes += size
         self.relay.buffered_bytes += size
 
 
+class ClientConnection(RequestReader):
+    """One client: reads its requests, one after the other, and owns the greenlet that serves them.
+
+    A request that comes whole, while the greenlet waits for one, and whose head is known, is sent on by the callback
+    that read it, and its answer passed back by another: no greenlet is woken for what need not wait.  Whatever else
+    happens to such a turn wakes the greenlet, which takes it over where it stands.
+    """
+
+    def __init__(self, relay: Relay, sock: Any, peer: tuple[Any, ...]) -> None:
+        super().__init__(relay, sock)
+        self.peer = peer
+        self.version = 1
+        self.exchange: Exchange | None = None
+        self.is_trusted: bool | None = None  # whether the socket's owner needs no key; asked once
+        self.delivery: Delivery | None = None
+        self._awaits_request = False
+        self._is_anthropic = False
+        self._keeps_alive = True
+
+    def serve(self) -> None:
+        """Serve requests until one of the sides has had enough; the connection's greenlet runs this."""
+        try:
+            while self._serve_one() and not self.relay.is_stopping:
+                pass
+        except (ClientGone, OSError):
+            pass
+        except Exception as error:  # noqa: BLE001 - a bug ends this connection, never the relay
+            self.relay.log_bug("a connection", error)
+        finally:
+            self.relay.connections.discard(self)
+            self.close()
+
+    @property
+    def is_idle(self) -> bool:
+        return self._awaits_request and not self.buffer and self.delivery is None
+
+    def cut(self, reason: str) -> None:
+        """End what the connection is doing, telling the client why where it can still be told; event loop only."""
+        if self.exchange is not None:
+            self.exchange.fail(reason, result="timeout")
+        else:
+            self.leave()
+
+    def leave(self) -> None:
+        """End an idle connection; only for event-loop callbacks."""
+        self.gone = True
+        self.wake()
+
+    def _serve_one(self) -> bool:
+        """Serve one request; whether another one may follow."""
+        self._is_anthropic = self._has_unread_body = False
+        try:
+            if not self.buffer and not self._await_request():
+                return False
+            if self.delivery is not None:  # a callback has begun it
+                self._is_anthropic = self.delivery.turn.is_anthropic
+                return self._deliver(self.delivery)
+            found = self._read_head()
+            if found is None:
+                return True
+            plan, length, authorization = found
+            self.version, self._keeps_alive = plan.request.version, plan.request.keeps_alive
+            self._has_unread_body = length != 0
+            return self._answer(plan, length, authorization) and plan.request.keeps_alive
+        except RequestError as refusal:
+            return self._refuse(refusal)
+        finally:
+            self.delivery = None
+            self.relay.buffered_bytes -= self._held_bytes
+            self._held_bytes = 0
+
+    def _await_request(self) -> bool:
+        """Park until there are bytes of a request, or a turn to take over; False when the client has had enough."""
+        self._resume_watching()
+        self.deadline = time.monotonic() + IDLE_CLIENT_S
+        self._awaits_request = True
+        try:
+            while not self.buffer and self.delivery is None:
+                if self.gone or time.monotonic() >= self.deadline:
+                    return False
+                self.park()
+        finally:
+            self._awaits_request = False
+        return True
+
+    def _take(self, data: bytes) -> None:
+        if not self._awaits_request or self.delivery is not None or self.buffer:
+            super()._take(data)
+            return
+        try:
+            if self._express(data):
+                return
+        except Exception as error:  # noqa: BLE001 - it is read again, in the common way
+            self.relay.log_bug("a request", error)
+        if self.delivery is None:
+            self.buffer += data
+        self.wake()
+
+    def _express(self, data: bytes) -> bool:
+        """Begin the one whole request in ``data`` without waking the greenlet; False: nothing was done."""
+        now, relay = time.monotonic(), self.relay
+        end = data.find(b"\r\n\r\n") + 4
+        known = relay.heads.known_requests.find(data, end) if end >= 4 else None
+        if known is None:
+            return False
+        plan, length, authorization = known
+        if len(data) != end + length or authorization != self.authorization or not relay.has_room(length):
+            return False
+        body = data[end:]
+        try:
+            turn = relay.book.begin(plan, body, now)
+        except RequestError:
+            return False  # nothing has begun; the greenlet finds the same, and says it
+        self.version, self._keeps_alive = 1, plan.request.keeps_alive
+        self._held_bytes = length
+        relay.buffered_bytes += length
+        self.delivery = delivery = ExpressDelivery(relay, self, turn, plan, body)
+        if not delivery.begin(now):
+            self.wake()
+        return True
+
+    def end_express(self, now: float) -> None:
+        """The turn that a callback had begun is over, its answer sent."""
+        self.delivery = self.exchange = None
+        self.relay.buffered_bytes -= self._held_bytes
+        self._held_bytes = 0
+        self.deadline = now + IDLE_CLIENT_S
+        if not self._keeps_alive:
+            self.leave()
+        elif self.buffer:
+            self.wake()
+
+    def _answer(self, plan: RequestPlan, length: int | None, authorization: bytes) -> bool:
+        request = plan.request
+        self._is_anthropic = b"/v1/messages" in plan.path
+        if plan.path != b"/health":
+            self.relay.door.authorize(self, request, authorization)
+            self.authorization = authorization
+        if b"websocket" in request.fields.get(b"upgrade", b"").lower():
+            raise RequestError(501, "WebSocket is not supported; the same models answer over HTTP", closes=True)
+        if not plan.is_inference:
+            body = self._read_body(request, length, APP_BODY_BYTES)
+            self.send_all(self.relay.app.answer(request, plan.path, plan.query, bytes(body)))
+            return True
+        body = self._read_body(request, length, self.relay.settings.max_body_bytes)
+        turn = self.relay.book.begin(plan, body, time.monotonic())
+        self.delivery = Delivery(self.relay, self, turn, plan, body)
+        return self._deliver(self.delivery)
+
+    def _deliver(self, delivery: Delivery) -> bool:
+        turn = delivery.turn
+        self.relay.book.read_words(turn)
+        try:
+            return delivery.run()
+        except RequestError as refusal:
+            turn.status, turn.error = refusal.status, str(refusal)
+            turn.outcome = "rejected" if refusal.status in (429, 503) else "error"
+            raise
+        finally:
+            self.relay.book.finish(turn, time.monotonic())
+
+    def _refuse(self, refusal: RequestError) -> bool:
+        if self.delivery is None:
+            self.relay.book.counters["rejected"] += 1
+        extra = self.relay.book.answer_fields(self.delivery.turn) if self.delivery is not None else b""
+        if refusal.retry_after_s:
+            extra += b"retry-after: %d\r\n" % refusal.retry_after_s
+        if refusal.status == 401:
+            extra += b"www-authenticate: Bearer\r\n"
+        closes = refusal.closes or self._has_unread_body or not self._keeps_alive
+        body = error_document(refusal.status, str(refusal), refusal.code, self._is_anthropic)
+        self.send_all(plain_answer(refusal.status, body, extra=extra, closes=closes))
+        if closes:
+            self._linger()
+        return not closes
+
+    def _linger(self) -> None:
+        """Take what the client still sends, for a while: closing on unread bytes would reset the connection, and the
+        answer with it."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+        end = time.monotonic() + LINGER_S
+        with contextlib.suppress(WireError, ClientGone):
+            while (left := end - time.monotonic()) > 0 and self._receive(left, "the end"):
+                pass
+
+
 class Delivery:
     """Takes one turn to an answer: through the queue, to a replica, and to another where the rules allow it."""
 
+    __slots__ = ("_body", "_client", "_plan", "_relay", "_unreachable", "exchange", "turn")
+
     def __init__(
-        self,
-        relay: Relay,
-        client: ClientConnection,
-        turn: Turn,
-        request: RequestHead,
-        target: bytes,
-        body: bytes | bytearray,
+        self, relay: Relay, client: ClientConnection, turn: Turn, plan: RequestPlan, body: bytes | bytearray
     ) -> None:
-        self._relay, self._client, self._turn = relay, client, turn
-        self._request, self._target, self._body = request, target, body
+        self._relay, self._client, self.turn = relay, client, turn
+        self._plan, self._body = plan, body
         self._unreachable = 0
+        self.exchange: Exchange | None = None
 
     def run(self) -> bool:
         """Deliver; whether the client's connection may carry another request. Raises RequestError or ClientGone."""
+        admission, turn = self._relay.admission, self.turn
         while True:
-            replica = self._relay.admission.acquire(self._turn, self._client)
+            replica = turn.replica or admission.acquire(turn, self._client)
             try:
                 verdict = self._attempt(replica)
             finally:
-                self._relay.admission.release(self._turn)
+                admission.release(turn)
             if verdict is not None:
                 return verdict
 
+    def _prepare(self, replica: LiveReplica, now: float) -> Exchange:
+        turn, plan = self.turn, self._plan
+        turn.sent, turn.queue_ms, turn.backend = now, (now - turn.arrived) * 1000.0, replica.id
+        head = forwarded_head(plan.request, plan.target, replica.host, replica.backend.key, len(self._body))
+        self.exchange = exchange = Exchange(self._relay, self._client, turn, replica, (head, self._body))
+        return exchange
+
     def _attempt(self, replica: LiveReplica) -> bool | None:
         """One replica's turn at it: None to go on with another, else as ``run``."""
-        turn, relay = self._turn, self._relay
-        relay.book.note_sent(turn, replica)
-        head = forwarded_head(self._request, self._target, replica.host, replica.backend.key, len(self._body))
-        exchange = Exchange(relay, self._client, turn, replica)
+        turn = self.turn
+        exchange = self.exchange or self._prepare(replica, time.monotonic())
+        exchange.express = None
         try:
-            result = exchange.run(head, self._body)
+            result = exchange.run()
         except TransportError as error:
             return self._try_elsewhere(replica, str(error))
         if result == "answered":
@@ -9870,17 +10148,23 @@ class Delivery:
             replica.note_success((now - turn.sent) * 1000.0, now)
             turn.outcome = "completed"
             return not exchange.ends_by_closing
+        return self._break_off(replica, exchange, result)
+
+    def _break_off(self, replica: LiveReplica, exchange: Exchange, result: str) -> bool:
+        """The turn ends without its answer."""
+        if result == "failed":
+            raise RequestError(500, exchange.error)
         replica.note_failure(exchange.error, is_dead=False)
         if result == "timeout":
             raise RequestError(
                 504, f"{exchange.error}; it may be overloaded, or the answer too long for request_timeout"
             )
-        turn.outcome, turn.error = "cut", exchange.error
+        self.turn.outcome, self.turn.error = "cut", exchange.error
         return result == "cut" and self._client.version == 1
 
     def _take_answer(self, replica: LiveReplica, exchange: Exchange) -> bool | None:
         """A whole answer, of which the client has nothing yet: pass it on, unless it says to go elsewhere."""
-        turn, head = self._turn, exchange.head
+        turn, head = self.turn, exchange.head
         if head.status in (429, 503):
             after = head.fields.get(b"retry-after", b"").strip()
             replica.busy_until = time.monotonic() + (min(float(after), 60.0) if after.isdigit() else BUSY_S)
@@ -9899,7 +10183,7 @@ class Delivery:
         turn.status, turn.outcome = head.status, "completed" if head.status < 400 else "error"
         if head.status >= 400 and turn.digest is not None:
             turn.error = turn.digest.error
-        keeps_alive = self._request.keeps_alive
+        keeps_alive = self._plan.request.keeps_alive
         extra = self._relay.book.answer_fields(turn)
         self._client.send_all(returned_head(head, extra, len(exchange.body), False, not keeps_alive) + exchange.body)
         return keeps_alive
@@ -9910,8 +10194,8 @@ class Delivery:
         self._unreachable += 1
         self._exclude(replica)
         if self._unreachable > self._relay.settings.proxy.max_retries or not self._relay.book.take_retry():
-            raise RequestError(503, f"no replica of {self._turn.model} could be reached: {error}", retry_after_s=1)
-        self._turn.retries += 1
+            raise RequestError(503, f"no replica of {self.turn.model} could be reached: {error}", retry_after_s=1)
+        self.turn.retries += 1
         return self._start_over()
 
     def _after_death(self, replica: LiveReplica, error: str, is_proven: bool) -> bool | None:
@@ -9921,26 +10205,84 @@ class Delivery:
         """
         is_dead = is_proven or not self._relay.watch.is_alive(replica)
         replica.note_failure(error, is_dead=is_dead)
-        self._turn.deaths += 1
+        self.turn.deaths += 1
         self._exclude(replica)
         if not is_dead:
             raise RequestError(502, f"replica {replica.id} broke off without an answer: {error}", code="replica_lost")
-        if self._turn.deaths > 1 or not self._relay.book.take_retry():
+        if self.turn.deaths > 1 or not self._relay.book.take_retry():
             message = f"replica {replica.id} died with this request, as one did before; it is not sent again"
             raise RequestError(
-                502, message if self._turn.deaths > 1 else f"replica {replica.id}: {error}", code="replica_lost"
+                502, message if self.turn.deaths > 1 else f"replica {replica.id}: {error}", code="replica_lost"
             )
-        self._turn.retries += 1
+        self.turn.retries += 1
         return self._start_over()
 
     def _exclude(self, replica: LiveReplica) -> None:
-        self._turn.route = RouteRequest(self._turn.route.excluded | {replica.id})
+        self.turn.route = RouteRequest(self.turn.route.excluded | {replica.id})
 
     def _start_over(self) -> bool | None:
-        turn = self._turn
+        turn = self.turn
         turn.first = turn.ended = 0.0
         turn.digest = None
+        self.exchange = None
         return None
+
+
+class ExpressDelivery(Delivery):
+    """A delivery that event-loop callbacks begin, and end where nothing has to be waited for but the answer."""
+
+    __slots__ = ()
+
+    def begin(self, now: float) -> bool:
+        """Send the turn to a replica that has room for it, on a connection that stands; False where something has to
+        be waited for: ``run`` then goes on from there."""
+        replica = self._relay.admission.take(self.turn, now)
+        if replica is None:
+            return False
+        exchange = self._prepare(replica, now)
+        if not exchange.begin(now) or not exchange.is_sent:
+            return False
+        exchange.express = self._pass_on
+        self._relay.book.read_words(self.turn)  # now that the replica is at work
+        return True
+
+    def _pass_on(self, exchange: Exchange, data: bytes) -> bool:
+        """Pass on a whole plain answer that came at once, as nearly all do, in the callback that received it; False:
+        it is another kind of answer, and nothing was done."""
+        end = data.find(b"\r\n\r\n") + 4
+        known = self._relay.heads.known_answers.find(data, end) if end >= 4 else None
+        if known is None:
+            return False
+        head, length, _ = known
+        if length != len(data) - end or head.status != 200 or head.is_event_stream or b'"abort"' in data:
+            return False
+        now, turn, client = time.monotonic(), self.turn, self._client
+        turn.first = turn.ended = now
+        turn.status = 200
+        exchange.head, exchange.received = head, True
+        extra = self._relay.book.answer_fields(turn)
+        out = returned_head(head, extra, length, False, not self._plan.request.keeps_alive) + data[end:]
+        try:
+            sent = client.sock.send(out)
+        except OSError:
+            sent = 0  # said again, and understood, below
+        if sent < len(out):
+            exchange.express = None
+            turn.digest = self._relay.codec.digest(data[end:], turn.wanted_text, turn.follows is not None)
+            exchange.send(out[sent:], "streamed")
+            return True
+        try:
+            exchange.result = "streamed"
+            exchange.close()
+            if turn.replica is not None:
+                turn.replica.note_success((now - turn.sent) * 1000.0, now)
+            turn.outcome = "completed"
+            turn.digest = self._relay.codec.digest(data[end:], turn.wanted_text, turn.follows is not None)
+        finally:
+            self._relay.admission.release(turn)
+            self._relay.book.finish(turn, now)
+            client.end_express(now)
+        return True
 
 
 class Admission:
@@ -9954,12 +10296,15 @@ class Admission:
         self._choices = 0
         self.pending = 0
 
+    def take(self, turn: Turn, now: float) -> LiveReplica | None:
+        """A replica with a slot for ``turn`` now; None while others wait: it would overtake them."""
+        return None if self._queues.get(turn.model) else self._choose(turn, now)
+
     def acquire(self, turn: Turn, client: ClientConnection) -> LiveReplica:
         """A replica with a slot for ``turn``, after waiting where that may help; raises RequestError, ClientGone."""
-        if not self._queues.get(turn.model):  # else it would overtake those who wait
-            replica = self._choose(turn)
-            if replica is not None:
-                return replica
+        replica = self.take(turn, time.monotonic())
+        if replica is not None:
+            return replica
         attained_s = 0.0
         if turn.session is not None and not turn.charged_s:
             turn.charged_s = self._mean_service_s
@@ -9975,13 +10320,13 @@ class Admission:
             if self._queues.get(turn.model):
                 self.dispatch(turn.model)
 
-    def settle(self, turn: Turn) -> None:
+    def settle(self, turn: Turn, now: float) -> None:
         """Correct what the session was charged in advance by what its turn really took."""
         took = max(0.0, turn.ended - turn.sent) if turn.sent and turn.ended else 0.0
         if took:
             self._mean_service_s += 0.05 * (took - self._mean_service_s)
         if turn.session is not None and took != turn.charged_s:
-            self._attained.charge(turn.session, took - turn.charged_s, time.monotonic())
+            self._attained.charge(turn.session, took - turn.charged_s, now)
 
     def outlook(self, model: str, route: RouteRequest = ANYWHERE) -> str:
         """What waiting may bring: ``slot`` (all are busy), ``loading`` (one is on its way), or ``nothing``.
@@ -10005,7 +10350,7 @@ class Admission:
             ):
                 break
             entry = heapq.heappop(queue)
-            if self._choose(entry[2]) is None:  # the free ones are those that it was at already
+            if self._choose(entry[2], time.monotonic()) is None:  # the free ones are those that it was at already
                 passed_over.append(entry)
             else:
                 self.pending -= 1
@@ -10026,9 +10371,9 @@ class Admission:
         """All that wait, the longest first."""
         return sorted((entry[2] for queue in self._queues.values() for entry in queue), key=lambda turn: turn.arrived)
 
-    def _choose(self, turn: Turn) -> LiveReplica | None:
+    def _choose(self, turn: Turn, now: float) -> LiveReplica | None:
         relay = self._relay
-        replica = choose_backend(relay.pools.get(turn.model, ()), turn.route, relay.strategy, time.monotonic())
+        replica = choose_backend(relay.pools.get(turn.model, ()), turn.route, relay.strategy, now)
         if replica is not None:
             self._choices += 1
             replica.last_chosen = self._choices
@@ -10112,8 +10457,10 @@ class Codec:
         """A request's fields that routing needs (``model``, ``stream``, ``stream_options``), and those that its words
         stand in where they have the usual types; None when the body is no JSON object."""
         for decode in (self._worded_request, self._request):
-            with contextlib.suppress(ValueError, RecursionError):  # bad UTF-8 is no error of msgspec's own
+            try:
                 return decode(body)
+            except (ValueError, RecursionError):  # bad UTF-8 is no error of msgspec's own
+                continue
         return None
 
     def trace(self, fields: Any, is_named: bool) -> tuple[bytes, str | None]:
@@ -10147,8 +10494,10 @@ class Codec:
 
     def digest(self, body: bytes, wanted_text: int, traces: bool = False) -> AnswerDigest | None:
         """What tracking keeps of a whole answer, with ``traces`` also its print; None where it is no JSON object."""
-        with contextlib.suppress(ValueError, IndexError, RecursionError):
+        try:
             return self._plain_digest(self._plain_answer(body), wanted_text, traces)
+        except (ValueError, IndexError, RecursionError):
+            pass
         try:
             answer: Any = self._answer(body)
         except (ValueError, RecursionError):
@@ -10202,7 +10551,7 @@ class ControlChannel:
 
     def __init__(self, relay: Relay, path: str, listener: Any) -> None:
         self._relay, self._listener = relay, listener
-        self._finished: deque[TurnFinished] = deque()
+        self._finished: deque[Turn] = deque()
         self._ended: deque[SessionEnded] = deque(maxlen=MAX_BUFFERED_EVENTS)
         self._unsent = b""  # a batch, encoded
         self._controller: Any = None
@@ -10262,9 +10611,9 @@ class ControlChannel:
         """Whether there is a controller."""
         return self._controller is not None
 
-    def add_finished(self, event: TurnFinished) -> None:
+    def add_finished(self, turn: Turn) -> None:
         """Queue the end of a turn for the next batch."""
-        self._finished.append(event)
+        self._finished.append(turn)
         if len(self._finished) > MAX_BUFFERED_EVENTS:
             self._finished.popleft()
             self.events_dropped += 1
@@ -10282,7 +10631,8 @@ class ControlChannel:
         """Send what happened since the last batch; one that did not go out is sent before anything else."""
         while self._controller is not None:
             if not self._unsent:
-                finished = [self._finished.popleft() for _ in range(min(EVENT_BATCH, len(self._finished)))]
+                over = [self._finished.popleft() for _ in range(min(EVENT_BATCH, len(self._finished)))]
+                finished = list(map(self._relay.book.finished_event, over))
                 # A turn that starts may go on from one that is still to be told as finished: that one goes first.
                 batch = self._relay.book.news() if not self._finished else EventBatch()
                 ended = [self._ended.popleft() for _ in range(len(self._ended))]
@@ -10336,18 +10686,6 @@ class Questions:
             result.set(answer)
 
 
-@dataclass(frozen=True)
-class Labels:
-    """What a request's headers say about its turn."""
-
-    session: str | None
-    task: str | None
-    client: str | None
-    pre_ms: float | None
-    post_ms: float | None
-    ends_session: bool
-
-
 class LabelReader:
     """Reads labels by the configured names of headers."""
 
@@ -10381,84 +10719,82 @@ class TurnBook:
         self._prefix = secrets.token_hex(6)
         self._count = 0
 
-    def begin(self, request: RequestHead, model: str | None, path: bytes, body: bytes | bytearray) -> Turn:
+    def begin(self, plan: RequestPlan, body: bytes | bytearray, now: float) -> Turn:
         """A turn for a request that was read; RequestError when its model is not served. ``finish`` is then due."""
         wanted_text = self._relay.settings.proxy.capture_text
-        is_json = b"multipart" not in request.fields.get(b"content-type", b"")
-        fields: Any = self._relay.codec.request(body) if is_json else None
-        if is_json and fields is None:
-            raise RequestError(400, "the body is not a JSON object")
-        model = self._model_of(model, fields.model if is_json else _form_model(body))
-        labels = self._relay.settings.labels.read(request.fields)
+        fields: Any = None
+        if not plan.is_form:
+            fields = self._relay.codec.request(body)
+            if fields is None:
+                raise RequestError(400, "the body is not a JSON object")
+        model = self._model_of(plan.model, _form_model(body) if fields is None else fields.model)
         self._count += 1
-        options = fields.stream_options if is_json else None
-        is_traced = is_json and len(body) <= MAX_TRACED_BYTES
-        prints, follows = self._relay.codec.trace(fields, labels.session is not None) if is_traced else (b"", None)
-        turn = Turn(
-            id=f"{self._prefix}-{self._count:x}",
-            arrived=time.monotonic(),
-            arrived_at=time.time(),
-            model=model,
-            path=path,
-            session=labels.session,
-            is_stream=is_json and fields.stream is True,
-            cuts_usage=not (isinstance(options, dict) and options.get("include_usage")),
-            wanted_text=wanted_text,
-            tokens=len(body) // 4,
-            labels=labels,
-            prompt=self._relay.codec.last_words(fields, wanted_text) if wanted_text and is_json else "",
-            prints=prints,
-            follows=follows,
-        )
+        turn = Turn(f"{self._prefix}-{self._count:x}", now, model, plan, wanted_text)
+        turn.tokens = len(body) // 4
+        if fields is not None:
+            turn.is_stream = fields.stream is True
+            options = fields.stream_options
+            turn.cuts_usage = not (isinstance(options, dict) and options.get("include_usage"))
+            turn.words = fields
         self.turns[turn.id] = turn
         self.counters["requests"] += 1
         self._retry_tokens = min(self._retry_tokens + RETRY_SHARE, 10 * RETRY_FLOOR)
         return turn
 
-    def note_sent(self, turn: Turn, replica: LiveReplica) -> None:
-        turn.sent = time.monotonic()
-        turn.queue_ms = (turn.sent - turn.arrived) * 1000.0
-        turn.backend = replica.id
+    def read_words(self, turn: Turn) -> None:
+        """Look at what the body says: apart from ``begin``, because a replica can be at work meanwhile."""
+        fields, turn.words = turn.words, None
+        if fields is None:
+            return
+        if turn.wanted_text:
+            turn.prompt = self._relay.codec.last_words(fields, turn.wanted_text)
+        if turn.tokens <= MAX_TRACED_BYTES // 4:
+            turn.prints, turn.follows = self._relay.codec.trace(fields, turn.session is not None)
 
-    def finish(self, turn: Turn) -> None:
-        """The turn is over, whatever became of it: its slot, its counters, its last event."""
-        now = time.monotonic()
+    def finish(self, turn: Turn, now: float) -> None:
+        """The turn is over, whatever became of it: its slot, its counters, its last event. Once is enough."""
+        if self.turns.pop(turn.id, None) is None:
+            return
+        turn.over = now
         turn.ended = turn.ended or now
-        self.turns.pop(turn.id, None)
-        self._relay.admission.settle(turn)
+        turn.words = None
+        self._relay.admission.settle(turn, now)
         counters = self.counters
-        counters["retries"] += turn.retries
+        if turn.retries:
+            counters["retries"] += turn.retries
         if turn.outcome != "completed":
             counters[{"aborted": "aborted", "rejected": "rejected"}.get(turn.outcome, "errors")] += 1
+        self._relay.control.add_finished(turn)
+        if turn.labels.ends_session and turn.session is not None:
+            self.end_session(turn.session)
+
+    def finished_event(self, turn: Turn) -> TurnFinished:
+        """What the controller is told of a turn that is over. Made for many at once, ten times a second."""
         digest = turn.digest or AnswerDigest()
         is_estimated = digest.completion_tokens is None and turn.events > 0
         estimate = max(0, turn.events - 2)  # the last two events carry the finish reason and [DONE]
         has_first = turn.first > 0.0
-        self._relay.control.add_finished(
-            TurnFinished(
-                turn=turn.id,
-                at=self._at(turn, now),
-                outcome=turn.outcome,
-                status=turn.status,
-                backend=turn.backend,
-                queue_ms=turn.queue_ms if turn.sent else (now - turn.arrived) * 1000.0,
-                ttft_ms=(turn.first - turn.sent) * 1000.0 if has_first else None,
-                inference_ms=(turn.ended - turn.sent) * 1000.0 if has_first else None,
-                retries=turn.retries,
-                prompt_tokens=digest.prompt_tokens,
-                completion_tokens=estimate if is_estimated else digest.completion_tokens,
-                cached_tokens=digest.cached_tokens,
-                estimated=is_estimated,
-                finish_reason=digest.finish_reason,
-                error=turn.error or digest.error,
-                gaps={str(bucket): count for bucket, count in turn.gaps.items()},
-                answer=digest.text,
-                key=self._key(turn, digest) if turn.follows is not None and turn.outcome == "completed" else None,
-                started=None if turn.is_told else self._started(turn),
-            )
+        return TurnFinished(
+            turn=turn.id,
+            at=self._at(turn, turn.over),
+            outcome=turn.outcome,
+            status=turn.status,
+            backend=turn.backend,
+            queue_ms=turn.queue_ms if turn.sent else (turn.over - turn.arrived) * 1000.0,
+            ttft_ms=(turn.first - turn.sent) * 1000.0 if has_first else None,
+            inference_ms=(turn.ended - turn.sent) * 1000.0 if has_first else None,
+            retries=turn.retries,
+            prompt_tokens=digest.prompt_tokens,
+            completion_tokens=estimate if is_estimated else digest.completion_tokens,
+            cached_tokens=digest.cached_tokens,
+            estimated=is_estimated,
+            finish_reason=digest.finish_reason,
+            error=turn.error or digest.error,
+            gaps={str(bucket): count for bucket, count in turn.gaps.items()} if turn.gaps else {},
+            answer=digest.text,
+            key=self._key(turn, digest) if turn.follows is not None and turn.outcome == "completed" else None,
+            started=None if turn.is_told else self._started(turn),
         )
-        if turn.session is not None and turn.labels.ends_session:
-            self.end_session(turn.session)
 
     def _key(self, turn: Turn, digest: AnswerDigest) -> str | None:
         return conversation_key(turn.prints[4:], digest.print) if digest.print is not None else None
@@ -10508,9 +10844,11 @@ class TurnBook:
 
     def answer_fields(self, turn: Turn) -> bytes:
         """The header lines that every answer to a turn carries."""
-        backend = (
-            b"" if turn.backend is None else b"x-agent-infra-backend: %b\r\n" % turn.backend.encode("ascii", "replace")
-        )
+        backend = b""
+        if turn.replica is not None:
+            backend = turn.replica.answer_line
+        elif turn.backend is not None:
+            backend = b"x-agent-infra-backend: %b\r\n" % turn.backend.encode("ascii", "replace")
         return b"x-request-id: %b\r\n%bx-agent-infra-queue-ms: %d\r\n" % (turn.id.encode(), backend, turn.queue_ms)
 
     def take_retry(self) -> bool:
@@ -10571,6 +10909,14 @@ class RelaySettings:
     drain_seconds: float = 10.0
 
     @functools.cached_property
+    def max_body_bytes(self) -> int:
+        return int(self.proxy.max_body_mb * (1 << 20))
+
+    @functools.cached_property
+    def max_buffered_bytes(self) -> int:
+        return int(self.proxy.max_buffered_mb * (1 << 20))
+
+    @functools.cached_property
     def labels(self) -> LabelReader:
         return LabelReader(self.headers)
 
@@ -10583,7 +10929,7 @@ class Relay:
 
         self.reactor = Reactor()
         self.codec = Codec()
-        self.request_lines, self.answer_lines = HeaderLines(_NOT_FORWARDED), HeaderLines(_NOT_RETURNED)
+        self.heads, self.door = HeadReader(), Doorkeeper()
         self.listener = self.reactor.new_socket(fileno=listener_fd)
         self.listener.setblocking(False)
         self.control = ControlChannel(self, socket_path, self.listener)
@@ -10600,7 +10946,6 @@ class Relay:
         self.stats: tuple[bytes, float] | None = None  # the finished document, and when it came
         self.buffered_bytes = 0
         self.is_stopping = False
-        self._key = b""
         self._stopped = Event()
         self._accept_watcher: Any = None
         self._new_event = Event
@@ -10625,7 +10970,10 @@ class Relay:
         if table.get("settings"):
             self.settings = self.codec.convert(table["settings"], RelaySettings)
             self.strategy = self.settings.proxy.strategy
-            self._key = (self.settings.proxy.api_key or secrets.token_hex(16)).encode()
+            self.door.set_key(self.settings.proxy.api_key)
+            self.heads.known_requests.clear()  # labels are read by names that may be others now
+            for client in self.connections:
+                client.authorization = None
         self.models = list(table["models"])
         self.loading = frozenset(table.get("loading") or ())
         former, self.replicas = self.replicas, {}
@@ -10655,18 +11003,10 @@ class Relay:
         replica.greenlets = [self.reactor.spawn(task, replica) for task in tasks]
         return replica
 
-    def authorize(self, client: ClientConnection, request: RequestHead) -> None:
-        """RequestError 401 unless the client is this user (or root) on this machine, or sends the key."""
-        if client.is_trusted is None:
-            client.is_trusted = socket_owner(client.sock, client.peer) in (0, os.getuid())
-        if client.is_trusted:
-            return
-        scheme, _, sent = request.fields.get(b"authorization", b"").partition(b" ")
-        sent = sent.strip() if scheme.lower() == b"bearer" else request.fields.get(b"x-api-key", b"").strip()
-        if not hmac.compare_digest(sent, self._key):
-            raise RequestError(
-                401, "a key is needed: send the proxy's key as Authorization: Bearer", code="invalid_api_key"
-            )
+    def has_room(self, length: int) -> bool:
+        """Whether a body of so many bytes is within both limits."""
+        settings = self.settings
+        return length <= settings.max_body_bytes and self.buffered_bytes + length <= settings.max_buffered_bytes
 
     # The process.
 
@@ -10776,6 +11116,9 @@ class Relay:
         self._exit_code = 1
         self._stopped.set()
 
+    def log_bug(self, what: str, error: Exception) -> None:
+        self.log("error", f"{what} failed: {type(error).__name__}: {error}", trace=traceback.format_exc())
+
     def log(self, level: str, message: str, **details: Any) -> None:
         """One line to standard error: text, or JSON. Nothing from a client's head goes here: it may hold a key."""
         at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -10855,6 +11198,30 @@ def _search_proc_net(family: int, source: bytes, source_port: int, target_port: 
         if columns[1] == wanted and columns[2].endswith(f":{target_port:04X}") and columns[9] != "0":
             return int(columns[7])
     return None
+
+
+class Doorkeeper:
+    """Lets this user's own processes pass, and everybody who has the key."""
+
+    def __init__(self) -> None:
+        self._key = secrets.token_hex(16).encode()
+
+    def set_key(self, key: str | None) -> None:
+        """Ask for ``key`` from now on; None: for one that nobody has."""
+        self._key = (key or secrets.token_hex(16)).encode()
+
+    def authorize(self, client: ClientConnection, request: RequestHead, authorization: bytes) -> None:
+        """RequestError 401 unless the client is this user (or root) on this machine, or sends the key."""
+        if client.is_trusted is None:
+            client.is_trusted = socket_owner(client.sock, client.peer) in (0, os.getuid())
+        if client.is_trusted:
+            return
+        scheme, _, sent = authorization.partition(b" ")
+        sent = sent.strip() if scheme.lower() == b"bearer" else request.fields.get(b"x-api-key", b"").strip()
+        if not hmac.compare_digest(sent, self._key):
+            raise RequestError(
+                401, "a key is needed: send the proxy's key as Authorization: Bearer", code="invalid_api_key"
+            )
 
 
 class ReplicaWatch:
@@ -10958,8 +11325,8 @@ class ReplicaWatch:
                 received += data
                 end = received.find(b"\r\n\r\n") + 4
                 if end >= 4:
-                    answer = parse_answer_head(received[:end], self._relay.answer_lines)
-                    status, decoder = answer.status, BodyDecoder(answer.length)
+                    answer, length = self._relay.heads.answer(received, end)
+                    status, decoder = answer.status, BodyDecoder(length)
                     decoder.feed(received, end, pieces)
             return status, b"".join(pieces)
 

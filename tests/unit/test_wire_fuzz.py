@@ -16,6 +16,8 @@ from agent_infra import (
     INFERENCE_PATHS,
     LAST_CHUNK,
     MAX_CHUNK_LINE_BYTES,
+    MAX_KNOWN_HEAD_BYTES,
+    MAX_KNOWN_HEADS,
     MAX_REQUEST_LINE_BYTES,
     MAX_TRAILER_LINES,
     BodyDecoder,
@@ -23,6 +25,9 @@ from agent_infra import (
     EventStream,
     FrameReader,
     HeaderLines,
+    HeadersConfig,
+    HeadReader,
+    LabelReader,
     RequestHead,
     WireError,
     encode_chunk,
@@ -300,6 +305,68 @@ def test_a_head_is_read_alike_whatever_was_read_before_it(heads: list[bytes], pa
     every = [head % number for head in heads for number in (0, 7, 123)]
     for head in [*every, *reversed(every)]:
         assert outcome(head, known) == outcome(head, HeaderLines(frozenset()))
+
+
+HEAD_LINES = [
+    *(b"Content-Length: %b" % value for value in (b"5", b"77", b"", b" 5", b"5 ", b"+5", b"5_0", b"9" * 19)),
+    *(b"content-length: 6", b"CONTENT-LENGTH: 7", b"Content-Length:8", b"X-Content-Length: 9"),
+    *(b"Authorization: Bearer %b" % value for value in (b"a", b"secret", b"Content-Length: 3", b"")),
+    *(b"authorization: b", b"Proxy-Authorization: c", b"X-Api-Key: secret", b"Cookie: secret"),
+    *(b"Host: t", b"Host: u", b"X-Session-ID: s", b"X-Timing-Pre-Ms: 5", b"Transfer-Encoding: chunked"),
+    *(b"Connection: close", b"Expect: 100-continue", b"Content-Type: multipart/form-data", b"A:\x01"),
+]
+FIRST_LINES = [b"POST /v1/completions HTTP/1.1", b"POST /m/v1/completions HTTP/1.1", b"GET /stats HTTP/1.1"]
+FIRST_LINES += [b"HTTP/1.1 200 OK", b"HTTP/1.1 204 No Content", b"HTTP/1.1 100 Continue", b"HTTP/1.0 200 OK"]
+some_heads = st.lists(
+    st.tuples(st.sampled_from(FIRST_LINES), st.lists(st.sampled_from(HEAD_LINES), max_size=6)), min_size=1, max_size=12
+)
+
+
+@settings(deadline=None, max_examples=400)
+@given(some_heads)
+def test_a_head_that_is_known_means_what_reading_it_in_full_would_say(heads: list[tuple[bytes, list[bytes]]]) -> None:
+    labels_of = LabelReader(HeadersConfig()).read
+
+    def reading(reader: HeadReader, head: bytes) -> str:
+        try:
+            if head.startswith(b"HTTP"):
+                answer, length = reader.answer(head + b"body", len(head))
+                return repr((answer.status, answer.is_reusable, answer.returned, length))
+            plan, length, authorization = reader.plan(head, b"Bearer a", labels_of)
+            request = plan.request
+            what = request.method, request.target, request.version, request.keeps_alive, request.forwarded
+            return repr((*what, plan.path, plan.model, plan.labels, plan.is_form, length, authorization))
+        except WireError as error:
+            return f"refused: {error}"
+
+    reader = HeadReader()
+    for first, lines in [*heads, *heads]:
+        head = b"\r\n".join([first, *lines, b"", b""])
+        # Of a plan that is kept, Authorization is to be the one that was let pass, or it is read again.
+        assert reading(reader, head) == reading(HeadReader(), head)
+    kept = reader.known_requests._known | reader.known_answers._known
+    assert b"secret" not in repr(kept).encode()
+
+
+def test_a_head_that_comes_again_is_found_with_another_length() -> None:
+    reader, labels_of = HeadReader(), LabelReader(HeadersConfig()).read
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nAuthorization: Bearer a\r\nContent-Length: %d\r\n\r\n"
+    first = reader.plan(head % 5, None, labels_of)
+    again = reader.plan(head % 12345, b"Bearer a", labels_of)
+    assert again[0] is first[0]
+    assert again[1:] == (12345, b"Bearer a")
+    assert reader.plan(head % 5, b"Bearer b", labels_of)[0] is not first[0]
+
+
+def test_known_heads_are_bounded() -> None:
+    reader, labels_of = HeadReader(), LabelReader(HeadersConfig()).read
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nX: %b\r\nContent-Length: 5\r\n\r\n"
+    for number in range(3 * MAX_KNOWN_HEADS):
+        reader.plan(head % str(number).encode(), None, labels_of)
+    reader.plan(head % (b"long" * MAX_KNOWN_HEAD_BYTES), None, labels_of)
+    known = reader.known_requests._known
+    assert len(known) <= MAX_KNOWN_HEADS
+    assert max(map(len, known)) <= MAX_KNOWN_HEAD_BYTES
 
 
 def test_lines_with_secrets_are_not_remembered_and_their_number_is_bounded() -> None:
