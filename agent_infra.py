@@ -1236,8 +1236,10 @@ def _rank_least_load(view: BackendView) -> tuple[float, float, int]:
     Own turns are counted as they come and go, so the figure does not age between two reports of the replica; only what
     others run there is as old as the last report.  A full KV cache weighs as much as a whole capacity of turns.
     """
-    work = (view.in_flight + view.foreign_work) / (view.capacity or 1)
-    return work + 10 * max(0.0, view.kv_usage - 0.9), view.gpu_utilization, view.last_chosen
+    load = (view.in_flight + view.foreign_work) / (view.capacity or 1)
+    if view.kv_usage > 0.9:
+        load += 10 * (view.kv_usage - 0.9)
+    return load, view.gpu_utilization, view.last_chosen
 
 
 # A strategy is a rank: the lowest wins, its last item breaks ties in favour of the least recently chosen.
@@ -1253,13 +1255,14 @@ ViewT = TypeVar("ViewT", bound=BackendView)
 
 def choose_backend(views: Iterable[ViewT], request: RouteRequest, strategy: str, now: float) -> ViewT | None:
     """The replica that takes the turn now, or None when none of them may or has a free slot."""
+    excluded = request.excluded
     free = [
         view
         for view in views
         if view.accepts_work
         and view.busy_until <= now
         and (not view.capacity or view.in_flight < view.capacity)
-        and view.id not in request.excluded
+        and not (excluded and view.id in excluded)
     ]
     if len(free) < 2:
         return free[0] if free else None
@@ -1448,11 +1451,11 @@ class HeadMemory:
     Bounded in number and length; no secret is kept.
     """
 
-    __slots__ = ("_known", "_length_at", "_secret_at")
+    __slots__ = ("_known", "_lines")
 
     def __init__(self) -> None:
         self._known: dict[bytes, Any] = {}
-        self._length_at, self._secret_at = 18, 17  # where the values began in the head before: likely so again
+        self._lines = [(_LENGTH_LINES[0], 0), (_SECRET_LINES[0], 0)]  # how and about where they stood: likely so again
 
     def find(self, data: bytes, end: int) -> tuple[Any, int, bytes] | None:
         """What is kept of the head ``data[:end]``, its Content-Length (-1: none), its Authorization; None: unknown."""
@@ -1481,11 +1484,13 @@ class HeadMemory:
 
     def _cut(self, data: bytes, end: int) -> tuple[bytes, bytes | None, bytes]:
         """The head without the values, and these: of Content-Length (None: no such line), of Authorization."""
-        at, secret = self._length_at, self._secret_at
-        if not data.startswith(_LENGTH_LINES, at - 18) or at > end:
-            self._length_at = at = 18 + max(data.find(line, 0, end) for line in _LENGTH_LINES)
-        if not data.startswith(_SECRET_LINES, secret - 17) or secret > end:
-            self._secret_at = secret = 17 + max(data.find(line, 0, end) for line in _SECRET_LINES)
+        (length_line, length_near), (secret_line, secret_near) = self._lines
+        at = data.find(length_line, length_near, end) + 18
+        if at < 18:
+            at = self._search(0, _LENGTH_LINES, data, end)
+        secret = data.find(secret_line, secret_near, end) + 17
+        if secret < 17:
+            secret = self._search(1, _SECRET_LINES, data, end)
         stop = data.find(b"\r\n", at)
         if secret < 17:
             return (data[:end], None, b"") if at < 18 else (data[:at] + data[stop:end], data[at:stop], b"")
@@ -1498,6 +1503,15 @@ class HeadMemory:
         else:
             key = data[:at] + data[stop:secret] + data[secret_end:end]
         return key, data[at:stop], data[secret:secret_end]
+
+    def _search(self, number: int, lines: Sequence[bytes], data: bytes, end: int) -> int:
+        """Where the value of one of ``lines`` begins, wherever it is; less than its length where there is none."""
+        for line in lines:
+            at = data.find(line, 0, end)
+            if at >= 0:
+                self._lines[number] = line, max(0, at - 64)
+                return at + len(line)
+        return -1
 
 
 @dataclass
@@ -1717,9 +1731,18 @@ LAST_CHUNK = b"0\r\n\r\n"
 _CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})\r\n")
 
 
+@functools.lru_cache(4096)
+def _chunk_size(figures: bytes) -> int:
+    """The size of a chunk; -1 where it is none. The same few come again and again."""
+    return int(figures, 16) if 0 < len(figures) <= 15 and not figures.strip(b"0123456789abcdefABCDEF") else -1
+
+
 def holds_whole_events(data: bytes) -> bool:
     """Whether ``data``, which starts between two chunks, is nothing but complete chunks, not the last one, each of
     them ending with an event: then no word that is looked for in ``data`` can be hidden by the framing."""
+    end = data.find(b"\r\n", 0, 20)
+    if 0 < _chunk_size(data[:end]) == len(data) - end - 4:  # one chunk, as nearly always
+        return data.endswith(b"\n\n\r\n")
     at = 0
     while at < len(data):
         line = _CHUNK_SIZE.match(data, at)
@@ -8998,6 +9021,7 @@ def unix_address(path: str) -> Iterator[str]:
 
 
 RECEIVE_BYTES = 64 << 10
+JOINED_BODY_BYTES = 16 << 10
 APP_BODY_BYTES = 64 << 10
 BUFFERED_ANSWER_BYTES = 8 << 20  # an answer that is no stream and longer than this is passed on as it comes
 DIGESTED_ANSWER_BYTES = 4 << 20  # usage of a longer one is not read
@@ -9084,7 +9108,7 @@ class RequestPlan:
     labels: Labels
     is_form: bool  # the body is no JSON
 
-    @property
+    @functools.cached_property
     def target(self) -> bytes:
         return self.path + b"?" + self.query if self.query else self.path
 
@@ -9401,13 +9425,11 @@ class AnswerFlow(Outlet):
     is_raw = False
     _size = 0
     _pieces: list[bytes]
+    _relay: Relay
+    _turn: Turn
+    _to_chunks: bool
+    ends_by_closing: bool
     express: Callable[[Any, bytes], bool] | None = None  # takes a whole answer that comes at once, where it can
-
-    def __init__(self, relay: Relay, client: ClientConnection, turn: Turn) -> None:
-        self._relay, self.client, self._turn = relay, client, turn
-        self.timeout_s = relay.settings.proxy.request_timeout
-        self._to_chunks = client.version == 1
-        self.ends_by_closing = not self._to_chunks
 
     def on_readable(self) -> None:
         """The replica's socket has bytes, or its end."""
@@ -9592,8 +9614,11 @@ class Exchange(AnswerFlow):
         message: tuple[bytes, bytes | bytearray],
     ) -> None:
         """``message`` is the request as it is sent: head and body."""
-        super().__init__(relay, client, turn)
+        self._relay, self.client, self._turn = relay, client, turn
         self._replica, self._message = replica, message
+        self.timeout_s = relay.settings.proxy.request_timeout
+        self._to_chunks = client.version == 1
+        self.ends_by_closing = not self._to_chunks
         self._sent = 0
         self.is_sent = False
 
@@ -9636,7 +9661,9 @@ class Exchange(AnswerFlow):
         self.client.exchange = self
         head, body = self._message
         try:
-            self._sent = upstream.sock.sendmsg(self._message)
+            # Below some size a copy is cheaper than what it takes to send two buffers at once.
+            short = len(body) < JOINED_BODY_BYTES
+            self._sent = upstream.sock.send(head + body) if short else upstream.sock.sendmsg(self._message)
         except OSError:
             self._sent = 0  # said again, and understood, when the rest is sent
         self.is_sent = self._sent == len(head) + len(body)
@@ -10429,6 +10456,13 @@ class Codec:
         import msgspec
 
         self.encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
+        # Events as they are encoded: made in C, and what says nothing is left out.
+        self.turn_started, self.turn_finished = (
+            msgspec.defstruct(
+                kind.__name__, [_encoded_field(item) for item in dataclasses.fields(kind)], omit_defaults=True
+            )
+            for kind in (TurnStarted, TurnFinished)
+        )
         self.decode: Callable[[bytes], Any] = msgspec.json.Decoder().decode
         self.convert: Callable[..., Any] = msgspec.convert
         routed = [(name, Any, None) for name in ("model", "stream", "stream_options")]
@@ -10488,8 +10522,10 @@ class Codec:
         """The start of the last user message, or of the prompt."""
         for message in reversed(getattr(fields, "messages", ())):
             if b'"user"' in bytes(message):
-                with contextlib.suppress(ValueError, RecursionError):  # skipped so far, now read for the first time
+                try:
                     return plain_text(self.decode(message))[:limit]
+                except (ValueError, RecursionError):  # skipped so far, now read for the first time
+                    continue
         return plain_text(getattr(fields, "prompt", None) or getattr(fields, "input", None))[:limit]
 
     def digest(self, body: bytes, wanted_text: int, traces: bool = False) -> AnswerDigest | None:
@@ -10533,6 +10569,15 @@ class Codec:
             sendable_text(words[:wanted_text]),
             message_print(words, [call.id for call in calls] if calls else ()) if traces else None,
         )
+
+
+def _encoded_field(item: dataclasses.Field[Any]) -> Any:
+    """A dataclass's field as msgspec.defstruct takes it."""
+    import msgspec
+
+    if item.default_factory is not dataclasses.MISSING:
+        return item.name, Any, msgspec.field(default_factory=item.default_factory)
+    return (item.name, Any) if item.default is dataclasses.MISSING else (item.name, Any, item.default)
 
 
 def plain_text(content: Any, depth: int = 8) -> str:
@@ -10768,13 +10813,13 @@ class TurnBook:
         if turn.labels.ends_session and turn.session is not None:
             self.end_session(turn.session)
 
-    def finished_event(self, turn: Turn) -> TurnFinished:
+    def finished_event(self, turn: Turn) -> Any:
         """What the controller is told of a turn that is over. Made for many at once, ten times a second."""
         digest = turn.digest or AnswerDigest()
         is_estimated = digest.completion_tokens is None and turn.events > 0
         estimate = max(0, turn.events - 2)  # the last two events carry the finish reason and [DONE]
         has_first = turn.first > 0.0
-        return TurnFinished(
+        return self._relay.codec.turn_finished(
             turn=turn.id,
             at=self._at(turn, turn.over),
             outcome=turn.outcome,
@@ -10804,7 +10849,7 @@ class TurnBook:
 
     def news(self) -> EventBatch:
         """What the controller was not told yet of the turns in flight; they count as told from here on."""
-        started: list[TurnStarted] = []
+        started: list[Any] = []
         sent: list[TurnSent] = []
         answering: list[TurnAnswering] = []
         for turn in self.turns.values():
@@ -10824,9 +10869,9 @@ class TurnBook:
         for turn in self.turns.values():
             turn.is_told, turn.told_sent, turn.told_first = False, 0.0, 0.0
 
-    def _started(self, turn: Turn) -> TurnStarted:
+    def _started(self, turn: Turn) -> Any:
         labels = turn.labels
-        return TurnStarted(
+        return self._relay.codec.turn_started(
             turn.id,
             turn.arrived_at,
             turn.model,
