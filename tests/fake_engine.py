@@ -3,14 +3,17 @@
 Run it: ``python tests/fake_engine.py [--port N]`` prints its port and serves until it is killed.  What one request
 shall do stands in its body, under ``"fake"``; what all of them shall do is set by ``POST /fake`` with the same keys:
 
-``tokens`` (3), ``say`` (in their place), ``calls`` (ids of tool calls), ``delay`` (s before the answer), ``gap`` (s
-between events), ``hang`` (never answer), ``status`` (answer with it), ``retry_after``, ``usage`` (stream it even if
-nobody asked), ``finish_reason``, ``die`` (kill the process: "before" the answer, in its "middle", or after that many
-events), ``cut`` (close the connection, likewise), ``no_done``, ``close`` (after the answer, with or without saying so:
-"silently"), ``size`` (bytes of content), ``framing`` ("length", "close", "chunked"), ``split`` (send the answer in
-pieces of so many bytes), ``health`` (status of /health), ``load`` (the /load digest).
+``tokens`` (3), ``say`` (in their place), ``calls`` (ids of tool calls), ``delay`` (s before the answer), ``base_s``
+with ``each_s`` and ``slots`` (an answer takes base_s + each_s · n seconds with n in the works, ``slots`` of them at
+most, as in continuous batching), ``gap`` (s between events), ``hang`` (never answer), ``status`` (answer with it),
+``retry_after``, ``usage`` (stream it even if nobody asked), ``finish_reason``, ``die`` (kill the process: "before" the
+answer, in its "middle", or after that many events), ``cut`` (close the connection, likewise), ``no_done``, ``close``
+(after the answer, with or without saying so: "silently"), ``size`` (bytes of content), ``framing`` ("length", "close",
+"chunked"), ``split`` (send the answer in pieces of so many bytes), ``health`` (status of /health), ``load`` (the /load
+digest).
 
-``GET /fake`` tells what it saw: requests, aborted (whose client left first), running, the heads and the last body.
+``GET /fake`` tells what it saw: requests, aborted (whose client left first), running, the heads and the last body, and
+the seconds that answers took it in all.
 """
 
 from __future__ import annotations
@@ -34,6 +37,36 @@ class ClientLeftError(Exception):
     """The client closed its connection before its answer was complete."""
 
 
+class Works:
+    """Turns that are computed together. Owns the condition on which they wait for each other."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running = 0
+        self._done, self._at = 0.0, 0.0  # answers that each of them has got since the start, up to this moment
+        self._answer_s = 1.0
+
+    def run(self, base_s: float, each_s: float, slots: int) -> None:
+        """Take as long as a turn takes."""
+        with self._changed:
+            while self._running >= slots:
+                self._changed.wait()
+            self._advance(+1, base_s, each_s)
+            end = self._done + 1.0
+            while self._done < end - 1e-9:
+                self._changed.wait((end - self._done) * self._answer_s)
+                self._advance(0, base_s, each_s)
+            self._advance(-1, base_s, each_s)
+
+    def _advance(self, change: int, base_s: float, each_s: float) -> None:
+        now = time.monotonic()
+        self._done += (now - self._at) / self._answer_s if self._running else 0.0
+        self._at, self._running = now, self._running + change
+        self._answer_s = base_s + each_s * self._running
+        if change:
+            self._changed.notify_all()
+
+
 class Engine:
     """What all connections share; ``lock`` guards every field."""
 
@@ -41,12 +74,14 @@ class Engine:
         self.lock = threading.Lock()
         self.behaviour: dict[str, Any] = {}
         self.requests = self.running = self.aborted = self.connections = 0
+        self.seconds = 0.0
+        self.works = Works()
         self.heads: list[str] = []
         self.body = ""
 
     def snapshot(self) -> dict[str, Any]:
         with self.lock:
-            names = ("requests", "running", "aborted", "connections", "heads", "body")
+            names = ("requests", "running", "aborted", "connections", "heads", "body", "seconds")
             return {name: getattr(self, name) for name in names}
 
 
@@ -101,6 +136,7 @@ class Connection:
                 engine.running += 1
                 engine.heads = [*engine.heads[-19:], head]
                 engine.body = body[:100_000].decode("utf-8", "replace")
+            started = time.monotonic()
             try:
                 return self.infer(path, body)
             except (OSError, ClientLeftError):
@@ -110,6 +146,7 @@ class Connection:
             finally:
                 with engine.lock:
                     engine.running -= 1
+                    engine.seconds += time.monotonic() - started
         return "connection: close" not in head.lower()
 
     def infer(self, path: str, body: bytes) -> bool:
@@ -123,6 +160,8 @@ class Connection:
         if how.get("hang"):
             self.pause(3600.0)
         self.pause(how.get("delay", 0.0))
+        if "base_s" in how:
+            self.engine.works.run(how["base_s"], how["each_s"], how["slots"])
         if how.get("status", 200) != 200:
             extra = {"retry-after": str(how["retry_after"])} if "retry_after" in how else {}
             self.send_json(how["status"], {"error": {"message": "as asked", "type": "fake"}}, extra)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import time
 import urllib.parse
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +19,16 @@ from openai.types.chat import ChatCompletionMessageParam
 from program import Program, program, wait_for
 from relay_harness import Client
 from stats_schema import check_stats
+
+from agent_infra import (
+    Config,
+    Controller,
+    ModelConfig,
+    ProxyConfig,
+    ReplicaRecord,
+    SessionContext,
+    deployment_paths,
+)
 
 
 @pytest.fixture
@@ -105,3 +120,114 @@ def test_samples_of_one_prompt_are_not_taken_for_one_session(app: Program, engin
     for _ in range(2):
         app.chat(model="m", messages=[*said, {"role": "user", "content": "So?"}], fake={"say": "other"})
     assert sorted(session["turns"] for session in sessions(wait_turns(app, 5)).values()) == [1] * 5
+
+
+# --- where the time went
+
+
+class Planted:
+    """A proxy of its own before engines whose answers take ``base_s + each_s · n`` with n of ``slots`` in the works."""
+
+    def __init__(self, folder: Path, engines: int, base_s: float, each_s: float, slots: int) -> None:
+        self._stack = ExitStack()
+        behaviour: dict[str, Any] = {"base_s": base_s, "each_s": each_s, "slots": slots, "tokens": 20}
+        self.engines = [self._stack.enter_context(FakeEngine(**behaviour)) for _ in range(engines)]
+        config = Config(models=(ModelConfig(name="m", model_path="m", engine="command"),), proxy=ProxyConfig(port=0))
+        paths = deployment_paths("default", {"XDG_STATE_HOME": str(folder), "HOME": str(folder)})
+        records = [
+            ReplicaRecord(f"m-{number}", "m", "ready", "command", "here", 1, "p", port=engine.port, slots=slots)
+            for number, engine in enumerate(self.engines, start=1)
+        ]
+        self._controller = Controller(config, paths, lambda: records, keys=("client-key", None))
+
+    def __enter__(self) -> Planted:
+        self._controller.start()
+        self.url = self._controller.url
+        wait_for(lambda: self.get("/health")["models"]["m"]["ready"] == len(self.engines), "the engines in the proxy")
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        with self._stack:
+            self._controller.stop(1.0)
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+            return json.load(answer)
+
+    def client(self) -> Client:
+        """A client that costs next to nothing: what it spends itself is in nobody's figures."""
+        return Client(int(self.url.rpartition(":")[2]), timeout=60)
+
+
+class Truth(dict[str, float]):
+    """Milliseconds that an agent spent, by what it did, on its own clock."""
+
+    def spend(self, what: str, seconds: float) -> None:
+        started = time.perf_counter()
+        time.sleep(seconds)
+        self.add(what, started)
+
+    def add(self, what: str, started: float) -> None:
+        self[what] = self.get(what, 0.0) + (time.perf_counter() - started) * 1000
+
+
+TURNS = 6
+PRE_S, POST_S = 0.25, 0.15
+
+
+def agent_with_headers(proxy: Planted, name: str) -> Truth:
+    """Says what it does in its think time."""
+    truth, session = Truth(), SessionContext(name, client_id="me@here:1 agent.py")
+    with proxy.client() as client:
+        for turn in range(TURNS):
+            with session.observing():
+                truth.spend("pre", PRE_S)
+            started = time.perf_counter()
+            assert client.chat(session.get_headers(), stream=turn % 2 == 0).is_complete
+            truth.add("answers", started)
+            if turn < TURNS - 1:  # what comes after the last answer is told to nobody
+                with session.acting():
+                    truth.spend("post", POST_S)
+    return truth
+
+
+def agent_without_headers(proxy: Planted, name: str) -> Truth:
+    """Says nothing of itself."""
+    truth, messages = Truth(), [{"role": "user", "content": name}]
+    with proxy.client() as client:
+        for turn in range(TURNS):
+            if turn:
+                truth.spend("pre", PRE_S + POST_S)
+            started, words = time.perf_counter(), f"{name} did {turn}"
+            assert client.chat(stream=turn % 2 == 0, messages=messages, fake={"say": words}).is_complete
+            truth.add("answers", started)
+            messages += [{"role": "assistant", "content": words}, {"role": "user", "content": "go on"}]
+    return truth
+
+
+def test_times_are_recovered_as_they_were_planted(tmp_path: Path) -> None:
+    with Planted(tmp_path, engines=2, base_s=0.2, each_s=0.05, slots=1) as proxy, ThreadPoolExecutor(8) as pool:
+        kinds = [agent_with_headers] * 4 + [agent_without_headers] * 4
+        running = [pool.submit(kind, proxy, f"agent-{number}") for number, kind in enumerate(kinds)]
+        truths = [each.result(60) for each in running]
+        document = wait_for(
+            lambda: proxy.get("/stats") if proxy.get("/stats")["totals"]["requests"] == 8 * TURNS else None, "all turns"
+        )
+        computed_ms = sum(engine.call()["seconds"] for engine in proxy.engines) * 1000
+    check_stats(document)
+    found = list(sessions(document).values())
+    assert sorted(session["turns"] for session in found) == [TURNS] * 8
+    assert sum(session["id"].startswith("auto-") for session in found) == 4
+
+    def told(what: str) -> float:
+        return sum(session[what] or 0.0 for session in found)
+
+    def planted(what: str) -> float:
+        return sum(truth.get(what, 0.0) for truth in truths)
+
+    assert told("pre_ms") == pytest.approx(planted("pre"), rel=0.05)
+    assert told("post_ms") == pytest.approx(planted("post"), rel=0.05)
+    assert told("inference_ms") == pytest.approx(computed_ms, rel=0.05)
+    assert told("wait_ms") == pytest.approx(planted("answers") - computed_ms, rel=0.05)
+    assert told("wait_ms") > 0.3 * told("inference_ms")  # else there was nothing to recover
+    assert told("unaccounted_ms") < 0.05 * (planted("pre") + planted("post"))

@@ -41,6 +41,8 @@ events: st.SearchStrategy[TurnEvent] = st.one_of(
         session=st.none() | names,
         pre_ms=st.none() | durations,
         post_ms=st.none() | durations,
+        prints=st.binary(max_size=5).map(lambda some: some * 4),
+        follows=st.sampled_from([None, "", "k1", "k2"]),
     ),
     st.builds(TurnSent, turn=turns, at=times, backend=names, queue_ms=durations),
     st.builds(TurnAnswering, turn=turns, at=times, ttft_ms=durations),
@@ -58,6 +60,7 @@ events: st.SearchStrategy[TurnEvent] = st.one_of(
         prompt_tokens=tokens,
         completion_tokens=tokens,
         cached_tokens=tokens,
+        key=st.sampled_from([None, "k1", "k2"]),
         gaps=st.dictionaries(st.integers(min_value=-54, max_value=240).map(str), st.integers(0, 9), max_size=3),
     ),
     st.builds(SessionEnded, session=names, at=times),
@@ -119,6 +122,11 @@ def test_totals_are_exact_and_never_fall_for_any_interleaving(steps: list[TurnEv
     assert all(row["unaccounted_ms"] is None or row["unaccounted_ms"] >= 0 for row in rows)
     if not model.open:
         assert all(row["state"] in ("idle", "ended") for row in rows)
+    records, _ = tracker.take_records()
+    assert sorted(record.turn for record in records) == sorted(model.finished)
+    again = Tracker(lambda: NOW)
+    again.restore(records, tracker.totals)
+    assert again.totals == tracker.totals
 
 
 def over_the_wire(batch: EventBatch) -> list[TurnEvent]:
