@@ -3123,7 +3123,7 @@ def _replica_row(record: Mapping[str, Any], backend: Backend | None, gauge: Mapp
         "slots": record.get("slots") or (backend.slots if backend else None) or None,
         "gpu": _gpu_summary(load.get("gpus") or record.get("gpus")),
         "engine": {"name": record.get("engine"), **{name: load.get(name) for name in _ENGINE_FIGURES}},
-        "tunnel": None,
+        "tunnel": record.get("tunnel"),
     }
 
 
@@ -12015,9 +12015,10 @@ class Controller:
         keys: tuple[str, str | None],
         log_format: str = "text",
         pause_s: float = DISCOVERY_INTERVAL_S,
+        tunnels: TunnelSet | None = None,
     ) -> None:
-        """``look`` finds the replicas; ``keys`` are the clients' key and the replicas'."""
-        self._config, self._paths = config, paths
+        """``look`` finds the replicas, ``tunnels`` lead to them; ``keys`` are the clients' key and the replicas'."""
+        self._config, self._paths, self.tunnels = config, paths, tunnels
         client_key, self._replica_key = keys
         self._settings = {
             "proxy": {**dataclasses.asdict(config.proxy), "api_key": client_key},
@@ -12078,6 +12079,8 @@ class Controller:
         self.discovery.stop()
         self._books.close()
         self.relay.close()
+        if self.tunnels is not None:
+            self.tunnels.close()
 
     def _run(self) -> None:
         """The thread: never ends by an error of the relay, which is replaced, only by stop()."""
@@ -12198,7 +12201,9 @@ class Controller:
         self._heard_at = time.monotonic()
 
     def _snapshot(self) -> bytes:
-        records = [dataclasses.asdict(record) for record in self.discovery.records]
+        states = self.tunnels.states() if self.tunnels is not None else {}
+        tunnels = {replica: {"tunnel": dataclasses.asdict(state)} for replica, state in states.items()}
+        records = [{**dataclasses.asdict(r), **tunnels.get(r.replica, {})} for r in self.discovery.records]
         table = [Backend(**row) for row in self._sent_table["backends"]]
         snapshot = self._tracker.snapshot(records, table, self._config.proxy.strategy)
         document: dict[str, Any] = {**snapshot, **self._books.document()}

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -107,7 +107,7 @@ class SlurmBed:
         partitions: Sequence[str] = LOW_AND_HIGH,
         settings: str = "",
         node_prefix: Callable[[str], Sequence[str]] = lambda _: (),
-        addresses: Mapping[str, str] | None = None,
+        addresses: Callable[[str], str] | None = None,
         controller_prefix: Sequence[str] = (),
         controller_address: str = "127.0.0.1",
     ) -> None:
@@ -133,7 +133,7 @@ class SlurmBed:
         ]
         devices = ["AutoDetect=off"]
         for name, port in zip(self.nodes, ports[1:], strict=True):
-            address = (addresses or {}).get(name, "127.0.0.1")
+            address = addresses(name) if addresses else "127.0.0.1"
             shape = f"CPUs={cpus} Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=16000"
             gres = f" Gres=gpu:{gpu_type}:{gpus}" if gpus else ""
             lines.append(f"NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} {shape}{gres}")

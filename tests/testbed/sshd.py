@@ -52,11 +52,17 @@ class SshServer:
         self,
         folder: Path,
         *,
+        address: str = "127.0.0.1",
         port: int | None = None,
+        prefix: tuple[str, ...] = (),
         options: Mapping[str, str] | None = None,
         key_kinds: tuple[str, ...] = ("ed25519",),
     ) -> None:
-        """``options`` are further lines of sshd_config. The client's key is ``client_key``."""
+        """``prefix`` are words before sshd's own (to run it elsewhere), ``options`` further lines of sshd_config.
+
+        The client's key is ``client_key``.
+        """
+        self.address, self.prefix = address, prefix
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o755)
         self.folder, self.log = folder, folder / "sshd.log"
@@ -75,7 +81,7 @@ class SshServer:
         self.known_hosts = folder / "known_hosts"
         self.trust(*self.host_keys)
         self.options = {
-            "ListenAddress": f"127.0.0.1:{self.port}",
+            "ListenAddress": f"{address}:{self.port}",
             "PidFile": "none",
             "AuthorizedKeysFile": str(self.authorized),
             "StrictModes": "no",
@@ -93,13 +99,14 @@ class SshServer:
 
     def trust(self, *keys: Path) -> None:
         """Have known_hosts name these keys, and no others."""
-        lines = [f"[127.0.0.1]:{self.port} {public_key(key)}\n" for key in keys]
+        name = self.address if self.port == 22 else f"[{self.address}]:{self.port}"
+        lines = [f"{name} {public_key(key)}\n" for key in keys]
         self.known_hosts.write_text("".join(lines))
 
     def ssh(self, **changes: str | int | None) -> agent_infra.SshConfig:
         """The configuration that leads here."""
         values = {
-            "host": "127.0.0.1",
+            "host": self.address,
             "port": self.port,
             "identity_file": str(self.client_key),
             "known_hosts_file": str(self.known_hosts),
@@ -116,22 +123,23 @@ class SshServer:
         lines = [f"HostKey {key}" for key in self.host_keys]
         lines += [f"{name} {value}" for name, value in self.options.items()]
         config.write_text("\n".join(lines) + "\n")
-        with self.log.open("ab") as log:
+        with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [SSHD, "-D", "-e", "-f", str(config)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*self.prefix, SSHD, "-D", "-e", "-f", str(config)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return self
+        while "Server listening" not in self.log.read_text():
             assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.02)
-        raise AssertionError(f"sshd does not listen: {self.log.read_text()}")
+        return self
 
     def sessions(self) -> list[int]:
         """The processes of the connections that are open."""
-        return descendants(self.process.pid) if self.process else []
+        if self.process is None:
+            return []
+        started = descendants(self.process.pid)
+        return started[1:] if self.prefix else started  # nsenter's child is the listening sshd
 
     def cut_sessions(self, number: int = signal.SIGKILL) -> None:
         """End every connection, or (SIGSTOP, SIGCONT) silence them and let them speak again."""
@@ -143,7 +151,7 @@ class SshServer:
 
     def stop(self) -> None:
         if self.process is not None:
-            sessions = self.sessions()
+            sessions = descendants(self.process.pid)
             self.process.kill()
             self.process.wait(10)
             self.process = None
