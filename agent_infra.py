@@ -8891,7 +8891,7 @@ class TunnelSet:
             for replica, target in wanted.items() if not self._is_closed else ():
                 if replica not in self._tunnels:
                     kind = "direct" if target.mode == "none" else driver
-                    self._tunnels[replica] = Tunnel(target, kind, self._open, self._key, self._starts)
+                    self._tunnels[replica] = Tunnel(target, kind, self.open_link, self._key, self._starts)
             return [self._through(record) for record in records]
 
     def states(self) -> dict[str, TunnelState]:
@@ -8954,7 +8954,7 @@ class TunnelSet:
             record, port=None, telemetry_port=None, message=message, state="loading" if is_coming else record.state
         )
 
-    def _open(self, target: TunnelTarget, should_stop: Callable[[], bool]) -> Link:
+    def open_link(self, target: TunnelTarget, should_stop: Callable[[], bool]) -> Link:
         """Open the way to a replica; HostUnreachableError. Called by the tunnels' threads."""
         if target.mode == "none":
             return DirectLink(target)
