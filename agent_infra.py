@@ -8686,7 +8686,15 @@ class DirectLink:
     """No tunnel: the replica's own address."""
 
     def __init__(self, target: TunnelTarget) -> None:
-        self.host, self.ports = target.ends[0][0], tuple(port for _, port in target.ends)
+        """HostUnreachableError where the node's name is not known here; the relay asks no resolver."""
+        host, port = target.ends[0]
+        try:
+            self.host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
+        except OSError as error:
+            raise HostUnreachableError(
+                f"{host} is not known here ({error.strerror}); set cluster.ssh, or cluster.tunnel"
+            ) from error
+        self.ports = tuple(port for _, port in target.ends)
 
     def broke(self) -> str | None:
         return None
@@ -12034,6 +12042,8 @@ class Controller:
         self.expected: frozenset[str] = frozenset()  # models about to be started; replaced as a whole
         self._drained: frozenset[str] = frozenset()
         self._known: dict[str, tuple[str | None, str]] = {}  # replica → its job and process
+        self._looked: Sequence[ReplicaRecord] | None = None  # discovery's records that the relay was told of
+        self._records: Sequence[ReplicaRecord] = ()  # the same, with this side's ends of the tunnels
         self._seen: tuple[Any, ...] = (None, None, None)  # what _sent_table was made of
         self._sent_table: Any = None
         self._told: dict[str, str] = {}  # replica → what the log said of it last
@@ -12063,7 +12073,7 @@ class Controller:
         """Look at the replicas now, and return once the relay was told what is to be seen."""
         self.discovery.look()
         deadline = time.monotonic() + deadline_s
-        while self._seen[0] is not self.discovery.records and self.is_running and time.monotonic() < deadline:
+        while self._looked is not self.discovery.records and self.is_running and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def stop(self, grace_s: float = DRAIN_S) -> None:
@@ -12103,10 +12113,12 @@ class Controller:
 
     def _exchange(self, timeout: float) -> None:
         """Send the table if it changed, take in what the relay says."""
-        records = self.discovery.records
-        if records is not self._seen[0]:
+        looked = self.discovery.records
+        records = self.tunnels.follow(looked) if self.tunnels is not None else looked
+        if self._looked is not looked or records != self._records:
+            self._records = records
             self._forget_drained(records)
-        seen = (records, self._drained, self.expected)
+        seen = (self._records, self._drained, self.expected)
         if self._sent_table is None or any(new is not old for new, old in zip(seen, self._seen, strict=True)):
             models = [model.name for model in self._config.models]
             table = replica_table(models, seen[0], self._replica_key, *seen[1:])
@@ -12116,6 +12128,7 @@ class Controller:
                 self._note_changes(seen[0])
                 self._sent_table = table
             self._seen = seen
+        self._looked = looked
         for kind, payload in self.relay.receive(timeout):
             self._heard_at = time.monotonic()
             try:
@@ -12159,7 +12172,7 @@ class Controller:
         elif kind == FRAME_GAUGES:
             gauges = json.loads(payload)
             self._tracker.sample(gauges)
-            self._books.sample(self.discovery.records, gauges)
+            self._books.sample(self._records, gauges)
         elif kind == FRAME_REQUEST:
             self._do(json.loads(payload))
 
@@ -12203,7 +12216,7 @@ class Controller:
     def _snapshot(self) -> bytes:
         states = self.tunnels.states() if self.tunnels is not None else {}
         tunnels = {replica: {"tunnel": dataclasses.asdict(state)} for replica, state in states.items()}
-        records = [{**dataclasses.asdict(r), **tunnels.get(r.replica, {})} for r in self.discovery.records]
+        records = [{**dataclasses.asdict(r), **tunnels.get(r.replica, {})} for r in self._records]
         table = [Backend(**row) for row in self._sent_table["backends"]]
         snapshot = self._tracker.snapshot(records, table, self._config.proxy.strategy)
         document: dict[str, Any] = {**snapshot, **self._books.document()}
@@ -12358,39 +12371,38 @@ def summarize(
 
 
 def make_cluster(
-    config: ClusterConfig, paths: DeploymentPaths, environment: Mapping[str, str], report: Callable[[str], None]
+    config: ClusterConfig,
+    paths: DeploymentPaths,
+    login: LoginHost | None,
+    environment: Mapping[str, str],
+    report: Callable[[str], None],
 ) -> Cluster:
-    """The cluster that a configuration names."""
+    """The cluster that a configuration names; ``login`` is the host that it is used from, None where that is here."""
     if config.type == "local":
         return LocalCluster(paths, serve_command(), environment, report)
-    if config.ssh is not None:
-        raise RefusedError("cluster.ssh: this version submits jobs on the login host itself alone; run it there")
-    return SlurmCluster(config, paths, LocalCommands(environment), environment, report)
-
-
-def resolve_hosts(records: Sequence[ReplicaRecord]) -> list[ReplicaRecord]:
-    """The records with addresses for host names: the relay asks no resolver. What is unknown here has no port."""
-    resolved = []
-    for record in records:
-        if record.port is not None:
-            try:
-                address = socket.getaddrinfo(record.host, record.port, type=socket.SOCK_STREAM)[0][4][0]
-                record = dataclasses.replace(record, host=str(address))
-            except OSError as error:
-                message = f"{record.host} is not known here ({error.strerror}); set cluster.ssh, or cluster.tunnel"
-                record = dataclasses.replace(record, port=None, telemetry_port=None, message=message)
-        resolved.append(record)
-    return resolved
+    return SlurmCluster(config, paths, login or LocalCommands(environment), environment, report)
 
 
 class Deployment:
     """A deployment from the operator's side: start its replicas, connect a proxy to them, show it, stop it."""
 
-    def __init__(self, config: Config, report: Callable[[str], None], environment: Mapping[str, str]) -> None:
-        """``report`` takes lines for the operator. Raises RefusedError when the state directory cannot be written."""
+    def __init__(
+        self,
+        config: Config,
+        report: Callable[[str], None],
+        environment: Mapping[str, str],
+        ask: Callable[[str], str] | None = None,
+    ) -> None:
+        """``report`` takes lines for the operator, ``ask`` asks for a secret (None: nobody is there to be asked).
+
+        Raises RefusedError when the state directory cannot be written.
+        """
         self.config, self.report, self.environment = config, report, environment
         self.paths = deployment_paths(config.cluster.name, environment)
-        self.cluster = make_cluster(config.cluster, self.paths, environment, report)
+        self.login: LoginHost | None = None
+        if config.cluster.ssh is not None:
+            self.login = LoginHost(config.cluster, environment, str(self.paths.root), ask)
+        self.cluster = make_cluster(config.cluster, self.paths, self.login, environment, report)
         self._lock = DeploymentLock(self.paths)
         self.controller: Controller | None = None
 
@@ -12469,6 +12481,8 @@ class Deployment:
     def claim(self, verb: str) -> None:
         """Become the deployment's controller; RefusedError when another process is."""
         self._lock.acquire(verb)
+        if self.login is not None:
+            self.login.lead()
 
     def connect(self, log_format: str = "text", expected: Sequence[ModelConfig] = ()) -> Controller:
         """Start the controller and its relay; needs claim(). RefusedError when the port is taken.
@@ -12478,8 +12492,18 @@ class Deployment:
         keys = (client_key(self.config, self.paths), self.cluster.replica_key())
         with contextlib.suppress(OSError):  # on a full disk it serves all the same
             self.keep_config()
-        look, pause_s = lambda: resolve_hosts(self.cluster.replicas()), self.cluster.poll_s
-        controller = Controller(self.config, self.paths, look, keys=keys, log_format=log_format, pause_s=pause_s)
+        tunnels = None
+        if self.config.cluster.type != "local":
+            tunnels = TunnelSet(self.config.cluster, self.login, keys[1])
+        controller = Controller(
+            self.config,
+            self.paths,
+            self.cluster.replicas,
+            keys=keys,
+            log_format=log_format,
+            pause_s=self.cluster.poll_s,
+            tunnels=tunnels,
+        )
         controller.expected = frozenset(model.name for model in expected)
         self.controller = controller
         controller.start()
@@ -13296,7 +13320,14 @@ def _deployment(arguments: argparse.Namespace) -> Deployment:
     config = load_config(arguments.config)
     if getattr(arguments, "port", None) is not None:
         config = dataclasses.replace(config, proxy=dataclasses.replace(config.proxy, port=arguments.port))
-    return Deployment(config, _say, os.environ)
+    return Deployment(config, _say, os.environ, _asker())
+
+
+def _asker() -> Callable[[str], str] | None:
+    """Asks the operator for a secret; None where nobody sits at a terminal."""
+    import getpass
+
+    return getpass.getpass if sys.stdin.isatty() else None
 
 
 def _run_start(arguments: argparse.Namespace) -> int:
@@ -13327,6 +13358,8 @@ def _greet(controller: Controller, deployment: Deployment) -> None:
     """What the operator needs in order to point an agent at the proxy."""
     _say(f"proxy  {controller.url}  ({deployment.config.proxy.strategy})")
     _say(f"stats  {controller.url}/stats")
+    for line in controller.tunnels.describe() if controller.tunnels is not None else ():
+        _say(line)
     _say(f"export OPENAI_BASE_URL={controller.url}/v1")
     if deployment.config.proxy.api_key is None:
         _say(f'export OPENAI_API_KEY="$(cat {shlex.quote(str(deployment.paths.client_key))})"')
@@ -13660,7 +13693,7 @@ def _deployment_to_stop(arguments: argparse.Namespace) -> Deployment:
         known = ", ".join(deployment_names(os.environ)) or "none"
         raise RefusedError(f"no deployment is called {arguments.name}; there are: {known}")
     kept = kept_config(deployment_paths(config.cluster.name, os.environ))
-    return Deployment(kept or config, _say, os.environ)
+    return Deployment(kept or config, _say, os.environ, _asker())
 
 
 def _run_export(arguments: argparse.Namespace) -> int:
