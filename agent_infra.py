@@ -8907,6 +8907,10 @@ class TunnelSet:
         with self._lock:
             return {replica: tunnel.state for replica, tunnel in self._tunnels.items() if tunnel.target.mode != "none"}
 
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """The states as /stats shows them."""
+        return {replica: dataclasses.asdict(state) for replica, state in self.states().items()}
+
     def describe(self) -> list[str]:
         """Lines for the operator: what modes are in use and why, and with which driver."""
         with self._lock:
@@ -12011,6 +12015,12 @@ class Bookkeeper:
             self._history.close()
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a log; a full disk does not stop the service."""
+    with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as log:
+        log.write(line + "\n")
+
+
 class Controller:
     """The control plane of one deployment: keeps relay, replica table and tracker in step, in one thread of its own."""
 
@@ -12156,13 +12166,12 @@ class Controller:
         self._told = told
 
     def _log(self, message: str) -> None:
-        """A line in the proxy's log; a full disk does not stop the service."""
+        """A line in the proxy's log."""
         at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         line = f"{at} info controller: {message}"
         if self._settings["log_format"] == "json":
             line = json.dumps({"at": at, "level": "info", "role": "controller", "message": message})
-        with contextlib.suppress(OSError), open(self._paths.log("proxy"), "a", encoding="utf-8") as log:
-            log.write(line + "\n")
+        append_line(self._paths.log("proxy"), line)
 
     def _take(self, kind: bytes, payload: bytes) -> None:
         """One frame of the relay."""
@@ -12214,9 +12223,8 @@ class Controller:
         self._heard_at = time.monotonic()
 
     def _snapshot(self) -> bytes:
-        states = self.tunnels.states() if self.tunnels is not None else {}
-        tunnels = {replica: {"tunnel": dataclasses.asdict(state)} for replica, state in states.items()}
-        records = [{**dataclasses.asdict(r), **tunnels.get(r.replica, {})} for r in self._records]
+        tunnels = self.tunnels.rows() if self.tunnels is not None else {}
+        records = [{**dataclasses.asdict(record), "tunnel": tunnels.get(record.replica)} for record in self._records]
         table = [Backend(**row) for row in self._sent_table["backends"]]
         snapshot = self._tracker.snapshot(records, table, self._config.proxy.strategy)
         document: dict[str, Any] = {**snapshot, **self._books.document()}
@@ -12381,6 +12389,30 @@ def make_cluster(
     if config.type == "local":
         return LocalCluster(paths, serve_command(), environment, report)
     return SlurmCluster(config, paths, login or LocalCommands(environment), environment, report)
+
+
+def end_controller(paths: DeploymentPaths, now: bool) -> list[str]:
+    """End the process that holds the deployment's lock, by its own orderly way; by force when that fails."""
+    holder = lock_holder(paths.lock)
+    if holder is None:
+        return []
+    if holder["verb"] == LIBRARY_HOLDER:
+        raise AgentInfraError(
+            f"the deployment is run by a program that imported agent_infra (pid {holder['pid']}); "
+            "let that program call stop(), or end it, then stop again"
+        )
+    stamp = process_stamp(holder["pid"]) if holder["pid"] else None
+    if stamp is None:
+        raise AgentInfraError(f"{paths.lock} is locked by a process on another machine; stop it there")
+    os.kill(holder["pid"], signal.SIGTERM)
+    deadline = time.monotonic() + (10.0 if now else 2 * DRAIN_S + 10.0)
+    while process_stamp(holder["pid"]) == stamp and time.monotonic() < deadline:
+        time.sleep(0.05)
+        if now:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(holder["pid"], signal.SIGTERM)
+    end_process(holder["pid"], stamp, 0.0)
+    return [f"`{holder['verb']}` (pid {holder['pid']})"]
 
 
 class Deployment:
@@ -12561,7 +12593,7 @@ class Deployment:
         Raises AgentInfraError when something still runs at the end.
         """
         records = [r for r in self.cluster.replicas() if r.state in LIVE_STATES]
-        ended = [] if self._lock.is_held else self._end_controller(now)
+        ended = [] if self._lock.is_held else end_controller(self.paths, now)
         if self.controller is not None:
             ended.append("proxy")
         self.disconnect(0.0 if now else DRAIN_S)
@@ -12582,29 +12614,6 @@ class Deployment:
         for leftover in (self.paths.wanted, self.paths.config):
             leftover.unlink(missing_ok=True)
         return ended + [record.replica + (f" (job {record.job_id})" if record.job_id else "") for record in records]
-
-    def _end_controller(self, now: bool) -> list[str]:
-        """End the process that holds the deployment's lock, by its own orderly way; by force when that fails."""
-        holder = lock_holder(self.paths.lock)
-        if holder is None:
-            return []
-        if holder["verb"] == LIBRARY_HOLDER:
-            raise AgentInfraError(
-                f"the deployment is run by a program that imported agent_infra (pid {holder['pid']}); "
-                "let that program call stop(), or end it, then stop again"
-            )
-        stamp = process_stamp(holder["pid"]) if holder["pid"] else None
-        if stamp is None:
-            raise AgentInfraError(f"{self.paths.lock} is locked by a process on another machine; stop it there")
-        os.kill(holder["pid"], signal.SIGTERM)
-        deadline = time.monotonic() + (10.0 if now else 2 * DRAIN_S + 10.0)
-        while process_stamp(holder["pid"]) == stamp and time.monotonic() < deadline:
-            time.sleep(0.05)
-            if now:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(holder["pid"], signal.SIGTERM)
-        end_process(holder["pid"], stamp, 0.0)
-        return [f"`{holder['verb']}` (pid {holder['pid']})"]
 
 
 class Scaling:
