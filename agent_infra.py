@@ -2912,14 +2912,15 @@ class RelayReport:
         told = {name: _as_mapping(gauge.get("load")) for name, gauge in self.backends.items()}
         return {name: tokens for name, load in told.items() if _is_figure(tokens := load.get("kv_capacity_tokens"))}
 
-    def queue(self) -> dict[str, Any]:
-        """``queue`` of /stats."""
+    def queue(self, turns: Mapping[str, OpenTurn]) -> dict[str, Any]:
+        """``queue`` of /stats; ``turns`` know the sessions that their clients did not name."""
         queue = _as_mapping(self.gauges.get("queue"))
         waiting = queue.get("waiting")
-        return {
-            **{name: queue.get(name) for name in ("pending", "in_flight", "oldest_ms")},
-            "waiting": waiting[:LISTED_WAITING] if isinstance(waiting, list) else [],
-        }
+        rows = [row for row in waiting[:LISTED_WAITING] if isinstance(row, dict)] if isinstance(waiting, list) else []
+        for row in rows:
+            turn = turns.get(str(row.get("turn")))
+            row["session"] = turn.session.id if turn is not None and turn.session is not None else row.get("session")
+        return {**{name: queue.get(name) for name in ("pending", "in_flight", "oldest_ms")}, "waiting": rows}
 
     def document(self) -> dict[str, Any]:
         """``relay`` of /stats."""
@@ -3366,7 +3367,7 @@ class Tracker:
             throughput={**rates, "history": list(self.timeline.points)},
             models=_model_rows(rows),
             backends=rows,
-            queue=self._relay.queue(),
+            queue=self._relay.queue(self._turns.open),
             sessions={
                 "live": len(self._sessions),
                 "active": self._sessions.count_active(now),
@@ -3436,7 +3437,7 @@ class Tracker:
         self._log.add(record)
 
     def _history_point(self, now: float) -> dict[str, Any]:
-        queue = self._relay.queue()
+        queue = self._relay.queue({})
         return {
             "at": now,
             **self._throughput.rates(now, self._totals["completed"], self._totals["tokens_out"]),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 import urllib.parse
 import urllib.request
@@ -120,6 +122,22 @@ def test_samples_of_one_prompt_are_not_taken_for_one_session(app: Program, engin
     for _ in range(2):
         app.chat(model="m", messages=[*said, {"role": "user", "content": "So?"}], fake={"say": "other"})
     assert sorted(session["turns"] for session in sessions(wait_turns(app, 5)).values()) == [1] * 5
+
+
+def test_an_agent_without_headers_is_the_same_session_after_a_kill_of_all(app: Program, engine: FakeEngine) -> None:
+    bring_up(app, engine)
+    said = [{"role": "user", "content": "Begin."}]
+    app.chat(model="m", messages=said, fake={"say": "begun"})
+    [before] = sessions(wait_turns(app, 1))
+    wait_for(lambda: app.get("/stats")["history"]["turns"] == 1, "the turn in the history")
+    pids = [pid for pid, _ in app.processes()]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not app.processes(), "the end of all")
+    bring_up(app, engine)
+    said += [{"role": "assistant", "content": "begun"}, {"role": "user", "content": "Go on."}]
+    app.chat(model="m", messages=said, fake={"say": "gone on"})
+    assert [(name, session["turns"]) for name, session in sessions(wait_turns(app, 2)).items()] == [(before, 2)]
 
 
 # --- where the time went

@@ -283,6 +283,13 @@ def test_sessions_are_found_after_a_restart(agents: Agents) -> None:
     assert agents.take_turn([*START, says("a"), user("go on")], says("b")) == first
 
 
+def test_the_queue_names_the_sessions_that_were_found(agents: Agents) -> None:
+    turn = agents.ask(START)
+    waiting = [{"turn": turn.turn, "session": None, "model": "m", "waited_ms": 3}]
+    agents.tracker.sample({"queue": {"pending": 1, "in_flight": 0, "oldest_ms": 3, "waiting": waiting}})
+    assert agents.tracker.snapshot([], [], "")["queue"]["waiting"] == [{**waiting[0], "session": "auto-t1"}]
+
+
 def test_what_is_remembered_of_answers_is_bounded(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_infra, "MAX_CONVERSATIONS", 3)
     found = [agents.take_turn(START, says(str(number))) for number in range(5)]
