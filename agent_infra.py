@@ -3555,14 +3555,18 @@ class ReplicaUse(NamedTuple):
     state: str
 
 
-def replica_use(record: ReplicaView, in_flight: Any) -> ReplicaUse | None:
-    """What a replica holds now; None for one that has ended. Without a word on its turns it is idle."""
+def replica_use(record: ReplicaView, in_flight: Any, asked_gpus: int = 0) -> ReplicaUse | None:
+    """What a replica holds now; None for one that has ended. Without a word on its turns it is idle.
+
+    ``asked_gpus`` are those that its job asked for, which a record tells only once it runs, and of one node alone.
+    """
     phase = {"pending": "pending", "starting": "loading", "loading": "loading"}.get(record.state)
     if phase is None and record.state not in ("ready", "draining"):
         return None
     phase = phase or ("ready_busy" if is_count(in_flight) and in_flight > 0 else "ready_idle")
     gpu_type = str(record.gpus[0].name) if record.gpus else ""
-    return ReplicaUse(record.replica, record.model, gpu_type, max(len(record.gpus), len(record.gpu_ids)), phase)
+    gpus = max(len(record.gpus), len(record.gpu_ids), asked_gpus)
+    return ReplicaUse(record.replica, record.model, gpu_type, gpus, phase)
 
 
 class ReplicaTime:
@@ -11940,6 +11944,11 @@ class Bookkeeper:
         path = history_path(config.proxy.history, paths.history)
         self._history = History(path, log, time.time) if path is not None else None
         self._replica_time = ReplicaTime(time.time, time.monotonic)
+        self._asked_gpus = {
+            model.name: model.tensor_parallel_size * model.pipeline_parallel_size
+            for model in config.models
+            if config.cluster.type == "slurm" and ENGINES[model.engine].uses_gpus
+        }
         self._figures_due = 0.0
         self._told_totals = dict(tracker.totals)
         self._verdicts_due = 0.0
@@ -11988,8 +11997,15 @@ class Bookkeeper:
 
     def sample(self, records: Iterable[ReplicaRecord], gauges: Mapping[str, Any]) -> None:
         """The replicas as they are now, once a second; ``gauges`` as Tracker.sample takes them."""
-        backends = gauges.get("backends", {})
-        uses = [replica_use(record, backends.get(record.replica, {}).get("in_flight")) for record in records]
+        backends = _as_mapping(gauges.get("backends"))
+        uses = [
+            replica_use(
+                record,
+                _as_mapping(backends.get(record.replica)).get("in_flight"),
+                self._asked_gpus.get(record.model, 0),
+            )
+            for record in records
+        ]
         self._replica_time.sample([use for use in uses if use is not None])
         if time.monotonic() >= self._figures_due:
             self._figures_due = time.monotonic() + FIGURES_WRITE_S

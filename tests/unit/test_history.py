@@ -570,6 +570,13 @@ def test_a_replica_on_the_cpu_holds_no_gpu() -> None:
     assert use == ReplicaUse("m-1", "m", "", 0, "ready_busy")
 
 
+def test_a_job_that_waits_or_spans_nodes_counts_the_gpus_that_it_asked_for() -> None:
+    waiting = replica_use(ReplicaRecord("m-1", "m", "pending", "vllm", "", 0, ""), None, asked_gpus=8)
+    spanning = replica_use(ReplicaRecord("m-1", "m", "ready", "vllm", "node", 1, "", gpus=(GPU,) * 4), 1, asked_gpus=8)
+    assert waiting == ReplicaUse("m-1", "m", "", 8, "pending")
+    assert spanning == ReplicaUse("m-1", "m", "NVIDIA H100", 8, "ready_busy")
+
+
 class Clock:
     def __init__(self) -> None:
         self.now = NOW
