@@ -3491,6 +3491,7 @@ _MIGRATIONS = (
     """,
     "ALTER TABLE turns ADD COLUMN key TEXT",
     "CREATE TABLE points (at REAL PRIMARY KEY, figures TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE ended (session TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID",
 )
 TURN_COLUMNS = tuple(item.name for item in dataclasses.fields(TurnRecord))
 _TRUTHS = tuple(TURN_COLUMNS.index(name) for name in ("stream", "tokens_estimated"))  # columns that SQLite has as 0, 1
@@ -3650,6 +3651,7 @@ class HistoryBatch:
     replica_time: dict[tuple[ReplicaUse, int], float] = field(default_factory=dict)  # (use, step) → seconds to be added
     verdicts: list[tuple[Any, ...]] = field(default_factory=list)  # rows of VERDICT_COLUMNS
     points: list[dict[str, Any]] = field(default_factory=list)  # of throughput.history in /stats; the latest are kept
+    ended: dict[str, float] = field(default_factory=dict)  # session → when its agent said that it is over
     text_bytes: int = 0  # of the turns, about
 
     def add(self, later: HistoryBatch) -> int:
@@ -3663,6 +3665,7 @@ class HistoryBatch:
             self.replica_time[key] = self.replica_time.get(key, 0.0) + seconds
         self.verdicts = (self.verdicts + later.verdicts)[-MAX_VERDICTS:]
         self.points = (self.points + later.points)[-HISTORY_POINTS:]
+        self.ended.update(later.ended)
         dropped = 0
         while self.text_bytes > HISTORY_BACKLOG_BYTES:
             oldest = self.turns.popleft()
@@ -3672,7 +3675,7 @@ class HistoryBatch:
         return dropped
 
     def __bool__(self) -> bool:
-        details = self.posts or self.replica_time or self.verdicts or self.points
+        details = self.posts or self.replica_time or self.verdicts or self.points or self.ended
         return bool(self.turns or details or any(self.totals.values()))
 
 
@@ -3793,6 +3796,7 @@ class HistoryFile:
             self._connection.executemany(_INSERT_VERDICT, batch.verdicts)
             points = [(point["at"], json.dumps(point)) for point in batch.points]
             self._connection.executemany("INSERT OR REPLACE INTO points VALUES (?, ?)", points)
+            self._connection.executemany("INSERT OR REPLACE INTO ended VALUES (?, ?)", list(batch.ended.items()))
         return added
 
     def trim(self, max_bytes: int, turns: int) -> int:
@@ -3810,6 +3814,7 @@ class HistoryFile:
             self._connection.execute("DELETE FROM verdicts WHERE id <= ?", (oldest,))
             latest = "SELECT at FROM points ORDER BY at DESC LIMIT ?"
             self._connection.execute(f"DELETE FROM points WHERE at NOT IN ({latest})", (HISTORY_POINTS,))
+            self._connection.execute("DELETE FROM ended WHERE at < ?", (now - RESTORED_S,))
             self._sum_up_days(int((now - REPLICA_TIME_FINE_S) // 86400) * 86400)
 
     def _sum_up_days(self, before: int) -> None:
@@ -3855,6 +3860,10 @@ class HistoryFile:
         rows = self.query("SELECT figures FROM points ORDER BY at DESC LIMIT ?", HISTORY_POINTS)
         return [json.loads(figures) for (figures,) in reversed(rows)]
 
+    def ended_sessions(self) -> dict[str, float]:
+        """Session → when its agent said that it is over, of the last RESTORED_S and perhaps longer."""
+        return dict(self.query("SELECT session, at FROM ended ORDER BY at"))
+
     def count_turns(self) -> int:
         return int(self._value("SELECT count(*) FROM turns"))
 
@@ -3882,7 +3891,7 @@ class HistoryFile:
                 for column in _TRUTHS:
                     row[column] = None if row[column] is None else bool(row[column])
                 after = number
-                yield TurnRecord(**dict(zip(TURN_COLUMNS, row, strict=True)))
+                yield TurnRecord(*row)
 
 
 class History:
@@ -3894,12 +3903,13 @@ class History:
     def __init__(
         self,
         path: Path,
-        log: Callable[[str], None],
+        log: Callable[[str, str], None],
         clock: Callable[[], float],
         *,
         interval_s: float = HISTORY_INTERVAL_S,
         max_bytes: int = HISTORY_BYTES,
     ) -> None:
+        """``log`` takes a message and its level."""
         self.path = path
         self._log, self._clock = log, clock
         self._interval_s, self._max_bytes = interval_s, max_bytes
@@ -3939,7 +3949,7 @@ class History:
             self._thread.join(timeout=HISTORY_CLOSE_S)
         left = len(self._pending.turns) + self._lost
         if left:
-            self._log(f"the history lacks {left} turns: {self._problem or 'the disk is too slow'}")
+            self._log(f"the history lacks {left} turns: {self._problem or 'the disk is too slow'}", "warning")
 
     def _run(self) -> None:
         """The thread. No error ends it: what fails is tried again."""
@@ -3984,7 +3994,8 @@ class History:
         if self._problem is not None:
             with self._lock:
                 lost, self._lost = self._lost, 0
-            self._log(f"the history {self.path} is written again" + (f"; {lost} turns are lost to it" if lost else ""))
+            consequence = f"; {lost} turns are lost to it" if lost else ""
+            self._log(f"the history {self.path} is written again{consequence}", "info")
         self._problem = None
 
     def _fail(self, error: Exception, consequence: str = "") -> None:
@@ -3998,7 +4009,7 @@ class History:
             with contextlib.suppress(OSError):
                 problem += f"; it is put aside as {put_aside(self.path, self._clock())}, a new one is begun"
         if problem != self._problem:
-            self._log(f"warning: history: {consequence}{problem}")
+            self._log(f"history: {consequence}{problem}", "warning")
         self._problem = problem
 
 
@@ -4072,7 +4083,7 @@ def export_turns(turns: Iterable[TurnRecord], form: str, out: IO[str]) -> None:
     for turn in turns:
         row = turn.row()
         if form == "csv":
-            writer.writerow([csv_cell(row[name]) for name in TURN_COLUMNS])
+            writer.writerow(map(csv_cell, row.values()))
         else:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -11936,10 +11947,21 @@ def describe_replica(record: ReplicaRecord) -> str:
     return words
 
 
+def _without_resumed(ended: dict[str, float], turns: Iterable[TurnRecord]) -> Iterator[TurnRecord]:
+    """The turns; on the way the sessions that went on after their end are taken out of ``ended``."""
+    for record in turns:
+        if record.session is not None and record.finished_at > ended.get(record.session, math.inf):
+            del ended[record.session]
+        yield record
+
+
 class Bookkeeper:
     """What is kept of the tracker's turns and of the replicas' time beyond the controller's life, and given back."""
 
-    def __init__(self, config: Config, paths: DeploymentPaths, tracker: Tracker, log: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, paths: DeploymentPaths, tracker: Tracker, log: Callable[[str, str], None]
+    ) -> None:
+        """``log`` takes a message and its level."""
         self._tracker = tracker
         path = history_path(config.proxy.history, paths.history)
         self._history = History(path, log, time.time) if path is not None else None
@@ -11963,8 +11985,11 @@ class Bookkeeper:
     def _restore(self, file: HistoryFile) -> None:
         self._replica_time.restore(file.replica_seconds(), file.since())
         try:
+            ended = file.ended_sessions()
             turns = file.latest_turns(RESTORED_TURNS, time.time() - RESTORED_S)
-            self._tracker.restore(turns, file.totals())
+            self._tracker.restore(_without_resumed(ended, turns), file.totals())
+            for session, at in ended.items():
+                self._tracker.observe(SessionEnded(session, at))
             self._tracker.timeline.restore(file.points())
         finally:  # also where it broke off: what was restored must not be added again
             self._told_totals = dict(self._tracker.totals)
@@ -11983,6 +12008,11 @@ class Bookkeeper:
         for post_ms in posts.values():
             self._metrics.add_post(post_ms)
         return turns
+
+    def note_end(self, event: SessionEnded) -> None:
+        """An agent said that its session is over."""
+        if self._history is not None:
+            self._history.add(HistoryBatch(ended={event.session: event.at}))
 
     def note_analysis(self, entries: Sequence[Mapping[str, Any]], now: float) -> None:
         """Keep the verdicts of /stats's ``analysis``, once a minute."""
@@ -12038,6 +12068,32 @@ def append_line(path: Path, line: str) -> None:
         log.write(line + "\n")
 
 
+class ControllerLog:
+    """The controller's lines in the proxy's log, which it shares with the relay."""
+
+    def __init__(self, path: Path, form: str) -> None:
+        """``form`` is text or json."""
+        self._path, self._form = path, form
+        self._told: dict[str, str] = {}  # replica → what was said of it last
+
+    def say(self, message: str, level: str = "info") -> None:
+        at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        line = f"{at} {level} controller: {message}"
+        if self._form == "json":
+            line = json.dumps({"at": at, "level": level, "role": "controller", "message": message})
+        append_line(self._path, line)
+
+    def note_changes(self, records: Sequence[ReplicaRecord]) -> None:
+        """Say which replicas changed, and to what."""
+        told = {record.replica: describe_replica(record) for record in records}
+        for replica, words in told.items():
+            if self._told.get(replica) != words:
+                self.say(f"{replica} is {words}")
+        for replica in self._told.keys() - told.keys():
+            self.say(f"{replica} is gone")
+        self._told = told
+
+
 class Controller:
     """The control plane of one deployment: keeps relay, replica table and tracker in step, in one thread of its own."""
 
@@ -12064,6 +12120,8 @@ class Controller:
         self.discovery = Discovery(look, max(pause_s, DISCOVERY_INTERVAL_S))
         self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
         self._tracker = Tracker(time.time)
+        self._journal = ControllerLog(paths.log("proxy"), log_format)
+        self._log = self._journal.say
         self._books = Bookkeeper(config, paths, self._tracker, self._log)
         self._document: Mapping[str, Any] = {}  # of /stats, the latest
         self.expected: frozenset[str] = frozenset()  # models about to be started; replaced as a whole
@@ -12073,7 +12131,6 @@ class Controller:
         self._records: Sequence[ReplicaRecord] = ()  # the same, with this side's ends of the tunnels
         self._seen: tuple[Any, ...] = (None, None, None)  # what _sent_table was made of
         self._sent_table: Any = None
-        self._told: dict[str, str] = {}  # replica → what the log said of it last
         self._stop = threading.Event()
         self._ending = threading.Event()  # set by the thread that drains: a relay that ends now is meant to
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
@@ -12152,7 +12209,7 @@ class Controller:
             if table != self._sent_table:
                 first = {"settings": self._settings} if self._sent_table is None else {}
                 self.relay.send(FRAME_TABLE, json.dumps({**first, **table}).encode())
-                self._note_changes(seen[0])
+                self._journal.note_changes(seen[0])
                 self._sent_table = table
             self._seen = seen
         self._looked = looked
@@ -12172,29 +12229,13 @@ class Controller:
         self._drained = frozenset(name for name in self._drained & known.keys() if known[name] == self._known.get(name))
         self._known = known
 
-    def _note_changes(self, records: Sequence[ReplicaRecord]) -> None:
-        """Say in the log which replicas changed, and to what."""
-        told = {record.replica: describe_replica(record) for record in records}
-        for replica, words in told.items():
-            if self._told.get(replica) != words:
-                self._log(f"{replica} is {words}")
-        for replica in self._told.keys() - told.keys():
-            self._log(f"{replica} is gone")
-        self._told = told
-
-    def _log(self, message: str) -> None:
-        """A line in the proxy's log."""
-        at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        line = f"{at} info controller: {message}"
-        if self._settings["log_format"] == "json":
-            line = json.dumps({"at": at, "level": "info", "role": "controller", "message": message})
-        append_line(self._paths.log("proxy"), line)
-
     def _take(self, kind: bytes, payload: bytes) -> None:
         """One frame of the relay."""
         if kind == FRAME_EVENTS:
             for event in decode_events(payload):
                 self._tracker.observe(event)
+                if isinstance(event, SessionEnded):
+                    self._books.note_end(event)
         elif kind == FRAME_GAUGES:
             gauges = json.loads(payload)
             self._tracker.sample(gauges)

@@ -97,7 +97,10 @@ class Writer:
 
     def __init__(self, path: Path, **options: Any) -> None:
         self.said: list[str] = []
-        self.history = History(path, self.said.append, lambda: NOW, interval_s=0.02, **options)
+        self.history = History(path, self.log, lambda: NOW, interval_s=0.02, **options)
+
+    def log(self, message: str, level: str) -> None:
+        self.said.append(f"{level}: {message}")
 
     def __enter__(self) -> Writer:
         self.history.open(lambda _: None)
@@ -362,6 +365,29 @@ def test_the_setting_names_a_file_or_turns_it_off(path: Path) -> None:
     assert history_path("~/h.db", path) == Path.home() / "h.db"
 
 
+def test_a_session_that_was_over_stays_so_and_one_that_was_taken_up_again_lives(tmp_path: Path) -> None:
+    paths, config = agent_infra.DeploymentPaths(tmp_path), agent_infra.DEFAULT_CONFIG
+    now = time.time() - 5
+    said: list[str] = []
+    for number in range(2):
+        tracker = agent_infra.Tracker(time.time)
+        books = agent_infra.Bookkeeper(config, paths, tracker, lambda message, _: said.append(message))
+        books.open()
+        if number == 0:
+            for session in ("over", "resumed"):
+                for at in (now, now + 2) if session == "resumed" else (now,):
+                    started = agent_infra.TurnStarted(f"{session}{at}", at, "m", "/v1/x", session)
+                    tracker.observe(agent_infra.TurnFinished(started.turn, at, "completed", 200, started=started))
+                books.note_end(agent_infra.SessionEnded(session, now + 1))
+        else:
+            snapshot = tracker.snapshot([], [], "least_load")
+            states = {row["id"]: row["state"] for client in snapshot["clients"] for row in client["sessions"]}
+            assert states == {"over": "ended", "resumed": "idle"}
+            assert snapshot["totals"]["requests"] == 3
+        books.close()
+    assert said == []
+
+
 # --- The writer -------------------------------------------------------------------------------------------------------
 
 
@@ -379,7 +405,7 @@ def test_what_was_written_is_given_to_the_next_one(path: Path) -> None:
     with Writer(path) as writer:
         writer.add(record(1), record(2))
     found: list[TurnRecord] = []
-    following = History(path, writer.said.append, lambda: NOW)
+    following = History(path, writer.log, lambda: NOW)
     following.open(lambda file: found.extend(file.latest_turns(10, 0.0)))
     assert found == [record(1), record(2)]
     assert following.document() == {"path": str(path), "state": "on", "reason": None, "turns": 2}
@@ -400,7 +426,7 @@ def test_a_locked_file_holds_nobody_up_and_is_written_later(path: Path, monkeypa
         holder.execute("ROLLBACK")
         holder.close()
         writer.wait_state("on", turns=3)
-    assert [line.partition(": ")[0] for line in writer.said] == ["warning", f"the history {path} is written again"]
+    assert [line.partition(": ")[0] for line in writer.said] == ["warning", "info"]
     with history_file(path) as file:
         assert file.totals() == {"requests": 2}
 
@@ -430,7 +456,7 @@ def test_a_backlog_is_bounded_and_what_is_lost_is_told(path: Path, monkeypatch: 
         holder.execute("ROLLBACK")
         holder.close()
         writer.wait_state("on", turns=51)
-    assert writer.said[-1] == f"the history {path} is written again; 30 turns are lost to it"
+    assert writer.said[-1] == f"info: the history {path} is written again; 30 turns are lost to it"
     with history_file(path) as file:
         assert [turn.turn for turn in file.turns()][1:] == [record(number).turn for number in range(31, 81)]
         assert file.totals() == {"requests": 80}  # totals stay true
