@@ -6870,7 +6870,8 @@ def diagnose_job(end: JobEnd | None, job_id: str, log: str) -> ReplicaFailure:
     known = JOB_ENDINGS.get(end.state) or JOB_EXIT_CODES.get(end.exit_code)
     if known is not None and end.state != "CANCELLED":
         kind, what, hint = known
-        return ReplicaFailure(kind, what or (told[-1][:400] if told else describe_exit(end.exit_code)), hint)
+        ours = [line for line in told if line.startswith("agent-infra: ")]  # the job's script said it
+        return ReplicaFailure(kind, what or [describe_exit(end.exit_code), *told, *ours][-1][:400], hint)
     failure = classify_failure("\n".join(told), end.exit_code)
     if failure.kind == "unknown" and known is not None:
         return ReplicaFailure(*known)
@@ -6922,6 +6923,7 @@ set -eu; umask 077; cd "$1"; told=$2; shift 2
 for replica; do
   IFS= read -r spec; printf '%s\\n' "$spec" > "specs/.$replica"; mv "specs/.$replica" "specs/$replica.json"
   rm -f "replicas/$replica.json" "jobs/$replica"
+  [ ! -e "logs/$replica.log" ] || mv "logs/$replica.log" "logs/$replica.log.old"
 done
 unset SBATCH_EXPORT SBATCH_JOB_NAME SBATCH_OPEN_MODE SBATCH_SIGNAL SBATCH_ARRAY_INX SBATCH_PARTITION SBATCH_QOS \\
   SBATCH_OUTPUT SBATCH_ERROR SBATCH_INPUT SBATCH_TIMELIMIT SBATCH_NO_REQUEUE SBATCH_WAIT
