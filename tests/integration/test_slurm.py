@@ -184,7 +184,7 @@ def record_of(cluster: SlurmCluster, replica: str) -> agent_infra.ReplicaRecord:
 
 
 def wait_state(cluster: SlurmCluster, replica: str, *states: str) -> agent_infra.ReplicaRecord:
-    wait_for(lambda: record_of(cluster, replica).state in states, f"{replica} is {states}")
+    wait_for(lambda: record_of(cluster, replica).state in states, f"{replica} {states}: {record_of(cluster, replica)}")
     return record_of(cluster, replica)
 
 
@@ -194,13 +194,13 @@ def test_idle_gpus_are_counted_as_slurm_gives_them(bed: SlurmBed, make: Make) ->
     wait_for(lambda: len([line for line in bed.jobs() if "RUNNING" in line]) == 1, "the foreign job")
     free = {node.name: node.free("gpu:h100") for node in cluster.host.nodes()}
     assert free == {bed.nodes[0]: 1, bed.nodes[1]: 2}
-    bed.run("scontrol", "update", f"NodeName={bed.nodes[1]}", "State=DRAIN", "Reason=Gres=gpu:9 test")
+    bed.drain(bed.nodes[1], "Gres=gpu:9 test")
     try:
         assert {node.name: node.free("gpu") for node in cluster.host.nodes()} == {bed.nodes[0]: 1, bed.nodes[1]: 0}
         held = [(record.replica, record.partition) for record in start(cluster, 3)]
         assert held == [("g-1", "first"), ("g-2", "first"), ("g-3", "first")]
     finally:
-        bed.run("scontrol", "update", f"NodeName={bed.nodes[1]}", "State=RESUME")
+        bed.undrain(bed.nodes[1])
 
 
 def test_replicas_fill_by_priority_and_the_rest_waits_and_says_why(bed: SlurmBed, make: Make) -> None:
@@ -254,26 +254,6 @@ def test_a_job_that_ignores_the_drain_is_ended_by_now(make: Make) -> None:
     assert cluster.wait_stopped(["g-1"], time.monotonic() + 20) == []
 
 
-def test_while_slurm_does_not_answer_no_replica_is_gone(bed: SlurmBed, make: Make) -> None:
-    cluster = make()
-    start(cluster, 2)
-    wait_state(cluster, "g-1", "starting")
-    bed.stop_controller()
-    try:
-        records = cluster.replicas()
-        assert [record.replica for record in records] == ["g-1", "g-2"]
-        assert not [record for record in records if record.state in ("failed", "stopped")]
-        assert "Slurm does not answer" in (cluster.problem or "")
-        with pytest.raises(agent_infra.SchedulerError, match="nothing can be ended"):
-            cluster.stop(["g-1"])
-        with pytest.raises(agent_infra.SchedulerError, match="nothing was submitted"):
-            start(cluster)
-    finally:
-        bed.start_controller()
-    assert wait_state(cluster, "g-2", "starting").job_id == records[1].job_id
-    assert cluster.problem is None
-
-
 @pytest.mark.parametrize(
     ("line", "kind", "words"),
     [
@@ -293,19 +273,20 @@ def test_a_job_that_ends_without_a_word_says_why(make: Make, line: str, kind: st
 
 
 def test_a_job_whose_log_cannot_be_opened_is_told_apart(bed: SlurmBed, make: Make) -> None:
-    cluster = make()
+    cluster = make(has_second=False)
     cluster.replica_key()
     logs = Path(cluster.host.run_dir) / "logs"
-    bed.run("scontrol", "update", f"NodeName={bed.nodes[0]}", "State=DRAIN", "Reason=wait")
+    bed.drain(bed.nodes[0])
     try:
         start(cluster)
         logs.rename(logs.with_name("away"))
     finally:
-        bed.run("scontrol", "update", f"NodeName={bed.nodes[0]}", "State=RESUME")
+        bed.undrain(bed.nodes[0])
     try:
         failure = wait_state(cluster, "g-1", "failed").failure
     finally:
         logs.with_name("away").rename(logs)
+        bed.undrain(bed.nodes[0])  # Slurm takes the node for broken
     assert failure is not None
     assert "could not open the job's log" in failure.line
     assert "file system that the compute nodes share" in failure.hint
@@ -334,3 +315,24 @@ def test_every_script_of_ours_is_one_that_slurm_takes(bed: SlurmBed, make: Make)
     for container in (None, agent_infra.ContainerConfig("apptainer", "/i.sif")):
         slurm = agent_infra.SlurmConfig(container=container)
         bed.run("sbatch", "--test-only", stdin=agent_infra.render_job(request, slurm, agent_infra.find_templates()))
+
+
+# The last here: restarted, this Slurm sometimes counts GPUs of ended jobs as used.
+def test_while_slurm_does_not_answer_no_replica_is_gone(bed: SlurmBed, make: Make) -> None:
+    cluster = make()
+    start(cluster, 2)
+    wait_state(cluster, "g-1", "starting")
+    bed.stop_controller()
+    try:
+        records = cluster.replicas()
+        assert [record.replica for record in records] == ["g-1", "g-2"]
+        assert not [record for record in records if record.state in ("failed", "stopped")]
+        assert "Slurm does not answer" in (cluster.problem or "")
+        with pytest.raises(agent_infra.SchedulerError, match="nothing can be ended"):
+            cluster.stop(["g-1"])
+        with pytest.raises(agent_infra.SchedulerError, match="nothing was submitted"):
+            start(cluster)
+    finally:
+        bed.start_controller()
+    assert wait_state(cluster, "g-2", "starting").job_id == records[1].job_id
+    assert cluster.problem is None
