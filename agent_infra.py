@@ -224,6 +224,7 @@ class SlurmConfig:
     container: ContainerConfig | None = None
     template: str | None = _key(None, pattern=r"\S(.*\S)?", allowed="the path of a template")
     sbatch: Mapping[str, str | int | bool | None] = _key({})  # true: without a value; None takes one away
+    handover: bool = True  # replace a replica before its walltime ends
 
 
 @dataclass(frozen=True)
@@ -621,6 +622,7 @@ class JobRequest:
     nodes: int = 1
     gpus: int = 0  # on each node
     cpus: int | None = None  # on each node; None: the partition's default
+    after: str | None = None  # a job that has to end before
 
 
 JOB_NAME_HEAD = "agent-infra:"
@@ -659,6 +661,7 @@ def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, s
         "chdir": request.run_dir,
         "signal": f"B:USR1@{USR1_BEFORE_END_S}",
         "requeue": True,
+        "dependency": f"afterany:{request.after}" if request.after else None,
         "export": "HOME,USER,LOGNAME,SHELL,PATH,LANG",  # everything would be copied else, secrets too
         **slurm.sbatch,
         **partition.sbatch,
@@ -5577,6 +5580,11 @@ class DeploymentPaths:
         return self.root / "wanted.json"
 
     @property
+    def handover(self) -> Path:
+        """JSON {replica: Succession}: replicas that are being replaced before their walltime ends."""
+        return self.root / "handover.json"
+
+    @property
     def run(self) -> Path:
         """The run directory: specs/, replicas/, logs/. With Slurm it lies on the cluster's shared file system."""
         return self.root / "run"
@@ -7258,17 +7266,20 @@ class SlurmCluster:
     def start(self, model: ModelConfig) -> ReplicaRecord:
         return self.start_replicas(model, 1)[0]
 
-    def start_replicas(self, model: ModelConfig, count: int) -> list[ReplicaRecord]:
-        """Submit jobs for ``count`` replicas of a prepared model."""
+    def start_replicas(self, model: ModelConfig, count: int, after: str | None = None) -> list[ReplicaRecord]:
+        """Submit jobs for ``count`` replicas of a prepared model, to start once the job ``after`` has ended."""
         self._install()
         with file_lock(self._paths.root.parent / ".start.lock", _LOCK_WAIT_S):
             records = self.replicas()
             if self.problem:
                 raise SchedulerError(f"{self.problem}; try again, nothing was submitted")
-            gone = [r.replica for r in records if r.state == "stopped" or self._is_old_news(r)]
+            # Of a failure that this process did not cause somebody was told already.
+            old_news = {r.replica for r in records if r.state == "failed"} - self._started
+            gone = [r.replica for r in records if r.state == "stopped" or r.replica in old_news]
             self.host.forget(gone)
             taken = {record.replica for record in records} - set(gone)
-            return [record for job in self._plan(model, count, taken) for record in self._submit(job)]
+            jobs = [dataclasses.replace(job, after=after) for job in self._plan(model, count, taken)]
+            return [record for job in jobs for record in self._submit(job)]
 
     def plan(self, model: ModelConfig, count: int) -> list[str]:
         """The scripts of the jobs that start_replicas() would submit now."""
@@ -7385,10 +7396,6 @@ class SlurmCluster:
                 f"{self.host.run_dir}/replicas/{replica}.json", json.dumps(dataclasses.asdict(buried)).encode()
             )
         return buried
-
-    def _is_old_news(self, record: ReplicaRecord) -> bool:
-        """A failure that the process which started the replica has told of already."""
-        return record.state == "failed" and record.replica not in self._started
 
     def _plan(self, model: ModelConfig, count: int, taken: set[str]) -> list[JobRequest]:
         """The jobs that ``count`` more replicas need now."""
@@ -11849,7 +11856,7 @@ def replica_table(
 # --- Handover (pure): a replica is replaced before the walltime of its job ends. -------------------------------------
 
 HANDOVER_MARGIN = 1.5  # times what a replica was seen to need until it was ready
-HANDOVER_RESERVE_S = 120.0  # for the old one's turns to end; more than the node takes at the end of the walltime
+HANDOVER_RESERVE_S = 180.0  # for the old one's turns to end before Slurm tells it to, a minute early perhaps
 HANDOVER_LIFE_SHARE = 0.75  # of the walltime, at most: else long queues would have every replica replaced at once
 HANDOVER_ATTEMPTS = 3  # successors that fail, before it is given up
 # Reasons for which a successor waits until its predecessor has ended, because the two count against one limit.
@@ -12360,6 +12367,14 @@ def lock_holder(path: Path) -> dict[str, Any] | None:
     return None
 
 
+def read_successions(paths: DeploymentPaths) -> dict[str, Succession]:
+    """Replica → what replaces it, as a controller noted it."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        told = json.loads(paths.handover.read_text(encoding="utf-8"))
+        return {name: Succession(**_known_fields(Succession, each)) for name, each in told.items()}
+    return {}
+
+
 def kept_config(paths: DeploymentPaths) -> Config | None:
     """The configuration that the deployment was started with; None when nothing, or nothing readable, was kept."""
     with contextlib.suppress(OSError, ConfigError):
@@ -12497,6 +12512,7 @@ class Deployment:
         self.cluster = make_cluster(config.cluster, self.paths, self.login, environment, report)
         self._lock = DeploymentLock(self.paths)
         self.controller: Controller | None = None
+        self._handover: Handover | None = None
 
     def select_models(self, name: str | None = None, replicas: int | None = None) -> list[ModelConfig]:
         """The models to start: all of them, or the one called ``name``; RefusedError when there is none."""
@@ -12509,7 +12525,7 @@ class Deployment:
     def start(self, models: Sequence[ModelConfig]) -> list[ReplicaRecord]:
         """Start what is missing of every model's replicas; everything is checked before the first engine starts."""
         prepared = [self.cluster.prepare(model) for model in models]
-        running = [record for record in self.cluster.replicas() if record.state in SERVING_STATES]
+        running = self.serving()
         started = []
         self.want({model.name: model.replicas for model in models})
         for model in prepared:
@@ -12519,6 +12535,13 @@ class Deployment:
             if len(present) < model.replicas:
                 started += self.cluster.start_replicas(model, model.replicas - len(present))
         return started
+
+    def serving(self) -> list[ReplicaRecord]:
+        """The replicas that count towards the wanted number: of one that is being replaced and its successor, one."""
+        records, successions = self.cluster.replicas(), read_successions(self.paths)
+        serving = {record.replica: record for record in records if record.state in SERVING_STATES}
+        doubles = {s.successor for old, s in successions.items() if old in serving and serving[old].job_id == s.job}
+        return [record for name, record in serving.items() if name not in doubles]
 
     def wanted(self) -> dict[str, int]:
         """Model → how many replicas shall run: what `start` or `scale` said last, else what the configuration says."""
@@ -12590,16 +12613,25 @@ class Deployment:
         controller = Controller(
             self.config,
             self.paths,
-            self.cluster.replicas,
+            self._look,
             keys=keys,
             log_format=log_format,
             pause_s=self.cluster.poll_s,
             tunnels=tunnels,
         )
         controller.expected = frozenset(model.name for model in expected)
+        if isinstance(self.cluster, SlurmCluster) and self.config.cluster.slurm.handover:
+            self._handover = Handover(self, self.cluster)
         self.controller = controller
         controller.start()
         return controller
+
+    def _look(self) -> list[ReplicaRecord]:
+        """The replicas; those whose walltime nears its end are replaced on the way, once the controller runs."""
+        records = self.cluster.replicas()
+        if self._handover is not None and self.controller is not None and self.controller.is_running:
+            self._handover.follow(records)
+        return records
 
     def disconnect(self, grace_s: float) -> None:
         """Stop the controller and its relay, if this process runs them; turns in flight have ``grace_s`` to end."""
@@ -12609,10 +12641,11 @@ class Deployment:
         self._lock.release()
 
     def status(self) -> dict[str, Any]:
-        """``{deployment, models, replicas, proxy: {pid, host, port, controller} | None, accounting, degraded}``.
+        """``{deployment, models, replicas, proxy: {pid, host, port, controller} | None, …}``.
 
-        ``models`` are rows of summarize(), ``replicas`` are ReplicaRecords, ``accounting`` is /stats's (None without a
-        proxy), ``degraded`` are the reasons why this is not what was wanted.
+        ``models`` are rows of summarize(), ``replicas`` ReplicaRecords, ``accounting`` is /stats's (None without a
+        proxy), ``handover`` maps a replica to its Succession, ``degraded`` are the reasons why this is not what was
+        wanted.
         """
         records = [r for r in self.cluster.replicas() if r.state != "stopped" or r.is_idle]
         wanted = self.wanted()
@@ -12620,6 +12653,7 @@ class Deployment:
         stats = proxy.get("/stats") if proxy else {}
         of_model = {name: [r for r in records if r.model == name] for name in wanted}
         models = [summarize(name, wanted[name], of_model[name], stats.get("backends", ())) for name in wanted]
+        successions = read_successions(self.paths)
         short = {row["name"] for row in models if row["ready"] + row["idle"] < row["wanted"]}
         degraded = [
             f"{r.replica} is {describe_replica(r)}" + (f"; {r.failure.hint}" if r.failure else "")
@@ -12643,6 +12677,7 @@ class Deployment:
             "replicas": [dataclasses.asdict(record) for record in records],
             "proxy": relay and {**relay, "controller": holder},
             "accounting": stats.get("accounting"),
+            "handover": {replica: dataclasses.asdict(each) for replica, each in successions.items()},
             "degraded": degraded,
         }
 
@@ -12671,7 +12706,7 @@ class Deployment:
             left = self.cluster.wait_stopped(left, time.monotonic() + 10.0)
         if left:
             raise AgentInfraError(f"{', '.join(left)} did not end; see `agent_infra.py logs`")
-        for leftover in (self.paths.wanted, self.paths.config):
+        for leftover in (self.paths.wanted, self.paths.config, self.paths.handover):
             leftover.unlink(missing_ok=True)
         return ended + [record.replica + (f" (job {record.job_id})" if record.job_id else "") for record in records]
 
@@ -12689,7 +12724,7 @@ class Scaling:
         Returns the replicas that were started and those that are too many.
         """
         [model] = self._deployment.select_models(name)
-        running = [r for r in self._cluster.replicas() if r.model == name and r.state in SERVING_STATES]
+        running = [record for record in self._deployment.serving() if record.model == name]
         proxy = self._deployment.proxy()
         rows = proxy.backends() if proxy else {}
         surplus = cheapest_to_end(running, rows, max(0, len(running) - replicas))
@@ -12699,7 +12734,9 @@ class Scaling:
         if len(running) < replicas:
             return self._deployment.start([dataclasses.replace(model, replicas=replicas)]), []
         self._deployment.want({name: replicas})
-        return [], surplus
+        leaving = {record.replica for record in surplus}
+        heirs = {each.successor for old, each in read_successions(self._deployment.paths).items() if old in leaving}
+        return [], surplus + [record for record in self._cluster.replicas() if record.replica in heirs]
 
     def retire(self, records: Iterable[ReplicaRecord], grace_s: float, should_stop: Callable[[], bool]) -> list[str]:
         """Drain replicas: no new turns; each ends when its last turn has ended, or when ``grace_s`` are over.
@@ -12724,6 +12761,103 @@ class Scaling:
         if left:
             raise AgentInfraError(f"{', '.join(left)} did not end; see `agent_infra.py logs`")
         return ended
+
+
+# --- Handover: the steps of plan_handover(), taken. ------------------------------------------------------------------
+
+
+class Handover:
+    """Replaces replicas before the walltime of their jobs ends; handover.json says what is under way.
+
+    Its steps are taken where the replicas are looked at, after each look, so that they never act on an older one.
+    """
+
+    def __init__(self, deployment: Deployment, cluster: SlurmCluster) -> None:
+        self._deployment, self._cluster = deployment, cluster
+        self._log = deployment.report
+        self._successions = read_successions(deployment.paths)
+        self._lock = threading.Lock()
+        self._told: dict[str, str] = {}  # replica → the last step that the log told of
+
+    def follow(self, records: Sequence[ReplicaRecord]) -> None:
+        """Take the next steps, if need be; nothing while Slurm does not answer."""
+        if not self._cluster.problem and self._lock.acquire(blocking=False):
+            try:
+                self._follow({record.replica: record for record in records})
+            except (AgentInfraError, OSError) as error:
+                self._log(f"handover: {error}; it is tried again at the next look")
+            finally:
+                self._lock.release()
+
+    def _follow(self, known: Mapping[str, ReplicaRecord]) -> None:
+        steps = plan_handover(list(known.values()), self._successions, time.time())
+        for step in steps:
+            if self._told.get(step.replica) != step.action:
+                self._told[step.replica] = step.action
+                self._log(f"handover: {step.reason}")
+        for job in dict.fromkeys(known[step.replica].job_id for step in steps if step.action == "submit"):
+            together = [known[s.replica] for s in steps if s.action == "submit" and known[s.replica].job_id == job]
+            self._submit(together)
+        for step in steps:
+            if step.action == "postpone":
+                self._postpone(known[step.replica])
+            elif step.action == "drain":
+                self._drain(step.replica)
+            elif step.action == "forget":
+                self._forget(step.replica, known)
+
+    def _submit(self, olds: Sequence[ReplicaRecord], after: str | None = None) -> None:
+        """Submit successors of replicas that one job holds; where a limit forbids even that, once they have ended."""
+        [model] = self._deployment.select_models(olds[0].model)
+        former = [self._successions.get(old.replica) for old in olds]
+        attempts = [
+            each.attempts + 1 if each and each.job == old.job_id else 1 for each, old in zip(former, olds, strict=True)
+        ]
+        names = ["" for _ in olds]
+        note = "starts once it has ended, and takes over" if after else ""
+        try:
+            prepared = self._cluster.prepare(dataclasses.replace(model, replicas=len(olds)))
+            names = [record.replica for record in self._cluster.start_replicas(prepared, len(olds), after=after)]
+        except RefusedError as error:
+            note = f"cannot be submitted yet: {error}"
+            self._log(f"handover: the successor of {olds[0].replica} {note}")
+        for old, name, count in zip(olds, names, attempts, strict=True):
+            self._note(old.replica, Succession(old.job_id, name, bool(after) or not name, count, note))
+
+    def _postpone(self, old: ReplicaRecord) -> None:
+        successor = self._successions[old.replica].successor
+        self._cluster.stop([successor], now=True)
+        self._cluster.wait_stopped([successor], time.monotonic() + DRAIN_S)
+        self._submit([old], after=old.job_id)
+
+    def _drain(self, replica: str) -> None:
+        """No new turns for it; once it has none any more, it ends."""
+        proxy = self._deployment.proxy()
+        if proxy is not None and proxy.drain(replica) == 0:
+            self._cluster.stop([replica])
+
+    def _forget(self, replica: str, known: Mapping[str, ReplicaRecord]) -> None:
+        """The replica has ended. Where nothing was submitted to replace it, that is possible now."""
+        succession = self._successions[replica]
+        old = known.get(replica)
+        if old is not None and old.job_id == succession.job:
+            self._cluster.wait_stopped([replica], time.monotonic())
+        self._note(replica, None)
+        self._told.pop(replica, None)
+        if not succession.successor and old is not None:
+            serving = [each for each in known.values() if each.model == old.model and each.state in SERVING_STATES]
+            if len(serving) < self._deployment.wanted()[old.model]:
+                [model] = self._deployment.select_models(old.model)
+                self._cluster.start(self._cluster.prepare(model))
+
+    def _note(self, replica: str, succession: Succession | None) -> None:
+        if succession is None:
+            self._successions.pop(replica, None)
+        else:
+            self._successions[replica] = succession
+        document = {name: dataclasses.asdict(each) for name, each in self._successions.items()}
+        with contextlib.suppress(OSError):  # on a full disk the next controller may submit one too many
+            write_atomically(self._deployment.paths.handover, json.dumps(document))
 
 
 def explain_failure(record: ReplicaRecord, cluster: Cluster) -> str:
@@ -13641,6 +13775,14 @@ def describe_model(row: Mapping[str, Any]) -> str:
     return f"{row['name']}  {', '.join(words)}"
 
 
+def describe_succession(replica: str, row: Mapping[str, Any]) -> str:
+    """What becomes of a replica whose walltime nears its end, in words."""
+    if not row["successor"]:
+        return f"the successor of {replica} {row['note']}; there will be a gap"
+    gap = ": there will be a gap while it loads" if row["is_after"] else ""
+    return f"{row['successor']} {row['note'] or 'takes over'} from {replica}{gap}"
+
+
 def describe_accounting(accounting: Mapping[str, Any] | None) -> str | None:
     """GPU-hours in words; None where no GPU was held."""
     hours: Mapping[str, float] = (accounting or {}).get("gpu_hours", {})
@@ -13669,6 +13811,8 @@ def _show_status(status: Mapping[str, Any], clear: bool) -> None:
             state = Text(describe_replica(record), style=colour)
             table.add_row(record.replica, record.model, record.node, state, str(record.pid))
         console.print(table)
+    for replica, each in status["handover"].items():
+        console.print(Text(f"handover  {describe_succession(replica, each)}"))
     for model in status["models"]:
         console.print(Text(describe_model(model)))
     hours, proxy = describe_accounting(status["accounting"]), status["proxy"]
