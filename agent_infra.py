@@ -12437,7 +12437,9 @@ def summarize(
     and sessions are not known (None).
     """
     states = collections.Counter(
-        "idle" if record.is_idle and record.state == "stopped" else record.state for record in records
+        "idle" if record.is_idle and record.state == "stopped" else record.state
+        for record in records
+        if record.model == model
     )
     served = [row for row in rows if row["model"] == model]
     counts = {
@@ -12451,6 +12453,23 @@ def summarize(
         "idle": states["idle"],
         **(counts if served else dict.fromkeys(counts)),
     }
+
+
+def what_is_amiss(models: Sequence[Mapping[str, Any]], records: Sequence[ReplicaRecord]) -> list[str]:
+    """Why replicas are not as they were wanted; ``models`` are rows of summarize()."""
+    short = {row["name"] for row in models if row["ready"] + row["idle"] < row["wanted"]}
+    reasons = [
+        f"{record.replica} is {describe_replica(record)}" + (f"; {record.failure.hint}" if record.failure else "")
+        for record in records
+        if record.state == "failed" or (record.state != "ready" and not record.is_idle and record.model in short)
+    ]
+    present = collections.Counter(record.model for record in records)
+    reasons += [
+        f"{row['running']} of {row['wanted']} replicas of {row['name']} run"
+        for row in models
+        if present[row["name"]] < row["wanted"]
+    ]
+    return reasons
 
 
 def make_cluster(
@@ -12651,20 +12670,9 @@ class Deployment:
         wanted = self.wanted()
         relay, holder, proxy = read_relay_record(self.paths), lock_holder(self.paths.lock), self.proxy()
         stats = proxy.get("/stats") if proxy else {}
-        of_model = {name: [r for r in records if r.model == name] for name in wanted}
-        models = [summarize(name, wanted[name], of_model[name], stats.get("backends", ())) for name in wanted]
+        models = [summarize(name, wanted[name], records, stats.get("backends", ())) for name in wanted]
         successions = read_successions(self.paths)
-        short = {row["name"] for row in models if row["ready"] + row["idle"] < row["wanted"]}
-        degraded = [
-            f"{r.replica} is {describe_replica(r)}" + (f"; {r.failure.hint}" if r.failure else "")
-            for r in records
-            if r.state == "failed" or (r.state != "ready" and not r.is_idle and r.model in short)
-        ]
-        degraded += [
-            f"{row['running']} of {row['wanted']} replicas of {row['name']} run"
-            for row in models
-            if len(of_model[row["name"]]) < row["wanted"]
-        ]
+        degraded = what_is_amiss(models, records)
         if self.cluster.problem:
             degraded.append(self.cluster.problem)
         if relay is None:
