@@ -10399,6 +10399,8 @@ def unix_address(path: str) -> Iterator[str]:
 
 RECEIVE_BYTES = 64 << 10
 JOINED_BODY_BYTES = 16 << 10
+LONG_BODY_BYTES = 16 << 10  # from here on it pays to remember what was read
+KNOWN_BODIES_BYTES = 32 << 20
 APP_BODY_BYTES = 64 << 10
 BUFFERED_ANSWER_BYTES = 8 << 20  # an answer that is no stream and longer than this is passed on as it comes
 DIGESTED_ANSWER_BYTES = 4 << 20  # usage of a longer one is not read
@@ -11418,7 +11420,7 @@ class ClientConnection(RequestReader):
             return False
         body = data[end:]
         try:
-            turn = relay.book.begin(plan, body, now)
+            turn = relay.book.begin(plan, body, now, self.peer)
         except RequestError:
             return False  # nothing has begun; the greenlet finds the same, and says it
         self.version, self._keeps_alive = 1, plan.request.keeps_alive
@@ -11453,13 +11455,13 @@ class ClientConnection(RequestReader):
             self.send_all(self.relay.app.answer(request, plan.path, plan.query, bytes(body)))
             return True
         body = self._read_body(request, length, self.relay.settings.max_body_bytes)
-        turn = self.relay.book.begin(plan, body, time.monotonic())
+        turn = self.relay.book.begin(plan, body, time.monotonic(), self.peer)
         self.delivery = Delivery(self.relay, self, turn, plan, body)
         return self._deliver(self.delivery)
 
     def _deliver(self, delivery: Delivery) -> bool:
         turn = delivery.turn
-        self.relay.book.read_words(turn)
+        delivery.read_words()
         try:
             return delivery.run()
         except RequestError as refusal:
@@ -11507,6 +11509,10 @@ class Delivery:
         self._plan, self._body = plan, body
         self._unreachable = 0
         self.exchange: Exchange | None = None
+
+    def read_words(self) -> None:
+        """Look at what the request says, once."""
+        self._relay.book.read_words(self.turn, self._body, self._client.peer)
 
     def run(self) -> bool:
         """Deliver; whether the client's connection may carry another request. Raises RequestError or ClientGone."""
@@ -11647,7 +11653,7 @@ class ExpressDelivery(Delivery):
         if not exchange.begin(now) or not exchange.is_sent:
             return False
         exchange.express = self._pass_on
-        self._relay.book.read_words(self.turn)  # now that the replica is at work
+        self.read_words()  # now that the replica is at work
         return True
 
     def _pass_on(self, exchange: Exchange, data: bytes) -> bool:
@@ -11826,6 +11832,66 @@ class Admission:
             client.deadline = math.inf
 
 
+# What is read of a request's body beside its messages; the last two as they stand there.
+KNOWN_FIELDS = ("model", "stream", "stream_options", "prompt", "input", "tools", "system")
+_MESSAGES = b'{"messages":[0'  # in place of a beginning that is known: the 0 stands for its messages
+
+
+@dataclass(slots=True)
+class KnownBody:
+    """What a long body began with, up to and with its last message, and what was found there.
+
+    A conversation's next request repeats it and goes on; so only what is new has to be read. Exact: the beginning is
+    compared byte for byte, and it was read in full before.
+    """
+
+    start: memoryview
+    fields: dict[str, Any]  # those of KNOWN_FIELDS that stand before the messages
+    prints: bytes
+    follows: str | None
+    words: str  # of its last user message
+
+
+class ContinuedBody:
+    """The fields of a body that goes on from a known one; ``messages`` are those behind it."""
+
+    __slots__ = ("before", "messages", *KNOWN_FIELDS)
+    messages: list[Any]
+
+    def __init__(self, before: KnownBody, rest: Any, unset: Any) -> None:
+        first, *self.messages = rest.messages
+        if bytes(first) != b"0":
+            raise ValueError("there are two lists of messages")
+        self.before = before
+        for name in KNOWN_FIELDS:
+            value = getattr(rest, name)
+            setattr(self, name, before.fields[name] if value is unset else value)
+
+
+class KnownBodies:
+    """The last long body of each conversation; bounded in bytes, the longest unused goes first."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._bodies: OrderedDict[Any, KnownBody] = OrderedDict()
+        self.bytes = 0
+
+    def find(self, conversation: Any) -> KnownBody | None:
+        return self._bodies.get(conversation)
+
+    def keep(self, conversation: Any, known: KnownBody | None) -> None:
+        """Take ``known`` in place of what was kept; None: nothing."""
+        former = self._bodies.pop(conversation, None)
+        self.bytes += self._size(known) - self._size(former)
+        if known is not None:
+            self._bodies[conversation] = known
+        while self.bytes > self._limit:
+            self.bytes -= self._size(self._bodies.popitem(last=False)[1])
+
+    def _size(self, known: KnownBody | None) -> int:
+        return len(known.start.obj) if known is not None else 0  # type: ignore[arg-type]  # a body, as a whole
+
+
 class Codec:
     """The JSON that is read or written for every request, by msgspec: typed, so that what is not needed is skipped."""
 
@@ -11861,12 +11927,22 @@ class Codec:
         self._plain_answer = msgspec.json.Decoder(msgspec.defstruct("PlainAnswer", plain)).decode
         answered = [(name, Any, None) for name in ("usage", "choices", "stop_reason", "error", "content", "output")]
         self._request = msgspec.json.Decoder(msgspec.defstruct("RoutedBody", routed)).decode
+        rest: list[Any] = [("messages", list[msgspec.Raw]), *((name, Any, msgspec.UNSET) for name in KNOWN_FIELDS[:-2])]
+        rest += [(name, msgspec.Raw | msgspec.UnsetType, msgspec.UNSET) for name in KNOWN_FIELDS[-2:]]
+        self._rest_of_request = msgspec.json.Decoder(msgspec.defstruct("RestOfBody", rest)).decode
+        self._unset = msgspec.UNSET
         self._worded_request = msgspec.json.Decoder(msgspec.defstruct("WordedBody", routed + words)).decode
         self._answer = msgspec.json.Decoder(msgspec.defstruct("AnswerBody", answered)).decode
 
-    def request(self, body: bytes | bytearray) -> Any:
+    def request(self, body: bytes | bytearray, known: KnownBody | None = None) -> Any:
         """A request's fields that routing needs (``model``, ``stream``, ``stream_options``), and those that its words
-        stand in where they have the usual types; None when the body is no JSON object."""
+        stand in where they have the usual types; None when the body is no JSON object. Where it goes on from
+        ``known``, ``messages`` are those that are new."""
+        if known is not None and body.startswith(known.start):
+            try:
+                return ContinuedBody(known, self._rest_of_request(_MESSAGES + body[len(known.start) :]), self._unset)
+            except (ValueError, RecursionError):
+                pass  # the common way tells what it is
         for decode in (self._worded_request, self._request):
             try:
                 return decode(body)
@@ -11874,15 +11950,43 @@ class Codec:
                 continue
         return None
 
+    def known_body(self, fields: Any, body: bytes | bytearray, turn: Turn) -> KnownBody | None:
+        """What to keep of a body that was read, for the next one of its conversation; None where that is not sure.
+
+        It ends with the last message, which is looked for. That this is the very place is sure when what is before it
+        makes a whole request once it is closed.
+        """
+        before: KnownBody | None = getattr(fields, "before", None)
+        if not fields.messages:
+            return before
+        last, began = bytes(fields.messages[-1]), len(before.start) if before is not None else 0
+        end = body.rfind(last, began) + len(last)
+        opening, extra = (_MESSAGES, 1) if before is not None else (b"", 0)
+        try:
+            closed: Any = self._worded_request(opening + body[began:end] + b"]}")
+        except (ValueError, RecursionError):
+            return None
+        if len(closed.messages) != len(fields.messages) + extra:
+            return None
+        if before is not None:
+            values = before.fields
+        else:
+            values = {name: getattr(closed, name) for name in KNOWN_FIELDS}
+            values |= {name: bytes(values[name]) for name in KNOWN_FIELDS[-2:]}  # else they would hold what was read
+        return KnownBody(memoryview(body)[:end], values, turn.prints, turn.follows, turn.prompt)
+
     def trace(self, fields: Any, is_named: bool) -> tuple[bytes, str | None]:
         """``prints`` and ``follows`` of TurnStarted; a session that its client names is followed by nothing else."""
         messages = getattr(fields, "messages", ())
-        if not messages:
+        before: KnownBody | None = getattr(fields, "before", None)
+        if before is None and not messages:
             return b"", None
         head = zlib.crc32(fields.system, zlib.crc32(fields.tools))
-        prints = array("I", (head, *map(zlib.crc32, messages))).tobytes()
+        prints = array("I", map(zlib.crc32, messages)).tobytes()
+        prints = array("I", [head]).tobytes() + (before.prints[4:] if before is not None else b"") + prints
         if is_named:
             return prints, None
+        first = len(prints) // 4 - 1 - len(messages)  # number of the first of ``messages``
         for index in range(len(messages) - 1, -1, -1):
             raw = bytes(messages[index])
             if b'"assistant"' in raw:
@@ -11892,8 +11996,8 @@ class Codec:
                     continue
                 if message.role == "assistant":
                     answer = message_print(*spoken(message.content, message.tool_calls))
-                    return prints, conversation_key(prints[4 : 4 + 4 * index], answer)
-        return prints, ""
+                    return prints, conversation_key(prints[4 : 4 + 4 * (first + index)], answer)
+        return prints, before.follows if before is not None else ""
 
     def last_words(self, fields: Any, limit: int) -> str:
         """The start of the last user message, or of the prompt."""
@@ -11903,6 +12007,8 @@ class Codec:
                     return plain_text(self.decode(message))[:limit]
                 except (ValueError, RecursionError):  # skipped so far, now read for the first time
                     continue
+        if (before := getattr(fields, "before", None)) is not None:
+            return str(before.words)
         return plain_text(getattr(fields, "prompt", None) or getattr(fields, "input", None))[:limit]
 
     def digest(self, body: bytes, wanted_text: int, traces: bool = False) -> AnswerDigest | None:
@@ -12138,15 +12244,19 @@ class TurnBook:
         self.counters = dict.fromkeys(("requests", "errors", "retries", "aborted", "rejected"), 0)
         self.turns: dict[str, Turn] = {}  # between begin and finish
         self._retry_tokens = RETRY_FLOOR
+        self._bodies = KnownBodies(KNOWN_BODIES_BYTES)
         self._prefix = secrets.token_hex(6)
         self._count = 0
 
-    def begin(self, plan: RequestPlan, body: bytes | bytearray, now: float) -> Turn:
+    def begin(self, plan: RequestPlan, body: bytes | bytearray, now: float, peer: tuple[Any, ...]) -> Turn:
         """A turn for a request that was read; RequestError when its model is not served. ``finish`` is then due."""
         wanted_text = self._relay.settings.proxy.capture_text
         fields: Any = None
         if not plan.is_form:
-            fields = self._relay.codec.request(body)
+            is_long = len(body) >= LONG_BODY_BYTES
+            fields = self._relay.codec.request(
+                body, self._bodies.find(plan.labels.session or peer) if is_long else None
+            )
             if fields is None:
                 raise RequestError(400, "the body is not a JSON object")
         model = self._model_of(plan.model, _form_model(body) if fields is None else fields.model)
@@ -12163,15 +12273,22 @@ class TurnBook:
         self._retry_tokens = min(self._retry_tokens + RETRY_SHARE, 10 * RETRY_FLOOR)
         return turn
 
-    def read_words(self, turn: Turn) -> None:
+    def read_words(self, turn: Turn, body: bytes | bytearray, peer: tuple[Any, ...]) -> None:
         """Look at what the body says: apart from ``begin``, because a replica can be at work meanwhile."""
         fields, turn.words = turn.words, None
         if fields is None:
             return
+        codec = self._relay.codec
         if turn.wanted_text:
-            turn.prompt = self._relay.codec.last_words(fields, turn.wanted_text)
-        if turn.tokens <= MAX_TRACED_BYTES // 4:
-            turn.prints, turn.follows = self._relay.codec.trace(fields, turn.session is not None)
+            turn.prompt = codec.last_words(fields, turn.wanted_text)
+        if len(body) > MAX_TRACED_BYTES:
+            return
+        turn.prints, turn.follows = codec.trace(fields, turn.session is not None)
+        if turn.prints and len(body) >= LONG_BODY_BYTES:
+            conversation = turn.session or peer
+            goes_on = getattr(fields, "before", None) is not None or self._bodies.find(conversation) is None
+            # Where it does not, agents may share a connection: the next body is kept, not each in vain.
+            self._bodies.keep(conversation, codec.known_body(fields, body, turn) if goes_on else None)
 
     def finish(self, turn: Turn, now: float) -> None:
         """The turn is over, whatever became of it: its slot, its counters, its last event. Once is enough."""
