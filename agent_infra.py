@@ -2238,20 +2238,26 @@ def _event_decoder() -> Any:
 class Histogram:
     """Durations in milliseconds in logarithmic buckets (``histogram_bucket``), 295 of them at most."""
 
-    __slots__ = ("_buckets", "_new", "count", "sum_ms")
+    __slots__ = ("_buckets", "_new", "_sorted", "_sorted_ms")
 
     def __init__(self) -> None:
         self._buckets: dict[int, int] = {}
         self._new: list[float] = []  # not in buckets yet: many at once cost a third of one by one
-        self.count = 0
-        self.sum_ms = 0.0
+        self._sorted, self._sorted_ms = 0, 0.0  # how many are in buckets, and their sum
+
+    @property
+    def count(self) -> int:
+        return self._sorted + len(self._new)
+
+    @property
+    def sum_ms(self) -> float:
+        return self._sorted_ms + sum(self._new)
 
     def add(self, ms: float) -> None:
         """Count a finite duration."""
-        self.count += 1
-        self.sum_ms += ms
-        self._new.append(ms)
-        if len(self._new) > 1000:
+        new = self._new
+        new.append(ms)
+        if len(new) > 1000:
             self._sort()
 
     def _sort(self) -> dict[int, int]:
@@ -2260,6 +2266,7 @@ class Histogram:
         for ms in self._new:
             bucket = histogram_bucket(ms) if ms < MAX_DURATION_MS else HIGHEST_BUCKET
             buckets[bucket] = buckets.get(bucket, 0) + 1
+        self._sorted, self._sorted_ms = self.count, self.sum_ms
         self._new.clear()
         return buckets
 
@@ -2268,8 +2275,8 @@ class Histogram:
         for name, count in counts.items():
             bucket = _BUCKETS[name]
             self._buckets[bucket] = self._buckets.get(bucket, 0) + count
-            self.count += count
-            self.sum_ms += _bucket_middle(bucket) * count
+            self._sorted += count
+            self._sorted_ms += _bucket_middle(bucket) * count
 
     def count_below(self, octave: int) -> int:
         """How many are shorter than 2^octave ms; exactly, since buckets are parts of octaves."""
@@ -2279,8 +2286,8 @@ class Histogram:
         """Count everything that ``other`` has counted."""
         for bucket, count in other._sort().items():
             self._buckets[bucket] = self._buckets.get(bucket, 0) + count
-        self.count += other.count
-        self.sum_ms += other.sum_ms
+        self._sorted += other.count
+        self._sorted_ms += other.sum_ms
 
     @property
     def mean_ms(self) -> float | None:
@@ -2325,6 +2332,12 @@ class RecentHistogram:
             self._number, self._slice = number, Histogram()
             self._from, self._until = number * self._slice_s, (number + 1) * self._slice_s
         return self._slice
+
+    def add(self, ms: float) -> None:
+        """Count a duration that ends now."""
+        if not self._from <= self._clock() < self._until:
+            self.slice()
+        self._slice.add(ms)
 
     def read(self) -> Histogram:
         """Everything that was added lately."""
@@ -2394,7 +2407,7 @@ class TurnRecord:
         return {name: _rounded(value) if name.endswith("_ms") else value for name, value in row.items()}
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class HeldContext:
     """What a replica should have in its cache for a session's next turn."""
 
@@ -2811,7 +2824,7 @@ class Pipeline:
         """Add durations by part; None is "not known" and leaves no trace."""
         for part, ms in durations_ms.items():
             if ms is not None:
-                self._parts[part].slice().add(ms)
+                self._parts[part].add(ms)
 
     def document(self) -> dict[str, dict[str, float | None]]:
         """``{part: {mean_ms, p50_ms, p95_ms, share}}``; share is 0 to 1, and None for ttft and without traffic."""
@@ -2956,9 +2969,9 @@ class BackendFigures:
     def finish(self, event: TurnFinished) -> None:
         """Add a turn that this backend ended."""
         if event.outcome == "completed" and event.inference_ms is not None:
-            self.latency.slice().add(event.inference_ms)
+            self.latency.add(event.inference_ms)
         if event.ttft_ms is not None:
-            self.ttft.slice().add(event.ttft_ms)
+            self.ttft.add(event.ttft_ms)
         if event.gaps:
             self.gap.slice().add_buckets(event.gaps)
 
@@ -3440,7 +3453,7 @@ class Tracker:
         self._totals["cached_tokens"] += event.cached_tokens or 0
         self._pipeline.add(queue=event.queue_ms, ttft=event.ttft_ms, inference=event.inference_ms)
         if event.outcome == "completed" and event.inference_ms is not None:
-            self._wait.slice().add(event.queue_ms + event.inference_ms)
+            self._wait.add(event.queue_ms + event.inference_ms)
         if event.backend is not None:
             self._backends.figures(event.backend).finish(event)
         record = _record_of(event, turn)
@@ -5676,15 +5689,17 @@ class TurnMetrics:
             self._turns.popitem(last=False)
         missed = max(0, (record.expected_cached_tokens or 0) - (record.cached_tokens or 0))
         tokens = record.prompt_tokens, record.cached_tokens, missed, record.completion_tokens
+        sums = self._sums
         for name, value in zip(METRIC_SUMS, (record.retries, *tokens), strict=True):
             if value:
-                self._sums[name, model] = self._sums.get((name, model), 0) + value
+                sums[name, model] = sums.get((name, model), 0) + value
         if record.post_ms is not None:
             self.add_post(record.post_ms)
         durations = record.pre_ms, record.queue_ms, record.ttft_ms, record.inference_ms, record.unaccounted_ms
+        known = self._durations
         for part, ms in zip(METRIC_PARTS, durations):  # noqa: B905  post, the last one, mostly comes later
             if ms is not None:
-                self._histogram(part, model).add(ms)
+                (known.get((part, model)) or self._histogram(part, model)).add(ms)
 
     def add_post(self, ms: float) -> None:
         """Count the time that an agent acted on an answer."""
@@ -13021,6 +13036,13 @@ class RelayApp:
         )
 
 
+def calm_collector() -> None:
+    """For a process that has started: what was imported is for ever, and need not be walked again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
 def release_free_memory() -> None:
     """Give back what starting up has freed: compiling this file alone leaves 16 MB. Only glibc knows how."""
     import ctypes
@@ -13038,9 +13060,7 @@ def run_relay(socket_path: str, listener_fd: int) -> int:
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     relay = Relay(socket_path, listener_fd)
-    gc.collect()
-    gc.freeze()  # what was imported is for ever: the collector need not walk it again and again
-    gc.set_threshold(20_000, 20, 50)
+    calm_collector()
     release_free_memory()
     return relay.run()
 
@@ -15095,6 +15115,7 @@ def _greet(controller: Controller, deployment: Deployment) -> None:
 
 def _attend(controller: Controller, signals: OperatorSignals) -> None:
     """Wait until a signal comes, or the controller fails (then AgentInfraError)."""
+    calm_collector()
     while not signals.came():
         if not controller.is_running:
             raise AgentInfraError(f"the controller failed: {controller.failure!r}; the proxy's log says more")
