@@ -378,7 +378,7 @@ def test_a_session_that_was_over_stays_so_and_one_that_was_taken_up_again_lives(
                 for at in (now, now + 2) if session == "resumed" else (now,):
                     started = agent_infra.TurnStarted(f"{session}{at}", at, "m", "/v1/x", session)
                     tracker.observe(agent_infra.TurnFinished(started.turn, at, "completed", 200, started=started))
-                books.note_end(agent_infra.SessionEnded(session, now + 1))
+                books.observe(agent_infra.SessionEnded(session, now + 1))
         else:
             snapshot = tracker.snapshot([], [], "least_load")
             states = {row["id"]: row["state"] for client in snapshot["clients"] for row in client["sessions"]}
