@@ -9,13 +9,15 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 VENV=.venv-test
 
-# Debian packages: a C compiler (a stand-in for the NVML library), curl, Slurm and sshd, and venv for Debian's own Python.
+# Debian packages: a C compiler (a stand-in for the NVML library), curl, Slurm and sshd, a browser and npm (which fetches axe-core), and venv for Debian's own Python.
 missing=()
 PATH=$PATH:/usr/sbin
 for pair in gcc:gcc cc:libc6-dev curl:curl \
-    slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge sshd:openssh-server; do
+    slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge sshd:openssh-server \
+    chromium:chromium npm:npm; do
   command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
 done
+[[ -e /usr/share/fonts/truetype/dejavu/DejaVuSans.ttf ]] || missing+=(fonts-dejavu-core)
 "$PYTHON" -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
 if ((${#missing[@]})); then
   if [[ $(id -u) == 0 ]] && command -v apt-get >/dev/null; then

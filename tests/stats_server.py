@@ -1,0 +1,381 @@
+"""Documents of GET /stats as the page may meet them, and a small proxy's API that serves them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+GOLDEN = Path(__file__).parent / "golden"
+NOW = 1_795_365_000.0
+HOSTILE = (
+    "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>",
+    "**bold** _it_ `code` $x^2$ :smile: :red[red] [a](javascript:window.hacked=1)",
+    "\u202eright to left\u202c اختبار עברית",
+    "x" * 200,
+    "日本語 🚀 \u0000\u0007 tab\tnew\nline",
+    "' \" & < > ${1} {{1}} %s",
+)
+MISS = "the prompt changed at message 3 of 9"
+
+
+def analysis(*names: str) -> list[dict[str, Any]]:
+    """The golden entries whose verdicts are ``names``; all of them without any."""
+    entries: list[dict[str, Any]] = json.loads((GOLDEN / "analysis.json").read_text())
+    return [entry for entry in entries if not names or entry["verdict"]["name"] in names]
+
+
+def percentiles(p50: float | None) -> dict[str, float | None]:
+    return {"p50": p50, "p95": p50 and p50 * 2.4, "p99": p50 and p50 * 3.1}
+
+
+def backend(number: int, **changes: Any) -> dict[str, Any]:
+    """A replica on a GPU node, ready, at work."""
+    return {
+        "id": f"qwen-{number}",
+        "model": "qwen",
+        "node": f"gpu{number // 4:02d}",
+        "partition": "gpu",
+        "port": 5900 + number,
+        "state": "ready",
+        "healthy": True,
+        "reason": None,
+        "failure": None,
+        "progress": None,
+        "restarts": 0,
+        "started_at": NOW - 5000,
+        "ready_at": NOW - 4900,
+        "ends_at": NOW + 3600 + 60 * number,
+        "inflight": 30 + number % 9,
+        "inflight_history": [20 + (number * 7 + step * 3) % 25 for step in range(60)],
+        "slots": 64,
+        "gpu": {
+            "count": 1,
+            "name": "NVIDIA H100 80GB HBM3",
+            "utilization": 71.0 + number % 24,
+            "memory_used": 70 * 2**30 + number * 2**26,
+            "memory_total": 80 * 2**30,
+            "power_w": 512.0,
+            "temperature_c": 61.0,
+        },
+        "engine": {
+            "name": "vllm",
+            "state": "ready",
+            "running": 30,
+            "waiting": 2,
+            "kv_usage": 0.42 + number % 40 / 100,
+            "kv_capacity_tokens": 430_000,
+            "prefix_queries": 100_000,
+            "prefix_hits": 81_000,
+            "preemptions": 0,
+            "prompt_tokens": 1_000_000,
+            "generation_tokens": 200_000,
+            "at": NOW,
+        },
+        "tunnel": {"state": "up", "reconnects": 0, "reason": None, "driver": "sshtunnel", "mode": "login"},
+        "requests": 460 + number,
+        "errors": 0,
+        "latency_ms": percentiles(7400.0 + number % 5 * 40),
+        "ttft_ms": percentiles(640.0),
+        "gap_ms": percentiles(31.0),
+        "sessions": 60,
+        **changes,
+    }
+
+
+def session(number: int, name: str | None = None, **changes: Any) -> dict[str, Any]:
+    turns = 3 + number % 17
+    return {
+        "id": name or f"task-{number:04d}",
+        "task": f"webshop-{number % 9}",
+        "model": "qwen",
+        "backend": f"qwen-{1 + number % 4}",
+        "state": ("decoding", "idle", "prefill", "waiting", "idle")[number % 5],
+        "turns": turns,
+        "errors": int(number % 41 == 7),
+        "last_seen": NOW - number % 60,
+        "idle_since": None,
+        "pre_ms": 2100.0 * turns,
+        "wait_ms": 130.0 * (1 + number % 7) * turns,
+        "inference_ms": 7300.0 * turns,
+        "post_ms": 1900.0 * turns,
+        "unaccounted_ms": 420.0 * turns if number % 3 else None,
+        "context_tokens": 900 * turns,
+        "cached_tokens": 780 * turns,
+        "tokens_in": 12_000,
+        "tokens_out": 2_400,
+        "cache_misses": int(number % 6 == 2),
+        "last_miss": MISS if number % 6 == 2 else None,
+        "alerts": ["repeating"] if number % 47 == 12 else [],
+        "moves": 0,
+        **changes,
+    }
+
+
+def turn(number: int, session_id: str, **changes: Any) -> dict[str, Any]:
+    inference = 4000.0 + number * 731 % 6000
+    return {
+        "turn": f"turn-{number}",
+        "key": None,
+        "session": session_id,
+        "task": "webshop-1",
+        "client": "host:4711 python agent.py",
+        "model": "qwen",
+        "path": "/v1/chat/completions",
+        "stream": True,
+        "backend": f"qwen-{1 + number % 4}",
+        "started_at": NOW - number * 2 - inference / 1000,
+        "finished_at": NOW - number * 2,
+        "outcome": ("completed", "completed", "completed", "completed", "error", "aborted")[number % 19 % 6],
+        "status": 200,
+        "retries": int(number % 23 == 3),
+        "pre_ms": 800.0 + number * 97 % 2600,
+        "queue_ms": number * 53 % 900,
+        "ttft_ms": 420.0 + number * 31 % 500,
+        "inference_ms": inference,
+        "post_ms": 900.0 if number % 4 else None,
+        "unaccounted_ms": 350.0 if number % 3 else None,
+        "think_ms": 3000.0,
+        "prompt_tokens": 2100 + 310 * number % 5000,
+        "completion_tokens": 120 + number % 90,
+        "cached_tokens": 1800,
+        "expected_cached_tokens": 2000,
+        "cache_miss": MISS if number % 7 == 3 else None,
+        "tokens_estimated": number % 11 == 5,
+        "finish_reason": "stop",
+        "error": "the replica died during this turn" if number % 19 % 6 == 4 else None,
+        "prompt": f"Observation {number}: the page lists 12 articles. Which one do you open?",
+        "answer": "I open the third article, because it is the cheapest one that fits.",
+        **changes,
+    }
+
+
+def history(points: int = 300) -> list[dict[str, Any]]:
+    return [
+        {
+            "at": NOW - 2 * (points - step),
+            "turns_per_minute": 700 + 40 * math.sin(step / 17) + step % 7,
+            "tokens_per_second": 1500 + 100 * math.sin(step / 23),
+            "in_flight": 130 + step % 11,
+            "pending": max(0, round(20 * math.sin(step / 31))),
+            "active_sessions": 240 + step // 15,
+            "latency_ms": {"p50": 7000 + 600 * math.sin(step / 19), "p95": 12_500 + 900 * math.sin(step / 13)},
+        }
+        for step in range(points)
+    ]
+
+
+def pipeline(scale: float = 1.0) -> dict[str, Any]:
+    parts = {"pre": 2100.0, "queue": 700.0, "inference": 7300.0 * scale, "post": 1900.0, "unaccounted": 300.0}
+    total = sum(parts.values())
+    rows: dict[str, Any] = {
+        name: {"mean_ms": ms, "p50_ms": ms * 0.9, "p95_ms": ms * 2.2, "share": ms / total} for name, ms in parts.items()
+    }
+    rows["ttft"] = {"mean_ms": 640.0, "p50_ms": 600.0, "p95_ms": 1300.0, "share": None}
+    return rows
+
+
+def busy(replicas: int = 4, clients: int = 6, sessions: int = 40, **changes: Any) -> dict[str, Any]:
+    """A fleet at work."""
+    rows = [session(number) for number in range(sessions)]
+    hours = {"pending": 1.4, "loading": 2.25, "ready_busy": 61.2, "ready_idle": 9.8}
+    model = {"model": "qwen", "gpu_hours": hours, "replica_hours": hours}
+    replica = {"replica": "qwen-1", **model}
+    return {
+        "snapshot_age_ms": 120,
+        "schema_version": 2,
+        "now": NOW,
+        "uptime_seconds": 7384.2,
+        "strategy": "least_load",
+        "totals": {
+            **dict.fromkeys(("requests", "completed"), 8421),
+            **dict.fromkeys(("errors", "aborted", "rejected", "retries"), 12),
+            **dict.fromkeys(("tokens_in", "tokens_out", "cached_tokens"), 31_000_000),
+        },
+        "throughput": {"turns_per_minute": 729.8, "tokens_per_second": 1612.0, "history": history()},
+        "models": [{"name": "qwen", "replicas": replicas, "ready": replicas, "slots": 64 * replicas, "inflight": 136}],
+        "backends": [backend(number) for number in range(1, replicas + 1)],
+        "queue": {
+            "pending": 3,
+            "in_flight": 136,
+            "oldest_ms": 840,
+            "waiting": [
+                {"turn": f"w{n}", "session": f"task-{n:04d}", "model": "qwen", "waited_ms": 840 - 100 * n}
+                for n in range(3)
+            ],
+        },
+        "sessions": {"live": sessions * 8, "active": 258, "listed": sessions, "ended": 431, "evicted": 0},
+        "clients": [
+            {"id": f"host{n}:{4000 + n}", "command": "python agent.py --env webshop", "sessions": rows[n::clients]}
+            for n in range(clients)
+        ],
+        "recent_turns": [turn(number, rows[number % len(rows)]["id"]) for number in range(100)] if rows else [],
+        "pipeline": pipeline(),
+        "relay": {
+            **dict.fromkeys(("errors", "retries", "aborted", "rejected", "events_dropped", "restarts"), 0),
+            **dict.fromkeys(("requests", "rss_bytes", "connections"), 8421),
+            "sampled_at": NOW,
+        },
+        "analysis": analysis("GPU-BOUND"),
+        "watchdog": [
+            {
+                "kind": "repeating",
+                "session": "task-0012",
+                "client": "host0:4000",
+                "model": "qwen",
+                "since": NOW - 95,
+                "sentence": "gave the same answer five times in a row.",
+            }
+        ],
+        "accounting": {
+            "since": NOW - 7384,
+            "gpu_hours": hours,
+            "replica_hours": hours,
+            "by_model": [model],
+            "by_replica": [replica],
+        },
+        "history": {"path": "/tmp/history.db", "state": "on", "reason": None, "turns": 8421},
+        **changes,
+    }
+
+
+def empty(**changes: Any) -> dict[str, Any]:
+    """A proxy with one replica of the embedded engine that nobody has spoken to."""
+    nothing = dict.fromkeys(("mean_ms", "p50_ms", "p95_ms", "share"))
+    lone = backend(
+        1,
+        id="smollm2-1",
+        model="smollm2",
+        partition=None,
+        ends_at=None,
+        gpu=None,
+        tunnel=None,
+        inflight=0,
+        inflight_history=[0, 0, 0],
+        slots=4,
+        requests=0,
+        engine={**dict.fromkeys(backend(1)["engine"]), "name": "llama_cpp"},
+        latency_ms=percentiles(None),
+        ttft_ms=percentiles(None),
+        gap_ms=percentiles(None),
+    )
+    return busy(
+        backends=[lone],
+        clients=1,
+        sessions=0,
+        **{
+            "models": [{"name": "smollm2", "replicas": 1, "ready": 1, "slots": 4, "inflight": 0}],
+            "totals": dict.fromkeys(busy()["totals"], 0),
+            "throughput": {"turns_per_minute": None, "tokens_per_second": None, "history": []},
+            "queue": {"pending": 0, "in_flight": 0, "oldest_ms": 0, "waiting": []},
+            "recent_turns": [],
+            "pipeline": dict.fromkeys(("pre", "queue", "ttft", "inference", "post", "unaccounted"), nothing),
+            "analysis": analysis("NO DATA"),
+            "watchdog": [],
+            "accounting": None,
+            **changes,
+        },
+    )
+
+
+def extreme() -> dict[str, Any]:
+    """64 replicas, 2,000 live sessions (the API lists 200), ids and prompts that try to be something else."""
+    document = busy(replicas=64, clients=25, sessions=200)
+    document["sessions"].update(live=2000, active=1460, listed=200)
+    document["backends"][5].update(state="failed", reason="CUDA out of memory. Tried to allocate 2.00 GiB " * 4)
+    document["backends"][6].update(healthy=False, reason="3 requests in a row were refused")
+    document["backends"][7].update(state="loading", progress="5/9", latency_ms=percentiles(None))
+    document["backends"][8]["latency_ms"] = percentiles(19_000.0)
+    document["backends"][9]["tunnel"].update(state="down", reason="no answer for 15 s")
+    document["backends"][10].update(ends_at=NOW + 400)
+    document["backends"][11]["engine"]["kv_usage"] = 0.985
+    for row, text in zip(document["recent_turns"], HOSTILE, strict=False):
+        row.update(prompt=text, answer=text, session=text)
+    first = document["clients"][0]
+    first.update(id=HOSTILE[0], command=HOSTILE[1])
+    for row, text in zip(first["sessions"], HOSTILE, strict=False):
+        row.update(id=text, task=text, last_miss=text, cache_misses=2)
+    document["watchdog"][0].update(session=HOSTILE[0], sentence=HOSTILE[1])
+    return document
+
+
+def all_down() -> dict[str, Any]:
+    document = busy()
+    for row in document["backends"]:
+        row.update(state="failed", healthy=False, reason="CUDA error: device-side assert", inflight=0)
+    document["models"][0].update(ready=0)
+    return document
+
+
+class StatsServer:
+    """A proxy's API over documents that the test sets; owns the server's thread."""
+
+    def __init__(self, document: Any = None, port: int = 0) -> None:
+        self.document = document
+        self.status = 200
+        self.token: str | None = None
+        self.is_closed = False
+        self.asked: list[str] = []
+        handler = type("Handler", (_Handler,), {"owner": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self._server.daemon_threads = True
+        self.port: int = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self._thread.start()
+
+    def answer(self, path: str, authorization: str | None) -> tuple[int, Any]:
+        self.asked.append(path)
+        if self.token is not None and authorization != f"Bearer {self.token}":
+            return 401, {"error": {"message": "no key"}}
+        if self.status != 200:
+            return self.status, {"error": {"message": "as the test said"}}
+        if path == "/stats":
+            return 200, self.document
+        name = unquote(path.removeprefix("/stats/sessions/"))
+        rows = [row for client in self.document["clients"] for row in client["sessions"] if row["id"] == name]
+        if not rows:
+            return 404, {"error": {"message": "no such session"}}
+        turns = [turn(number, name) for number in range(12)]
+        return 200, {"schema_version": 2, "now": self.document["now"], "session": rows[0], "turns": turns}
+
+    def close(self) -> None:
+        self.is_closed = True
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(timeout=10)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    owner: StatsServer
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.owner.is_closed:  # over a connection that was kept: a server that is gone keeps none
+            self.close_connection = True
+            return
+        status, document = self.owner.answer(self.path, self.headers.get("Authorization"))
+        body = document if isinstance(document, bytes) else json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_details: Any) -> None:
+        return
+
+
+@contextmanager
+def serving(document: Any, port: int = 0) -> Iterator[StatsServer]:
+    server = StatsServer(copy.deepcopy(document), port)
+    try:
+        yield server
+    finally:
+        server.close()
