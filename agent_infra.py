@@ -3715,9 +3715,10 @@ _INSERT_VERDICT = (
     f"INSERT INTO verdicts ({', '.join(VERDICT_COLUMNS)}) VALUES ({', '.join('?' * len(VERDICT_COLUMNS))})"
 )
 _ADD_TOTAL = "INSERT INTO totals VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
+_SUM_UP = "ON CONFLICT (replica, model, gpu_type, gpus, state, at) DO UPDATE SET seconds = seconds + excluded.seconds"
 _ADD_REPLICA_TIME = (
     "INSERT INTO replica_time (replica, model, gpu_type, gpus, state, at, seconds) VALUES (?, ?, ?, ?, ?, ?, ?) "
-    "ON CONFLICT DO UPDATE SET seconds = seconds + excluded.seconds"
+    + _SUM_UP
 )
 
 
@@ -3754,7 +3755,7 @@ class HistoryFile:
 
     def _check(self) -> None:
         version, mark = self._value("PRAGMA user_version"), self._value("PRAGMA application_id")
-        if mark != _HISTORY_MARK and (version or self._value("SELECT count(*) FROM sqlite_schema")):
+        if mark != _HISTORY_MARK and (version or self._value("SELECT count(*) FROM sqlite_master")):
             raise HistoryRefusedError(f"{self._path} is no history of Agent Infra; set proxy.history to another path")
         if version > len(_MIGRATIONS):
             raise HistoryRefusedError(
@@ -3829,8 +3830,7 @@ class HistoryFile:
         self._connection.execute(
             "INSERT INTO replica_time (replica, model, gpu_type, gpus, state, at, seconds) "
             "SELECT replica, model, gpu_type, gpus, state, at - at % 86400, sum(seconds) FROM replica_time "
-            "WHERE at < ? AND at % 86400 != 0 GROUP BY 1, 2, 3, 4, 5, 6 "
-            "ON CONFLICT DO UPDATE SET seconds = seconds + excluded.seconds",
+            "WHERE at < ? AND at % 86400 != 0 GROUP BY 1, 2, 3, 4, 5, 6 " + _SUM_UP,
             (before,),
         )
         self._connection.execute("DELETE FROM replica_time WHERE at < ? AND at % 86400 != 0", (before,))
@@ -4263,10 +4263,10 @@ class Report:
     def _waste(self) -> list[str]:
         in_vain = "outcome IN ('aborted', 'cut', 'error')"
         missed = "max(0, expected_cached_tokens - coalesce(cached_tokens, 0))"
-        spent = f"sum(coalesce(prompt_tokens, 0) + coalesce(completion_tokens, 0)) FILTER (WHERE {in_vain})"
+        spent = f"sum(({in_vain}) * (coalesce(prompt_tokens, 0) + coalesce(completion_tokens, 0)))"
         retried, again, vain, vain_ms, vain_tokens, misses, prefilled, tokens_in = self._row(
             f"coalesce(sum(retries > 0), 0), sum(retries * prompt_tokens), coalesce(sum({in_vain}), 0), "
-            f"sum(inference_ms) FILTER (WHERE {in_vain}), {spent}, "
+            f"sum(({in_vain}) * inference_ms), {spent}, "
             f"coalesce(sum({missed} > 0), 0), sum({missed}), sum(prompt_tokens)"
         )
         rows = [

@@ -36,7 +36,15 @@ def bring_up(app: Program, engine: FakeEngine, *words: str) -> Running:
     running = app.spawn("proxy", "--port", str(app.port), "--backend", f"smollm2=127.0.0.1:{engine.port}", *words)
     running.wait_line("^proxy  http")
     wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 1, "the backend in the proxy")
+    wait_for(lambda: has_snapshot(app), "the first snapshot")
     return running
+
+
+def has_snapshot(app: Program) -> bool:
+    try:
+        return bool(app.get("/stats"))
+    except urllib.error.HTTPError:
+        return False
 
 
 class Agent:

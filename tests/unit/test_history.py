@@ -284,7 +284,7 @@ def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.
     monkeypatch.undo()
     with history_file(path) as file:
         assert file.count_turns() == 1
-        assert not file.query("SELECT name FROM sqlite_schema WHERE name = 'more'")
+        assert not file.query("SELECT name FROM sqlite_master WHERE name = 'more'")
 
 
 @pytest.mark.parametrize(
