@@ -753,6 +753,7 @@ class Launch:
     nodes: int = 1  # that the replica spans
     node_rank: int = 0
     master: tuple[str, int] = ("", 0)  # address and port at which the nodes of a replica find each other
+    identity: str = ""  # for whom the engine answers the keyed challenge
 
 
 @dataclass(frozen=True)
@@ -832,7 +833,8 @@ def _vllm_argv(model: ModelConfig, launch: Launch) -> list[str]:
 
 def _vllm_environment(launch: Launch) -> dict[str, str]:
     folders = [os.path.dirname(launch.module), launch.python_path]
-    return {"VLLM_API_KEY": launch.key, "PYTHONPATH": os.pathsep.join(folder for folder in folders if folder)}
+    python_path = os.pathsep.join(folder for folder in folders if folder)
+    return {"VLLM_API_KEY": launch.key, "PYTHONPATH": python_path, "AGENT_INFRA_IDENTITY": launch.identity}
 
 
 def _vllm_slots(model: ModelConfig) -> int:
@@ -4502,15 +4504,20 @@ def answer_challenge(key: str, nonce: str) -> str:
     return hmac.new(key.encode(), nonce.encode(), "sha256").hexdigest()
 
 
-def _challenge_reply(key: str, query: str) -> tuple[int, bytes]:
-    """Status and JSON body of ``GET /agent-infra/challenge?nonce=HEX``.
+def server_identity(replica: str, node: str, port: int) -> str:
+    """Who answers a challenge: one server alone, so that no other can be made to answer in its place."""
+    return f"{replica}@{node}:{port}"
 
-    With ``&port=N`` the answer (to ``HEX:N``) also says that nobody but this user and root listens on that port here.
+
+def _challenge_reply(key: str, identity: str, query: str) -> tuple[int, bytes]:
+    """Status and JSON body of ``GET /agent-infra/challenge?nonce=HEX``: the answer to ``HEX:identity``.
+
+    With ``&port=N`` the answer (to ``HEX:identity:N``) also says that nobody but this user and root listens there.
     """
     match = re.fullmatch(r"nonce=([0-9a-fA-F]{16,128})(?:&port=(\d{1,5}))?", query)
     if match is None:
         return 400, _error_body("nonce must be 16 to 128 hexadecimal digits", "invalid_request_error", None)
-    nonce = match[1]
+    nonce = f"{match[1]}:{identity}"
     if match[2]:
         if not listener_owners(int(match[2])) <= {0, os.getuid()}:
             return 409, _error_body("another user listens there", "invalid_request_error", "foreign_server")
@@ -4554,6 +4561,7 @@ class EngineGuard:
     def __init__(self, app: Callable[..., Any]) -> None:
         self._app = app
         self._key = os.environ.get("VLLM_API_KEY", "")
+        self._identity = os.environ.get("AGENT_INFRA_IDENTITY", "")
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         is_open = scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] == "/health")
@@ -4564,7 +4572,7 @@ class EngineGuard:
         else:
             status, body = 401, _KEY_NEEDED
             if scope["path"] == CHALLENGE_PATH and scope["method"] == "GET" and self._key:
-                status, body = _challenge_reply(self._key, scope["query_string"].decode("latin-1"))
+                status, body = _challenge_reply(self._key, self._identity, scope["query_string"].decode("latin-1"))
             headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
             await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": body})
@@ -4728,6 +4736,7 @@ class EngineClient:
     host: str
     port: int
     key: str
+    identity: str = ""
 
     def answers(self) -> bool:
         """Whether its health probe says that it serves."""
@@ -4739,7 +4748,7 @@ class EngineClient:
             return True
         nonce = os.urandom(16).hex()
         status, body = self._get(f"{CHALLENGE_PATH}?nonce={nonce}")
-        return status == 200 and answer_challenge(self.key, nonce).encode() in body
+        return status == 200 and answer_challenge(self.key, f"{nonce}:{self.identity}").encode() in body
 
     def load(self) -> EngineLoad | None:
         """Its own figures; None where it does not tell or does not answer."""
@@ -5027,11 +5036,12 @@ class EngineProcess:
 class Telemetry:
     """Serves ``GET /load`` and the keyed challenge on a port of its own, in threads; owns them and the socket."""
 
-    def __init__(self, host: str, key: str, digest: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, host: str, key: str, name: str, digest: Callable[[], Mapping[str, Any]]) -> None:
+        """``name``: <replica>@<node>, for which the challenge is answered."""
         import http.server
         import socketserver
 
-        self._key, self._digest = key, digest
+        self._key, self._name, self._digest = key, name, digest
         body = {
             "do_GET": lambda request: self._answer(request),
             "log_message": lambda *_: None,
@@ -5057,7 +5067,7 @@ class Telemetry:
     def _answer(self, request: Any) -> None:
         path, _, query = request.path.partition("?")
         if path == CHALLENGE_PATH:
-            status, body = _challenge_reply(self._key, query)
+            status, body = _challenge_reply(self._key, f"{self._name}:{self.port}", query)
         elif not _carries_key(request.headers.get("Authorization", ""), self._key):
             status, body = 401, _KEY_NEEDED
         elif path == "/load":
@@ -5142,7 +5152,13 @@ def make_launch(spec: ServeSpec, key: str, port: int, environment: Mapping[str, 
         stop_grace=spec.stop_grace,
         nodes=spec.nodes,
         master=master,
+        identity=server_identity(spec.replica, _node_name(spec), port),
     )
+
+
+def _node_name(spec: ServeSpec) -> str:
+    """This node's name; in a job, Slurm's."""
+    return (spec.is_job and os.environ.get("SLURMD_NODENAME")) or socket.gethostname()
 
 
 def _told_host(bind_host: str) -> str:
@@ -5167,7 +5183,7 @@ class Replica:
             model=spec.model.name,
             state="starting",
             engine=spec.model.engine,
-            node=(spec.is_job and os.environ.get("SLURMD_NODENAME")) or socket.gethostname(),
+            node=_node_name(spec),
             pid=os.getpid(),
             process=process_stamp(os.getpid()) or "",
             host=_told_host(spec.bind_host),
@@ -5180,7 +5196,9 @@ class Replica:
 
     def run(self) -> int:
         """The whole life of the replica; the exit code of `serve`."""
-        telemetry = Telemetry(self._spec.bind_host, self._key, self.digest)
+        telemetry = Telemetry(
+            self._spec.bind_host, self._key, f"{self._record.replica}@{self._record.node}", self.digest
+        )
         try:
             self._update(telemetry_port=telemetry.port)
             failure = self._run_engines()
@@ -5246,7 +5264,9 @@ class Replica:
         except OSError as error:
             hint = "give the program's full path in command, or install it on this node"
             return ReplicaFailure("bad_argument", f"{argv[0]} cannot be started: {error.strerror}", hint)
-        client = self._load_sampler.client = EngineClient(self._engine, spec.bind_host, port, self._key)
+        client = self._load_sampler.client = EngineClient(
+            self._engine, spec.bind_host, port, self._key, launch.identity
+        )
         try:
             self._update(state="loading", port=port)
             failure = self._load(process, client)
@@ -8651,6 +8671,11 @@ class TunnelTarget:
         host = "127.0.0.1" if self.mode == "node" else self.node if self.host in _WILDCARDS else self.host
         return [(host, port) for port in (self.port, self.telemetry_port) if port is not None]
 
+    @property
+    def identities(self) -> list[str]:
+        """For whom the servers at the ends answer the keyed challenge."""
+        return [server_identity(self.replica, self.node, port) for _, port in self.ends]
+
 
 @dataclass(frozen=True)
 class TunnelState:
@@ -8680,8 +8705,8 @@ def tunnel_mode(wanted: str, has_login: bool, record: ReplicaRecord, here: str) 
     return "none", "the nodes are reached from here"
 
 
-def proves_key(host: str, port: int, key: str, engine_port: int | None = None) -> bool | None:
-    """Whether the server there shows that it knows ``key``, without being told it; None when it does not answer.
+def proves_key(host: str, port: int, key: str, identity: str, engine_port: int | None = None) -> bool | None:
+    """Whether the server there shows that it is ``identity`` and knows ``key``, untold; None when it does not answer.
 
     With ``engine_port`` it is `serve`, which also vouches that no other user listens on that port of its node.
     """
@@ -8690,7 +8715,7 @@ def proves_key(host: str, port: int, key: str, engine_port: int | None = None) -
     status, body = http_get(host, port, f"{CHALLENGE_PATH}?nonce={nonce}{suffix}")
     if status == 0:
         return None
-    message = nonce if engine_port is None else f"{nonce}:{engine_port}"
+    message = f"{nonce}:{identity}" + ("" if engine_port is None else f":{engine_port}")
     return status == 200 and answer_challenge(key, message).encode() in body
 
 
@@ -8872,9 +8897,9 @@ class Tunnel:
         """The challenges of `serve` and, where it can answer, of the engine: at its start, and then `serve` alone."""
         if len(link.ports) > 1:
             vouched = None if self.target.is_guarded else self.target.port
-            yield proves_key(link.host, link.ports[1], self._key, vouched)
+            yield proves_key(link.host, link.ports[1], self._key, self.target.identities[1], vouched)
         if self.target.is_guarded:
-            yield proves_key(link.host, link.ports[0], self._key)
+            yield proves_key(link.host, link.ports[0], self._key, self.target.identities[0])
 
     def _watch(self, link: Link) -> str | None:
         """Probe until the tunnel breaks; why, and None when it was silent for too long."""
@@ -8887,8 +8912,10 @@ class Tunnel:
                 continue
             probed = now
             # `serve` answers while its engine is busy, hangs or starts anew, so it tells of the way alone.
-            port, vouched = (link.ports[1], None) if len(link.ports) > 1 else (link.ports[0], None)
-            if proves_key(link.host, port, self._key, vouched) is not None:
+            answer = proves_key(link.host, link.ports[-1], self._key, self.target.identities[-1], self.target.port)
+            if answer is False:
+                return "another program's server answers there"
+            if answer is not None:
                 heard = time.monotonic()
                 if self.state.state != "up":
                     self._say("up")

@@ -111,7 +111,8 @@ def test_load_needs_the_key_and_the_challenge_does_not(serve: Serve, port: int) 
     refused.value.close()
     nonce = "0123456789abcdef"
     answer = served.request(f"/agent-infra/challenge?nonce={nonce}", port=record.telemetry_port, key="")
-    assert answer == {"answer": answer_challenge(KEY, nonce)}
+    identity = f"{record.replica}@{record.node}:{record.telemetry_port}"
+    assert answer == {"answer": answer_challenge(KEY, f"{nonce}:{identity}")}
 
 
 def test_proxies_of_the_environment_are_not_asked_for_health(serve: Serve, port: int) -> None:

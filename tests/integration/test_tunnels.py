@@ -236,10 +236,15 @@ def test_serve_vouches_for_no_port_that_another_user_listens_on(cluster: Cluster
         foreign = socket.create_server(("127.0.0.1", 0))
     finally:
         os.seteuid(0)
+    end = ("127.0.0.1", record.telemetry_port)
+    name = agent_infra.server_identity(record.replica, record.node, record.telemetry_port)
     with foreign:
-        assert agent_infra.proves_key("127.0.0.1", record.telemetry_port, KEY, record.port) is True
-        assert agent_infra.proves_key("127.0.0.1", record.telemetry_port, KEY, foreign.getsockname()[1]) is False
-    assert agent_infra.proves_key("127.0.0.1", record.telemetry_port, "another key", record.port) is False
+        assert agent_infra.proves_key(*end, KEY, name, record.port) is True
+        assert agent_infra.proves_key(*end, KEY, name, foreign.getsockname()[1]) is False
+    assert agent_infra.proves_key(*end, "another key", name, record.port) is False
+    # A foreign server that passes the challenge on to another replica of ours gets an answer that is of no use to it.
+    for other in (("m-9", record.node, end[1]), (record.replica, "other", end[1]), (record.replica, record.node, 1)):
+        assert agent_infra.proves_key(*end, KEY, agent_infra.server_identity(*other)) is False
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -77,7 +78,12 @@ def test_vllm_ends_its_turns_before_the_scheduler_kills_it() -> None:
 
 
 def test_vllm_finds_the_guard_and_keeps_the_python_path_that_it_had() -> None:
-    assert ENGINES["vllm"].environment(LAUNCH) == {"VLLM_API_KEY": "secret-key", "PYTHONPATH": "/opt:/site"}
+    environment = ENGINES["vllm"].environment(dataclasses.replace(LAUNCH, identity="m-1@n1:5900"))
+    assert environment == {
+        "VLLM_API_KEY": "secret-key",
+        "PYTHONPATH": "/opt:/site",
+        "AGENT_INFRA_IDENTITY": "m-1@n1:5900",
+    }
 
 
 @pytest.mark.parametrize("engine", ENGINE_NAMES)

@@ -78,12 +78,15 @@ def test_without_a_key_in_its_environment_the_guard_lets_nobody_in(monkeypatch: 
     assert ask("/agent-infra/challenge", query_string=f"nonce={NONCE}".encode())[0]["status"] == 401
 
 
-def test_a_challenge_is_answered_with_the_keyed_hash_and_without_being_sent_the_key() -> None:
+def test_a_challenge_is_answered_with_the_keyed_hash_and_without_being_sent_the_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AGENT_INFRA_IDENTITY", "m-1@n1:5900")
     start, body = ask("/agent-infra/challenge", query_string=f"nonce={NONCE}".encode())
-    expected = hmac.new(KEY.encode(), NONCE.encode(), hashlib.sha256).hexdigest()
+    expected = hmac.new(KEY.encode(), f"{NONCE}:m-1@n1:5900".encode(), hashlib.sha256).hexdigest()
     assert start["status"] == 200
     assert json.loads(body["body"]) == {"answer": expected}
-    assert answer_challenge(KEY, NONCE) == expected
+    assert answer_challenge(KEY, f"{NONCE}:m-1@n1:5900") == expected
 
 
 @pytest.mark.parametrize("query", [b"", b"nonce=", b"nonce=zz", b"nonce=0011", b"nonce=" + b"a" * 129, b"\xff"])
