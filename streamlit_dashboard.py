@@ -1871,15 +1871,16 @@ CSS = """
 .ai-table .ai-wide { min-width: 120px; width: 22%; }
 .ai-table tr:hover > td { background: light-dark(#f7f9fb, #1f2327); }
 [data-row]:focus { outline: 2px solid var(--st-primary-color); outline-offset: -2px; }
-.ai-id { display: inline-block; max-width: clamp(12ch, 10vw, 32ch); overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-  vertical-align: bottom; }
+.ai-id { display: inline-block; max-width: clamp(12ch, 10vw, 32ch); overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; vertical-align: bottom; }
 .ai-header .ai-id { max-width: 44ch; }
 .ai-command { display: inline-block; max-width: 60ch; overflow: hidden; text-overflow: ellipsis;
   vertical-align: bottom; }
 td > .ai-muted.ai-cut { margin-left: 6px; }
-.ai-cut { display: inline-block; max-width: clamp(12ch, 9vw, 34ch); overflow: hidden; text-overflow: ellipsis; vertical-align: bottom; }
-.ai-text { display: block; max-width: clamp(14ch, 14vw, 60ch); overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
-  color: var(--ai-muted); }
+.ai-cut { display: inline-block; max-width: clamp(12ch, 9vw, 34ch); overflow: hidden; text-overflow: ellipsis;
+  vertical-align: bottom; }
+.ai-text { display: block; max-width: clamp(14ch, 14vw, 60ch); overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; color: var(--ai-muted); }
 .ai-whole { white-space: pre-wrap; overflow-wrap: anywhere; }
 .ai-reason { font-size: 12.5px; color: var(--ai-muted); max-width: 48ch; white-space: normal;
   overflow-wrap: anywhere; display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical;

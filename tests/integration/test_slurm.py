@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +18,8 @@ from program import Program, free_port, wait_for
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
 from weights import packaged_gguf
 
-from agent_infra import SlurmCluster
+import agent_infra
+from agent_infra import LocalCommands, ModelConfig, RefusedError, SlurmCluster
 
 Make = Callable[..., SlurmCluster]
 
@@ -30,7 +34,7 @@ def bed() -> Iterator[SlurmBed]:
         "PartitionName=second Nodes={1} MaxTime=1:00:00 DefaultTime=00:10:00 PriorityTier=1",
         "PartitionName=urgent Nodes=ALL MaxTime=1:00:00 DefaultTime=00:10:00 PriorityTier=10 PreemptMode=OFF",
     )
-    with slurm_bed(gpus=2, cpus=2, partitions=partitions, settings="MinJobAge=10") as made:
+    with slurm_bed(gpus=2, cpus=2, partitions=partitions, settings="MessageTimeout=2") as made:
         yield made
         assert made.jobs() == []
 
@@ -135,3 +139,200 @@ def no_key_is_seen(bed: SlurmBed, run: Program) -> None:
     assert b"SECRET_TOKEN" not in Path(f"/proc/{record['pid']}/environ").read_bytes()
     for path in (bed.folder / "work" / "d").rglob("*"):
         assert path.stat().st_mode & 0o077 == 0, path
+
+
+# --- The cluster by itself: what it does to jobs, without engines. ---------------------------------------------------
+
+
+@pytest.fixture
+def make(bed: SlurmBed) -> Iterator[Make]:
+    """Makes clusters of deployments on that Slurm. ``line`` stands for the engine: a shell line that ends the setup."""
+    made: list[SlurmCluster] = []
+
+    def cluster(
+        line: str = "exec sleep 600", deployment: str = "c", has_second: bool = True, **partition: Any
+    ) -> SlurmCluster:
+        first = agent_infra.PartitionConfig(**{"name": "first", "gpus_per_node": 2, "priority": 2, **partition})
+        second = agent_infra.PartitionConfig("second", gpus_per_node=2)
+        slurm = agent_infra.SlurmConfig(
+            partitions=(first, second) if has_second else (first,),
+            work_dir=str(bed.folder / "work"),
+            setup=(f"export AGENT_INFRA_PYTHON={sys.executable}", line),
+        )
+        config = agent_infra.ClusterConfig(type="slurm", name=deployment, tunnel="none", poll_interval=0.2, slurm=slurm)
+        paths = agent_infra.deployment_paths(deployment, os.environ)
+        made.append(SlurmCluster(config, paths, LocalCommands(bed.environment), bed.environment, print))
+        return made[-1]
+
+    yield cluster
+    bed.run("scancel", "--user=root")
+    wait_for(lambda: not bed.run("squeue", "-h"), "an empty queue")
+    for one in made:
+        if one.host.key:
+            one.host.forget([record.replica for record in one.replicas()])
+
+
+GPU_MODEL = ModelConfig("g", "org/m")
+
+
+def start(cluster: SlurmCluster, count: int = 1, model: ModelConfig = GPU_MODEL) -> list[agent_infra.ReplicaRecord]:
+    return cluster.start_replicas(cluster.prepare(model), count)
+
+
+def record_of(cluster: SlurmCluster, replica: str) -> agent_infra.ReplicaRecord:
+    return next(record for record in cluster.replicas() if record.replica == replica)
+
+
+def wait_state(cluster: SlurmCluster, replica: str, *states: str) -> agent_infra.ReplicaRecord:
+    wait_for(lambda: record_of(cluster, replica).state in states, f"{replica} {states}: {record_of(cluster, replica)}")
+    return record_of(cluster, replica)
+
+
+def test_idle_gpus_are_counted_as_slurm_gives_them(bed: SlurmBed, make: Make) -> None:
+    cluster = make()
+    bed.submit("sleep 600", "--partition=first", "--gres=gpu:h100:1", "--cpus-per-task=1")
+    wait_for(lambda: len([line for line in bed.jobs() if "RUNNING" in line]) == 1, "the foreign job")
+    free = {node.name: node.free("gpu:h100") for node in cluster.host.nodes()}
+    assert free == {bed.nodes[0]: 1, bed.nodes[1]: 2}
+    bed.drain(bed.nodes[1], "Gres=gpu:9 test")
+    try:
+        assert {node.name: node.free("gpu") for node in cluster.host.nodes()} == {bed.nodes[0]: 1, bed.nodes[1]: 0}
+        held = [(record.replica, record.partition) for record in start(cluster, 3)]
+        assert held == [("g-1", "first"), ("g-2", "first"), ("g-3", "first")]
+    finally:
+        bed.undrain(bed.nodes[1])
+
+
+def test_replicas_fill_by_priority_and_the_rest_waits_and_says_why(bed: SlurmBed, make: Make) -> None:
+    cluster = make()
+    assert [record.partition for record in start(cluster, 5)] == ["first", "first", "second", "second", "first"]
+    for number in range(1, 5):
+        wait_state(cluster, f"g-{number}", "starting")
+    wait_for(lambda: record_of(cluster, "g-5").pending_reason in ("Resources", "Priority"), "the reason")
+    waiting = record_of(cluster, "g-5")
+    assert "wait" in (waiting.message or "")
+    wait_for(lambda: record_of(cluster, "g-5").starts_at, "Slurm's estimate", 40)
+    assert "est. " in agent_infra.describe_replica(record_of(cluster, "g-5"))
+    assert bed.run("squeue", "-h", "-o", "%b %C").split("\n")[0].startswith("gres:gpu:1")
+
+
+def test_what_slurm_refuses_is_told_with_what_to_do(bed: SlurmBed, make: Make) -> None:
+    with pytest.raises(RefusedError, match=r"there is no partition nowhere; there are: first, second, urgent"):
+        start(make(name="nowhere"))
+    with pytest.raises(RefusedError, match=r"Slurm refuses: .*configuration.*; correct gres and gpus_per_node"):
+        start(make(gres="gpu:v100", has_second=False))
+    with pytest.raises(RefusedError, match=r"Slurm refuses: .*correct constraint under sbatch"):
+        start(make(sbatch={"constraint": "warp"}))
+    assert bed.jobs() == []
+    assert make().replicas() == []
+
+
+def test_stop_ends_this_deployments_jobs_and_no_other(bed: SlurmBed, make: Make) -> None:
+    one, other = make(deployment="one"), make(deployment="other")
+    foreign = bed.submit("sleep 600", "--partition=urgent", "--job-name=agent-infra:one:g:1")
+    mine, theirs = start(one, 3), start(other, 1)
+    wait_state(one, "g-1", "starting")
+    names = [record.replica for record in one.replicas()]
+    assert names == [record.replica for record in mine] == ["g-1", "g-2", "g-3"]
+    one.stop(names)
+    assert one.wait_stopped(names, time.monotonic() + 20) == []
+    assert one.replicas() == []
+    left = {line.split()[0] for line in bed.jobs()}
+    assert left == {foreign, str(theirs[0].job_id)}
+    one.stop(names)
+    assert one.wait_stopped(names, time.monotonic() + 5) == []
+    assert [path.name for path in Path(one.host.run_dir).rglob("g-*") if path.suffix != ".log"] == []
+
+
+def test_a_job_that_ignores_the_drain_is_ended_by_now(make: Make) -> None:
+    cluster = make("trap '' USR1 TERM; while :; do sleep 1; done")
+    start(cluster)
+    wait_state(cluster, "g-1", "starting")
+    cluster.stop(["g-1"])
+    assert cluster.wait_stopped(["g-1"], time.monotonic() + 1) == ["g-1"]
+    cluster.stop(["g-1"], now=True)
+    assert cluster.wait_stopped(["g-1"], time.monotonic() + 20) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "words"),
+    [
+        ("echo 'torch.OutOfMemoryError: CUDA out of memory'; exit 1", "out_of_memory", "CUDA out of memory"),
+        ("kill -9 $$", "unknown", "ended by signal 9"),
+        ("export AGENT_INFRA_PYTHON=/bin/false", "bad_argument", "/bin/false is not Python 3.10 or newer"),
+        ("exec no-such-launcher", "bad_argument", "no-such-launcher: not found|no-such-launcher: command not found"),
+    ],
+)
+def test_a_job_that_ends_without_a_word_says_why(make: Make, line: str, kind: str, words: str) -> None:
+    cluster = make(line)
+    start(cluster)
+    failed = wait_state(cluster, "g-1", "failed")
+    assert failed.failure is not None
+    assert (failed.failure.kind, bool(re.search(words, failed.failure.line))) == (kind, True), failed
+    assert cluster.replicas() == [failed]  # the question was asked once
+
+
+def test_a_job_whose_log_cannot_be_opened_is_told_apart(bed: SlurmBed, make: Make) -> None:
+    cluster = make(has_second=False)
+    cluster.replica_key()
+    logs = Path(cluster.host.run_dir) / "logs"
+    bed.drain(bed.nodes[0])
+    try:
+        start(cluster)
+        logs.rename(logs.with_name("away"))
+    finally:
+        bed.undrain(bed.nodes[0])
+    try:
+        failure = wait_state(cluster, "g-1", "failed").failure
+    finally:
+        logs.with_name("away").rename(logs)
+        bed.undrain(bed.nodes[0])  # Slurm takes the node for broken
+    assert failure is not None
+    assert "could not open the job's log" in failure.line
+    assert "file system that the compute nodes share" in failure.hint
+
+
+def test_a_cancelled_job_and_one_at_its_walltime_say_so(bed: SlurmBed, make: Make) -> None:
+    cluster = make()
+    [record] = start(cluster)
+    wait_state(cluster, "g-1", "starting")
+    bed.run("scancel", str(record.job_id))
+    failed = wait_state(cluster, "g-1", "failed")
+    assert failed.failure is not None
+    assert failed.failure.line == "its job was cancelled"
+
+
+def test_every_script_of_ours_is_one_that_slurm_takes(bed: SlurmBed, make: Make) -> None:
+    cluster = make()
+    scripts = cluster.plan(GPU_MODEL, 3) + cluster.plan(dataclasses.replace(GPU_MODEL, tensor_parallel_size=2), 1)
+    scripts += make(exclusive=True, time_limit="0:30:00", sbatch={"comment": "a 'b' \"c\""}).plan(GPU_MODEL, 2)
+    for script in scripts:
+        bed.run("sbatch", "--test-only", stdin=script)
+        bed.run("bash", "-n", stdin=script)
+    assert bed.jobs() == []
+    many = agent_infra.PartitionConfig("urgent", gpus_per_node=2)
+    request = agent_infra.JobRequest("c", GPU_MODEL, ("g-1",), many, "/tmp", "/tmp", "/p", nodes=2, gpus=2)
+    for container in (None, agent_infra.ContainerConfig("apptainer", "/i.sif")):
+        slurm = agent_infra.SlurmConfig(container=container)
+        bed.run("sbatch", "--test-only", stdin=agent_infra.render_job(request, slurm, agent_infra.find_templates()))
+
+
+# The last here: restarted, this Slurm sometimes counts GPUs of ended jobs as used.
+def test_while_slurm_does_not_answer_no_replica_is_gone(bed: SlurmBed, make: Make) -> None:
+    cluster = make()
+    start(cluster, 2)
+    wait_state(cluster, "g-1", "starting")
+    bed.stop_controller()
+    try:
+        records = cluster.replicas()
+        assert [record.replica for record in records] == ["g-1", "g-2"]
+        assert not [record for record in records if record.state in ("failed", "stopped")]
+        assert "Slurm does not answer" in (cluster.problem or "")
+        with pytest.raises(agent_infra.SchedulerError, match="nothing can be ended"):
+            cluster.stop(["g-1"])
+        with pytest.raises(agent_infra.SchedulerError, match="nothing was submitted"):
+            start(cluster)
+    finally:
+        bed.start_controller()
+    assert wait_state(cluster, "g-2", "starting").job_id == records[1].job_id
+    assert cluster.problem is None

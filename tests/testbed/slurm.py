@@ -25,6 +25,7 @@ LOW_AND_HIGH = (
     "PartitionName=high Nodes=ALL MaxTime=02:00:00 DefaultTime=00:10:00 "
     "PriorityJobFactor=10 PriorityTier=10 PreemptMode=OFF",
 )
+READY_STATES = ("idle", "mixed", "allocated")
 CONTROLLER = """\
 ClusterName=bed
 SlurmctldHost={host}({address})
@@ -164,8 +165,9 @@ class SlurmBed:
         self.start_controller()
         for node in self.nodes:
             self.start_node(node)
-        ready = ("idle", "mixed", "allocated")
-        self._wait(lambda: sum(s in ready for s in self.run("sinfo", "-hNo", "%T").split()) >= len(self.nodes), "nodes")
+        self._wait(
+            lambda: sum(s in READY_STATES for s in self.run("sinfo", "-hNo", "%T").split()) >= len(self.nodes), "nodes"
+        )
 
     def start_controller(self) -> None:
         self._spawn("slurmctld", [*self._controller_prefix, "slurmctld", "-D"])
@@ -189,6 +191,15 @@ class SlurmBed:
         )
         assert done.returncode == 0 or not check, (argv, done.stdout, done.stderr)
         return done.stdout
+
+    def drain(self, node: str, reason: str = "test") -> None:
+        self.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", f"Reason={reason}")
+
+    def undrain(self, node: str) -> None:
+        """Let a drained node take jobs again; returns once it answers."""
+        if "DRAIN" in self.run("scontrol", "--oneliner", "show", "node", node):
+            self.run("scontrol", "update", f"NodeName={node}", "State=UNDRAIN")
+        self._wait(lambda: self.run("sinfo", "-hN", "-n", node, "-o", "%T").split()[0] in READY_STATES, node)
 
     def submit(self, script: str, *options: str) -> str:
         """The id of a job of somebody else's."""

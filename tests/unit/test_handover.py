@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from agent_infra import ReplicaRecord, Succession, handover_lead_s, plan_handover
+from agent_infra import HANDOVER_RESERVE_S, ReplicaRecord, Succession, handover_lead_s, plan_handover
 
 NOW = 1_000_000.0
 HOUR = 3600.0
@@ -27,11 +27,11 @@ def plan(*records: ReplicaRecord, **successions: Succession) -> list[tuple[str, 
 
 
 def test_the_lead_is_what_a_replica_was_seen_to_need_with_a_margin_and_time_to_drain() -> None:
-    assert handover_lead_s(replica("m-1"), [replica("m-1")], NOW) == 1.5 * (200 + 100) + 120
+    assert handover_lead_s(replica("m-1"), [replica("m-1")], NOW) == 1.5 * (200 + 100) + HANDOVER_RESERVE_S
     slower = replica("m-2", queue_wait_s=1000.0)
-    assert handover_lead_s(replica("m-1"), [replica("m-1"), slower], NOW) == 1.5 * (1000 + 100) + 120
+    assert handover_lead_s(replica("m-1"), [replica("m-1"), slower], NOW) == 1.5 * (1000 + 100) + HANDOVER_RESERVE_S
     other = replica("other-1", queue_wait_s=9000.0)
-    assert handover_lead_s(replica("m-1"), [replica("m-1"), other], NOW) == 1.5 * (200 + 100) + 120
+    assert handover_lead_s(replica("m-1"), [replica("m-1"), other], NOW) == 1.5 * (200 + 100) + HANDOVER_RESERVE_S
 
 
 def test_a_queue_longer_than_the_walltime_does_not_replace_every_replica_at_once() -> None:
@@ -40,7 +40,7 @@ def test_a_queue_longer_than_the_walltime_does_not_replace_every_replica_at_once
     assert plan(fresh) == []
 
 
-@pytest.mark.parametrize(("left_s", "steps"), [(600.0, []), (569.0, [("submit", "m-1")]), (None, [])])
+@pytest.mark.parametrize(("left_s", "steps"), [(631.0, []), (629.0, [("submit", "m-1")]), (None, [])])
 def test_a_successor_is_submitted_when_the_time_left_falls_below_the_lead(
     left_s: float | None, steps: list[tuple[str, str]]
 ) -> None:

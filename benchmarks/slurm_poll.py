@@ -1,0 +1,60 @@
+"""What one look at a Slurm cluster costs: 200 replicas in one squeue answer, each with its record. Needs root, Slurm.
+
+PYTHONPATH=.:tests python benchmarks/slurm_poll.py [REPLICAS]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from testbed.slurm import slurm_bed
+
+import agent_infra
+from agent_infra import ClusterConfig, GpuSample, ModelConfig, PartitionConfig, SlurmConfig
+
+ROUNDS = 15
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process and of the children that it has waited for."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def main(count: int) -> None:
+    with slurm_bed(nodes=4, gpus=8, cpus=64) as bed, tempfile.TemporaryDirectory() as state:
+        os.environ["XDG_STATE_HOME"] = state
+        slurm = SlurmConfig((PartitionConfig("low"),), work_dir=str(bed.folder / "work"), setup=("exec sleep 600",))
+        paths = agent_infra.deployment_paths("d", os.environ)
+        config = ClusterConfig(type="slurm", name="d", tunnel="none", slurm=slurm)
+        runner = agent_infra.LocalCommands(bed.environment)
+        cluster = agent_infra.SlurmCluster(config, paths, runner, bed.environment, print)
+        model = cluster.prepare(ModelConfig("m", "org/m"))
+        started = cluster.start_replicas(model, count)
+        gpus = tuple(GpuSample("NVIDIA H100 80GB HBM3", 50.0, 70 << 30, 80 << 30, 350.0, 60.0) for _ in range(4))
+        for record in started:
+            ready = dataclasses.replace(record, state="ready", port=5900, node=bed.nodes[0], process="b:1", gpus=gpus)
+            path = Path(cluster.host.run_dir) / "replicas" / f"{record.replica}.json"
+            agent_infra.write_atomically(path, json.dumps(dataclasses.asdict(ready)))
+        time.sleep(5)
+        costs, walls = [], []
+        for _ in range(ROUNDS):
+            cpu, wall = cpu_s(), time.monotonic()
+            records = cluster.replicas()
+            costs.append(cpu_s() - cpu)
+            walls.append(time.monotonic() - wall)
+        states = {state: sum(r.state == state for r in records) for state in sorted({r.state for r in records})}
+        print(f"{len(records)} replicas {states}, {ROUNDS} looks")
+        print(f"CPU, this side and its commands: median {statistics.median(costs):.3f} s, worst {max(costs):.3f} s")
+        print(f"wall: median {statistics.median(walls):.3f} s, worst {max(walls):.3f} s")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)

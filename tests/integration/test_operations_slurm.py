@@ -1,0 +1,186 @@
+"""The operator's verbs on a real Slurm: scale, replicas replaced before their walltime ends, requeued jobs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from program import Program, free_port, wait_for
+from testbed.slurm import SlurmBed, missing_programs, slurm_bed
+from weights import packaged_gguf
+
+
+@pytest.fixture(scope="module")
+def bed() -> Iterator[SlurmBed]:
+    """Two nodes; a job may ask for the cluster's only `slot`, a licence, as for a job limit of one."""
+    if missing := missing_programs():
+        pytest.skip(f"a real Slurm needs {', '.join(missing)} (tests/run.sh installs what is missing)")
+    partitions = ("PartitionName=main Nodes=ALL Default=YES MaxTime=1:00:00 DefaultTime=00:30:00",)
+    with slurm_bed(gpus=2, cpus=4, partitions=partitions, settings="Licenses=slot:1\nMinJobAge=10") as made:
+        yield made
+
+
+@pytest.fixture
+def app(bed: SlurmBed, tmp_path: Path) -> Iterator[Program]:
+    made = Program(tmp_path)
+    made.environment |= {"SLURM_CONF": bed.environment["SLURM_CONF"], "PATH": bed.environment["PATH"]}
+    yield made
+    made.run("stop", "--now")
+    for each in made.running:
+        each.close()
+    bed.run("scancel", "--user=root")
+    wait_for(lambda: not bed.run("squeue", "-h"), "an empty queue")
+    wait_for(lambda: not made.processes(), "no process left")
+
+
+def configure(app: Program, bed: SlurmBed, replicas: int = 1, sbatch: dict[str, Any] | None = None) -> None:
+    """The embedded engine in jobs; Slurm's own signal comes only seconds before the walltime's end."""
+    slurm = {
+        "work_dir": str(bed.folder / "work"),
+        "partitions": [{"name": "main", "gpus_per_node": 2, "time_limit": "30"}],
+        "setup": [f"export AGENT_INFRA_PYTHON={sys.executable}"],
+        "sbatch": {"signal": "B:USR1@5", **(sbatch or {})},
+    }
+    model = {"name": "smollm2", "model_path": str(packaged_gguf()), "engine": "llama_cpp", "replicas": replicas}
+    model |= {"engine_args": ["--threads", "1", "--max-num-seqs", "4"], "base_port": free_port()}
+    cluster = {"type": "slurm", "name": app.folder.name, "tunnel": "none", "poll_interval": 0.5, "slurm": slurm}
+    app.config.write_text(json.dumps({"proxy": {"port": app.port}, "cluster": cluster, "models": [model]}))
+
+
+def connect(app: Program, replicas: int) -> None:
+    started = app.run("start")
+    assert started.returncode == 0, started.stderr
+    connected = app.run("connect", "--background")
+    assert connected.returncode == 0, connected.stderr
+    wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == replicas, "the replicas in the proxy")
+
+
+def replicas(app: Program) -> dict[str, dict[str, Any]]:
+    return {row["replica"]: row for row in app.status()["replicas"]}
+
+
+def shorten(bed: SlurmBed, job: str) -> None:
+    """Bring the end of a job's walltime near, but leave it a minute: Slurm counts in minutes."""
+    hours, minutes, seconds = (int(part) for part in elapsed(bed, job))
+    limit = (hours * 3600 + minutes * 60 + seconds + 60) // 60 + 1
+    bed.run("scontrol", "update", f"jobid={job}", f"TimeLimit={limit}")
+
+
+def elapsed(bed: SlurmBed, job: str) -> list[str]:
+    """Hours, minutes and seconds that a job has run."""
+    told = bed.run("squeue", "-h", "-j", job, "-o", "%M").strip()
+    return ["0", "0", "0", *told.split(":")][-3:]
+
+
+class Agents:
+    """Eight agents that talk; what became of each turn, and by which replica."""
+
+    def __init__(self, app: Program) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.served: Counter[str] = Counter()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._talk, args=(app, number)) for number in range(8)]
+
+    def __enter__(self) -> Agents:
+        for thread in self._threads:
+            thread.start()
+        wait_for(lambda: self.outcomes["ok"] > 10, "agents at work")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=120)
+
+    def _talk(self, app: Program, number: int) -> None:
+        while not self._stop.wait(0.3):
+            try:
+                answer, headers = app.chat(f"Agent {number} says hello", max_tokens=4)
+                self.outcomes["ok" if answer["choices"][0]["message"]["content"] else "empty"] += 1
+                self.served[headers["x-agent-infra-backend"]] += 1
+            except OSError as error:  # of urllib, whatever the proxy answers
+                self.outcomes[repr(error)] += 1
+
+    def go_on(self, turns: int = 10) -> None:
+        """Until so many more turns were answered."""
+        before = self.outcomes["ok"]
+        wait_for(lambda: self.outcomes["ok"] > before + turns, "turns answered", 60)
+
+
+def test_scale_submits_jobs_and_cancels_them_once_their_turns_have_ended(app: Program, bed: SlurmBed) -> None:
+    configure(app, bed)
+    connect(app, 1)
+    foreign = bed.submit("sleep 600")
+    with Agents(app) as agents:
+        up = app.run("scale", "smollm2", "3")
+        assert up.returncode == 0, up.stderr
+        wait_for(lambda: len(agents.served) == 3, "turns on all three")
+        down = app.run("scale", "smollm2", "1")
+        assert down.returncode == 0, down.stderr
+        agents.go_on()
+    assert set(agents.outcomes) == {"ok"}, agents.outcomes
+    assert sum("agent-infra" in job for job in bed.jobs()) == 1
+    assert app.run("status").returncode == 0
+    bed.run("scancel", foreign)
+
+
+def test_a_replica_is_replaced_before_its_walltime_ends_and_no_agent_notices(app: Program, bed: SlurmBed) -> None:
+    configure(app, bed, replicas=2)
+    connect(app, 2)
+    with Agents(app) as agents:
+        ending = replicas(app)["smollm2-1"]
+        shorten(bed, ending["job_id"])
+        wait_for(lambda: "smollm2-3" in replicas(app), "the successor in the queue", 120)
+        handover = app.status()["handover"]
+        assert handover["smollm2-1"]["successor"] == "smollm2-3"
+        wait_for(lambda: "smollm2-1" not in replicas(app), "the old one drained and gone", 60)
+        assert ending["job_id"] not in "".join(bed.jobs()).split()
+        agents.go_on()
+    assert set(agents.outcomes) == {"ok"}, agents.outcomes
+    assert agents.served["smollm2-3"] > 0
+    assert sorted(replicas(app)) == ["smollm2-2", "smollm2-3"]
+    status = app.run("status")
+    assert status.returncode == 0, status.stdout
+    log = app.run("logs", "proxy").stdout
+    assert "handover: smollm2-3 is ready and takes over from smollm2-1" in log
+
+
+def test_a_limit_of_one_job_makes_a_gap_that_is_announced_and_survived(app: Program, bed: SlurmBed) -> None:
+    configure(app, bed, sbatch={"licenses": "slot:1"})
+    connect(app, 1)
+    with Agents(app) as agents:
+        first = replicas(app)["smollm2-1"]
+        shorten(bed, first["job_id"])
+        wait_for(lambda: any(each["is_after"] for each in app.status()["handover"].values()), "the postponement", 90)
+        told = app.run("status").stdout
+        assert "there will be a gap while it loads" in told
+        bed.run("scancel", "--batch", "--signal=USR1", first["job_id"])  # what Slurm does at the end of the walltime
+        wait_for(lambda: first["job_id"] not in [row["job_id"] for row in replicas(app).values()], "the gap", 90)
+        agents.go_on()
+    assert set(agents.outcomes) == {"ok"}, agents.outcomes
+    assert "Licenses does not allow smollm2-2 beside smollm2-1" in app.run("logs", "proxy").stdout
+    assert app.run("status").returncode == 0
+
+
+def test_a_requeued_job_comes_back_as_a_replica_and_turns_go_on(app: Program, bed: SlurmBed) -> None:
+    configure(app, bed, replicas=2)
+    connect(app, 2)
+    before = replicas(app)["smollm2-1"]
+    with Agents(app) as agents:
+        bed.run("scontrol", "requeue", before["job_id"])
+        agents.go_on()
+        again = wait_for(lambda: ready_again(app, before["pid"]), "it is back", 90)
+        assert again["job_id"] == before["job_id"]
+        agents.go_on()
+    assert set(agents.outcomes) == {"ok"}, agents.outcomes
+
+
+def ready_again(app: Program, former_pid: int) -> Any:
+    row = replicas(app).get("smollm2-1", {"state": "stopped"})
+    return row if row["state"] == "ready" and row["pid"] != former_pid else None
