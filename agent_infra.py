@@ -795,6 +795,7 @@ class Engine:
     is_guarded: bool = False  # EngineGuard stands before it: the key on every path, and the keyed challenge
     may_face_network: bool = False  # it asks for the key on every path but health; others listen on loopback alone
     spans_nodes: bool = False
+    package: str | None = None  # that its Python must have
 
 
 def _option(words: Sequence[str], *names: str) -> int | None:
@@ -917,6 +918,7 @@ def _key_environment(launch: Launch) -> dict[str, str]:
 # A newcomer adds an engine by adding a row, and its name to ENGINE_NAMES.
 ENGINES: Mapping[str, Engine] = {
     "vllm": Engine(
+        package="vllm",
         argv=_vllm_argv,
         environment=_vllm_environment,
         check=_check_vllm,
@@ -939,6 +941,7 @@ ENGINES: Mapping[str, Engine] = {
         spans_nodes=True,
     ),
     "llama_cpp": Engine(
+        package="xllamacpp",
         argv=_llama_cpp_argv,
         environment=_key_environment,
         check=_check_llama_cpp,
@@ -6036,6 +6039,7 @@ class ServeSpec:
     restart_backoff: float = 1.0  # s before the first restart; five times as long before each further one
     nodes: int = 1  # that the replica spans: on the others, `rank` follows this one
     is_job: bool = False  # in a job of Slurm, whose environment tells its number and the node's name
+    is_probe: bool = False  # `serve` only says what it sees here (see probe_node()), and ends
 
 
 def record_from_json(text: str) -> ReplicaRecord:
@@ -6748,12 +6752,53 @@ def read_spec(run_directory: str, replica: str) -> tuple[ServeSpec, str]:
     return spec, key
 
 
+def probe_node(spec: ServeSpec) -> dict[str, Any]:
+    """What a replica would find here: ``{node, python, package, gpus, model, hub}``.
+
+    ``package`` is the version of the engine's package, ``model`` one of local, cached, remote and missing, ``hub``
+    whether the Hugging Face hub can be reached.
+    """
+    import importlib.metadata
+    import urllib.error
+    import urllib.request
+
+    environment, package = engine_environment(spec), ENGINES[spec.model.engine].package
+    version, hub = None, True
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version(package) if package else None
+    try:
+        endpoint = environment.get("HF_ENDPOINT") or "https://huggingface.co"
+        urllib.request.urlopen(endpoint, timeout=5.0).close()  # noqa: S310 (the user's own setting)
+    except urllib.error.HTTPError as error:
+        error.close()  # it answers
+    except (OSError, ValueError):
+        hub = False
+    sampler = GpuSampler(sampled_gpus(spec, environment))
+    names = [gpu.name for gpu in sampler.sample()] or [
+        f"device {name}" for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name
+    ]
+    sampler.close()
+    path = spec.model.model_path
+    if os.path.exists(path) or spec.model.engine == "command":
+        model = "local"
+    elif is_hub_id(path):
+        model = "cached" if is_in_hub_cache(path, environment) else "remote"
+    else:
+        model = "missing"
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    return {"node": node, "python": python, "package": version, "gpus": names, "model": model, "hub": hub}
+
+
 def serve(run_directory: str, replica: str) -> int:
     """Run one replica as specs/<replica>.json says, until SIGTERM; returns 0 when stopped, 1 when it failed.
 
     Writes replicas/<replica>.json and logs/<replica>.log. RefusedError when it cannot be started at all.
     """
     spec, key = read_spec(run_directory, replica)
+    if spec.is_probe:
+        write_atomically(Path(run_directory) / "replicas" / f".{replica}.probe", json.dumps(probe_node(spec)))
+        return 0
     check_engine_args(spec.model)
     with contextlib.closing(Watcher()) as watcher:
         return Replica(spec, key, watcher, StopSignals()).run()
@@ -6829,6 +6874,23 @@ HUB_FAILURES: Mapping[str, str] = {
     "HfHubHTTPError": "the hub refused; try later, or look at what it says",
 }
 HUB_UNREACHABLE = "the hub cannot be reached from here: check the network, https_proxy and HF_ENDPOINT"
+
+
+def is_hub_id(model_path: str) -> bool:
+    """Whether it has the form of a Hugging Face id, ``org/model``."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model_path) is not None
+
+
+def hub_cache(environment: Mapping[str, str]) -> Path:
+    """Where huggingface_hub keeps what it fetches."""
+    home = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME", "~"), ".cache")
+    base = environment.get("HF_HOME") or os.path.join(home, "huggingface")
+    return Path(environment.get("HF_HUB_CACHE") or os.path.join(base, "hub")).expanduser()
+
+
+def is_in_hub_cache(repository: str, environment: Mapping[str, str]) -> bool:
+    """Whether a model of the hub was fetched to where this environment looks for it."""
+    return any(hub_cache(environment).glob(f"models--{repository.replace('/', '--')}/snapshots/*"))
 
 
 def fetch_from_hub(repository: str) -> str:
@@ -7249,18 +7311,6 @@ def _check_gguf(where: str, path: Path) -> None:
         raise RefusedError(f"{where} cannot be read: {error.strerror}; make it readable, or {choices}") from error
     if magic != b"GGUF":
         raise RefusedError(f"{where} is no GGUF file (it does not begin with GGUF); {choices}")
-
-
-def is_hub_id(model_path: str) -> bool:
-    """Whether it has the form of a Hugging Face id, ``org/model``."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model_path) is not None
-
-
-def hub_cache(environment: Mapping[str, str]) -> Path:
-    """Where huggingface_hub keeps what it fetches."""
-    home = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME", "~"), ".cache")
-    base = environment.get("HF_HOME") or os.path.join(home, "huggingface")
-    return Path(environment.get("HF_HUB_CACHE") or os.path.join(base, "hub")).expanduser()
 
 
 def fetched_path(model: ModelConfig, output: bytes, status: int) -> str:
@@ -7864,14 +7914,11 @@ class LocalCluster:
             child.poll()
 
 
-_ENGINE_PACKAGES = {"vllm": "vllm", "llama_cpp": "xllamacpp"}
-
-
 def check_installed(model: ModelConfig) -> None:
     """Raise RefusedError where the engine is not installed for this Python, which is the one that `serve` gets."""
     import importlib.util
 
-    package = _ENGINE_PACKAGES.get(model.engine)
+    package = ENGINES[model.engine].package
     if package and importlib.util.find_spec(package) is None:
         raise RefusedError(
             f"model {model.name}: engine {model.engine} is not installed for {sys.executable}; pip install {package}"
@@ -8020,10 +8067,10 @@ class SlurmNode:
         """How many of ``gres`` (a name counts all types) are idle; 0 when the node takes no job."""
         if not self.is_usable or self.free_cpus < 1:
             return 0
-        return max(0, _count_gres(self.gres, gres) - _count_gres(self.used, gres))
+        return max(0, count_gres(self.gres, gres) - count_gres(self.used, gres))
 
 
-def _count_gres(counts: Mapping[str, int], wanted: str) -> int:
+def count_gres(counts: Mapping[str, int], wanted: str) -> int:
     return sum(count for name, count in counts.items() if name == wanted or name.startswith(f"{wanted}:"))
 
 
@@ -8427,7 +8474,7 @@ class SlurmHost:
     def nodes(self) -> list[SlurmNode]:
         """Every node of the cluster, as it is now."""
         script = _SLURM_QUIET + "scontrol --oneliner --details show node"
-        nodes = parse_nodes(self._asked(self.shell(script)).output.decode("utf-8", "replace"))
+        nodes = parse_nodes(self.asked(self.shell(script)).output.decode("utf-8", "replace"))
         known = {name for node in nodes for name in node.partitions}
         for partition in self._config.slurm.partitions:
             if partition.name not in known:
@@ -8443,7 +8490,7 @@ class SlurmHost:
         told = f"{request.partition.name} {request.model.engine} {request.model.name} {time.time():.0f}"
         stdin = ("".join(lines) + script).encode()
         done = self.shell(_SUBMIT_SCRIPT, self.run_dir, told, *request.replicas, stdin=stdin)
-        job = self._asked(done).output.decode("utf-8", "replace").strip()
+        job = self.asked(done).output.decode("utf-8", "replace").strip()
         if not job.isdecimal():
             raise RefusedError(f"sbatch printed {_shorten(job)} instead of a job's number")
         return job
@@ -8493,7 +8540,7 @@ class SlurmHost:
             )
         return done.output.decode()
 
-    def _asked(self, done: CommandResult) -> CommandResult:
+    def asked(self, done: CommandResult) -> CommandResult:
         """What a command of Slurm answered; SchedulerError when Slurm did not, RefusedError when it said no."""
         if done.status == 0:
             return done
@@ -8732,7 +8779,8 @@ class SlurmCluster:
     def pull(self, model: ModelConfig) -> str:
         self._install()
         if model.model_path != PACKAGED_MODEL:
-            return self.host.find_model(model)
+            path = self.host.find_model(model)
+            return SlurmExamination(self, self._config).fetch(model) if is_hub_id(path) else path
         cache = model_cache(self._environment)
         return self.host.place_weights(lambda: fetch_packaged_model(cache, self._environment, self._report))
 
@@ -8827,6 +8875,87 @@ class SlurmCluster:
         self._started.update(request.replicas)
         told = Submission(job, request.partition.name, request.model.engine, request.model.name, time.time())
         return [unjudged_record(replica, told, None) for replica in request.replicas]
+
+
+_PROBE_SCRIPT = """\
+set -eu; umask 077; cd "$1"; IFS= read -r spec; printf '%s\\n' "$spec" > "specs/$2.json"; shift 2
+unset SBATCH_EXPORT SBATCH_PARTITION SBATCH_QOS SBATCH_TIMELIMIT SBATCH_WAIT SBATCH_ARRAY_INX; exec sbatch --parsable
+"""
+_PROBED_SCRIPT = """\
+cd "$1"; cat "replicas/.$2.probe" 2> /dev/null && exit
+printf '%s\\n' "$(LC_ALL=C squeue --noheader -j "$3" --format='%T %r' 2> /dev/null)"; tail -n 5 "logs/$2.log"
+"""
+_FORGET_PROBE_SCRIPT = """\
+cd "$1" && rm -f "specs/$2.json" "specs/.$2" "replicas/.$2.probe" "logs/$2.log"; scancel "$3" 2> /dev/null; exit 0
+"""
+
+
+class SlurmExamination:
+    """What `doctor` and `pull` do on a Slurm cluster, besides what SlurmCluster does every day."""
+
+    def __init__(self, cluster: SlurmCluster, config: ClusterConfig) -> None:
+        cluster.replica_key()  # installed, the host knows its directories
+        self._host, self._config = cluster.host, config
+
+    def try_out(self, model: ModelConfig) -> str:
+        """What Slurm says to a job of this model, which is not submitted; RefusedError where it says no."""
+        script = render_job(self._request(model), self._config.slurm, find_templates())
+        done = self._host.shell("export LC_ALL=C; exec sbatch --test-only", stdin=script.encode())
+        return _words_of(self._host.asked(done))
+
+    def probe(self, model: ModelConfig, timeout_s: float) -> tuple[dict[str, Any] | None, str]:
+        """What probe_node() says in a small job for this model; None, and why, when none came within ``timeout_s``."""
+        request = self._request(model)
+        [name] = request.replicas
+        spec = ServeSpec(name, model, request.run_dir, f"{self._host.root}/replica_key", is_job=True, is_probe=True)
+        script = render_job(request, self._config.slurm, find_templates())
+        told = json.dumps(dataclasses.asdict(spec)) + "\n" + script
+        done = self._host.asked(self._host.shell(_PROBE_SCRIPT, request.run_dir, name, stdin=told.encode()))
+        job, deadline, was_over = done.output.decode().strip().partition(";")[0], time.monotonic() + timeout_s, False
+        try:
+            while True:
+                done = self._host.shell(_PROBED_SCRIPT, request.run_dir, name, job)
+                output = done.output.decode("utf-8", "replace")
+                with contextlib.suppress(ValueError):
+                    return json.loads(output), ""
+                state, _, log = output.strip().partition("\n")
+                is_over = state.split(" ")[0] not in (*WAITING_JOB_STATES, "RUNNING", "CONFIGURING", "COMPLETING")
+                if (is_over and was_over) or time.monotonic() > deadline:  # it may have ended between two questions
+                    waits = f"its job {job} is {state or 'gone'}" + ("" if is_over else f" after {timeout_s:g} s")
+                    return None, f"{waits}; {log.strip()[-500:] or 'its log is empty'}"
+                was_over = is_over
+                time.sleep(0.5)
+        finally:
+            self._host.shell(_FORGET_PROBE_SCRIPT, request.run_dir, name, job)
+
+    def fetch(self, model: ModelConfig) -> str:
+        """Fetch a model of the hub with the engine's Python on the login host, into the cache that it reads there."""
+        lines = [*self._config.slurm.setup]
+        lines += [f"export {name}={shlex.quote(value)}" for name, value in model.env.items()]
+        words = shlex.join([self._host.program, "fetch", model.model_path])
+        lines.append(f'exec "${{AGENT_INFRA_PYTHON:-python3}}" {words}')
+        # On standard input: the environment may hold a token.
+        done = self._host.shell("exec bash -l -s", stdin="\n".join(lines).encode(), timeout_s=FETCH_THERE_S)
+        return fetched_path(model, done.output, done.status)
+
+    def _request(self, model: ModelConfig) -> JobRequest:
+        """A short job in the preferred partition; its name is that of no replica."""
+        partition = max(self._config.slurm.partitions, key=lambda each: each.priority)
+        shape = replica_shape(model, partition)
+        return JobRequest(
+            deployment=f"{self._config.name}:doctor",
+            model=model,
+            replicas=(f"doctor-{os.urandom(4).hex()}",),
+            partition=dataclasses.replace(partition, time_limit="5", exclusive=False),
+            work_dir=self._host.work_dir,
+            run_dir=self._host.run_dir,
+            program=self._host.program,
+            gpus=shape.gpus,
+            cpus=shape.cpus,
+        )
+
+
+FETCH_THERE_S = 6 * 3600.0  # for a model to be fetched on the cluster's host
 
 
 class SlurmLogs:
@@ -14469,17 +14598,25 @@ class Check:
     name: str
     run: Callable[[Deployment], Iterable[Finding]]  # AgentInfraError and OSError are findings too
     clusters: tuple[str, ...] = CLUSTER_TYPES  # where it applies
+    decides: bool = False  # after an error here nothing further can be looked at
+    needs_job: bool = False  # only with `doctor --job`
 
 
-def examine(deployment: Deployment) -> Iterator[Finding]:
+def examine(deployment: Deployment, with_job: bool = False) -> Iterator[Finding]:
     """Run every check that applies, in order."""
     for check in CHECKS:
-        if deployment.config.cluster.type in check.clusters:
-            try:
-                for finding in check.run(deployment):
-                    yield dataclasses.replace(finding, check=check.name)
-            except (AgentInfraError, OSError) as error:
-                yield Finding("error", str(error), check=check.name)
+        if deployment.config.cluster.type not in check.clusters or (check.needs_job and not with_job):
+            continue
+        levels = set()
+        try:
+            for finding in check.run(deployment):
+                levels.add(finding.level)
+                yield dataclasses.replace(finding, check=check.name)
+        except (AgentInfraError, OSError) as error:
+            levels.add("error")
+            yield Finding("error", str(error), check=check.name)
+        if check.decides and "error" in levels:
+            return
 
 
 def _check_configuration(deployment: Deployment) -> Iterator[Finding]:
@@ -14585,8 +14722,7 @@ def _check_weights(deployment: Deployment) -> Iterator[Finding]:
             yield Finding("ok", f"model {model.name}: {path}")
         else:
             environment = {**deployment.environment, **model.env}
-            name = f"models--{path.replace('/', '--')}"
-            if any(hub_cache(environment).glob(f"{name}/snapshots/*")):
+            if is_in_hub_cache(path, environment):
                 yield Finding("ok", f"model {model.name}: {path} is in {hub_cache(environment)}")
             else:
                 yield probe_hub(path, environment)
@@ -14611,6 +14747,216 @@ def probe_hub(repository: str, environment: Mapping[str, str]) -> Finding:
     return Finding("ok", f"{where}; the hub has it, `pull` fetches it ahead")
 
 
+def _slurm(deployment: Deployment) -> SlurmCluster:
+    """The deployment's cluster, of which the caller knows that it is one of Slurm."""
+    assert isinstance(deployment.cluster, SlurmCluster)  # noqa: S101 (for the type checker)
+    return deployment.cluster
+
+
+def _check_host(deployment: Deployment) -> Iterator[Finding]:
+    done = _slurm(deployment).host.shell(
+        "uname -n; for name in sbatch squeue scontrol scancel; do command -v $name; done"
+    )
+    name, *found = done.output.decode("utf-8", "replace").split()
+    where = f"{name}" if deployment.config.cluster.ssh is None else f"{name}, over SSH"
+    if len(found) == 4:
+        yield Finding("ok", where)
+    else:
+        fix = "set cluster.ssh to the cluster's login host, or put them on PATH (not only of login shells)"
+        yield Finding("error", f"{where}: Slurm's commands are not there", fix)
+
+
+def _check_slurm(deployment: Deployment) -> Iterator[Finding]:
+    done = _slurm(deployment).host.shell("sbatch --version; scontrol ping")
+    version, _, ping = done.output.decode("utf-8", "replace").strip().partition("\n")
+    ping = " ".join(ping.split())
+    if " UP" in ping:
+        yield Finding("ok", f"{version}; {ping}")
+    else:
+        yield Finding("error", f"{version}; {ping or 'scontrol ping says nothing'}", "wait, or tell the administrators")
+
+
+def parse_partitions(text: str) -> dict[str, dict[str, str]]:
+    """Name → fields of every partition that `scontrol --oneliner show partition` printed."""
+    rows = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines()]
+    return {row["PartitionName"]: row for row in rows if "PartitionName" in row}
+
+
+def _check_partitions(deployment: Deployment) -> Iterator[Finding]:
+    host = _slurm(deployment).host
+    nodes = host.nodes()  # RefusedError names a partition that does not exist
+    rows = parse_partitions(host.shell("LC_ALL=C scontrol --oneliner show partition").output.decode("utf-8", "replace"))
+    needs_gpus = any(ENGINES[model.engine].uses_gpus for model in deployment.config.models)
+    for partition in deployment.config.cluster.slurm.partitions:
+        key = f"{partition.gres} on {partition.name}"
+        members = [node for node in nodes if partition.name in node.partitions]
+        most = max((count_gres(node.gres, partition.gres) for node in members), default=0)
+        idle = sum(node.free(partition.gres) for node in members)
+        state = rows.get(partition.name, {}).get("State", "UP")
+        if state != "UP":
+            yield Finding("warning", f"{partition.name} is {state}: jobs wait there", "prefer another one (priority)")
+        elif needs_gpus and most < partition.gpus_per_node:
+            kinds = ", ".join(sorted({name for node in members for name in node.gres})) or "no GRES"
+            fix = f"correct gres or gpus_per_node; its nodes have {kinds}"
+            yield Finding("error", f"{key}: no node has {partition.gpus_per_node}, the most is {most}", fix)
+        else:
+            gpus = f", {idle} × {partition.gres} idle" if needs_gpus else ""
+            yield Finding("ok", f"{partition.name}: {len(members)} nodes{gpus}")
+
+
+def _check_walltime(deployment: Deployment) -> Iterator[Finding]:
+    cluster = _slurm(deployment)
+    text = cluster.host.shell("LC_ALL=C scontrol --oneliner show partition").output.decode("utf-8", "replace")
+    rows = parse_partitions(text)
+    loads = [r.ready_at - r.started_at for r in cluster.replicas() if r.ready_at is not None]
+    load_s = max(loads, default=EXPECTED_LOAD_S)
+    for partition in deployment.config.cluster.slurm.partitions:
+        row = rows.get(partition.name, {})
+        limits = (partition.time_limit, row.get("DefaultTime"), row.get("MaxTime"))
+        spans = [slurm_limit_s(limit) for limit in limits if limit and limit not in ("NONE", "n/a")]
+        wanted_s, most_s = (spans[0], spans[-1]) if spans else (math.inf, math.inf)
+        words = f"{partition.name}: {describe_span(wanted_s)}"
+        if wanted_s > most_s:
+            fix = f"lower time_limit to {row['MaxTime']}, or jobs wait for ever (PartitionTimeLimit)"
+            yield Finding("error", f"{words}, the partition allows {describe_span(most_s)}", fix)
+        elif wanted_s < 3 * (load_s + HANDOVER_RESERVE_S):
+            measured = "took" if loads else "may take"
+            fix = "raise time_limit: most of the time would go into loading and handing over"
+            yield Finding("warning", f"{words}, of which loading {measured} {describe_span(load_s)}", fix)
+        else:
+            yield Finding("ok", words)
+
+
+EXPECTED_LOAD_S = 300.0  # of a model that was never loaded here
+
+
+def slurm_limit_s(text: str) -> float:
+    """A time limit as sbatch takes it or scontrol prints it, in s: minutes, h:m:s, d-h and so on; inf for none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        return math.inf
+    days, first, second, third = (int(part) if part is not None else None for part in match.groups())
+    if days is not None:  # d-h[:m[:s]]
+        hours, minutes, seconds = first or 0, second or 0, third or 0
+    elif third is not None:  # h:m:s
+        hours, minutes, seconds = first or 0, second or 0, third
+    else:  # m[:s]
+        hours, minutes, seconds = 0, first or 0, second or 0
+    return float((((days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def describe_span(seconds: float) -> str:
+    """A span of time in words for people: ``2 h``, ``90 min``, ``45 s``, ``no limit``."""
+    if seconds == math.inf:
+        return "no limit"
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.4g} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _check_accounts(deployment: Deployment) -> Iterator[Finding]:
+    slurm = deployment.config.cluster.slurm
+    script = "LC_ALL=C; export LC_ALL; scontrol show config | grep '^AccountingStorageType'; "
+    script += 'sacctmgr -nP show assoc user="$(id -un)" format=account,partition,qos 2> /dev/null'
+    first, _, rest = _slurm(deployment).host.shell(script).output.decode("utf-8", "replace").partition("\n")
+    asked = {name for name in (slurm.default_qos, *(each.qos for each in slurm.partitions)) if name}
+    account = slurm.sbatch.get("account")
+    if "none" in first.lower() or not rest.strip():
+        level = "warning" if asked or account else "ok"
+        fix = "look whether they are right: nobody else will" if asked or account else None
+        yield Finding(level, "Slurm keeps no accounts that can be asked: any QoS and account is taken", fix)
+        return
+    rows = [line.split("|") for line in rest.splitlines() if line.count("|") == 2]
+    known = {qos for _, _, names in rows for qos in names.split(",") if qos}
+    for name in sorted(asked - known):
+        yield Finding("error", f"QoS {name} is not yours", f"yours are {', '.join(sorted(known)) or 'none'}")
+    if account and account not in {row[0] for row in rows}:
+        yield Finding(
+            "error", f"account {account} is not yours", f"yours: {', '.join(sorted({row[0] for row in rows}))}"
+        )
+    yield Finding("ok", f"accounts {', '.join(sorted({row[0] for row in rows}))}; QoS {', '.join(sorted(known))}")
+
+
+def _check_work_dir(deployment: Deployment) -> Iterator[Finding]:
+    cluster = _slurm(deployment)
+    cluster.replica_key()  # makes the directories, and copies this file there
+    done = cluster.host.shell('df -Pk "$1" | tail -n 1; stat -f -c %T "$1"', cluster.host.work_dir)
+    line, _, kind = done.output.decode("utf-8", "replace").strip().partition("\n")
+    free = int(line.split()[3]) * 1024 if len(line.split()) > 3 and line.split()[3].isdecimal() else None
+    where = f"{cluster.host.work_dir} ({kind or 'unknown file system'})"
+    if kind in ("tmpfs", "ramfs", "overlayfs"):
+        fix = "set cluster.slurm.work_dir to the file system that login and compute nodes share"
+        yield Finding("warning", f"{where} is most likely this host's alone; `doctor --job` tells", fix)
+    elif free is not None and free < MIN_FREE_BYTES:
+        yield Finding("warning", f"{where}: {free / 1e9:.2f} GB free", "free some space there")
+    else:
+        yield Finding("ok", where + (f": {free / 1e9:.1f} GB free" if free is not None else ""))
+
+
+def _check_cluster_weights(deployment: Deployment) -> Iterator[Finding]:
+    cluster = _slurm(deployment)
+    for model in deployment.config.models:
+        if model.engine == "llama_cpp" and model.model_path == PACKAGED_MODEL:
+            yield Finding("ok", f"model {model.name}: {PACKAGED_MODEL} is copied to work_dir at the first start")
+            continue
+        path = cluster.host.find_model(model)
+        if model.engine == "vllm" and is_hub_id(path):
+            found = probe_hub(path, {**deployment.environment, **model.env})
+            fix = found.fix or "`pull` fetches it to where nodes read it, `doctor --job` tells whether they do"
+            yield Finding(found.level, f"model {model.name}: {path}, asked from here: {found.text}", fix)
+        else:
+            yield Finding("ok", f"model {model.name}: {path}")
+
+
+def _check_submission(deployment: Deployment) -> Iterator[Finding]:
+    for model in deployment.config.models:
+        said = SlurmExamination(_slurm(deployment), deployment.config.cluster).try_out(model)
+        yield Finding("ok", f"model {model.name}: {said}")
+
+
+def _check_job(deployment: Deployment) -> Iterator[Finding]:
+    """What only a node can see, by a small job for each kind of model."""
+    examination = SlurmExamination(_slurm(deployment), deployment.config.cluster)
+    for model in deployment.config.models:
+        if model.model_path == PACKAGED_MODEL:
+            model = dataclasses.replace(model, model_path=deployment.cluster.pull(model))
+        seen, why = examination.probe(model, PROBE_JOB_S)
+        where = f"model {model.name}"
+        if seen is None:
+            yield Finding("error", f"{where}: {why}", "see what the job says; `status` explains why jobs wait")
+            continue
+        where += f" on {seen['node']}"
+        yield Finding("ok", f"{where}: work_dir is shared, Python {seen['python']}")
+        yield from judge_probe(model, where, seen)
+
+
+PROBE_JOB_S = 300.0  # that a job of `doctor --job` may wait and run
+
+
+def judge_probe(model: ModelConfig, where: str, seen: Mapping[str, Any]) -> Iterator[Finding]:
+    """What a node's own look at itself (see probe_node()) means for a model."""
+    package = ENGINES[model.engine].package
+    if package and not seen["package"]:
+        fix = "activate the environment that has it under cluster.slurm.setup, or set container"
+        yield Finding("error", f"{where}: {package} is not installed for its Python", fix)
+    elif package:
+        yield Finding("ok", f"{where}: {package} {seen['package']}")
+    wanted = model.tensor_parallel_size * model.pipeline_parallel_size if ENGINES[model.engine].uses_gpus else 0
+    if len(seen["gpus"]) < min(1, wanted):
+        yield Finding("warning", f"{where}: no GPU is seen", "look at gres; on the CPU vLLM needs its CPU build")
+    elif wanted:
+        yield Finding("ok", f"{where}: {', '.join(seen['gpus'])}")
+    if seen["model"] == "missing":
+        yield Finding("error", f"{where}: {model.model_path} is not there", "put it where the nodes can read it")
+    elif seen["model"] == "remote" and not seen["hub"]:
+        fix = "`pull` fetches it ahead; let HF_HOME (in the model's env) be where nodes read it too"
+        yield Finding("error", f"{where}: {model.model_path} is not in the node's cache, and it has no network", fix)
+    else:
+        words = {"local": "is there", "cached": "is in its cache", "remote": "can be fetched from there"}[seen["model"]]
+        yield Finding("ok", f"{where}: {model.model_path} {words}")
+
+
 CHECKS: tuple[Check, ...] = (
     Check("configuration", _check_configuration),
     Check("packages", _check_packages),
@@ -14621,6 +14967,15 @@ CHECKS: tuple[Check, ...] = (
     Check("weights", _check_weights, ("local",)),
     Check("GPUs", _check_gpus, ("local",)),
     Check("engine ports", _check_engine_ports, ("local",)),
+    Check("login host", _check_host, ("slurm",), decides=True),
+    Check("Slurm", _check_slurm, ("slurm",), decides=True),
+    Check("partitions", _check_partitions, ("slurm",)),
+    Check("accounts", _check_accounts, ("slurm",)),
+    Check("walltime", _check_walltime, ("slurm",)),
+    Check("work_dir", _check_work_dir, ("slurm",)),
+    Check("weights", _check_cluster_weights, ("slurm",)),
+    Check("submission", _check_submission, ("slurm",)),
+    Check("node", _check_job, ("slurm",), needs_job=True),
 )
 
 
@@ -15590,7 +15945,7 @@ def _run_pull(arguments: argparse.Namespace) -> int:
 
 def _run_doctor(arguments: argparse.Namespace) -> int:
     findings = []
-    for finding in examine(_deployment(arguments)):
+    for finding in examine(_deployment(arguments), arguments.job):
         findings.append(finding)
         if not arguments.json:
             fix = f"; {finding.fix}" if finding.fix else ""
@@ -15755,6 +16110,7 @@ def _add_looking_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("--model", metavar="NAME", help="only this model of the configuration")
     added = verb("doctor", _run_doctor, "check what can be checked before anything is started", "config")
     added.add_argument("--json", action="store_true", help="print JSON")
+    added.add_argument("--job", action="store_true", help="look at a node too, by a small Slurm job for each model")
     added = verb("status", _run_status, "show replicas and proxy; exit code 3 when something is missing", "config")
     added.add_argument("--json", action="store_true", help="print JSON")
     added.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")

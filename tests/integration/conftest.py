@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
 from fake_engine import FakeEngine
+from program import MODULE
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
 
 
@@ -23,3 +26,13 @@ def slurm() -> Iterator[SlurmBed]:
         pytest.skip(f"a real Slurm needs {', '.join(missing)} (tests/run.sh installs what is missing)")
     with slurm_bed() as bed:
         yield bed
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[str]:
+    """The URL of a hub."""
+    script = MODULE.parent / "tests" / "testbed" / "hub.py"
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        process.kill()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from program import MODULE, Program, program
+from program import Program, program
 from testbed.hub import COMMIT, TOKEN
 from weights import packaged_gguf
 
@@ -20,16 +19,6 @@ from weights import packaged_gguf
 def app(tmp_path: Path) -> Iterator[Program]:
     with program(tmp_path) as made:
         yield made
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[str]:
-    """The URL of a hub."""
-    script = MODULE.parent / "tests" / "testbed" / "hub.py"
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        yield f"http://127.0.0.1:{int(process.stdout.readline())}"
-        process.kill()
 
 
 def findings(app: Program) -> dict[str, list[dict[str, Any]]]:

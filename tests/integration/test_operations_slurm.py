@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from program import Program, free_port, wait_for
+from testbed.hub import COMMIT, TOKEN
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
 from weights import packaged_gguf
 
@@ -111,6 +112,77 @@ class Agents:
         """Until so many more turns were answered."""
         before = self.outcomes["ok"]
         wait_for(lambda: self.outcomes["ok"] > before + turns, "turns answered", 60)
+
+
+def findings(app: Program, *words: str) -> dict[str, list[dict[str, Any]]]:
+    """What `doctor --json` says, by check."""
+    done = app.run("doctor", "--json", *words)
+    said: dict[str, list[dict[str, Any]]] = {}
+    for finding in json.loads(done.stdout):
+        said.setdefault(finding["check"], []).append(finding)
+    return said
+
+
+def reconfigure(app: Program, **changes: Any) -> None:
+    """Change keys of cluster.slurm."""
+    document = json.loads(app.config.read_text())
+    document["cluster"]["slurm"] |= changes
+    app.config.write_text(json.dumps(document))
+
+
+def test_doctor_looks_at_the_cluster_and_by_a_job_at_a_node(app: Program, bed: SlurmBed) -> None:
+    configure(app, bed)
+    said = findings(app, "--job")
+    assert [each["text"] for rows in said.values() for each in rows if each["level"] == "error"] == []
+    assert "slurm" in said["Slurm"][0]["text"]
+    assert "main: 2 nodes" in said["partitions"][0]["text"]
+    assert "main: 30 min" in said["walltime"][0]["text"]
+    assert "to start at" in said["submission"][0]["text"]
+    node = said["node"]
+    assert any(name in node[0]["text"] for name in bed.nodes)
+    assert "work_dir is shared, Python 3." in node[0]["text"]
+    assert "xllamacpp 20" in node[1]["text"]
+    assert app.run("status").stdout.count("doctor") == 0
+    assert not list((bed.folder / "work" / app.folder.name / "run").rglob("*doctor*"))
+
+
+def test_doctor_says_what_is_wrong_on_a_cluster(app: Program, bed: SlurmBed) -> None:
+    configure(app, bed)
+    reconfigure(app, partitions=[{"name": "nowhere"}])
+    said = findings(app)
+    assert "there is no partition nowhere; there are: main" in said["partitions"][0]["text"]
+    assert "Slurm refuses: " in said["submission"][0]["text"]
+    reconfigure(
+        app, partitions=[{"name": "main", "time_limit": "2:00:00"}], setup=["export AGENT_INFRA_PYTHON=/no/python"]
+    )
+    said = findings(app, "--job")
+    assert "the partition allows 60 min" in said["walltime"][0]["text"]
+    assert said["node"][0]["level"] == "error"
+    bed.stop_controller()
+    try:
+        said = findings(app)
+        assert said["Slurm"][0]["level"] == "error"
+        assert "submission" not in said  # nothing can be known of it now
+    finally:
+        bed.start_controller()
+
+
+def test_pull_fetches_with_the_engines_python_on_the_clusters_host(app: Program, bed: SlurmBed, hub: str) -> None:
+    configure(app, bed)
+    document = json.loads(app.config.read_text())
+    env = {"HF_ENDPOINT": hub, "HF_HOME": str(app.folder / "hf"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    document["models"] = [{"name": "m", "model_path": "org/gated", "env": env}]
+    app.config.write_text(json.dumps(document))
+    done = app.run("pull")
+    assert done.returncode == 0, done.stderr
+    snapshot = app.folder / "hf" / "hub" / "models--org--gated" / "snapshots" / COMMIT
+    assert str(snapshot) in done.stdout
+    assert (snapshot / "model.safetensors").stat().st_size > 1000
+    document["models"][0]["env"].pop("HF_TOKEN")
+    app.config.write_text(json.dumps(document))
+    refused = app.run("pull")
+    assert refused.returncode == 2
+    assert "it is gated: ask for access on its page" in refused.stderr
 
 
 def test_scale_submits_jobs_and_cancels_them_once_their_turns_have_ended(app: Program, bed: SlurmBed) -> None:

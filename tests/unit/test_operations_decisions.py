@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,16 @@ from agent_infra import (
     describe_accounting,
     describe_hub_failure,
     describe_model,
+    describe_span,
+    describe_succession,
     fetched_path,
     is_hub_id,
+    judge_probe,
     kept_config,
     load_config,
+    slurm_limit_s,
     summarize,
+    what_is_amiss,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -196,6 +202,63 @@ def test_what_a_fetch_printed_before_does_not_hide_its_outcome() -> None:
     assert fetched_path(ModelConfig("m", "org/x"), b'warning: ...\n{"path": "/cache"}\n', 0) == "/cache"
 
 
-def test_every_row_of_the_doctors_table_has_a_name_of_its_own_and_a_cluster() -> None:
-    assert len({check.name for check in CHECKS}) == len(CHECKS)
-    assert all(check.clusters for check in CHECKS)
+def test_no_two_rows_of_the_doctors_table_have_one_name_on_one_kind_of_cluster() -> None:
+    rows = [(check.name, cluster) for check in CHECKS for cluster in check.clusters]
+    assert len(set(rows)) == len(rows)
+    assert {cluster for _, cluster in rows} == {"local", "slurm"}
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("1:30", 90), ("8:00:00", 28800), ("2-00:00:00", 172800), ("1-12", 129600), ("UNLIMITED", math.inf)],
+)
+def test_a_time_limit_is_read_as_slurm_reads_it(text: str, seconds: float) -> None:
+    assert slurm_limit_s(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(45, "45 s"), (119, "119 s"), (5400, "90 min"), (28800, "8 h"), (math.inf, "no limit")]
+)
+def test_a_span_of_time_is_told_in_the_unit_that_people_use(seconds: float, words: str) -> None:
+    assert describe_span(seconds) == words
+
+
+SEEN = {"node": "gpu07", "python": "3.11.2", "package": "0.32.0", "gpus": ["H100"], "model": "cached", "hub": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "levels"),
+    [
+        ({}, ["ok", "ok", "ok"]),
+        ({"package": None}, ["error", "ok", "ok"]),
+        ({"gpus": []}, ["ok", "warning", "ok"]),
+        ({"model": "missing"}, ["ok", "ok", "error"]),
+        ({"model": "remote"}, ["ok", "ok", "error"]),  # offline, and not fetched
+        ({"model": "remote", "hub": True}, ["ok", "ok", "ok"]),
+    ],
+)
+def test_what_a_node_sees_is_judged_for_the_model_that_is_to_run_there(
+    change: dict[str, Any], levels: list[str]
+) -> None:
+    findings = list(judge_probe(ModelConfig("m", "org/m"), "model m on gpu07", {**SEEN, **change}))
+    assert [finding.level for finding in findings] == levels
+    assert all(finding.fix for finding in findings if finding.level != "ok")
+
+
+def test_a_replica_that_is_on_its_way_is_amiss_only_where_it_is_missed() -> None:
+    records = [replica("m-1"), replica("m-2", "loading")]
+    assert what_is_amiss([summarize("m", 1, records)], records) == []
+    assert what_is_amiss([summarize("m", 2, records)], records) == ["m-2 is LOADING"]
+    assert what_is_amiss([summarize("m", 3, records)], records)[1:] == ["2 of 3 replicas of m run"]
+
+
+def test_one_that_failed_is_always_amiss_and_one_that_was_idle_never() -> None:
+    records = [replica("m-1"), replica("m-2", "failed"), replica("m-3", "stopped", is_idle=True)]
+    assert what_is_amiss([summarize("m", 2, records)], records) == ["m-2 is FAILED"]
+
+
+def test_a_handover_is_told_with_its_gap() -> None:
+    row = {"successor": "m-2", "note": "", "is_after": False}
+    assert describe_succession("m-1", row) == "m-2 takes over from m-1"
+    assert "there will be a gap" in describe_succession("m-1", {**row, "is_after": True})
+    assert "there will be a gap" in describe_succession("m-1", {**row, "successor": "", "note": "cannot be submitted"})
