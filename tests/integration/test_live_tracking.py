@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import time
 import urllib.parse
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,23 +62,21 @@ def sessions(document: Any) -> dict[str, Any]:
 # --- one session
 
 
-@pytest.mark.parametrize("name", ["task-17", "größe/ü 😀", "/a//b/", "a?b#c%2F", "end", "x/end"])
-def test_a_session_can_be_looked_at_and_ended_whatever_it_is_called(
-    app: Program, engine: FakeEngine, name: str
-) -> None:
+def test_a_session_can_be_looked_at_and_ended_whatever_it_is_called(app: Program, engine: FakeEngine) -> None:
     bring_up(app, engine)
+    names = ["task-17", "größe/ü 😀", "/a//b/", "a?b#c%2F", "end", "x/end"]
     with Client(app.port) as client:
-        for _ in range(2):
+        for name in names * 2:
             assert client.chat({"X-Session-ID": name.encode().decode("latin-1")}).status == 200
-        path = urllib.parse.quote(name, safe="")
-        wait_for(lambda: client.get(f"/stats/sessions/{path}").status == 200, "the session")
-        wait_turns(app, 2)
-        answer = client.get(f"/stats/sessions/{path}")
-        document = answer.json()
-        check_stats(document, "session_document")
-        assert (document["session"]["id"], len(document["turns"])) == (name, 2)
-        assert client.post(f"/sessions/{path}/end", {}).json() == {"session": name, "ended": True}
-        wait_for(lambda: client.get(f"/stats/sessions/{path}").json()["session"]["state"] == "ended", "its end")
+        wait_turns(app, 2 * len(names))
+        for name in names:
+            path = urllib.parse.quote(name, safe="")
+            document = client.get(f"/stats/sessions/{path}").json()
+            check_stats(document, "session_document")
+            assert (document["session"]["id"], len(document["turns"])) == (name, 2)
+            assert client.post(f"/sessions/{path}/end", {}).json() == {"session": name, "ended": True}
+        wait_for(lambda: app.get("/stats")["sessions"]["ended"] == len(names), "their ends")
+        assert client.get("/stats/sessions/x%2Fend").json()["session"]["state"] == "ended"
         missing = client.get("/stats/sessions/nobody")
         assert (missing.status, missing.json()["error"]["type"]) == (404, "not_found_error")
 
@@ -143,30 +143,52 @@ def test_an_agent_without_headers_is_the_same_session_after_a_kill_of_all(app: P
 # --- where the time went
 
 
-class Planted:
-    """A proxy of its own before engines whose answers take ``base_s + each_s · n`` with n of ``slots`` in the works."""
+@dataclass(frozen=True)
+class SetUp:
+    """Engines whose answers take ``base_s + each_s · n`` with n of ``slots`` in the works."""
 
-    def __init__(self, folder: Path, engines: int, base_s: float, each_s: float, slots: int) -> None:
+    base_s: float
+    each_s: float
+    slots: int
+    engines: int = 1
+
+
+class Planted:
+    """A proxy of its own before the engines of each model."""
+
+    def __init__(self, folder: Path, **models: SetUp) -> None:
         self._stack = ExitStack()
-        behaviour: dict[str, Any] = {"base_s": base_s, "each_s": each_s, "slots": slots, "tokens": 20}
-        self.engines = [self._stack.enter_context(FakeEngine(**behaviour)) for _ in range(engines)]
-        config = Config(models=(ModelConfig(name="m", model_path="m", engine="command"),), proxy=ProxyConfig(port=0))
+        self.engines: list[FakeEngine] = []
+        records = []
+        for model, set_up in models.items():
+            for number in range(1, set_up.engines + 1):
+                behaviour: dict[str, Any] = {"base_s": set_up.base_s, "each_s": set_up.each_s, "slots": set_up.slots}
+                engine = self._stack.enter_context(FakeEngine(**behaviour, tokens=20))
+                self.engines.append(engine)
+                name = f"{model}-{number}"
+                records.append(
+                    ReplicaRecord(name, model, "ready", "command", "here", 1, "p", port=engine.port, slots=set_up.slots)
+                )
+        configured = tuple(ModelConfig(name=model, model_path=model, engine="command") for model in models)
+        config = Config(models=configured, proxy=ProxyConfig(port=0))
         paths = deployment_paths("default", {"XDG_STATE_HOME": str(folder), "HOME": str(folder)})
-        records = [
-            ReplicaRecord(f"m-{number}", "m", "ready", "command", "here", 1, "p", port=engine.port, slots=slots)
-            for number, engine in enumerate(self.engines, start=1)
-        ]
         self._controller = Controller(config, paths, lambda: records, keys=("client-key", None))
 
     def __enter__(self) -> Planted:
-        self._controller.start()
-        self.url = self._controller.url
-        wait_for(lambda: self.get("/health")["models"]["m"]["ready"] == len(self.engines), "the engines in the proxy")
+        with ExitStack() as undone:
+            undone.push(self.__exit__)
+            self._controller.start()
+            self.url = self._controller.url
+            wait_for(self._is_ready, "the engines in the proxy")
+            undone.pop_all()
         return self
 
     def __exit__(self, *_error: object) -> None:
         with self._stack:
             self._controller.stop(1.0)
+
+    def _is_ready(self) -> bool:
+        return bool(sum(model["ready"] for model in self.get("/health")["models"].values()) == len(self.engines))
 
     def get(self, path: str) -> Any:
         with urllib.request.urlopen(self.url + path, timeout=10) as answer:
@@ -189,7 +211,7 @@ class Truth(dict[str, float]):
         self[what] = self.get(what, 0.0) + (time.perf_counter() - started) * 1000
 
 
-TURNS = 6
+TURNS = 5
 PRE_S, POST_S = 0.25, 0.15
 
 
@@ -224,12 +246,13 @@ def agent_without_headers(proxy: Planted, name: str) -> Truth:
 
 
 def test_times_are_recovered_as_they_were_planted(tmp_path: Path) -> None:
-    with Planted(tmp_path, engines=2, base_s=0.2, each_s=0.05, slots=1) as proxy, ThreadPoolExecutor(8) as pool:
+    with Planted(tmp_path, m=SetUp(0.2, 0.05, slots=1, engines=2)) as proxy, ThreadPoolExecutor(8) as pool:
         kinds = [agent_with_headers] * 4 + [agent_without_headers] * 4
         running = [pool.submit(kind, proxy, f"agent-{number}") for number, kind in enumerate(kinds)]
         truths = [each.result(60) for each in running]
         document = wait_for(
-            lambda: proxy.get("/stats") if proxy.get("/stats")["totals"]["requests"] == 8 * TURNS else None, "all turns"
+            lambda: document if (document := proxy.get("/stats"))["totals"]["requests"] == 8 * TURNS else None,
+            "all turns",
         )
         computed_ms = sum(engine.call()["seconds"] for engine in proxy.engines) * 1000
     check_stats(document)
@@ -249,3 +272,54 @@ def test_times_are_recovered_as_they_were_planted(tmp_path: Path) -> None:
     assert told("wait_ms") == pytest.approx(planted("answers") - computed_ms, rel=0.05)
     assert told("wait_ms") > 0.3 * told("inference_ms")  # else there was nothing to recover
     assert told("unaccounted_ms") < 0.05 * (planted("pre") + planted("post"))
+
+
+# --- what holds the run back
+
+
+RUN_S = 10.0
+SET_UPS = {"busy": SetUp(0.1, 0.04, 64), "idle": SetUp(0.1, 0.01, 64), "slow": SetUp(0.4, 0.01, 64)}
+AGENTS = {"busy": (24, 0.2), "idle": (6, 1.0), "slow": (4, 0.1)}  # how many, and how long each thinks, s
+
+
+def agent_that_thinks(proxy: Planted, model: str, number: int, until: float) -> None:
+    """One of a growing number of agents on a model; its think times are exponential."""
+    count, think_s = AGENTS[model]
+    chance, session = random.Random(f"{model} {number}"), SessionContext(f"{model}-{number}")
+    time.sleep(RUN_S / 3 * number / count)
+    with proxy.client() as client:
+        while time.monotonic() < until:
+            with session.observing():
+                time.sleep(chance.expovariate(1 / think_s))
+            assert client.chat(session.get_headers(), model=model).status == 200
+
+
+def test_verdict_and_suggestion_follow_what_was_planted(tmp_path: Path) -> None:
+    agents = [(model, number) for model, (count, _) in AGENTS.items() for number in range(count)]
+    with Planted(tmp_path, **SET_UPS) as proxy, ThreadPoolExecutor(len(agents)) as pool:
+        until = time.monotonic() + RUN_S
+        running = [pool.submit(agent_that_thinks, proxy, *agent, until) for agent in agents]
+        for each in running:
+            each.result(60)
+        over = time.time()
+
+        def analysed() -> Any:
+            document = proxy.get("/stats")
+            return document if all(entry["computed_at"] > over for entry in document["analysis"]) else None
+
+        document = wait_for(analysed, "the analysis of all turns")
+    check_stats(document)
+    found = {entry["model"]: entry for entry in document["analysis"]}
+    verdicts = {model: entry["verdict"]["name"] for model, entry in found.items()}
+    assert verdicts == {"busy": "GPU-BOUND", "idle": "AGENT-BOUND", "slow": "LATENCY-BOUND"}
+    for model, set_up in SET_UPS.items():
+        base_s, each_s = found[model]["fit"]["base_latency_s"], found[model]["fit"]["per_request_s"]
+        assert base_s["low"] < 1.1 * set_up.base_s
+        assert base_s["high"] > 0.9 * set_up.base_s
+        assert each_s["low"] < 1.1 * set_up.each_s + 0.002  # an engine answers late by a millisecond or two
+        assert each_s["high"] > 0.9 * set_up.each_s - 0.002
+    suggested = {model: entry["suggestion"]["agents"] for model, entry in found.items()}
+    # Seventy per cent busy: N = ρ/B · (Z + A / (1 − ρ)) = 0.7 / 0.04 · (0.2 + 0.1 / 0.3) = 9.3.
+    assert 7 <= suggested["busy"]["low"] <= suggested["busy"]["high"] <= 12
+    assert suggested["idle"]["low"] > AGENTS["idle"][0]
+    assert suggested["slow"]["low"] > AGENTS["slow"][0]
