@@ -2765,10 +2765,11 @@ class Watchdog:
         }
         rows = []
         for session in sessions:
+            if is_inconspicuous(session, now) and not session.alerts:
+                continue
             found = alerts_of(session, now, usual.get(session.model), kv_capacity.get(session.backend or ""))
-            if found or session.alerts:
-                session.alerts = {kind: session.alerts.get(kind, since) for kind, since, _ in found}
-                rows += [self._row(session, kind, sentence) for kind, _, sentence in found]
+            session.alerts = {kind: session.alerts.get(kind, since) for kind, since, _ in found}
+            rows += [self._row(session, kind, sentence) for kind, _, sentence in found]
         self.rows = sorted(rows, key=lambda row: -row["since"])[:LISTED_ALERTS]
 
     @staticmethod
@@ -2781,6 +2782,16 @@ class Watchdog:
             "since": session.alerts[kind],
             "sentence": sentence,
         }
+
+
+def is_inconspicuous(session: Session, now: float) -> bool:
+    """Whether nothing can be wrong with a session; most are so, and this costs little."""
+    return (
+        (session.last_end is None or now - session.last_end <= SILENT_S)
+        and session.repeats < REPEATED_TURNS
+        and (session.context_tokens or 0) <= RUNAWAY_TOKENS
+        and session.recent_moves.bit_count() < THRASHING_MOVES
+    )
 
 
 def alerts_of(
