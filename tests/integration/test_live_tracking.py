@@ -305,7 +305,8 @@ def test_verdict_and_suggestion_follow_what_was_planted(tmp_path: Path) -> None:
 
         def analysed() -> Any:
             document = proxy.get("/stats")
-            return document if all(entry["computed_at"] > over for entry in document["analysis"]) else None
+            fresh = [entry for entry in document["analysis"] if entry["computed_at"] > over]
+            return document if len(fresh) == len(SET_UPS) else None
 
         document = wait_for(analysed, "the analysis of all turns")
     check_stats(document)
