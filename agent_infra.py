@@ -13599,7 +13599,7 @@ def describe_replica(record: ReplicaRecord) -> str:
     if record.state == "ready":
         words += f" {record.host}:{record.port}"
     elif record.state == "starting" and record.job_id:
-        words += f" {record.node}"
+        words = f"RUNNING {record.node}"
     elif record.progress:
         words += f" {record.progress}"
     if record.failure is not None and record.state == "failed":
@@ -14169,11 +14169,18 @@ def summarize(
     }
 
 
+def explain_state(record: ReplicaRecord) -> str:
+    """What describe_replica() leaves out: what to do about a failure, what a job waits for."""
+    if record.failure is not None:
+        return f"; {record.failure.hint}"
+    return f": {record.message}" if record.state == "pending" and record.message else ""
+
+
 def what_is_amiss(models: Sequence[Mapping[str, Any]], records: Sequence[ReplicaRecord]) -> list[str]:
     """Why replicas are not as they were wanted; ``models`` are rows of summarize()."""
     short = {row["name"] for row in models if row["ready"] + row["idle"] < row["wanted"]}
     reasons = [
-        f"{record.replica} is {describe_replica(record)}" + (f"; {record.failure.hint}" if record.failure else "")
+        f"{record.replica} is {describe_replica(record)}" + explain_state(record)
         for record in records
         if record.state == "failed" or (record.state != "ready" and not record.is_idle and record.model in short)
     ]
@@ -15416,6 +15423,7 @@ class ReplicaBoard:
 
     def __init__(self) -> None:
         self._shown: dict[str, str] = {}
+        self._trails: dict[str, dict[str, str]] = {}  # replica → state → what it was last shown as in that state
         self._live: Any = None
 
     def __enter__(self) -> ReplicaBoard:
@@ -15436,12 +15444,22 @@ class ReplicaBoard:
         if self._live is not None:
             from rich.text import Text
 
-            self._live.update(Text("\n".join(f"{name:<24} {line}" for name, line in lines.items())))
+            trails = [f"{record.replica:<24} {self._trail(record, lines[record.replica])}" for record in records]
+            self._live.update(Text("\n".join(trails)))
         else:
             for name, line in lines.items():
                 if self._shown.get(name) != line:
                     print(f"{name}  {line}", flush=True)
         self._shown = lines
+
+    def _trail(self, record: ReplicaRecord, line: str) -> str:
+        """``PENDING (Resources, est. 14:32) → RUNNING gpu07 → LOADING 5/9 → READY 10.0.0.7:5901``."""
+        trail = self._trails.setdefault(record.replica, {})
+        if record.state == "pending":
+            trail.clear()  # it was requeued
+        trail.pop(record.state, None)
+        trail[record.state] = line
+        return " → ".join(trail.values())
 
 
 class OperatorSignals:
@@ -15883,12 +15901,13 @@ def _show_status(status: Mapping[str, Any], clear: bool) -> None:
     if clear:
         console.clear()
     if status["replicas"]:
-        table = Table("replica", "model", "node", "state", "pid", box=None, header_style="bold", pad_edge=False)
+        table = Table("replica", "model", "node", "state", "process", box=None, header_style="bold", pad_edge=False)
         for row in status["replicas"]:
             record = record_from_json(json.dumps(row))
             colour = {"ready": "green", "failed": "red"}.get(record.state, "yellow")
             state = Text(describe_replica(record), style=colour)
-            table.add_row(record.replica, record.model, record.node, state, str(record.pid))
+            process = f"job {record.job_id} in {record.partition}" if record.job_id else str(record.pid)
+            table.add_row(record.replica, record.model, record.node, state, process)
         console.print(table)
     for replica, each in status["handover"].items():
         console.print(Text(f"handover  {describe_succession(replica, each)}"))

@@ -79,7 +79,7 @@ def test_a_vllm_of_two_ranks_answers_and_its_headless_rank_is_gone_after_stop(
         data=json.dumps({"model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": "hi"}]}).encode(),
         headers={"Content-Type": "application/json", "Authorization": f"Bearer {cluster.replica_key()}"},
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=240) as answer:
         assert json.load(answer)["usage"]["completion_tokens"] == 4
     rank_log = log.with_name("tiny-1.rank1.log").read_text()
     assert "headless" in rank_log.lower()

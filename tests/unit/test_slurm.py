@@ -256,6 +256,25 @@ def test_a_job_that_waits_says_why_in_words_and_when_it_may_start() -> None:
     assert agent_infra.describe_replica(record).startswith("PENDING (QOSMaxGRESPerUser, est. ")
 
 
+def test_a_live_line_tells_how_a_replica_came_up_and_begins_anew_with_a_requeue() -> None:
+    shown: list[str] = []
+
+    class Screen:
+        def update(self, text: Any) -> None:
+            shown.append(str(text))
+
+    board = agent_infra.ReplicaBoard()
+    board._live = Screen()
+    waiting = dataclasses.replace(JOB, state="PENDING", reason="Resources", node="")
+    loading = dataclasses.replace(READY, state="loading", progress="5/9")
+    for record in (seen(waiting, None), seen(JOB, None), seen(JOB, loading), seen(JOB, READY), seen(waiting, READY)):
+        board.show([record])
+    pending = shown[0].split(None, 1)[1]
+    assert pending.startswith("PENDING (Resources, est. ")
+    assert shown[3].split(None, 1)[1] == f"{pending} → RUNNING n1 → LOADING 5/9 → READY 127.0.0.1:5900"
+    assert shown[4].split(None, 1)[1] == pending
+
+
 def test_every_pending_reason_of_slurm_has_words_of_its_own() -> None:
     for reason in (
         *("Resources", "Priority", "Dependency", "JobHeldUser", "JobHeldAdmin", "PartitionNodeLimit", "BeginTime"),
