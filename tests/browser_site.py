@@ -9,6 +9,17 @@ import stats_server as stats
 from program import Running
 
 
+def collect_complaints(tab: Any, complaints: list[str]) -> None:
+    """Put into ``complaints`` what the browser's console calls an error."""
+
+    def hear(said: Any) -> None:
+        if said.type == "error":
+            complaints.append(said.text)
+
+    tab.on("console", hear)
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+
+
 @dataclass
 class Site:
     """The page's server and what stands behind it."""
@@ -26,8 +37,7 @@ class Site:
             self.server.document = document
         tab = self.browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
         tab.set_default_timeout(15_000)
-        tab.on("console", lambda said: said.type == "error" and self.complaints.append(said.text))
-        tab.on("pageerror", lambda error: self.complaints.append(str(error)))
+        collect_complaints(tab, self.complaints)
         tab.goto(self.url)
         tab.wait_for_selector("[data-panel=cost], .ai-problem", timeout=60_000)
         return tab
