@@ -3227,6 +3227,14 @@ class BackendTable:
             self._figures[backend] = BackendFigures(self._clock)
         return self._figures[backend]
 
+    def sample(self, gauges: Mapping[str, Any], is_due: bool) -> None:
+        """Take the relay's gauges; ``is_due`` notes a point of their course too."""
+        for backend, gauge in gauges.items():
+            figures = self.figures(backend)
+            figures.counters.read(gauge)
+            if is_due:
+                figures.in_flight.append(gauge.get("in_flight"))
+
     def relay_restarted(self) -> None:
         for figures in self._figures.values():
             figures.counters.restart()
@@ -3340,11 +3348,7 @@ class Tracker:
         now = self._clock()
         self._relay.read(gauges)
         is_due = self.timeline.is_due(now)
-        for backend, gauge in self._relay.backends.items():
-            figures = self._backends.figures(backend)
-            figures.counters.read(gauge)
-            if is_due:
-                figures.in_flight.append(gauge.get("in_flight"))
+        self._backends.sample(self._relay.backends, is_due)
         self._turns.forget_lost(now)
         self._sessions.expire(now)
         self._watchdog.look(self._sessions, now, self._relay.kv_capacity())
