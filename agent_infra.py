@@ -2638,6 +2638,16 @@ class SessionTable:
             last = session.last_end if session.last_end is not None else session.last_seen
             yield session.model, session.backend, session.open_turns, max(0.0, now - last)
 
+    def counts(self, now: float) -> dict[str, int]:
+        """``sessions`` of /stats."""
+        return {
+            "live": len(self),
+            "active": self.count_active(now),
+            "listed": min(len(self), LISTED_SESSIONS),
+            "ended": self.ended,
+            "evicted": self.evicted,
+        }
+
     def count_active(self, now: float) -> int:
         """How many sessions have a turn in flight or were heard of in the last RECENT_S seconds."""
         return sum(1 for session in self if session.open_turns or session.last_seen > now - RECENT_S)
@@ -3423,13 +3433,7 @@ class Tracker:
             models=_model_rows(rows),
             backends=rows,
             queue=self._relay.queue(self._turns.open),
-            sessions={
-                "live": len(self._sessions),
-                "active": self._sessions.count_active(now),
-                "listed": len(listed),
-                "ended": self._sessions.ended,
-                "evicted": self._sessions.evicted,
-            },
+            sessions=self._sessions.counts(now),
             clients=_client_rows(listed, self._sessions.latest_ended(), self._turns.phases()),
             recent_turns=[record.row() for record in self._log.latest(RECENT_TURNS)],
             pipeline=self._pipeline.document(),
