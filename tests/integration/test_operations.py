@@ -179,17 +179,20 @@ def test_scale_without_a_proxy_says_what_that_means(app: Program) -> None:
     assert app.run("stop").returncode == 0
 
 
-def test_an_idle_replica_ends_by_itself_and_start_brings_it_back(app: Program) -> None:
+def test_an_idle_replica_ends_by_itself_though_nobody_is_connected_and_start_brings_it_back(app: Program) -> None:
     app.configure(models=[idle_model(app, 0.05)])
-    connect(app)
-    assert app.chat()[0]["choices"]
-    ended = wait_for(lambda: [r for r in app.status()["replicas"] if r["is_idle"] and r["state"] == "stopped"], "idle")
-    assert ended[0]["message"] == "no turn for 0.05 min"
+    assert app.run("start", "--detach").returncode == 0
+    ended = wait_for(lambda: [r for r in app.status()["replicas"] if r["state"] == "stopped"], "its end", 90)
+    assert (ended[0]["is_idle"], ended[0]["message"]) == (True, "no turn for 0.05 min")
+    assert app.run("connect", "--background").returncode == 0
     status = app.run("status")
     assert status.returncode == 0, status.stdout
+    assert "0 of 1 ready, 1 ended for want of turns" in status.stdout
     assert app.get("/health")["models"]["smollm2"]["ready"] == 0
-    assert app.run("start", "--detach").returncode == 0
-    wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 1, "it is back")
+    app.configure(models=[idle_model(app, 60)])
+    assert app.run("start").returncode == 0
+    wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 1, "it is back", 60)
+    assert app.chat()[0]["choices"]
     assert app.run("stop").returncode == 0
 
 
