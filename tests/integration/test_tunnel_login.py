@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
+import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -306,3 +311,58 @@ def test_a_login_that_wants_more_than_a_key_names_the_driver_that_can(tmp_path: 
         host = connect(server.ssh())  # auto
         assert "permission denied" in failure(host)  # nobody is there to type the code
         assert host.reason == "the login asks for more than a key"
+
+
+ONE_TIME = """
+import getpass, os, sys
+import agent_infra as ai
+host = ai.LoginHost(ai.ClusterConfig(ssh=ai.SshConfig(*sys.argv[2:])), os.environ, sys.argv[1], getpass.getpass)
+host.lead()
+for word in ("first", "second"):
+    sys.stdout.write(host.run(["echo", "answer", word]).output.decode())
+print("driver", host.driver, flush=True)
+host.close()
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root: an sshd that checks passwords needs a shadow file of its own")
+def test_a_one_time_code_is_asked_for_once_at_the_terminal(tmp_path: Path) -> None:
+    hashed = subprocess.run(["openssl", "passwd", "-6", "123456"], capture_output=True, text=True, check=True).stdout
+    (tmp_path / "shadow").write_text(f"root:{hashed.strip()}:19000:0:99999:7:::\n")
+    (tmp_path / "pam").write_text("auth required pam_unix.so\naccount required pam_permit.so\n")
+    mounts = f"mount --bind {tmp_path}/shadow /etc/shadow && mount --bind {tmp_path}/pam /etc/pam.d/sshd"
+    prefix = ("unshare", "--mount", "sh", "-c", mounts + ' && exec "$@"', "sh")
+    options = {"KbdInteractiveAuthentication": "yes", "UsePAM": "yes", "PermitRootLogin": "yes"}
+    options["AuthenticationMethods"] = "publickey,keyboard-interactive"
+    with SshServer(tmp_path / "sshd", prefix=prefix, options=options) as server:
+        ssh = server.ssh()
+        words = [ssh.host, ssh.user, ssh.port, ssh.identity_file, ssh.config_file, ssh.known_hosts_file]
+        program = ONE_TIME.replace("sys.argv[2:]", repr(words))
+        terminal, far_end = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path)],
+            stdin=far_end,
+            stdout=far_end,
+            stderr=far_end,
+            cwd=Path(agent_infra.__file__).parent,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(far_end)
+        seen = b""
+        try:
+            with contextlib.suppress(OSError):  # the other end is closed: what it said tells why
+                while b"driver" not in seen:
+                    seen += os.read(terminal, 4096)
+                    if seen.endswith(b"assword: "):
+                        os.write(terminal, b"123456\n")
+            assert process.wait(20) == 0, seen.decode()
+        finally:
+            process.kill()
+            process.wait(10)
+            os.close(terminal)
+    assert b"answer first" in seen
+    assert b"answer second" in seen
+    assert b"driver openssh" in seen
+    assert seen.count(b"assword") == 1
+    assert b"123456" not in seen  # it is not shown as it is typed

@@ -88,7 +88,7 @@ class FarSlurm(SlurmBed):
 class FarCluster:
     """The whole of it; owns its namespaces, sshds, Slurm and files. A context manager."""
 
-    def __init__(self, nodes: int = 2) -> None:
+    def __init__(self, nodes: int = 2, cpus: int = 2) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="far-cluster-"))
         self.folder.chmod(0o755)
         # Several of these may run at once: each draws networks of its own.
@@ -101,6 +101,7 @@ class FarCluster:
         self._count = nodes
         self.slurm = FarSlurm(
             nodes,
+            cpus=cpus,
             node_prefix=lambda name: self._machines[name].words("nump"),
             addresses=self._address,
             # Slurm compares the controller's host name with the one that runs the tests, so only the network is the

@@ -139,7 +139,8 @@ class SshServer:
         if self.process is None:
             return []
         started = descendants(self.process.pid)
-        return started[1:] if self.prefix else started  # nsenter's child is the listening sshd
+        is_sshd = Path(f"/proc/{self.process.pid}/comm").read_text().startswith("sshd")
+        return started if is_sshd else started[1:]  # nsenter's child is the listening sshd
 
     def cut_sessions(self, number: int = signal.SIGKILL) -> None:
         """End every connection, or (SIGSTOP, SIGCONT) silence them and let them speak again."""

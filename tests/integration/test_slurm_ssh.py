@@ -1,0 +1,290 @@
+"""A whole cluster that is not here, driven through SSH alone: login and compute nodes in namespaces of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import APIError, OpenAI
+from program import Program, free_port, is_listening, wait_for
+from testbed.namespaces import FarCluster, missing_parts
+from testbed.sshd import SshServer, public_key
+from weights import packaged_gguf
+
+
+@pytest.fixture(scope="module")
+def far() -> Iterator[FarCluster]:
+    if missing := missing_parts():
+        pytest.skip(f"a cluster in namespaces needs {', '.join(missing)} (tests/run.sh installs what is missing)")
+    with FarCluster() as made:
+        yield made
+
+
+@pytest.fixture
+def run(far: FarCluster, tmp_path: Path) -> Iterator[Program]:
+    made = Program(tmp_path)
+    made.environment = {**made.environment, "HOME": str(tmp_path)}  # none of the user's keys and known hosts
+    yield made
+    for each in made.running:
+        each.close()
+    far.slurm.run("scancel", "--user=root")
+    wait_for(lambda: not far.slurm.jobs(), "an empty queue")
+
+
+def configure(run: Program, far: FarCluster, replicas: int, ssh: dict[str, Any] | None = None, **cluster: Any) -> None:
+    """Write the configuration: the embedded engine, two replicas a node at most."""
+    slurm = {
+        "work_dir": str(far.folder / "work"),
+        "partitions": [{"name": "low", "gpus_per_node": 4}],
+        "setup": [f"export AGENT_INFRA_PYTHON={sys.executable}"],
+    }
+    login = far.ssh()
+    reached = {name: value for name, value in vars(login).items() if value is not None} if ssh is None else ssh
+    document = {
+        "proxy": {"port": run.port, "health_check_interval": 2},
+        "cluster": {"type": "slurm", "name": "far", "poll_interval": 1, "ssh": reached, "slurm": slurm, **cluster},
+        "models": [
+            {
+                "name": "smollm2",
+                "model_path": str(packaged_gguf()),
+                "engine": "llama_cpp",
+                "replicas": replicas,
+                "engine_args": ["--threads", "1", "--max-num-seqs", "4"],
+                "base_port": free_port(),
+            }
+        ],
+    }
+    run.config.write_text(json.dumps(document))
+
+
+def backends(run: Program) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = run.get("/stats")["backends"]
+    return rows
+
+
+def all_up(run: Program, count: int) -> bool:
+    rows = backends(run)
+    return len(rows) == count and all(row["tunnel"] and row["tunnel"]["state"] == "up" for row in rows)
+
+
+def client(run: Program, timeout: float = 90.0) -> OpenAI:
+    return OpenAI(base_url=f"http://127.0.0.1:{run.port}/v1", api_key="unused", max_retries=0, timeout=timeout)
+
+
+def ask(talker: OpenAI, content: str, tokens: int = 8) -> str:
+    answer = talker.chat.completions.create(
+        model="smollm2", temperature=0, max_tokens=tokens, messages=[{"role": "user", "content": content}]
+    )
+    return answer.choices[0].message.content or ""
+
+
+def test_start_connect_talk_and_stop_through_the_login_node(run: Program, far: FarCluster) -> None:
+    configure(run, far, replicas=3)
+    started = run.run("start", seconds=90)
+    assert started.returncode == 0, started.stdout + started.stderr
+    connected = run.spawn("connect")
+    connected.wait_line(r"^proxy ")
+    connected.wait_line(r"^tunnel login: the login host reaches the nodes")
+    connected.wait_line(r"^driver sshtunnel: ")
+    wait_for(lambda: all_up(run, 3), "three tunnels are up", 30)
+    assert len({row["node"] for row in backends(run)}) == 2
+    talker = client(run)
+    assert ask(talker, "What is the capital of France?")
+    stream = talker.chat.completions.create(
+        model="smollm2", max_tokens=8, stream=True, messages=[{"role": "user", "content": "Count."}]
+    )
+    assert [choice.finish_reason for event in stream for choice in event.choices][-1] in ("stop", "length")
+    assert_no_key_shows(run, far)
+    assert_strangers_are_refused(run, far)
+    stopped = run.run("stop", seconds=90)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    connected.process.wait(30)
+    assert far.slurm.jobs() == []
+    assert run.processes() == []
+    assert not is_listening(run.port)
+    assert far.sshds["login"].sessions() == []
+
+
+def assert_no_key_shows(run: Program, far: FarCluster) -> None:
+    """Neither the scheduler, nor a process list, nor a log holds a key."""
+    work = far.folder / "work" / "far"
+    keys = [path.read_text().strip() for path in (work / "replica_key", run.state / "agent-infra" / "far" / "api_key")]
+    assert all(len(key) > 20 for key in keys)
+    seen = far.slurm.run("squeue", "-o", "%all") + far.slurm.run("scontrol", "show", "job", "-o")
+    for job in far.slurm.run("squeue", "-h", "-o", "%A").split():
+        seen += far.slurm.run("scontrol", "write", "batch_script", job, "-")
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                seen += (entry / "cmdline").read_bytes().decode(errors="replace")
+            except OSError:
+                continue
+    for path in [*work.rglob("*.log"), *run.state.rglob("*.log"), *work.rglob("*.out")]:
+        seen += path.read_text(errors="replace")
+    assert not [key for key in keys if key in seen]
+    secret = [path for path in (work / "replica_key", *work.rglob("*.json")) if path.stat().st_mode & 0o077]
+    assert secret == []
+
+
+def assert_strangers_are_refused(run: Program, far: FarCluster) -> None:
+    """Another user of a node gets nothing but 401 (and whether it lives) from the engine on it."""
+    record = json.loads(next((far.folder / "work" / "far").glob("run/replicas/*.json")).read_text())
+    program = (
+        "import http.client, sys\n"
+        "for word in sys.argv[2:]:\n"
+        "    method, path = word.split(':', 1)\n"
+        "    c = http.client.HTTPConnection('127.0.0.1', int(sys.argv[1]), timeout=10)\n"
+        "    c.request(method, path, b'{}' if method == 'POST' else None, {'Content-Type': 'application/json'})\n"
+        "    print(path, c.getresponse().status)\n"
+    )
+    paths = ["POST:/v1/chat/completions", "POST:/v1/completions", "POST:/completion", "POST:/infill", "POST:/tokenize"]
+    paths += ["POST:/invocations", "POST:/v1/embeddings", "GET:/metrics", "GET:/slots", "GET:/props"]
+    words = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-c", program]
+    for port, asked in ((record["port"], paths), (record["telemetry_port"], ["GET:/load"])):
+        said = far.run_on(record["node"], *words, str(port), *asked).stdout
+        answers = dict(line.split() for line in said.splitlines())
+        assert len(answers) == len(asked)
+        assert set(answers.values()) <= {"401", "404"}, answers
+        assert sum(status == "401" for status in answers.values()) >= min(3, len(asked)), answers
+
+
+def test_the_same_by_openssh_through_a_jump_host(run: Program, far: FarCluster, tmp_path: Path) -> None:
+    with SshServer(tmp_path / "jump") as jump:
+        login = far.sshds["login"]
+        known, config = tmp_path / "known", tmp_path / "ssh_config"
+        known.write_text(jump.known_hosts.read_text() + f"{far.login_address} {public_key(login.host_keys[0])}\n")
+        config.write_text(
+            f"Host jump\n  HostName 127.0.0.1\n  Port {jump.port}\n  IdentityFile {jump.client_key}\n"
+            f"Host far\n  HostName {far.login_address}\n  ProxyJump jump\n"
+            f"Host *\n  IdentityFile {login.client_key}\n  IdentitiesOnly yes\n  UserKnownHostsFile {known}\n"
+        )
+        ssh = {"host": "far", "config_file": str(config)}
+        configure(run, far, replicas=2, ssh=ssh, tunnel="node")
+        assert run.run("start", seconds=90).returncode == 0
+        connected = run.spawn("connect")
+        connected.wait_line(r"^driver openssh: .* says proxyjump for far")
+        wait_for(lambda: all_up(run, 2), "two tunnels are up", 30)
+        assert {(row["tunnel"]["driver"], row["tunnel"]["mode"]) for row in backends(run)} == {("openssh", "node")}
+        assert ask(client(run), "What is the capital of France?")
+        # What else is asked of the deployment meanwhile goes over the same connection.
+        logins = len(re.findall("Accepted publickey", login.log.read_text()))
+        assert run.run("status").returncode == 0
+        assert len(re.findall("Accepted publickey", login.log.read_text())) == logins
+        assert run.run("stop", seconds=90).returncode == 0
+        connected.process.wait(30)
+        assert far.slurm.jobs() == []
+        assert run.processes() == []
+        wait_for(lambda: jump.sessions() == [] and login.sessions() == [], "no SSH session is left")
+
+
+class Agents:
+    """Agents that talk without pause, each a thread; keeps whatever went wrong. Owns the threads."""
+
+    def __init__(self, run: Program, count: int = 8) -> None:
+        self._stop = threading.Event()
+        self.errors: list[str] = []
+        self.answered = 0
+        self._talker = client(run)
+        self._threads = [threading.Thread(target=self._talk, args=(number,)) for number in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def _talk(self, number: int) -> None:
+        turn = 0
+        while not self._stop.is_set():
+            turn += 1
+            try:
+                assert ask(self._talker, f"Agent {number}, turn {turn}: say a word.", 24)
+                self.answered += 1
+            except (APIError, AssertionError) as error:
+                self.errors.append(f"agent {number}, turn {turn}: {error!r}")
+
+    def wait_answers(self, more: int, seconds: float = 60.0) -> None:
+        target = self.answered + more
+        wait_for(lambda: self.answered >= target, f"{more} more answers ({self.errors})", seconds)
+
+    def end(self) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(120)
+
+
+def test_agents_see_no_error_whatever_breaks_on_the_way(run: Program, far: FarCluster) -> None:
+    configure(run, far, replicas=4, tunnel="node")
+    assert run.run("start", seconds=120).returncode == 0
+    run.spawn("connect").wait_line(r"^proxy ")
+    wait_for(lambda: all_up(run, 4), "four tunnels are up", 40)
+    agents = Agents(run)
+    try:
+        agents.wait_answers(16)
+        first, second = sorted({row["node"] for row in backends(run)})
+        # One SSH session is killed.
+        before = sum(row["tunnel"]["reconnects"] for row in backends(run))
+        os.kill(far.sshds[first].sessions()[0], 9)
+        wait_for(lambda: sum(row["tunnel"]["reconnects"] for row in backends(run)) > before, "it is noticed", 20)
+        wait_for(lambda: all_up(run, 4), "its tunnel is replaced", 30)
+        agents.wait_answers(8)
+        # The scheduler's controller is away for a while.
+        far.slurm.stop_controller()
+        agents.wait_answers(8)
+        far.slurm.start_controller()
+        # One node is silent for 20 s.
+        far.disconnect(first)
+        silent_until = time.monotonic() + 20
+        agents.wait_answers(8)
+        wait_for(lambda: any(row["tunnel"]["state"] != "up" for row in backends(run)), "it is noticed", 20)
+        time.sleep(max(0.0, silent_until - time.monotonic()))
+        far.reconnect(first)
+        wait_for(lambda: all_up(run, 4), "the tunnels are back", 60)
+        agents.wait_answers(8)
+        # A stream through a tunnel that breaks ends with an error, not as if it were whole.
+        assert_broken_stream_says_so(run, far)
+        wait_for(lambda: all_up(run, 4), "the tunnels are back", 60)
+        # The other node loses its power.
+        far.cut_power(second)
+        agents.wait_answers(24, 90)
+    finally:
+        agents.end()
+    assert agents.errors == []
+    assert run.run("stop", "--now", seconds=120).returncode == 0
+    assert run.processes() == []
+
+
+def assert_broken_stream_says_so(run: Program, far: FarCluster) -> None:
+    stream = client(run).chat.completions.create(
+        model="smollm2", max_tokens=400, stream=True, messages=[{"role": "user", "content": "Tell a long story."}]
+    )
+    serving = stream.response.headers["x-agent-infra-backend"]
+    node = next(row["node"] for row in backends(run) if row["id"] == serving)
+    with pytest.raises(APIError):
+        for index, _ in enumerate(stream):
+            if index == 2:
+                far.sshds[node].cut_sessions()
+
+
+def test_a_wrong_host_key_is_refused_before_anything_is_submitted(run: Program, far: FarCluster) -> None:
+    configure(run, far, replicas=1)
+    known = Path(json.loads(run.config.read_text())["cluster"]["ssh"]["known_hosts_file"])
+    right = known.read_text()
+    node_key = public_key(far.sshds[far.nodes[0]].host_keys[0])
+    try:
+        known.write_text(f"{far.login_address} {node_key}\n")
+        refused = run.run("start")
+        assert refused.returncode == 2
+        assert "has changed" in refused.stderr
+        assert f"ssh-keygen -R {far.login_address}" in refused.stderr
+        known.write_text("")
+        unknown = run.run("start")
+        assert unknown.returncode == 2
+        assert f"echo '{far.login_address} {public_key(far.sshds['login'].host_keys[0])}' >> {known}" in unknown.stderr
+    finally:
+        known.write_text(right)
+    assert far.slurm.jobs() == []

@@ -1,0 +1,153 @@
+"""The pure parts of the tunnels: known_hosts, modes, what OpenSSH's words mean."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import hmac
+from pathlib import Path
+
+import pytest
+
+from agent_infra import (
+    HostUnreachableError,
+    LoginError,
+    ReplicaRecord,
+    SshConfig,
+    SshRoute,
+    explain_openssh,
+    known_host_keys,
+    ssh_route,
+    tunnel_mode,
+    why_openssh,
+)
+
+ROUTE = SshRoute("login", "10.0.0.1", 22, "me", "10.0.0.1", ("~/.ssh/known_hosts",))
+RECORD = ReplicaRecord("m-1", "m", "ready", "vllm", "gpu07", 1, "stamp", host="0.0.0.0", port=5900)
+
+
+def hashed(name: str) -> str:
+    salt = b"12345678901234567890"
+    digest = hmac.new(salt, name.encode(), "sha1").digest()
+    return "|1|" + base64.b64encode(salt).decode() + "|" + base64.b64encode(digest).decode()
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "is_meant"),
+    [
+        ("login.example.org", "login.example.org", True),
+        ("LOGIN.example.org", "login.example.org", True),
+        ("login,10.0.0.1", "10.0.0.1", True),
+        ("[login]:2222", "[login]:2222", True),
+        ("[login]:2222", "login", False),
+        ("login", "[login]:2222", False),
+        ("*.example.org", "login.example.org", True),
+        ("*.example.org,!bad.example.org", "bad.example.org", False),
+        ("login?", "login1", True),
+        ("login[12]", "login1", False),  # brackets are no pattern here
+        (hashed("login"), "login", True),
+        (hashed("login"), "other", False),
+        ("|1|broken", "login", False),
+        ("|1|not base64|either", "login", False),
+    ],
+)
+def test_a_known_hosts_line_means_the_names_that_ssh_takes_it_for(field: str, name: str, is_meant: bool) -> None:
+    text = f"# a comment\n\n{field} ssh-ed25519 AAAA comment\n"
+    assert list(known_host_keys(text, name)) == ([("", "ssh-ed25519", "AAAA")] if is_meant else [])
+
+
+def test_markers_of_known_hosts_are_kept() -> None:
+    text = "@revoked login ssh-rsa AAAA\n@cert-authority * ssh-ed25519 BBBB\nlogin ssh-ed25519"
+    assert list(known_host_keys(text, "login")) == [
+        ("@revoked", "ssh-rsa", "AAAA"),
+        ("@cert-authority", "ssh-ed25519", "BBBB"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "has_login", "host", "node", "mode"),
+    [
+        ("auto", True, "0.0.0.0", "gpu07", "login"),
+        ("auto", True, "10.0.0.7", "gpu07", "login"),
+        ("auto", True, "127.0.0.1", "gpu07", "node"),
+        ("auto", True, "127.0.0.1", "here", "node"),  # a name says little: the login host is another machine
+        ("auto", False, "127.0.0.1", "here", "none"),
+        ("auto", False, "127.0.0.1", "gpu07", "node"),
+        ("auto", False, "0.0.0.0", "gpu07", "none"),
+        ("none", True, "127.0.0.1", "gpu07", "none"),
+        ("node", True, "0.0.0.0", "gpu07", "node"),
+    ],
+)
+def test_auto_reaches_a_replica_where_it_listens(wanted: str, has_login: bool, host: str, node: str, mode: str) -> None:
+    record = dataclasses.replace(RECORD, host=host, node=node)
+    chosen, reason = tunnel_mode(wanted, has_login, record, "here")
+    assert chosen == mode
+    assert reason
+
+
+@pytest.mark.parametrize(
+    ("said", "kind", "meaning"),
+    [
+        ("ssh: connect to host l port 22: Connection refused\r\n", HostUnreachableError, "refuses connections"),
+        ("ssh: connect to host l port 22: Connection timed out\r\n", HostUnreachableError, "does not answer"),
+        (
+            "ssh: Could not resolve hostname l: Name or service not known\r\n",
+            HostUnreachableError,
+            "l is not known here",
+        ),
+        ("me@l: Permission denied (publickey,keyboard-interactive).\r\n", LoginError, "ssh-add"),
+        ("Received disconnect from 1.2.3.4: Too many authentication failures\r\n", LoginError, "identity_file"),
+        ("Timeout, server 10.0.0.1 not responding.\r\n", HostUnreachableError, "not responding"),
+        ("", HostUnreachableError, "the connection was lost"),
+    ],
+)
+def test_what_openssh_says_is_told_with_what_to_do(said: str, kind: type[Exception], meaning: str) -> None:
+    error = explain_openssh(said, ROUTE, lambda _: ())
+    assert type(error) is kind
+    assert meaning in str(error)
+
+
+def test_an_unknown_host_key_of_openssh_comes_with_the_line_to_add() -> None:
+    said = "No ED25519 host key is known for 10.0.0.1 and you have requested strict checking.\r\n"
+    error = explain_openssh(said, ROUTE, lambda _: [("ssh-ed25519", "AAAA")])
+    assert "echo '10.0.0.1 ssh-ed25519 AAAA' >> " in str(error)
+    assert "let it add the key" in str(explain_openssh(said, ROUTE, lambda _: ()))
+
+
+def config(folder: Path, text: str) -> SshConfig:
+    (folder / "config").write_text(text)
+    return SshConfig(host="cluster", config_file=str(folder / "config"), known_hosts_file=str(folder / "known"))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Host cluster\n  User me\n", None),
+        ("Host other\n  ProxyJump gate\n", None),
+        ("Host cluster\n  ProxyJump none\n", None),
+        ("Host cluster\n  ProxyJump gate\n", "proxyjump for cluster"),
+        ("Host *\n  ControlMaster auto\n", "controlmaster for cluster"),
+        ("Host *\n  CertificateFile ~/c\n", "certificatefile for cluster"),
+        ("include other\n", "Include"),
+        ("Match host x\n", "Match"),
+    ],
+)
+def test_openssh_is_taken_where_ssh_config_needs_it(text: str, reason: str | None, tmp_path: Path) -> None:
+    found = why_openssh(config(tmp_path, text))
+    assert found is None if reason is None else reason in (found or "")
+
+
+def test_the_configuration_wins_over_ssh_config_and_that_over_defaults(tmp_path: Path) -> None:
+    text = "Host cluster\n  HostName login.example.org\n  Port 2200\n  User me\n  IdentityFile ~/k1\n"
+    ssh = config(tmp_path, text)
+    route = ssh_route(ssh, "cluster")
+    assert (route.host, route.port, route.user) == ("login.example.org", 2200, "me")
+    assert route.key_name == "[login.example.org]:2200"
+    assert route.known_hosts == (str(tmp_path / "known"),)
+    assert not route.identities_only
+    chosen = dataclasses.replace(ssh, user="you", port=22, identity_file="~/k2")
+    route = ssh_route(chosen, "cluster")
+    assert (route.port, route.user, route.key_name) == (22, "you", "login.example.org")
+    assert (route.identity_files, route.identities_only) == (("~/k2",), True)
+    node = ssh_route(chosen, "gpu07")  # the port is the login host's alone
+    assert (node.host, node.port, node.user) == ("gpu07", 22, "you")
