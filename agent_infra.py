@@ -10168,6 +10168,7 @@ class TunnelTarget:
     """What a tunnel leads to; another one is another tunnel."""
 
     replica: str
+    model: str
     process: str  # stamp of its `serve`
     restarts: int  # of its engine
     node: str
@@ -10474,6 +10475,11 @@ class TunnelSet:
         with self._lock:
             return {replica: tunnel.state for replica, tunnel in self._tunnels.items() if tunnel.target.mode != "none"}
 
+    def awaited(self) -> frozenset[str]:
+        """Models of which a replica may speak again in a moment: their turns wait for it rather than be refused."""
+        with self._lock:
+            return frozenset(t.target.model for t in self._tunnels.values() if t.state.state == "suspect")
+
     def rows(self) -> dict[str, dict[str, Any]]:
         """The states as /stats shows them."""
         return {replica: dataclasses.asdict(state) for replica, state in self.states().items()}
@@ -10505,6 +10511,7 @@ class TunnelSet:
         engine = ENGINES.get(record.engine)
         return TunnelTarget(
             replica=record.replica,
+            model=record.model,
             process=record.process,
             restarts=record.restarts,
             node=record.node,
@@ -10519,14 +10526,17 @@ class TunnelSet:
         tunnel = self._tunnels.get(record.replica)
         if tunnel is None:
             return record
-        ends = tunnel.ends
+        ends, state = tunnel.ends, tunnel.state
+        message = f"tunnel {state.state}" + (f": {state.reason}" if state.reason else "")
         if ends is not None:
             host, ports = ends
-            return dataclasses.replace(
+            record = dataclasses.replace(
                 record, host=host, port=ports[0], telemetry_port=ports[1] if len(ports) > 1 else None
             )
-        state = tunnel.state
-        message = f"tunnel {state.state}" + (f": {state.reason}" if state.reason else "")
+            # No new turns: one that another silent replica has lost already must not be sent into this silence.
+            if state.state == "suspect" and record.state == "ready":
+                record = dataclasses.replace(record, state="draining", message=message)
+            return record
         # For a while turns may wait for it, as they do for a replica that loads; then they are told.
         is_coming = record.state == "ready" and time.monotonic() - tunnel.lost_at < FORGIVING_S
         return dataclasses.replace(
@@ -11818,7 +11828,7 @@ class Delivery:
         is_dead = is_proven or not self._relay.watch.is_alive(replica)
         replica.note_failure(error, is_dead=is_dead)
         self.turn.deaths += 1
-        self._exclude(replica)
+        self._exclude(replica, with_node=True)
         if not is_dead:
             raise RequestError(502, f"replica {replica.id} broke off without an answer: {error}", code="replica_lost")
         if self.turn.deaths > 1 or not self._relay.book.take_retry():
@@ -11829,8 +11839,13 @@ class Delivery:
         self.turn.retries += 1
         return self._start_over()
 
-    def _exclude(self, replica: LiveReplica) -> None:
-        self.turn.route = RouteRequest(self.turn.route.excluded | {replica.id})
+    def _exclude(self, replica: LiveReplica, with_node: bool = False) -> None:
+        """Go elsewhere; ``with_node``: to another node, if one serves, for what has killed this replica may be its."""
+        excluded, pool = self.turn.route.excluded | {replica.id}, self._relay.pools.get(self.turn.model, ())
+        mates = {other.id for other in pool if other.backend.node == replica.backend.node}
+        if with_node and any(other.accepts_work and other.id not in excluded | mates for other in pool):
+            excluded |= mates
+        self.turn.route = RouteRequest(excluded)
 
     def _start_over(self) -> bool | None:
         turn = self.turn
@@ -13936,7 +13951,8 @@ class Controller:
         if self._looked is not looked or records != self._records:
             self._records = records
             self._forget_drained(records)
-        seen = (self._records, self._drained, self.expected)
+        awaited = self.tunnels.awaited() if self.tunnels is not None else None
+        seen = (self._records, self._drained, self.expected | awaited if awaited else self.expected)
         if self._sent_table is None or any(new is not old for new, old in zip(seen, self._seen, strict=True)):
             models = [model.name for model in self._config.models]
             table = replica_table(models, seen[0], self._replica_key, *seen[1:])

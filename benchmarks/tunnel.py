@@ -124,7 +124,7 @@ class Way:
             self._login = agent_infra.LoginHost(cluster, os.environ, str(place.folder))
             self._login.lead()
             tunnels = agent_infra.TunnelSet(cluster, self._login, "")
-            target = agent_infra.TunnelTarget("r", "", 0, "n", "127.0.0.1", ends[0], ends[1], False, "login")
+            target = agent_infra.TunnelTarget("r", "m", "", 0, "n", "127.0.0.1", ends[0], ends[1], False, "login")
             before = set(descendants(os.getpid()))
             self._link = tunnels.open_link(target, lambda: False)
             self.ports = self._link.ports

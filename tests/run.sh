@@ -14,6 +14,7 @@ missing=()
 PATH=$PATH:/usr/sbin
 for pair in gcc:gcc cc:libc6-dev curl:curl \
     slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge sshd:openssh-server \
+    ssh:openssh-client ip:iproute2 \
     chromium:chromium npm:npm; do
   command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
 done

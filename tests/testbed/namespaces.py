@@ -108,7 +108,7 @@ class FarCluster:
             # login node's.
             controller_prefix=_LATER,
             controller_address=f"{self._net}.1",
-            settings="SlurmdTimeout=10\nMessageTimeout=5",
+            settings="SlurmdTimeout=60\nMessageTimeout=5",
         )
         self.nodes = self.slurm.nodes
 
