@@ -1766,7 +1766,7 @@ def holds_whole_events(data: bytes) -> bool:
 
 def sendable_text(text: str) -> str:
     """``text`` without halves of characters, which JSON may hold (``"\\ud83d"``) and UTF-8 may not."""
-    return text.encode("utf-8", "replace").decode()
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 @dataclass
@@ -10620,7 +10620,7 @@ IDLE_CLIENT_S = 300.0  # between two requests of one connection
 HEAD_S = 15.0  # from a head's first byte to its last
 BODY_S = 30.0  # without a byte of the body
 LINGER_S = 2.0  # that a refused client gets to read why
-SWEEP_S = 0.1  # how late a deadline may be noticed
+SWEEP_S = 0.1  # how late a deadline may be noticed, and how often the controller is told what happened
 PROBE_S = 5.0
 EJECT_AFTER = 3  # transport errors in a row
 FIRST_EJECTION_S = 0.5  # doubled with each ejection in a row, up to the health check interval
@@ -10628,7 +10628,6 @@ BUSY_S = 0.5  # that a replica gets no work after 429 or 503 without Retry-After
 RETRY_SHARE = 0.1  # of requests; the budget's bounds are RETRY_FLOOR and ten times that
 RETRY_FLOOR = 100.0
 EVENT_BATCH = 500
-EVENT_BATCH_S = 0.1
 QUESTION_S = 2.0
 MAX_BUFFERED_EVENTS = 50_000
 
@@ -12199,8 +12198,9 @@ class Codec:
         if before is None and not messages:
             return b"", None
         head = zlib.crc32(fields.system, zlib.crc32(fields.tools))
-        prints = array("I", map(zlib.crc32, messages)).tobytes()
-        prints = array("I", [head]).tobytes() + (before.prints[4:] if before is not None else b"") + prints
+        prints = array("I", (head, *map(zlib.crc32, messages))).tobytes()
+        if before is not None:
+            prints = prints[:4] + before.prints[4:] + prints[4:]
         if is_named:
             return prints, None
         first = len(prints) // 4 - 1 - len(messages)  # number of the first of ``messages``
@@ -12355,6 +12355,11 @@ class ControlChannel:
     def is_connected(self) -> bool:
         """Whether there is a controller."""
         return self._controller is not None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a batch may have something to say."""
+        return bool(self._finished or self._relay.book.turns or self._ended or self._unsent)
 
     def add_finished(self, turn: Turn) -> None:
         """Queue the end of a turn for the next batch."""
@@ -12702,7 +12707,7 @@ class Relay:
         self.stats: tuple[bytes, float] | None = None  # the finished document, and when it came
         self.buffered_bytes = 0
         self.is_stopping = False
-        self._stopped = Event()
+        self._stopped, self._has_news = Event(), Event()
         self._accept_watcher: Any = None
         self._new_event = Event
         self._watchers: list[Any] = []
@@ -12807,12 +12812,15 @@ class Relay:
         for client in [client for client in self.connections if client.deadline <= now]:
             client.wake()
         self.admission.sweep()
+        if self.control.has_news:
+            self._has_news.set()
         if self._accept_watcher is not None and not self._accept_watcher.active and not self.is_stopping:
             self._accept_watcher.start(self._accept)
 
     def _flush_events(self) -> None:
         while True:
-            self.reactor.sleep(EVENT_BATCH_S)
+            self._has_news.wait()
+            self._has_news.clear()
             self.control.flush()
 
     def _send_gauges(self) -> None:

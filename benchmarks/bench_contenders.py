@@ -7,6 +7,7 @@ Agent Infra is started as its users start it, with everything that it tracks.
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 import os
@@ -69,6 +70,33 @@ http {{
 """
 
 
+# The program with nothing noted of a turn: no excerpt, no prints, no figures of an answer, no gaps, no events. What is
+# left is what relaying costs; for this benchmark alone. It has the program's name, by which that starts its relay.
+UNTRACKED_PROGRAM = """
+import sys, types
+from pathlib import Path
+
+space = vars(sys.modules.setdefault("agent_infra", types.ModuleType("agent_infra")))
+space["__file__"] = __file__
+exec(compile(Path({program!r}).read_text(), __file__, "exec"), space)
+
+def forget(book, turn, now):
+    book.turns.pop(turn.id, None)
+
+def relay_only(stream, *arguments, make=space["EventStream"].__init__, **options):
+    make(stream, *arguments, **{{**options, "wanted_text": 0, "traces": False}})
+
+space["TurnBook"].read_words = lambda book, turn, body, peer: None
+space["TurnBook"].finish = forget
+space["Codec"].digest = lambda codec, body, wanted_text, traces=False: None
+space["EventStream"].__init__ = relay_only
+space["EventStream"].digest = lambda stream: space["AnswerDigest"]()
+space["ControlChannel"].has_news = False
+space["histogram_bucket"] = lambda value: 0
+sys.exit(space["main"]())
+"""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a contender runs: its folder for configuration and logs, its port, its cores, its replicas' ports."""
@@ -120,10 +148,18 @@ def start_agent_infra(place: Place) -> Child:
     return Child(command, place.cores, place.folder / "output.log", {"XDG_STATE_HOME": str(place.folder / "state")})
 
 
+def start_untracked(place: Place) -> Child:
+    """The same without tracking, to see what that costs."""
+    program = place.folder / "agent_infra.py"
+    program.write_text(UNTRACKED_PROGRAM.format(program=str(place.program)))
+    return start_agent_infra(dataclasses.replace(place, program=program))
+
+
 STARTERS: dict[str, Callable[[Place], Child]] = {
     "nginx": start_nginx,
     "vllm-router": start_vllm_router,
     "agent-infra": start_agent_infra,
+    "untracked": start_untracked,
 }
 
 

@@ -4,6 +4,8 @@
     apt-get install nginx-light
     python benchmarks/proxy.py                  # five rounds, about a quarter of an hour
     python benchmarks/proxy.py --quick          # one short round: does it work at all?
+    python benchmarks/proxy.py --contenders agent-infra,untracked --steps request_1kb,request_100kb,chunk_300
+                                                # what tracking costs the relay: the same program without it
 
 Needs Linux and two cores to itself: the proxy under test has one of them, the load generator and three fake engines
 have the rest.  All traffic stays on 127.0.0.1, everything is bounded, and whatever was started is ended again.
@@ -52,7 +54,7 @@ from bench_process import (
 
 REPLICAS = 3
 OURS = "agent-infra"
-RELAY_ALONE = "agent-infra, relay alone"
+RELAY_ALONE = {OURS: "agent-infra, relay alone", "untracked": "untracked, relay alone"}
 ABORT_WITHIN_S = 0.5
 EVENT_INTERVAL_MS = 33  # of one stream
 FOREVER = 1_000_000  # stream events: more than anyone waits for
@@ -205,8 +207,8 @@ class Bench:
 
     def _add(self, metric: str, name: str, whole: float, relay: float) -> None:
         self.samples.add(metric, name, whole)
-        if name == OURS:
-            self.samples.add(metric, RELAY_ALONE, relay)
+        if name in RELAY_ALONE:
+            self.samples.add(metric, RELAY_ALONE[name], relay)
 
     # -- Requests --
 
@@ -452,7 +454,7 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _cost_table(samples: Samples, names: Sequence[str], metrics: Sequence[str]) -> str:
     rows = []
-    for name in [*names, *([RELAY_ALONE] if OURS in names else [])]:
+    for name in [*names, *(RELAY_ALONE[name] for name in names if name in RELAY_ALONE)]:
         columns = [samples.values[metric][name] for metric in metrics]
         rows.append([name, *(f"{statistics.median(values):.1f}" if values else "" for values in columns)])
     return _markdown(["cost", *(COST_COLUMNS[metric] for metric in metrics)], rows)
@@ -525,7 +527,9 @@ def main() -> None:
     """Run the benchmark of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=None, help="default 5; 1 with --quick")
-    parser.add_argument("--contenders", default=",".join(STARTERS), help="default: %(default)s")
+    parser.add_argument(
+        "--contenders", default="nginx,vllm-router,agent-infra", help=f"of {', '.join(STARTERS)}; default: %(default)s"
+    )
     parser.add_argument("--steps", default=",".join(STEPS), help="default: %(default)s")
     parser.add_argument(
         "--quick", action="store_true", help="a tenth of the load: shows that it works, measures little"
