@@ -10741,7 +10741,7 @@ class Turn:
     def __init__(self, name: str, arrived: float, model: str, plan: RequestPlan, wanted_text: int) -> None:
         self.id = name
         self.arrived = arrived
-        self.arrived_at = time.time()  # s since the epoch
+        self.arrived_at = time.time() - (time.monotonic() - arrived)  # s since the epoch
         self.model = model
         self.path = plan.path
         self.labels = plan.labels
