@@ -211,6 +211,8 @@ def check_coverage(seeds: range, turns: int) -> tuple[int, float]:
     for seed in seeds:
         knee = entry_of(planted_run(120, turns, seed))["limits"]["knee_agents"]
         assert knee["basis"]["turns"] > POINT_TURNS
+        if knee["value"] is None:  # refused, with a reason: not covered
+            continue
         covered += knee["low"] <= float(WORKED.knee) <= knee["high"]
         widths.append((knee["high"] - knee["low"]) / 2 / knee["value"])
     return covered, sorted(widths)[len(widths) // 2]
