@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -33,6 +34,8 @@ def run(far: FarCluster, tmp_path: Path) -> Iterator[Program]:
     made = Program(tmp_path)
     made.environment = {**made.environment, "HOME": str(tmp_path)}  # none of the user's keys and known hosts
     yield made
+    for pid, _ in made.processes():  # what a test that failed has left
+        os.kill(pid, signal.SIGKILL)
     for each in made.running:
         each.close()
     far.slurm.run("scancel", "--user=root")
