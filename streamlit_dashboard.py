@@ -1537,7 +1537,7 @@ def what_if_panel(entry: Mapping[str, Any]) -> Node:
                 cell(
                     f"{percent(row.low, signed=True)} to {percent(row.high, signed=True)}"
                     if is_known(row.low)
-                    else str(row.reason or UNKNOWN),
+                    else el("span", {"class": "ai-why"}, str(row.reason or UNKNOWN)),
                     kind="ai-num ai-muted",
                 ),
                 cell(
@@ -1551,6 +1551,9 @@ def what_if_panel(entry: Mapping[str, Any]) -> Node:
             *(("interval", "ai-num"), ("then", "ai-num")),
         )
         children.append(table("what ifs", columns, rows))
+    elif not share_frame(entry).empty:
+        reason = next((str(row.reason) for row in frame.itertuples() if isinstance(row.reason, str)), "not known")
+        children.append(el("p", {"class": "ai-muted"}, f"No curve and no what-ifs: {reason}."))
     return el("div", {"class": "ai-panel"}, *children, _basis(entry))
 
 
@@ -1856,6 +1859,8 @@ CSS = """
 .ai-waiting li { display: inline-flex; gap: 6px; margin: 0; font-size: 13px; }
 .ai-scroll { overflow-x: auto; }
 .ai-scroll + .ai-scroll { margin-top: 10px; }
+.ai-why { display: inline-block; max-width: 30ch; white-space: normal; font-size: 12.5px; line-height: 1.25; }
+.st-key-card_analysis tbody th { white-space: normal; }
 [data-panel=analysis] > .ai-scroll { margin-top: 12px; }
 [data-panel=analysis] .ai-wide { width: 50%; }
 .ai-scroll:focus-visible { outline: 2px solid var(--st-primary-color); }
@@ -1910,7 +1915,8 @@ td > .ai-muted.ai-cut { margin-left: 6px; }
 .ai-legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 0 0 6px; padding: 0; list-style: none;
   font-size: 13px; color: var(--ai-muted); }
 .ai-legend li { margin: 0; font-size: 13px; }
-.ai-change { display: block; position: relative; height: 12px; min-width: 110px;
+.ai-table .ai-wide:has(.ai-change) { min-width: 80px; }
+.ai-change { display: block; position: relative; height: 12px; min-width: 76px;
   background: linear-gradient(var(--ai-plain) 0 0) 50% / 1px 100% no-repeat; }
 .ai-change-fill { position: absolute; top: 2px; height: 8px; background: var(--ai-plain); opacity: .65; }
 .ai-change-range { position: absolute; top: 5.5px; height: 1.5px; background: var(--st-text-color); }

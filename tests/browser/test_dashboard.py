@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import simulated
 import stats_server as stats
 from browser_site import Site, collect_complaints
 from program import MODULE, is_listening, program, wait_for
+from stats_schema import check_stats
 from weights import packaged_gguf
 
 PANELS = ["verdict", "queue", "analysis", "timeline", "backends", "sessions", "turns", "watchdog", "cost"]
@@ -227,6 +229,38 @@ def test_unchanged_figures_touch_nothing_in_the_document(site: Site) -> None:
     )
     tab.wait_for_timeout(2500)
     assert tab.evaluate("window.changes") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "agents", "think_s", "verdict"),
+    [
+        ("busy-light", "light", 140, 10.0, "AGENT-BOUND"),
+        ("busy-dark", "dark", 140, 10.0, "AGENT-BOUND"),
+        ("saturated", "light", 220, 10.0, "GPU-BOUND"),
+        ("agent-bound", "light", 24, 30.0, "AGENT-BOUND"),
+    ],
+)
+def test_simulated_fleets_are_shown_as_what_they_are(
+    site: Site,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    name: str,
+    scheme: str,
+    agents: int,
+    think_s: float,
+    verdict: str,
+) -> None:
+    """The pictures of the documentation: --screenshots writes them anew."""
+    document = simulated.document(agents, 4, think_s)
+    check_stats(document)
+    assert document["analysis"][0]["verdict"]["name"] == verdict
+    tab = site.open(document, scheme, 1280, 1620)
+    wait_text(tab, "[data-panel=verdict]", verdict)
+    tab.wait_for_function("document.querySelectorAll('.stVegaLiteChart canvas').length >= 1")
+    tab.wait_for_timeout(1500)
+    assert tab.evaluate(UNTIDY) == []
+    folder = MODULE.parent / "docs" if request.config.getoption("--screenshots") else tmp_path
+    tab.screenshot(path=str(folder / f"page-{name}.png"))
 
 
 def test_up_brings_the_page_along_and_takes_it_with_it(tmp_path: Path, chromium: Any) -> None:
