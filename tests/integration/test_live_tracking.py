@@ -46,6 +46,8 @@ def bring_up(app: Program, *engines: FakeEngine) -> None:
     running = app.spawn("proxy", "--port", str(app.port), *backends)
     running.wait_line("^proxy  http")
     wait_for(lambda: app.get("/health")["models"]["m"]["ready"] == len(engines), "the backends in the proxy")
+    with Client(app.port) as client:
+        wait_for(lambda: client.get("/stats").status == 200, "the first snapshot")
 
 
 def wait_turns(app: Program, count: int) -> Any:
