@@ -545,8 +545,7 @@ def capacity_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
     """The predicted curve, where the run is, and what bounds the number of agents: a row a point of the chart.
 
     kind (of CAPACITY, or "limit"), agents, turns_per_hour, low, high, text and side (of limits: their label, and to
-    which side of the line it stands). A limit's turns_per_hour is the height of its label, above the curve, the least
-    limit's highest. Limits beyond the curve are left out. Empty when there is no curve.
+    which side of the line it stands). A limit's turns_per_hour is the height of its label, above the curve. Limits beyond the curve are left out. Empty when there is no curve.
     """
     columns = ["kind", "agents", "turns_per_hour", "low", "high", "text", "side"]
     curve = [{**row, "kind": CAPACITY["curve"]} for row in listed(entry, "curve")]
@@ -561,9 +560,10 @@ def capacity_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
     found = [(part(entry, "limits", name).get("value"), label) for label, name in _LIMITS]
     limits = sorted((value, label) for value, label in found if is_known(value) and value <= right)
     top = max(max(row[name] for name in ("turns_per_hour", "high") if is_known(row.get(name))) for row in rows)
-    for level, (value, label) in enumerate(limits):
-        side = "left" if value < right * 0.6 else "right"
-        height = top * (1.06 + 0.09 * (len(limits) - level))
+    # The labels stand on one side of their lines, and the line that the others' labels pass over is the lowest.
+    side = "left" if not limits or limits[-1][0] < right * 0.72 else "right"
+    for level, (value, label) in enumerate(limits if side == "right" else reversed(limits)):
+        height = top * (1.15 + 0.09 * level)
         text = f"{label} {count(value)}"
         rows.append({"kind": "limit", "agents": value, "turns_per_hour": height, "text": text, "side": side})
     frame = pd.DataFrame(rows, columns=columns)
@@ -829,11 +829,11 @@ def phase_legend(names: Sequence[str] = PHASES) -> Node:
     return el("ul", {"class": "ai-legend", "aria-label": "phases of a turn"}, *items)
 
 
-def sparkline(values: Sequence[float], top: Any) -> Node | None:
-    """The course of some figures as a small line; None below two of them."""
+def sparkline(values: Sequence[float]) -> Node | None:
+    """The course of some figures as a small line, from 0 to the highest of them; None below two."""
     if len(values) < 2:
         return None
-    highest = max([*values, top if is_known(top) else 0.0, 1.0])
+    highest = max(1.0, *values)
     step = 100 / (len(values) - 1)
     points = " ".join(f"{index * step:.1f},{19 - 18 * value / highest:.1f}" for index, value in enumerate(values))
     line = el("polyline", {"points": points, "fill": "none", "vector-effect": "non-scaling-stroke"})
@@ -1155,7 +1155,7 @@ def _flight_cell(row: Any) -> Node:
             "span",
             {"class": "ai-flight"},
             el("span", {}, f"{count(row.in_flight)}{slots}"),
-            sparkline(row.in_flight_history, row.slots),
+            sparkline(row.in_flight_history),
         )
     )
 
@@ -1805,6 +1805,7 @@ CSS = """
 [data-testid="stHeader"] :is(button, button *) { pointer-events: auto; }
 .stApp .st-key-controls { position: absolute; top: 6px; right: 64px; width: auto; z-index: 2; }
 .stApp .st-key-controls button { min-height: 34px; padding-block: 2px; }
+.stApp .st-key-keys label { align-items: center; }
 [data-testid="stStatusWidget"] { visibility: hidden; }
 [data-stale="true"] { opacity: 1 !important; transition: none !important; }
 .stApp[data-ai-stale] :is([data-panel], .ai-panel, .stVegaLiteChart) { filter: grayscale(1); opacity: .8; }
