@@ -545,7 +545,8 @@ def capacity_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
     """The predicted curve, where the run is, and what bounds the number of agents: a row a point of the chart.
 
     kind (of CAPACITY, or "limit"), agents, turns_per_hour, low, high, text and side (of limits: their label, and to
-    which side of the line it stands). A limit's turns_per_hour is the height of its label, above the curve. Limits beyond the curve are left out. Empty when there is no curve.
+    which side of the line it stands). A limit's turns_per_hour is the height of its label, above the curve.
+    Limits beyond the curve are left out. Empty when there is no curve.
     """
     columns = ["kind", "agents", "turns_per_hour", "low", "high", "text", "side"]
     curve = [{**row, "kind": CAPACITY["curve"]} for row in listed(entry, "curve")]
