@@ -8617,6 +8617,9 @@ def parse_submission(text: str) -> Submission | None:
     return Submission(words[0], words[1], words[2], words[3], float(words[4]))
 
 
+CLOCK_SLACK_S = 5.0  # by which a node's clock may be behind that of Slurm's controller
+
+
 def judge_replica(
     replica: str, told: Submission, job: SlurmJob | None, record: ReplicaRecord | None, clock: tuple[float, float]
 ) -> ReplicaRecord | None:
@@ -8639,7 +8642,9 @@ def judge_replica(
         reason = None if job.reason in ("None", "") else job.reason
         message = explain_pending(reason) if reason else None
         return dataclasses.replace(queued, node="", message=message, pending_reason=reason, starts_at=job.starts_at)
-    is_of_before = record is not None and not is_over and job.node not in ("", record.node)
+    # A requeued job may run again before its script has removed what the run before it said last.
+    is_older = job.state == "RUNNING" and record is not None and record.started_at < started - CLOCK_SLACK_S
+    is_of_before = is_older if is_over else record is not None and job.node not in ("", record.node)
     if record is None or is_of_before or record.job_id != job.id:
         return dataclasses.replace(queued, state="starting", time_left_s=job.time_left_s)
     return dataclasses.replace(

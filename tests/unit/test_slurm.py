@@ -301,6 +301,9 @@ def test_a_report_from_before_a_requeue_is_not_believed() -> None:
     elsewhere = dataclasses.replace(JOB, node="n2")
     assert (seen(elsewhere, READY).state, seen(elsewhere, READY).node) == ("starting", "n2")
     assert seen(JOB, dataclasses.replace(READY, job_id="6")).state == "starting"
+    stopped = dataclasses.replace(READY, state="stopped", started_at=NOW - 120)
+    assert seen(JOB, stopped).state == "starting", "it runs again, and its script has not removed that report yet"
+    assert seen(JOB, dataclasses.replace(stopped, started_at=NOW - 59)).state == "stopped"
 
 
 def test_the_last_word_of_a_replica_outlives_its_job_and_silence_is_to_be_explained() -> None:
