@@ -61,12 +61,10 @@ def run(turns: int, sessions: int, path: Path | None) -> tuple[float, float]:
     for first in range(0, turns, BATCH):
         batch = list(events(first, BATCH, sessions))
         start = time.thread_time()
-        for event in batch:
-            tracker.observe(event)
+        tracker.observe(*batch)
         records, posts = tracker.take_records()
         if file is not None:
-            for record in records:
-                metrics.add(record)
+            metrics.add(*records)
             waiting = HistoryBatch()
             waiting.add(HistoryBatch(deque(records), posts, {"requests": len(records)}))
         middle = time.thread_time()
