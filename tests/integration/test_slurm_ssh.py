@@ -20,6 +20,8 @@ from testbed.namespaces import FarCluster, missing_parts
 from testbed.sshd import SshServer, public_key
 from weights import packaged_gguf
 
+import agent_infra
+
 
 @pytest.fixture(scope="module")
 def far() -> Iterator[FarCluster]:
@@ -32,7 +34,8 @@ def far() -> Iterator[FarCluster]:
 @pytest.fixture
 def run(far: FarCluster, tmp_path: Path) -> Iterator[Program]:
     made = Program(tmp_path)
-    made.environment = {**made.environment, "HOME": str(tmp_path)}  # none of the user's keys and known hosts
+    # None of the user's keys and known hosts, but the weights that were fetched already.
+    made.environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(packaged_gguf().parents[2])}
     yield made
     for pid, _ in made.processes():  # what a test that failed has left
         os.kill(pid, signal.SIGKILL)
@@ -43,10 +46,10 @@ def run(far: FarCluster, tmp_path: Path) -> Iterator[Program]:
 
 
 def configure(run: Program, far: FarCluster, replicas: int, ssh: dict[str, Any] | None = None, **cluster: Any) -> None:
-    """Write the configuration: the embedded engine, two replicas a node at most."""
+    """Write the configuration: the embedded engine, two replicas a node at most, of two partitions a node each."""
     slurm = {
         "work_dir": str(far.folder / "work"),
-        "partitions": [{"name": "low", "gpus_per_node": 4}],
+        "partitions": [{"name": "only0", "priority": 2, "time_limit": "30"}, {"name": "only1", "time_limit": "30"}],
         "setup": [f"export AGENT_INFRA_PYTHON={sys.executable}"],
     }
     login = far.ssh()
@@ -57,7 +60,7 @@ def configure(run: Program, far: FarCluster, replicas: int, ssh: dict[str, Any] 
         "models": [
             {
                 "name": "smollm2",
-                "model_path": str(packaged_gguf()),
+                "model_path": agent_infra.PACKAGED_MODEL,
                 "engine": "llama_cpp",
                 "replicas": replicas,
                 "engine_args": ["--threads", "1", "--max-num-seqs", "4"],
@@ -93,8 +96,9 @@ def ask(talker: OpenAI, content: str, tokens: int = 8) -> str:
     return answer.choices[0].message.content or ""
 
 
-def test_start_connect_talk_and_stop_through_the_login_node(run: Program, far: FarCluster) -> None:
+def test_everything_an_operator_does_goes_through_the_login_node(run: Program, far: FarCluster) -> None:
     configure(run, far, replicas=3)
+    assert_doctor_and_pull_reach_the_nodes(run, far)
     started = run.run("start", seconds=90)
     assert started.returncode == 0, started.stdout + started.stderr
     connected = run.spawn("connect")
@@ -102,7 +106,8 @@ def test_start_connect_talk_and_stop_through_the_login_node(run: Program, far: F
     connected.wait_line(r"^tunnel login: the login host reaches the nodes")
     connected.wait_line(r"^driver sshtunnel: ")
     wait_for(lambda: all_up(run, 3), "three tunnels are up", 30)
-    assert len({row["node"] for row in backends(run)}) == 2
+    placed = {(row["partition"], row["node"]) for row in backends(run)}
+    assert placed == {("only0", far.nodes[0]), ("only1", far.nodes[1])}
     talker = client(run)
     assert ask(talker, "What is the capital of France?")
     stream = talker.chat.completions.create(
@@ -111,13 +116,57 @@ def test_start_connect_talk_and_stop_through_the_login_node(run: Program, far: F
     assert [choice.finish_reason for event in stream for choice in event.choices][-1] in ("stop", "length")
     assert_no_key_shows(run, far)
     assert_strangers_are_refused(run, far)
+    assert_scale_goes_up_and_down_under_load(run, far)
+    assert_stop_leaves_nothing(run, far)
+    connected.process.wait(30)
+
+
+def assert_doctor_and_pull_reach_the_nodes(run: Program, far: FarCluster) -> None:
+    """What is known before anything is started: of the login host, of Slurm, and by a job of a node."""
+    done = run.run("doctor", "--job", "--json")
+    findings = json.loads(done.stdout)
+    assert [each for each in findings if each["level"] == "error"] == []
+    assert done.returncode == 0, done.stderr
+    said = [f"{each['check']}: {each['text']}" for each in findings]
+    assert "login host: login, over SSH" in said
+    assert "partitions: only0: 1 nodes" in said
+    assert "partitions: only1: 1 nodes" in said
+    # The job runs in the preferred partition.
+    assert any(re.match(rf"node: model smollm2 on {far.nodes[0]}: work_dir is shared, Python 3", line) for line in said)
+    pulled = run.run("pull")
+    assert pulled.returncode == 0, pulled.stderr
+    there = far.folder / "work" / "models" / packaged_gguf().name
+    assert str(there) in pulled.stdout
+    assert there.stat().st_size == packaged_gguf().stat().st_size
+    assert far.slurm.jobs() == []
+
+
+def assert_scale_goes_up_and_down_under_load(run: Program, far: FarCluster) -> None:
+    """Tunnels come and go with the replicas, and no turn is lost."""
+    agents = Agents(run)
+    try:
+        up = run.run("scale", "smollm2", "4", seconds=90)
+        assert up.returncode == 0, up.stdout + up.stderr
+        wait_for(lambda: all_up(run, 4), "the fourth tunnel is up", 30)
+        agents.settle()
+        down = run.run("scale", "smollm2", "2", seconds=90)
+        assert down.returncode == 0, down.stdout + down.stderr
+        assert len(far.slurm.jobs()) == 2
+        wait_for(lambda: all_up(run, 2), "two tunnels are left", 30)
+        agents.settle()
+    finally:
+        agents.end()
+    assert agents.errors == [], "\n".join(agents.errors)
+
+
+def assert_stop_leaves_nothing(run: Program, far: FarCluster) -> None:
+    """No job, no process here, no port, no SSH session."""
     stopped = run.run("stop", seconds=90)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    connected.process.wait(30)
     assert far.slurm.jobs() == []
-    assert run.processes() == []
+    wait_for(lambda: run.processes() == [], "no process is left here", 10)
     assert not is_listening(run.port)
-    assert far.sshds["login"].sessions() == []
+    wait_for(lambda: far.sshds["login"].sessions() == [], "no SSH session is left", 5)
 
 
 def assert_no_key_shows(run: Program, far: FarCluster) -> None:
@@ -174,22 +223,22 @@ def test_the_same_by_openssh_through_a_jump_host(run: Program, far: FarCluster, 
             f"Host *\n  IdentityFile {login.client_key}\n  IdentitiesOnly yes\n  UserKnownHostsFile {known}\n"
         )
         ssh = {"host": "far", "config_file": str(config)}
-        configure(run, far, replicas=2, ssh=ssh, tunnel="node")
+        configure(run, far, replicas=3, ssh=ssh, tunnel="node")
+        assert_doctor_and_pull_reach_the_nodes(run, far)
         assert run.run("start", seconds=90).returncode == 0
         connected = run.spawn("connect")
         connected.wait_line(r"^driver openssh: .* says proxyjump for far")
-        wait_for(lambda: all_up(run, 2), "two tunnels are up", 30)
+        wait_for(lambda: all_up(run, 3), "three tunnels are up", 30)
         assert {(row["tunnel"]["driver"], row["tunnel"]["mode"]) for row in backends(run)} == {("openssh", "node")}
         assert ask(client(run), "What is the capital of France?")
         # What else is asked of the deployment meanwhile goes over the same connection.
         logins = len(re.findall("Accepted publickey", login.log.read_text()))
         assert run.run("status").returncode == 0
         assert len(re.findall("Accepted publickey", login.log.read_text())) == logins
-        assert run.run("stop", seconds=90).returncode == 0
+        assert_scale_goes_up_and_down_under_load(run, far)
+        assert_stop_leaves_nothing(run, far)
         connected.process.wait(30)
-        assert far.slurm.jobs() == []
-        assert run.processes() == []
-        wait_for(lambda: jump.sessions() == [] and login.sessions() == [], "no SSH session is left")
+        wait_for(lambda: jump.sessions() == [], "no SSH session is left")
 
 
 class Agents:

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from testbed.slurm import SlurmBed, missing_programs
+from testbed.slurm import LOW_AND_HIGH, SlurmBed, missing_programs
 from testbed.sshd import SSHD, SshServer, descendants, public_key
 
 import agent_infra
@@ -86,7 +86,10 @@ class FarSlurm(SlurmBed):
 
 
 class FarCluster:
-    """The whole of it; owns its namespaces, sshds, Slurm and files. A context manager."""
+    """The whole of it; owns its namespaces, sshds, Slurm and files. A context manager.
+
+    Partitions: low and high of all nodes, only0, only1, … of one each.
+    """
 
     def __init__(self, nodes: int = 2, cpus: int = 2) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="far-cluster-"))
@@ -108,6 +111,7 @@ class FarCluster:
             # login node's.
             controller_prefix=_LATER,
             controller_address=f"{self._net}.1",
+            partitions=(*LOW_AND_HIGH, *(f"PartitionName=only{index} Nodes={{{index}}}" for index in range(nodes))),
             settings="SlurmdTimeout=60\nMessageTimeout=5",
         )
         self.nodes = self.slurm.nodes
