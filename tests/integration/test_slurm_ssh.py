@@ -143,7 +143,7 @@ def assert_doctor_and_pull_reach_the_nodes(run: Program, far: FarCluster) -> Non
 
 def assert_scale_goes_up_and_down_under_load(run: Program, far: FarCluster) -> None:
     """Tunnels come and go with the replicas, and no turn is lost."""
-    agents = Agents(run)
+    agents = Agents(run, 3)
     try:
         up = run.run("scale", "smollm2", "4", seconds=90)
         assert up.returncode == 0, up.stdout + up.stderr
