@@ -564,7 +564,7 @@ def capacity_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
     # The labels stand on one side of their lines, and the line that the others' labels pass over is the lowest.
     side = "left" if not limits or limits[-1][0] < right * 0.72 else "right"
     for level, (value, label) in enumerate(limits if side == "right" else reversed(limits)):
-        height = top * (1.15 + 0.09 * level)
+        height = top * (1.14 + 0.14 * level)
         text = f"{label} {count(value)}"
         rows.append({"kind": "limit", "agents": value, "turns_per_hour": height, "text": text, "side": side})
     frame = pd.DataFrame(rows, columns=columns)
@@ -643,6 +643,7 @@ CHART_ALT = {
 }
 
 
+AXIS_PX = 38  # of the time axes' labels: "1,000" and some room
 _GREY = "#8a94a0"  # reads on light and on dark
 Data: TypeAlias = (
     "pd.DataFrame | alt.NamedData"  # named: the chart without its data, built once and filled again and again
@@ -652,18 +653,18 @@ Data: TypeAlias = (
 def _lines(data: Data, panel_name: str, title: str, unit: str, crosshair: alt.Parameter, height: int) -> alt.LayerChart:
     """One panel of the history over time, with the common crosshair and its figures.
 
-    The labels of the axes stand inside, since Streamlit gives each of several charts the whole width.
+    Streamlit gives each of several charts the whole width, without room for an axis beside it: so the lines begin
+    AXIS_PX inside, and the labels stand before them, aligned over the panels.
     """
     names = list(TIMELINE[panel_name].values())
     own = alt.Chart(data).transform_filter(alt.datum.panel == panel_name)
     times = alt.Axis(title=None, format="%H:%M", tickCount=6, labelOverlap=True, labelFlush=True, grid=False)
-    inside = alt.Axis(
-        title=None, tickCount=3, ticks=False, domain=False, labelAlign="left", labelBaseline="bottom", labelPadding=0
-    )
-    x = alt.X("at:T", axis=times)
+    figures = alt.Axis(title=None, tickCount=3, ticks=False, domain=False, offset=-AXIS_PX, labelPadding=6)
+    after_labels = alt.Scale(range=[AXIS_PX, alt.ExprRef("width")])
+    x = alt.X("at:T", axis=times, scale=after_labels)
     legend = alt.Legend(orient="top", direction="horizontal", symbolType="stroke", title=None, offset=2)
     colour = alt.Color("name:N", scale=alt.Scale(domain=names), legend=legend if len(names) > 1 else None)
-    y = alt.Y("value:Q", scale=alt.Scale(zero=True, nice=True), axis=inside)
+    y = alt.Y("value:Q", scale=alt.Scale(zero=True, nice=True), axis=figures)
     lines = own.mark_line(strokeWidth=1.75, interpolate="monotone", clip=True).encode(x=x, y=y, color=colour)
     tooltip = [alt.Tooltip("at:T", title="time", format="%H:%M:%S")]
     tooltip += [alt.Tooltip(f"{name}:Q", title=f"{name}, {unit}", format=",.3~r") for name in names]
@@ -968,6 +969,7 @@ def _verdict_line(entry: Mapping[str, Any], is_named: bool) -> Node:
     if sentence.lower().startswith(name.lower()) and ": " in sentence:  # the name and how sure it is stand beside it
         sentence = sentence.partition(": ")[2]
         sentence = sentence[:1].upper() + sentence[1:]
+    sentence = sentence.replace(" %", f"{SPACE}%")
     advice = str(suggestion.get("sentence") or "")
     flags = [
         el(
@@ -989,6 +991,7 @@ def _verdict_line(entry: Mapping[str, Any], is_named: bool) -> Node:
             badge(JUDGEMENT_OF_VERDICT.get(name, NEUTRAL), name),
             el("div", {"class": "ai-muted"}, sure) if sure else None,
         ),
+        _suggestion(part(suggestion, "agents"), part(entry, "operating", "agents")),
         el(
             "div",
             {"class": "ai-verdict-text"},
@@ -996,7 +999,6 @@ def _verdict_line(entry: Mapping[str, Any], is_named: bool) -> Node:
             el("p", {}, el("strong", {}, advice)) if advice else None,
             *flags,
         ),
-        _suggestion(part(suggestion, "agents"), part(entry, "operating", "agents")),
     )
 
 
@@ -1841,12 +1843,13 @@ CSS = """
 .ai-keys li { margin: 0; padding: 0; font-size: 13px; }
 .ai-keys kbd { font: 12px var(--st-code-font); border: 1px solid var(--ai-line); border-radius: 4px;
   padding: 1px 6px; background: var(--ai-card); color: var(--st-text-color); }
-.ai-verdict { display: grid; grid-template-columns: 150px 1fr auto; gap: 4px 24px; align-items: start;
+.ai-verdict { display: grid; grid-template-columns: 150px auto minmax(0, 1fr); gap: 4px 32px; align-items: start;
   padding: 8px 0; border-top: 1px solid var(--ai-line); }
 .ai-head + .ai-verdict { border-top: 0; padding-top: 0; }
 .ai-verdict-name .ai-badge { font-size: 16px; }
-.ai-verdict-text p { max-width: 92ch; }
-.ai-suggestion { text-align: right; white-space: nowrap; }
+.ai-verdict-text { grid-column: 3; }
+.ai-verdict-text p { max-width: 120ch; text-wrap: pretty; }
+.ai-suggestion { min-width: 150px; white-space: nowrap; }
 .ai-table .ai-middle { text-align: center; }
 .ai-large { font-size: 22px; font-weight: 600; line-height: 1.25; }
 .ai-unit { font-size: 14px; font-weight: 400; }

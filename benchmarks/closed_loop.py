@@ -100,6 +100,8 @@ class Sample:
     in_flight: dict[str, int]
     queued: int
     agents: int
+    oldest_s: float = 0.0  # how long the turn that has waited longest has
+    kv_usage: dict[str, float] = field(default_factory=dict)  # 0 to 1, of replicas that have a KV cache
 
 
 class Replica(Protocol):
@@ -112,6 +114,10 @@ class Replica(Protocol):
     def in_flight(self) -> int: ...
     @property
     def queued(self) -> int: ...
+    @property
+    def waits_since(self) -> float: ...  # when the first of the queue came; infinity while it is empty
+    @property
+    def kv_usage(self) -> float | None: ...
     def submit(self, job: Job, now: float) -> None: ...
     def advance(self, now: float) -> list[Job]: ...
 
@@ -137,6 +143,14 @@ class PlantedReplica:
     @property
     def queued(self) -> int:
         return len(self._waiting)
+
+    @property
+    def waits_since(self) -> float:
+        return self._waiting[0].arrived if self._waiting else math.inf
+
+    @property
+    def kv_usage(self) -> float | None:
+        return None
 
     @property
     def _turn_s(self) -> float:
@@ -198,6 +212,15 @@ class EngineReplica:
     @property
     def queued(self) -> int:
         return len(self._waiting)
+
+    @property
+    def waits_since(self) -> float:
+        return self._waiting[0].arrived if self._waiting else math.inf
+
+    @property
+    def kv_usage(self) -> float | None:
+        """As vLLM tells it: what runs counts; what is only cached, and would go for it, does not."""
+        return min(1.0, sum(job.computed for job in self._running) / self._physics.kv_tokens)
 
     def submit(self, job: Job, now: float) -> None:
         self._waiting.append(job)
@@ -478,7 +501,11 @@ class ClosedLoop:
     def _sample(self) -> None:
         in_flight = {replica.name: replica.in_flight for replica in self.replicas}
         queued = sum(replica.queued for replica in self.replicas)
-        self.samples.append(Sample(START + self._next_sample, in_flight, queued, len(self._agents)))
+        oldest_s = max(0.0, *(self._next_sample - replica.waits_since for replica in self.replicas))
+        kv_usage = {replica.name: replica.kv_usage for replica in self.replicas}
+        known = {name: usage for name, usage in kv_usage.items() if usage is not None}
+        at = START + self._next_sample
+        self.samples.append(Sample(at, in_flight, queued, len(self._agents), oldest_s, known))
         self._next_sample += 1.0
 
 

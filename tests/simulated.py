@@ -61,10 +61,17 @@ def document(agents: int, replicas: int, think_s: float, seconds: float = 700.0)
                 requests[str(moment.backend)] += 1
             continue
         backends = {
-            name: {"healthy": True, "in_flight": count, "requests": requests[name], "errors": 0}
+            name: {
+                "healthy": True,
+                "in_flight": count,
+                "requests": requests[name],
+                "errors": 0,
+                "load": {"kv_usage": moment.kv_usage[name], "kv_capacity_tokens": closed_loop.Physics.kv_tokens},
+            }
             for name, count in moment.in_flight.items()
         }
-        queue = {"pending": moment.queued, "in_flight": sum(moment.in_flight.values()), "oldest_ms": 0, "waiting": []}
+        queue = {"pending": moment.queued, "in_flight": sum(moment.in_flight.values()), "waiting": []}
+        queue["oldest_ms"] = round(1000 * moment.oldest_s)
         tracker.sample({"at": at, "backends": backends, "queue": queue})
     names = [replica.name for replica in loop.replicas]
     table = [Backend(name, "llama-8b", "127.0.0.1", 5900, slots=closed_loop.Physics.slots) for name in names]
