@@ -25,9 +25,9 @@ AXE = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """The browser."""
+    """The browser. While it is there, this thread has a running event loop, so it must not outlive its module."""
     binary = shutil.which("chromium")
     if binary is None:
         pytest.skip("there is no Chromium: apt-get install chromium fonts-dejavu-core")
