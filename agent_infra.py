@@ -11658,7 +11658,7 @@ class ClientConnection(RequestReader):
                 return False
             if self.delivery is not None:  # a callback has begun it
                 self._is_anthropic = self.delivery.turn.is_anthropic
-                return self._deliver(self.delivery)
+                return self._deliver(self.delivery) and self._keeps_alive
             found = self._read_head()
             if found is None:
                 return True

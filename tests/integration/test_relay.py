@@ -104,6 +104,17 @@ def test_the_app_and_inference_share_a_connection(client: Client) -> None:
         assert client.chat().status == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_connection_closes_when_its_client_asks_for_it_however_often_that_head_came(
+    relay: RelayProcess, client: Client, stream: bool
+) -> None:
+    for _ in range(4):  # from the second on, a callback begins the turn
+        with Client(relay.port) as another:
+            assert another.chat().status == 200  # with it the connection is let pass
+            assert another.chat({"Connection": "close"}, stream=stream).is_complete
+            assert another.is_closed()
+
+
 def test_an_http_1_0_client_gets_its_stream_without_chunks(client: Client) -> None:
     body = b'{"model":"m","stream":true}'
     client.sock.sendall(b"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
