@@ -15860,8 +15860,9 @@ def _run_up(arguments: argparse.Namespace) -> int:
         controller = deployment.connect(arguments.log_format, models)
         signals.on_second = controller.relay.terminate
         deployment.start(models)
-    except RefusedError:
-        deployment.disconnect(0.0)  # nothing was started: what ran before runs on
+    except BaseException:
+        # What ran before runs on, but no relay without its controller. A scheduler that is silent is no refusal.
+        deployment.disconnect(0.0)
         raise
     try:
         controller.refresh()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -209,3 +210,19 @@ def test_stop_needs_no_configuration_that_can_be_read(app: Program) -> None:
     unknown = app.run("stop", "--name", "../other")
     assert unknown.returncode == 2
     assert "no deployment is called ../other; there are: default" in unknown.stderr
+
+
+def test_an_up_that_the_scheduler_does_not_answer_leaves_no_relay(app: Program, tmp_path: Path) -> None:
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    squeue = commands / "squeue"
+    squeue.write_text("#!/bin/sh\necho 'Unable to contact slurm controller' >&2\nexit 1\n")
+    squeue.chmod(0o755)
+    app.environment["PATH"] = f"{commands}:{app.environment['PATH']}"
+    slurm = {"work_dir": str(tmp_path / "work"), "partitions": [{"name": "all"}]}
+    cluster = {"type": "slurm", "name": "silent", "slurm": slurm}
+    models = [{"name": "m", "model_path": "none", "engine": "command", "command": ["true", "{port}"]}]
+    app.config.write_text(json.dumps({"proxy": {"port": app.port}, "cluster": cluster, "models": models}))
+    up = app.run("up")
+    assert (up.returncode, "Unable to contact slurm controller" in up.stderr) == (1, True), up.stdout + up.stderr
+    assert app.processes() == []
