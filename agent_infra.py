@@ -10871,8 +10871,10 @@ class HeadReader:
             return known[0], known[0].length if known[1] < 0 else known[1]
         head = parse_answer_head(data[:end], self._answer_lines)
         told = head.fields.get(b"content-length")
-        means_it = head.status not in (204, 304) and (told is None or told == b"%d" % (head.length or 0))
-        if head.status >= 200 and means_it and b"authorization" not in head.fields:
+        # One in chunks has no length, whatever else it says: the next such head would be believed its figure.
+        means_it = told is None or (head.length is not None and told == b"%d" % head.length)
+        has_body = head.status >= 200 and head.status not in (204, 304)
+        if has_body and means_it and b"authorization" not in head.fields:
             self.known_answers.keep(data[:end], head.fields, head)
         return head, head.length
 

@@ -358,6 +358,13 @@ def test_a_head_that_comes_again_is_found_with_another_length() -> None:
     assert reader.plan(head % 5, b"Bearer b", labels_of)[0] is not first[0]
 
 
+def test_an_answer_in_chunks_that_tells_a_length_too_is_read_in_one_way_whenever_it_comes() -> None:
+    reader = HeadReader()
+    for figure in (0, 5, 0, 5):
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Length: %d\r\n\r\n" % figure
+        assert reader.answer(head, len(head))[1] is None
+
+
 def test_known_heads_are_bounded() -> None:
     reader, labels_of = HeadReader(), LabelReader(HeadersConfig()).read
     head = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nX: %b\r\nContent-Length: 5\r\n\r\n"
