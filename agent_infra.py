@@ -9269,7 +9269,8 @@ def _changed_host(route: SshRoute, shown: str) -> str:
     forget = " && ".join(
         f"ssh-keygen -R {shlex.quote(route.key_name)} -f {shlex.quote(str(path))}"
         for name in route.known_hosts
-        if (path := Path(name).expanduser()).exists() and any(known_host_keys(path.read_text(), route.key_name))
+        if (path := Path(name).expanduser()).exists()
+        and any(known_host_keys(path.read_text(encoding="utf-8", errors="replace"), route.key_name))
     )
     return (
         f"host key of {route.key_name} has changed: it shows {shown}, known_hosts has another. Somebody may be "
@@ -9596,13 +9597,19 @@ class SshCommands:
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
         deadline = time.monotonic() + timeout_s
         channel = self._open_channel(deadline)
+        # paramiko waits without end for the host to take a command, which one that fell silent never does.
+        alarm = threading.Timer(max(0.1, min(SSH_PATIENCE_S, deadline - time.monotonic())), channel.close)
+        alarm.daemon = True
+        alarm.start()
         try:
             channel.exec_command(shlex.join(argv))
+            alarm.cancel()
             result = _converse(channel, stdin, deadline)
         except (_paramiko().SSHException, EOFError, OSError) as error:
             self._drop()
             raise HostUnreachableError(f"the connection to {self.route.alias} broke: {error}; try again") from error
         finally:
+            alarm.cancel()
             channel.close()
         if result is None:
             self._drop()  # a connection that is silent without being closed would hold up the next command too

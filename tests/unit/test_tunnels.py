@@ -1,10 +1,12 @@
-"""The pure parts of the tunnels: known_hosts, modes, what OpenSSH's words mean."""
+"""The tunnels without a host: known_hosts, modes, what OpenSSH's words mean, a host that falls silent."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
 import hmac
+import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ from agent_infra import (
     HostUnreachableError,
     LoginError,
     ReplicaRecord,
+    SshCommands,
     SshConfig,
     SshRoute,
+    _paramiko,
     explain_openssh,
     known_host_keys,
     ssh_route,
@@ -151,3 +155,35 @@ def test_the_configuration_wins_over_ssh_config_and_that_over_defaults(tmp_path:
     assert (route.identity_files, route.identities_only) == (("~/k2",), True)
     node = ssh_route(chosen, "gpu07")  # the port is the login host's alone
     assert (node.host, node.port, node.user) == ("gpu07", 22, "you")
+
+
+def test_a_host_that_falls_silent_before_it_takes_a_command_holds_nobody_up() -> None:
+    paramiko = _paramiko()
+    is_over = threading.Event()
+
+    class Silent(paramiko.ServerInterface):  # type: ignore[misc, name-defined]
+        def check_auth_none(self, _user: str) -> int:
+            return int(paramiko.AUTH_SUCCESSFUL)
+
+        def check_channel_request(self, _kind: str, _number: int) -> int:
+            return int(paramiko.OPEN_SUCCEEDED)
+
+        def check_channel_exec_request(self, _channel: object, _command: bytes) -> bool:
+            return is_over.wait(30.0)
+
+    here, there = socket.socketpair()
+    server, client = paramiko.Transport(there), paramiko.Transport(here)
+    try:
+        server.add_server_key(paramiko.ECDSAKey.generate())
+        server.start_server(event=threading.Event(), server=Silent())
+        client.start_client(timeout=10.0)
+        client.auth_none("somebody")
+        commands = SshCommands(SshRoute("login", "login", 22, "somebody", "login", ()), None)
+        commands._transport = client
+        with pytest.raises(HostUnreachableError, match="the connection to login broke"):
+            commands.run(["true"], timeout_s=0.5)
+        assert not client.is_active()  # the next command makes a new one
+    finally:
+        is_over.set()
+        client.close()
+        server.close()
