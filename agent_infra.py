@@ -1849,6 +1849,7 @@ def conversation_key(messages: bytes, answer: bytes) -> str:
 _EVENT = re.compile(rb".*?\r?\n\r?\n|.+", re.DOTALL)
 _EVENT_TEXT = re.compile(rb'"(?:content|text|delta)":\s?"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL)
 _DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
+_LAST_EVENT = re.compile(rb"(?:^|\n)(?:data: ?\[DONE\]|event: ?(?:message_stop|response\.completed))")
 
 
 def event_document(event: bytes) -> Any:
@@ -1932,6 +1933,11 @@ class EventStream:
             return self._end(self._held)
         self.fault = self.fault or "the replica died"
         return b""
+
+    @property
+    def has_last_event(self) -> bool:
+        """Whether the event that ends an answer came: many clients leave at it, before the replica ends the body."""
+        return _LAST_EVENT.search(b"".join(self._tail)) is not None
 
     def failure(self, event: bytes) -> bytes:
         """The bytes that end the stream with an error event, behind all that was sent."""
@@ -11851,14 +11857,15 @@ class Delivery:
             turn.digest = exchange.events.digest()
             turn.events = exchange.events.events
         turn.status = exchange.head.status if exchange.head is not None else 0
-        if result == "gone":
+        has_left = result == "gone"
+        if has_left and (exchange.events is None or not exchange.events.has_last_event):
             turn.status = turn.status if turn.first else 0
             raise ClientGone
-        if result == "streamed":
+        if has_left or result == "streamed":
             now = turn.ended = time.monotonic()
             replica.note_success((now - turn.sent) * 1000.0, now)
             turn.outcome = "completed"
-            return not exchange.ends_by_closing
+            return not has_left and not exchange.ends_by_closing
         return self._break_off(replica, exchange, result)
 
     def _break_off(self, replica: LiveReplica, exchange: Exchange, result: str) -> bool:
@@ -15990,7 +15997,10 @@ def describe_model(row: Mapping[str, Any]) -> str:
     """A model's row of the status in words."""
     words = [f"{row['ready']} of {row['wanted']} ready"]
     words += [f"{row['idle']} ended for want of turns"] if row["idle"] else []
-    words += [f"{row['in_flight']} turns in flight, {row['sessions']} sessions"] if row["sessions"] is not None else []
+    if row["sessions"] is not None:
+        told = ((row["in_flight"], "turn"), (row["sessions"], "session"))
+        turns, sessions = (f"{number} {word}" + "s" * (number != 1) for number, word in told)
+        words += [f"{turns} in flight, {sessions}"]
     return f"{row['name']}  {', '.join(words)}"
 
 

@@ -660,6 +660,8 @@ def _lines(data: Data, panel_name: str, title: str, unit: str, crosshair: alt.Pa
     own = alt.Chart(data).transform_filter(alt.datum.panel == panel_name)
     times = alt.Axis(title=None, format="%H:%M", tickCount=6, labelOverlap=True, labelFlush=True, grid=False)
     figures = alt.Axis(title=None, tickCount=3, ticks=False, domain=False, offset=-AXIS_PX, labelPadding=6)
+    if panel_name == "agents":
+        figures.tickMinStep = 1  # there is no half of an agent
     after_labels = alt.Scale(range=[AXIS_PX, alt.ExprRef("width")])
     x = alt.X("at:T", axis=times, scale=after_labels)
     legend = alt.Legend(orient="top", direction="horizontal", symbolType="stroke", title=None, offset=2)
@@ -952,9 +954,9 @@ def verdict_panel(document: Mapping[str, Any]) -> Node:
     entries = listed(document, "analysis")
     lines = [_verdict_line(entry, len(entries) > 1) for entry in entries]
     if not lines:
-        lines = [
-            el("div", {"class": "ai-verdict"}, el("div", {}, badge(NEUTRAL, "NO DATA")), el("p", {}, "No traffic yet."))
-        ]
+        has_served = bool(part(document, "totals").get("requests"))
+        text = "No traffic of late, so nothing to judge." if has_served else "No traffic yet."
+        lines = [el("div", {"class": "ai-verdict"}, el("div", {}, badge(NEUTRAL, "NO DATA")), el("p", {}, text))]
     return panel("verdict", "Verdict", *lines)
 
 
@@ -1507,7 +1509,7 @@ def _pipeline_shares(frame: pd.DataFrame) -> Node:
 def _holding_back(entry: Mapping[str, Any]) -> Node:
     frame = share_frame(entry)
     if frame.empty:
-        reason = part(entry, "verdict").get("reason") or part(entry, "verdict").get("sentence") or "no traffic yet"
+        reason = part(entry, "verdict").get("reason") or part(entry, "verdict").get("sentence") or "no traffic"
         return el("p", {"class": "ai-muted"}, f"What holds the run back is not known: {reason}")
     items = [
         el(

@@ -8,9 +8,9 @@ with ``each_s`` and ``slots`` (an answer takes base_s + each_s · n seconds with
 most, as in continuous batching), ``gap`` (s between events), ``hang`` (never answer), ``status`` (answer with it),
 ``retry_after``, ``usage`` (stream it even if nobody asked), ``finish_reason``, ``die`` (kill the process: "before" the
 answer, in its "middle", or after that many events), ``cut`` (close the connection, likewise), ``no_done``, ``close``
-(after the answer, with or without saying so: "silently"), ``size`` (bytes of content), ``framing`` ("length", "close",
-"chunked"), ``split`` (send the answer in pieces of so many bytes), ``health`` (status of /health), ``load`` (the /load
-digest).
+(after the answer, with or without saying so: "silently"), ``linger`` (s between a stream's last event and its end),
+``size`` (bytes of content), ``framing`` ("length", "close", "chunked"), ``split`` (send the answer in pieces of so many
+bytes), ``health`` (status of /health), ``load`` (the /load digest).
 
 ``GET /fake`` tells what it saw: requests, aborted (whose client left first), running, the heads and the last body, and
 the seconds that answers took it in all.
@@ -235,6 +235,7 @@ class Connection:
             self.send_event(None, document, framing, self.usage(how))
         if not how.get("no_done"):
             self.send_payload(b"data: [DONE]\n\n", framing)
+        self.pause(how.get("linger", 0.0))
         if framing == "chunked":
             self.send(b"0\r\n\r\n")
 

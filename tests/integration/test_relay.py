@@ -359,6 +359,24 @@ def test_a_client_that_leaves_ends_its_turn_at_the_replica(
     assert turn["outcome"] == "aborted"
 
 
+def test_a_client_that_leaves_at_the_last_event_has_its_answer(relay: RelayProcess, engine: FakeEngine) -> None:
+    """The OpenAI SDK closes a stream at [DONE]; the replica ends the body a moment later."""
+    relay.controller.send_table([backend(1, engine.port)])
+    with Client(relay.port) as client:
+        body = b'{"model":"m","stream":true,"fake":{"linger":3600}}'
+        client.sock.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+        )
+        received = b""
+        while b"data: [DONE]" not in received:
+            piece = client.sock.recv(65536)
+            assert piece
+            received += piece
+    engine.wait_for("aborted", 1, seconds=0.5)
+    [turn] = relay.controller.finished()
+    assert (turn["outcome"], turn["status"], turn["finish_reason"]) == ("completed", 200, "stop")
+
+
 # The key.
 
 

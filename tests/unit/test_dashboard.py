@@ -273,7 +273,8 @@ def test_the_verdict_names_diagnosis_confidence_suggestion_and_advice() -> None:
     nothing = texts(page.verdict_panel(stats.busy(analysis=stats.analysis("NO DATA"))))
     assert "○ NO DATA" in nothing
     assert "12 of 30 turns" in nothing
-    assert "No traffic yet" in texts(page.verdict_panel(stats.busy(analysis=[])))
+    assert "No traffic of late" in texts(page.verdict_panel(stats.busy(analysis=[])))
+    assert "No traffic yet" in texts(page.verdict_panel(stats.empty(analysis=[])))
 
 
 def test_a_share_of_errors_is_judged_and_a_small_one_is_not() -> None:
