@@ -185,6 +185,7 @@ def test_pull_fetches_with_the_engines_python_on_the_clusters_host(app: Program,
     assert "it is gated: ask for access on its page" in refused.stderr
 
 
+@pytest.mark.slow  # test_slurm_ssh.py scales jobs in the normal tier, from afar
 def test_scale_submits_jobs_and_cancels_them_once_their_turns_have_ended(app: Program, bed: SlurmBed) -> None:
     configure(app, bed)
     connect(app, 1)
