@@ -11,6 +11,7 @@ Reading order: every section refers only to sections above it.
 
 from __future__ import annotations
 
+import atexit
 import bisect
 import collections
 import contextlib
@@ -10018,7 +10019,7 @@ class OpenSshMaster:
             if self.is_alive or (not self.is_shared and self._answers(self._control)):
                 return
             if self._child is not None:
-                self._child.close()
+                self._end(self._child)
             asks = self._has_terminal
             self._has_terminal = False  # later, nobody waits for a question
             options = [word for option in _MASTER_OPTIONS for word in ("-o", option)]
@@ -10030,7 +10031,7 @@ class OpenSshMaster:
             try:
                 child.wait_ready(deadline + (120.0 if asks else 0.0), should_stop)
             except BaseException:
-                child.close()
+                self._end(child)
                 raise
             self._child = child
 
@@ -10080,10 +10081,13 @@ class OpenSshMaster:
     def close(self) -> None:
         with self._lock:
             if self._child is not None:
-                self._child.close()
+                self._end(self._child)
                 self._child = None
-                for leftover in (self._own_socket, self._own_socket.with_suffix(".log")):
-                    leftover.unlink(missing_ok=True)
+
+    def _end(self, child: TunnelChild) -> None:
+        child.close()
+        for leftover in (self._own_socket, self._own_socket.with_suffix(".log")):
+            leftover.unlink(missing_ok=True)
 
 
 class OpenSshCommands:
@@ -15202,7 +15206,11 @@ class ConnectionManager:
         """End proxy and replicas; names what was ended. Safe to call again."""
         import asyncio
 
-        return await asyncio.to_thread(self._open().stop, now)
+        deployment = self._open()
+        ended = await asyncio.to_thread(deployment.stop, now)
+        if deployment.login is not None:  # what is asked of it later makes another connection
+            await asyncio.to_thread(deployment.login.close)
+        return ended
 
     async def __aenter__(self) -> ConnectionManager:
         try:
@@ -15617,7 +15625,15 @@ def _deployment(arguments: argparse.Namespace) -> Deployment:
     config = load_config(arguments.config)
     if getattr(arguments, "port", None) is not None:
         config = dataclasses.replace(config, proxy=dataclasses.replace(config.proxy, port=arguments.port))
-    return Deployment(config, _say, os.environ, _asker())
+    return _opened(config)
+
+
+def _opened(config: Config) -> Deployment:
+    """A deployment whose connection to the cluster's host is closed when this process ends, however its command did."""
+    deployment = Deployment(config, _say, os.environ, _asker())
+    if deployment.login is not None:
+        atexit.register(deployment.login.close)
+    return deployment
 
 
 def _asker() -> Callable[[str], str] | None:
@@ -16136,7 +16152,7 @@ def _deployment_to_stop(arguments: argparse.Namespace) -> Deployment:
         known = ", ".join(deployment_names(os.environ)) or "none"
         raise RefusedError(f"no deployment is called {arguments.name}; there are: {known}")
     kept = kept_config(deployment_paths(config.cluster.name, os.environ))
-    return Deployment(kept or config, _say, os.environ, _asker())
+    return _opened(kept or config)
 
 
 def _run_export(arguments: argparse.Namespace) -> int:

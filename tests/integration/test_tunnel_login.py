@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
@@ -11,13 +12,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from program import free_port, wait_for
+from program import Program, free_port, wait_for
 from testbed.sshd import SSHD, SshServer, make_key, public_key
 
 import agent_infra
@@ -366,3 +368,23 @@ def test_a_one_time_code_is_asked_for_once_at_the_terminal(tmp_path: Path) -> No
     assert b"driver openssh" in seen
     assert seen.count(b"assword") == 1
     assert b"123456" not in seen  # it is not shown as it is typed
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_a_command_leaves_no_file_of_its_connection_behind(is_right: bool, server: SshServer, tmp_path: Path) -> None:
+    run = Program(tmp_path)
+    short = Path(tempfile.mkdtemp())
+    run.environment = {**run.environment, "HOME": str(tmp_path), "TMPDIR": str(short)}
+    ssh = {name: value for name, value in vars(server.ssh()).items() if value is not None}
+    ssh = ssh if is_right else {**ssh, "identity_file": str(make_key(tmp_path / "other"))}
+    slurm = {"work_dir": str(tmp_path / "work"), "partitions": [{"name": "all"}]}
+    cluster = {"type": "slurm", "name": "far", "tunnel_driver": "openssh", "ssh": ssh, "slurm": slurm}
+    models = [{"name": "m", "model_path": "none", "engine": "command", "command": ["true", "{port}"]}]
+    run.config.write_text(json.dumps({"proxy": {"port": run.port}, "cluster": cluster, "models": models}))
+    try:
+        said = run.run("doctor")
+        assert ("over SSH" in said.stdout, "permission denied" in said.stdout) == (is_right, not is_right), said
+        assert [path.name for path in short.rglob("ssh-*")] == []
+        assert run.processes() == []
+    finally:
+        shutil.rmtree(short)
