@@ -14076,7 +14076,9 @@ class Controller:
             self._heard_at = time.monotonic()
             try:
                 self._take(kind, payload)
-            except (ValueError, LookupError, TypeError) as error:
+            except RelayGoneError:
+                raise
+            except Exception as error:  # noqa: BLE001  a bug, or a package that is missing, must not end the controller
                 self._log(f"a frame {kind!r} of the relay cannot be taken, and is left out: {error!r}")
         self._books.take()
         if time.monotonic() - self._heard_at > RELAY_SILENCE_S:
@@ -14775,7 +14777,7 @@ def _check_configuration(deployment: Deployment) -> Iterator[Finding]:
         yield Finding("ok", f"model {model.name}: {model.replicas} × {model.model_path} on {model.engine}")
 
 
-_PROGRAM_PACKAGES = ("gevent", "flask", "msgspec", "requests", "rich")
+_PROGRAM_PACKAGES = ("gevent", "flask", "msgspec", "numpy", "prometheus_client", "requests", "rich")
 MIN_DESCRIPTORS = 4096  # each turn in flight holds two: the client's and the replica's
 MIN_FREE_BYTES = 1 << 30
 
@@ -14785,7 +14787,7 @@ def _check_packages(_: Deployment) -> Iterator[Finding]:
 
     missing = [name for name in _PROGRAM_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        fix = f"{sys.executable} -m pip install {' '.join(missing)}"
+        fix = f"{sys.executable} -m pip install {' '.join(missing).replace('_', '-')}"
         yield Finding("error", f"not installed: {', '.join(missing)}", fix)
     else:
         yield Finding("ok", f"Python {sys.version.split()[0]} has all that the program needs")

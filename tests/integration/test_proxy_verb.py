@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,18 @@ def test_the_servers_key_comes_from_the_environment_and_is_on_no_command_line(ap
     app.chat()
     assert "authorization: bearer the-servers-secret" in engine.call()["heads"][-1].lower()
     assert all("secret" not in command for _, command in app.processes())
+    assert proxy.end() == 0
+
+
+def test_a_question_that_cannot_be_answered_ends_no_controller(app: Program, engine: FakeEngine) -> None:
+    (app.folder / "prometheus_client.py").write_text("raise ImportError('it is not installed')")
+    app.environment["PYTHONPATH"] = str(app.folder)
+    proxy = bring_up(app, engine)
+    wait_for(lambda: app.get("/stats"), "the first snapshot")
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        app.get("/metrics")
+    app.chat()
+    wait_for(lambda: app.get("/stats")["totals"]["requests"] == 1, "the turn in /stats")
     assert proxy.end() == 0
 
 
