@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -37,6 +38,7 @@ def events_of(record: TurnRecord, number: int, post_ms: float | None) -> Iterato
     )  # fmt: skip
 
 
+@functools.cache
 def document(agents: int, replicas: int, think_s: float, seconds: float = 700.0) -> dict[str, Any]:
     """The last moment of a run."""
     workload = closed_loop.Workload(think_s=think_s)

@@ -321,13 +321,18 @@ class StatsServer:
         self.document = document
         self.status = 200
         self.token: str | None = None
-        self.is_closed = False
         self.asked: list[str] = []
-        handler = type("Handler", (_Handler,), {"owner": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), handler)
-        self._server.daemon_threads = True
-        self.port: int = self._server.server_address[1]
+        self.port = port
+        self.open()
         self.url = f"http://127.0.0.1:{self.port}"
+
+    def open(self) -> None:
+        """Listen, after ``close`` on the same port again."""
+        self.is_closed = False
+        handler = type("Handler", (_Handler,), {"owner": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
+        self._server.daemon_threads = True
+        self.port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
 

@@ -160,13 +160,12 @@ def test_a_paused_page_asks_nothing_and_goes_on_when_told(site: Site) -> None:
 
 def test_the_page_outlives_the_proxys_restart(site: Site) -> None:
     tab = site.open()
-    site.server.status = 404
-    tab.wait_for_selector(".ai-problem")
-    assert "is not Agent Infra's proxy" in tab.inner_text(".ai-problem")
+    site.server.close()
+    wait_text(tab, ".ai-problem", "There is no proxy at")
     assert "qwen-1" in text_of(tab, "backends")  # the last figures stay, in grey
     assert tab.evaluate("getComputedStyle(document.querySelector('[data-panel=backends]')).filter") == "grayscale(1)"
     site.server.document["queue"]["pending"] = 555
-    site.server.status = 200
+    site.server.open()
     tab.wait_for_selector(".ai-problem", state="detached")
     wait_text(tab, "[data-panel=queue]", "555")
 
@@ -177,6 +176,7 @@ def test_the_page_outlives_the_proxys_restart(site: Site) -> None:
         (stats.busy(schema_version=1), 200, "version 1 of /stats"),
         (stats.busy(), 401, "--token-file"),
         (stats.busy(), 503, "has no figures yet"),
+        (stats.busy(), 404, "is not Agent Infra's proxy"),
     ],
 )
 def test_a_page_without_figures_says_why_and_what_to_do(site: Site, document: Any, status: int, says: str) -> None:
@@ -257,9 +257,10 @@ def test_simulated_fleets_are_shown_as_what_they_are(
     tab = site.open(document, scheme, 1280, 1620)
     wait_text(tab, "[data-panel=verdict]", verdict)
     tab.wait_for_function("document.querySelectorAll('.stVegaLiteChart canvas').length >= 1")
-    tab.wait_for_timeout(1500)
+    is_kept = request.config.getoption("--screenshots")
+    tab.wait_for_timeout(1500 if is_kept else 200)
     assert tab.evaluate(UNTIDY) == []
-    folder = MODULE.parent / "docs" if request.config.getoption("--screenshots") else tmp_path
+    folder = MODULE.parent / "docs" if is_kept else tmp_path
     tab.screenshot(path=str(folder / f"page-{name}.png"))
 
 
@@ -289,3 +290,17 @@ def test_up_brings_the_page_along_and_takes_it_with_it(tmp_path: Path, chromium:
         assert up.end() == 0
         wait_for(lambda: not app.processes(), f"no process left: {app.processes()}", 10.0)
         assert not is_listening(port)
+
+
+def test_the_page_ends_when_its_proxy_is_killed(tmp_path: Path) -> None:
+    """With -9, so that nobody is left who would end it: it notices by itself."""
+    packaged_gguf()
+    with program(tmp_path) as app:
+        up = app.spawn("up", "--dashboard")
+        port = int(up.wait_line(r"page +http://127\.0\.0\.1:(\d+)")[1])
+        up.wait_line("Ctrl-C stops it all")
+        wait_for(lambda: is_listening(port), "the page's server")
+        up.process.kill()
+        wait_for(lambda: not is_listening(port), "the end of the page")
+        assert app.run("stop").returncode == 0
+        wait_for(lambda: not app.processes(), "no process left", 10.0)
