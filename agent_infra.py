@@ -8500,6 +8500,9 @@ class QueueAnswer:
     problem: str | None  # why Slurm does not answer: the jobs are not known then
 
 
+SLOWEST_UPLINK = 100_000  # bytes/s to the cluster's host that a file is waited for
+
+
 class SlurmHost:
     """What a deployment asks of the host from which Slurm is used, through a CommandRunner.
 
@@ -8543,7 +8546,7 @@ class SlurmHost:
 
     def write(self, path: str, content: bytes) -> None:
         """Replace a file there (0600)."""
-        done = self.shell(_WRITE_SCRIPT, path, stdin=content)
+        done = self.shell(_WRITE_SCRIPT, path, stdin=content, timeout_s=60.0 + len(content) / SLOWEST_UPLINK)
         if done.status != 0:
             raise RefusedError(f"{path} cannot be written on the cluster: {_words_of(done)}")
 
@@ -10506,6 +10509,8 @@ class Tunnel:
 
     def _ask(self, link: Link) -> Iterator[bool | None]:
         """The challenges of `serve` and, where it can answer, of the engine: at its start, and then `serve` alone."""
+        if len(link.ports) < 2 and not self.target.is_guarded:
+            yield False  # there is nobody to ask, and what proves nothing gets nothing
         if len(link.ports) > 1:
             vouched = None if self.target.is_guarded else self.target.port
             yield proves_key(link.host, link.ports[1], self._key, self.target.identities[1], vouched)
@@ -13579,10 +13584,15 @@ def read_relay_record(paths: DeploymentPaths) -> dict[str, Any] | None:
 
 
 class Discovery:
-    """Looks at the replicas every ``interval_s``, in a thread of its own, because a look may block."""
+    """Looks at the replicas every ``interval_s``, in a thread of its own, because a look may block.
 
-    def __init__(self, look: Callable[[], Sequence[ReplicaRecord]], interval_s: float) -> None:
-        self._look, self._interval_s = look, interval_s
+    ``warn`` is told when looks begin to fail, and when they fail for another reason.
+    """
+
+    def __init__(
+        self, look: Callable[[], Sequence[ReplicaRecord]], interval_s: float, warn: Callable[[str], None]
+    ) -> None:
+        self._look, self._interval_s, self._warn = look, interval_s, warn
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="discovery", daemon=True)
         self.records: Sequence[ReplicaRecord] = ()  # replaced as a whole, so that readers need no lock
@@ -13602,7 +13612,10 @@ class Discovery:
         try:
             self.records, self.error = self._look(), None
         except Exception as error:  # noqa: BLE001  a look that fails must not end discovery
-            self.error = f"{type(error).__name__}: {error}"
+            problem = str(error) if isinstance(error, AgentInfraError) else f"{type(error).__name__}: {error}"
+            if problem != self.error:
+                self._warn(f"the replicas cannot be looked at, so what was seen last stands: {problem}")
+            self.error = problem
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):
@@ -13975,11 +13988,12 @@ class Controller:
             "log_format": log_format,
             "drain_seconds": DRAIN_S,
         }
-        self.discovery = Discovery(look, max(pause_s, DISCOVERY_INTERVAL_S))
-        self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
-        self._tracker = Tracker(time.time)
         self._journal = ControllerLog(paths.log("proxy"), log_format)
         self._log = self._journal.say
+        warn = functools.partial(self._log, level="warning")
+        self.discovery = Discovery(look, max(pause_s, DISCOVERY_INTERVAL_S), warn)
+        self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
+        self._tracker = Tracker(time.time)
         self._books = Bookkeeper(config, paths, self._tracker, self._log)
         self._document: Mapping[str, Any] = {}  # of /stats, the latest
         self.expected: frozenset[str] = frozenset()  # models about to be started; replaced as a whole
@@ -14364,6 +14378,19 @@ def end_controller(paths: DeploymentPaths, now: bool) -> list[str]:
     return [f"`{holder['verb']}` (pid {holder['pid']})"]
 
 
+@contextlib.contextmanager
+def ending_what_is_new(cluster: Cluster, models: Collection[str]) -> Iterator[None]:
+    """Where the block fails, the replicas of ``models`` that were not there before it are ended."""
+    before = {record.replica for record in cluster.replicas()}
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(AgentInfraError, OSError):  # the first error is the one to tell
+            new = [r.replica for r in cluster.replicas() if r.model in models and r.replica not in before]
+            cluster.stop(new, now=True)
+        raise
+
+
 class Deployment:
     """A deployment from the operator's side: start its replicas, connect a proxy to them, show it, stop it."""
 
@@ -14397,17 +14424,17 @@ class Deployment:
         return [dataclasses.replace(model, replicas=replicas or model.replicas) for model in models]
 
     def start(self, models: Sequence[ModelConfig]) -> list[ReplicaRecord]:
-        """Start what is missing of every model's replicas; everything is checked before the first engine starts."""
+        """Start what is missing of every model's replicas: all, or none that stays; all is checked before."""
         prepared = [self.cluster.prepare(model) for model in models]
-        running = self.serving()
-        started = []
+        running, started = self.serving(), list[ReplicaRecord]()
         self.want({model.name: model.replicas for model in models})
-        for model in prepared:
-            present = [record for record in running if record.model == model.name]
-            if present:
-                self.report(f"{model.name}: {len(present)} of {model.replicas} replicas run already")
-            if len(present) < model.replicas:
-                started += self.cluster.start_replicas(model, model.replicas - len(present))
+        with ending_what_is_new(self.cluster, {model.name for model in models}):
+            for model in prepared:
+                present = [record for record in running if record.model == model.name]
+                if present:
+                    self.report(f"{model.name}: {len(present)} of {model.replicas} replicas run already")
+                if len(present) < model.replicas:
+                    started += self.cluster.start_replicas(model, model.replicas - len(present))
         return started
 
     def serving(self) -> list[ReplicaRecord]:
@@ -14647,8 +14674,8 @@ class Handover:
         if not self._cluster.problem and self._lock.acquire(blocking=False):
             try:
                 self._follow({record.replica: record for record in records})
-            except (AgentInfraError, OSError) as error:
-                self._log(f"handover: {error}; it is tried again at the next look")
+            except Exception as error:  # noqa: BLE001  whatever fails here must not keep the replicas from being seen
+                self._log(f"handover: {error!r}; it is tried again at the next look")
             finally:
                 self._lock.release()
 

@@ -293,3 +293,25 @@ def test_the_embedded_engine_is_gone_when_its_replica_is_stopped(make: Make, now
     assert not agent_infra.is_listening(ready.host, ready.port)
     assert not agent_infra.is_alive(ready)
     assert cluster.replicas() == []
+
+
+def test_a_start_that_fails_on_the_way_leaves_nothing_that_it_started(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = make()
+    ordinary = LocalCluster.start
+
+    def start(self: LocalCluster, model: ModelConfig) -> ReplicaRecord:
+        if model.name == "second":
+            raise RefusedError("no process is to be had")
+        return ordinary(self, model)
+
+    monkeypatch.setattr(LocalCluster, "start", start)
+    second = dataclasses.replace(MODEL, name="second")
+    config = agent_infra.Config(models=(MODEL, second), cluster=agent_infra.ClusterConfig(name="d"))
+    deployment = agent_infra.Deployment(config, print, os.environ)
+    monkeypatch.setattr(deployment, "cluster", cluster)
+    monkeypatch.setattr(LocalCluster, "prepare", lambda _, model: model)
+    with pytest.raises(RefusedError, match="no process"):
+        deployment.start(deployment.select_models())
+    wait_for(lambda: all(not agent_infra.is_alive(record) for record in cluster.replicas()))

@@ -15,6 +15,7 @@ from agent_infra import (
     CHECKS,
     Config,
     ConfigError,
+    Discovery,
     EngineLoad,
     IdleWatch,
     ModelConfig,
@@ -262,3 +263,28 @@ def test_a_handover_is_told_with_its_gap() -> None:
     assert describe_succession("m-1", row) == "m-2 takes over from m-1"
     assert "there will be a gap" in describe_succession("m-1", {**row, "is_after": True})
     assert "there will be a gap" in describe_succession("m-1", {**row, "successor": "", "note": "cannot be submitted"})
+
+
+def test_a_look_that_fails_is_told_of_once_and_the_last_one_stands() -> None:
+    seen = [replica("m-1")]
+    answers: list[Any] = [
+        seen,
+        RefusedError("no way in"),
+        RefusedError("no way in"),
+        KeyError("x"),
+        seen,
+        KeyError("x"),
+    ]
+    told: list[str] = []
+
+    def look() -> list[ReplicaRecord]:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return list(answer)
+
+    discovery = Discovery(look, 1.0, told.append)
+    while answers:
+        discovery.look()
+        assert names(list(discovery.records)) == ["m-1"]
+    assert [words.rpartition(": ")[2] for words in told] == ["no way in", "'x'", "'x'"]
