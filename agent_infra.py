@@ -9413,24 +9413,48 @@ def log_in(route: SshRoute, keyring: Keyring, ask: Callable[[str], str] | None, 
 
 
 def close_connection(transport: Any, sock: Any = None) -> None:
-    """Close a transport, or the ``sock`` that was to carry it; its ProxyCommand, which paramiko forgets, ends too."""
+    """Close a transport, or the ``sock`` that was to carry it; its ProxyCommand, which paramiko forgets, ends too.
+
+    Never fails: paramiko says good-bye to the other end, which a connection that is broken cannot be told.
+    """
     if transport is not None:
         sock = transport.sock
-        transport.close()
+        with contextlib.suppress(Exception):
+            transport.close()
         if transport.is_alive():
             transport.join(5.0)
-    sock.close()
+    with contextlib.suppress(Exception):
+        sock.close()
     process = getattr(sock, "process", None)
     if isinstance(process, subprocess.Popen):
         process.kill()
-        process.communicate()
+        with contextlib.suppress(subprocess.TimeoutExpired, ValueError, OSError):  # a child of its own has its pipes
+            process.communicate(timeout=5.0)
+
+
+@contextlib.contextmanager
+def _broken_after(transport: Any, seconds: float) -> Iterator[None]:
+    """Close a connection that is still at the block by then: paramiko waits for a host that fell silent for ever."""
+    alarm = threading.Timer(max(0.1, seconds), close_connection, (transport,))
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    finally:
+        alarm.cancel()
 
 
 def _dial(route: SshRoute) -> Any:
     """A connection to the SSH port of a host, straight or by its ProxyCommand; HostUnreachableError."""
     where = f"{route.host}:{route.port}"
     if route.proxy_command:
-        return _paramiko().ProxyCommand(route.proxy_command)
+        try:
+            proxy = _paramiko().ProxyCommand(route.proxy_command)
+        except (OSError, ValueError) as error:
+            raise LoginError(f"ProxyCommand {route.proxy_command!r} of {route.alias} cannot be run: {error}") from error
+        # Its own signals a number, which may be another process's by then, or nobody's: an error in paramiko's thread.
+        proxy.close = proxy.process.kill
+        return proxy
     try:
         sock = socket.create_connection((route.host, route.port), timeout=SSH_PATIENCE_S)
     except socket.gaierror as error:
@@ -9611,22 +9635,22 @@ class SshCommands:
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
         deadline = time.monotonic() + timeout_s
         channel = self._open_channel(deadline)
-        # paramiko waits without end for the host to take a command, which one that fell silent never does.
-        alarm = threading.Timer(max(0.1, min(SSH_PATIENCE_S, deadline - time.monotonic())), channel.close)
-        alarm.daemon = True
-        alarm.start()
+        transport = channel.get_transport()
+        broken = (_paramiko().SSHException, EOFError, OSError)
         try:
-            channel.exec_command(shlex.join(argv))
-            alarm.cancel()
-            result = _converse(channel, stdin, deadline)
-        except (_paramiko().SSHException, EOFError, OSError) as error:
-            self._drop()
+            with _broken_after(transport, min(SSH_PATIENCE_S, deadline - time.monotonic())):
+                channel.exec_command(shlex.join(argv))
+            with _broken_after(transport, deadline - time.monotonic() + 1.0):
+                result = _converse(channel, stdin, deadline)
+            if result is None:
+                self._drop(transport)  # silent without being closed, it would hold up the next command too
+        except broken as error:
+            self._drop(transport)
             raise HostUnreachableError(f"the connection to {self.route.alias} broke: {error}; try again") from error
         finally:
-            alarm.cancel()
-            channel.close()
+            with contextlib.suppress(*broken):
+                channel.close()
         if result is None:
-            self._drop()  # a connection that is silent without being closed would hold up the next command too
             raise HostUnreachableError(
                 f"`{argv[0]}` on {self.route.alias} gave no answer within {timeout_s:g} s; is the network or host slow?"
             )
@@ -9640,19 +9664,20 @@ class SshCommands:
             try:
                 return transport.open_session(timeout=max(0.1, min(SSH_PATIENCE_S, deadline - time.monotonic())))
             except (paramiko.SSHException, EOFError, OSError) as error:
-                self._drop()
+                self._drop(transport)
                 if attempt == 2 or isinstance(error, paramiko.ChannelException) or time.monotonic() > deadline:
                     raise HostUnreachableError(f"{self.route.alias} opens no session: {error}; try again") from error
         raise AssertionError
 
-    def _drop(self) -> None:
+    def _drop(self, transport: Any) -> None:
+        """Close a connection that broke, unless another command did already, and the one that is kept is newer."""
         with self._lock:
-            if self._transport is not None:
-                close_connection(self._transport)
+            if self._transport is transport and transport is not None:
+                close_connection(transport)
                 self._transport = None
 
     def close(self) -> None:
-        self._drop()
+        self._drop(self._transport)
 
 
 def _converse(channel: Any, stdin: bytes, deadline: float) -> CommandResult | None:

@@ -268,6 +268,8 @@ def test_an_alias_of_ssh_config_is_enough_and_a_proxy_command_is_used(
     assert host.reason == f"{config} says proxyjump for jumping"
     with pytest.raises(LoginError, match="ProxyJump.*openssh"):
         connect(SshConfig(host="jumping", config_file=str(config)), "sshtunnel").run(["true"])
+    config.write_text(config.read_text().replace(shutil.which("python3") or "", "no-such-program"))
+    assert "'no-such-program" in failure(connect(SshConfig(host="proxied", config_file=str(config))))
 
 
 @pytest.mark.parametrize("line", ["Include other_config", "Match all"])

@@ -8,6 +8,7 @@ import hmac
 import socket
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -157,7 +158,9 @@ def test_the_configuration_wins_over_ssh_config_and_that_over_defaults(tmp_path:
     assert (node.host, node.port, node.user) == ("gpu07", 22, "you")
 
 
-def test_a_host_that_falls_silent_before_it_takes_a_command_holds_nobody_up() -> None:
+@pytest.mark.parametrize("silent", ["before it takes a command", "while it is sent to", "and cannot be told good-bye"])
+def test_a_host_that_falls_silent_holds_nobody_up(silent: str) -> None:
+    """No thread may fail by it either: pytest would tell."""
     paramiko = _paramiko()
     is_over = threading.Event()
 
@@ -168,7 +171,12 @@ def test_a_host_that_falls_silent_before_it_takes_a_command_holds_nobody_up() ->
         def check_channel_request(self, _kind: str, _number: int) -> int:
             return int(paramiko.OPEN_SUCCEEDED)
 
-        def check_channel_exec_request(self, _channel: object, _command: bytes) -> bool:
+        def check_channel_exec_request(self, channel: Any, _command: bytes) -> bool:
+            if silent == "while it is sent to":
+                channel.in_buffer.feed = lambda *_: is_over.wait(30.0)
+                return True
+            if silent == "and cannot be told good-bye":
+                here.shutdown(socket.SHUT_WR)
             return is_over.wait(30.0)
 
     here, there = socket.socketpair()
@@ -181,7 +189,7 @@ def test_a_host_that_falls_silent_before_it_takes_a_command_holds_nobody_up() ->
         commands = SshCommands(SshRoute("login", "login", 22, "somebody", "login", ()), None)
         commands._transport = client
         with pytest.raises(HostUnreachableError, match="the connection to login broke"):
-            commands.run(["true"], timeout_s=0.5)
+            commands.run(["true"], stdin=b"x" * 1_000_000, timeout_s=0.5)
         assert not client.is_active()  # the next command makes a new one
     finally:
         is_over.set()
