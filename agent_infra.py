@@ -11260,7 +11260,8 @@ class AnswerFlow(Outlet):
             if events.fault is not None:
                 return self.fail(events.fault, out)
             if self.pending_head or events.is_over:
-                return self.send(out, "streamed" if events.is_over else None) if out else None
+                # The end may come with nothing left to send: to HTTP/1.0, which gets no last chunk.
+                return self.send(out, "streamed" if events.is_over else None) if out or events.is_over else None
             try:
                 sent = client.sock.send(out)
             except OSError:
