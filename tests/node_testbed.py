@@ -12,26 +12,15 @@ import time
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from program import MODULE, wait_for
 
 import agent_infra
 
 KEY = "replica-key-of-the-tests"
-MODULE = Path(agent_infra.__file__)
 # A server that any Python runs: OpenAI's chat path, /health, and what its environment and argv say.
 STDLIB_ENGINE = Path(__file__).parent / "testbed" / "stdlib_engine.py"
-Found = TypeVar("Found")
-
-
-def wait_for(what: Callable[[], Found], deadline_s: float = 60.0) -> Found:
-    """What ``what`` returns once that is true; AssertionError at the deadline."""
-    end = time.monotonic() + deadline_s
-    while time.monotonic() < end:
-        found = what()
-        if found:
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"not within {deadline_s} s: {what}")
 
 
 def engine_pids(directory: Path) -> list[int]:
@@ -125,7 +114,7 @@ class Served:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait(10)
-        wait_for(lambda: not engine_pids(self.directory), 10)
+        wait_for(lambda: not engine_pids(self.directory), "the end of the engines", 10)
 
     def request(self, path: str, body: Mapping[str, Any] | None = None, **options: Any) -> Any:
         """The parsed JSON answer of the engine (of /load where ``port`` says so) to a request with the key."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ MODULE = Path(agent_infra.__file__)
 T = TypeVar("T")
 
 
-def wait_for(condition: Callable[[], T], what: str, seconds: float = 30.0) -> T:
+def wait_for(condition: Callable[[], T], what: str = "it", seconds: float = 60.0) -> T:
     """The first true value of ``condition``; fails with ``what`` when there is none in time."""
     deadline = time.monotonic() + seconds
     while True:
@@ -32,7 +33,7 @@ def wait_for(condition: Callable[[], T], what: str, seconds: float = 30.0) -> T:
         if value:
             return value
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.02)
+        time.sleep(0.01)
 
 
 def free_port() -> int:
@@ -178,6 +179,22 @@ class Program:
         )
         self.running.append(Running(process))
         return self.running[-1]
+
+    def bring_up_proxy(self, port: int, *words: str, model: str = "smollm2") -> Running:
+        """`proxy` in front of the server at ``port``, with that server known and the first snapshot there."""
+        running = self.spawn("proxy", "--port", str(self.port), "--backend", f"{model}=127.0.0.1:{port}", *words)
+        running.wait_line("^proxy  http")
+        wait_for(lambda: self.get("/health")["models"][model]["ready"] == 1, "the backend in the proxy")
+        wait_for(self.has_snapshot, "the first snapshot")
+        return running
+
+    def has_snapshot(self) -> bool:
+        """Whether /stats has something to tell: it is 503 until the controller has sent its first snapshot."""
+        try:
+            return bool(self.get("/stats"))
+        except urllib.error.HTTPError as error:
+            error.close()
+            return False
 
     def status(self) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(self.run("status", "--json").stdout)

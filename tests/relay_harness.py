@@ -11,10 +11,11 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+from program import wait_for
 
 from agent_infra import (
     FRAME_EVENTS,
@@ -39,17 +40,7 @@ from agent_infra import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-T = TypeVar("T")
 KEY = "test-key-of-the-proxy"
-
-
-def wait_until(condition: Callable[[], T], seconds: float = 5.0, what: str = "it") -> T:
-    """The first true value of ``condition``; AssertionError when there is none in time."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what} did not happen within {seconds} s"
-        time.sleep(0.01)
-    return value
 
 
 _KINDS: dict[type, str] = {
@@ -140,7 +131,7 @@ class Controller:
             ends = [event for event in list(self.events) if event["kind"] == "finished"]
             return ends if len(ends) >= count else []
 
-        return wait_until(found, seconds, f"the end of {count} turns")
+        return wait_for(found, f"the end of {count} turns", seconds)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -189,7 +180,7 @@ class RelayProcess:
                 return Controller(self.path)
             return None
 
-        controller = wait_until(attempt, 20.0, "the relay's control socket")
+        controller = wait_for(attempt, "the relay's control socket", 20.0)
         if controller is None:
             raise AssertionError
         self._controllers.append(controller)

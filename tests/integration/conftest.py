@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
-from program import MODULE
+from program import MODULE, Program, program
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
 
 
@@ -16,6 +17,13 @@ from testbed.slurm import SlurmBed, missing_programs, slurm_bed
 def engine() -> Iterator[FakeEngine]:
     """A scriptable engine, a real process."""
     with FakeEngine() as made:
+        yield made
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Iterator[Program]:
+    """The command line in a state directory of its own; what it leaves running is ended."""
+    with program(tmp_path) as made:
         yield made
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from node_testbed import MODULE, wait_for
+from program import MODULE, wait_for
 from weights import packaged_gguf
 
 import agent_infra

@@ -5,20 +5,11 @@ from __future__ import annotations
 import json
 import socket
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import pytest
-from program import Program, program
+from program import Program
 from testbed.hub import COMMIT, TOKEN
 from weights import packaged_gguf
-
-
-@pytest.fixture
-def app(tmp_path: Path) -> Iterator[Program]:
-    with program(tmp_path) as made:
-        yield made
 
 
 def findings(app: Program) -> dict[str, list[dict[str, Any]]]:

@@ -13,38 +13,15 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
-from program import Program, Running, program, wait_for
+from program import Program, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
 AGENTS = 8
 TURNS = 125  # of each agent
-
-
-@pytest.fixture
-def app(tmp_path: Path) -> Iterator[Program]:
-    with program(tmp_path) as made:
-        yield made
-
-
-def bring_up(app: Program, engine: FakeEngine, *words: str) -> Running:
-    running = app.spawn("proxy", "--port", str(app.port), "--backend", f"smollm2=127.0.0.1:{engine.port}", *words)
-    running.wait_line("^proxy  http")
-    wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 1, "the backend in the proxy")
-    wait_for(lambda: has_snapshot(app), "the first snapshot")
-    return running
-
-
-def has_snapshot(app: Program) -> bool:
-    try:
-        return bool(app.get("/stats"))
-    except urllib.error.HTTPError:
-        return False
 
 
 class Agent:
@@ -88,7 +65,7 @@ def end(process: subprocess.Popen[str]) -> None:
 def test_a_kill_in_the_middle_of_a_thousand_turns_costs_the_last_batch_at_most(
     app: Program, engine: FakeEngine, killed: str
 ) -> None:
-    proxy = bring_up(app, engine)
+    proxy = app.bring_up_proxy(engine.port)
     agents = [Agent(app, f"agent-{number}") for number in range(AGENTS)]
     wait_for(lambda: sum(len(agent.answered) for agent in agents) > AGENTS * TURNS // 3, "a third of the turns", 60)
     relay = app.find("relay")
@@ -98,7 +75,7 @@ def test_a_kill_in_the_middle_of_a_thousand_turns_costs_the_last_batch_at_most(
     if "relay" in killed:
         os.kill(relay, signal.SIGKILL)
     if "controller" in killed:
-        proxy = bring_up(app, engine)
+        proxy = app.bring_up_proxy(engine.port)
     for agent in agents:
         agent.thread.join(120)
     answered = {turn: at for agent in agents for turn, at in agent.answered.items()}
@@ -129,7 +106,7 @@ def test_a_kill_in_the_middle_of_a_thousand_turns_costs_the_last_batch_at_most(
 
 
 def test_a_history_that_fails_does_not_touch_the_service(app: Program, engine: FakeEngine) -> None:
-    proxy = bring_up(app, engine)
+    proxy = app.bring_up_proxy(engine.port)
     app.chat()
     history = app.state / "agent-infra" / f"proxy-{app.port}" / "history.db"
     wait_for(lambda: app.get("/stats")["history"]["turns"] == 1, "the turn in the history")
@@ -149,7 +126,7 @@ def test_a_history_that_fails_does_not_touch_the_service(app: Program, engine: F
 
 
 def test_without_a_history_nothing_is_written(app: Program, engine: FakeEngine) -> None:
-    proxy = bring_up(app, engine, "--history", "off")
+    proxy = app.bring_up_proxy(engine.port, "--history", "off")
     app.chat()
     wait_for(lambda: app.get("/stats")["totals"]["requests"] == 1, "the turn in /stats")
     assert app.get("/stats")["history"]["state"] == "off"
@@ -165,7 +142,7 @@ def scrape(app: Program) -> dict[tuple[str, ...], float]:
 
 
 def test_prometheus_can_scrape_the_proxy_over_a_relays_end(app: Program, engine: FakeEngine) -> None:
-    proxy = bring_up(app, engine)
+    proxy = app.bring_up_proxy(engine.port)
     turns = ("agent_infra_turns_total", "completed", "smollm2", "smollm2-1")
     for _ in range(3):
         app.chat()

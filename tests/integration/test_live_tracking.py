@@ -9,7 +9,6 @@ import signal
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import openai
 import pytest
 from fake_engine import FakeEngine
 from openai.types.chat import ChatCompletionMessageParam
-from program import Program, program, wait_for
+from program import Program, wait_for
 from relay_harness import Client
 from stats_schema import check_stats
 
@@ -33,21 +32,6 @@ from agent_infra import (
     SessionContext,
     deployment_paths,
 )
-
-
-@pytest.fixture
-def app(tmp_path: Path) -> Iterator[Program]:
-    with program(tmp_path) as made:
-        yield made
-
-
-def bring_up(app: Program, *engines: FakeEngine) -> None:
-    backends = [word for engine in engines for word in ("--backend", f"m=127.0.0.1:{engine.port}")]
-    running = app.spawn("proxy", "--port", str(app.port), *backends)
-    running.wait_line("^proxy  http")
-    wait_for(lambda: app.get("/health")["models"]["m"]["ready"] == len(engines), "the backends in the proxy")
-    with Client(app.port) as client:
-        wait_for(lambda: client.get("/stats").status == 200, "the first snapshot")
 
 
 def wait_turns(app: Program, count: int) -> Any:
@@ -65,7 +49,7 @@ def sessions(document: Any) -> dict[str, Any]:
 
 
 def test_a_session_can_be_looked_at_and_ended_whatever_it_is_called(app: Program, engine: FakeEngine) -> None:
-    bring_up(app, engine)
+    app.bring_up_proxy(engine.port, model="m")
     names = ["task-17", "größe/ü 😀", "/a//b/", "a?b#c%2F", "end", "x/end"]
     with Client(app.port) as client:
         for name in names * 2:
@@ -102,7 +86,7 @@ def answer(client: openai.OpenAI, messages: list[ChatCompletionMessageParam], st
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "streaming"])
 def test_agents_without_any_header_are_sessions_of_their_own(app: Program, engine: FakeEngine, stream: bool) -> None:
-    bring_up(app, engine)
+    app.bring_up_proxy(engine.port, model="m")
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{app.port}/v1", api_key="unused", max_retries=0)
     histories: list[list[Any]] = [[{"role": "user", "content": "Begin."}] for _ in range(3)]
     with client:
@@ -117,7 +101,7 @@ def test_agents_without_any_header_are_sessions_of_their_own(app: Program, engin
 
 
 def test_samples_of_one_prompt_are_not_taken_for_one_session(app: Program, engine: FakeEngine) -> None:
-    bring_up(app, engine)
+    app.bring_up_proxy(engine.port, model="m")
     for _ in range(3):
         app.chat("Begin.", model="m", fake={"say": "the same"})
     said = [{"role": "user", "content": "Begin."}, {"role": "assistant", "content": "the same"}]
@@ -127,7 +111,7 @@ def test_samples_of_one_prompt_are_not_taken_for_one_session(app: Program, engin
 
 
 def test_an_agent_without_headers_is_the_same_session_after_a_kill_of_all(app: Program, engine: FakeEngine) -> None:
-    bring_up(app, engine)
+    app.bring_up_proxy(engine.port, model="m")
     said = [{"role": "user", "content": "Begin."}]
     app.chat(model="m", messages=said, fake={"say": "begun"})
     [before] = sessions(wait_turns(app, 1))
@@ -136,7 +120,7 @@ def test_an_agent_without_headers_is_the_same_session_after_a_kill_of_all(app: P
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not app.processes(), "the end of all")
-    bring_up(app, engine)
+    app.bring_up_proxy(engine.port, model="m")
     said += [{"role": "assistant", "content": "begun"}, {"role": "user", "content": "Go on."}]
     app.chat(model="m", messages=said, fake={"say": "gone on"})
     assert [(name, session["turns"]) for name, session in sessions(wait_turns(app, 2)).items()] == [(before, 2)]

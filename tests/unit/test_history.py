@@ -15,11 +15,12 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
+from program import wait_for
 
 import agent_infra
 from agent_infra import (
@@ -41,7 +42,6 @@ from agent_infra import (
     verdict_row,
 )
 
-T = TypeVar("T")
 NOW = 1_800_000_000.0
 USE = ReplicaUse("m-1", "m", "H100", 2, "ready_busy")
 
@@ -73,14 +73,6 @@ def make_first_version(path: Path) -> None:
     old.execute(f"PRAGMA application_id = {agent_infra._HISTORY_MARK}")
     old.execute("PRAGMA user_version = 1")
     old.close()
-
-
-def wait_for(condition: Callable[[], T], what: str, seconds: float = 20.0) -> T:
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
-        time.sleep(0.01)
-    return value
 
 
 @contextlib.contextmanager
@@ -499,11 +491,15 @@ def write_with_a_limit(path: Path, limit: int) -> None:
     assert writer.said[0].startswith("warning: history: ")
 
 
+def run_apart(program: str, *, check: bool) -> None:
+    """Run ``program``, which may import this file, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    subprocess.run([sys.executable, "-W", "error", "-c", program], env=environment, check=check, timeout=60)
+
+
 def test_a_file_that_may_not_grow_is_served_without_and_caught_up_later(path: Path) -> None:
     program = f"import test_history, pathlib; test_history.write_with_a_limit(pathlib.Path({str(path)!r}), 200_000)"
-    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(agent_infra.__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": folders}
-    subprocess.run([sys.executable, "-W", "error", "-c", program], env=environment, check=True, timeout=60)
+    run_apart(program, check=True)
     with history_file(path) as file:
         assert (file.count_turns(), file.totals()) == (400, {"requests": 399})
 
@@ -556,9 +552,7 @@ def test_what_a_killed_process_wrote_last_is_there(path: Path) -> None:
         "writer.wait_state('on', turns=100)\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(agent_infra.__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": folders}
-    subprocess.run([sys.executable, "-c", program], env=environment, check=False, timeout=60)
+    run_apart(program, check=False)
     with history_file(path, read_only=True) as file:
         assert (file.count_turns(), file.totals()) == (100, {"requests": 100})
 
