@@ -10163,25 +10163,34 @@ class OpenSshCommands:
     def node(self, node: str) -> OpenSshMaster:
         """The master of a compute node, reached through the login host's; its key is fetched there if need be."""
         with self._lock:
-            if node not in self._nodes:
-                route = openssh_route(self._ssh, node, self._here)
-                keys = node_keys(route, self)
-                file = self._control(node).with_suffix(".known_hosts")
-                write_atomically(file, "".join(f"{route.key_name} {kind} {key}\n" for kind, key in keys))
-                files = [*(() if self._ssh.known_hosts_file else route.known_hosts), str(file)]
-                jump = shlex.join(self.login.client("-W", f"[{route.host}]:{route.port}"))
-                route = dataclasses.replace(route, proxy_command=jump)
-                words = ["-o", f"ProxyCommand={jump.replace('%', '%%')}", *openssh_words(self._ssh, node, files)]
-                self._nodes[node] = OpenSshMaster(words, route, self._control(node), self._here)
-                self._nodes[node].is_shared = True
-            return self._nodes[node]
+            master = self._nodes.get(node)
+        if master is None:  # made without the lock: a node that does not answer holds up none of the others
+            route = openssh_route(self._ssh, node, self._here)
+            self.learn_keys(node, route)
+            files = [*(() if self._ssh.known_hosts_file else route.known_hosts), str(self._known_hosts(node))]
+            jump = shlex.join(self.login.client("-W", f"[{route.host}]:{route.port}"))
+            words = ["-o", f"ProxyCommand={jump.replace('%', '%%')}", *openssh_words(self._ssh, node, files)]
+            route = dataclasses.replace(route, proxy_command=jump)
+            master = OpenSshMaster(words, route, self._control(node), self._here)
+            master.is_shared = True
+        with self._lock:
+            return self._nodes.setdefault(node, master)
+
+    def learn_keys(self, node: str, route: SshRoute | None = None) -> None:
+        """Fetch the keys of a node, where known_hosts has none; HostUnreachableError, LoginError."""
+        route = route or openssh_route(self._ssh, node, self._here)
+        lines = [f"{route.key_name} {kind} {key}\n" for kind, key in node_keys(route, self)]
+        write_atomically(self._known_hosts(node), "".join(lines))
+
+    def _known_hosts(self, node: str) -> Path:
+        return self._control(node).with_suffix(".known_hosts")
 
     def close(self) -> None:
         with self._lock:
             for master in (*self._nodes.values(), self.login):
                 master.close()
             for node in self._nodes:
-                self._control(node).with_suffix(".known_hosts").unlink(missing_ok=True)
+                self._known_hosts(node).unlink(missing_ok=True)
             self._nodes.clear()
 
 
@@ -10239,8 +10248,9 @@ class LoginHost:
 
     @property
     def driver(self) -> str:
-        """``sshtunnel`` or ``openssh``; connects where that has to tell."""
-        return "openssh" if isinstance(self.commands(), OpenSshCommands) else "sshtunnel"
+        """``sshtunnel`` or ``openssh``; what is likely, until the first command or tunnel has connected."""
+        is_openssh = isinstance(self._commands, OpenSshCommands) or self._wanted == "openssh"
+        return "openssh" if is_openssh else "sshtunnel"
 
     def lead(self) -> None:
         """This process is the controller: the deployment's others may use its connection, it uses none of theirs."""
@@ -10365,6 +10375,7 @@ def proves_key(host: str, port: int, key: str, identity: str, engine_port: int |
 class Link(Protocol):
     """An open way to a replica's ports; owned by one Tunnel."""
 
+    driver: str  # sshtunnel | openssh | direct
     host: str
     ports: tuple[int, ...]  # of the engine and, where there is one, of `serve`
 
@@ -10380,6 +10391,8 @@ class Link(Protocol):
 
 class DirectLink:
     """No tunnel: the replica's own address."""
+
+    driver = "direct"
 
     def __init__(self, target: TunnelTarget) -> None:
         """HostUnreachableError where the node's name is not known here; the relay asks no resolver."""
@@ -10405,6 +10418,7 @@ class DirectLink:
 class ChildLink:
     """Ports that a `tunnel` process of the replica's own forwards (sshtunnel)."""
 
+    driver = "sshtunnel"
     host = "127.0.0.1"
 
     def __init__(self, child: TunnelChild, ports: tuple[int, ...]) -> None:
@@ -10423,6 +10437,7 @@ class ChildLink:
 class MasterLink:
     """Ports that OpenSSH forwards over the connection to a host, which other replicas may share."""
 
+    driver = "openssh"
     host = "127.0.0.1"
 
     def __init__(self, master: OpenSshMaster, targets: Sequence[tuple[str, int]], is_nodes: bool) -> None:
@@ -10461,7 +10476,10 @@ class Tunnel:
         key: str,
         starts: threading.Semaphore,
     ) -> None:
-        """``open_link`` takes the target and whether to give up; ``starts`` bounds how many log in at once."""
+        """``open_link`` takes the target and whether to give up; ``starts`` bounds how many log in at once.
+
+        ``driver`` is what is likely, until a link says its own.
+        """
         self.target, self._open, self._key, self._starts = target, open_link, key, starts
         self._stop = threading.Event()
         self._backoff_s = 0.0
@@ -10506,6 +10524,7 @@ class Tunnel:
         with self._starts:
             link = self._open(self.target, self._stop.is_set)
         is_silent = False
+        self.state = dataclasses.replace(self.state, driver=link.driver)
         try:
             self._prove(link)
             if not self._stop.is_set():
@@ -10592,7 +10611,7 @@ class TunnelSet:
         Opens and closes tunnels as records come, change and go; waits for none.
         """
         wanted = {target.replica: target for record in records if (target := self._target(record))}
-        driver = self._login.driver if self._login is not None and wanted else "sshtunnel"
+        driver = self._login.driver if self._login is not None else "sshtunnel"
         with self._lock:
             for replica in [name for name, tunnel in self._tunnels.items() if tunnel.target != wanted.get(name)]:
                 self._tunnels.pop(replica).stop()
@@ -10620,7 +10639,7 @@ class TunnelSet:
         """Lines for the operator: what modes are in use and why, and with which driver."""
         with self._lock:
             lines = [f"tunnel {mode}: {reason}" for mode, reason in sorted(self._reasons.items())]
-        if self._login is not None and self._reasons.keys() - {"none"}:
+        if self._login is not None and self._login.reason and self._reasons.keys() - {"none"}:
             lines.append(f"driver {self._login.driver}: {self._login.reason}")
         return lines
 
@@ -10686,7 +10705,12 @@ class TunnelSet:
             master = commands.login
             if target.mode == "node":
                 master = commands.node(target.node)
-                master.ensure(deadline, should_stop)
+                try:
+                    master.ensure(deadline, should_stop)
+                except LoginError:  # installed anew, perhaps: the next attempt knows its new keys
+                    with contextlib.suppress(HostUnreachableError):
+                        commands.learn_keys(target.node)
+                    raise
             return MasterLink(master, target.ends, is_nodes=target.mode == "node")
         hops, keyring = self._hops(target, commands)
         spec = {
@@ -10698,8 +10722,11 @@ class TunnelSet:
         child = TunnelChild(spec, None)
         try:
             return ChildLink(child, child.wait_ready(deadline, should_stop))
-        except BaseException:
+        except BaseException as error:
             child.close()
+            if isinstance(error, LoginError):  # installed anew, perhaps: the next attempt asks for its keys
+                with self._lock:
+                    self._node_keys.pop(target.node, None)
             raise
 
     def _hops(self, target: TunnelTarget, login: SshCommands | None) -> tuple[list[SshRoute], Keyring]:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,16 @@ from program import free_port, is_listening, wait_for
 from testbed.sshd import SSHD, SshServer, descendants, make_key, public_key
 
 import agent_infra
-from agent_infra import ClusterConfig, LoginHost, ModelConfig, ReplicaRecord, TunnelSet, http_get
+from agent_infra import (
+    ClusterConfig,
+    HostUnreachableError,
+    LoginHost,
+    ModelConfig,
+    OpenSshCommands,
+    ReplicaRecord,
+    TunnelSet,
+    http_get,
+)
 
 pytestmark = pytest.mark.skipif(SSHD is None or shutil.which("ssh") is None, reason="needs sshd and ssh")
 DRIVERS = ["sshtunnel", "openssh"]
@@ -140,6 +150,45 @@ def test_a_tunnel_whose_connection_is_cut_is_replaced(driver: str, cluster: Clus
     assert answers(again)
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_node_that_was_installed_anew_is_reached_by_its_new_key(driver: str, cluster: Cluster) -> None:
+    record = cluster.start()
+    tunnels = cluster.tunnels(driver, "node")  # its key is what the login host sees: known_hosts has none
+    follow_until_up(tunnels, record)
+    cluster.node.stop()
+    for key in cluster.node.host_keys:
+        key.unlink()
+        make_key(key)
+    cluster.node.start()
+    assert answers(follow_until_up(tunnels, record, reconnects=1))
+
+
+def test_a_node_that_does_not_answer_holds_up_none_of_the_others(cluster: Cluster, tmp_path: Path) -> None:
+    """By OpenSSH, whose connections to the nodes one object makes."""
+    answered = tmp_path / "answered"
+    scan = tmp_path / "bin" / "ssh-keyscan"
+    scan.parent.mkdir()
+    scan.write_text(
+        f'#!/bin/sh\ncase "$*" in *silent-node*) until [ -e {answered} ]; do sleep 0.1; done; exit;; esac\n'
+        f'exec {shutil.which("ssh-keyscan")} "$@"\n'
+    )
+    scan.chmod(0o700)
+    cluster.login.options["SetEnv"] = f"PATH={scan.parent}:{os.environ['PATH']}"
+    cluster.start()
+    cluster.tunnels("openssh", "node")
+    commands = cluster.hosts[-1].commands()
+    assert isinstance(commands, OpenSshCommands)
+    with ThreadPoolExecutor(2) as threads:
+        silent = threads.submit(commands.node, "silent-node")
+        try:
+            assert threads.submit(commands.node, os.uname().nodename).result(60)
+            assert not silent.done()
+        finally:
+            answered.touch()
+        with pytest.raises(HostUnreachableError, match="no SSH answers on node silent-node"):
+            silent.result(60)
+
+
 def test_a_silent_tunnel_is_suspected_then_replaced(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """With OpenSSH; test_slurm_ssh.py has the other driver, and silence of a whole node."""
     monkeypatch.setattr(agent_infra, "SUSPECT_AFTER_S", 1.0)
@@ -253,6 +302,17 @@ def test_a_login_host_that_forbids_forwarding_is_named(driver: str, cluster: Clu
     record = cluster.start()
     tunnels = cluster.tunnels(driver, "login")
     assert "AllowTcpForwarding" in refusal(tunnels, record)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_login_that_is_refused_is_the_tunnels_trouble_not_that_of_who_follows_it(
+    driver: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "nobody").touch()
+    record = cluster.start()
+    tunnels = cluster.tunnels(driver, "login", known_hosts_file=str(tmp_path / "nobody"))
+    assert "host key" in refusal(tunnels, record)
+    assert tunnels.states()[record.replica].driver == driver
 
 
 def test_turns_wait_for_a_lost_tunnel_for_a_while_and_then_are_told(
