@@ -13749,6 +13749,7 @@ HANDOVER_MARGIN = 1.5  # times what a replica was seen to need until it was read
 HANDOVER_RESERVE_S = 180.0  # for the old one's turns to end before Slurm tells it to, a minute early perhaps
 HANDOVER_LIFE_SHARE = 0.75  # of the walltime, at most: else long queues would have every replica replaced at once
 HANDOVER_ATTEMPTS = 3  # successors that fail, before it is given up
+HANDOVER_RETRY_S = 60.0  # between the first and the second of these, at least; doubled each time
 # Reasons for which a successor waits until its predecessor has ended, because the two count against one limit.
 _LIMIT_REASON = re.compile(r"(QOS|Assoc)(Max|Grp)\w*|Max\w*Per(User|Account)\w*|Licenses")
 
@@ -13762,13 +13763,14 @@ class Succession:
     is_after: bool = False  # the successor starts when the replica has ended, for a limit does not allow both
     attempts: int = 1
     note: str = ""  # for `status`
+    at: float = 0.0  # when that was submitted, or was to be (s since the epoch)
 
 
 @dataclass(frozen=True)
 class HandoverStep:
     """What is to be done next about one replica."""
 
-    action: str  # submit | postpone (a limit does not allow both) | drain (and end once idle) | forget
+    action: str  # submit | give up | postpone (a limit does not allow both) | drain (and end once idle) | forget
     replica: str
     reason: str  # for the log
 
@@ -13793,7 +13795,7 @@ def plan_handover(
     ``now`` is s since the epoch.  Steps may come again at the next look, until they have had their effect.
     """
     known = {record.replica: record for record in records}
-    steps = [_succession_step(known, replica, succession) for replica, succession in successions.items()]
+    steps = [_succession_step(known, replica, succession, now) for replica, succession in successions.items()]
     for record in records:
         is_followed = record.replica in successions and successions[record.replica].job == record.job_id
         if record.state == "ready" and record.time_left_s is not None and not is_followed:
@@ -13804,16 +13806,22 @@ def plan_handover(
     return [step for step in steps if step]
 
 
-def _succession_step(known: Mapping[str, ReplicaRecord], replica: str, succession: Succession) -> HandoverStep | None:
+def _succession_step(
+    known: Mapping[str, ReplicaRecord], replica: str, succession: Succession, now: float
+) -> HandoverStep | None:
     """What is next for a replica that has a successor; None: to wait."""
     old, new = known.get(replica), known.get(succession.successor)
     if old is None or old.job_id != succession.job or old.state in ("stopped", "failed"):
         return HandoverStep("forget", replica, f"{replica} has ended, {succession.successor} takes its place")
     if new is None or new.state in ("stopped", "failed"):
-        why = describe_replica(new) if new else "gone"
+        why = f"{succession.successor}, to replace {replica}, is {describe_replica(new) if new else 'gone'}"
+        if not succession.successor:
+            why = f"the successor of {replica} {succession.note}"
         if succession.attempts >= HANDOVER_ATTEMPTS:
-            return None
-        return HandoverStep("submit", replica, f"{succession.successor}, to replace {replica}, is {why}")
+            return HandoverStep("give up", replica, f"{why}; it was the last of {HANDOVER_ATTEMPTS} attempts")
+        if now < succession.at + HANDOVER_RETRY_S * 2 ** (succession.attempts - 1):
+            return None  # what made it fail, a bad node or a limit, may take a while to pass
+        return HandoverStep("submit", replica, f"{why}; another is submitted")
     if new.state == "ready":
         return HandoverStep("drain", replica, f"{new.replica} is ready and takes over from {replica}")
     if new.state == "pending" and not succession.is_after and _LIMIT_REASON.fullmatch(new.pending_reason or ""):
@@ -14755,7 +14763,7 @@ class Handover:
         self._log = deployment.report
         self._successions = read_successions(deployment.paths)
         self._lock = threading.Lock()
-        self._told: dict[str, str] = {}  # replica → the last step that the log told of
+        self._told: dict[str, tuple[str, Succession | None]] = {}  # replica → the step that the log told of, on what
 
     def follow(self, records: Sequence[ReplicaRecord]) -> None:
         """Take the next steps, if need be; nothing while Slurm does not answer."""
@@ -14770,8 +14778,9 @@ class Handover:
     def _follow(self, known: Mapping[str, ReplicaRecord]) -> None:
         steps = plan_handover(list(known.values()), self._successions, time.time())
         for step in steps:
-            if self._told.get(step.replica) != step.action:
-                self._told[step.replica] = step.action
+            told = (step.action, self._successions.get(step.replica))
+            if self._told.get(step.replica) != told:
+                self._told[step.replica] = told
                 self._log(f"handover: {step.reason}")
         for job in dict.fromkeys(known[step.replica].job_id for step in steps if step.action == "submit"):
             together = [known[s.replica] for s in steps if s.action == "submit" and known[s.replica].job_id == job]
@@ -14785,7 +14794,7 @@ class Handover:
                 self._forget(step.replica, known)
 
     def _submit(self, olds: Sequence[ReplicaRecord], after: str | None = None) -> None:
-        """Submit successors of replicas that one job holds; where a limit forbids even that, once they have ended."""
+        """Submit successors of replicas that one job holds; where that fails, later, or once they have ended."""
         [model] = self._deployment.select_models(olds[0].model)
         former = [self._successions.get(old.replica) for old in olds]
         attempts = [
@@ -14796,11 +14805,11 @@ class Handover:
         try:
             prepared = self._cluster.prepare(dataclasses.replace(model, replicas=len(olds)))
             names = [record.replica for record in self._cluster.start_replicas(prepared, len(olds), after=after)]
-        except RefusedError as error:
+        except (AgentInfraError, OSError) as error:  # an attempt all the same: the job may be there
             note = f"cannot be submitted yet: {error}"
             self._log(f"handover: the successor of {olds[0].replica} {note}")
         for old, name, count in zip(olds, names, attempts, strict=True):
-            self._note(old.replica, Succession(old.job_id, name, bool(after) or not name, count, note))
+            self._note(old.replica, Succession(old.job_id, name, bool(after) or not name, count, note, time.time()))
 
     def _postpone(self, old: ReplicaRecord) -> None:
         successor = self._successions[old.replica].successor

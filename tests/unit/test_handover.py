@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from agent_infra import HANDOVER_RESERVE_S, ReplicaRecord, Succession, handover_lead_s, plan_handover
+from agent_infra import HANDOVER_RESERVE_S, HANDOVER_RETRY_S, ReplicaRecord, Succession, handover_lead_s, plan_handover
 
 NOW = 1_000_000.0
 HOUR = 3600.0
@@ -83,7 +84,19 @@ def test_an_ordinary_wait_in_the_queue_does_not(reason: str | None) -> None:
     assert plan(replica("m-1"), waiting, m1=Succession("job-m-1", "m-2")) == []
 
 
-def test_a_successor_that_fails_is_replaced_a_bounded_number_of_times() -> None:
+def test_a_successor_that_fails_is_replaced_a_bounded_number_of_times_and_not_at_once() -> None:
     for lost in ([replica("m-2", "failed")], []):
-        assert plan(replica("m-1"), *lost, m1=Succession("job-m-1", "m-2")) == [("submit", "m-1")]
-        assert plan(replica("m-1"), *lost, m1=Succession("job-m-1", "m-2", attempts=3)) == []
+        for attempts, pause_s in ((1, HANDOVER_RETRY_S), (2, 2 * HANDOVER_RETRY_S)):
+            waiting = Succession("job-m-1", "m-2", attempts=attempts, at=NOW - pause_s + 1)
+            assert plan(replica("m-1"), *lost, m1=waiting) == []
+            over = dataclasses.replace(waiting, at=NOW - pause_s)
+            assert plan(replica("m-1"), *lost, m1=over) == [("submit", "m-1")]
+        last = Succession("job-m-1", "m-2", attempts=3, at=NOW - 1)
+        assert plan(replica("m-1"), *lost, m1=last) == [("give up", "m-1")]
+
+
+def test_one_that_could_not_be_submitted_is_tried_again_later() -> None:
+    refused = Succession("job-m-1", "", True, note="cannot be submitted yet: over the limit", at=NOW - 1)
+    assert plan(replica("m-1"), m1=refused) == []
+    [step] = plan_handover([replica("m-1")], {"m-1": dataclasses.replace(refused, at=NOW - HOUR)}, NOW)
+    assert step.reason == "the successor of m-1 cannot be submitted yet: over the limit; another is submitted"
