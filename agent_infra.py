@@ -4917,6 +4917,7 @@ class CapacityAnalysis:
 HISTORY_BYTES = 1 << 30  # of the file; beyond, the oldest turns go
 HISTORY_INTERVAL_S = 1.0  # between two batches, so what a kill -9 loses at most; five times as long after a failure
 HISTORY_BACKLOG_BYTES = 32 << 20  # of turns that wait while the file cannot be written; beyond, the oldest is lost
+HISTORY_BACKLOG_ROWS = 20_000  # of each of the small tables that wait likewise
 HISTORY_BUSY_S = 2.0  # that a write waits for another program's lock
 HISTORY_CLOSE_S = 10.0  # that the last batch has, at the end
 HISTORY_CHUNK = 1000  # turns that one query reads: a reader must not hold a lock for long, nor the file in memory
@@ -5114,8 +5115,8 @@ class HistoryBatch:
     ended: dict[str, float] = field(default_factory=dict)  # session → when its agent said that it is over
     text_bytes: int = 0  # of the turns, about
 
-    def add(self, later: HistoryBatch) -> int:
-        """Add what came later, up to HISTORY_BACKLOG_BYTES of turns; how many turns, the oldest, were dropped."""
+    def add(self, later: HistoryBatch) -> collections.Counter[str]:
+        """Add what came later, up to HISTORY_BACKLOG_BYTES and _ROWS; of what, the oldest, how many were dropped."""
         self.turns += later.turns
         self.text_bytes += later.text_bytes
         self.posts.update(later.posts)
@@ -5126,12 +5127,21 @@ class HistoryBatch:
         self.verdicts = (self.verdicts + later.verdicts)[-MAX_VERDICTS:]
         self.points = (self.points + later.points)[-HISTORY_POINTS:]
         self.ended.update(later.ended)
-        dropped = 0
+        dropped: collections.Counter[str] = collections.Counter()
         while self.text_bytes > HISTORY_BACKLOG_BYTES:
             oldest = self.turns.popleft()
             self.text_bytes -= _record_bytes(oldest)
             self.posts.pop(oldest.turn, None)
-            dropped += 1
+            dropped["turns"] += 1
+        kept: Mapping[str, dict[Any, float]] = {
+            "action times": self.posts,
+            "ends of sessions": self.ended,
+            "spans of replica time": self.replica_time,
+        }
+        for name, rows in kept.items():
+            for first in list(itertools.islice(rows, max(0, len(rows) - HISTORY_BACKLOG_ROWS))):
+                del rows[first]
+                dropped[name] += 1
         return dropped
 
     def __bool__(self) -> bool:
@@ -5186,6 +5196,7 @@ class HistoryFile:
         import sqlite3
 
         self._path = path
+        self.refused: list[str] = []  # what SQLite said of each row that write() left out, the last time
         if not read_only and not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             # By hand, for its mode. Never where it exists: to close a file drops this process's locks on it.
@@ -5244,21 +5255,44 @@ class HistoryFile:
         self._connection.close()
 
     def write(self, batch: HistoryBatch) -> int:
-        """Write all of it, or nothing; how many turns are new. One that is there already stays as it is."""
+        """Write all of it, or nothing; how many turns are new. One that is there already stays as it is.
+
+        Rows that SQLite cannot hold are left out, or they would keep out all others for ever; see ``refused``.
+        """
+        self.refused.clear()
         with self._transaction():
-            before = self._connection.total_changes
-            self._connection.executemany(_INSERT_TURN, map(_turn_values, batch.turns))
-            added = self._connection.total_changes - before
+            added = self._put(_INSERT_TURN, list(map(_turn_values, batch.turns)))
             posts = [(post_ms, turn) for turn, post_ms in batch.posts.items()]
-            self._connection.executemany("UPDATE turns SET post_ms = ? WHERE turn = ?", posts)
-            self._connection.executemany(_ADD_TOTAL, [(name, value) for name, value in batch.totals.items() if value])
-            held = [(*use, at, seconds) for (use, at), seconds in batch.replica_time.items()]
-            self._connection.executemany(_ADD_REPLICA_TIME, held)
-            self._connection.executemany(_INSERT_VERDICT, batch.verdicts)
+            self._put("UPDATE turns SET post_ms = ? WHERE turn = ?", posts)
+            self._put(_ADD_TOTAL, [(name, value) for name, value in batch.totals.items() if value])
+            self._put(_ADD_REPLICA_TIME, [(*use, at, seconds) for (use, at), seconds in batch.replica_time.items()])
+            self._put(_INSERT_VERDICT, batch.verdicts)
             points = [(point["at"], json.dumps(point)) for point in batch.points]
-            self._connection.executemany("INSERT OR REPLACE INTO points VALUES (?, ?)", points)
-            self._connection.executemany("INSERT OR REPLACE INTO ended VALUES (?, ?)", list(batch.ended.items()))
+            self._put("INSERT OR REPLACE INTO points VALUES (?, ?)", points)
+            self._put("INSERT OR REPLACE INTO ended VALUES (?, ?)", list(batch.ended.items()))
         return added
+
+    def _put(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> int:
+        """Write rows, one by one where SQLite cannot hold one of them; how many rows of the file it changed."""
+        import sqlite3
+
+        # A number of more than 64 bits, half a surrogate pair, nothing where something must be, a text of a gigabyte.
+        unwritable = (OverflowError, UnicodeEncodeError, sqlite3.IntegrityError, sqlite3.DataError)
+        if not rows:
+            return 0
+        self._connection.execute("SAVEPOINT all_at_once")
+        try:
+            changed = self._connection.executemany(statement, rows).rowcount
+        except unwritable:
+            self._connection.execute("ROLLBACK TO all_at_once")
+            changed = 0
+            for row in rows:
+                try:
+                    changed += self._connection.execute(statement, row).rowcount
+                except unwritable as error:
+                    self.refused.append(str(error))
+        self._connection.execute("RELEASE all_at_once")
+        return changed
 
     def trim(self, max_bytes: int, turns: int) -> int:
         """Where the file is larger than ``max_bytes``, remove the oldest ``turns``; how many went."""
@@ -5375,7 +5409,7 @@ class History:
         self._interval_s, self._max_bytes = interval_s, max_bytes
         self._lock = threading.Lock()  # of _pending and _lost
         self._pending = HistoryBatch()
-        self._lost = 0  # turns that had no room, since it was last written
+        self._lost: collections.Counter[str] = collections.Counter()  # what had no room, since it was last written
         self._file: HistoryFile | None = None
         self._turns: int | None = None  # in the file; None: not known
         self._tidied_on = 0.0
@@ -5407,9 +5441,12 @@ class History:
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=HISTORY_CLOSE_S)
-        left = len(self._pending.turns) + self._lost
-        if left:
-            self._log(f"the history lacks {left} turns: {self._problem or 'the disk is too slow'}", "warning")
+        with self._lock:
+            left = self._lost + collections.Counter(turns=len(self._pending.turns))
+        if self._thread.is_alive():
+            self._log(f"the history {self.path} may lack its last turns: the disk is too slow", "warning")
+        elif left:
+            self._log(f"the history lacks {_amounts(left)}: {self._problem or 'the disk is too slow'}", "warning")
 
     def _run(self) -> None:
         """The thread. No error ends it: what fails is tried again."""
@@ -5441,6 +5478,9 @@ class History:
             self._fail(error)
             return
         self._turns = (self._turns or 0) + added
+        if file.refused:
+            said = f"{len(file.refused)} rows cannot be kept and are left out; of the first: {file.refused[0]}"
+            self._log(f"history: {said}", "warning")
         self._recover()
         try:
             self._turns -= file.trim(self._max_bytes, max(1000, 2 * len(batch.turns)))
@@ -5453,8 +5493,8 @@ class History:
     def _recover(self) -> None:
         if self._problem is not None:
             with self._lock:
-                lost, self._lost = self._lost, 0
-            consequence = f"; {lost} turns are lost to it" if lost else ""
+                lost, self._lost = self._lost, collections.Counter()
+            consequence = f"; {_amounts(lost)} are lost to it" if lost else ""
             self._log(f"the history {self.path} is written again{consequence}", "info")
         self._problem = None
 
@@ -5471,6 +5511,11 @@ class History:
         if problem != self._problem:
             self._log(f"history: {consequence}{problem}", "warning")
         self._problem = problem
+
+
+def _amounts(counts: Mapping[str, int]) -> str:
+    """``30 turns, 2 action times``."""
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
 
 
 def is_damaged(error: Exception) -> bool:

@@ -454,6 +454,46 @@ def test_a_backlog_is_bounded_and_what_is_lost_is_told(path: Path, monkeypatch: 
         assert file.totals() == {"requests": 80}  # totals stay true
 
 
+def test_what_waits_beside_turns_is_bounded_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_infra, "HISTORY_BUSY_S", 0.05)
+    monkeypatch.setattr(agent_infra, "HISTORY_BACKLOG_ROWS", 50)
+    with Writer(path) as writer:
+        writer.add(*map(record, range(80)))
+        writer.wait_state("on", turns=80)
+        holder = sqlite3.connect(path, isolation_level=None)
+        holder.execute("BEGIN EXCLUSIVE")
+        for number in range(80):
+            late = {"posts": {record(number).turn: 5.0}, "ended": {f"s-{number}": NOW}}
+            writer.add(**late, replica_time={(USE, 300 * number): 1.0})
+        writer.wait_state("failing")
+        holder.execute("ROLLBACK")
+        holder.close()
+        writer.wait_state("on")
+    lost = "30 action times, 30 ends of sessions, 30 spans of replica time"
+    assert writer.said[-1] == f"info: the history {path} is written again; {lost} are lost to it"
+    with history_file(path) as file:
+        assert [turn.turn for turn in file.turns() if turn.post_ms] == [record(number).turn for number in range(30, 80)]
+        assert list(file.ended_sessions()) == [f"s-{number}" for number in range(30, 80)]
+
+
+@pytest.mark.parametrize(
+    "unwritable", [{"prompt_tokens": 2**63}, {"prompt": "half a pair: \ud83d"}, {"retries": None}], ids=str
+)
+def test_a_turn_that_cannot_be_kept_keeps_no_other_out(path: Path, unwritable: dict[str, Any]) -> None:
+    with Writer(path) as writer:
+        turns = [record(1), record(2, **unwritable), record(3)]
+        posts = {"t-1": 250.0, "t-\ud83d": 250.0, "t-3": 350.0}
+        writer.add(*turns, posts=posts, totals={"requests": 3, "tokens": 2**63, "errors": 1})
+        writer.wait_state("on", turns=2)
+        writer.add(record(4))
+        writer.wait_state("on", turns=3)
+    [said] = writer.said
+    assert said.startswith("warning: history: 3 rows cannot be kept and are left out; of the first: ")
+    with history_file(path) as file:
+        assert [(turn.turn, turn.post_ms) for turn in file.turns()] == [("t-1", 250.0), ("t-3", 350.0), ("t-4", None)]
+        assert file.totals() == {"requests": 3, "errors": 1}  # each once
+
+
 @pytest.mark.parametrize("damage", ["no database at all", "a torn page"])
 def test_a_damaged_file_is_put_aside_and_a_new_one_begun(path: Path, damage: str) -> None:
     with history_file(path) as file:
