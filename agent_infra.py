@@ -15966,10 +15966,20 @@ def page_environment(deployment: Deployment, token: str | None) -> dict[str, str
     return told if token is None else {**told, "AGENT_INFRA_TOKEN": token}
 
 
+def _import_ahead() -> None:
+    """Load what the page's program loads, so that its first viewer, for whom Streamlit starts it, need not wait."""
+    import importlib
+
+    for name in ("requests", "pandas", "altair"):
+        with contextlib.suppress(ImportError):  # whoever needs it says so
+            importlib.import_module(name)
+
+
 def serve_page(script: Path, port: int, proxy: str, token_file: str | None) -> int:
     """Streamlit with the page in this process, until a signal ends it."""
     from streamlit.web import cli
 
+    _import_ahead()
     options = {
         "server.address": "127.0.0.1",
         "server.port": port,
