@@ -507,23 +507,25 @@ def _turn_row(row: Mapping[str, Any], now: Any) -> dict[str, Any]:
 
 
 def timeline_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """The proxy's last minutes, at most MAX_POINTS moments: at (UTC), panel, name, value; a row a line and moment.
+    """The proxy's last minutes: a row a moment, at most MAX_POINTS: at (UTC), and a column a line of TIMELINE.
 
-    Latencies are in s; what is not known has no row.
+    Latencies are in s; what is not known is NaN.
     """
     points = [row for row in listed(part(document, "throughput"), "history") if is_known(row.get("at"))]
     points = points[:: max(1, math.ceil(len(points) / MAX_POINTS))]
     rows = []
     for point in points:
         latency = part(point, "latency_ms")
+        row = {"at": point["at"]}
         for panel_name, names in TIMELINE.items():
             for key, name in names.items():
                 value = latency.get(key) if panel_name == "latency" else point.get(key)
                 if is_known(value):
-                    rows.append((point["at"], panel_name, name, value / 1000 if panel_name == "latency" else value))
-    frame = pd.DataFrame(rows, columns=["at", "panel", "name", "value"])
-    frame["at"] = pd.to_datetime(frame["at"].astype(float), unit="s", utc=True)
-    frame["value"] = frame["value"].astype(float)
+                    row[name] = value / 1000 if panel_name == "latency" else value
+        rows.append(row)
+    lines = [name for names in TIMELINE.values() for name in names.values()]
+    frame = pd.DataFrame(rows, columns=["at", *lines]).astype(float)
+    frame["at"] = pd.to_datetime(frame["at"], unit="s", utc=True)
     return frame
 
 
@@ -657,7 +659,7 @@ def _lines(data: Data, panel_name: str, title: str, unit: str, crosshair: alt.Pa
     AXIS_PX inside, and the labels stand before them, aligned over the panels.
     """
     names = list(TIMELINE[panel_name].values())
-    own = alt.Chart(data).transform_filter(alt.datum.panel == panel_name)
+    own = alt.Chart(data)
     times = alt.Axis(title=None, format="%H:%M", tickCount=6, labelOverlap=True, labelFlush=True, grid=False)
     figures = alt.Axis(title=None, tickCount=3, ticks=False, domain=False, offset=-AXIS_PX, labelPadding=6)
     if panel_name == "agents":
@@ -667,12 +669,15 @@ def _lines(data: Data, panel_name: str, title: str, unit: str, crosshair: alt.Pa
     legend = alt.Legend(orient="top", direction="horizontal", symbolType="stroke", title=None, offset=2)
     colour = alt.Color("name:N", scale=alt.Scale(domain=names), legend=legend if len(names) > 1 else None)
     y = alt.Y("value:Q", scale=alt.Scale(zero=True, nice=True), axis=figures)
-    lines = own.mark_line(strokeWidth=1.75, interpolate="monotone", clip=True).encode(x=x, y=y, color=colour)
+    lines = (
+        own.transform_fold(names, as_=["name", "value"])
+        .mark_line(strokeWidth=1.75, interpolate="monotone", clip=True)
+        .encode(x=x, y=y, color=colour)
+    )
     tooltip = [alt.Tooltip("at:T", title="time", format="%H:%M:%S")]
     tooltip += [alt.Tooltip(f"{name}:Q", title=f"{name}, {unit}", format=",.3~r") for name in names]
     rule = (
-        own.transform_pivot("name", value="value", groupby=["at"])
-        .mark_rule(strokeWidth=1, color=_GREY)
+        own.mark_rule(strokeWidth=1, color=_GREY)
         .encode(x=x, tooltip=tooltip, opacity=alt.condition(crosshair, alt.value(1), alt.value(0), empty=False))
         .add_params(crosshair)
     )
@@ -1669,6 +1674,36 @@ def _hours_table(frame: pd.DataFrame, kept_s: float | None) -> Node:
     return el("div", {}, table(unit, columns, rows), note)
 
 
+def card(panel: Node) -> Node:
+    """A panel on its card."""
+    return el("div", {"class": "ai-card"}, panel)
+
+
+def slots_of(
+    document: Mapping[str, Any],
+    entry: Mapping[str, Any],
+    opened: frozenset[str],
+    sessions: Mapping[str, Mapping[str, Any]],
+) -> dict[str, list[Node]]:
+    """Slot → its nodes: what is shown below the verdict and the queue, around the charts and under them."""
+    turns = turn_frame(listed(document, "recent_turns"), document.get("now"))
+    has_points = bool(listed(part(document, "throughput"), "history"))
+    note = None if has_points else el("p", {"class": "ai-muted"}, "The first points come within seconds.")
+    labels = [entry_label(each) for each in listed(document, "analysis")]
+    rest = [
+        card(backends_panel(backend_frame(document), "backends" in opened)),
+        card(sessions_panel(document, session_frame(document), opened, sessions)),
+        card(turns_panel(turns, opened)),
+        el("div", {"class": "ai-pair"}, card(watchdog_panel(watchdog_frame(document))), card(cost_panel(document))),
+    ]
+    return {
+        "analysis": [pipeline_panel(document, entry, labels)],
+        "what_ifs": [what_if_panel(entry)],
+        "timeline": [panel("timeline", "Throughput, Latency, Agents", note)],
+        "rest": rest,
+    }
+
+
 # =====================================================================================================================
 # Browser part: makes elements of nodes, and changes only what has changed, so that focus, selection and scroll
 # position stay. It sets text and attributes, never markup.
@@ -1706,7 +1741,22 @@ function change(element, was, now) {
   changeChildren(element, was.slice(2), now.slice(2));
 }
 
+// Whether the nodes are those of before, in their order, so that there is nothing to look for.
+function areInPlace(was, now) {
+  return was.length === now.length && now.every((node, index) => typeof node === "string"
+    ? typeof was[index] === "string"
+    : was[index][0] === node[0] && attributesOf(was[index]).key === attributesOf(node).key);
+}
+
 function changeChildren(element, was, now) {
+  if (areInPlace(was, now)) {
+    let child = element.firstChild;
+    now.forEach((node, index) => {
+      if (child) change(child, was[index], node);
+      child = child?.nextSibling;
+    });
+    return;
+  }
   const known = new Map(), keys = keysOf(now), wanted = new Set(keys), old = [...element.childNodes];
   keysOf(was).forEach((key, index) => wanted.has(key) ? known.set(key, [old[index], was[index]]) : old[index].remove());
   now.forEach((child, index) => {
@@ -1724,8 +1774,10 @@ function age(text) {
 }
 
 function showAges(root) {
-  for (const each of root.querySelectorAll("[data-age]"))
-    each.textContent = age(Number(each.dataset.age) + (performance.now() - root.came) / 1000);
+  for (const each of root.querySelectorAll("[data-age]")) {
+    const text = age(Number(each.dataset.age) + (performance.now() - root.came) / 1000);
+    if (each.textContent !== text) each.textContent = text;
+  }
 }
 
 function onKey(event) {
@@ -1750,44 +1802,81 @@ function onKey(event) {
   next.scrollIntoView({ block: "nearest" });
 }
 
+function fill(place, nodes) {
+  const focused = place.contains(document.activeElement) ? document.activeElement : null;
+  changeChildren(place, place.nodes || [], nodes);
+  place.nodes = nodes;
+  if (focused && focused.isConnected && focused !== document.activeElement) focused.focus({ preventScroll: true });
+}
+
+// Streamlit makes the slots when it gets to them, and makes one anew now and then.
+function fillSlots(root) {
+  clearTimeout(root.waiting);
+  let isWhole = true;
+  for (const [name, nodes] of Object.entries(root.slots)) {
+    const slot = document.querySelector(`[data-slot="${name}"]`);
+    if (!slot) isWhole = false;
+    else if (slot.nodes !== nodes) fill(slot, nodes);
+  }
+  if (!isWhole) root.waiting = setTimeout(() => fillSlots(root), 50);
+}
+
+function onClick(root, event) {
+  const toggle = event.target.closest("[data-toggle]"), choice = event.target.closest("[data-set]");
+  if (toggle) {
+    const name = toggle.dataset.toggle;
+    if (!root.flipped.delete(name)) root.flipped.add(name);
+    root.setStateValue("flipped", [...root.flipped].slice(-64));
+  } else if (choice) root.setStateValue("chosen", choice.dataset.set);
+}
+
+function begin(parentElement, data) {
+  const root = parentElement.appendChild(document.createElement("div"));
+  parentElement.__agentInfra = root;
+  root.className = "ai-page";
+  root.flipped = new Set(data.flipped);
+  root.onClick = event => onClick(root, event);
+  document.addEventListener("click", root.onClick);
+  root.timer = setInterval(() => showAges(root), 1000);
+  return root;
+}
+
+function end(parentElement, root) {
+  clearInterval(root.timer);
+  clearTimeout(root.waiting);
+  document.removeEventListener("click", root.onClick);
+  document.removeEventListener("keydown", root.onKey);
+  delete parentElement.__agentInfra;
+  root.remove();
+}
+
 export default function (component) {
   const { parentElement, setStateValue } = component;
   const data = JSON.parse(new TextDecoder().decode(component.data));
-  const root = parentElement.__agentInfra || parentElement.appendChild(document.createElement("div"));
-  if (!parentElement.__agentInfra) {
-    parentElement.__agentInfra = root;
-    root.nodes = [];
-    root.flipped = new Set(data.flipped || []);
-    root.addEventListener("click", event => {
-      const toggle = event.target.closest("[data-toggle]"), choice = event.target.closest("[data-set]");
-      if (toggle) {
-        const name = toggle.dataset.toggle;
-        if (!root.flipped.delete(name)) root.flipped.add(name);
-        root.setStateValue("flipped", [...root.flipped].slice(-64));
-      } else if (choice) root.setStateValue("chosen", choice.dataset.set);
-    });
-    if (data.isHeader) root.timer = setInterval(() => showAges(root), 1000);
-  }
+  const root = parentElement.__agentInfra || begin(parentElement, data);
   root.setStateValue = setStateValue;
   root.came = performance.now();
-  const focused = root.contains(document.activeElement) ? document.activeElement : null;
-  changeChildren(root, root.nodes, data.nodes);
-  root.nodes = data.nodes;
-  if (focused && focused.isConnected && focused !== document.activeElement) focused.focus({ preventScroll: true });
-  if (data.isHeader) {
-    showAges(root);
-    document.documentElement.lang = "en";
-    document.querySelector(".stApp")?.toggleAttribute("data-ai-stale", data.isStale);
-    document.removeEventListener("keydown", root.onKey);
-    root.onKey = onKey;
-    if (data.hasKeys) document.addEventListener("keydown", root.onKey);
-  }
-  return () => {
-    clearInterval(root.timer);
-    document.removeEventListener("keydown", root.onKey);
-    delete parentElement.__agentInfra;
-    root.remove();
-  };
+  root.slots = data.slots;
+  fill(root, data.nodes);
+  fillSlots(root);
+  showAges(root);
+  if (document.documentElement.lang !== "en") document.documentElement.lang = "en";  // to set it restyles everything
+  document.querySelector(".stApp")?.toggleAttribute("data-ai-stale", data.isStale);
+  document.removeEventListener("keydown", root.onKey);
+  root.onKey = onKey;
+  if (data.hasKeys) document.addEventListener("keydown", root.onKey);
+  // The rest takes longer: it is asked for when this much can be seen.
+  if (data.isFirst) requestAnimationFrame(() => setTimeout(() => root.setStateValue("isPainted", true)));
+  return () => end(parentElement, root);
+}
+"""
+
+# A place in Streamlit's layout that the page's nodes go to.
+SLOT_JS = r"""
+export default function ({ data, parentElement }) {
+  const name = new TextDecoder().decode(data);
+  if (parentElement.querySelector("[data-slot]")) return;
+  parentElement.appendChild(document.createElement("div")).dataset.slot = name;
 }
 """
 
@@ -1814,16 +1903,19 @@ CSS = """
 [data-testid="stStatusWidget"] { visibility: hidden; }
 [data-stale="true"] { opacity: 1 !important; transition: none !important; }
 .stApp[data-ai-stale] :is([data-panel], .ai-panel, .stVegaLiteChart) { filter: grayscale(1); opacity: .8; }
-.stApp [class*="st-key-card"] { background: var(--ai-card); border: 1px solid var(--ai-line); border-radius: 8px;
-  padding: 14px 18px 16px; gap: 10px; }
-.stApp [class*="st-key-card"]:has([data-panel]:focus) { outline: 2px solid var(--st-primary-color);
-  outline-offset: 1px; }
+.ai-page, [data-slot=rest] { display: flex; flex-direction: column; gap: 14px; }
+.ai-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 14px; }
+.ai-card, .stApp [class*="st-key-card"] { background: var(--ai-card); border: 1px solid var(--ai-line);
+  border-radius: 8px; padding: 14px 18px 16px; gap: 10px; min-width: 0; }
+.ai-card:has(> [data-panel]:focus), .stApp [class*="st-key-card"]:has([data-panel]:focus) {
+  outline: 2px solid var(--st-primary-color); outline-offset: 1px; }
+[data-slot=rest] .ai-card { content-visibility: auto; contain-intrinsic-height: auto 300px; }
 .ai-panel { font-size: 14px; line-height: 1.4; font-variant-numeric: tabular-nums; outline: none; }
 .ai-panel h2 { font-size: 16px; font-weight: 600; margin: 0; padding: 0; letter-spacing: 0; }
 .ai-panel h3 { font-size: 13px; font-weight: 600; margin: 12px 0 6px; padding: 0; color: var(--ai-muted);
   letter-spacing: 0; }
 .ai-panel p { margin: 0 0 4px; font-size: 14px; }
-.st-key-card_verdict .ai-head { position: absolute; clip-path: inset(50%); }
+[data-panel=verdict] .ai-head { position: absolute; clip-path: inset(50%); }
 .ai-head { display: flex; align-items: baseline; justify-content: space-between; gap: 12px; margin-bottom: 8px; }
 .ai-muted, .ai-panel p.ai-muted { color: var(--ai-muted); font-weight: 400; }
 .ai-basis { margin-top: 10px !important; font-size: 13px !important; }
@@ -1960,22 +2052,38 @@ def _nothing() -> None:
     """Streamlit knows a component's state by its having a callback."""
 
 
-def mount(key: str, nodes: Sequence[Node | None], **data: Any) -> Any:
-    """Show nodes; what the reader opened or chose comes back as ``flipped`` and ``chosen``."""
+def mount(nodes: Sequence[Node | None], slots: Mapping[str, Sequence[Node]] | None = None, **data: Any) -> None:
+    """Show nodes here and in the slots. What the reader does comes back as ``flipped``, ``chosen``, ``isPainted``.
+
+    All that is text is one element of Streamlit's: what an element costs the browser at every refresh is a
+    multiple of what its nodes do.
+    """
     show = st.components.v2.component("agent_infra", css=CSS, js=JS, isolate_styles=False)
-    return show(
-        key=key,
-        data=json.dumps({"nodes": [node for node in nodes if node is not None], **data}).encode(),
+    shown = [node for node in nodes if node is not None]
+    message = {"nodes": shown, "slots": dict(slots or {}), "flipped": sorted(flipped()), **data}
+    show(
+        key="page",
+        data=json.dumps(message).encode(),
         on_flipped_change=_nothing,
         on_chosen_change=_nothing,
+        on_isPainted_change=_nothing,
     )
 
 
-def flipped(key: str) -> frozenset[str]:
-    """The names whose toggles were used in the panel ``key``."""
-    state = st.session_state.get(key)
-    names = state.get("flipped") if state else None
-    return frozenset(name for name in names or () if isinstance(name, str))
+def slot(name: str) -> None:
+    """A place for nodes that ``mount`` has for it."""
+    st.components.v2.component("agent_infra_slot", js=SLOT_JS, isolate_styles=False)(data=name.encode())
+
+
+def told(name: str) -> Any:
+    """What the browser part has said of ``name``; None until it does."""
+    state = st.session_state.get("page")
+    return state.get(name) if state else None
+
+
+def flipped() -> frozenset[str]:
+    """The names whose toggles were used."""
+    return frozenset(name for name in told("flipped") or () if isinstance(name, str))
 
 
 @st.cache_resource(show_spinner=False)
@@ -2022,9 +2130,13 @@ class Source:
         st.fragment(view, run_every=every)(self)
 
 
-def head_view(source: Source) -> None:
-    """Header, problem, keys, verdict, queue."""
-    reading = source.read()
+def text_view(source: Source) -> None:
+    """All but the charts."""
+    if st.session_state["answered"] != (told("isPainted"), told("chosen")):
+        st.rerun()  # a run of the whole page notes what it answers, so one that is lost is asked for again
+    opened = flipped()
+    names = sorted(name.removeprefix("session:") for name in opened if name.startswith("session:"))
+    reading = source.read(names[:OPEN_SESSIONS])
     document = reading.document or {}
     problem, age_s = reading.problem, None
     if reading.document is not None:
@@ -2034,75 +2146,60 @@ def head_view(source: Source) -> None:
     has_keys = bool(st.session_state.get("keys"))
     header = header_panel(document, source.url, age_s, problem, source.is_paused)
     nodes = [header, keys_panel() if has_keys else None, problem_panel(problem, bool(document))]
+    slots: dict[str, list[Node]] = {}
+    if document:
+        nodes += [card(verdict_panel(document)), card(queue_panel(document))]
+        if is_painted():
+            slots = slots_of(document, chosen_entry(document), opened, reading.sessions)
     # "at": without anything new in it, the data would not be handed over, and the age would seem to grow.
-    mount("header", nodes, isHeader=True, isStale=problem is not None, hasKeys=has_keys, at=time.monotonic())
-    if not document:
-        return
-    with st.container(key="card_verdict"):
-        mount("verdict", [verdict_panel(document)])
-    with st.container(key="card_queue"):
-        mount("queue", [queue_panel(document)])
+    flags = {"isStale": problem is not None, "hasKeys": has_keys, "isFirst": not is_painted(), "at": time.monotonic()}
+    mount(nodes, slots, **flags)
 
 
-def explain_view(source: Source) -> None:
-    """Bottleneck analysis beside the time axis; no oftener than the proxy computes them."""
+def is_painted() -> bool:
+    """Whether the browser shows header and verdict. They come alone, so that they come soon."""
+    if told("isPainted"):
+        st.session_state["painted"] = True
+    return bool(st.session_state.get("painted"))
+
+
+def chosen_entry(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The entry of the analysis that is shown: the reader's choice, or the first."""
+    entries = listed(document, "analysis")
+    chosen = [entry for entry in entries if entry_label(entry) == told("chosen")]
+    return next(iter(chosen + entries), {})
+
+
+def charts_view(source: Source) -> None:
+    """Bottleneck analysis beside the time axis; the charts no oftener than the proxy computes what they show."""
     document = source.read().document
     if not document:
         return
-    entries = {entry_label(entry): entry for entry in listed(document, "analysis")}
-    state = st.session_state.get("analysis")
-    chosen = state.get("chosen") if state else None
-    entry = entries.get(str(chosen)) or next(iter(entries.values()), {})
     left, right = st.columns(2, gap="small")
     with left, st.container(key="card_analysis", height="stretch"):
-        mount("analysis", [pipeline_panel(document, entry, list(entries))])
-        show_chart("capacity", capacity_frame(entry))
-        mount("what_ifs", [what_if_panel(entry)])
+        slot("analysis")
+        with st.container():
+            show_chart("capacity", capacity_frame(chosen_entry(document)))
+        slot("what_ifs")
     with right, st.container(key="card_timeline", height="stretch"):
-        timeline = timeline_frame(document)
-        note = el("p", {"class": "ai-muted"}, "The first points come within seconds.") if timeline.empty else None
-        mount("timeline_title", [panel("timeline", "Throughput, Latency, Agents", note)])
-        show_chart("timeline", timeline)
-
-
-def detail_view(source: Source) -> None:
-    """Replicas, sessions, turns, watchdog, cost."""
-    opened = flipped("sessions")
-    names = [name.removeprefix("session:") for name in opened if name.startswith("session:")]
-    reading = source.read(sorted(names)[:OPEN_SESSIONS])
-    document = reading.document
-    if not document:
-        return
-    with st.container(key="card_backends"):
-        mount("backends", [backends_panel(backend_frame(document), "backends" in flipped("backends"))])
-    with st.container(key="card_sessions"):
-        mount("sessions", [sessions_panel(document, session_frame(document), opened, reading.sessions)])
-    with st.container(key="card_turns"):
-        turns = turn_frame(listed(document, "recent_turns"), document.get("now"))
-        mount("turns", [turns_panel(turns, flipped("turns"))])
-    left, right = st.columns(2, gap="small")
-    with left, st.container(key="card_watchdog", height="stretch"):
-        mount("watchdog", [watchdog_panel(watchdog_frame(document))])
-    with right, st.container(key="card_cost", height="stretch"):
-        mount("cost", [cost_panel(document)])
+        slot("timeline")
+        show_chart("timeline", timeline_frame(document))
 
 
 def controls_view() -> None:
     """Pause, interval, keys."""
-    is_paused = bool(st.session_state.get("paused"))
-    with st.container(horizontal=True, horizontal_alignment="right", vertical_alignment="center", key="controls"):
-        if st.button("Go on" if is_paused else "Pause", key="pause"):
-            st.session_state["paused"] = not is_paused
-            st.rerun()
-        st.segmented_control(
-            "refresh every",
-            INTERVALS_S,
-            default=INTERVALS_S[0],
-            format_func=lambda s: f"{s} s",
-            key="interval",
-            label_visibility="collapsed",
-        )
-        st.toggle("Keys", key="keys", help="Tab, arrows, Enter and q act on the panels")
+    if st.button("Go on" if st.session_state.get("paused") else "Pause", key="pause"):
+        st.session_state["paused"] = not st.session_state.get("paused")
+        st.rerun()
+    st.segmented_control(
+        "refresh every",
+        INTERVALS_S,
+        default=INTERVALS_S[0],
+        format_func=lambda s: f"{s} s",
+        key="interval",
+        label_visibility="collapsed",
+    )
+    st.toggle("Keys", key="keys", help="Tab, arrows, Enter and q act on the panels")
 
 
 @st.cache_resource(show_spinner=False)
@@ -2145,15 +2242,19 @@ def main() -> None:
         return
     if not is_admitted():
         text = "This page shows what agents say: open it by the whole address that the terminal printed."
-        mount("refused", [el("p", {}, text)])
+        mount([el("p", {}, text)], isStale=False, hasKeys=False, isFirst=False)
         return
     interval_s = float(st.session_state.get("interval") or INTERVALS_S[0])
     poller = shared_poller(arguments.proxy, arguments.token_file)
-    controls_view()
     source = Source(poller, arguments.proxy, interval_s, bool(st.session_state.get("paused")))
-    source.refreshed(head_view)
-    source.refreshed(explain_view, EXPLAIN_EVERY_S)
-    source.refreshed(detail_view)
+    st.session_state["answered"] = told("isPainted"), told("chosen")
+    controls = st.container(horizontal=True, horizontal_alignment="right", vertical_alignment="center", key="controls")
+    source.refreshed(text_view)
+    if is_painted():
+        with controls:
+            controls_view()
+        source.refreshed(charts_view, EXPLAIN_EVERY_S)
+        slot("rest")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ UNTIDY = """() => {
   }
   for (const each of document.querySelectorAll(".ai-scroll"))
     if (each.scrollWidth > each.clientWidth + 1) found.push("scrolls: " + each.getAttribute("aria-label"));
-  const cards = [...document.querySelectorAll("[class*=st-key-card]")].map(each => each.getBoundingClientRect());
+  const cards = [...document.querySelectorAll(".ai-card, [class*=st-key-card]")]
+    .map(each => each.getBoundingClientRect());
   cards.forEach((one, index) => cards.slice(index + 1).forEach(other => {
     if (one.left < other.right - 1 && other.left < one.right - 1 && one.top < other.bottom - 1
         && other.top < one.bottom - 1) found.push("cards overlap");

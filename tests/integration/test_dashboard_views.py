@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,64 +12,79 @@ from program import MODULE
 from streamlit.testing.v1 import AppTest
 
 PAGE = MODULE.with_name("streamlit_dashboard.py")
-MOUNTS = ["header", "verdict", "queue", "analysis", "what_ifs", "timeline_title"]
-MOUNTS += ["backends", "sessions", "turns", "watchdog", "cost"]
+PANELS = ["verdict", "queue", "analysis", "timeline", "backends", "sessions", "turns", "watchdog", "cost"]
 
 
-def run_page(monkeypatch: pytest.MonkeyPatch, url: str) -> AppTest:
-    monkeypatch.setattr("sys.argv", [str(PAGE), "--proxy", url])
+def run_page(monkeypatch: pytest.MonkeyPatch, url: str, *options: str, key: str = "") -> AppTest:
+    """The page as it is once the browser has painted the first of it."""
+    monkeypatch.setattr("sys.argv", [str(PAGE), "--proxy", url, *options])
     app = AppTest.from_file(str(PAGE), default_timeout=60)
+    app.session_state["painted"] = True
+    if key:
+        app.query_params["key"] = key
     app.run()
     assert not app.exception
     return app
 
 
-def mounted(app: AppTest) -> dict[str, str]:
-    """Panel → the text that the browser part gets."""
-    found = {}
-    for element in app.main:
-        found.update(_mounted_below(element))
-    return found
+def mounted(app: AppTest) -> Any:
+    """What the browser part gets."""
+    return json.loads(app.get("bidi_component")[0].proto.bytes)
 
 
-def _mounted_below(element: Any) -> dict[str, str]:
-    found = {}
-    if element.type == "bidi_component":
-        data = json.loads(element.proto.bytes)
-        found[str(element.key)] = json.dumps(data["nodes"], ensure_ascii=False)
-    for child in getattr(element, "children", {}).values():
-        found.update(_mounted_below(child))
-    return found
+def shown(app: AppTest) -> str:
+    """Its text."""
+    message = mounted(app)
+    return json.dumps([message["nodes"], message["slots"]], ensure_ascii=False)
+
+
+def panels(app: AppTest) -> list[str]:
+    return re.findall(r'"data-panel": "(\w+)"', shown(app))
 
 
 @pytest.mark.parametrize("document", [stats.busy(), stats.extreme(), stats.all_down(), stats.empty()])
 def test_every_view_shows_every_document(monkeypatch: pytest.MonkeyPatch, document: Any) -> None:
     with stats.serving(document) as server:
-        panels = mounted(run_page(monkeypatch, server.url))
-        assert sorted(panels) == sorted(MOUNTS)
-        assert server.url in panels["header"]
-        assert document["backends"][0]["id"] in panels["backends"]
+        app = run_page(monkeypatch, server.url)
+        assert panels(app) == PANELS
+        slots = [element.proto.bytes.decode() for element in app.get("bidi_component")[1:]]
+        assert sorted(slots) == sorted(mounted(app)["slots"])
+        assert server.url in shown(app)
+        assert document["backends"][0]["id"] in shown(app)
+
+
+def test_header_verdict_and_queue_come_first_and_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is seen first waits for nothing that takes longer; the browser part asks for the rest."""
+    with stats.serving(stats.busy()) as server:
+        monkeypatch.setattr("sys.argv", [str(PAGE), "--proxy", server.url])
+        app = AppTest.from_file(str(PAGE), default_timeout=60).run()
+        assert panels(app) == ["verdict", "queue"]
+        assert mounted(app)["isFirst"]
+        assert not app.get("vega_lite_chart")
+        app.session_state["painted"] = True
+        app.run()
+        assert panels(app) == PANELS
+        assert not mounted(app)["isFirst"]
+        assert len(app.get("vega_lite_chart")) == 2
 
 
 def test_without_a_proxy_the_page_says_where_it_looked_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     with stats.serving(stats.busy()) as server:
         url = server.url
-    panels = mounted(run_page(monkeypatch, url))
-    assert list(panels) == ["header"]
-    assert f"There is no proxy at {url}" in panels["header"]
-    assert "--proxy" in panels["header"]
+    app = run_page(monkeypatch, url)
+    assert panels(app) == []
+    assert f"There is no proxy at {url}" in shown(app)
+    assert "--proxy" in shown(app)
 
 
 def test_the_pages_own_key_keeps_others_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGENT_INFRA_PAGE_KEY", "the-right-key")
     with stats.serving(stats.busy()) as server:
-        assert list(mounted(run_page(monkeypatch, server.url))) == ["refused"]
+        app = run_page(monkeypatch, server.url)
+        assert "whole address" in shown(app)
+        assert panels(app) == []
         assert server.asked == []
-        monkeypatch.setattr("sys.argv", [str(PAGE), "--proxy", server.url])
-        app = AppTest.from_file(str(PAGE), default_timeout=60)
-        app.query_params["key"] = "the-right-key"
-        app.run()
-        assert "verdict" in mounted(app)
+        assert panels(run_page(monkeypatch, server.url, key="the-right-key")) == PANELS
 
 
 def test_the_proxys_key_comes_from_a_file_or_from_the_environment(
@@ -77,24 +93,22 @@ def test_the_proxys_key_comes_from_a_file_or_from_the_environment(
     with stats.serving(stats.busy()) as server:
         server.token = "secret-token"
         monkeypatch.setenv("AGENT_INFRA_TOKEN", "secret-token")
-        assert "verdict" in mounted(run_page(monkeypatch, server.url))
+        assert panels(run_page(monkeypatch, server.url)) == PANELS
     (tmp_path / "key").write_text("another-token\n")
     with stats.serving(stats.busy()) as server:
         server.token = "another-token"
-        monkeypatch.setattr("sys.argv", [str(PAGE), "--proxy", server.url, "--token-file", str(tmp_path / "key")])
-        app = AppTest.from_file(str(PAGE), default_timeout=60).run()
-        assert "verdict" in mounted(app)
+        assert panels(run_page(monkeypatch, server.url, "--token-file", str(tmp_path / "key"))) == PANELS
 
 
 def test_pause_and_interval_are_kept_by_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     with stats.serving(stats.busy()) as server:
         app = run_page(monkeypatch, server.url)
         app.button(key="pause").click().run()
-        assert "paused" in mounted(app)["header"]
+        assert "paused" in shown(app)
         asked = len(server.asked)
         app.run()
         assert len(server.asked) == asked
         app.button(key="pause").click().run()
-        assert "live" in mounted(app)["header"]
+        assert "live" in shown(app)
         app.toggle(key="keys").set_value(True).run()
-        assert "next panel" in mounted(app)["header"]
+        assert "next panel" in shown(app)
