@@ -1389,6 +1389,7 @@ _NOT_RETURNED = _HOP_BY_HOP | frozenset(b"server x-request-id set-cookie".split(
 _ONLY_ONCE = frozenset(b"content-length transfer-encoding host expect authorization".split())
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/1\.([01])")
+_ABSOLUTE_TARGET = re.compile(rb"(?i:http)://[^/?#@]+(?=[/?]|\Z)")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
 # No control character but the tab: so no CR or LF gets into a line, and none out of it.
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
@@ -1582,6 +1583,16 @@ def _body_length(fields: Mapping[bytes, bytes], is_http_1_1: bool) -> int | None
     if not length.isdigit() or len(length) > 18:
         raise WireError("Content-Length is not a number")
     return int(length)
+
+
+def origin_form(target: bytes) -> bytes:
+    """``target`` without the scheme and the host that an absolute one begins with: every server has to take such a one
+    (RFC 9112, 3.2.2), and whatever host a client calls this one by is it."""
+    found = _ABSOLUTE_TARGET.match(target)
+    if found is None:
+        return target
+    rest = target[found.end() :]
+    return rest if rest.startswith(b"/") else b"/" + rest
 
 
 def split_inference_path(path: bytes) -> tuple[str | None, bytes] | None:
@@ -10976,7 +10987,7 @@ class HeadReader:
         if known is not None and known[2] == let_pass:
             return known
         request = parse_request_head(head, self._request_lines)
-        path, _, query = request.target.partition(b"?")
+        path, _, query = origin_form(request.target).partition(b"?")
         route = split_inference_path(path) if request.method == b"POST" else None
         model, path = route or (None, path)
         labels = labels_of(request.fields)

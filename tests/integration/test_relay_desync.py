@@ -56,6 +56,7 @@ def coding(line: bytes) -> bytes:
 
 
 REFUSED = {
+    "an absolute target without a Host header": GOOD.replace(PATH, b"http://t" + PATH).replace(b"Host: t\r\n", b""),
     # Content-Length against Transfer-Encoding.
     "CL.TE": post(b"Host: t\r\nContent-Length: 6\r\nTransfer-Encoding: chunked\r\n", b"0\r\n\r\nG"),
     "TE.CL": post(b"Host: t\r\nTransfer-Encoding: chunked\r\nContent-Length: 4\r\n", CHUNKED_BODY),
@@ -244,6 +245,9 @@ READ_AS_ONE = {
     "two Connection headers": post(
         b"Host: t\r\nConnection: X-A\r\nConnection: X-B\r\nX-A: private\r\nContent-Length: 13\r\n"
     ),
+    "an absolute target": GOOD.replace(PATH, b"http://evil:80" + PATH),
+    "an absolute target, IPv6, with a query": GOOD.replace(PATH, b"HTTP://[::1]:80" + PATH + b"?a=http://b/c"),
+    "an absolute target with the model in the path": GOOD.replace(PATH, b"http://evil/m" + PATH),
     "an encoded line break in the query": GOOD.replace(PATH, PATH + b"?a=%0d%0aX:%20y%00"),
 }
 
@@ -259,14 +263,20 @@ def test_a_request_that_reads_in_one_way_reaches_the_replica_once_in_that_way(pa
     assert seen["body"] == BODY.decode()
     for head in pair.engine.call()["heads"][-2:]:
         assert head.lower().count("content-length: 13") == 1
+        assert head.startswith(f"POST {PATH.decode()}")
         assert "authorization: Bearer replica-key" in head
         for absent in ("smuggled", "transfer-encoding", "upgrade", "h2c", "evil", "private", "\0"):
             assert absent not in head.lower()
 
 
 ANSWERED_HERE = {
-    "an absolute target": (400, GOOD.replace(PATH, b"http://evil/v1/completions")),
-    "an absolute target of the app": (404, b"GET http://evil/stats HTTP/1.1\r\nHost: t\r\n\r\n"),
+    "an absolute target of the app": (200, b"GET http://evil/v1/models HTTP/1.1\r\nHost: t\r\n\r\n"),
+    "an absolute target that is a host alone": (200, b"GET HTTP://evil:80 HTTP/1.1\r\nHost: t\r\n\r\n"),
+    "an absolute target with a query alone": (200, b"GET http://evil?a=b HTTP/1.1\r\nHost: t\r\n\r\n"),
+    "an absolute target without a host": (404, b"GET http:///health HTTP/1.1\r\nHost: t\r\n\r\n"),
+    "an absolute target with a user": (404, b"GET http://me:pw@evil/health HTTP/1.1\r\nHost: t\r\n\r\n"),
+    "an absolute target of another scheme": (404, b"GET https://evil/health HTTP/1.1\r\nHost: t\r\n\r\n"),
+    "an absolute target of no model": (400, GOOD.replace(PATH, b"http://evil/other/v1/completions")),
     "CONNECT": (404, b"CONNECT evil:443 HTTP/1.1\r\nHost: t\r\n\r\n"),
     "OPTIONS *": (404, b"OPTIONS * HTTP/1.1\r\nHost: t\r\n\r\n"),
     "TRACE": (404, b"TRACE /v1/completions HTTP/1.1\r\nHost: t\r\n\r\n"),
