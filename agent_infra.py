@@ -10839,11 +10839,12 @@ SWEEP_S = 0.1  # how late a deadline may be noticed, and how often the controlle
 PROBE_S = 5.0
 EJECT_AFTER = 3  # transport errors in a row
 FIRST_EJECTION_S = 0.5  # doubled with each ejection in a row, up to the health check interval
-BUSY_S = 0.5  # that a replica gets no work after 429 or 503 without Retry-After
+BUSY_S = 0.5  # that a replica gets no work after 429 or 503, at least
 RETRY_SHARE = 0.1  # of requests; the budget's bounds are RETRY_FLOOR and ten times that
 RETRY_FLOOR = 100.0
 PACKED_TURNS = 64  # finished turns that are encoded at once: half a millisecond's work
 BATCHED_PACKS = 8  # of these in one frame
+NO_RETRY_LEFT = f"it is not sent elsewhere: the retry budget, {RETRY_SHARE:.0%} of all requests, is spent"
 QUESTION_S = 2.0
 MAX_BUFFERED_EVENTS = 50_000
 MAX_BUFFERED_PACKS = MAX_BUFFERED_EVENTS // PACKED_TURNS
@@ -12010,7 +12011,8 @@ class Delivery:
         turn, head = self.turn, exchange.head
         if head.status in (429, 503):
             after = head.fields.get(b"retry-after", b"").strip()
-            replica.busy_until = time.monotonic() + (min(float(after), 60.0) if after.isdigit() else BUSY_S)
+            pause = min(max(float(after), BUSY_S), 60.0) if after.isdigit() else BUSY_S
+            replica.busy_until = time.monotonic() + pause
             return self._start_over()
         if len(exchange.body) <= DIGESTED_ANSWER_BYTES:
             turn.digest = self._relay.codec.digest(exchange.body, turn.wanted_text, turn.follows is not None)
@@ -12036,7 +12038,7 @@ class Delivery:
         replica.note_failure(error, is_dead=True)
         self._unreachable += 1
         self._exclude(replica)
-        if self._unreachable > self._relay.settings.proxy.max_retries or not self._relay.book.take_retry():
+        if self._unreachable > self._relay.settings.proxy.max_retries:
             raise RequestError(503, f"no replica of {self.turn.model} could be reached: {error}", retry_after_s=1)
         self.turn.retries += 1
         return self._start_over()
@@ -12052,11 +12054,13 @@ class Delivery:
         self._exclude(replica, with_node=True)
         if not is_dead:
             raise RequestError(502, f"replica {replica.id} broke off without an answer: {error}", code="replica_lost")
-        if self.turn.deaths > 1 or not self._relay.book.take_retry():
+        if self.turn.deaths > 1:
             message = f"replica {replica.id} died with this request, as one did before; it is not sent again"
-            raise RequestError(
-                502, message if self.turn.deaths > 1 else f"replica {replica.id}: {error}", code="replica_lost"
-            )
+        if not self._relay.book.take_retry():
+            raise RequestError(503, f"replica {replica.id}: {error}; {NO_RETRY_LEFT}", retry_after_s=1)
+            raise RequestError(502, message, code="replica_lost")
+        if not self._relay.book.take_retry():
+            raise RequestError(502, f"replica {replica.id}: {error}; {NO_RETRY_LEFT}", code="replica_lost")
         self.turn.retries += 1
         return self._start_over()
 

@@ -1,0 +1,103 @@
+"""What could go on for ever in the relay and must not: retries, interim answers, a lack of descriptors, bugs."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine
+from program import wait_for
+from relay_harness import Answer, Client, RelayProcess, backend
+
+
+@pytest.fixture
+def relay(tmp_path: Path) -> Iterator[RelayProcess]:
+    with RelayProcess(tmp_path) as relay:
+        yield relay
+
+
+def error_of(answer: Answer) -> str:
+    return str(answer.json()["error"]["message"])
+
+
+def request(**fields: Any) -> bytes:
+    body = json.dumps({"model": "m", "messages": [], **fields}).encode()
+    return b"POST /v1/chat/completions HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+# Retries.
+
+
+def test_when_the_retries_are_spent_a_turn_is_told_so_and_more_come_with_more_requests(tmp_path: Path) -> None:
+    """One retry is there, and half of one comes with each request."""
+    with RelayProcess(tmp_path, RETRY_FLOOR=1.0, RETRY_SHARE=0.5) as relay, ExitStack() as stack:
+        engines = [stack.enter_context(FakeEngine()) for _ in range(4)]
+        rows = [backend(number, engine.port) for number, engine in enumerate(engines)]
+        proxy = {"strategy": "round_robin", "health_check_interval": 3600.0, "max_retries": 100}
+        relay.controller.send_table(rows, proxy=proxy)
+        for engine in engines:
+            wait_for(lambda engine=engine: engine.call()["connections"] > 1, "the first health probe")  # type: ignore[misc]
+        for engine in engines[:3]:
+            engine.kill()
+        with Client(relay.port) as client:
+            refused = client.chat()
+            assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+            assert "retry budget" in error_of(refused)
+            assert client.chat().headers["x-agent-infra-backend"] == "r3"
+        assert [turn["retries"] for turn in relay.controller.finished(2)] == [1, 1]
+
+
+def test_without_a_retry_left_a_turn_that_lost_its_replica_is_not_sent_again(tmp_path: Path) -> None:
+    with RelayProcess(tmp_path, RETRY_FLOOR=0.0) as relay, FakeEngine() as one, FakeEngine() as other:
+        relay.controller.send_table([backend(1, one.port), backend(2, other.port)])
+        with Client(relay.port) as client:
+            answer = client.chat(fake={"die": "before"})
+            assert (answer.status, answer.json()["error"]["code"]) == (502, "replica_lost")
+            assert "retry budget" in error_of(answer)
+            assert client.chat().status == 200
+        assert [turn["retries"] for turn in relay.controller.finished(2)] == [0, 0]
+
+
+def test_a_replica_that_is_always_busy_and_says_come_at_once_is_not_asked_without_end(relay: RelayProcess) -> None:
+    with FakeEngine(status=503, retry_after=0) as engine, Client(relay.port) as client:
+        relay.controller.send_table([backend(1, engine.port)], proxy={"queue_timeout": 1.2})
+        answer = client.chat()
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert "no slot came free" in error_of(answer)
+        assert engine.call()["requests"] <= 4
+
+
+def test_a_client_that_leaves_between_two_tries_ends_them(relay: RelayProcess) -> None:
+    with FakeEngine(status=503, retry_after=1) as busy, Client(relay.port) as operator:
+        relay.controller.send_table([backend(1, busy.port)])
+        with Client(relay.port) as client:
+            client.sock.sendall(request())
+            wait_for(lambda: operator.get("/queue/status").json()["pending"] == 1, "the turn in the queue again")
+        [turn] = relay.controller.finished()
+        assert (turn["outcome"], turn["status"]) == ("aborted", 0)
+        assert operator.get("/queue/status").json()["pending"] == 0
+        busy.call({})
+        assert operator.chat().status == 200
+        assert busy.call()["requests"] == 2
+
+
+def test_a_client_that_leaves_while_its_replica_is_called_ends_the_call(relay: RelayProcess) -> None:
+    """A listener whose queue is full answers no call: it would last until connect_timeout, and then go elsewhere."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, FakeEngine() as other, ExitStack() as stack:
+        for _ in range(3):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+        rows = [backend(1, listener.getsockname()[1]), backend(2, other.port)]
+        relay.controller.send_table(rows, proxy={"strategy": "round_robin", "connect_timeout": 3600.0})
+        with Client(relay.port) as client, Client(relay.port) as operator:
+            client.sock.sendall(request())
+            wait_for(lambda: operator.get("/queue/status").json()["in_flight"] == 1, "the turn on its way")
+        [turn] = relay.controller.finished(seconds=30)
+        assert (turn["outcome"], turn["backend"], turn["retries"]) == ("aborted", "r1", 0)
+        assert other.call()["requests"] == 0
