@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -101,3 +104,91 @@ def test_a_client_that_leaves_while_its_replica_is_called_ends_the_call(relay: R
         [turn] = relay.controller.finished(seconds=30)
         assert (turn["outcome"], turn["backend"], turn["retries"]) == ("aborted", "r1", 0)
         assert other.call()["requests"] == 0
+
+
+# Interim answers.
+
+
+@contextlib.contextmanager
+def bare_server(answer: Callable[[socket.socket], None]) -> Iterator[int]:
+    """The port of a server that calls ``answer`` for each POST, on its connection, and is healthy."""
+
+    def serve(sock: socket.socket) -> None:
+        with sock, contextlib.suppress(OSError):
+            while data := sock.recv(65536):
+                if data.startswith(b"POST"):
+                    answer(sock)
+                else:
+                    sock.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = listener.accept()
+                threading.Thread(target=serve, args=(sock,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
+
+
+INTERIM = b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n"
+FINAL = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
+
+
+def test_thousands_of_interim_answers_at_once_are_passed_over(relay: RelayProcess) -> None:
+    with bare_server(lambda sock: sock.sendall(INTERIM * 5000 + FINAL)) as port, Client(relay.port) as client:
+        relay.controller.send_table([backend(1, port)])
+        for _ in range(3):
+            answer = client.chat()
+            assert (answer.status, answer.body) == (200, b"{}")
+
+
+def test_interim_answers_without_end_are_an_answer_that_does_not_come(relay: RelayProcess, engine: FakeEngine) -> None:
+    def hint_for_ever(sock: socket.socket) -> None:
+        while True:
+            sock.sendall(INTERIM * 1000)
+
+    with bare_server(hint_for_ever) as port, Client(relay.port) as client, Client(relay.port) as other:
+        rows = [backend(1, port, model="hinting"), backend(2, engine.port)]
+        relay.controller.send_table(rows, proxy={"request_timeout": 1.0})
+        client.sock.sendall(request(model="hinting"))
+        assert other.chat().status == 200
+        assert client.read().status == 504
+
+
+# Bugs.
+
+
+def test_a_bug_ends_the_turn_that_met_it_and_is_counted_and_logged(tmp_path: Path, engine: FakeEngine) -> None:
+    """The bug: what every stream calls at its second event is no function."""
+    with RelayProcess(tmp_path, may_have_bugs=True, histogram_bucket=None) as relay:
+        relay.controller.send_table([backend(1, engine.port)])
+        with Client(relay.port) as client, Client(relay.port) as other, ThreadPoolExecutor() as pool:
+            other_turn = pool.submit(other.chat, fake={"delay": 0.5})
+            answer = client.chat(stream=True, fake={"gap": 0.1})
+            assert answer.is_complete
+            assert json.loads(answer.events()[-1])["error"]["message"] == "the proxy failed on this answer"
+            assert other_turn.result().status == 200
+            assert client.chat().status == 200
+        engine.wait_for("aborted", 1)
+        assert sorted(turn["outcome"] for turn in relay.controller.finished(3)) == ["completed", "completed", "cut"]
+        wait_for(lambda: relay.controller.gauges[-1]["counters"]["errors"] == 1, "the error in the counters")
+        assert "an answer failed: TypeError" in relay.log()
+        assert relay.controller.gauges[-1]["backends"]["r1"]["in_flight"] == 0
+
+
+def test_a_bug_while_a_slow_client_is_sent_its_answer_ends_that_turn(tmp_path: Path, engine: FakeEngine) -> None:
+    """The bug: what is called for what a client did not take at once is no function."""
+    with RelayProcess(tmp_path, may_have_bugs=True, memoryview=None) as relay:
+        relay.controller.send_table([backend(1, engine.port)])
+        with Client(relay.port) as slow, Client(relay.port) as other:
+            slow.sock.sendall(request(fake={"size": 30_000_000, "framing": "chunked"}))
+            [turn] = relay.controller.finished(seconds=30)
+            assert turn["outcome"] != "completed"
+            assert other.chat().status == 200
+            assert not slow.read().is_complete
+        assert "an answer failed: TypeError" in relay.log()

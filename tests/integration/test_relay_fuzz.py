@@ -7,6 +7,7 @@ import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from fake_engine import FakeEngine
 from program import wait_for
@@ -91,7 +92,7 @@ def assail(port: int, seed: int) -> set[int]:
 
 
 def test_nonsense_leaves_no_trace(tmp_path: Path) -> None:
-    timeouts = {"HEAD_S": 0.3, "BODY_S": 0.3, "LINGER_S": 0.1, "IDLE_CLIENT_S": 0.3}
+    timeouts: dict[str, Any] = {"HEAD_S": 0.3, "BODY_S": 0.3, "LINGER_S": 0.1, "IDLE_CLIENT_S": 0.3}
     with RelayProcess(tmp_path, **timeouts) as relay, FakeEngine() as engine:
         relay.controller.send_table([backend(1, engine.port)], proxy={"queue_timeout": 1.0, "request_timeout": 5.0})
 
