@@ -10824,6 +10824,7 @@ def unix_address(path: str) -> Iterator[str]:
         os.close(directory)
 
 
+NO_DESCRIPTOR = errno.EMFILE, errno.ENFILE
 RECEIVE_BYTES = 64 << 10
 JOINED_BODY_BYTES = 16 << 10
 LONG_BODY_BYTES = 16 << 10  # from here on it pays to remember what was read
@@ -10836,15 +10837,16 @@ HEAD_S = 15.0  # from a head's first byte to its last
 BODY_S = 30.0  # without a byte of the body
 LINGER_S = 2.0  # that a refused client gets to read why
 SWEEP_S = 0.1  # how late a deadline may be noticed, and how often the controller is told what happened
+SHORTAGE_S = 60.0  # how often a lack of descriptors is logged
 PROBE_S = 5.0
 EJECT_AFTER = 3  # transport errors in a row
 FIRST_EJECTION_S = 0.5  # doubled with each ejection in a row, up to the health check interval
 BUSY_S = 0.5  # that a replica gets no work after 429 or 503, at least
 RETRY_SHARE = 0.1  # of requests; the budget's bounds are RETRY_FLOOR and ten times that
 RETRY_FLOOR = 100.0
+NO_RETRY_LEFT = f"it is not sent elsewhere: the retry budget, {RETRY_SHARE:.0%} of all requests, is spent"
 PACKED_TURNS = 64  # finished turns that are encoded at once: half a millisecond's work
 BATCHED_PACKS = 8  # of these in one frame
-NO_RETRY_LEFT = f"it is not sent elsewhere: the retry budget, {RETRY_SHARE:.0%} of all requests, is spent"
 QUESTION_S = 2.0
 MAX_BUFFERED_EVENTS = 50_000
 MAX_BUFFERED_PACKS = MAX_BUFFERED_EVENTS // PACKED_TURNS
@@ -11194,14 +11196,14 @@ class Outlet:
 
     def _on_writable(self, result: str | None) -> None:
         try:
-            sent = self.client.sock.send(self.backlog)
-        try:
             self._send_backlog(result)
         except Exception as error:  # noqa: BLE001 - a bug ends this turn, at once, and never the relay
             self.client.relay.log_bug("an answer", error)
             self.end("torn")
 
     def _send_backlog(self, result: str | None) -> None:
+        try:
+            sent = self.client.sock.send(self.backlog)
         except BlockingIOError:
             return None
         except OSError:
@@ -11574,7 +11576,11 @@ class ClientSocket:
 
     def connect(self, host: str, port: int) -> Any:
         """A connected socket; TransportError. Not gevent's own way, which asks a resolver about every address."""
-        sock = self.relay.reactor.new_socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        try:
+            sock = self.relay.reactor.new_socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        except OSError as trouble:
+            message = f"no connection to a replica: {descriptor_trouble(trouble)}"
+            raise RequestError(503, message, retry_after_s=1) from None
         try:
             sock.setblocking(False)
             error = sock.connect_ex((host, port))
@@ -12050,6 +12056,8 @@ class Delivery:
         self._exclude(replica)
         if self._unreachable > self._relay.settings.proxy.max_retries:
             raise RequestError(503, f"no replica of {self.turn.model} could be reached: {error}", retry_after_s=1)
+        if not self._relay.book.take_retry():
+            raise RequestError(503, f"replica {replica.id}: {error}; {NO_RETRY_LEFT}", retry_after_s=1)
         self.turn.retries += 1
         return self._start_over()
 
@@ -12066,8 +12074,6 @@ class Delivery:
             raise RequestError(502, f"replica {replica.id} broke off without an answer: {error}", code="replica_lost")
         if self.turn.deaths > 1:
             message = f"replica {replica.id} died with this request, as one did before; it is not sent again"
-        if not self._relay.book.take_retry():
-            raise RequestError(503, f"replica {replica.id}: {error}; {NO_RETRY_LEFT}", retry_after_s=1)
             raise RequestError(502, message, code="replica_lost")
         if not self._relay.book.take_retry():
             raise RequestError(502, f"replica {replica.id}: {error}; {NO_RETRY_LEFT}", code="replica_lost")
@@ -12563,7 +12569,12 @@ class ControlChannel:
         """Accept controllers, for ever; a greenlet runs this."""
         started_at = time.time()
         while True:
-            controller, _ = self._server.accept()
+            try:
+                controller, _ = self._server.accept()
+            except OSError as error:  # out of descriptors
+                self._relay.log("error", f"no controller can be accepted for now: {error}")
+                self._relay.reactor.sleep(1.0)
+                continue
             former, self._controller = self._controller, None
             if former is not None:
                 with contextlib.suppress(OSError):
@@ -12971,12 +12982,13 @@ class Relay:
         self.stats: tuple[bytes, float] | None = None  # the finished document, and when it came
         self.buffered_bytes = 0
         self.is_stopping = False
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY)  # kept: it is read when there is no descriptor, too
         self._stopped, self._has_news = Event(), Event()
-        self._accept_watcher: Any = None
         self._new_event = Event
         self._watchers: list[Any] = []
         self._exit_code = 0
         self.watch = ReplicaWatch(self)
+        self._reception = Reception(self)
 
     # The controller's word.
 
@@ -13016,8 +13028,8 @@ class Relay:
         for replica in self.replicas.values():
             self.pools.setdefault(replica.backend.model, []).append(replica)
         self.admission.sweep()
-        if table.get("settings") and self._accept_watcher is None and not self.is_stopping:
-            self._accept_watcher = self.reactor.watch_reads(self.listener, self._accept)
+        if table.get("settings"):
+            self._reception.open()
 
     def _add_replica(self, row: Backend) -> LiveReplica:
         replica = LiveReplica(row)
@@ -13053,24 +13065,6 @@ class Relay:
         self.control.flush()
         return self._exit_code
 
-    def _accept(self) -> None:
-        for _ in range(64):
-            try:
-                descriptor, peer = self.listener._accept()  # accept() would make one of gevent's patched sockets
-            except BlockingIOError:
-                return
-            except OSError as error:
-                # Out of descriptors: the listener stays readable, so look away until the next sweep.
-                self.log("error", f"no connection can be accepted: {error}")
-                self._accept_watcher.stop()
-                return
-            sock = self.reactor.new_socket(self.listener.family, socket.SOCK_STREAM, 0, fileno=descriptor)
-            sock.setblocking(False)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            client = ClientConnection(self, sock, peer)
-            self.connections.add(client)
-            self.reactor.spawn(client.serve)
-
     def _sweep(self) -> None:
         now = time.monotonic()
         for client in [client for client in self.connections if client.deadline <= now]:
@@ -13078,8 +13072,7 @@ class Relay:
         self.admission.sweep()
         if self.control.has_news:
             self._has_news.set()
-        if self._accept_watcher is not None and not self._accept_watcher.active and not self.is_stopping:
-            self._accept_watcher.start(self._accept)
+        self._reception.sweep()
 
     def _flush_events(self) -> None:
         while True:
@@ -13110,7 +13103,7 @@ class Relay:
             "backends": backends,
             "queue": self.book.queue_status(),
             "counters": {**self.book.counters, "events_dropped": self.control.events_dropped},
-            "rss_bytes": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+            "rss_bytes": int(os.pread(self._statm, 100, 0).split()[1]) * os.sysconf("SC_PAGE_SIZE"),
             "connections": len(self.connections),
         }
 
@@ -13126,9 +13119,7 @@ class Relay:
     def _stop(self) -> None:
         """Accept nothing more, let the turns end that are on their way, up to the deadline; then go."""
         self.log("info", f"stopping: {len(self.book.turns)} turns to finish")
-        if self._accept_watcher is not None:
-            self._accept_watcher.stop()
-        self.listener.close()
+        self._reception.close()
         deadline = time.monotonic() + self.settings.drain_seconds
         while self.connections and time.monotonic() < deadline:
             for client in [client for client in self.connections if client.is_idle]:
@@ -13155,6 +13146,77 @@ class Relay:
         else:
             line = f"{at} {level} relay: {message}" + "".join(f"\n{detail}" for detail in details.values())
         print(line, file=sys.stderr, flush=True)
+
+
+class Reception:
+    """Accepts clients while there are descriptors, for them and for what they ask; the others wait in the queue of the
+    listening socket."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._watcher: Any = None
+        self._shortage_told = -math.inf
+
+    def open(self) -> None:
+        """Accept from now on."""
+        if self._watcher is None and not self._relay.is_stopping:
+            self._watcher = self._relay.reactor.watch_reads(self._relay.listener, self._accept)
+
+    def close(self) -> None:
+        """Accept nobody any more."""
+        if self._watcher is not None:
+            self._watcher.stop()
+        self._relay.listener.close()
+
+    def sweep(self) -> None:
+        """Go on accepting when there are descriptors again."""
+        if self._watcher is None or self._watcher.active or self._relay.is_stopping:
+            return
+        with contextlib.suppress(OSError):
+            lowest = os.dup(self._relay.listener.fileno())
+            os.close(lowest)
+            if lowest < self._limit():
+                self._watcher.start(self._accept)
+
+    def _accept(self) -> None:
+        relay = self._relay
+        for _ in range(64):
+            try:
+                descriptor, peer = relay.listener._accept()  # accept() would make one of gevent's patched sockets
+            except BlockingIOError:
+                return
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:
+                self._pause(error)
+                return
+            sock = relay.reactor.new_socket(relay.listener.family, socket.SOCK_STREAM, 0, fileno=descriptor)
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            client = ClientConnection(relay, sock, peer)
+            relay.connections.add(client)
+            relay.reactor.spawn(client.serve)
+            if descriptor >= self._limit():
+                self._pause(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+                return
+
+    def _limit(self) -> int:
+        """Clients get no descriptor from here on: who is accepted while none is left for replicas is not served."""
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4
+
+    def _pause(self, error: OSError) -> None:
+        """Look away until the next sweep: a listener with clients waiting stays readable."""
+        self._watcher.stop()
+        now = time.monotonic()
+        if now >= self._shortage_told + SHORTAGE_S:
+            self._shortage_told = now
+            self._relay.log("error", f"no connection can be accepted for now: {descriptor_trouble(error)}")
+
+
+def descriptor_trouble(error: OSError) -> str:
+    """What a socket that could not be made is due to, and what helps."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return f"{error.strerror}; the proxy may open {limit} files (ulimit -n): raise that where it is started"
 
 
 def _is_same_endpoint(one: Backend, other: Backend) -> bool:
@@ -13185,7 +13247,7 @@ def _milliseconds(value: bytes | None) -> float | None:
 def socket_owner(sock: Any, peer: tuple[Any, ...]) -> int | None:
     """The user id that owns the other end of a loopback connection; None when it is elsewhere or cannot be told.
 
-    Asks the kernel (sock_diag); where that is not to be had, /proc/net/tcp.
+    Asks the kernel (sock_diag); where that is not to be had, /proc/net/tcp. OSError without a free descriptor.
     """
     host = peer[0].removeprefix("::ffff:")
     if not (host.startswith("127.") or host == "::1"):
@@ -13195,7 +13257,9 @@ def socket_owner(sock: Any, peer: tuple[Any, ...]) -> int | None:
     source, target = (socket.inet_pton(family, end[0].removeprefix("::ffff:")) for end in (peer, local))
     try:
         return _ask_sock_diag(family, source, peer[1], target, local[1])
-    except OSError:
+    except OSError as error:
+        if error.errno in NO_DESCRIPTOR:
+            raise
         return _search_proc_net(family, source, peer[1], local[1])
 
 
@@ -13241,7 +13305,11 @@ class Doorkeeper:
     def authorize(self, client: ClientConnection, request: RequestHead, authorization: bytes) -> None:
         """RequestError 401 unless the client is this user (or root) on this machine, or sends the key."""
         if client.is_trusted is None:
-            client.is_trusted = socket_owner(client.sock, client.peer) in (0, os.getuid())
+            try:
+                client.is_trusted = socket_owner(client.sock, client.peer) in (0, os.getuid())
+            except OSError as trouble:
+                message = f"who calls cannot be told: {descriptor_trouble(trouble)}"
+                raise RequestError(503, message, retry_after_s=1) from None
         if client.is_trusted:
             return
         scheme, _, sent = authorization.partition(b" ")
@@ -13326,6 +13394,8 @@ class ReplicaWatch:
         except TimeoutError:
             return f"no answer to GET /health within {PROBE_S:g} s", False
         except (OSError, WireError) as error:
+            if getattr(error, "errno", None) in NO_DESCRIPTOR:
+                return None, False  # that we have no descriptor says nothing of the replica
             return f"health probe: {getattr(error, 'strerror', None) or error}", True
         # A server without /health answers 404, and serves; an engine that died behind its server answers 5xx.
         return (None, False) if 200 <= status < 500 else (f"GET /health says {status}", True)

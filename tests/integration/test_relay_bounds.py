@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import resource
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -158,6 +161,78 @@ def test_interim_answers_without_end_are_an_answer_that_does_not_come(relay: Rel
         client.sock.sendall(request(model="hinting"))
         assert other.chat().status == 200
         assert client.read().status == 504
+
+
+# Descriptors.
+
+
+def limit_descriptors(relay: RelayProcess, count: int) -> None:
+    """Let the relay open no descriptor from the number ``count`` on; those that it has stay open."""
+    pid, kind = relay.process.pid, resource.RLIMIT_NOFILE
+    resource.prlimit(pid, kind, (count, resource.prlimit(pid, kind)[1]))
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_short_of_descriptors_the_relay_serves_whom_it_has_and_accepts_the_others_later(
+    relay: RelayProcess, engine: FakeEngine
+) -> None:
+    relay.controller.send_table([backend(1, engine.port)], proxy={"health_check_interval": 0.1})
+    with Client(relay.port) as first, ExitStack() as stack:
+        assert first.chat().status == 200
+        limit_descriptors(relay, 80)
+        clients = [stack.enter_context(Client(relay.port, timeout=60)) for _ in range(120)]
+        for client in clients:
+            client.sock.sendall(b"GET /health HTTP/1.1\r\nHost: t\r\n\r\n")
+        wait_for(lambda: "no connection can be accepted" in relay.log(), "the lack of descriptors")
+        spent, since = cpu_seconds(relay.process.pid), time.monotonic()
+        # Those it has need connections to the replica, all of them at once.
+        with ThreadPoolExecutor(8) as pool:
+            assert [clients[number].read().status for number in range(8)] == [200] * 8
+            answers = pool.map(lambda client: client.chat(fake={"delay": 0.5}).status, clients[:8])
+            assert list(answers) == [200] * 8
+        wait_for(lambda: time.monotonic() > since + 1.5, "what a busy loop would spend")
+        assert cpu_seconds(relay.process.pid) - spent < 0.5 * (time.monotonic() - since)
+        assert relay.log().count("no connection can be accepted") == 1
+        for client in clients[:-20]:
+            client.sock.close()
+        assert [client.read().status for client in clients[-20:]] == [200] * 20
+        assert first.chat().status == 200
+    assert relay.controller.gauges[-1]["backends"]["r1"] == {
+        **relay.controller.gauges[-1]["backends"]["r1"],
+        "healthy": True,
+        "errors": 0,
+    }
+
+
+def test_without_any_descriptor_left_a_turn_is_refused_and_no_replica_blamed(
+    relay: RelayProcess, engine: FakeEngine
+) -> None:
+    relay.controller.send_table([backend(1, engine.port)], proxy={"health_check_interval": 0.1})
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        one, other, new = (stack.enter_context(Client(relay.port)) for _ in range(3))
+        assert new.get("/health").status == 200  # it is accepted; for the next question, its owner is to be known
+        assert (one.chat().status, other.get("/health").status) == (200, 200)
+        assert other.chat().status == 200
+        limit_descriptors(relay, 1)
+        held = pool.submit(one.chat, fake={"delay": 2.0})
+        engine.wait_for("running", 1)
+        refused = other.chat()
+        assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+        assert "ulimit -n" in error_of(refused)
+        refused = new.get("/v1/models")
+        assert (refused.status, refused.headers["retry-after"]) == (503, "1")
+        assert "ulimit -n" in error_of(refused)
+        count = len(relay.controller.gauges)
+        wait_for(lambda: len(relay.controller.gauges) > count + 1, "gauges, and probes, without a descriptor")
+        assert held.result().status == 200
+        limit_descriptors(relay, 1000)
+        assert [other.chat().status, new.get("/v1/models").status] == [200, 200]
+        assert relay.controller.gauges[-1]["backends"]["r1"]["healthy"]
+    assert "is out" not in relay.log()
 
 
 # Bugs.
