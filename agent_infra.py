@@ -9233,6 +9233,7 @@ REPLACED_AFTER_S = 15.0  # of silence
 TUNNEL_BACKOFF_S = (0.2, 30.0)  # before the first new attempt, and at most; doubled each time
 LOGINS_AT_ONCE = 4  # sshd refuses some of more than ten that are not through yet (MaxStartups)
 FORGIVING_S = 60.0  # that turns wait for a tunnel which is being replaced, before its replica counts as away
+TUNNELS_CLOSE_S = 10.0  # that all tunnels together have to close
 FORWARD_BACKLOG = 1024  # connections that wait in a tunnel's port: all agents may come at once
 
 
@@ -10700,14 +10701,15 @@ class TunnelSet:
         return lines
 
     def close(self) -> None:
-        """Close all tunnels; returns when they are closed."""
+        """Close all tunnels; one that is at a login does so when that ends, or this process does."""
         with self._lock:
             self._is_closed = True
             tunnels, self._tunnels = list(self._tunnels.values()), {}
         for tunnel in tunnels:
             tunnel.stop()
+        deadline = time.monotonic() + TUNNELS_CLOSE_S
         for tunnel in tunnels:
-            tunnel.join(10.0)
+            tunnel.join(max(0.0, deadline - time.monotonic()))
 
     def _target(self, record: ReplicaRecord) -> TunnelTarget | None:
         """Where a replica that serves is to be reached; None for one that does not."""
@@ -13622,6 +13624,7 @@ DISCOVERY_INTERVAL_S = 0.5
 SNAPSHOT_INTERVAL_S = 1.0
 ANALYSIS_INTERVAL_S = 5.0
 DRAIN_S = 30.0  # that turns in flight have to end before a relay or a replica is stopped
+STOP_S = 10.0  # that each thread of the controller has to end
 
 
 class RelayGoneError(AgentInfraError):
@@ -13733,24 +13736,26 @@ class RelayLink:
 
     def send(self, kind: bytes, payload: bytes) -> None:
         """Send a frame; RelayGoneError when the relay takes none."""
+        control = self._control  # close() may come from another thread
         try:
-            if self._control is None:
+            if control is None:
                 raise OSError("not connected")
-            self._control.sendall(encode_frame(kind, payload))
+            control.sendall(encode_frame(kind, payload))
         except OSError as error:
             raise RelayGoneError(f"the relay (pid {self.pid}) is gone: {error}") from error
 
     def receive(self, timeout: float) -> list[tuple[bytes, bytes]]:
         """The frames that arrive within ``timeout`` seconds, perhaps none; RelayGoneError at the end of the stream."""
-        if self._control is None:
+        control = self._control
+        if control is None:
             raise RelayGoneError("the relay is not connected")
         if self._early:
             frames, self._early = self._early, []
             return frames
         try:
-            if not select.select([self._control], [], [], timeout)[0]:
+            if not select.select([control], [], [], timeout)[0]:
                 return []
-            data = self._control.recv(1 << 20)
+            data = control.recv(1 << 20)
             if not data:
                 raise OSError("it hung up")
             return self._frames.feed(data)
@@ -13831,9 +13836,14 @@ class Discovery:
         self._thread.start()
 
     def stop(self) -> None:
+        """End the thread, or leave it behind in a look that takes long: whatever that finds, nobody acts on it."""
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=10.0)
+            self._thread.join(timeout=STOP_S)
+            if self._thread.is_alive():
+                self._warn(
+                    "a look at the replicas still goes on; it is left behind, and a handover that it may be at too"
+                )
 
     def look(self) -> None:
         """One look; what goes wrong is kept in ``error`` and leaves the last records standing."""
@@ -14018,9 +14028,10 @@ class Analyst:
         self._thread.start()
 
     def stop(self) -> None:
+        """End the thread, or leave it behind in a computation that nobody will look at."""
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=10.0)
+            self._thread.join(timeout=STOP_S)
 
     def take(self, turns: Iterable[TurnRecord]) -> None:
         """Add finished turns."""
@@ -14160,18 +14171,19 @@ class Bookkeeper:
         history = self._history.document() if self._history is not None else off
         return {"history": history, "accounting": self._replica_time.document(), "analysis": analysis}
 
-    def close(self) -> None:
-        """Write what is left. Nothing is taken or sampled any more."""
+    def close(self, takes_rest: bool = True) -> None:
+        """Write what is left. Nothing is taken or sampled any more; if it may be, nothing more is taken here."""
         self._analyst.stop()
-        self.take()
-        self._write_figures()
+        if takes_rest:
+            self.take()
+            self._write_figures()
         if self._history is not None:
             self._history.close()
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a log; a full disk does not stop the service."""
-    with contextlib.suppress(OSError), open(path, "a", encoding="utf-8") as log:
+    """Add a line to a log; neither a full disk nor half a surrogate pair stops the service."""
+    with contextlib.suppress(OSError), open(path, "a", encoding="utf-8", errors="backslashreplace") as log:
         log.write(line + "\n")
 
 
@@ -14277,9 +14289,16 @@ class Controller:
             self._thread.join(timeout=grace_s + RELAY_END_S)
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join(timeout=10.0)
+            self._thread.join(timeout=STOP_S)
+        if is_stuck := self._thread.is_alive():
+            self._ending.set()
+            self.relay.close()  # it ends what the thread may be waiting for, and the thread by that
+            self._thread.join(timeout=STOP_S)
+            if is_stuck := self._thread.is_alive():
+                lost = "the history lacks the turns and the replica time that it has not handed on"
+                self._log(f"the controller's thread still works and is left behind; {lost}", "warning")
         self.discovery.stop()
-        self._books.close()
+        self._books.close(takes_rest=not is_stuck)
         self.relay.close()
         if self.tunnels is not None:
             self.tunnels.close()
@@ -14301,6 +14320,7 @@ class Controller:
                     self._replace_relay(error)
         except BaseException as error:
             self.failure = error
+            self._log(f"the controller failed: {traceback.format_exc().strip()}", "error")
             raise
 
     def _exchange(self, timeout: float) -> None:
@@ -16127,8 +16147,9 @@ class PageProcess:
 
 def _end_with_input() -> None:
     """Wait until the standard input ends, which is when the parent does; then end this process."""
-    while os.read(0, 4096):
-        pass
+    with contextlib.suppress(OSError):  # nor can be read any more
+        while os.read(0, 4096):
+            pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

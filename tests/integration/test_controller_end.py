@@ -1,0 +1,82 @@
+"""A controller ends, and its relay with it, whatever its threads are at; what is lost by that is told."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from program import wait_for
+
+import agent_infra
+from agent_infra import (
+    ClusterConfig,
+    Config,
+    Controller,
+    ModelConfig,
+    ProxyConfig,
+    ReplicaRecord,
+    TunnelSet,
+    deployment_paths,
+)
+
+
+class Hindrance:
+    """Something that takes long, from some time on."""
+
+    def __init__(self) -> None:
+        self.begins, self.is_met, self.is_over = threading.Event(), threading.Event(), threading.Event()
+
+    def meet(self) -> None:
+        if self.begins.is_set():
+            self.is_met.set()
+            assert self.is_over.wait(60)
+
+
+class SlowTunnels(TunnelSet):
+    def __init__(self, hindrance: Hindrance) -> None:
+        super().__init__(ClusterConfig(), None, "key")
+        self._hindrance = hindrance
+
+    def follow(self, records: Sequence[ReplicaRecord]) -> list[ReplicaRecord]:
+        self._hindrance.meet()
+        return super().follow(records)
+
+
+@pytest.mark.parametrize(
+    ("slow", "said"),
+    [
+        ("controller", "still works and is left behind; the history lacks the turns and the replica time"),
+        ("discovery", "a look at the replicas still goes on; it is left behind"),
+    ],
+)
+def test_a_thread_that_does_not_end_keeps_nothing_else_from_its_end(
+    slow: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent_infra, "STOP_S", 0.5)
+    hindrance, none = Hindrance(), Hindrance()
+
+    def look() -> list[ReplicaRecord]:
+        (hindrance if slow == "discovery" else none).meet()
+        return []
+
+    config = Config(models=(ModelConfig("m", "m", engine="command"),), proxy=ProxyConfig(port=0))
+    paths = deployment_paths("default", {"XDG_STATE_HOME": str(tmp_path), "HOME": str(tmp_path)})
+    tunnels = SlowTunnels(hindrance if slow == "controller" else none)
+    controller = Controller(config, paths, look, keys=("key", None), tunnels=tunnels)
+    controller.start()
+    try:
+        stamp = agent_infra.process_stamp(controller.relay.pid)
+        pid = controller.relay.pid
+        hindrance.begins.set()
+        assert hindrance.is_met.wait(30)
+        controller.stop(0)
+        assert stamp is not None
+        assert agent_infra.process_stamp(pid) != stamp  # its relay has ended
+        assert said in paths.log("proxy").read_text()
+    finally:
+        hindrance.is_over.set()
+        controller.stop(0)
+    wait_for(lambda: slow not in [thread.name for thread in threading.enumerate()], "the thread ends later, in order")
+    assert controller.failure is None
