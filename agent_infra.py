@@ -12057,7 +12057,10 @@ class Delivery:
         self._unreachable += 1
         self._exclude(replica)
         if self._unreachable > self._relay.settings.proxy.max_retries:
-            raise RequestError(503, f"no replica of {self.turn.model} could be reached: {error}", retry_after_s=1)
+            remedy = self._relay.control.remedy
+            raise RequestError(
+                503, f"no replica of {self.turn.model} could be reached: {error}{remedy}", retry_after_s=1
+            )
         if not self._relay.book.take_retry():
             raise RequestError(503, f"replica {replica.id}: {error}; {NO_RETRY_LEFT}", retry_after_s=1)
         self.turn.retries += 1
@@ -12282,7 +12285,8 @@ class Admission:
                     raise ClientGone
                 outlook, now = self.outlook(turn.model, turn.route), time.monotonic()
                 if outlook == "nothing":
-                    raise RequestError(503, f"no replica of {turn.model} is there to answer", retry_after_s=1)
+                    remedy = self._relay.control.remedy
+                    raise RequestError(503, f"no replica of {turn.model} is there to answer{remedy}", retry_after_s=1)
                 if outlook == "loading" or was_loading:
                     since, was_loading = now, outlook == "loading"
                 if now >= since + timeout_s:
@@ -12613,6 +12617,12 @@ class ControlChannel:
     def is_connected(self) -> bool:
         """Whether there is a controller."""
         return self._controller is not None
+
+    @property
+    def remedy(self) -> str:
+        """The end of a message that a replica is missing: what to do about it; empty while the controller does it."""
+        gone = "; the proxy's controller is gone, and with it the tunnels that it held: `connect` takes over"
+        return "" if self.is_connected else gone
 
     @property
     def has_news(self) -> bool:

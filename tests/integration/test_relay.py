@@ -258,6 +258,19 @@ def test_the_relay_serves_on_without_a_controller_and_the_next_one_hears_all(
     assert successor.listener.getsockname()[1] == relay.port
 
 
+def test_a_replica_that_is_missing_without_a_controller_is_told_with_what_to_do(relay: RelayProcess) -> None:
+    """As behind SSH, where the tunnels end with the controller that was killed."""
+    with FakeEngine() as engine, Client(relay.port) as client:
+        relay.controller.send_table([backend(1, engine.port)])
+        assert client.chat().status == 200
+        relay.controller.close()
+    with Client(relay.port) as client:
+        for _ in range(3):  # when it is met, and when it is known
+            answer = client.chat()
+            assert answer.status == 503
+            assert "`connect` takes over" in answer.body.decode()
+
+
 def test_the_newest_controller_wins(relay: RelayProcess) -> None:
     relay.connect()
     assert relay.controller.is_closed.wait(5)
