@@ -13272,7 +13272,7 @@ def socket_owner(sock: Any, peer: tuple[Any, ...]) -> int | None:
     except OSError as error:
         if error.errno in NO_DESCRIPTOR:
             raise
-        return _search_proc_net(family, source, peer[1], local[1])
+        return _search_proc_net(_proc_net_address(source, peer[1]), _proc_net_address(target, local[1]), family)
 
 
 def _ask_sock_diag(family: int, source: bytes, source_port: int, target: bytes, target_port: int) -> int | None:
@@ -13290,16 +13290,19 @@ def _ask_sock_diag(family: int, source: bytes, source_port: int, target: bytes, 
     return uid if inode else None  # an orphaned socket counts as root's: it has no inode, and no owner to trust
 
 
-def _search_proc_net(family: int, source: bytes, source_port: int, target_port: int) -> int | None:
+def _proc_net_address(address: bytes, port: int) -> str:
+    """As /proc/net/tcp writes it: words of four bytes in the machine's order."""
+    return "".join(f"{word:08X}" for word in struct.unpack(f"={len(address) // 4}I", address)) + f":{port:04X}"
+
+
+def _search_proc_net(source: str, target: str, family: int) -> int | None:
     """The same from the kernel's table of all sockets."""
-    words = struct.unpack(f">{len(source) // 4}I", source)
-    wanted = "".join(f"{word:08X}" for word in struct.unpack(f"={len(words)}I", source)) + f":{source_port:04X}"
     try:
         table = Path("/proc/net/tcp6" if family == socket.AF_INET6 else "/proc/net/tcp").read_text().splitlines()
     except OSError:
         return None
     for columns in map(str.split, table[1:]):
-        if columns[1] == wanted and columns[2].endswith(f":{target_port:04X}") and columns[9] != "0":
+        if columns[1:3] == [source, target] and columns[9] != "0":
             return int(columns[7])
     return None
 

@@ -145,14 +145,24 @@ class RelayProcess:
     """A relay as a child process: ``with RelayProcess(tmp_path) as relay: relay.controller.send_table(...)``.
 
     ``overrides`` replace constants of the module in the child, so that deadlines of minutes can be tested in seconds.
+    ``prelude``: Python that the child runs first, with the tests' folder on its path.
     ``may_have_bugs``: they break something, and a traceback in its log is no failure.
     """
 
-    def __init__(self, directory: Path, *, may_have_bugs: bool = False, **overrides: Any) -> None:
-        self.may_have_bugs = may_have_bugs
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        host: str = "127.0.0.1",
+        prelude: str = "",
+        may_have_bugs: bool = False,
+        **overrides: Any,
+    ) -> None:
+        self.prelude, self.may_have_bugs = prelude, may_have_bugs
         self.path = str(directory / "relay.sock")
         self.log_path = directory / "relay.log"
-        self.listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self.listener = socket.create_server((host, 0), family=family, backlog=1024)
         self.port: int = self.listener.getsockname()[1]
         self.overrides = overrides
         self._controllers: list[Controller] = []
@@ -161,7 +171,8 @@ class RelayProcess:
 
     def start(self) -> subprocess.Popen[bytes]:
         settings = "".join(f"agent_infra.{name} = {value!r};" for name, value in self.overrides.items())
-        code = f"import agent_infra, sys; {settings} sys.exit(agent_infra.run_relay(sys.argv[1], int(sys.argv[2])))"
+        code = f"{self.prelude}\nimport agent_infra, sys; {settings} "
+        code += "sys.exit(agent_infra.run_relay(sys.argv[1], int(sys.argv[2])))"
         descriptor = self.listener.fileno()
         with self.log_path.open("ab") as log:
             return subprocess.Popen(
@@ -170,7 +181,7 @@ class RelayProcess:
                 stdout=log,
                 stderr=log,
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
             )
 
     def connect(self) -> Controller:
@@ -233,8 +244,8 @@ class Answer:
 class Client:
     """A raw HTTP/1.1 client on one connection, that trusts nothing and normalises nothing."""
 
-    def __init__(self, port: int, timeout: float = 10.0) -> None:
-        self.sock = socket.create_connection(("127.0.0.1", port), timeout=timeout)
+    def __init__(self, port: int, timeout: float = 10.0, host: str = "127.0.0.1") -> None:
+        self.sock = socket.create_connection((host, port), timeout=timeout)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.buffer = b""
 

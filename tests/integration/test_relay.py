@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 from program import wait_for
-from relay_harness import KEY, Client, RelayProcess, backend
+from relay_harness import Client, RelayProcess, backend
 
 
 @pytest.fixture
@@ -391,32 +391,3 @@ def test_a_client_that_leaves_at_the_last_event_has_its_answer(relay: RelayProce
     engine.wait_for("aborted", 1, seconds=0.5)
     [turn] = relay.controller.finished()
     assert (turn["outcome"], turn["status"], turn["finish_reason"]) == ("completed", 200, "stop")
-
-
-# The key.
-
-
-def test_a_key_is_not_asked_of_the_same_user(client: Client) -> None:
-    assert client.chat({"Authorization": "Bearer whatever"}).status == 200
-
-
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
-def test_another_user_needs_the_key_for_everything_but_health(client: Client, relay: RelayProcess) -> None:
-    uid, read_end, write_end = 65534, *os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.setuid(uid)
-        with Client(relay.port) as other:
-            found = [other.get("/stats").status, other.get("/health").status]
-        with Client(relay.port) as other:
-            found += [other.chat().status]
-        with Client(relay.port) as other:
-            found += [other.chat({"Authorization": "Bearer wrong"}).status]
-        with Client(relay.port) as other:
-            found += [other.chat({"Authorization": f"Bearer {KEY}"}).status, other.chat({"X-Api-Key": KEY}).status]
-        os.write(write_end, repr(found).encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    os.close(write_end)
-    assert os.read(read_end, 1000) == b"[401, 200, 401, 401, 200, 200]"
-    os.close(read_end)

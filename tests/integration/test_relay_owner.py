@@ -1,0 +1,84 @@
+"""Who may pass without the key: the user's own processes, told by the socket's owner, over IPv4 and IPv6."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine
+from program import free_port
+from relay_harness import KEY, Client, RelayProcess, backend
+
+NOBODY = 65534
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+
+
+@pytest.fixture(params=["127.0.0.1", "::1"])
+def host(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["sock_diag", "/proc/net/tcp"])
+def relay(request: pytest.FixtureRequest, tmp_path: Path, host: str, engine: FakeEngine) -> Iterator[RelayProcess]:
+    """A relay at ``host`` that may ask the kernel's sock_diag, or has to search the table of sockets."""
+    prelude = "import testbed.no_netlink" if request.param == "/proc/net/tcp" else ""
+    with RelayProcess(tmp_path, host=host, prelude=prelude) as relay:
+        relay.controller.send_table([backend(1, engine.port)])
+        yield relay
+
+
+@contextlib.contextmanager
+def another_user() -> Iterator[None]:
+    """The sockets that are made meanwhile are another user's."""
+    os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_key_is_not_asked_of_the_same_user(relay: RelayProcess, host: str) -> None:
+    with Client(relay.port, host=host) as client:
+        assert client.chat({"Authorization": "Bearer whatever"}).status == 200
+        assert client.get("/stats").status == 503  # there is no snapshot; the door is open
+
+
+@needs_root
+def test_another_user_needs_the_key_for_everything_but_health(relay: RelayProcess, host: str) -> None:
+    with ExitStack() as stack:
+        with another_user():
+            first, second, third, fourth = (stack.enter_context(Client(relay.port, host=host)) for _ in range(4))
+        assert [first.get("/health").status, first.get("/stats").status] == [200, 401]
+        assert second.chat().status == 401
+        assert third.chat({"Authorization": "Bearer wrong"}).status == 401
+        assert fourth.chat({"Authorization": f"Bearer {KEY}"}).status == 200
+        assert fourth.chat({"X-Api-Key": KEY}).status == 200
+
+
+@needs_root
+@pytest.mark.parametrize("host", ["127.0.0.1"], indirect=True)
+def test_another_user_at_a_port_that_this_one_uses_to_call_elsewhere_is_not_this_one(
+    relay: RelayProcess, host: str
+) -> None:
+    """Two sockets may have one address and port, as long as they call different servers."""
+    port = free_port()
+
+    def call(server: str) -> socket.socket:
+        sock = stack.enter_context(socket.socket())
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.settimeout(10.0)
+        sock.bind((host, port))
+        sock.connect((server, relay.port))
+        return sock
+
+    with socket.create_server(("127.0.0.2", relay.port)), ExitStack() as stack:
+        with another_user():
+            other = call(host)
+        call("127.0.0.2")
+        other.sendall(b"GET /v1/models HTTP/1.1\r\nHost: t\r\n\r\n")
+        assert other.recv(65536).startswith(b"HTTP/1.1 401 ")
