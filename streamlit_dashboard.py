@@ -660,7 +660,9 @@ def _lines(data: Data, panel_name: str, title: str, unit: str, crosshair: alt.Pa
     """
     names = list(TIMELINE[panel_name].values())
     own = alt.Chart(data)
+    is_last = panel_name == list(TIMELINE)[-1]  # the axis is common, so one has the labels
     times = alt.Axis(title=None, format="%H:%M", tickCount=6, labelOverlap=True, labelFlush=True, grid=False)
+    times.labels = is_last
     figures = alt.Axis(title=None, tickCount=3, ticks=False, domain=False, offset=-AXIS_PX, labelPadding=6)
     if panel_name == "agents":
         figures.tickMinStep = 1  # there is no half of an agent
@@ -685,7 +687,7 @@ def _lines(data: Data, panel_name: str, title: str, unit: str, crosshair: alt.Pa
     return alt.layer(lines, rule).properties(height=height, title=heading)
 
 
-def timeline_chart(data: Data, height: int = 188) -> alt.VConcatChart:
+def timeline_chart(data: Data, height: int = 204) -> alt.VConcatChart:
     """Throughput, latency and agents of timeline_frame, one above the other on one time axis with one crosshair."""
     crosshair = alt.selection_point(
         name="moment", fields=["at"], nearest=True, on="pointerover", clear="pointerout", empty=False
@@ -741,6 +743,11 @@ def chart_template(chart: Callable[[Data], alt.TopLevelMixin]) -> dict[str, Any]
         "embedOptions": {"logLevel": 1, "renderer": "canvas"}
     }  # Vega warns of every layer that has no rows yet
     return specification
+
+
+def lowered(template: Mapping[str, Any], height: int = 88) -> dict[str, Any]:
+    """The timeline for beside an analysis without a curve, which is not high either."""
+    return {**template, "vconcat": [{**chart, "height": height} for chart in template["vconcat"]]}
 
 
 # =====================================================================================================================
@@ -1141,33 +1148,28 @@ def _place_cell(row: Any) -> Node:
 
 def _gpu_cell(row: Any) -> Node:
     label = f"{int(row.gpus)} × {row.gpu_name}" if is_known(row.gpus) else "GPU"
-    return cell(meter(row.gpu_utilization, f"utilisation of {label}", percent(row.gpu_utilization)), title=label)
+    shown = meter(row.gpu_utilization, f"utilisation of {label}", percent(row.gpu_utilization))
+    return cell(shown, kind="ai-gauge", title=label)
 
 
 def _memory_cell(row: Any) -> Node:
     share = row.memory_used / row.memory_total if is_known(row.memory_used) and row.memory_total else None
     total = gibibytes(row.memory_total)
-    return cell(meter(share, f"GPU memory of {total}:", gibibytes(row.memory_used)), title=f"of {total}")
+    shown = meter(share, f"GPU memory of {total}:", gibibytes(row.memory_used))
+    return cell(shown, kind="ai-gauge", title=f"of {total}")
 
 
 def _kv_cell(row: Any) -> Node:
     is_full = is_known(row.kv_usage) and row.kv_usage >= FULL_KV
     text = percent(row.kv_usage) + (" full" if is_full else "")
-    return cell(
-        meter(row.kv_usage, "KV cache", (SHAPES[BUSY] + " " if is_full else "") + text, BUSY if is_full else NEUTRAL)
-    )
+    mark, judgement = (f"{SHAPES[BUSY]} ", BUSY) if is_full else ("", NEUTRAL)
+    return cell(meter(row.kv_usage, "KV cache", mark + text, judgement), kind="ai-gauge")
 
 
 def _flight_cell(row: Any) -> Node:
     slots = f"/{count(row.slots)}" if is_known(row.slots) else ""
-    return cell(
-        el(
-            "span",
-            {"class": "ai-flight"},
-            el("span", {}, f"{count(row.in_flight)}{slots}"),
-            sparkline(row.in_flight_history),
-        )
-    )
+    figures = el("span", {}, f"{count(row.in_flight)}{slots}")
+    return cell(el("span", {"class": "ai-flight"}, figures, sparkline(row.in_flight_history)), kind="ai-course")
 
 
 def _latency_cell(row: Any) -> Node:
@@ -1196,10 +1198,10 @@ _BACKEND_CELLS: Mapping[str, BackendCell] = {
     "id": BackendCell("replica", "", ("id",), lambda row: cell(foreign(row.id))),
     "place": BackendCell("node", "", ("node", "partition"), _place_cell),
     "state": BackendCell("state", "", ("state",), _state_cell),
-    "gpu": BackendCell("GPU busy", "", ("gpu_utilization",), _gpu_cell),
-    "memory": BackendCell("GPU memory", "", ("memory_used",), _memory_cell),
-    "kv": BackendCell("KV cache", "", ("kv_usage",), _kv_cell),
-    "flight": BackendCell("in flight", "", ("in_flight",), _flight_cell),
+    "gpu": BackendCell("GPU busy", "ai-gauge", ("gpu_utilization",), _gpu_cell),
+    "memory": BackendCell("GPU memory", "ai-gauge", ("memory_used",), _memory_cell),
+    "kv": BackendCell("KV cache", "ai-gauge", ("kv_usage",), _kv_cell),
+    "flight": BackendCell("in flight", "ai-course", ("in_flight",), _flight_cell),
     "ttft": BackendCell("first token", "ai-num", ("ttft_ms",), lambda row: cell(duration(row.ttft_ms), kind="ai-num")),
     "latency": BackendCell("latency p50 / p95", "ai-num", ("id",), _latency_cell),
     "errors": BackendCell("turns / errors", "ai-num", ("requests",), _errors_cell),
@@ -1515,7 +1517,9 @@ def _holding_back(entry: Mapping[str, Any]) -> Node:
     frame = share_frame(entry)
     if frame.empty:
         reason = part(entry, "verdict").get("reason") or part(entry, "verdict").get("sentence") or "no traffic"
-        return el("p", {"class": "ai-muted"}, f"What holds the run back is not known: {reason}")
+        return el(
+            "div", {"class": "ai-apart"}, el("p", {}, f"What holds the run back is not known: {reason}"), *_glossary()
+        )
     items = [
         el(
             "tr",
@@ -1528,6 +1532,19 @@ def _holding_back(entry: Mapping[str, Any]) -> Node:
     ]
     columns = (("throughput hangs on", ""), ("share", "ai-wide"), ("interval", "ai-num"))
     return table("what throughput hangs on", columns, items)
+
+
+def _glossary() -> list[Node]:
+    """What the parts of a turn are, where nothing needs the room yet."""
+    meanings = (
+        ("pre", "the agent makes its next observation, as its client timed it"),
+        ("queue", "the turn waits for a replica that has room"),
+        ("inference", "the replica reads the prompt and answers"),
+        ("post", "the agent acts on the answer"),
+        ("unaccounted", "between two turns, and no client says for what"),
+    )
+    items = [each for name, text in meanings for each in (el("dt", {}, name), el("dd", {}, text))]
+    return [el("h3", {}, "The parts of a turn"), el("dl", {"class": "ai-texts"}, *items)]
 
 
 def what_if_panel(entry: Mapping[str, Any]) -> Node:
@@ -1940,6 +1957,7 @@ CSS = """
 .ai-verdict { display: grid; grid-template-columns: 150px auto minmax(0, 1fr); gap: 4px 32px; align-items: start;
   padding: 8px 0; border-top: 1px solid var(--ai-line); }
 .ai-head + .ai-verdict { border-top: 0; padding-top: 0; }
+.ai-verdict:last-child { padding-bottom: 0; } .ai-verdict-text > :last-child { margin-bottom: 0; }
 .ai-verdict-name .ai-badge { font-size: 16px; }
 .ai-verdict-text { grid-column: 3; }
 .ai-verdict-text p { max-width: 120ch; text-wrap: pretty; }
@@ -1972,6 +1990,10 @@ CSS = """
 .ai-table tr:last-child > :is(td, th) { border-bottom: 0; }
 .ai-table thead tr:last-child > th { border-bottom: 1px solid var(--ai-line); }
 .ai-table .ai-num { text-align: right; }
+.ai-table .ai-num + :not(.ai-num) { padding-left: 12px; }
+@media (min-width: 1600px) { .ai-table .ai-gauge { width: 10%; } .ai-table .ai-course { width: 14%; }
+  .ai-gauge .ai-metered { max-width: 220px; } .ai-course .ai-flight { width: 100%; padding-right: 20px; }
+  .ai-course .ai-spark { flex: 1; } }
 .ai-table .ai-wide { min-width: 120px; width: 22%; }
 .ai-table tr:hover > td { background: light-dark(#f7f9fb, #1f2327); }
 [data-row]:focus { outline: 2px solid var(--st-primary-color); outline-offset: -2px; }
@@ -2037,6 +2059,7 @@ td > .ai-muted.ai-cut { margin-left: 6px; }
 .ai-client .ai-toggle { font-weight: 600; }
 .ai-indent { padding-left: 16px !important; }
 .ai-detail { padding: 6px 0 12px 36px !important; white-space: normal !important; }
+.ai-apart { margin-top: 12px; }
 .ai-texts { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0; font-size: 13.5px; }
 .ai-texts dt { color: var(--ai-muted); font-weight: 400; } .ai-texts dd { margin: 0; }
 .ai-list { list-style: none; margin: 0; padding: 0; } .ai-list li { padding: 5px 0;
@@ -2098,10 +2121,10 @@ def _templates() -> Mapping[str, dict[str, Any]]:
     return templates
 
 
-def show_chart(name: str, frame: pd.DataFrame) -> None:
+def show_chart(name: str, template: Mapping[str, Any], frame: pd.DataFrame) -> None:
     """A chart filled with ``frame``; none without rows. The browser changes its data in place."""
     if not frame.empty:
-        specification = {**_templates()[name], "datasets": {"rows": frame}}
+        specification = {**template, "datasets": {"rows": frame}}
         st.vega_lite_chart(spec=specification, key=name, width="stretch", alt=CHART_ALT[name])
 
 
@@ -2175,15 +2198,17 @@ def charts_view(source: Source) -> None:
     document = source.read().document
     if not document:
         return
+    templates, curve = _templates(), capacity_frame(chosen_entry(document))
     left, right = st.columns(2, gap="small")
     with left, st.container(key="card_analysis", height="stretch"):
         slot("analysis")
         with st.container():
-            show_chart("capacity", capacity_frame(chosen_entry(document)))
+            show_chart("capacity", templates["capacity"], curve)
         slot("what_ifs")
     with right, st.container(key="card_timeline", height="stretch"):
         slot("timeline")
-        show_chart("timeline", timeline_frame(document))
+        timeline = templates["timeline"]
+        show_chart("timeline", lowered(timeline) if curve.empty else timeline, timeline_frame(document))
 
 
 def controls_view() -> None:
