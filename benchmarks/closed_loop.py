@@ -400,6 +400,10 @@ class ClosedLoop:
             heapq.heappush(self._arrivals, (self.now + delay, agent.number, agent))
         self.agents = wanted
 
+    def at_work(self) -> list[Agent]:
+        """The agents, each in a session that is not over."""
+        return list(self._agents.values())
+
     def run(self, seconds: float) -> None:
         """Let time go on."""
         until = self.now + seconds

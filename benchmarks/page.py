@@ -4,7 +4,8 @@
     python benchmarks/page.py                     # 64 replicas, 2,000 live sessions, whose figures change all the time
     python benchmarks/page.py --seconds 60
 
-Needs Chromium (apt-get install chromium) and playwright.  A viewer paints first when the verdict is there.
+Needs Chromium (apt-get install chromium) and playwright.  A viewer paints first when the verdict is there, and has the
+page whole with the last of its tables and both charts.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def measure(browser: Any, url: str, server_pid: int, asked: Sequence[str], secon
         tab.wait_for_selector("[data-panel=verdict]")
         first_s = time.monotonic() - began
         tab.wait_for_selector("[data-panel=cost]")
+        tab.wait_for_function("document.querySelectorAll('.stVegaLiteChart canvas').length >= 2")
         print(f"{viewer}: first paint {first_s:.2f} s, whole {time.monotonic() - began:.2f} s", flush=True)
         if viewer != "third viewer":
             tab.close()

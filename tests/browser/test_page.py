@@ -106,6 +106,34 @@ def test_a_session_is_expanded_stays_so_and_keeps_the_focus_while_the_figures_ch
     wait_text(tab, "[data-panel=turns]", "Observation 3")
 
 
+def test_what_is_painted_first_stays_when_the_rest_comes(site: Site) -> None:
+    tab = site.browser.new_page()
+    tab.goto(site.url)
+    verdict = tab.wait_for_selector("[data-panel=verdict]")
+    tab.wait_for_selector("[data-panel=cost]")
+    tab.wait_for_function("document.querySelectorAll('.stVegaLiteChart canvas').length === 2")
+    assert verdict.evaluate("each => each.isConnected")
+
+
+def test_the_model_that_is_chosen_is_the_one_that_is_shown_and_drawn(site: Site) -> None:
+    """Two models, of which one has a curve."""
+    entries = [
+        {**stats.analysis("NO DATA")[0], "model": "small"},
+        {**stats.analysis("GPU-BOUND")[0], "model": "large"},
+    ]
+    tab = site.open(stats.busy(analysis=entries))
+    charts = "document.querySelectorAll('.stVegaLiteChart canvas').length"
+    tab.wait_for_function(f"{charts} === 1")
+    tab.click("[data-panel=analysis] [data-set^=large]")
+    tab.wait_for_function(f"{charts} === 2")
+    assert tab.get_attribute("[data-panel=analysis] [data-set^=large]", "aria-pressed") == "true"
+    wait_text(tab, ".st-key-card_analysis", "+1 replica")
+    assert tab.evaluate(UNTIDY) == []
+    tab.click("[data-panel=analysis] [data-set^=small]")
+    tab.wait_for_function(f"{charts} === 1")
+    wait_text(tab, "[data-panel=analysis]", "The parts of a turn")
+
+
 def test_keys_move_expand_and_pause_only_while_they_are_on(site: Site) -> None:
     tab = site.open()
     tab.keyboard.press("j")
