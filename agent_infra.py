@@ -1369,6 +1369,7 @@ MAX_KNOWN_HEAD_BYTES = 2000
 MAX_CHUNK_LINE_BYTES = 4 << 10
 MAX_TRAILER_LINES = 64
 MAX_TRACED_BYTES = 1 << 20  # a body or an answer longer than this does not say what conversation it belongs to
+MAX_LESSONS = 100  # how often a stream is looked at for what its events have in common
 CAPTURED_PIECES = 32  # pieces of a stream that are searched for words at once: one by one costs thrice that
 MAX_HELD_EVENT_BYTES = 1 << 20  # an SSE event longer than this is passed on in pieces, unseen
 
@@ -1754,16 +1755,20 @@ _CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})\r\n")
 
 
 @functools.lru_cache(4096)
-def _chunk_size(figures: bytes) -> int:
-    """The size of a chunk; -1 where it is none. The same few come again and again."""
-    return int(figures, 16) if 0 < len(figures) <= 15 and not figures.strip(b"0123456789abcdefABCDEF") else -1
+def chunk_opening(length: int) -> bytes:
+    """How one chunk begins that takes ``length`` bytes with its framing, in the usual spelling; where there is none,
+    what no chunk begins with. The same few lengths come again and again."""
+    for digits in range(1, 16):
+        opening = b"%x\r\n" % max(0, length - digits - 4)
+        if len(opening) == digits + 2 and length > digits + 4:
+            return opening
+    return b"\r"
 
 
 def holds_whole_events(data: bytes) -> bool:
     """Whether ``data``, which starts between two chunks, is nothing but complete chunks, not the last one, each of
     them ending with an event: then no word that is looked for in ``data`` can be hidden by the framing."""
-    end = data.find(b"\r\n", 0, 20)
-    if 0 < _chunk_size(data[:end]) == len(data) - end - 4:  # one chunk, as nearly always
+    if data.startswith(chunk_opening(len(data))):  # one chunk, as nearly always
         return data.endswith(b"\n\n\r\n")
     at = 0
     while at < len(data):
@@ -1863,6 +1868,12 @@ def conversation_key(messages: bytes, answer: bytes) -> str:
 
 _EVENT = re.compile(rb".*?\r?\n\r?\n|.+", re.DOTALL)
 _EVENT_TEXT = re.compile(rb'"(?:content|text|delta)":\s?"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL)
+# The one JSON string that differs from event to event of a stream: words of the answer, or others, which are not kept.
+_EVENT_WORDS = re.compile(
+    rb'"(?:(content|text|delta)|arguments|partial_json|reasoning|reasoning_content|thinking)":\s?'
+    rb'"([^"\\]*(?:\\.[^"\\]*)*)"'
+)
+_IN_STRING = re.compile(rb'[^"\\\r\n]*(?:\\[^\r\n][^"\\\r\n]*)*')  # what a JSON string may hold, in one line
 _DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
 _LAST_EVENT = re.compile(rb"(?:^|\n)(?:data: ?\[DONE\]|event: ?(?:message_stop|response\.completed))")
 
@@ -1892,12 +1903,15 @@ class EventStream:
     Only whole events leave it, so that an error event can follow at any time.  Whole chunks of whole events pass
     verbatim; the rest is taken out of its framing and put into new chunks.  A usage event that the client did not ask
     for is taken out.  ``fault`` is set when the answer, however orderly its end, is not complete.
+
+    Nearly all events repeat the one before but for a few words in one JSON string.  Those are known by comparing what
+    is before and behind the words; such an event means what the one before meant, so nothing is searched for in it.
     """
 
     __slots__ = (
-        "_call_ids", "_captured", "_cuts_usage", "_held", "_is_clean", "_needs_done", "_passes_verbatim", "_pieces",
-        "_tail", "_texts", "_to_chunks", "_traces", "_wanted_text", "decoder", "events", "fault", "has_excess",
-        "is_over",
+        "_before", "_behind", "_call_ids", "_captured", "_captures", "_cuts_usage", "_held", "_is_clean", "_is_text",
+        "_lessons", "_needs_done", "_passes_verbatim", "_pieces", "_tail", "_texts", "_to_chunks", "_traces",
+        "_wanted_text", "decoder", "events", "fault", "has_excess", "is_over",
     )  # fmt: skip
 
     def __init__(
@@ -1923,24 +1937,59 @@ class EventStream:
         self._texts: list[bytes] = []  # the answer's first words (traced: all of them), still as JSON strings
         self._call_ids: list[str] = []
         self._wanted_text, self._traces = wanted_text, traces
-        self._captured = 0 if wanted_text or traces else MAX_TRACED_BYTES  # bytes; enough, and no more is captured
+        self._captures = MAX_TRACED_BYTES if traces else wanted_text  # bytes
+        self._captured = 0  # bytes
         self._pieces: list[bytes] = []  # not searched for words yet
+        # The event before: what was before its words (behind the chunk's size) and behind them, and whether they are
+        # the answer's. No event begins with a line's end.
+        self._before, self._behind, self._is_text = b"\r", b"", False
+        self._lessons = MAX_LESSONS  # that may still be taken: some engines repeat nothing
 
     def feed(self, data: bytes) -> bytes:
         """The bytes to send for these that came; WireError when the replica's framing is broken."""
+        if not self._is_clean:
+            return self._feed_events(data)
+        before, behind = self._before, self._behind
+        start = chunk_opening(len(data)) + before
+        begin, end = len(start), len(data) - len(behind)
+        if begin <= end and data.startswith(start) and data.endswith(behind):
+            words = data[begin:end]
+            if _IN_STRING.fullmatch(words):
+                self._tail.append(data)
+                self.events += 1
+                if self._is_text and self._captured < self._captures:
+                    if self._pieces:
+                        self._search()  # what came before these words
+                    self._texts.append(words)
+                    self._captured += len(words)
+                return data
+        return self._feed_unlike(data)
+
+    def _feed_unlike(self, data: bytes) -> bytes:
+        """``feed`` for what does not repeat the event before, between two chunks that may pass as they are."""
         if (
-            self._is_clean
-            and data.endswith(b"\n\n\r\n")
-            and b"abort" not in data
-            and not (self._cuts_usage and b'"usage":' in data)
-            and holds_whole_events(data)
+            not data.endswith(b"\n\n\r\n")
+            or b"abort" in data
+            or (self._cuts_usage and b'"usage":' in data)
+            or not holds_whole_events(data)
         ):
-            self._tail.append(data)
-            self.events += data.count(b"data:")
-            if self._captured < MAX_TRACED_BYTES:
-                self._capture(data)
-            return data
-        return self._feed_events(data)
+            return self._feed_events(data)
+        self._tail.append(data)
+        count = data.count(b"data:")
+        self.events += count
+        if self._captured < self._captures:
+            self._capture(data)
+        if count == 1 and self._lessons:
+            self._learn(data)
+        return data
+
+    def _learn(self, data: bytes) -> None:
+        """Know the next event by this one, where there is one string in it that may differ."""
+        self._lessons -= 1
+        opening, found = chunk_opening(len(data)), list(_EVENT_WORDS.finditer(data))
+        if len(found) == 1 and data.startswith(opening):
+            self._is_text = found[0][1] is not None
+            self._before, self._behind = data[len(opening) : found[0].start(2)], data[found[0].end(2) :]
 
     def close(self) -> bytes:
         """The connection closed: the end of an answer that lasts until then, a fault of any other."""
@@ -1986,9 +2035,7 @@ class EventStream:
         texts = _EVENT_TEXT.findall(data)
         self._texts += texts
         self._captured += sum(map(len, texts))
-        if not self._traces:
-            self._captured = MAX_TRACED_BYTES if self._captured >= self._wanted_text else self._captured
-        elif b'"tool_' in data:
+        if self._traces and b'"tool_' in data:
             for event in _EVENT.findall(data):
                 if b'"tool_use"' in event or (b'"tool_calls"' in event and event.count(b'"id"') > 1):
                     self._call_ids += event_call_ids(event_document(event))
@@ -2019,7 +2066,7 @@ class EventStream:
             return b""
         self._tail.append(encode_chunk(events))
         self.events += events.count(b"\ndata:") + events.startswith(b"data:")
-        if self._captured < MAX_TRACED_BYTES:
+        if self._captured < self._captures:
             self._capture(events)
         if b"abort" in events or (self._cuts_usage and b'"usage":' in events):
             events = b"".join(self._kept(events))
@@ -2268,11 +2315,13 @@ def _event_decoder() -> Any:
 class Histogram:
     """Durations in milliseconds in logarithmic buckets (``histogram_bucket``), 295 of them at most."""
 
-    __slots__ = ("_buckets", "_new", "_sorted", "_sorted_ms")
+    __slots__ = ("_at_once", "_buckets", "_new", "_sorted", "_sorted_ms")
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int = 1000) -> None:
+        """``at_once``: how many wait to be put into buckets, which costs a third of one by one."""
+        self._at_once = at_once
         self._buckets: dict[int, int] = {}
-        self._new: list[float] = []  # not in buckets yet: many at once cost a third of one by one
+        self._new: list[float] = []  # not in buckets yet
         self._sorted, self._sorted_ms = 0, 0.0  # how many are in buckets, and their sum
 
     @property
@@ -2286,7 +2335,7 @@ class Histogram:
     def add(self, *durations_ms: float) -> None:
         """Count finite durations."""
         self._new += durations_ms
-        if len(self._new) > 1000:
+        if len(self._new) >= self._at_once:
             self._sort()
 
     def _sort(self) -> dict[int, int]:
@@ -2307,6 +2356,10 @@ class Histogram:
             self._buckets[bucket] = self._buckets.get(bucket, 0) + count
             self._sorted += count
             self._sorted_ms += _bucket_middle(bucket) * count
+
+    def by_name(self) -> dict[str, int]:
+        """All counts, as ``add_buckets`` takes them."""
+        return {str(bucket): count for bucket, count in self._sort().items()} if self.count else {}
 
     def count_below(self, octave: int) -> int:
         """How many are shorter than 2^octave ms; exactly, since buckets are parts of octaves."""
@@ -2331,6 +2384,9 @@ class Histogram:
             if seen >= q * self.count:
                 return _bucket_middle(bucket)
         return None
+
+
+NO_GAPS: Final = Histogram()  # of a turn that is no stream; nothing is ever added to it
 
 
 def _bucket_middle(bucket: int) -> float:
@@ -10847,6 +10903,7 @@ BUSY_S = 0.5  # that a replica gets no work after 429 or 503, at least
 RETRY_SHARE = 0.1  # of requests; the budget's bounds are RETRY_FLOOR and ten times that
 RETRY_FLOOR = 100.0
 NO_RETRY_LEFT = f"it is not sent elsewhere: the retry budget, {RETRY_SHARE:.0%} of all requests, is spent"
+GAPS_AT_ONCE = 64  # of a stream, that wait to be counted: half a KB
 PACKED_TURNS = 64  # finished turns that are encoded at once: half a millisecond's work
 BATCHED_PACKS = 8  # of these in one frame
 QUESTION_S = 2.0
@@ -10949,7 +11006,7 @@ class Turn:
     error: str | None = None
     digest: AnswerDigest | None = None
     events = 0
-    gaps: dict[int, int] | None = None
+    gaps: Histogram = NO_GAPS
     ended = 0.0
     over = 0.0  # when nothing more was to be done for it
     words: Any = None  # the body's fields, while nobody has looked at their words
@@ -11310,7 +11367,7 @@ class AnswerFlow(Outlet):
 
     def _start_stream(self, head: AnswerHead) -> None:
         turn = self._turn
-        turn.gaps = {}
+        turn.gaps = Histogram(GAPS_AT_ONCE)
         self.events = EventStream(
             self._decoder,
             to_chunks=self._to_chunks,
@@ -11349,9 +11406,7 @@ class AnswerFlow(Outlet):
             now = time.monotonic()
             client.deadline = now + self.timeout_s
             if turn.first:
-                bucket = histogram_bucket((now - turn.ended) * 1000.0)
-                gaps: Any = turn.gaps
-                gaps[bucket] = gaps.get(bucket, 0) + 1
+                turn.gaps.add((now - turn.ended) * 1000.0)
                 turn.ended = now
             elif events.events:
                 turn.first = turn.ended = now
@@ -12836,7 +12891,7 @@ class TurnBook:
             (turn.ended - turn.sent) * 1000.0 if has_first else None,
             turn.retries, digest.prompt_tokens, estimate if is_estimated else digest.completion_tokens,
             digest.cached_tokens, is_estimated, digest.finish_reason, turn.error or digest.error,
-            {str(bucket): count for bucket, count in turn.gaps.items()} if turn.gaps else {}, digest.text,
+            turn.gaps.by_name(), digest.text,
             self._key(turn, digest) if turn.follows is not None and turn.outcome == "completed" else None,
             None if turn.is_told else self._started(turn),
         )

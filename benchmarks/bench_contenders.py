@@ -92,7 +92,7 @@ space["Codec"].digest = lambda codec, body, wanted_text, traces=False: None
 space["EventStream"].__init__ = relay_only
 space["EventStream"].digest = lambda stream: space["AnswerDigest"]()
 space["ControlChannel"].has_news = False
-space["histogram_bucket"] = lambda value: 0
+space["Histogram"].add = lambda histogram, *durations_ms: None
 sys.exit(space["main"]())
 """
 
