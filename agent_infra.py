@@ -1464,9 +1464,11 @@ class HeadMemory:
     Bounded in number and length; no secret is kept.
     """
 
-    __slots__ = ("_known", "_lines")
+    __slots__ = ("_has_secrets", "_known", "_lines")
 
-    def __init__(self) -> None:
+    def __init__(self, has_secrets: bool) -> None:
+        """``has_secrets``: whether Authorization is cut out; else a head that has it is not kept."""
+        self._has_secrets = has_secrets
         self._known: dict[bytes, Any] = {}
         self._lines = [(_LENGTH_LINES[0], 0), (_SECRET_LINES[0], 0)]  # how and about where they stood: likely so again
 
@@ -1484,9 +1486,10 @@ class HeadMemory:
         """Keep ``value`` for a head that was read in full and is sound; ``fields`` are all that it has."""
         key, figures, secret = self._cut(head, len(head))
         names = [line.partition(b":")[0].lower() for line in head.split(b"\r\n")]
-        is_cut = figures == fields.get(b"content-length") and secret == fields.get(b"authorization", b"")
+        is_cut = figures == fields.get(b"content-length")
+        is_cut = is_cut and (not self._has_secrets or secret == fields.get(b"authorization", b""))
         is_clear = names.count(b"content-length") < 2 and names.count(b"authorization") < 2
-        secrets_left = _SECRET_FIELDS.intersection(fields) - {b"authorization"}
+        secrets_left = _SECRET_FIELDS.intersection(fields) - ({b"authorization"} if self._has_secrets else set())
         if is_cut and is_clear and not secrets_left and len(key) <= MAX_KNOWN_HEAD_BYTES:
             if len(self._known) >= MAX_KNOWN_HEADS:
                 self._known.clear()
@@ -1501,8 +1504,8 @@ class HeadMemory:
         at = data.find(length_line, length_near, end) + 18
         if at < 18:
             at = self._search(0, _LENGTH_LINES, data, end)
-        secret = data.find(secret_line, secret_near, end) + 17
-        if secret < 17:
+        secret = data.find(secret_line, secret_near, end) + 17 if self._has_secrets else -1
+        if secret < 17 and self._has_secrets:
             secret = self._search(1, _SECRET_LINES, data, end)
         stop = data.find(b"\r\n", at)
         if secret < 17:
@@ -10985,38 +10988,15 @@ class RequestPlan:
 class Turn:
     """One request of a client on its way through the relay; what tracking says of it is read from here.
 
-    What few turns need is a default of the class, so that making a turn costs no more than what it has of its own.
     All times but ``arrived_at`` are monotonic.
     """
 
-    is_stream = False
-    cuts_usage = True
-    tokens = 0  # of the prompt, roughly
-    replica: LiveReplica | None = None  # that holds a slot for it
-    route: RouteRequest = ANYWHERE
-    charged_s = 0.0  # service that its session was charged in advance, when it had to wait
-    sent = 0.0
-    queue_ms = 0.0
-    first = 0.0  # byte (of a stream: event) of the answer
-    deaths = 0  # replicas that died with it
-    retries = 0
-    status = 0
-    outcome = "aborted"
-    backend: str | None = None
-    error: str | None = None
-    digest: AnswerDigest | None = None
-    events = 0
-    gaps: Histogram = NO_GAPS
-    ended = 0.0
-    over = 0.0  # when nothing more was to be done for it
-    words: Any = None  # the body's fields, while nobody has looked at their words
-    answer = b""  # a whole answer, while nobody has looked at it
-    prompt = ""  # excerpt
-    prints = b""  # see TurnStarted, like the next
-    follows: str | None = None
-    is_told = False  # the controller knows of it; likewise the moments below
-    told_sent = 0.0
-    told_first = 0.0
+    __slots__ = (
+        "answer", "arrived", "arrived_at", "backend", "charged_s", "cuts_usage", "deaths", "digest", "ended",
+        "error", "events", "first", "follows", "gaps", "id", "is_stream", "is_told", "labels", "model", "outcome",
+        "over", "path", "prints", "prompt", "queue_ms", "replica", "retries", "route", "sent", "session", "status",
+        "tokens", "told_first", "told_sent", "wanted_text", "words",
+    )  # fmt: skip
 
     def __init__(self, name: str, arrived: float, model: str, plan: RequestPlan, wanted_text: int) -> None:
         self.id = name
@@ -11027,6 +11007,34 @@ class Turn:
         self.labels = plan.labels
         self.session = plan.labels.session
         self.wanted_text = wanted_text
+        self.is_stream = False
+        self.cuts_usage = True
+        self.tokens = 0  # of the prompt, roughly
+        self.replica: LiveReplica | None = None  # that holds a slot for it
+        self.route: RouteRequest = ANYWHERE
+        self.charged_s = 0.0  # service that its session was charged in advance, when it had to wait
+        self.sent = 0.0
+        self.queue_ms = 0.0
+        self.first = 0.0  # byte (of a stream: event) of the answer
+        self.deaths = 0  # replicas that died with it
+        self.retries = 0
+        self.status = 0
+        self.outcome = "aborted"
+        self.backend: str | None = None
+        self.error: str | None = None
+        self.digest: AnswerDigest | None = None
+        self.events = 0
+        self.gaps: Histogram = NO_GAPS
+        self.ended = 0.0
+        self.over = 0.0  # when nothing more was to be done for it
+        self.words: Any = None  # the body's fields, while nobody has looked at their words
+        self.answer = b""  # a whole answer, while nobody has looked at it
+        self.prompt = ""  # excerpt
+        self.prints = b""  # see TurnStarted, like the next
+        self.follows: str | None = None
+        self.is_told = False  # the controller knows of it; likewise the moments below
+        self.told_sent = 0.0
+        self.told_first = 0.0
 
     @property
     def is_anthropic(self) -> bool:
@@ -11038,7 +11046,7 @@ class HeadReader:
 
     def __init__(self) -> None:
         self._request_lines, self._answer_lines = HeaderLines(_NOT_FORWARDED), HeaderLines(_NOT_RETURNED)
-        self.known_requests, self.known_answers = HeadMemory(), HeadMemory()
+        self.known_requests, self.known_answers = HeadMemory(has_secrets=True), HeadMemory(has_secrets=False)
 
     def plan(
         self, head: bytes, let_pass: bytes | None, labels_of: Callable[[Mapping[bytes, bytes]], Labels]
@@ -11073,7 +11081,7 @@ class HeadReader:
         # One in chunks has no length, whatever else it says: the next such head would be believed its figure.
         means_it = told is None or (head.length is not None and told == b"%d" % head.length)
         has_body = head.status >= 200 and head.status not in (204, 304)
-        if has_body and means_it and b"authorization" not in head.fields:
+        if has_body and means_it:
             self.known_answers.keep(data[:end], head.fields, head)
         return head, head.length
 
@@ -12223,6 +12231,7 @@ class Admission:
         self._relay = relay
         self._queues: dict[str, list[tuple[float, int, Turn, ClientConnection]]] = {}  # heaps
         self._attained = AttainedService()
+        self._unsettled: list[Turn] = []  # over, their sessions not charged yet
         self._mean_service_s = 1.0
         self._choices = 0
         self.pending = 0
@@ -12236,6 +12245,7 @@ class Admission:
         replica = self.take(turn, time.monotonic())
         if replica is not None:
             return replica
+        self._settle_all()
         attained_s = 0.0
         if turn.session is not None and not turn.charged_s:
             turn.charged_s = self._mean_service_s
@@ -12251,13 +12261,21 @@ class Admission:
             if self._queues.get(turn.model):
                 self.dispatch(turn.model)
 
-    def settle(self, turn: Turn, now: float) -> None:
-        """Correct what the session was charged in advance by what its turn really took."""
-        took = max(0.0, turn.ended - turn.sent) if turn.sent and turn.ended else 0.0
-        if took:
-            self._mean_service_s += 0.05 * (took - self._mean_service_s)
-        if turn.session is not None and took != turn.charged_s:
-            self._attained.charge(turn.session, took - turn.charged_s, now)
+    def settle(self, turn: Turn) -> None:
+        """Have the session of a turn that is over charged for what it really took, before anybody has to wait."""
+        self._unsettled.append(turn)
+        if len(self._unsettled) >= PACKED_TURNS:
+            self._settle_all()
+
+    def _settle_all(self) -> None:
+        """Correct what sessions were charged in advance; many at once cost half of one by one."""
+        for turn in self._unsettled:
+            took = max(0.0, turn.ended - turn.sent) if turn.sent and turn.ended else 0.0
+            if took:
+                self._mean_service_s += 0.05 * (took - self._mean_service_s)
+            if turn.session is not None and took != turn.charged_s:
+                self._attained.charge(turn.session, took - turn.charged_s, turn.over)
+        self._unsettled.clear()
 
     def outlook(self, model: str, route: RouteRequest = ANYWHERE) -> str:
         """What waiting may bring: ``slot`` (all are busy), ``loading`` (one is on its way), or ``nothing``.
@@ -12829,7 +12847,8 @@ class TurnBook:
             turn.words = fields
         self.turns[turn.id] = turn
         self.counters["requests"] += 1
-        self._retry_tokens = min(self._retry_tokens + RETRY_SHARE, 10 * RETRY_FLOOR)
+        if self._retry_tokens < 10 * RETRY_FLOOR:
+            self._retry_tokens += RETRY_SHARE
         return turn
 
     def read_words(self, turn: Turn, body: bytes | bytearray, peer: tuple[Any, ...]) -> None:
@@ -12866,7 +12885,7 @@ class TurnBook:
             return
         turn.over = now
         turn.ended = turn.ended or now
-        self._relay.admission.settle(turn, now)
+        self._relay.admission.settle(turn)
         counters = self.counters
         if turn.retries:
             counters["retries"] += turn.retries

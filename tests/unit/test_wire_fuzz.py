@@ -18,6 +18,7 @@ from agent_infra import (
     MAX_CHUNK_LINE_BYTES,
     MAX_KNOWN_HEAD_BYTES,
     MAX_KNOWN_HEADS,
+    MAX_LESSONS,
     MAX_REQUEST_LINE_BYTES,
     MAX_TRAILER_LINES,
     BodyDecoder,
@@ -30,6 +31,7 @@ from agent_infra import (
     LabelReader,
     RequestHead,
     WireError,
+    chunk_opening,
     encode_chunk,
     encode_frame,
     forwarded_head,
@@ -187,6 +189,67 @@ def test_no_lax_chunk_size_passes_verbatim(size: bytes) -> None:
 def test_no_chunk_without_its_line_end_passes_verbatim() -> None:
     assert not holds_whole_events(b"3\r\na\n\nXX")
     assert not holds_whole_events(b"3\r\na\n\n\r\n4\r\nb\n\n\r\n")
+
+
+# Events of a stream, most of which repeat the one before but for some words.
+
+EVENT_KINDS = (
+    b'data: {"id":"a","choices":[{"index":0,"delta":{"content":"%b"},"finish_reason":null}]}\n\n',
+    b'data: {"id":"a","choices":[{"index":1,"delta":{"content":"%b"},"finish_reason":null}]}\n\n',
+    b'data: {"id":"a","choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":"%b"}]}\n\n',
+    b'data: {"id":"a","choices":[{"index":0,"delta":{"reasoning":"%b"}}]}\n\n',
+    b'data: {"choices":[{"delta":{"tool_calls":[{"id":"c1","function":{"name":"f","arguments":"%b"}}]}}]}\n\n',
+    b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"arguments":"%b"}}]}}]}\n\n',
+    b'data: {"choices":[{"text":"a","delta":"%b"}]}\n\n',
+    b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2},"text":"%b"}\n\n',
+    b'event: x\ndata: {"type":"text_delta","text":"%b"}\n\n',
+    b": %b\n\n",
+)
+WORDS = b'|a| words|abort|\\n|\\"|\\\\|\\|\\\\\\|"|","usage":{"a":"|\n|\n\n|\r|\r\n|data:|\xff|null]}\n\n|{"content":"'
+said = st.sampled_from([*WORDS.split(b"|"), "\u00e4\u4e2d".encode(), b'"},"finish_reason":"abort'])
+spoken_events = st.lists(st.tuples(st.sampled_from(EVENT_KINDS), said), max_size=12)
+spellings = st.sampled_from([b"%x\r\n%b\r\n", b"%x\r\n%b\r\n", b"%X\r\n%b\r\n", b"0%x\r\n%b\r\n"])
+
+
+def passed_on(chunks: list[bytes], lessons: int, cuts_usage: bool, traces: bool) -> tuple[Any, ...]:
+    """What an EventStream makes of these chunks, where it may look that often at what events have in common."""
+    stream = EventStream(
+        BodyDecoder(None), to_chunks=True, cuts_usage=cuts_usage, needs_done=False, wanted_text=20, traces=traces
+    )
+    stream._lessons = lessons
+    out = b""
+    for chunk in [*chunks, LAST_CHUNK]:
+        if not stream.is_over and stream.fault is None:
+            out += stream.feed(chunk)
+    digest = stream.digest()
+    if b'"tool_calls"' in out:
+        digest.print = None  # a call's id that comes again and again counts once where it is known by the one before
+    return out, stream.fault, stream.is_over, stream.events, digest
+
+
+@settings(bounded, max_examples=400)
+@given(spoken_events, spellings, st.booleans(), st.booleans())
+def test_an_event_known_by_the_one_before_is_taken_like_one_that_was_searched(
+    events: list[tuple[bytes, bytes]], spelling: bytes, cuts_usage: bool, traces: bool
+) -> None:
+    chunks = [spelling % (len(event), event) for event in (kind % words for kind, words in events)]
+    assert passed_on(chunks, 100, cuts_usage, traces) == passed_on(chunks, 0, cuts_usage, traces)
+
+
+def test_most_events_of_a_stream_are_known_by_the_one_before() -> None:
+    stream = EventStream(BodyDecoder(None), to_chunks=True, cuts_usage=True, needs_done=False, wanted_text=9)
+    for number in range(300):
+        event = b'data: {"choices":[{"delta":{"content":" %d"},"finish_reason":null}]}\n\n' % number
+        assert stream.feed(encode_chunk(event)) == encode_chunk(event)
+    assert stream.events == 300
+    assert stream.digest().text == " 0 1 2 3 "
+    assert stream._lessons == MAX_LESSONS - 1
+
+
+@pytest.mark.parametrize("length", [*range(1, 600), 4095 + 8, 65_536 + 9])
+def test_a_chunks_opening_follows_from_its_length_alone(length: int) -> None:
+    sizes = [size for size in range(max(1, length - 20), length) if len(encode_chunk(b"a" * size)) == length]
+    assert chunk_opening(length) == (b"%x\r\n" % sizes[0] if sizes else b"\r")
 
 
 @bounded
