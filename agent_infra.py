@@ -1940,7 +1940,7 @@ class EventStream:
         self._texts: list[bytes] = []  # the answer's first words (traced: all of them), still as JSON strings
         self._call_ids: list[str] = []
         self._wanted_text, self._traces = wanted_text, traces
-        self._captures = MAX_TRACED_BYTES if traces else wanted_text  # bytes
+        self._captures = MAX_TRACED_BYTES if traces else 12 * wanted_text  # bytes; as JSON, no character takes more
         self._captured = 0  # bytes
         self._pieces: list[bytes] = []  # not searched for words yet
         # The event before: what was before its words (behind the chunk's size) and behind them, and whether they are

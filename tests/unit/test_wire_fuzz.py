@@ -21,6 +21,7 @@ from agent_infra import (
     MAX_LESSONS,
     MAX_REQUEST_LINE_BYTES,
     MAX_TRAILER_LINES,
+    NO_DIGEST,
     BodyDecoder,
     Codec,
     EventStream,
@@ -34,6 +35,7 @@ from agent_infra import (
     chunk_opening,
     encode_chunk,
     encode_frame,
+    event_document,
     forwarded_head,
     holds_whole_events,
     parse_answer_head,
@@ -205,8 +207,8 @@ EVENT_KINDS = (
     b'event: x\ndata: {"type":"text_delta","text":"%b"}\n\n',
     b": %b\n\n",
 )
-WORDS = b'|a| words|abort|\\n|\\"|\\\\|\\|\\\\\\|"|","usage":{"a":"|\n|\n\n|\r|\r\n|data:|\xff|null]}\n\n|{"content":"'
-said = st.sampled_from([*WORDS.split(b"|"), "\u00e4\u4e2d".encode(), b'"},"finish_reason":"abort'])
+WORDS = rb'|a| words|abort|\n|\"|\\|\|\\\|"|","usage":{"a":"|null]}|{"content":"|"},"finish_reason":"abort'
+said = st.sampled_from([*WORDS.split(b"|"), b"\n", b"\n\n", b"\r", b"\r\n", b"\xff", "\u00e4\u4e2d".encode()])
 spoken_events = st.lists(st.tuples(st.sampled_from(EVENT_KINDS), said), max_size=12)
 spellings = st.sampled_from([b"%x\r\n%b\r\n", b"%x\r\n%b\r\n", b"%X\r\n%b\r\n", b"0%x\r\n%b\r\n"])
 
@@ -222,6 +224,8 @@ def passed_on(chunks: list[bytes], lessons: int, cuts_usage: bool, traces: bool)
         if not stream.is_over and stream.fault is None:
             out += stream.feed(chunk)
     digest = stream.digest()
+    if any(event_document(chunk) is None for chunk in chunks):
+        digest = NO_DIGEST  # what is no JSON says nothing in particular
     if b'"tool_calls"' in out:
         digest.print = None  # a call's id that comes again and again counts once where it is known by the one before
     return out, stream.fault, stream.is_over, stream.events, digest
