@@ -9292,6 +9292,7 @@ REPLACED_AFTER_S = 15.0  # of silence
 TUNNEL_BACKOFF_S = (0.2, 30.0)  # before the first new attempt, and at most; doubled each time
 LOGINS_AT_ONCE = 4  # sshd refuses some of more than ten that are not through yet (MaxStartups)
 FORGIVING_S = 60.0  # that turns wait for a tunnel which is being replaced, before its replica counts as away
+PORT_HELD_S = 10.0  # that a port of a tunnel which has ended is kept from others: the relay may still speak to it
 TUNNELS_CLOSE_S = 10.0  # that all tunnels together have to close
 FORWARD_BACKLOG = 1024  # connections that wait in a tunnel's port: all agents may come at once
 
@@ -9835,9 +9836,9 @@ def _converse(channel: Any, stdin: bytes, deadline: float) -> CommandResult | No
 
 # --- The `tunnel` role: a child process that holds one SSH connection with its ports. --------------------------------
 # Down its stdin comes one line of JSON, what it is to be: {"driver": "sshtunnel", "hops": [SshRoute], "keyring":
-# Keyring, "remote": [[host, port]]} or {"driver": "openssh", "argv": [word], "socket": path}. Then stdin only stays
-# open: its end, however the parent ended, is the child's. Up its stdout come {"ports": [local port]} once it stands,
-# or {"error": text, "kind": "login" | "interactive" | "host"}.
+# Keyring, "local": [port], "remote": [[host, port]]} or {"driver": "openssh", "argv": [word], "socket": path}. Then
+# stdin only stays open: its end, however the parent ended, is the child's. Up its stdout come {"ports": [local port]}
+# once it stands, or {"error": text, "kind": "login" | "interactive" | "host"}.
 
 
 class TunnelChild:
@@ -9951,7 +9952,7 @@ def _hold_sshtunnel(spec: Mapping[str, Any]) -> str:
         transport = log_in(route, keyring, None, through)
     remote = [(host, port) for host, port in spec["remote"]]
     _open_through(transport, *remote[0]).close()  # that it may be forwarded to; sshtunnel does not ask
-    forwarder = _forward(transport, remote)
+    forwarder = _forward(transport, spec["local"], remote)
     _tell({"ports": forwarder.local_bind_ports})
     while transport is not None and transport.is_active():
         time.sleep(0.2)
@@ -9986,8 +9987,26 @@ def forwarding_forbidden(target: str) -> str:
     )
 
 
-def _forward(transport: Any, remote: Sequence[tuple[str, int]]) -> Any:
-    """An sshtunnel forwarder over an authenticated connection, from free ports of 127.0.0.1 to ``remote``.
+def hold_port() -> socket.socket:
+    """A socket on a free port of 127.0.0.1: as long as it is open, processes of this user alone can listen there.
+
+    It refuses connections while none does: with SO_REUSEPORT Linux lets a port be shared by the sockets of one user.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    held.bind(("127.0.0.1", 0))
+    return held
+
+
+def _bind_held(server: Any) -> None:
+    """In place of a socketserver's ``server_bind``, to listen on a port that another process holds."""
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    server.socket.bind(server.server_address)
+    server.server_address = server.socket.getsockname()
+
+
+def _forward(transport: Any, local: Sequence[int], remote: Sequence[tuple[str, int]]) -> Any:
+    """An sshtunnel forwarder over an authenticated connection, from ``local`` ports, which are held, to ``remote``.
 
     sshtunnel never looks at known_hosts, so the connection is made and checked here and put into it. Its own listens
     on all addresses by default, queues 5 connections, and lets small answers wait 40 ms.
@@ -10000,6 +10019,7 @@ def _forward(transport: Any, remote: Sequence[tuple[str, int]]) -> Any:
     logger = logging.getLogger("agent_infra.tunnel")
     logger.addHandler(logging.NullHandler())
     sshtunnel._ThreadingForwardServer.request_queue_size = FORWARD_BACKLOG
+    sshtunnel._ThreadingForwardServer.server_bind = _bind_held
     forwarder = sshtunnel.SSHTunnelForwarder(
         ("127.0.0.1", 22),  # neither it nor the password is used: the connection is there
         ssh_config_file=None,
@@ -10007,7 +10027,7 @@ def _forward(transport: Any, remote: Sequence[tuple[str, int]]) -> Any:
         ssh_password="-",  # noqa: S106 (see above)
         allow_agent=False,
         host_pkey_directories=[],
-        local_bind_addresses=[("127.0.0.1", 0) for _ in remote],
+        local_bind_addresses=[("127.0.0.1", port) for port in local],
         remote_bind_addresses=list(remote),
         logger=logger,
     )
@@ -10537,8 +10557,9 @@ class ChildLink:
     driver = "sshtunnel"
     host = "127.0.0.1"
 
-    def __init__(self, child: TunnelChild, ports: tuple[int, ...]) -> None:
-        self._child, self.ports = child, ports
+    def __init__(self, child: TunnelChild, ports: tuple[int, ...], leave: Callable[[], None]) -> None:
+        """``leave`` is called once the ports are closed."""
+        self._child, self.ports, self._leave = child, ports, leave
 
     def broke(self) -> str | None:
         return None if self._child.is_alive else self._child.last_words() or "the tunnel process ended"
@@ -10548,6 +10569,7 @@ class ChildLink:
 
     def close(self, is_silent: bool = False) -> None:  # noqa: ARG002 (all of it ends anyway)
         self._child.close()
+        self._leave()
 
 
 class MasterLink:
@@ -10719,6 +10741,7 @@ class TunnelSet:
         self._tunnels: dict[str, Tunnel] = {}
         self._reasons: dict[str, str] = {}  # mode → why
         self._node_keys: dict[str, tuple[tuple[str, str], ...]] = {}
+        self._left: deque[tuple[float, list[socket.socket]]] = deque()  # ports that were left: held until then
         self._is_closed = False
 
     def follow(self, records: Sequence[ReplicaRecord]) -> list[ReplicaRecord]:
@@ -10729,6 +10752,8 @@ class TunnelSet:
         wanted = {target.replica: target for record in records if (target := self._target(record))}
         driver = self._login.driver if self._login is not None else "sshtunnel"
         with self._lock:
+            while self._left and self._left[0][0] < time.monotonic():
+                self._close_oldest()
             for replica in [name for name, tunnel in self._tunnels.items() if tunnel.target != wanted.get(name)]:
                 self._tunnels.pop(replica).stop()
             for replica, target in wanted.items() if not self._is_closed else ():
@@ -10769,6 +10794,20 @@ class TunnelSet:
         deadline = time.monotonic() + TUNNELS_CLOSE_S
         for tunnel in tunnels:
             tunnel.join(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            while self._left:
+                self._close_oldest()
+
+    def _leave(self, held: list[socket.socket]) -> None:
+        """Keep the ports of a tunnel that ended from other users until the relay has heard of it."""
+        with self._lock:
+            self._left.append((time.monotonic() + PORT_HELD_S, held))
+            if self._is_closed:
+                self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        for held in self._left.popleft()[1]:
+            held.close()
 
     def _target(self, record: ReplicaRecord) -> TunnelTarget | None:
         """Where a replica that serves is to be reached; None for one that does not."""
@@ -10830,21 +10869,25 @@ class TunnelSet:
                     raise
             return MasterLink(master, target.ends, is_nodes=target.mode == "node")
         hops, keyring = self._hops(target, commands)
-        spec = {
-            "driver": "sshtunnel",
-            "hops": [dataclasses.asdict(hop) for hop in hops],
-            "keyring": dataclasses.asdict(keyring),
-            "remote": target.ends,
-        }
-        child = TunnelChild(spec, None)
-        try:
-            return ChildLink(child, child.wait_ready(deadline, should_stop))
-        except BaseException as error:
-            child.close()
-            if isinstance(error, LoginError):  # installed anew, perhaps: the next attempt asks for its keys
+        with contextlib.ExitStack() as undone:
+            held = [undone.enter_context(hold_port()) for _ in target.ends]
+            spec = {
+                "driver": "sshtunnel",
+                "hops": [dataclasses.asdict(hop) for hop in hops],
+                "keyring": dataclasses.asdict(keyring),
+                "local": [each.getsockname()[1] for each in held],
+                "remote": target.ends,
+            }
+            child = TunnelChild(spec, None)
+            undone.callback(child.close)
+            try:
+                link = ChildLink(child, child.wait_ready(deadline, should_stop), functools.partial(self._leave, held))
+            except LoginError:  # installed anew, perhaps: the next attempt asks for its keys
                 with self._lock:
                     self._node_keys.pop(target.node, None)
-            raise
+                raise
+            undone.pop_all()
+            return link
 
     def _hops(self, target: TunnelTarget, login: SshCommands | None) -> tuple[list[SshRoute], Keyring]:
         """The hosts that a tunnel goes through by paramiko, with the keys that they must show."""

@@ -296,6 +296,29 @@ def test_serve_vouches_for_no_port_that_another_user_listens_on(cluster: Cluster
         assert agent_infra.proves_key(*end, KEY, agent_infra.server_identity(*other)) is False
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to listen as another user")
+def test_no_other_user_gets_the_port_of_a_tunnel_that_broke(cluster: Cluster) -> None:
+    """It might get requests, and the key with them, until the relay has heard of it."""
+    record = cluster.start()
+    tunnels = cluster.tunnels("sshtunnel", "login")
+    there = follow_until_up(tunnels, record)
+    for pid in descendants(os.getpid()):
+        if b"tunnel" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not is_listening(there.port or 0), "its port is closed")
+    os.seteuid(65534)
+    try:
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            with socket.socket() as foreign, pytest.raises(OSError, match="in use"):
+                foreign.setsockopt(socket.SOL_SOCKET, option, 1)
+                foreign.bind(("127.0.0.1", there.port))
+    finally:
+        os.seteuid(0)
+    again = follow_until_up(tunnels, record, reconnects=1)
+    assert answers(again)
+    assert again.port != there.port
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_a_login_host_that_forbids_forwarding_is_named(driver: str, cluster: Cluster, tmp_path: Path) -> None:
     cluster.login.options["AllowTcpForwarding"] = "no"
