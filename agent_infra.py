@@ -9922,6 +9922,8 @@ def run_tunnel() -> int:
         kinds = {InteractiveLoginError: "interactive", LoginError: "login"}
         kind = next((word for known, word in kinds.items() if isinstance(error, known)), "host")
         document = {"error": str(error), "kind": kind}
+    except Exception as error:  # noqa: BLE001  whatever it is, the parent is told rather than left to guess
+        document = {"error": f"{type(error).__name__}: {error}", "kind": "host"}
     with contextlib.suppress(OSError):
         _tell(document)
     # At once: threads of a library that hangs must not keep this process.

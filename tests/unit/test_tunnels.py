@@ -7,6 +7,7 @@ import dataclasses
 import hmac
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from agent_infra import (
     SshCommands,
     SshConfig,
     SshRoute,
+    TunnelChild,
     _paramiko,
     explain_openssh,
     known_host_keys,
@@ -195,3 +197,12 @@ def test_a_host_that_falls_silent_holds_nobody_up(silent: str) -> None:
         is_over.set()
         client.close()
         server.close()
+
+
+def test_a_tunnel_process_tells_its_parent_of_any_error() -> None:
+    child = TunnelChild({"driver": "sshtunnel", "keyring": {}, "hops": [], "local": [], "remote": []}, None)
+    try:
+        with pytest.raises(HostUnreachableError, match="IndexError"):
+            child.wait_ready(time.monotonic() + 30.0)
+    finally:
+        child.close()
