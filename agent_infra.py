@@ -15056,14 +15056,18 @@ class Handover:
         self._successions = read_successions(deployment.paths)
         self._lock = threading.Lock()
         self._told: dict[str, tuple[str, Succession | None]] = {}  # replica → the step that the log told of, on what
+        self._problem: str | None = None  # the error that the log told of
 
     def follow(self, records: Sequence[ReplicaRecord]) -> None:
         """Take the next steps, if need be; nothing while Slurm does not answer."""
         if not self._cluster.problem and self._lock.acquire(blocking=False):
             try:
                 self._follow({record.replica: record for record in records})
+                self._problem = None
             except Exception as error:  # noqa: BLE001  whatever fails here must not keep the replicas from being seen
-                self._log(f"handover: {error!r}; it is tried again at the next look")
+                if self._problem != repr(error):
+                    self._log(f"handover: {error!r}; it is tried again at each look")
+                self._problem = repr(error)
             finally:
                 self._lock.release()
 
