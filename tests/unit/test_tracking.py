@@ -9,6 +9,7 @@ from stats_schema import check_stats
 
 import agent_infra
 from agent_infra import (
+    STATS_PREFIX,
     Backend,
     GpuSample,
     ReplicaFailure,
@@ -20,6 +21,7 @@ from agent_infra import (
     TurnFinished,
     TurnSent,
     TurnStarted,
+    encode_stats,
 )
 
 
@@ -558,3 +560,12 @@ def test_sessions_that_are_idle_for_too_long_are_not_restored(tracker: Tracker, 
     other = Tracker(clock)
     other.restore(records, {})
     assert stats(other)["sessions"]["live"] == 0
+
+
+@pytest.mark.parametrize("words", ["hi \u00e4\u4e2d", "half a \ud83d character", "\0 and \u2028"])
+def test_stats_are_sent_as_json_whatever_clients_said(tracker: Tracker, clock: Clock, words: str) -> None:
+    take_turn(tracker, clock, "t", prompt=words)
+    document = {**stats(tracker), "beyond": 2**70, "none": float("nan") if "half" in words else None}
+    sent = encode_stats(document)
+    assert sent.startswith(STATS_PREFIX)
+    assert json.loads(sent) == {**document, "none": None}
