@@ -9,7 +9,7 @@ from typing import Any
 
 import closed_loop
 
-from agent_infra import Backend, SessionEnded, Tracker, TurnFinished, TurnRecord, TurnStarted
+from agent_infra import Backend, SessionEnded, Tracker, TurnAnswering, TurnFinished, TurnRecord, TurnSent, TurnStarted
 
 HISTORY = {"path": None, "state": "off", "reason": None, "turns": 0}
 TEXTS = (
@@ -28,6 +28,13 @@ def events_of(record: TurnRecord, number: int, post_ms: float | None) -> Iterato
         client, True, record.pre_ms, post_ms, prompt,
     )  # fmt: skip
     yield started.at, started
+    sent = TurnSent(
+        record.turn, started.at + (record.queue_ms or 0.0) / 1000, record.backend or "", record.queue_ms or 0.0
+    )
+    yield sent.at, sent
+    if record.ttft_ms is not None:
+        answering = TurnAnswering(record.turn, sent.at + record.ttft_ms / 1000, record.ttft_ms)
+        yield answering.at, answering
     yield (
         record.finished_at,
         TurnFinished(
@@ -44,19 +51,23 @@ def document(agents: int, replicas: int, think_s: float, seconds: float = 700.0)
     workload = closed_loop.Workload(think_s=think_s)
     loop = closed_loop.ClosedLoop(closed_loop.engine_fleet(replicas), agents, workload, model="llama-8b")
     loop.run(seconds)
+    end, live = closed_loop.START + loop.now, {f"session-{agent.session}" for agent in loop.at_work()}
+    records, samples = list(loop.records), list(loop.samples)
+    analysis = closed_loop.judge(loop, closed_loop.Physics.kv_tokens, closed_loop.Physics.slots).document()
+    last = {record.session: record.finished_at for record in records if record.session}
+    loop.run(300.0)  # until what is under way at the end is finished, and so recorded
+    records += [record for record in loop.records if (record.started_at or 0.0) <= end]
     moments: list[tuple[float, Any]] = []
-    for record in loop.records:
+    for record in records:
         told = None if record.think_ms is None or record.pre_ms is None else record.think_ms - record.pre_ms
         moments += events_of(record, int((record.session or "-0").rpartition("-")[2]), told)
-    last = {record.session: record.finished_at for record in loop.records if record.session}
-    live = {f"session-{agent.session}" for agent in loop.at_work()}
     over = [(at, name) for name, at in last.items() if name not in live]
     moments += [(at, SessionEnded(name, at)) for at, name in over]
-    moments += [(sample.at, sample) for sample in loop.samples]
+    moments += [(sample.at, sample) for sample in samples]
     requests: Counter[str] = Counter()
     now = closed_loop.START
     tracker = Tracker(lambda: now)
-    for at, moment in sorted(moments, key=lambda each: each[0]):
+    for at, moment in sorted((each for each in moments if each[0] <= end), key=lambda each: each[0]):
         now = at
         if not isinstance(moment, closed_loop.Sample):
             tracker.observe(moment)
@@ -78,7 +89,6 @@ def document(agents: int, replicas: int, think_s: float, seconds: float = 700.0)
         tracker.sample({"at": at, "backends": backends, "queue": queue})
     names = [replica.name for replica in loop.replicas]
     table = [Backend(name, "llama-8b", "127.0.0.1", 5900, slots=closed_loop.Physics.slots) for name in names]
-    analysis = closed_loop.judge(loop, closed_loop.Physics.kv_tokens, closed_loop.Physics.slots).document()
     snapshot = dict(tracker.snapshot([], table, "least_load"))
     return {
         **snapshot,
