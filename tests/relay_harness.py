@@ -224,6 +224,13 @@ def backend(number: int, port: int, **fields: Any) -> Backend:
     )
 
 
+def request(stream: bool = False, **fields: Any) -> bytes:
+    """A chat request as bytes."""
+    document = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "stream": stream, **fields}
+    body = json.dumps(document).encode()
+    return b"POST /v1/chat/completions HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
 @dataclasses.dataclass
 class Answer:
     """An HTTP answer, its body out of its framing; ``is_complete``: its framing said that it had ended."""

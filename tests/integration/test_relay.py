@@ -343,7 +343,7 @@ def test_a_sleeping_replica_gets_no_work(relay: RelayProcess) -> None:
 def test_a_drained_replica_finishes_its_turns_and_gets_no_more(relay: RelayProcess, engine: FakeEngine) -> None:
     relay.controller.send_table([backend(1, engine.port)])
     with Client(relay.port) as busy, Client(relay.port) as operator, ThreadPoolExecutor() as pool:
-        turn = pool.submit(busy.chat, fake={"delay": 0.5})
+        turn = pool.submit(busy.chat, fake={"delay": 1.5})
         engine.wait_for("running", 1)
         assert operator.post("/admin/backends/r1/drain", {}).json()["in_flight"] == 1
         assert operator.chat().status == 503

@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
 from program import wait_for
-from relay_harness import Answer, Client, RelayProcess, backend
+from relay_harness import Answer, Client, RelayProcess, backend, request
 
 
 @pytest.fixture
@@ -29,11 +28,6 @@ def relay(tmp_path: Path) -> Iterator[RelayProcess]:
 
 def error_of(answer: Answer) -> str:
     return str(answer.json()["error"]["message"])
-
-
-def request(**fields: Any) -> bytes:
-    body = json.dumps({"model": "m", "messages": [], **fields}).encode()
-    return b"POST /v1/chat/completions HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
 # Retries.
@@ -218,7 +212,7 @@ def test_without_any_descriptor_left_a_turn_is_refused_and_no_replica_blamed(
         assert (one.chat().status, other.get("/health").status) == (200, 200)
         assert other.chat().status == 200
         limit_descriptors(relay, 1)
-        held = pool.submit(one.chat, fake={"delay": 2.0})
+        held = pool.submit(one.chat, fake={"delay": 4.0})
         engine.wait_for("running", 1)
         refused = other.chat()
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")

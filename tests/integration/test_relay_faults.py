@@ -16,7 +16,7 @@ import openai
 import pytest
 from fake_engine import FakeEngine
 from program import wait_for
-from relay_harness import KEY, Answer, Client, RelayProcess, backend
+from relay_harness import KEY, Answer, Client, RelayProcess, backend, request
 
 CLIENTS = 8
 
@@ -25,13 +25,6 @@ CLIENTS = 8
 def relay(tmp_path: Path) -> Iterator[RelayProcess]:
     with RelayProcess(tmp_path, FIRST_EJECTION_S=0.1) as relay:
         yield relay
-
-
-def request(stream: bool = False, **fields: Any) -> bytes:
-    """A chat request as bytes."""
-    document = {"model": "m", "messages": [{"role": "user", "content": "hello"}], "stream": stream, **fields}
-    body = json.dumps(document).encode()
-    return b"POST /v1/chat/completions HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
 
 
 def openai_client(relay: RelayProcess) -> openai.OpenAI:

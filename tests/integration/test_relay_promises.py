@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 from program import wait_for
-from relay_harness import Answer, Client, RelayProcess, backend
+from relay_harness import Answer, Client, RelayProcess, backend, request
 
 
 @pytest.fixture
@@ -31,6 +31,15 @@ def serve(relay: RelayProcess, *engines: FakeEngine, slots: int = 0, **proxy: An
 def chat(relay: RelayProcess, *, stream: bool = False, session: str = "", **fake: Any) -> Answer:
     with Client(relay.port, timeout=20) as client:
         return client.chat({"X-Session-ID": session} if session else {}, stream=stream, fake=fake)
+
+
+@contextlib.contextmanager
+def occupied(relay: RelayProcess, engine: FakeEngine) -> Iterator[None]:
+    """A turn has the engine's slot meanwhile."""
+    with Client(relay.port) as client:
+        client.sock.sendall(request(fake={"hang": True}))
+        engine.wait_for("running", 1)
+        yield
 
 
 def error_of(answer: Answer) -> str:
@@ -71,7 +80,7 @@ def test_bodies_together_beyond_the_limit_are_429_and_their_room_comes_back(
 ) -> None:
     serve(relay, engine, max_buffered_mb=1.0)
     with Client(relay.port) as first, Client(relay.port) as second, ThreadPoolExecutor() as pool:
-        held = pool.submit(first.chat, padding="x" * 900_000, fake={"delay": 0.6})
+        held = pool.submit(first.chat, padding="x" * 900_000, fake={"delay": 2.0})
         engine.wait_for("running", 1)
         answer = second.chat(padding="x" * 900_000)
         assert (answer.status, answer.headers["retry-after"]) == (429, "1")
@@ -111,28 +120,24 @@ def test_an_error_on_the_messages_path_has_anthropics_shape(relay: RelayProcess,
 
 def test_a_turn_waits_for_a_slot_and_the_wait_is_told(relay: RelayProcess, engine: FakeEngine) -> None:
     serve(relay, engine, slots=1)
+    first = chat(relay)
     with ThreadPoolExecutor() as pool:
-        first = pool.submit(chat, relay, delay=1.0)
-        engine.wait_for("running", 1)
-        second = pool.submit(chat, relay)
-        with Client(relay.port) as client:
+        with occupied(relay, engine), Client(relay.port) as client:
+            second = pool.submit(chat, relay)
             status = wait_for(lambda: (s := client.get("/queue/status").json())["oldest_ms"] > 100 and s)
         assert status["in_flight"] == 1
         assert status["waiting"][0]["model"] == "m"
-        waited = [int(turn.result().headers["x-agent-infra-queue-ms"]) for turn in (first, second)]
+        waited = [int(answer.headers["x-agent-infra-queue-ms"]) for answer in (first, second.result())]
     assert waited[1] > 100
     assert waited[0] < waited[1]
 
 
 def test_a_full_queue_is_429_and_a_late_slot_503(relay: RelayProcess, engine: FakeEngine) -> None:
-    serve(relay, engine, slots=1, max_queue=1, queue_timeout=0.5)
-    with ThreadPoolExecutor() as pool:
-        pool.submit(chat, relay, delay=2.0)
-        engine.wait_for("running", 1)
+    serve(relay, engine, slots=1, max_queue=1, queue_timeout=2.0)
+    with ThreadPoolExecutor() as pool, occupied(relay, engine), Client(relay.port) as client:
         late = pool.submit(chat, relay)
-        with Client(relay.port) as client:
-            wait_for(lambda: client.get("/queue/status").json()["pending"])
-        full = chat(relay)
+        wait_for(lambda: client.get("/queue/status").json()["pending"])
+        full = client.chat()
         assert (full.status, full.headers["retry-after"]) == (429, "1")
         assert (late.result().status, late.result().headers["retry-after"]) == (503, "1")
     assert [turn["outcome"] for turn in relay.controller.finished(3)].count("rejected") == 2
@@ -141,18 +146,13 @@ def test_a_full_queue_is_429_and_a_late_slot_503(relay: RelayProcess, engine: Fa
 def test_the_session_that_had_least_is_served_first(relay: RelayProcess, engine: FakeEngine) -> None:
     serve(relay, engine, slots=1)
     chat(relay, session="greedy", delay=1.0)
-    with ThreadPoolExecutor() as pool:
-        pool.submit(chat, relay, delay=0.6)
-        engine.wait_for("running", 1)
-        with Client(relay.port) as client:
-            waiting = []
-            for number, session in enumerate(("greedy", "modest"), 1):
-                waiting.append(pool.submit(chat, relay, session=session))
-                wait_for(lambda n=number: client.get("/queue/status").json()["pending"] == n)  # type: ignore[misc]
-        greedy, modest = (int(turn.result().headers["x-agent-infra-queue-ms"]) for turn in waiting)
+    with ThreadPoolExecutor() as pool, occupied(relay, engine), Client(relay.port) as client:
+        for number, session in enumerate(("greedy", "modest"), 1):
+            pool.submit(chat, relay, session=session)
+            wait_for(lambda n=number: client.get("/queue/status").json()["pending"] == n)  # type: ignore[misc]
     ended = [turn["turn"] for turn in relay.controller.finished(4)]
     started = {e["turn"]: e["session"] for e in relay.controller.events if e["kind"] == "started"}
-    assert [started[turn] for turn in ended][-2:] == ["modest", "greedy"], (greedy, modest)
+    assert [started[turn] for turn in ended][-2:] == ["modest", "greedy"]
 
 
 def test_turns_wait_for_a_model_that_is_loading_without_a_timeout(relay: RelayProcess, engine: FakeEngine) -> None:
