@@ -232,13 +232,24 @@ def test_without_any_descriptor_left_a_turn_is_refused_and_no_replica_blamed(
 # Bugs.
 
 
+BUG = """
+import agent_infra
+feed = agent_infra.EventStream.feed
+
+def feed_with_a_bug(stream, data):
+    return feed(stream, None if b"word1" in data else data)
+
+agent_infra.EventStream.feed = feed_with_a_bug
+"""
+
+
 def test_a_bug_ends_the_turn_that_met_it_and_is_counted_and_logged(tmp_path: Path, engine: FakeEngine) -> None:
-    """The bug: what every stream calls at its second event is no function."""
-    with RelayProcess(tmp_path, may_have_bugs=True, histogram_bucket=None) as relay:
+    """The bug: a stream's second word is more than the relay can take."""
+    with RelayProcess(tmp_path, may_have_bugs=True, prelude=BUG) as relay:
         relay.controller.send_table([backend(1, engine.port)])
         with Client(relay.port) as client, Client(relay.port) as other, ThreadPoolExecutor() as pool:
-            other_turn = pool.submit(other.chat, fake={"delay": 0.5})
-            answer = client.chat(stream=True, fake={"gap": 0.1})
+            other_turn = pool.submit(other.chat, fake={"delay": 1.5})
+            answer = client.chat(stream=True, fake={"gap": 1.0})
             assert answer.is_complete
             assert json.loads(answer.events()[-1])["error"]["message"] == "the proxy failed on this answer"
             assert other_turn.result().status == 200
@@ -246,7 +257,7 @@ def test_a_bug_ends_the_turn_that_met_it_and_is_counted_and_logged(tmp_path: Pat
         engine.wait_for("aborted", 1)
         assert sorted(turn["outcome"] for turn in relay.controller.finished(3)) == ["completed", "completed", "cut"]
         wait_for(lambda: relay.controller.gauges[-1]["counters"]["errors"] == 1, "the error in the counters")
-        assert "an answer failed: TypeError" in relay.log()
+        assert "an answer failed: " in relay.log()
         assert relay.controller.gauges[-1]["backends"]["r1"]["in_flight"] == 0
 
 
