@@ -9310,7 +9310,7 @@ TUNNEL_PROBE_S = 1.0  # between two looks at a tunnel
 SUSPECT_AFTER_S = 5.0  # of silence
 REPLACED_AFTER_S = 15.0  # of silence
 TUNNEL_BACKOFF_S = (0.2, 30.0)  # before the first new attempt, and at most; doubled each time
-LOGINS_AT_ONCE = 4  # sshd refuses some of more than ten that are not through yet (MaxStartups)
+LOGINS_AT_ONCE = 4  # and so many more that failed repeatedly; sshd refuses some of more than ten (MaxStartups)
 FORGIVING_S = 60.0  # that turns wait for a tunnel which is being replaced, before its replica counts as away
 PORT_HELD_S = 10.0  # that a port of a tunnel which has ended is kept from others: the relay may still speak to it
 TUNNELS_CLOSE_S = 10.0  # that all tunnels together have to close
@@ -10634,9 +10634,10 @@ class Tunnel:
         driver: str,
         open_link: Callable[[TunnelTarget, Callable[[], bool]], Link],
         key: str,
-        starts: threading.Semaphore,
+        starts: tuple[threading.Semaphore, threading.Semaphore],
     ) -> None:
-        """``open_link`` takes the target and whether to give up; ``starts`` bounds how many log in at once.
+        """``open_link`` takes the target and whether to give up.  ``starts`` bounds how many log in at once, and how
+        many of those that failed repeatedly, so that nodes which are dead wait for each other alone.
 
         ``driver`` is what is likely, until a link says its own.
         """
@@ -10681,7 +10682,7 @@ class Tunnel:
 
     def _live(self) -> str:
         """One life of the tunnel, from its opening to its end; why it ended."""
-        with self._starts:
+        with self._starts[self._backoff_s > TUNNEL_BACKOFF_S[0]]:
             link = self._open(self.target, self._stop.is_set)
         is_silent = False
         self.state = dataclasses.replace(self.state, driver=link.driver)
@@ -10759,7 +10760,7 @@ class TunnelSet:
         """``login``: the host that commands run on, None where that is here; ``key``: the replicas'."""
         self._cluster, self._login, self._key = cluster, login, key
         self._lock = threading.Lock()
-        self._starts = threading.Semaphore(LOGINS_AT_ONCE)
+        self._starts = threading.Semaphore(LOGINS_AT_ONCE), threading.Semaphore(LOGINS_AT_ONCE)
         self._tunnels: dict[str, Tunnel] = {}
         self._reasons: dict[str, str] = {}  # mode → why
         self._node_keys: dict[str, tuple[tuple[str, str], ...]] = {}

@@ -189,6 +189,34 @@ def test_a_node_that_does_not_answer_holds_up_none_of_the_others(cluster: Cluste
             silent.result(60)
 
 
+def test_dead_nodes_keep_no_other_from_its_login(cluster: Cluster, tmp_path: Path) -> None:
+    """Once they have failed twice they take turns of their own, however many they are and however long each takes."""
+    scan = tmp_path / "bin" / "ssh-keyscan"
+    scan.parent.mkdir()
+    scan.write_text(
+        "#!/bin/sh\nfor node; do :; done\n"
+        f"case $node in silent-*) echo >> {tmp_path}/tried-$node\n"
+        f"  [ $(wc -l < {tmp_path}/tried-$node) -lt 3 ] || touch {tmp_path}/again-$node\n"
+        f"  while [ -e {tmp_path}/again-$node -a ! -e {tmp_path}/over ]; do sleep 0.2; done; exit;; esac\n"
+        f'exec {shutil.which("ssh-keyscan")} "$@"\n'
+    )
+    scan.chmod(0o700)
+    cluster.login.options["SetEnv"] = f"PATH={scan.parent}:{os.environ['PATH']}"
+    record = cluster.start()
+    dead = [
+        dataclasses.replace(record, replica=f"chat-{n}", node=f"silent-{n}")
+        for n in range(agent_infra.LOGINS_AT_ONCE + 2)
+    ]
+    tunnels = cluster.tunnels("sshtunnel", "node")
+    tunnels.follow(dead)
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("again-*"))) == agent_infra.LOGINS_AT_ONCE, "all turns are taken", 60)
+        wait_for(lambda: tunnels.follow([*dead, record])[-1].port, "the other's tunnel stands", 60)
+        assert len(list(tmp_path.glob("again-*"))) == agent_infra.LOGINS_AT_ONCE
+    finally:
+        (tmp_path / "over").touch()
+
+
 def test_a_silent_tunnel_is_suspected_then_replaced(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """With OpenSSH; test_slurm_ssh.py has the other driver, and silence of a whole node."""
     monkeypatch.setattr(agent_infra, "SUSPECT_AFTER_S", 1.0)
