@@ -81,7 +81,9 @@ space["__file__"] = __file__
 exec(compile(Path({program!r}).read_text(), __file__, "exec"), space)
 
 def forget(book, turn, now):
-    book.turns.pop(turn.id, None)
+    if book.turns.pop(turn.id, None) is not None:
+        turn.over = now
+        book._relay.admission.settle(turn)  # what a session has had is asked by the queue, tracked or not
 
 def relay_only(stream, *arguments, make=space["EventStream"].__init__, **options):
     make(stream, *arguments, **{{**options, "wanted_text": 0, "traces": False}})
