@@ -1369,7 +1369,8 @@ MAX_KNOWN_HEAD_BYTES = 2000
 MAX_CHUNK_LINE_BYTES = 4 << 10
 MAX_TRAILER_LINES = 64
 MAX_TRACED_BYTES = 1 << 20  # a body or an answer longer than this does not say what conversation it belongs to
-MAX_LESSONS = 100  # how often a stream is looked at for what its events have in common
+MAX_LESSONS = 100  # how often a stream is looked at for what its events have in common,
+EVENTS_A_LESSON = 100  # and from then on, once in so many events
 CAPTURED_PIECES = 32  # pieces of a stream that are searched for words at once: one by one costs thrice that
 MAX_HELD_EVENT_BYTES = 1 << 20  # an SSE event longer than this is passed on in pieces, unseen
 
@@ -1760,12 +1761,12 @@ _CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})\r\n")
 @functools.lru_cache(4096)
 def chunk_opening(length: int) -> bytes:
     """How one chunk begins that takes ``length`` bytes with its framing, in the usual spelling; where there is none,
-    what no chunk begins with. The same few lengths come again and again."""
+    what is longer than all of it. The same few lengths come again and again."""
     for digits in range(1, 16):
         opening = b"%x\r\n" % max(0, length - digits - 4)
         if len(opening) == digits + 2 and length > digits + 4:
             return opening
-    return b"\r"
+    return b"\r" * (length + 1)
 
 
 def holds_whole_events(data: bytes) -> bool:
@@ -1982,13 +1983,13 @@ class EventStream:
         self.events += count
         if self._captured < self._captures:
             self._capture(data)
-        if count == 1 and self._lessons:
+        if count == 1 and (self._lessons or self.events % EVENTS_A_LESSON == 0):
             self._learn(data)
         return data
 
     def _learn(self, data: bytes) -> None:
         """Know the next event by this one, where there is one string in it that may differ."""
-        self._lessons -= 1
+        self._lessons = max(0, self._lessons - 1)
         opening, found = chunk_opening(len(data)), list(_EVENT_WORDS.finditer(data))
         if len(found) == 1 and data.startswith(opening):
             self._is_text = found[0][1] is not None
@@ -2319,7 +2320,7 @@ def encode_stats(document: Mapping[str, Any]) -> bytes:
     """The /stats document as it is sent: without blanks, by C code, since the controller does this every second."""
     try:
         return _encode_json(document)
-    except (ValueError, TypeError, OverflowError):  # half a character, or a number beyond 64 bits
+    except (ValueError, TypeError, OverflowError):  # half a character, a key that is no string, and the like
         return json.dumps(_finite(document), separators=(",", ":")).encode()
 
 
@@ -9321,6 +9322,10 @@ class LoginError(HostUnreachableError, RefusedError):
     """SSH does not let us in, and will not until the operator did what the message says."""
 
 
+class HostKeyError(LoginError):
+    """A host shows a key that is not the known one, or none is known."""
+
+
 class InteractiveLoginError(LoginError):
     """The login asks for what cannot be kept for the next one: a password or a one-time code."""
 
@@ -9814,7 +9819,10 @@ class SshCommands:
                 self._transport = None
 
     def close(self) -> None:
-        self._drop(self._transport)
+        with self._lock:
+            if self._transport is not None:
+                close_connection(self._transport)
+                self._transport = None
 
 
 def _converse(channel: Any, stdin: bytes, deadline: float) -> CommandResult | None:
@@ -10127,12 +10135,12 @@ def explain_openssh(
     """What an ssh that gave up said on stderr, as an error that carries the fix; ``scan`` asks a host for its keys."""
     if "REMOTE HOST IDENTIFICATION HAS CHANGED" in said:
         shown = re.search(r"SHA256:\S+", said)
-        return LoginError(_changed_host(route, shown[0].rstrip(".") if shown else "a new one"))
+        return HostKeyError(_changed_host(route, shown[0].rstrip(".") if shown else "a new one"))
     if re.search(r"No \S+ host key is known|Host key verification failed", said):
         keys = scan(route)
         if keys:
-            return LoginError(_unknown_host(route, *keys[0]))
-        return LoginError(
+            return HostKeyError(_unknown_host(route, *keys[0]))
+        return HostKeyError(
             f"host key of {route.key_name} is not known; compare what `ssh {route.alias}` shows with what the "
             f"cluster's administrators publish, and let it add the key to {route.known_hosts[0]}"
         )
@@ -10291,6 +10299,7 @@ class OpenSshCommands:
         self._here = LocalCommands(environment)
         self._lock = threading.Lock()
         self._nodes: dict[str, OpenSshMaster] = {}
+        self._is_closed = False
         route = openssh_route(ssh, ssh.host, self._here)
         self.login = OpenSshMaster(
             openssh_words(ssh, ssh.host), route, self._control(ssh.host), self._here, has_terminal
@@ -10332,6 +10341,9 @@ class OpenSshCommands:
             master = OpenSshMaster(words, route, self._control(node), self._here)
             master.is_shared = True
         with self._lock:
+            if self._is_closed:
+                self._known_hosts(node).unlink(missing_ok=True)
+                raise HostUnreachableError(f"{node}: the connections are being closed")
             return self._nodes.setdefault(node, master)
 
     def learn_keys(self, node: str, route: SshRoute | None = None) -> None:
@@ -10345,6 +10357,7 @@ class OpenSshCommands:
 
     def close(self) -> None:
         with self._lock:
+            self._is_closed = True
             for master in (*self._nodes.values(), self.login):
                 master.close()
             for node in self._nodes:
@@ -10886,8 +10899,8 @@ class TunnelSet:
                 master = commands.node(target.node)
                 try:
                     master.ensure(deadline, should_stop)
-                except LoginError:  # installed anew, perhaps: the next attempt knows its new keys
-                    with contextlib.suppress(HostUnreachableError):
+                except HostKeyError:  # installed anew, perhaps: the next attempt knows its new keys
+                    with contextlib.suppress(HostUnreachableError, OSError):
                         commands.learn_keys(target.node)
                     raise
             return MasterLink(master, target.ends, is_nodes=target.mode == "node")
@@ -10972,7 +10985,7 @@ BUSY_S = 0.5  # that a replica gets no work after 429 or 503, at least
 RETRY_SHARE = 0.1  # of requests; the budget's bounds are RETRY_FLOOR and ten times that
 RETRY_FLOOR = 100.0
 NO_RETRY_LEFT = f"it is not sent elsewhere: the retry budget, {RETRY_SHARE:.0%} of all requests, is spent"
-GAPS_AT_ONCE = 64  # of a stream, that wait to be counted: half a KB
+GAPS_AT_ONCE = 64  # of a stream, that wait to be counted: 2 KB
 PACKED_TURNS = 16  # finished turns that are encoded at once: a fifth of a millisecond's work
 BATCHED_PACKS = 32  # of these in one frame
 QUESTION_S = 2.0
@@ -12712,12 +12725,14 @@ class ControlChannel:
 
     def run(self) -> None:
         """Accept controllers, for ever; a greenlet runs this."""
-        started_at = time.time()
+        started_at, told = time.time(), -math.inf
         while True:
             try:
                 controller, _ = self._server.accept()
             except OSError as error:  # out of descriptors
-                self._relay.log("error", f"no controller can be accepted for now: {error}")
+                if time.monotonic() > told + SHORTAGE_S:
+                    told = time.monotonic()
+                    self._relay.log("error", f"no controller can be accepted for now: {error}")
                 self._relay.reactor.sleep(1.0)
                 continue
             former, self._controller = self._controller, None
@@ -13190,6 +13205,8 @@ class Relay:
         if row.telemetry_port is not None:
             tasks.append(self.watch.load)
         replica.greenlets = [self.reactor.spawn(task, replica) for task in tasks]
+        for greenlet in replica.greenlets:
+            greenlet.link_exception(self._on_task_failed)
         return replica
 
     def has_room(self, length: int) -> bool:
@@ -13439,7 +13456,9 @@ def _search_proc_net(source: str, target: str, family: int) -> int | None:
     """The same from the kernel's table of all sockets."""
     try:
         table = Path("/proc/net/tcp6" if family == socket.AF_INET6 else "/proc/net/tcp").read_text().splitlines()
-    except OSError:
+    except OSError as error:
+        if error.errno in NO_DESCRIPTOR:
+            raise
         return None
     for columns in map(str.split, table[1:]):
         if columns[1:3] == [source, target] and columns[9] != "0":
@@ -13492,8 +13511,12 @@ class ReplicaWatch:
                 self._relay.log("warning", f"replica {replica.id} is out: {replica.reason}")
                 pause = min(FIRST_EJECTION_S * 2 ** (replica.ejections - 1), interval)
                 continue
-            problem, is_proven = self._probe(replica)
             interval = self._relay.settings.proxy.health_check_interval
+            try:
+                problem, is_proven = self._probe(replica)
+            except OSError:
+                pause = min(1.0, interval)
+                continue
             if problem is None:
                 self._readmit(replica)
                 pause = interval
@@ -13526,31 +13549,37 @@ class ReplicaWatch:
                 status, body = self._get(backend.host, backend.telemetry_port or 0, b"/load", backend.key)
                 replica.take_load(self._relay.codec.decode(body) if status == 200 else None)
                 missed = 0
-            except (OSError, ValueError, TypeError, WireError):
-                missed += 1
+            except (OSError, ValueError, TypeError, WireError) as error:
+                missed += getattr(error, "errno", None) not in NO_DESCRIPTOR
                 if missed == 5:
                     replica.take_load(None)
             self._relay.reactor.sleep(self._relay.settings.proxy.load_poll_interval)
 
     def is_alive(self, replica: LiveReplica) -> bool:
-        """Whether it answers its health probe now; a death just found is believed for a moment."""
+        """Whether it answers its health probe now, or cannot be asked; a death just found is believed for a moment."""
         now = time.monotonic()
         if now < replica.dead_until:
             return False
-        problem, _ = self._probe(replica)
+        try:
+            problem, _ = self._probe(replica)
+        except OSError:
+            return True
         if problem is not None:
             replica.dead_until = time.monotonic() + 0.5
         return problem is None
 
     def _probe(self, replica: LiveReplica) -> tuple[str | None, bool]:
-        """What is wrong with it (None: nothing), and whether that is proof of death rather than silence."""
+        """What is wrong with it (None: nothing), and whether that is proof of death rather than silence.
+
+        OSError without a free descriptor: that says nothing of the replica.
+        """
         try:
             status, _ = self._get(replica.backend.host, replica.backend.port, b"/health", None)
         except TimeoutError:
             return f"no answer to GET /health within {PROBE_S:g} s", False
         except (OSError, WireError) as error:
             if getattr(error, "errno", None) in NO_DESCRIPTOR:
-                return None, False  # that we have no descriptor says nothing of the replica
+                raise
             return f"health probe: {getattr(error, 'strerror', None) or error}", True
         # A server without /health answers 404, and serves; an engine that died behind its server answers 5xx.
         return (None, False) if 200 <= status < 500 else (f"GET /health says {status}", True)
@@ -13576,11 +13605,12 @@ class ReplicaWatch:
                     decoder.feed(data, 0, pieces)
                     continue
                 received += data
-                end = received.find(b"\r\n\r\n") + 4
-                if end >= 4:
+                while decoder is None and (end := received.find(b"\r\n\r\n") + 4) >= 4:
                     answer, length = self._relay.heads.answer(received, end)
-                    status, decoder = answer.status, BodyDecoder(length)
-                    decoder.feed(received, end, pieces)
+                    if answer.status >= 200:
+                        status, decoder = answer.status, BodyDecoder(length)
+                        decoder.feed(received, end, pieces)
+                    received = received[end:]  # behind an interim answer, the real one follows
             return status, b"".join(pieces)
 
 
@@ -13860,7 +13890,8 @@ class RelayLink:
             control.close()
             for descriptor in descriptors:
                 os.close(descriptor)
-            exited = self._child is not None and self._child.poll() is not None
+            child = self._child  # close() may come from another thread, here and below
+            exited = child is not None and child.poll() is not None
             if exited or time.monotonic() > deadline:
                 raise RelayGoneError(f"the relay does not answer ({error}); see {self._paths.log('proxy')}")
             time.sleep(0.02)
@@ -13878,9 +13909,10 @@ class RelayLink:
 
     def reconnect(self) -> bool:
         """Open a new control connection to the relay that runs; whether it answered."""
-        if self._control is None or process_stamp(self.pid) != self._stamp:
+        control = self._control
+        if control is None or process_stamp(self.pid) != self._stamp:
             return False
-        self._control.close()
+        control.close()
         self._control = None
         with contextlib.suppress(RelayGoneError):
             self._greet(time.monotonic() + 2.0)
@@ -13917,15 +13949,16 @@ class RelayLink:
 
     def abandon(self) -> None:
         """Close the control socket and make sure that the relay's process is gone."""
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        if self._stamp is not None:
-            end_process(self.pid, self._stamp, 0.0)
-        if self._child is not None:
-            self._child.kill()
-            self._child.wait()
-        self._child = self._stamp = None
+        control, self._control = self._control, None
+        stamp, self._stamp = self._stamp, None
+        child, self._child = self._child, None
+        if control is not None:
+            control.close()
+        if stamp is not None:
+            end_process(self.pid, stamp, 0.0)
+        if child is not None:
+            child.kill()
+            child.wait()
 
     def terminate(self) -> None:
         """Accept no more, and ask the relay to finish what is in flight and exit; called again, to exit at once."""
@@ -14556,7 +14589,8 @@ class Controller:
             self._tracker.relay_restarted()
             try:
                 self.relay.spawn()
-            except (RelayGoneError, OSError) as error:  # OSError: no process or no descriptor is to be had now
+            except (RelayGoneError, OSError, ValueError) as error:
+                # OSError: no process or no descriptor is to be had now. ValueError: close() came in between.
                 self._log(str(error))
                 self._stop.wait(RELAY_RETRY_S)
         self._heard_at = time.monotonic()

@@ -73,7 +73,7 @@ def test_a_replica_that_is_always_busy_and_says_come_at_once_is_not_asked_withou
 
 
 def test_a_client_that_leaves_between_two_tries_ends_them(relay: RelayProcess) -> None:
-    with FakeEngine(status=503, retry_after=1) as busy, Client(relay.port) as operator:
+    with FakeEngine(status=503, retry_after=4) as busy, Client(relay.port) as operator:
         relay.controller.send_table([backend(1, busy.port)])
         with Client(relay.port) as client:
             client.sock.sendall(request())
@@ -106,9 +106,13 @@ def test_a_client_that_leaves_while_its_replica_is_called_ends_the_call(relay: R
 # Interim answers.
 
 
+WELL = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
+INTERIM = b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n"
+
+
 @contextlib.contextmanager
-def bare_server(answer: Callable[[socket.socket], None]) -> Iterator[int]:
-    """The port of a server that calls ``answer`` for each POST, on its connection, and is healthy."""
+def bare_server(answer: Callable[[socket.socket], None], health: bytes = WELL) -> Iterator[int]:
+    """The port of a server that calls ``answer`` for each POST, on its connection, and says ``health`` to a probe."""
 
     def serve(sock: socket.socket) -> None:
         with sock, contextlib.suppress(OSError):
@@ -116,7 +120,7 @@ def bare_server(answer: Callable[[socket.socket], None]) -> Iterator[int]:
                 if data.startswith(b"POST"):
                     answer(sock)
                 else:
-                    sock.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+                    sock.sendall(health)
 
     def accept() -> None:
         with contextlib.suppress(OSError):
@@ -132,7 +136,6 @@ def bare_server(answer: Callable[[socket.socket], None]) -> Iterator[int]:
         thread.join(5)
 
 
-INTERIM = b"HTTP/1.1 103 Early Hints\r\nlink: </x>\r\n\r\n"
 FINAL = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
 
 
@@ -151,10 +154,17 @@ def test_interim_answers_without_end_are_an_answer_that_does_not_come(relay: Rel
 
     with bare_server(hint_for_ever) as port, Client(relay.port) as client, Client(relay.port) as other:
         rows = [backend(1, port, model="hinting"), backend(2, engine.port)]
-        relay.controller.send_table(rows, proxy={"request_timeout": 1.0})
+        relay.controller.send_table(rows, proxy={"request_timeout": 4.0})
         client.sock.sendall(request(model="hinting"))
         assert other.chat().status == 200
         assert client.read().status == 504
+
+
+def test_an_interim_answer_to_a_health_probe_is_not_yet_the_answer(relay: RelayProcess) -> None:
+    unwell = INTERIM + INTERIM + b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n"
+    with bare_server(socket.socket.close, health=unwell) as port:
+        relay.controller.send_table([backend(1, port)], proxy={"health_check_interval": 0.2})
+        wait_for(lambda: "GET /health says 503" in relay.log(), "the probe's end")
 
 
 # Descriptors.
@@ -212,7 +222,7 @@ def test_without_any_descriptor_left_a_turn_is_refused_and_no_replica_blamed(
         assert (one.chat().status, other.get("/health").status) == (200, 200)
         assert other.chat().status == 200
         limit_descriptors(relay, 1)
-        held = pool.submit(one.chat, fake={"delay": 4.0})
+        held = pool.submit(one.chat, fake={"delay": 8.0})
         engine.wait_for("running", 1)
         refused = other.chat()
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")

@@ -253,7 +253,19 @@ def test_most_events_of_a_stream_are_known_by_the_one_before() -> None:
 @pytest.mark.parametrize("length", [*range(1, 600), 4095 + 8, 65_536 + 9])
 def test_a_chunks_opening_follows_from_its_length_alone(length: int) -> None:
     sizes = [size for size in range(max(1, length - 20), length) if len(encode_chunk(b"a" * size)) == length]
-    assert chunk_opening(length) == (b"%x\r\n" % sizes[0] if sizes else b"\r")
+    if sizes:
+        assert chunk_opening(length) == b"%x\r\n" % sizes[0]
+    else:
+        assert len(chunk_opening(length)) > length
+
+
+@pytest.mark.parametrize("length", [21, 262, 4103])
+def test_no_length_that_a_chunk_cannot_have_passes_verbatim(length: int) -> None:
+    assert not holds_whole_events(b"\r" * (length - 4) + b"\n\n\r\n")
+    stream = EventStream(BodyDecoder(None), to_chunks=True, cuts_usage=True, needs_done=False, wanted_text=9)
+    stream.feed(encode_chunk(b'data: {"content":"a"}\n\n'))
+    with pytest.raises(WireError):
+        stream.feed(b'\rdata: {"content":"' + b"a" * (length - 26) + b'"}\n\n\r\n')
 
 
 @bounded
