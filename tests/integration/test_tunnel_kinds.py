@@ -381,7 +381,7 @@ def test_turns_wait_for_a_lost_tunnel_for_a_while_and_then_are_told(
 
     wait_for(lambda: state() == ("loading", None), "it counts as loading")
     wait_for(lambda: state() == ("ready", None), "it counts as away")
-    assert "refuses connections" in (tunnels.states()[record.replica].reason or "")
+    wait_for(lambda: "refuses connections" in (tunnels.states()[record.replica].reason or ""), "the reason is told")
     cluster.login.start()
     assert answers(follow_until_up(tunnels, record, reconnects=1))
 
