@@ -9628,7 +9628,9 @@ def _shake_hands(transport: Any, route: SshRoute) -> None:
     try:
         transport.start_client(timeout=SSH_PATIENCE_S)
     except paramiko.ssh_exception.IncompatiblePeer as error:
-        raise LoginError(_changed_host(route, "none of the kinds that are known") if trusted else str(error)) from error
+        raise HostKeyError(
+            _changed_host(route, "none of the kinds that are known") if trusted else str(error)
+        ) from error
     except (paramiko.SSHException, OSError, EOFError) as error:
         by = f" by {route.proxy_command!r}" if route.proxy_command else ""
         raise HostUnreachableError(
@@ -9640,7 +9642,7 @@ def _shake_hands(transport: Any, route: SshRoute) -> None:
     if key in revoked:
         raise LoginError(f"host key {key_fingerprint(key)} of {route.key_name} is revoked; ask the administrators")
     if (kind, key) not in trusted:
-        raise LoginError(
+        raise HostKeyError(
             _changed_host(route, f"{kind} {key_fingerprint(key)}") if trusted else _unknown_host(route, kind, key)
         )
 
@@ -9866,7 +9868,7 @@ def _converse(channel: Any, stdin: bytes, deadline: float) -> CommandResult | No
 # Down its stdin comes one line of JSON, what it is to be: {"driver": "sshtunnel", "hops": [SshRoute], "keyring":
 # Keyring, "local": [port], "remote": [[host, port]]} or {"driver": "openssh", "argv": [word], "socket": path}. Then
 # stdin only stays open: its end, however the parent ended, is the child's. Up its stdout come {"ports": [local port]}
-# once it stands, or {"error": text, "kind": "login" | "interactive" | "host"}.
+# once it stands, or {"error": text, "kind": "login" | "interactive" | "host_key" | "host"}.
 
 
 class TunnelChild:
@@ -9899,7 +9901,7 @@ class TunnelChild:
         document = json.loads(line) if line else {}
         if "ports" in document:
             return tuple(document["ports"])
-        kinds = {"login": LoginError, "interactive": InteractiveLoginError}
+        kinds = {"login": LoginError, "interactive": InteractiveLoginError, "host_key": HostKeyError}
         problem = document.get("error") or ("it ended without a word" if line is None else "it was too slow")
         raise kinds.get(document.get("kind", ""), HostUnreachableError)(problem)
 
@@ -9947,7 +9949,7 @@ def run_tunnel() -> int:
         hold = _hold_openssh if spec["driver"] == "openssh" else _hold_sshtunnel
         document = {"error": hold(spec)}
     except HostUnreachableError as error:
-        kinds = {InteractiveLoginError: "interactive", LoginError: "login"}
+        kinds = {InteractiveLoginError: "interactive", HostKeyError: "host_key", LoginError: "login"}
         kind = next((word for known, word in kinds.items() if isinstance(error, known)), "host")
         document = {"error": str(error), "kind": kind}
     except Exception as error:  # noqa: BLE001  whatever it is, the parent is told rather than left to guess
@@ -10918,7 +10920,7 @@ class TunnelSet:
             undone.callback(child.close)
             try:
                 link = ChildLink(child, child.wait_ready(deadline, should_stop), functools.partial(self._leave, held))
-            except LoginError:  # installed anew, perhaps: the next attempt asks for its keys
+            except HostKeyError:  # installed anew, perhaps: the next attempt asks for its keys
                 with self._lock:
                     self._node_keys.pop(target.node, None)
                 raise
