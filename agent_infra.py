@@ -4807,13 +4807,13 @@ class FleetAnalysis:
             self._forget(now - MAX_FIT_AGE_S)
 
     def _forget(self, before: float) -> None:
-        rows, beginnings, replica = measure(self._turns, self._start, before)
+        gone, self._turns = self._turns, [turn for turn in self._turns if turn.end >= before]
+        rows, beginnings, replica = measure(gone, self._start, before)
         if len(rows.seconds) >= LEAST_TURNS:
             _regress(rows, beginnings, replica)
             for row in zip(*dataclasses.astuple(rows), strict=True):
                 load = math.floor(2 * math.log2(max(1.0, row[3])))
                 self._remembered.setdefault(load, deque(maxlen=REMEMBERED)).append(row)
-        self._turns = [turn for turn in self._turns if turn.end >= before]
         self._complete_from = max(self._complete_from, before)
 
     @property
@@ -13808,6 +13808,7 @@ RELAY_RETRY_S = 2.0  # between two starts of a relay that dies at once
 DISCOVERY_INTERVAL_S = 0.5
 SNAPSHOT_INTERVAL_S = 1.0
 ANALYSIS_INTERVAL_S = 5.0
+ANALYSIS_SHARE = 0.01  # of a core; 8,000 turns take a tenth of a second, so about 10 s go by between two fits
 DRAIN_S = 30.0  # that turns in flight have to end before a relay or a replica is stopped
 STOP_S = 10.0  # that each thread of the controller has to end
 
@@ -14201,7 +14202,10 @@ def _without_resumed(ended: dict[str, float], turns: Iterable[TurnRecord]) -> It
 
 
 class Analyst:
-    """Computes the analysis every ANALYSIS_INTERVAL_S, in a thread of its own: nobody waits for a fit."""
+    """Computes the analysis every ANALYSIS_INTERVAL_S, in a thread of its own: nobody waits for a fit.
+
+    One that takes long is computed more rarely, so that it takes ANALYSIS_SHARE of a core and no more.
+    """
 
     def __init__(self, tracker: Tracker, log: Callable[[str, str], None]) -> None:
         """``log`` takes a message and its level."""
@@ -14236,7 +14240,9 @@ class Analyst:
             self._analysis.sample(sample)
 
     def _run(self) -> None:
-        while not self._stop.wait(ANALYSIS_INTERVAL_S):
+        pause_s = ANALYSIS_INTERVAL_S
+        while not self._stop.wait(pause_s):
+            began = time.thread_time()
             try:
                 self.document, self._told = self._analysis.document(), None
             except Exception as error:  # noqa: BLE001  an analysis that fails must not end the next
@@ -14244,6 +14250,8 @@ class Analyst:
                 if self._told != repr(error):
                     self._log(f"there is no analysis: {traceback.format_exc().strip()}", "error")
                 self._told = repr(error)
+            spent_s = time.thread_time() - began
+            pause_s = min(max(ANALYSIS_INTERVAL_S, spent_s / ANALYSIS_SHARE), 6 * ANALYSIS_INTERVAL_S)
 
 
 class Bookkeeper:

@@ -31,7 +31,7 @@ from typing import Any
 
 from bench_contenders import DEFAULT_VENV, PROGRAM, Contender, Place
 from bench_load import RequestLoad, StreamLoad, chat_request
-from bench_process import BenchmarkError, free_port, proxy_and_load_cores
+from bench_process import BenchmarkError, free_port, proxy_and_load_cores, wait_until
 from proxy import OURS, Replicas
 
 STREAM_INTERVAL_MS = 20
@@ -163,7 +163,15 @@ def run(plan: Plan, program: Path, folder: Path) -> bool:
         contender = Contender(OURS, Place(folder, free_port(), proxy_cores, replicas.ports, DEFAULT_VENV, program))
         stack.callback(contender.stop)
         contender.wait_until_ready()
+        wait_until(lambda: _has_stats(contender.port), "the first snapshot")
         return _measure(plan, contender, replicas.ports[0], stack)
+
+
+def _has_stats(port: int) -> bool:
+    try:
+        return bool(get_stats(port))
+    except BenchmarkError:
+        return False
 
 
 def _measure(plan: Plan, contender: Contender, replica_port: int, stack: contextlib.ExitStack) -> bool:
