@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from testbed.ports import free_port
+
 import agent_infra
 
 MODULE = Path(agent_infra.__file__)
@@ -34,13 +36,6 @@ def wait_for(condition: Callable[[], T], what: str = "it", seconds: float = 60.0
             return value
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
         time.sleep(0.01)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def is_listening(port: int) -> bool:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import stats_server as stats
 from browser_site import Site
-from program import MODULE, Running, free_port
+from program import MODULE, Running
+from testbed.ports import free_port
 
 AXE = (
     "axe-core",

@@ -22,6 +22,7 @@ from typing import Any
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from testbed.ports import free_port
 
 import agent_infra
 from agent_infra import AgentInfraError, Config, ModelConfig, ProxyConfig, SessionContext, attach
@@ -494,8 +495,7 @@ def test_the_attach_example_holds_one_session_of_ten_turns(server: Server) -> No
 
 
 def test_the_quickstart_says_in_one_line_that_there_is_no_proxy() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     finished = run_example("quickstart.py", f"http://127.0.0.1:{port}/v1")
     assert finished.returncode == 1
     assert finished.stderr.startswith(f"no proxy at http://127.0.0.1:{port}/v1: start one with ")

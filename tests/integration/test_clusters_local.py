@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from program import MODULE, wait_for
+from testbed.ports import free_port
 from weights import packaged_gguf
 
 import agent_infra
@@ -278,7 +279,7 @@ def test_an_engine_that_is_not_installed_is_refused_before_anything_starts(
 
 def embedded() -> ModelConfig:
     options = ("--threads", "1", "--max-num-seqs", "1")
-    return ModelConfig("s", str(packaged_gguf()), engine="llama_cpp", engine_args=options, base_port=24100)
+    return ModelConfig("s", str(packaged_gguf()), engine="llama_cpp", engine_args=options, base_port=free_port())
 
 
 @pytest.mark.parametrize("now", [False, True])

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from program import Program, free_port, wait_for
+from program import Program, wait_for
 from testbed.hub import COMMIT, TOKEN
+from testbed.ports import free_port
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
 from weights import packaged_gguf
 

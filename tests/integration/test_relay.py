@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import stat
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 from fake_engine import FakeEngine
 from program import wait_for
 from relay_harness import Client, RelayProcess, backend
+from testbed.ports import free_port
 
 
 @pytest.fixture
@@ -317,9 +317,7 @@ def test_turns_of_one_client_go_round(relay: RelayProcess) -> None:
 
 
 def test_a_turn_goes_elsewhere_when_its_replica_cannot_be_reached(relay: RelayProcess, engine: FakeEngine) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    relay.controller.send_table([backend(1, port), backend(2, engine.port)])
+    relay.controller.send_table([backend(1, free_port()), backend(2, engine.port)])
     with Client(relay.port) as client:
         assert [client.chat().status for _ in range(10)] == [200] * 10
 

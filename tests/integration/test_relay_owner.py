@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
-from program import free_port
 from relay_harness import KEY, Client, RelayProcess, backend
+from testbed.ports import free_port
 
 NOBODY = 65534
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")

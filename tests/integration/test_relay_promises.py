@@ -15,6 +15,7 @@ import pytest
 from fake_engine import FakeEngine
 from program import wait_for
 from relay_harness import Answer, Client, RelayProcess, backend, request
+from testbed.ports import free_port
 
 
 @pytest.fixture
@@ -224,9 +225,9 @@ def test_an_idle_connection_that_the_replica_closed_is_no_error(relay: RelayProc
 
 
 def test_a_replica_that_fails_is_ejected_and_comes_back_when_it_answers(relay: RelayProcess) -> None:
-    with FakeEngine() as one, FakeEngine() as other:
+    port = free_port()
+    with FakeEngine(port=port) as one, FakeEngine() as other:
         serve(relay, one, other, strategy="round_robin")
-        port = one.port
         one.kill()
         assert [chat(relay).status for _ in range(6)] == [200] * 6
         wait_for(lambda: [g for g in relay.controller.gauges if not g["backends"].get("r1", {}).get("healthy", True)])

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from node_testbed import KEY, STDLIB_ENGINE, Served, children, engine_pids
 from program import wait_for
+from testbed.ports import free_port
 from weights import packaged_gguf
 
 import agent_infra
@@ -63,9 +64,7 @@ def llama_model(gguf: str, port: int, **keys: Any) -> ModelConfig:
 @pytest.fixture
 def port() -> int:
     """A port from which on some are free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return min(int(probe.getsockname()[1]), 60000)
+    return free_port()
 
 
 def chat(tokens: int, **options: Any) -> dict[str, Any]:

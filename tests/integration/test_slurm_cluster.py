@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from openai import OpenAI
-from program import Program, free_port, wait_for
+from program import Program, wait_for
+from testbed.ports import free_port
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
 from weights import packaged_gguf
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from node_testbed import STDLIB_ENGINE
-from program import free_port, is_listening, wait_for
+from program import is_listening, wait_for
+from testbed.ports import free_port
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
 from weights import packaged_gguf
 

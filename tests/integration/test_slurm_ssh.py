@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from openai import APIError, OpenAI
-from program import Program, free_port, is_listening, wait_for
+from program import Program, is_listening, wait_for
 from testbed.namespaces import FarCluster, missing_parts
+from testbed.ports import free_port
 from testbed.sshd import SshServer, public_key
 from weights import packaged_gguf
 

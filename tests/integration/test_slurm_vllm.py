@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from program import free_port, is_listening, wait_for
+from program import is_listening, wait_for
+from testbed.ports import free_port
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
 from testbed.vllm import tiny_model, tiny_weights, vllm_python
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 from node_testbed import KEY, STDLIB_ENGINE, Served
-from program import free_port, is_listening, wait_for
+from program import is_listening, wait_for
+from testbed.ports import free_port
 from testbed.sshd import SSHD, SshServer, descendants, make_key, public_key
 
 import agent_infra

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from program import Program, free_port, wait_for
+from program import Program, wait_for
+from testbed.ports import free_port
 from testbed.sshd import SSHD, SshServer, make_key, public_key
 
 import agent_infra

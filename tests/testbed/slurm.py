@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from testbed.ports import free_port
+
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 LOW_AND_HIGH = (
     "PartitionName=low Nodes=ALL Default=YES MaxTime=1-00:00:00 DefaultTime=00:10:00 "
@@ -74,18 +76,6 @@ def missing_programs() -> list[str]:
     return missing + ([] if os.getuid() == 0 else ["root"])
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on, all different."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
-
-
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -118,7 +108,7 @@ class SlurmBed:
         self.environment["PATH"] += ":/usr/sbin:/sbin"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._node_prefix, self._controller_prefix = node_prefix, controller_prefix
-        ports = free_ports(nodes + 1)
+        ports = [free_port() for _ in range(nodes + 1)]
         host = socket.gethostname().partition(".")[0]
         # On loopback no daemon listens for other machines; across namespaces each is reached at its own address.
         communication = "" if addresses else "CommunicationParameters=NoCtldInAddrAny,NoInAddrAny"

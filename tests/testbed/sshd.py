@@ -6,12 +6,13 @@ import getpass
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+
+from testbed.ports import free_port
 
 import agent_infra
 
@@ -76,8 +77,7 @@ class SshServer:
                 make_key(key, kind)
         self.authorized = folder / "authorized_keys"
         self.authorized.write_text(public_key(self.client_key) + "\n")
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = port or probe.getsockname()[1]
+        self.port = port or free_port()
         self.known_hosts = folder / "known_hosts"
         self.trust(*self.host_keys)
         self.options = {
