@@ -10969,6 +10969,10 @@ def unix_address(path: str) -> Iterator[str]:
 NO_DESCRIPTOR = errno.EMFILE, errno.ENFILE
 RECEIVE_BYTES = 64 << 10
 JOINED_BODY_BYTES = 16 << 10
+# An engine's step takes 7 ms and more. So many clients could not be served faster without a pause: each turn of one
+# waits for two at most.
+PAUSE_S, PACED_FROM_CLIENTS = 0.002, 32
+GATHERED_BODY_BYTES = 1 << 20  # up to here callbacks gather a body that comes in pieces
 LONG_BODY_BYTES = 16 << 10  # from here on it pays to remember what was read
 KNOWN_BODIES_BYTES = 32 << 20
 APP_BODY_BYTES = 64 << 10
@@ -11035,6 +11039,34 @@ class Reactor:
         timer = self.loop.timer(seconds, seconds)
         timer.start(callback)
         return timer
+
+    def before_waiting(self, callback: Callable[[], None]) -> Any:
+        """A started watcher that calls ``callback`` each time before the loop waits, after all that is due."""
+        watcher = self.loop.prepare(priority=self.loop.MINPRI)
+        watcher.start(callback)
+        return watcher
+
+
+class WakePacing:
+    """Lets bytes gather while many clients are connected, as a network card moderates its interrupts: a wake that
+    finds several chunks is cheaper for each.
+
+    What comes ``PAUSE_S`` after the wake before, or later, is passed on at once; the rest waits until then.
+    """
+
+    def __init__(self, clients: Collection[ClientConnection]) -> None:
+        from gevent.monkey import get_original
+
+        self._clients, self._due = clients, 0.0
+        self._sleep: Callable[[float], None] = get_original("time", "sleep")
+
+    def pause(self) -> None:
+        if len(self._clients) >= PACED_FROM_CLIENTS:
+            now = time.monotonic()
+            if (rest := self._due - now) > 0.0:
+                self._sleep(rest)
+                now += rest
+            self._due = now + PAUSE_S
 
 
 @dataclass(frozen=True)
@@ -11659,7 +11691,7 @@ class Exchange(AnswerFlow):
 
     def close(self) -> None:
         """Give the connection back, or close it where it cannot serve again."""
-        self.client.exchange = self.listener = None
+        self.client.exchange = self.listener = self.express = None  # each made a circle, and kept the body with it
         if self._write_watcher is not None:
             self.stop_writing()
         upstream = self.upstream
@@ -11821,6 +11853,32 @@ class ClientSocket:
         self.sock.close()
 
 
+class ArrivingBody:
+    """A request of which the head is known and a part of the body came; callbacks gather the rest."""
+
+    __slots__ = ("_body_at", "_first", "_missing", "_rest", "plan")
+
+    def __init__(self, plan: RequestPlan, data: bytes, body_at: int, length: int) -> None:
+        """``data`` is what came, the head included; its body of ``length`` bytes begins at ``body_at``."""
+        self.plan = plan
+        self._first, self._body_at, self._rest = data, body_at, bytearray()
+        self._missing = body_at + length - len(data)
+
+    def add(self, data: bytes) -> int:
+        """How many bytes are missing now; less than none where the next request came, too."""
+        self._rest += data
+        self._missing -= len(data)
+        return self._missing
+
+    def body(self) -> bytes:
+        """The whole body, once nothing is missing."""
+        return b"".join((memoryview(self._first)[self._body_at :], self._rest))
+
+    def received(self) -> bytes:
+        """All that came, from the head on."""
+        return self._first + self._rest
+
+
 class RequestReader(ClientSocket):
     """Takes a client's requests out of what it sends; holds the bodies' bytes against the limits."""
 
@@ -11904,6 +11962,10 @@ class RequestReader(ClientSocket):
         self._held_bytes += size
         self.relay.buffered_bytes += size
 
+    def _release(self) -> None:
+        self.relay.buffered_bytes -= self._held_bytes
+        self._held_bytes = 0
+
 
 class ClientConnection(RequestReader):
     """One client: reads its requests, one after the other, and owns the greenlet that serves them.
@@ -11921,6 +11983,7 @@ class ClientConnection(RequestReader):
         self.is_trusted: bool | None = None  # whether the socket's owner needs no key; asked once
         self.delivery: Delivery | None = None
         self._awaits_request = False
+        self._arriving: ArrivingBody | None = None
         self._is_anthropic = False
         self._keeps_alive = True
 
@@ -11939,7 +12002,7 @@ class ClientConnection(RequestReader):
 
     @property
     def is_idle(self) -> bool:
-        return self._awaits_request and not self.buffer and self.delivery is None
+        return self._awaits_request and not self.buffer and self.delivery is None and self._arriving is None
 
     def cut(self, reason: str) -> None:
         """End what the connection is doing, telling the client why where it can still be told; event loop only."""
@@ -11973,8 +12036,7 @@ class ClientConnection(RequestReader):
             return self._refuse(refusal)
         finally:
             self.delivery = None
-            self.relay.buffered_bytes -= self._held_bytes
-            self._held_bytes = 0
+            self._release()
 
     def _await_request(self) -> bool:
         """Park until there are bytes of a request, or a turn to take over; False when the client has had enough."""
@@ -11983,44 +12045,70 @@ class ClientConnection(RequestReader):
         self._awaits_request = True
         try:
             while not self.buffer and self.delivery is None:
-                if self.gone or time.monotonic() >= self.deadline:
+                is_late = time.monotonic() >= self.deadline
+                if is_late and self._arriving is not None and not self.gone:
+                    self._is_anthropic = b"/v1/messages" in self._arriving.plan.path
+                    self._has_unread_body = True
+                    raise WireError("the rest of the body did not come in time", 408)
+                if is_late or self.gone:
                     return False
                 self.park()
         finally:
-            self._awaits_request = False
+            self._awaits_request, self._arriving = False, None
         return True
 
     def _take(self, data: bytes) -> None:
         if not self._awaits_request or self.delivery is not None or self.buffer:
             super()._take(data)
             return
+        arriving = self._arriving
         try:
-            if self._express(data):
+            if self._express(data) if arriving is None else self._gather(arriving, data):
                 return
         except Exception as error:  # noqa: BLE001 - it is read again, in the common way
             self.relay.log_bug("a request", error)
         if self.delivery is None:
-            self.buffer += data
+            self.buffer += data if arriving is None else arriving.received()
         self.wake()
 
     def _express(self, data: bytes) -> bool:
-        """Begin the one whole request in ``data`` without waking the greenlet; False: nothing was done."""
-        now, relay = time.monotonic(), self.relay
+        """Begin the one request in ``data`` without waking the greenlet; False: nothing was done."""
         end = data.find(b"\r\n\r\n") + 4
-        known = relay.heads.known_requests.find(data, end) if end >= 4 else None
+        known = self.relay.heads.known_requests.find(data, end) if end >= 4 else None
         if known is None:
             return False
         plan, length, authorization = known
-        if len(data) != end + length or authorization != self.authorization or not relay.has_room(length):
+        missing = end + length - len(data)
+        if missing < 0 or authorization != self.authorization or not self.relay.has_room(length):
             return False
-        body = data[end:]
+        if not missing:
+            return self._begin(plan, data[end:])
+        if length > GATHERED_BODY_BYTES or b"expect" in plan.request.fields:
+            return False
+        self._arriving = ArrivingBody(plan, data, end, length)
+        self._hold(length, length)
+        self.deadline = time.monotonic() + BODY_S
+        return True
+
+    def _gather(self, arriving: ArrivingBody, data: bytes) -> bool:
+        """Take more of a body, and begin its turn when it is whole; False: the greenlet is to read it again."""
+        missing = arriving.add(data)
+        if missing > 0:
+            self.deadline = time.monotonic() + BODY_S
+            return True
+        self._arriving = None
+        self._release()
+        return not missing and self._begin(arriving.plan, arriving.body())
+
+    def _begin(self, plan: RequestPlan, body: bytes) -> bool:
+        now, relay = time.monotonic(), self.relay
         try:
             turn = relay.book.begin(plan, body, now, self.peer)
         except RequestError:
             return False  # nothing has begun; the greenlet finds the same, and says it
         self.version, self._keeps_alive = 1, plan.request.keeps_alive
-        self._held_bytes = length
-        relay.buffered_bytes += length
+        self._held_bytes = len(body)
+        relay.buffered_bytes += len(body)
         self.delivery = delivery = ExpressDelivery(relay, self, turn, plan, body)
         if not delivery.begin(now):
             self.wake()
@@ -12029,8 +12117,7 @@ class ClientConnection(RequestReader):
     def end_express(self, now: float) -> None:
         """The turn that a callback had begun is over, its answer sent."""
         self.delivery = self.exchange = None
-        self.relay.buffered_bytes -= self._held_bytes
-        self._held_bytes = 0
+        self._release()
         self.deadline = now + IDLE_CLIENT_S
         if not self._keeps_alive:
             self.leave()
@@ -13228,6 +13315,7 @@ class Relay:
             watcher.start(action)
             self._watchers.append(watcher)
         self._watchers.append(self.reactor.every(SWEEP_S, self._sweep))
+        self._watchers.append(self.reactor.before_waiting(WakePacing(self.connections).pause))
         tasks = (self.control.run, self._flush_events, self._send_gauges)
         greenlets = [self.reactor.spawn(task) for task in tasks]
         for greenlet in greenlets:
