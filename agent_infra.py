@@ -13896,6 +13896,7 @@ RELAY_RETRY_S = 2.0  # between two starts of a relay that dies at once
 DISCOVERY_INTERVAL_S = 0.5
 SNAPSHOT_INTERVAL_S = 1.0
 ANALYSIS_INTERVAL_S = 5.0
+ANALYSIS_PAUSE_S = 30.0  # at most, though it is dear or no turn has ended
 ANALYSIS_SHARE = 0.01  # of a core; 8,000 turns take a tenth of a second, so about 10 s go by between two fits
 DRAIN_S = 30.0  # that turns in flight have to end before a relay or a replica is stopped
 STOP_S = 10.0  # that each thread of the controller has to end
@@ -14292,7 +14293,8 @@ def _without_resumed(ended: dict[str, float], turns: Iterable[TurnRecord]) -> It
 class Analyst:
     """Computes the analysis every ANALYSIS_INTERVAL_S, in a thread of its own: nobody waits for a fit.
 
-    One that takes long is computed more rarely, so that it takes ANALYSIS_SHARE of a core and no more.
+    One that takes long is computed more rarely, so that it takes ANALYSIS_SHARE of a core and no more; and so is one
+    for which no turn has ended since the last.
     """
 
     def __init__(self, tracker: Tracker, log: Callable[[str, str], None]) -> None:
@@ -14302,6 +14304,7 @@ class Analyst:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="analysis", daemon=True)
         self._told: str | None = None  # the error that the log has
+        self._has_news = False  # set by whoever adds to the analysis, taken back by the thread
         self.document: list[dict[str, Any]] = []  # of /stats; replaced as a whole, so that readers need no lock
 
     def start(self) -> None:
@@ -14317,10 +14320,12 @@ class Analyst:
         """Add finished turns."""
         for record in turns:
             self._analysis.add(record)
+            self._has_news = True
 
     def end_session(self, session: str, at: float) -> None:
         """Note that an agent said so."""
         self._analysis.end(session, at)
+        self._has_news = True
 
     def sample(self, stats: Mapping[str, Any]) -> None:
         """Take what a /stats document says of the fleet, once a second."""
@@ -14328,8 +14333,11 @@ class Analyst:
             self._analysis.sample(sample)
 
     def _run(self) -> None:
-        pause_s = ANALYSIS_INTERVAL_S
+        pause_s, due = ANALYSIS_INTERVAL_S, 0.0
         while not self._stop.wait(pause_s):
+            if not self._has_news and time.monotonic() < due:
+                continue  # but for the moment that its windows end with, all is as it was
+            self._has_news, due = False, time.monotonic() + ANALYSIS_PAUSE_S
             began = time.thread_time()
             try:
                 self.document, self._told = self._analysis.document(), None
@@ -14339,7 +14347,7 @@ class Analyst:
                     self._log(f"there is no analysis: {traceback.format_exc().strip()}", "error")
                 self._told = repr(error)
             spent_s = time.thread_time() - began
-            pause_s = min(max(ANALYSIS_INTERVAL_S, spent_s / ANALYSIS_SHARE), 6 * ANALYSIS_INTERVAL_S)
+            pause_s = min(max(ANALYSIS_INTERVAL_S, spent_s / ANALYSIS_SHARE), ANALYSIS_PAUSE_S)
 
 
 class Bookkeeper:
