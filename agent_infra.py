@@ -11691,7 +11691,7 @@ class Exchange(AnswerFlow):
 
     def close(self) -> None:
         """Give the connection back, or close it where it cannot serve again."""
-        self.client.exchange = self.listener = self.express = None  # each made a circle, and kept the body with it
+        self.client.exchange = self.listener = self.express = None  # circles, that would keep the body
         if self._write_watcher is not None:
             self.stop_writing()
         upstream = self.upstream
@@ -13896,8 +13896,8 @@ RELAY_RETRY_S = 2.0  # between two starts of a relay that dies at once
 DISCOVERY_INTERVAL_S = 0.5
 SNAPSHOT_INTERVAL_S = 1.0
 ANALYSIS_INTERVAL_S = 5.0
-ANALYSIS_PAUSE_S = 30.0  # at most, though it is dear or no turn has ended
-ANALYSIS_SHARE = 0.01  # of a core; 8,000 turns take a tenth of a second, so about 10 s go by between two fits
+ANALYSIS_PAUSE_S = 30.0  # the longest, also where a fit is dear or no turn has ended
+ANALYSIS_SHARE = 0.005  # of a core; 8,000 turns take a tenth of a second, so about 20 s go by between two fits
 DRAIN_S = 30.0  # that turns in flight have to end before a relay or a replica is stopped
 STOP_S = 10.0  # that each thread of the controller has to end
 

@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import closed_loop
 import pytest
 from closed_loop import ClosedLoop, Physics, Workload, engine_fleet, planted_fleet
 
+import agent_infra
 from agent_infra import (
     LEAST_TURNS,
     POINT_TURNS,
@@ -538,3 +540,18 @@ def test_a_simulation_is_determined_by_its_seed() -> None:
     assert run(1) == run(1)
     assert run(1) != run(2)
     assert not math.isnan(run(1)[0].finished_at)
+
+
+def test_without_a_turn_that_ended_nothing_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_infra, "ANALYSIS_INTERVAL_S", 0.01)
+    computed = threading.Semaphore(0)
+    analyst = agent_infra.Analyst(agent_infra.Tracker(lambda: 0.0), lambda *_: None)
+    monkeypatch.setattr(analyst._analysis, "document", computed.release)
+    analyst.start()
+    try:
+        for _ in range(3):
+            assert computed.acquire(timeout=10.0)
+            assert not computed.acquire(timeout=0.1)
+            analyst.end_session("s", 0.0)
+    finally:
+        analyst.stop()
