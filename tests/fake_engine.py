@@ -5,7 +5,8 @@ shall do stands in its body, under ``"fake"``; what all of them shall do is set 
 
 ``tokens`` (3), ``say`` (in their place), ``calls`` (ids of tool calls), ``delay`` (s before the answer), ``base_s``
 with ``each_s`` and ``slots`` (an answer takes base_s + each_s · n seconds with n in the works, ``slots`` of them at
-most, as in continuous batching), ``gap`` (s between events), ``hang`` (never answer), ``status`` (answer with it),
+most, as in continuous batching), ``gap`` (s between events), ``hang`` (never answer), ``held`` (answer once
+``release`` was set), ``status`` (answer with it),
 ``retry_after``, ``usage`` (stream it even if nobody asked), ``finish_reason``, ``die`` (kill the process: "before" the
 answer, in its "middle", or after that many events), ``cut`` (close the connection, likewise), ``no_done``, ``close``
 (after the answer, with or without saying so: "silently"), ``linger`` (s between a stream's last event and its end),
@@ -31,6 +32,8 @@ import threading
 import time
 from collections.abc import Mapping
 from typing import Any
+
+from patience import PATIENCE_S
 
 
 class ClientLeftError(Exception):
@@ -159,6 +162,8 @@ class Connection:
             return False
         if how.get("hang"):
             self.pause(3600.0)
+        while how.get("held") and not self.engine.behaviour.get("release"):
+            self.pause(0.02)
         self.pause(how.get("delay", 0.0))
         if "base_s" in how:
             self.engine.works.run(how["base_s"], how["each_s"], how["slots"])
@@ -337,7 +342,7 @@ class FakeEngine:
         """What it saw so far; with ``behaviour``, what it shall do from now on."""
         body = json.dumps(behaviour).encode() if behaviour is not None else b""
         method = "GET" if behaviour is None else "POST"
-        with socket.create_connection(("127.0.0.1", self.port), timeout=10) as sock:
+        with socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S) as sock:
             head = f"{method} /fake HTTP/1.1\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
             sock.sendall(head.encode() + body)
             received = b""
@@ -346,7 +351,7 @@ class FakeEngine:
         answer: dict[str, Any] = json.loads(received.partition(b"\r\n\r\n")[2])
         return answer
 
-    def wait_for(self, what: str, value: int, seconds: float = 5.0) -> dict[str, Any]:
+    def wait_for(self, what: str, value: int, seconds: float = PATIENCE_S) -> dict[str, Any]:
         """Wait until the count ``what`` is ``value``; AssertionError when it does not come."""
         deadline = time.monotonic() + seconds
         while (seen := self.call())[what] != value:

@@ -114,7 +114,7 @@ class Served:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait(10)
-        wait_for(lambda: not engine_pids(self.directory), "the end of the engines", 10)
+        wait_for(lambda: not engine_pids(self.directory), "the end of the engines")
 
     def request(self, path: str, body: Mapping[str, Any] | None = None, **options: Any) -> Any:
         """The parsed JSON answer of the engine (of /load where ``port`` says so) to a request with the key."""

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from patience import PATIENCE_S
 from testbed.ports import free_port
 
 import agent_infra
@@ -27,7 +28,7 @@ MODULE = Path(agent_infra.__file__)
 T = TypeVar("T")
 
 
-def wait_for(condition: Callable[[], T], what: str = "it", seconds: float = 60.0) -> T:
+def wait_for(condition: Callable[[], T], what: str = "it", seconds: float = PATIENCE_S) -> T:
     """The first true value of ``condition``; fails with ``what`` when there is none in time."""
     deadline = time.monotonic() + seconds
     while True:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from patience import PATIENCE_S
 from program import wait_for
 
 from agent_infra import (
@@ -124,14 +125,14 @@ class Controller:
     def send_stats(self, document: bytes) -> None:
         self.sock.sendall(encode_frame(FRAME_STATS, document))
 
-    def finished(self, count: int = 1, seconds: float = 5.0) -> list[dict[str, Any]]:
+    def finished(self, count: int = 1) -> list[dict[str, Any]]:
         """The TurnFinished events, once there are at least ``count``."""
 
         def found() -> list[dict[str, Any]]:
             ends = [event for event in list(self.events) if event["kind"] == "finished"]
             return ends if len(ends) >= count else []
 
-        return wait_for(found, f"the end of {count} turns", seconds)
+        return wait_for(found, f"the end of {count} turns")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -193,7 +194,7 @@ class RelayProcess:
                 return Controller(self.path)
             return None
 
-        controller = wait_for(attempt, "the relay's control socket", 20.0)
+        controller = wait_for(attempt, "the relay's control socket")
         if controller is None:
             raise AssertionError
         self._controllers.append(controller)
@@ -251,7 +252,7 @@ class Answer:
 class Client:
     """A raw HTTP/1.1 client on one connection, that trusts nothing and normalises nothing."""
 
-    def __init__(self, port: int, timeout: float = 10.0, host: str = "127.0.0.1") -> None:
+    def __init__(self, port: int, timeout: float = PATIENCE_S, host: str = "127.0.0.1") -> None:
         self.sock = socket.create_connection((host, port), timeout=timeout)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.buffer = b""

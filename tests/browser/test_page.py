@@ -317,7 +317,7 @@ def test_up_brings_the_page_along_and_takes_it_with_it(tmp_path: Path, chromium:
         tab.close()
         assert complaints == []
         assert up.end() == 0
-        wait_for(lambda: not app.processes(), f"no process left: {app.processes()}", 10.0)
+        wait_for(lambda: not app.processes(), f"no process left: {app.processes()}")
         assert not is_listening(port)
 
 
@@ -332,4 +332,4 @@ def test_the_page_ends_when_its_proxy_is_killed(tmp_path: Path) -> None:
         up.process.kill()
         wait_for(lambda: not is_listening(port), "the end of the page")
         assert app.run("stop").returncode == 0
-        wait_for(lambda: not app.processes(), "no process left", 10.0)
+        wait_for(lambda: not app.processes(), "no process left")

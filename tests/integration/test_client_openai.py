@@ -22,6 +22,7 @@ from typing import Any
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from patience import PATIENCE_S
 from testbed.ports import free_port
 
 import agent_infra
@@ -143,7 +144,7 @@ def serving() -> Iterator[Server]:
             yield state
         finally:
             server.shutdown()
-            thread.join(10)
+            thread.join(PATIENCE_S)
 
 
 @pytest.fixture(autouse=True)
@@ -462,7 +463,7 @@ def test_close_stays_silent_when_the_proxy_is_gone_or_speaks_nonsense() -> None:
         thread = threading.Thread(target=answer)
         thread.start()
         SessionContext(base_url=f"http://127.0.0.1:{port}/v1").close()
-        thread.join(10)
+        thread.join(PATIENCE_S)
     SessionContext(base_url=f"http://127.0.0.1:{port}/v1").close()
 
 

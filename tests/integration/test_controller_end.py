@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from program import wait_for
 
 import agent_infra
@@ -31,7 +32,7 @@ class Hindrance:
     def meet(self) -> None:
         if self.begins.is_set():
             self.is_met.set()
-            assert self.is_over.wait(60)
+            assert self.is_over.wait(PATIENCE_S)
 
 
 class SlowTunnels(TunnelSet):
@@ -70,7 +71,7 @@ def test_a_thread_that_does_not_end_keeps_nothing_else_from_its_end(
         stamp = agent_infra.process_stamp(controller.relay.pid)
         pid = controller.relay.pid
         hindrance.begins.set()
-        assert hindrance.is_met.wait(30)
+        assert hindrance.is_met.wait(PATIENCE_S)
         controller.stop(0)
         assert stamp is not None
         assert agent_infra.process_stamp(pid) != stamp  # its relay has ended

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
+from patience import PATIENCE_S
 from program import Program, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -58,7 +59,7 @@ def kept(app: Program) -> list[dict[str, Any]]:
 
 def end(process: subprocess.Popen[str]) -> None:
     process.kill()
-    process.wait(10)
+    process.wait(PATIENCE_S)
 
 
 @pytest.mark.parametrize("killed", ["controller and relay", "controller", "relay"])
@@ -67,7 +68,7 @@ def test_a_kill_in_the_middle_of_a_thousand_turns_costs_the_last_batch_at_most(
 ) -> None:
     proxy = app.bring_up_proxy(engine.port)
     agents = [Agent(app, f"agent-{number}") for number in range(AGENTS)]
-    wait_for(lambda: sum(len(agent.answered) for agent in agents) > AGENTS * TURNS // 3, "a third of the turns", 60)
+    wait_for(lambda: sum(len(agent.answered) for agent in agents) > AGENTS * TURNS // 3, "a third of the turns")
     relay = app.find("relay")
     killed_at = time.time()
     if "controller" in killed:

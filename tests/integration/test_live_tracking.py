@@ -19,6 +19,7 @@ import openai
 import pytest
 from fake_engine import FakeEngine
 from openai.types.chat import ChatCompletionMessageParam
+from patience import PATIENCE_S, compares_clocks
 from program import Program, wait_for
 from relay_harness import Client
 from stats_schema import check_stats
@@ -231,11 +232,12 @@ def agent_without_headers(proxy: Planted, name: str) -> Truth:
     return truth
 
 
+@compares_clocks
 def test_times_are_recovered_as_they_were_planted(tmp_path: Path) -> None:
     with Planted(tmp_path, m=SetUp(0.2, 0.05, slots=1, engines=2)) as proxy, ThreadPoolExecutor(8) as pool:
         kinds = [agent_with_headers] * 4 + [agent_without_headers] * 4
         running = [pool.submit(kind, proxy, f"agent-{number}") for number, kind in enumerate(kinds)]
-        truths = [each.result(60) for each in running]
+        truths = [each.result(PATIENCE_S) for each in running]
         document = wait_for(
             lambda: document if (document := proxy.get("/stats"))["totals"]["requests"] == 8 * TURNS else None,
             "all turns",
@@ -280,13 +282,14 @@ def agent_that_thinks(proxy: Planted, model: str, number: int, until: float) -> 
             assert client.chat(session.get_headers(), model=model).status == 200
 
 
+@compares_clocks
 def test_verdict_and_suggestion_follow_what_was_planted(tmp_path: Path) -> None:
     agents = [(model, number) for model, (count, _) in AGENTS.items() for number in range(count)]
     with Planted(tmp_path, **SET_UPS) as proxy, ThreadPoolExecutor(len(agents)) as pool:
         until = time.monotonic() + RUN_S
         running = [pool.submit(agent_that_thinks, proxy, *agent, until) for agent in agents]
         for each in running:
-            each.result(60)
+            each.result(PATIENCE_S)
         over = time.time()
 
         def analysed() -> Any:

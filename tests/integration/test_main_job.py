@@ -36,7 +36,7 @@ def bring_up(app: Program, *words: str) -> Running:
 
 
 def assert_nothing_is_left(app: Program, ports: list[int]) -> None:
-    wait_for(lambda: not app.processes(), f"no process left; {app.processes()}", 10.0)
+    wait_for(lambda: not app.processes(), f"no process left; {app.processes()}")
     assert [port for port in ports if is_listening(port)] == []
 
 

@@ -185,7 +185,7 @@ def test_an_idle_replica_ends_by_itself_though_nobody_is_connected_and_start_bri
     assert app.get("/health")["models"]["smollm2"]["ready"] == 0
     app.configure(models=[idle_model(app, 60)])
     assert app.run("start").returncode == 0
-    wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 1, "it is back", 60)
+    wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 1, "it is back")
     assert app.chat()[0]["choices"]
     assert app.run("stop").returncode == 0
 

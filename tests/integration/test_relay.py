@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
+from patience import PATIENCE_S
 from program import wait_for
 from relay_harness import Client, RelayProcess, backend
 from testbed.ports import free_port
@@ -50,15 +51,12 @@ def test_a_stream_arrives_event_by_event_and_whole(client: Client) -> None:
 
 
 def test_a_streams_first_event_does_not_wait_for_the_second(client: Client) -> None:
-    started = time.monotonic()
-    client.sock.settimeout(2.0)
     body = b'{"model":"m","stream":true,"messages":[],"fake":{"gap":3600}}'
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n" % len(body)
     client.sock.sendall(head + body)
     received = b""
     while b"word0" not in received:
         received += client.sock.recv(65536)
-    assert time.monotonic() - started < 2.0
 
 
 @pytest.mark.parametrize("split", [1, 7, 64])
@@ -244,7 +242,7 @@ def test_nobody_is_served_before_the_first_table_and_nobody_refused(relay: Relay
         with pytest.raises(TimeoutError):
             early.read()
         relay.controller.send_table([backend(1, engine.port)])
-        early.sock.settimeout(5)
+        early.sock.settimeout(PATIENCE_S)
         assert early.read().status == 200
 
 
@@ -273,14 +271,14 @@ def test_a_replica_that_is_missing_without_a_controller_is_told_with_what_to_do(
 
 def test_the_newest_controller_wins(relay: RelayProcess) -> None:
     relay.connect()
-    assert relay.controller.is_closed.wait(5)
+    assert relay.controller.is_closed.wait(PATIENCE_S)
 
 
 def test_a_killed_relays_successor_refuses_no_connection(
     client: Client, relay: RelayProcess, engine: FakeEngine
 ) -> None:
     relay.process.kill()
-    relay.process.wait(5)
+    relay.process.wait(PATIENCE_S)
     with Client(relay.port) as waiting:
         relay.process = relay.start()
         relay.connect().send_table([backend(1, engine.port)])
@@ -341,10 +339,11 @@ def test_a_sleeping_replica_gets_no_work(relay: RelayProcess) -> None:
 def test_a_drained_replica_finishes_its_turns_and_gets_no_more(relay: RelayProcess, engine: FakeEngine) -> None:
     relay.controller.send_table([backend(1, engine.port)])
     with Client(relay.port) as busy, Client(relay.port) as operator, ThreadPoolExecutor() as pool:
-        turn = pool.submit(busy.chat, fake={"delay": 1.5})
+        turn = pool.submit(busy.chat, fake={"held": True})
         engine.wait_for("running", 1)
         assert operator.post("/admin/backends/r1/drain", {}).json()["in_flight"] == 1
         assert operator.chat().status == 503
+        engine.call({"release": True})
         assert turn.result().status == 200
         wait_for(lambda: relay.controller.requests == [{"op": "drain", "backend": "r1"}])
         operator.post("/admin/backends/r1/undrain", {})
@@ -368,7 +367,7 @@ def test_a_client_that_leaves_ends_its_turn_at_the_replica(
             b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
         )
         engine.wait_for("running", 1)
-    engine.wait_for("aborted", 1, seconds=0.5)
+    engine.wait_for("aborted", 1)
     [turn] = relay.controller.finished()
     assert turn["outcome"] == "aborted"
 
@@ -386,6 +385,6 @@ def test_a_client_that_leaves_at_the_last_event_has_its_answer(relay: RelayProce
             piece = client.sock.recv(65536)
             assert piece
             received += piece
-    engine.wait_for("aborted", 1, seconds=0.5)
+    engine.wait_for("aborted", 1)
     [turn] = relay.controller.finished()
     assert (turn["outcome"], turn["status"], turn["finish_reason"]) == ("completed", 200, "stop")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
+from patience import PATIENCE_S
 from relay_harness import Client, RelayProcess, backend, request
 
 import agent_infra
@@ -152,7 +153,7 @@ def test_a_body_that_arrives_is_waited_for_when_the_relay_ends(relay: RelayProce
         client.sock.sendall(sent[5_000:])
         assert client.read().status == 200
         assert client.is_closed()
-    assert relay.process.wait(5.0) == 0
+    assert relay.process.wait(PATIENCE_S) == 0
 
 
 def wakes(pid: int) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
+from patience import PATIENCE_S
 from program import wait_for
 from relay_harness import Answer, Client, RelayProcess, backend, request
 
@@ -98,7 +99,7 @@ def test_a_client_that_leaves_while_its_replica_is_called_ends_the_call(relay: R
         with Client(relay.port) as client, Client(relay.port) as operator:
             client.sock.sendall(request())
             wait_for(lambda: operator.get("/queue/status").json()["in_flight"] == 1, "the turn on its way")
-        [turn] = relay.controller.finished(seconds=30)
+        [turn] = relay.controller.finished()
         assert (turn["outcome"], turn["backend"], turn["retries"]) == ("aborted", "r1", 0)
         assert other.call()["requests"] == 0
 
@@ -133,7 +134,7 @@ def bare_server(answer: Callable[[socket.socket], None], health: bytes = WELL) -
         thread.start()
         yield listener.getsockname()[1]
         listener.shutdown(socket.SHUT_RDWR)
-        thread.join(5)
+        thread.join(PATIENCE_S)
 
 
 FINAL = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
@@ -222,8 +223,8 @@ def test_without_any_descriptor_left_a_turn_is_refused_and_no_replica_blamed(
         assert (one.chat().status, other.get("/health").status) == (200, 200)
         assert other.chat().status == 200
         limit_descriptors(relay, 1)
-        held = pool.submit(one.chat, fake={"delay": 8.0})
-        engine.wait_for("running", 1)
+        held = pool.submit(one.chat, fake={"held": True})
+        engine.wait_for("requests", 3)
         refused = other.chat()
         assert (refused.status, refused.headers["retry-after"]) == (503, "1")
         assert "ulimit -n" in error_of(refused)
@@ -232,6 +233,7 @@ def test_without_any_descriptor_left_a_turn_is_refused_and_no_replica_blamed(
         assert "ulimit -n" in error_of(refused)
         count = len(relay.controller.gauges)
         wait_for(lambda: len(relay.controller.gauges) > count + 1, "gauges, and probes, without a descriptor")
+        engine.call({"release": True})
         assert held.result().status == 200
         limit_descriptors(relay, 1000)
         assert [other.chat().status, new.get("/v1/models").status] == [200, 200]
@@ -258,10 +260,12 @@ def test_a_bug_ends_the_turn_that_met_it_and_is_counted_and_logged(tmp_path: Pat
     with RelayProcess(tmp_path, may_have_bugs=True, prelude=BUG) as relay:
         relay.controller.send_table([backend(1, engine.port)])
         with Client(relay.port) as client, Client(relay.port) as other, ThreadPoolExecutor() as pool:
-            other_turn = pool.submit(other.chat, fake={"delay": 1.5})
+            other_turn = pool.submit(other.chat, fake={"held": True})
+            engine.wait_for("running", 1)
             answer = client.chat(stream=True, fake={"gap": 1.0})
             assert answer.is_complete
             assert json.loads(answer.events()[-1])["error"]["message"] == "the proxy failed on this answer"
+            engine.call({"release": True})
             assert other_turn.result().status == 200
             assert client.chat().status == 200
         engine.wait_for("aborted", 1)
@@ -277,7 +281,7 @@ def test_a_bug_while_a_slow_client_is_sent_its_answer_ends_that_turn(tmp_path: P
         relay.controller.send_table([backend(1, engine.port)])
         with Client(relay.port) as slow, Client(relay.port) as other:
             slow.sock.sendall(request(fake={"size": 30_000_000, "framing": "chunked"}))
-            [turn] = relay.controller.finished(seconds=30)
+            [turn] = relay.controller.finished()
             assert turn["outcome"] != "completed"
             assert other.chat().status == 200
             assert not slow.read().is_complete

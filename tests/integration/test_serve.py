@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from node_testbed import KEY, STDLIB_ENGINE, Served, children, engine_pids
+from patience import PATIENCE_S
 from program import wait_for
 from testbed.ports import free_port
 from weights import packaged_gguf
@@ -155,7 +156,7 @@ def test_a_killed_engine_is_started_again_and_the_record_tells_it(serve: Serve, 
 
 def test_an_engine_that_always_crashes_fails_after_three_restarts(serve: Serve, port: int) -> None:
     served = serve(command_model(port, FAIL_WITH="CUDA out of memory"), restart_backoff=0.001)
-    assert served.process.wait(60) == 1
+    assert served.process.wait(PATIENCE_S) == 1
     record = served.record
     assert record is not None
     assert record.failure is not None
@@ -167,7 +168,7 @@ def test_what_a_restart_cannot_mend_fails_at_once(serve: Serve, tmp_path: Path, 
     text = tmp_path / "weights.gguf"
     text.write_text("not weights")
     served = serve(llama_model(str(text), port))
-    assert served.process.wait(60) == 1
+    assert served.process.wait(PATIENCE_S) == 1
     record = served.record
     assert record is not None
     assert record.failure is not None
@@ -178,7 +179,7 @@ def test_what_a_restart_cannot_mend_fails_at_once(serve: Serve, tmp_path: Path, 
 def test_a_program_that_does_not_exist_is_a_bad_argument(serve: Serve, port: int) -> None:
     model = ModelConfig("chat", "none", engine="command", command=("/no/such/server", "{port}"), base_port=port)
     served = serve(model)
-    assert served.process.wait(60) == 1
+    assert served.process.wait(PATIENCE_S) == 1
     record = served.record
     assert record is not None
     assert record.failure is not None
@@ -199,7 +200,7 @@ def test_a_log_that_reads_like_a_failure_fails_no_engine_that_answers(serve: Ser
 
 def test_an_engine_that_is_not_ready_in_time_fails_as_timed_out(serve: Serve, port: int) -> None:
     served = serve(command_model(port, LOADING_S="600"), load_timeout=0.3)
-    assert served.process.wait(60) == 1
+    assert served.process.wait(PATIENCE_S) == 1
     record = served.record
     assert record is not None
     assert record.failure is not None
@@ -234,9 +235,9 @@ def test_when_serve_is_killed_its_engine_and_its_watcher_die(serve: Serve, port:
     watchers = [pid for pid in children(served.process.pid) if pid not in processes]
     assert len(watchers) == 1
     served.process.kill()
-    served.process.wait(10)
+    served.process.wait(PATIENCE_S)
     for pid in [*processes, *watchers]:
-        wait_for(lambda pid=pid: is_gone(pid), "its end", 10)  # type: ignore[misc]
+        wait_for(lambda pid=pid: is_gone(pid), "its end")  # type: ignore[misc]
 
 
 def test_when_serve_is_killed_while_it_starts_nothing_is_left(serve: Serve, port: int) -> None:
@@ -264,7 +265,7 @@ def test_stopping_lets_a_running_stream_finish(serve: Serve, gguf: str, port: in
         text = (first + answer.read()).decode()
     assert text.rstrip().endswith("data: [DONE]")
     assert '"finish_reason":"length"' in text
-    assert served.process.wait(40) == 0
+    assert served.process.wait(PATIENCE_S) == 0
     assert served.record is not None
     assert served.record.state == "stopped"
 
@@ -289,7 +290,7 @@ def test_a_second_signal_ends_at_once(serve: Serve, gguf: str, port: int) -> Non
     served.process.send_signal(signal.SIGTERM)
     wait_for(lambda: served.load()["running"] == 1)
     assert served.stop(deadline_s=30) == 0
-    turn.join(30)
+    turn.join(PATIENCE_S)
     assert cut
 
 
@@ -297,7 +298,7 @@ def test_stopping_ends_what_the_engine_leaves_in_its_group(serve: Serve, port: i
     served = serve(command_model(port, WITH_HELPER="1"))
     served.wait_for_state("ready")
     assert served.stop() == 0
-    wait_for(lambda: not engine_pids(served.directory), "the end of the engines", 10)
+    wait_for(lambda: not engine_pids(served.directory), "the end of the engines")
 
 
 def test_stopping_while_it_loads_stops_at_once(serve: Serve, port: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from node_testbed import KEY, Served, engine_pids
+from patience import PATIENCE_S
 from program import wait_for
 from testbed.vllm import tiny_model, tiny_weights, vllm_python
 
@@ -77,8 +78,8 @@ def test_vllm_serves_guarded_tells_its_load_and_finishes_its_turns_before_it_end
     connection.close()
     assert b'"finish_reason":"length"' in text
     assert b'"usage":{' in text  # without being asked for
-    assert served.process.wait(60) == 0
-    wait_for(lambda: not session_of(leader), "the end of vLLM", 10)
+    assert served.process.wait(PATIENCE_S) == 0
+    wait_for(lambda: not session_of(leader), "the end of vLLM")
 
 
 def test_when_serve_is_killed_no_process_of_vllm_is_left(served: Served) -> None:
@@ -86,7 +87,7 @@ def test_when_serve_is_killed_no_process_of_vllm_is_left(served: Served) -> None
     leader = min(engine_pids(served.directory))
     assert len(session_of(leader)) > 1
     served.process.kill()
-    wait_for(lambda: not session_of(leader), "the end of vLLM", 20)
+    wait_for(lambda: not session_of(leader), "the end of vLLM")
 
 
 def test_an_option_that_vllm_does_not_know_is_a_bad_argument(weights: str, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_replicas_fill_by_priority_and_the_rest_waits_and_says_why(bed: SlurmBed
     wait_for(lambda: record_of(cluster, "g-5").pending_reason in ("Resources", "Priority"), "the reason")
     waiting = record_of(cluster, "g-5")
     assert "wait" in (waiting.message or "")
-    wait_for(lambda: record_of(cluster, "g-5").starts_at, "Slurm's estimate", 40)
+    wait_for(lambda: record_of(cluster, "g-5").starts_at, "Slurm's estimate")
     assert "est. " in agent_infra.describe_replica(record_of(cluster, "g-5"))
     assert bed.run("squeue", "-h", "-o", "%b %C").split("\n")[0].startswith("gres:gpu:1")
 

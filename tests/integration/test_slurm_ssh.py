@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from openai import APIError, OpenAI
+from patience import PATIENCE_S
 from program import Program, is_listening, wait_for
 from testbed.namespaces import FarCluster, missing_parts
 from testbed.ports import free_port
@@ -106,7 +107,7 @@ def test_everything_an_operator_does_goes_through_the_login_node(run: Program, f
     connected.wait_line(r"^proxy ")
     connected.wait_line(r"^tunnel login: the login host reaches the nodes")
     connected.wait_line(r"^driver sshtunnel: ")
-    wait_for(lambda: all_up(run, 3), "three tunnels are up", 30)
+    wait_for(lambda: all_up(run, 3), "three tunnels are up")
     placed = {(row["partition"], row["node"]) for row in backends(run)}
     assert placed == {("only0", far.nodes[0]), ("only1", far.nodes[1])}
     talker = client(run)
@@ -119,7 +120,7 @@ def test_everything_an_operator_does_goes_through_the_login_node(run: Program, f
     assert_strangers_are_refused(run, far)
     assert_scale_goes_up_and_down_under_load(run, far, count=4)
     assert_stop_leaves_nothing(run, far)
-    connected.process.wait(30)
+    connected.process.wait(PATIENCE_S)
 
 
 def assert_doctor_and_pull_reach_the_nodes(run: Program, far: FarCluster) -> None:
@@ -148,12 +149,12 @@ def assert_scale_goes_up_and_down_under_load(run: Program, far: FarCluster, coun
     try:
         up = run.run("scale", "smollm2", "4", seconds=90)
         assert up.returncode == 0, up.stdout + up.stderr
-        wait_for(lambda: all_up(run, 4), "the fourth tunnel is up", 30)
-        wait_for(lambda: all(row["requests"] for row in backends(run)), "turns on all four", 30)
+        wait_for(lambda: all_up(run, 4), "the fourth tunnel is up")
+        wait_for(lambda: all(row["requests"] for row in backends(run)), "turns on all four")
         down = run.run("scale", "smollm2", "2", seconds=90)
         assert down.returncode == 0, down.stdout + down.stderr
         assert len(far.slurm.jobs()) == 2
-        wait_for(lambda: all_up(run, 2), "two tunnels are left", 30)
+        wait_for(lambda: all_up(run, 2), "two tunnels are left")
         agents.settle()
     finally:
         agents.end()
@@ -165,9 +166,9 @@ def assert_stop_leaves_nothing(run: Program, far: FarCluster) -> None:
     stopped = run.run("stop", seconds=90)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert far.slurm.jobs() == []
-    wait_for(lambda: run.processes() == [], "no process is left here", 10)
+    wait_for(lambda: run.processes() == [], "no process is left here")
     assert not is_listening(run.port)
-    wait_for(lambda: far.sshds["login"].sessions() == [], "no SSH session is left", 5)
+    wait_for(lambda: far.sshds["login"].sessions() == [], "no SSH session is left")
 
 
 def assert_no_key_shows(run: Program, far: FarCluster) -> None:
@@ -229,7 +230,7 @@ def test_the_same_by_openssh_through_a_jump_host(run: Program, far: FarCluster, 
         assert run.run("start", seconds=90).returncode == 0
         connected = run.spawn("connect")
         connected.wait_line(r"^driver openssh: .* says proxyjump for far")
-        wait_for(lambda: all_up(run, 3), "three tunnels are up", 30)
+        wait_for(lambda: all_up(run, 3), "three tunnels are up")
         assert {(row["tunnel"]["driver"], row["tunnel"]["mode"]) for row in backends(run)} == {("openssh", "node")}
         assert ask(client(run), "What is the capital of France?")
         # What else is asked of the deployment meanwhile goes over the same connection.
@@ -238,7 +239,7 @@ def test_the_same_by_openssh_through_a_jump_host(run: Program, far: FarCluster, 
         assert len(re.findall("Accepted publickey", login.log.read_text())) == logins
         assert_scale_goes_up_and_down_under_load(run, far, count=1)
         assert_stop_leaves_nothing(run, far)
-        connected.process.wait(30)
+        connected.process.wait(PATIENCE_S)
         wait_for(lambda: jump.sessions() == [], "no SSH session is left")
 
 
@@ -284,7 +285,7 @@ def test_agents_see_no_error_whatever_breaks_on_the_way(run: Program, far: FarCl
     configure(run, far, replicas=4, tunnel="node")
     assert run.run("start", seconds=120).returncode == 0
     run.spawn("connect").wait_line(r"^proxy ")
-    wait_for(lambda: all_up(run, 4), "four tunnels are up", 40)
+    wait_for(lambda: all_up(run, 4), "four tunnels are up")
     agents = Agents(run)
     try:
         agents.settle()
@@ -293,7 +294,7 @@ def test_agents_see_no_error_whatever_breaks_on_the_way(run: Program, far: FarCl
         agents.phase = "an SSH session killed"
         before = reconnects(run)
         os.kill(far.sshds[first].sessions()[0], 9)
-        wait_for(lambda: reconnects(run) > before and all_up(run, 4), "its tunnel is replaced", 30)
+        wait_for(lambda: reconnects(run) > before and all_up(run, 4), "its tunnel is replaced")
         agents.settle()
         # The scheduler's controller is away for a while.
         agents.phase = "no slurmctld"
@@ -305,16 +306,16 @@ def test_agents_see_no_error_whatever_breaks_on_the_way(run: Program, far: FarCl
         far.disconnect(first)
         silent_until = time.monotonic() + 20
         agents.settle()
-        wait_for(lambda: any(row["tunnel"]["state"] != "up" for row in backends(run)), "it is noticed", 20)
+        wait_for(lambda: any(row["tunnel"]["state"] != "up" for row in backends(run)), "it is noticed")
         time.sleep(max(0.0, silent_until - time.monotonic()))
         far.reconnect(first)
-        wait_for(lambda: all_up(run, 4), "the tunnels are back", 60)
+        wait_for(lambda: all_up(run, 4), "the tunnels are back")
         agents.settle()
         # A stream through a tunnel that breaks ends with an error, not as if it were whole.
         agents.phase = "a broken stream"
         before = reconnects(run)
         assert_broken_stream_says_so(run, far)
-        wait_for(lambda: reconnects(run) > before and all_up(run, 4), "the tunnels are back", 60)
+        wait_for(lambda: reconnects(run) > before and all_up(run, 4), "the tunnels are back")
         agents.settle()
         # The other node loses its power.
         agents.phase = "a power cut"

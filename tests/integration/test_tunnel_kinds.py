@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from node_testbed import KEY, STDLIB_ENGINE, Served
+from patience import PATIENCE_S
 from program import is_listening, wait_for
 from testbed.ports import free_port
 from testbed.sshd import SSHD, SshServer, descendants, make_key, public_key
@@ -96,7 +97,7 @@ def follow_until_up(tunnels: TunnelSet, record: ReplicaRecord, reconnects: int =
         return there if state.state == "up" and state.reconnects >= reconnects else None
 
     try:
-        there = wait_for(seen, "the tunnel is up", 30)
+        there = wait_for(seen, "the tunnel is up")
         assert there is not None
         return there
     except AssertionError as error:
@@ -182,12 +183,12 @@ def test_a_node_that_does_not_answer_holds_up_none_of_the_others(cluster: Cluste
     with ThreadPoolExecutor(2) as threads:
         silent = threads.submit(commands.node, "silent-node")
         try:
-            assert threads.submit(commands.node, os.uname().nodename).result(60)
+            assert threads.submit(commands.node, os.uname().nodename).result(PATIENCE_S)
             assert not silent.done()
         finally:
             answered.touch()
         with pytest.raises(HostUnreachableError, match="no SSH answers on node silent-node"):
-            silent.result(60)
+            silent.result(PATIENCE_S)
 
 
 def test_dead_nodes_keep_no_other_from_its_login(cluster: Cluster, tmp_path: Path) -> None:
@@ -211,8 +212,8 @@ def test_dead_nodes_keep_no_other_from_its_login(cluster: Cluster, tmp_path: Pat
     tunnels = cluster.tunnels("sshtunnel", "node")
     tunnels.follow(dead)
     try:
-        wait_for(lambda: len(list(tmp_path.glob("again-*"))) == agent_infra.LOGINS_AT_ONCE, "all turns are taken", 60)
-        wait_for(lambda: tunnels.follow([*dead, record])[-1].port, "the other's tunnel stands", 60)
+        wait_for(lambda: len(list(tmp_path.glob("again-*"))) == agent_infra.LOGINS_AT_ONCE, "all turns are taken")
+        wait_for(lambda: tunnels.follow([*dead, record])[-1].port, "the other's tunnel stands")
         assert len(list(tmp_path.glob("again-*"))) == agent_infra.LOGINS_AT_ONCE
     finally:
         (tmp_path / "over").touch()
@@ -290,7 +291,7 @@ def test_a_foreign_server_on_our_port_gets_neither_key_nor_request(mode: str, cl
     finally:
         server.shutdown()
         server.server_close()
-        thread.join(5)
+        thread.join(PATIENCE_S)
 
 
 def refusal(tunnels: TunnelSet, record: ReplicaRecord) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from program import Program, wait_for
 from testbed.ports import free_port
 from testbed.sshd import SSHD, SshServer, make_key, public_key
@@ -89,7 +90,7 @@ def test_many_commands_at_once_share_one_login(driver: str, server: SshServer, c
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE_S)
     assert sorted(answers) == [b"%d\n" % n for n in range(8)]
     assert len(re.findall("Accepted publickey", server.log.read_text())) == 1
 
@@ -107,7 +108,7 @@ def test_a_connection_that_was_cut_is_made_anew(driver: str, server: SshServer, 
         except HostUnreachableError:
             return False  # the one command that met the broken connection
 
-    wait_for(works, "commands run again", 20)
+    wait_for(works, "commands run again")
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -361,10 +362,10 @@ def test_a_one_time_code_is_asked_for_once_at_the_terminal(tmp_path: Path) -> No
                     seen += os.read(terminal, 4096)
                     if seen.endswith(b"assword: "):
                         os.write(terminal, b"123456\n")
-            assert process.wait(20) == 0, seen.decode()
+            assert process.wait(PATIENCE_S) == 0, seen.decode()
         finally:
             process.kill()
-            process.wait(10)
+            process.wait(PATIENCE_S)
             os.close(terminal)
     assert b"answer first" in seen
     assert b"answer second" in seen

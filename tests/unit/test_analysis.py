@@ -16,6 +16,7 @@ from typing import Any
 import closed_loop
 import pytest
 from closed_loop import ClosedLoop, Physics, Workload, engine_fleet, planted_fleet
+from patience import PATIENCE_S
 
 import agent_infra
 from agent_infra import (
@@ -550,7 +551,7 @@ def test_without_a_turn_that_ended_nothing_is_computed_again(monkeypatch: pytest
     analyst.start()
     try:
         for _ in range(3):
-            assert computed.acquire(timeout=10.0)
+            assert computed.acquire(timeout=PATIENCE_S)
             assert not computed.acquire(timeout=0.1)
             analyst.end_session("s", 0.0)
     finally:
