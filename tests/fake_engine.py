@@ -334,7 +334,7 @@ class FakeEngine:
     def kill(self) -> None:
         """SIGKILL, and reap."""
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(PATIENCE_S)
         assert self.process.stdout is not None
         self.process.stdout.close()
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from patience import PATIENCE_S
 from program import MODULE, wait_for
 
 import agent_infra
@@ -113,7 +114,7 @@ class Served:
         """End it whatever it does, and check that no process of its engine is left."""
         if self.process.poll() is None:
             self.process.kill()
-            self.process.wait(10)
+            self.process.wait(PATIENCE_S)
         wait_for(lambda: not engine_pids(self.directory), "the end of the engines")
 
     def request(self, path: str, body: Mapping[str, Any] | None = None, **options: Any) -> Any:

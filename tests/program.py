@@ -111,8 +111,8 @@ class Running:
     def close(self) -> None:
         """Make sure that the process is gone, and close its pipe."""
         self.process.kill()
-        self.process.wait(timeout=10.0)
-        self._reader.join(timeout=10.0)
+        self.process.wait(timeout=PATIENCE_S)
+        self._reader.join(timeout=PATIENCE_S)
         if self.process.stdout is not None and not self._reader.is_alive():
             self.process.stdout.close()
 
@@ -198,7 +198,7 @@ class Program:
 
     def get(self, path: str) -> Any:
         """A JSON document of the proxy."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=PATIENCE_S) as answer:
             return json.load(answer)
 
     def chat(self, content: str = "Say hi", **fields: Any) -> tuple[dict[str, Any], dict[str, str]]:
@@ -209,7 +209,7 @@ class Program:
             data=json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return json.load(answer), {name.lower(): value for name, value in answer.headers.items()}
 
     def processes(self) -> list[tuple[int, str]]:

@@ -137,7 +137,7 @@ class Controller:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
-        self._thread.join(5)
+        self._thread.join(PATIENCE_S)
         self.sock.close()
         self.listener.close()
 
@@ -212,7 +212,7 @@ class RelayProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(1.0)
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(PATIENCE_S)
         for controller in self._controllers:
             controller.close()
         self.listener.close()

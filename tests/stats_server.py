@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from patience import PATIENCE_S
+
 GOLDEN = Path(__file__).parent / "golden"
 NOW = 1_795_365_000.0
 HOSTILE = (
@@ -355,7 +357,7 @@ class StatsServer:
         self.is_closed = True
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=PATIENCE_S)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 import agent_infra
 
@@ -17,7 +18,7 @@ def test_sessions_work_with_sdk_2_as_well() -> None:
         pytest.skip("AGENT_INFRA_OPENAI2_PYTHON is not set: a Python with openai>=2,<3 and pytest")
     assert python, "AGENT_INFRA_OPENAI2_PYTHON must be set in CI"
     version = [python, "-c", "import openai; print(openai.VERSION)"]
-    assert subprocess.check_output(version, text=True, timeout=60).startswith("2.")
+    assert subprocess.check_output(version, text=True, timeout=PATIENCE_S).startswith("2.")
     tests = [
         python,
         "-m",

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from program import MODULE, wait_for
 from testbed.ports import free_port
 from weights import packaged_gguf
@@ -119,7 +120,9 @@ def test_another_process_finds_and_stops_the_replicas(make: Make) -> None:
         "cluster.stop(ids)\n"
         "sys.exit(ids != ['m-1'] or cluster.wait_stopped(ids, time.monotonic() + 20) != [])\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=Path(agent_infra.__file__).parent)
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, timeout=PATIENCE_S, cwd=Path(agent_infra.__file__).parent
+    )
     assert not agent_infra.is_alive(started)
 
 
@@ -220,7 +223,7 @@ def test_concurrent_starts_get_ids_of_their_own(make: Make) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=PATIENCE_S)
     assert sorted(started) == ["m-1", "m-2", "m-3", "m-4"]
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from weights import packaged_gguf
 
 import agent_infra
@@ -173,7 +174,7 @@ def test_ctrl_c_in_the_middle_leaves_neither_a_file_nor_a_process(tmp_path: Path
         with silent_index.accept()[0]:  # pip asks
             pip = int(children.read_text())
             process.send_signal(signal.SIGINT)
-            _, error = process.communicate(timeout=30)
+            _, error = process.communicate(timeout=PATIENCE_S)
     assert b"KeyboardInterrupt" in error
     assert left_in(tmp_path) == []
     assert agent_infra.process_stamp(pip) is None

@@ -42,7 +42,7 @@ class Agent:
         deadline = time.monotonic() + 120
         while len(self.answered) < TURNS and time.monotonic() < deadline:
             try:
-                with urllib.request.urlopen(request, timeout=30) as answer:
+                with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
                     answer.read()
                     self.answered[answer.headers["x-request-id"]] = time.time()
             except (OSError, urllib.error.HTTPError):
@@ -53,7 +53,7 @@ def kept(app: Program) -> list[dict[str, Any]]:
     """Every turn in the history, by the export of a user."""
     history = app.state / "agent-infra" / f"proxy-{app.port}" / "history.db"
     command = [sys.executable, str(app.module), "export", "--format", "jsonl", "--history", str(history)]
-    done = subprocess.run(command, env=app.environment, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, env=app.environment, capture_output=True, text=True, timeout=PATIENCE_S, check=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -136,7 +136,7 @@ def test_without_a_history_nothing_is_written(app: Program, engine: FakeEngine) 
 
 
 def scrape(app: Program) -> dict[tuple[str, ...], float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{app.port}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{app.port}/metrics", timeout=PATIENCE_S) as answer:
         assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
         families = list(text_string_to_metric_families(answer.read().decode()))
     return {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}

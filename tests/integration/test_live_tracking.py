@@ -178,12 +178,12 @@ class Planted:
         return bool(sum(model["ready"] for model in self.get("/health")["models"].values()) == len(self.engines))
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=PATIENCE_S) as answer:
             return json.load(answer)
 
     def client(self) -> Client:
         """A client that costs next to nothing: what it spends itself is in nobody's figures."""
-        return Client(int(self.url.rpartition(":")[2]), timeout=60)
+        return Client(int(self.url.rpartition(":")[2]), timeout=PATIENCE_S)
 
 
 class Truth(dict[str, float]):

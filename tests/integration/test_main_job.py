@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 from program import MODULE, Program, Running, is_listening, program, wait_for
 from stats_schema import check_stats
 from weights import packaged_gguf
@@ -90,7 +91,7 @@ def test_start_connect_status_stop_in_steps(app: Program) -> None:
     stopped = app.run("stop")
     assert stopped.returncode == 0
     assert "smollm2-1" in stopped.stdout
-    assert connect.process.wait(timeout=30) == 0
+    assert connect.process.wait(timeout=PATIENCE_S) == 0
     assert_nothing_is_left(app, [app.port, *(each["port"] for each in status["replicas"])])
     again = app.run("stop")
     assert (again.returncode, again.stdout) == (0, "nothing of the deployment default ran\n")
@@ -139,7 +140,7 @@ def test_an_engine_killed_under_load_costs_no_turn(tmp_path: Path) -> None:
         wait_for(lambda: outcomes["ok"] > before + 20, "agents at work after the restart")
         stop.set()
         for each in agents:
-            each.join(timeout=60)
+            each.join(timeout=PATIENCE_S)
         assert set(outcomes) == {"ok"}, outcomes
         assert replica["replica"] == "smollm2-1"
         assert up.end() == 0
@@ -157,7 +158,7 @@ def test_up_whose_terminal_was_closed_leaves_nothing(app: Program) -> None:
     with up.stdout:
         assert any("Ctrl-C stops it all" in line for line in up.stdout)
     up.send_signal(signal.SIGHUP)
-    up.wait(timeout=30)
+    up.wait(timeout=PATIENCE_S)
     assert_nothing_is_left(app, [app.port])
 
 
@@ -331,7 +332,7 @@ async def main():
                 model="smollm2", max_tokens=8, messages=[{"role": "user", "content": "Hi"}])
         print(json.dumps([answer.choices[0].message.content, status["degraded"], manager.base_url]), flush=True)
         stop = subprocess.run([sys.executable, agent_infra.__file__, "stop", "--config", sys.argv[1]], text=True,
-                              capture_output=True, timeout=30)
+                              capture_output=True, timeout=PATIENCE_S)
         assert (stop.returncode, "let that program call stop()" in stop.stderr) == (1, True), stop
     assert "gevent" not in sys.modules and plain[0] is socket.socket and plain[1] is threading.Thread
 
@@ -342,7 +343,7 @@ asyncio.run(main())
         env={**app.environment, "PYTHONPATH": str(MODULE.parent)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     content, degraded, base_url = json.loads(done.stdout)

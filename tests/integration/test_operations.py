@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 from program import Program, parent_of, wait_for
 from weights import packaged_gguf
 
@@ -59,7 +60,7 @@ class LongTurn:
         self.finish_reason = answer["choices"][0]["finish_reason"]
 
     def wait(self) -> None:
-        self._thread.join(timeout=60)
+        self._thread.join(timeout=PATIENCE_S)
         assert not self._thread.is_alive()
 
 
@@ -101,7 +102,7 @@ def test_a_background_controller_that_dies_at_its_start_is_an_error(app: Program
         lambda: [pid for pid, _ in app.processes() if parent_of(pid) == connecting.process.pid], "the child", 10
     )[0]
     os.kill(child, signal.SIGKILL)
-    assert connecting.process.wait(timeout=20) == 1
+    assert connecting.process.wait(timeout=PATIENCE_S) == 1
     connecting.wait_line("error: it was ended by signal 9 before it served")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
+from patience import PATIENCE_S
 from program import Program, is_listening, program, wait_for
 from stats_schema import check_stats
 
@@ -69,11 +70,15 @@ def test_a_relay_that_hangs_is_replaced(app: Program, engine: FakeEngine, monkey
 def test_a_drained_backend_stays_drained_over_a_relays_end(app: Program, engine: FakeEngine) -> None:
     proxy = app.bring_up_proxy(engine.port)
     url = f"http://127.0.0.1:{app.port}"
-    subprocess.run(["curl", "-sf", "-X", "POST", f"{url}/admin/backends/smollm2-1/drain"], check=True, timeout=10)
+    subprocess.run(
+        ["curl", "-sf", "-X", "POST", f"{url}/admin/backends/smollm2-1/drain"], check=True, timeout=PATIENCE_S
+    )
     wait_for(lambda: app.get("/stats")["backends"][0]["state"] == "draining", "the drain in /stats")
     os.kill(app.find("relay"), signal.SIGKILL)
     assert wait_for(lambda: app.get("/health"), "a relay")["models"]["smollm2"]["ready"] == 0
-    subprocess.run(["curl", "-sf", "-X", "POST", f"{url}/admin/backends/smollm2-1/undrain"], check=True, timeout=10)
+    subprocess.run(
+        ["curl", "-sf", "-X", "POST", f"{url}/admin/backends/smollm2-1/undrain"], check=True, timeout=PATIENCE_S
+    )
     assert app.chat()[0]["choices"]
     assert proxy.end() == 0
 
@@ -99,6 +104,6 @@ def test_a_second_signal_ends_turns_in_flight_at_once(app: Program, engine: Fake
     wait_for(lambda: not is_listening(app.port), "the proxy accepts no more")
     assert proxy.process.poll() is None  # the turn has its time
     proxy.process.send_signal(signal.SIGINT)
-    assert proxy.process.wait(timeout=10) == 0
-    agent.wait(timeout=10)
+    assert proxy.process.wait(timeout=PATIENCE_S) == 0
+    agent.wait(timeout=PATIENCE_S)
     wait_for(lambda: not app.processes(), "no process left")

@@ -189,7 +189,7 @@ def test_short_of_descriptors_the_relay_serves_whom_it_has_and_accepts_the_other
     with Client(relay.port) as first, ExitStack() as stack:
         assert first.chat().status == 200
         limit_descriptors(relay, 80)
-        clients = [stack.enter_context(Client(relay.port, timeout=60)) for _ in range(120)]
+        clients = [stack.enter_context(Client(relay.port, timeout=PATIENCE_S)) for _ in range(120)]
         for client in clients:
             client.sock.sendall(b"GET /health HTTP/1.1\r\nHost: t\r\n\r\n")
         wait_for(lambda: "no connection can be accepted" in relay.log(), "the lack of descriptors")

@@ -104,13 +104,13 @@ def url(relay: RelayProcess) -> str:
 
 @pytest.fixture
 def sdk(url: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=20.0) as client:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=PATIENCE_S) as client:
         yield client
 
 
 def curl(url: str, body: bytes, *options: str) -> bytes:
     command = ["curl", "--silent", "--no-buffer", "--max-time", "20", *options, "--data-binary", "@-", url]
-    done = subprocess.run(command, input=body, stdout=subprocess.PIPE, timeout=30, check=True)
+    done = subprocess.run(command, input=body, stdout=subprocess.PIPE, timeout=PATIENCE_S, check=True)
     return done.stdout
 
 
@@ -161,7 +161,7 @@ def test_the_asynchronous_sdk_streams_many_at_once(url: str) -> None:
         return "".join(part.choices[0].delta.content or "" for part in parts)
 
     async def ask_all() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=20.0) as client:
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0, timeout=PATIENCE_S) as client:
             return await asyncio.gather(*(ask(client) for _ in range(20)))
 
     assert set(asyncio.run(ask_all())) == {"".join(f"word{number} " for number in range(20))}
@@ -277,7 +277,7 @@ def test_a_form_with_a_file_passes_byte_for_byte(url: str, echo: Echo, tmp_path:
     (tmp_path / "sound.wav").write_bytes(sound)
     form = ["--form", "model=echo", "--form", f"file=@{tmp_path / 'sound.wav'}"]
     command = ["curl", "--silent", "--max-time", "20", *form, f"{url}/v1/audio/transcriptions"]
-    answer = subprocess.run(command, stdout=subprocess.PIPE, timeout=30, check=True).stdout
+    answer = subprocess.run(command, stdout=subprocess.PIPE, timeout=PATIENCE_S, check=True).stdout
     assert answer == echo.bodies[-1]
     assert sound in answer
     assert re.match(rb"--[-\w]+\r\n", answer)

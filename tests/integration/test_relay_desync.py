@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 from fake_engine import FakeEngine
+from patience import PATIENCE_S
 from relay_harness import Client, RelayProcess, backend
 
 PATH = b"/v1/completions"
@@ -466,7 +467,7 @@ def test_a_body_of_tiny_chunks_takes_no_more_memory_than_its_bytes(pair: Pair) -
         status = Path(f"/proc/{pair.relay.process.pid}/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0])
 
-    with Client(pair.relay.port, timeout=30.0) as client:
+    with Client(pair.relay.port, timeout=PATIENCE_S) as client:
         before = peak_kib()
         client.sock.sendall(chunks(b"")[:-2] + b"\r\n")
         client.sock.sendall(b'd\r\n{"model":"m",\r\n5\r\n"x":"\r\n' + b"2\r\nab\r\n" * 400_000)

@@ -28,7 +28,7 @@ def relay(tmp_path: Path) -> Iterator[RelayProcess]:
 
 
 def openai_client(relay: RelayProcess) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"http://127.0.0.1:{relay.port}/v1", api_key=KEY, max_retries=0, timeout=20.0)
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{relay.port}/v1", api_key=KEY, max_retries=0, timeout=PATIENCE_S)
 
 
 def read_until(client: Client, word: bytes) -> None:
@@ -381,7 +381,7 @@ def test_bytes_behind_an_answer_are_nobody_elses_answer(relay: RelayProcess) -> 
                 sock.sendall(answer)
                 sock.close()
 
-    with socket.create_server(("127.0.0.1", 0)) as listener, Client(relay.port, timeout=3.0) as client:
+    with socket.create_server(("127.0.0.1", 0)) as listener, Client(relay.port, timeout=PATIENCE_S) as client:
         thread = threading.Thread(target=serve, args=(listener,), daemon=True)
         thread.start()
         relay.controller.send_table([backend(1, listener.getsockname()[1])])

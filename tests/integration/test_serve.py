@@ -94,7 +94,7 @@ def test_a_full_embedded_engine_still_answers_its_health_probe(serve: Serve, ggu
     served = serve(llama_model(gguf, port, engine_args=("--max-num-seqs", "2")))
     record = served.wait_for_state("ready")
     assert record.port is not None
-    connections = [http.client.HTTPConnection("127.0.0.1", record.port, timeout=60) for _ in range(40)]
+    connections = [http.client.HTTPConnection("127.0.0.1", record.port, timeout=PATIENCE_S) for _ in range(40)]
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     for connection in connections:
         connection.request("POST", "/v1/chat/completions", json.dumps(chat(1500, ignore_eos=True)), headers)
@@ -252,7 +252,7 @@ def test_when_serve_is_killed_while_it_starts_nothing_is_left(serve: Serve, port
 def test_stopping_lets_a_running_stream_finish(serve: Serve, gguf: str, port: int) -> None:
     served = serve(llama_model(gguf, port))
     record = served.wait_for_state("ready")
-    connection = http.client.HTTPConnection("127.0.0.1", record.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", record.port, timeout=PATIENCE_S)
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     with contextlib.closing(connection):
         body = json.dumps(chat(120, stream=True, ignore_eos=True))
@@ -362,7 +362,9 @@ def nvml_stub(tmp_path_factory: pytest.TempPathFactory) -> str:
     pytest.importorskip("pynvml")
     folder = tmp_path_factory.mktemp("nvml")
     source = Path(__file__).parents[1] / "testbed" / "nvml_stub.c"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", folder / "libnvidia-ml.so.1", source], check=True, timeout=60)
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-o", folder / "libnvidia-ml.so.1", source], check=True, timeout=PATIENCE_S
+    )
     return str(folder)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from node_testbed import STDLIB_ENGINE
+from patience import PATIENCE_S
 from program import is_listening, wait_for
 from testbed.ports import free_port
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
@@ -90,7 +91,7 @@ def ask(record: ReplicaRecord, path: str, body: dict[str, Any] | None = None, ke
         headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})},
     )
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         with error:
@@ -150,7 +151,7 @@ def test_told_by_slurm_a_replica_lets_its_turn_end(bed: SlurmBed, make: Make) ->
         data=json.dumps({**body, "stream": True, "ignore_eos": True}).encode(),
         headers={"Content-Type": "application/json", "Authorization": f"Bearer {cluster.replica_key()}"},
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
         answer.read(10)
         bed.run("scancel", "--batch", "--signal=USR1", str(record.job_id))
         assert answer.read().rstrip().endswith(b"[DONE]")

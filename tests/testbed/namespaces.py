@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from patience import PATIENCE_S
 from testbed.slurm import LOW_AND_HIGH, SlurmBed, missing_programs
 from testbed.sshd import SSHD, SshServer, descendants, public_key
 
@@ -64,14 +65,14 @@ class Machine:
         return ("nsenter", "-t", str(self.pid), *(f"-{letter}" for letter in namespaces), "--")
 
     def run(self, *argv: str, check: bool = True, namespaces: str = "n") -> subprocess.CompletedProcess[str]:
-        done = subprocess.run([*self.words(namespaces), *argv], capture_output=True, text=True, timeout=30)
+        done = subprocess.run([*self.words(namespaces), *argv], capture_output=True, text=True, timeout=PATIENCE_S)
         assert done.returncode == 0 or not check, (self.name, argv, done.stdout, done.stderr)
         return done
 
     def cut_power(self) -> None:
         """Every process of it is gone at once, and says nothing."""
         os.kill(self.pid, signal.SIGKILL)
-        self.process.wait(10)
+        self.process.wait(PATIENCE_S)
         if self.process.stdout is not None:
             self.process.stdout.close()
 
@@ -208,8 +209,10 @@ class FarCluster:
         for machine in self._machines.values():
             if machine.process.poll() is None:
                 machine.cut_power()
-        subprocess.run(["ip", "link", "del", self._veth], capture_output=True, timeout=10)
-        subprocess.run(["ip", "route", "del", "unreachable", f"{self._net}.0/24"], capture_output=True, timeout=10)
+        subprocess.run(["ip", "link", "del", self._veth], capture_output=True, timeout=PATIENCE_S)
+        subprocess.run(
+            ["ip", "route", "del", "unreachable", f"{self._net}.0/24"], capture_output=True, timeout=PATIENCE_S
+        )
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def __enter__(self) -> FarCluster:
@@ -228,5 +231,5 @@ _LATER: tuple[str, ...] = ("false",)
 
 
 def _ip(*words: str) -> None:
-    done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=10)
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, (words, done.stderr)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from patience import PATIENCE_S
 from testbed.ports import free_port
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
@@ -177,7 +178,7 @@ class SlurmBed:
     def run(self, *argv: str, check: bool = True, stdin: str = "") -> str:
         """What a command of this Slurm prints."""
         done = subprocess.run(
-            argv, env=self.environment, input=stdin, capture_output=True, text=True, timeout=30, cwd=self.folder
+            argv, env=self.environment, input=stdin, capture_output=True, text=True, timeout=PATIENCE_S, cwd=self.folder
         )
         assert done.returncode == 0 or not check, (argv, done.stdout, done.stderr)
         return done.stdout
@@ -243,10 +244,10 @@ class SlurmBed:
         process = self._daemons.pop(name)
         process.send_signal(number)
         try:
-            process.wait(10)
+            process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait(10)
+            process.wait(PATIENCE_S)
 
     def _wait(self, condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
         deadline = time.monotonic() + seconds

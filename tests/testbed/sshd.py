@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from patience import PATIENCE_S
 from testbed.ports import free_port
 
 import agent_infra
@@ -23,7 +24,9 @@ def make_key(path: Path, kind: str = "ed25519", passphrase: str = "") -> Path:
     """A private key, with its public half beside it."""
     words = ["-b", "2048"] if kind == "rsa" else []
     subprocess.run(
-        ["ssh-keygen", "-q", "-t", kind, *words, "-N", passphrase, "-C", path.name, "-f", path], check=True, timeout=30
+        ["ssh-keygen", "-q", "-t", kind, *words, "-N", passphrase, "-C", path.name, "-f", path],
+        check=True,
+        timeout=PATIENCE_S,
     )
     return path
 
@@ -154,7 +157,7 @@ class SshServer:
         if self.process is not None:
             sessions = descendants(self.process.pid)
             self.process.kill()
-            self.process.wait(10)
+            self.process.wait(PATIENCE_S)
             self.process = None
             for pid in sessions:
                 try:

@@ -529,7 +529,7 @@ def test_numpy_is_loaded_when_there_is_traffic_and_not_before() -> None:
         "assert analysis.document() == []\n"
         "sys.exit('numpy' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, cwd=GOLDEN.parent.parent)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=PATIENCE_S, cwd=GOLDEN.parent.parent)
 
 
 def test_a_simulation_is_determined_by_its_seed() -> None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 import agent_infra
 from agent_infra import DEFAULT_CONFIG, AgentInfraError, HeadersConfig, SessionContext
@@ -18,7 +19,7 @@ PRE, POST = "X-Timing-Pre-Ms", "X-Timing-Post-Ms"
 
 def run_python(code: str) -> str:
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True, timeout=PATIENCE_S
     ).stdout
 
 
@@ -174,7 +175,7 @@ def test_threads_may_take_turns_on_one_session() -> None:
     for _ in range(3):
         thread = threading.Thread(target=turn)
         thread.start()
-        thread.join(10)
+        thread.join(PATIENCE_S)
     assert [PRE in headers for headers in turns] == [True] * 3
 
 

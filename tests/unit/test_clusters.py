@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE_S
 
 import agent_infra
 from agent_infra import GpuSample, ModelConfig, RefusedError, ReplicaFailure, ReplicaRecord
@@ -145,14 +146,14 @@ def test_processes_that_race_for_a_key_get_the_same_one(tmp_path: Path) -> None:
     barrier = threading.Barrier(8)
 
     def make() -> None:
-        barrier.wait(timeout=30)
+        barrier.wait(timeout=PATIENCE_S)
         keys.append(agent_infra.read_or_make_key(tmp_path / "key"))
 
     threads = [threading.Thread(target=make) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=PATIENCE_S)
     assert len(keys) == 8
     assert len(set(keys)) == 1
     assert os.listdir(tmp_path) == ["key"]

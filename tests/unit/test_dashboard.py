@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import stats_server as stats
+from patience import PATIENCE_S
 from stats_schema import check_stats
 
 import streamlit_dashboard as page
@@ -438,7 +439,7 @@ def test_an_idle_poller_ends_its_thread_and_starts_another_when_asked() -> None:
         assert poller.read(0.0, patience_s=10.0).document is not None
         thread = poller._thread
         if thread is not None:
-            thread.join(timeout=10)
+            thread.join(timeout=PATIENCE_S)
         assert poller.read(0.0, patience_s=10.0).problem is None
 
 
@@ -451,4 +452,4 @@ def test_the_page_is_in_the_wheel_with_its_colours() -> None:
 
 def test_importing_agent_infra_loads_neither_streamlit_nor_pandas() -> None:
     program = "import sys, agent_infra; assert not {'streamlit', 'pandas', 'altair'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", program], cwd=SOURCE.parent, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], cwd=SOURCE.parent, check=True, timeout=PATIENCE_S)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 from program import wait_for
 
 import agent_infra
@@ -534,7 +535,7 @@ def write_with_a_limit(path: Path, limit: int) -> None:
 def run_apart(program: str, *, check: bool) -> None:
     """Run ``program``, which may import this file, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    subprocess.run([sys.executable, "-W", "error", "-c", program], env=environment, check=check, timeout=60)
+    subprocess.run([sys.executable, "-W", "error", "-c", program], env=environment, check=check, timeout=PATIENCE_S)
 
 
 def test_a_file_that_may_not_grow_is_served_without_and_caught_up_later(path: Path) -> None:

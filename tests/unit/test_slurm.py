@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import PATIENCE_S
 
 import agent_infra
 from agent_infra import (
@@ -399,7 +400,7 @@ def test_the_script_is_the_golden_one_and_the_shell_can_read_it(
     script = agent_infra.render_job(request_, slurm, TEMPLATES)
     golden = GOLDEN / f"{name}.sbatch"
     assert script.replace(agent_infra.__version__, "VERSION") == golden.read_text()
-    subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=20)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=PATIENCE_S)
 
 
 def test_a_partitions_options_win_and_null_takes_one_away() -> None:
@@ -443,6 +444,6 @@ def test_a_mistake_in_a_template_is_refused_with_its_place(tmp_path: Path, text:
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
 def test_whatever_stands_in_a_template_reaches_the_program_as_it_is(text: str) -> None:
     done = subprocess.run(
-        ["sh", "-c", f"printf %s {agent_infra.shell_words(text)}"], capture_output=True, check=True, timeout=20
+        ["sh", "-c", f"printf %s {agent_infra.shell_words(text)}"], capture_output=True, check=True, timeout=PATIENCE_S
     )
     assert done.stdout == text.encode()

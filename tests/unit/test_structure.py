@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from patience import PATIENCE_S
+
 import agent_infra
 
 SOURCE = Path(agent_infra.__file__)
@@ -101,13 +103,13 @@ def test_importing_the_module_and_help_load_nothing_heavy() -> None:
         f"found = [name for name in {heavy.split()!r} if name in sys.modules]\n"
         "sys.stdout.flush(); sys.exit(f'loaded: {found}' if found else 0)"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_bare_python_without_site_packages_imports_the_module() -> None:
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import agent_infra; agent_infra.build_parser()"
-    subprocess.run([sys.executable, "-I", "-S", "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-I", "-S", "-c", program], check=True, timeout=PATIENCE_S)
 
 
 def options_of_the_command_line() -> set[str]:

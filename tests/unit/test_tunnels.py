@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 
 from agent_infra import (
     HostUnreachableError,
@@ -186,7 +187,7 @@ def test_a_host_that_falls_silent_holds_nobody_up(silent: str) -> None:
     try:
         server.add_server_key(paramiko.ECDSAKey.generate())
         server.start_server(event=threading.Event(), server=Silent())
-        client.start_client(timeout=10.0)
+        client.start_client(timeout=PATIENCE_S)
         client.auth_none("somebody")
         commands = SshCommands(SshRoute("login", "login", 22, "somebody", "login", ()), None)
         commands._transport = client
