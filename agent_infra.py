@@ -1326,7 +1326,8 @@ FRAME_HELLO = b"H"  # relay → controller, first of all: {"pid", "port", "start
 FRAME_EVENTS = b"E"  # relay → controller: EventBatch in Tracking
 FRAME_GAUGES = b"G"  # relay → controller, once a second: see Gauges in Tracking
 FRAME_REQUEST = b"R"  # relay → controller: what somebody asked for over HTTP: {"op": "drain"|"undrain", "backend"}, or
-# {"op": "metrics", "id"} and {"op": "session", "id", "session"}, to which comes a FRAME_ANSWER
+# {"op": "metrics", "id"}, {"op": "session", "id", "session"} and {"op": "stats", "id"}, to which comes a FRAME_ANSWER;
+# to the last, when there is something new, a FRAME_STATS before
 FRAME_ANSWER = b"A"  # controller → relay: {"id", "status", "type", "body"}: an HTTP answer
 _FRAME_HEAD = struct.Struct(">cI")
 MAX_FRAME_BYTES = 256 << 20
@@ -2985,18 +2986,19 @@ class Pipeline:
 
 
 class Throughput:
-    """Rates over the last RATE_S seconds from readings of ever-growing totals, taken about once a second."""
+    """Rates over the last RATE_S seconds from readings of ever-growing ``totals``, taken about once a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, totals: Mapping[str, int]) -> None:
+        self._totals = totals
         self._readings: collections.deque[tuple[float, int, int]] = collections.deque(maxlen=300)
 
-    def read(self, now: float, completed: int, tokens_out: int) -> None:
+    def read(self, now: float) -> None:
         """Note the totals of this moment."""
         if self._readings and now < self._readings[-1][0]:
             self._readings.clear()  # the clock was set back
-        self._readings.append((now, completed, tokens_out))
+        self._readings.append((now, self._totals["completed"], self._totals["tokens_out"]))
 
-    def rates(self, now: float, completed: int, tokens_out: int) -> dict[str, float | None]:
+    def rates(self, now: float) -> dict[str, float | None]:
         """``{turns_per_minute, tokens_per_second}`` (completed turns, tokens of answers); None before LEAST_RATE_S."""
         while self._readings and self._readings[0][0] < now - RATE_S - 0.5:  # a reading comes each second, or so
             self._readings.popleft()
@@ -3004,8 +3006,8 @@ class Throughput:
         if now - at < LEAST_RATE_S:
             return {"turns_per_minute": None, "tokens_per_second": None}
         return {
-            "turns_per_minute": round((completed - completed_then) * 60 / (now - at), 2),
-            "tokens_per_second": round((tokens_out - tokens_then) / (now - at), 2),
+            "turns_per_minute": round((self._totals["completed"] - completed_then) * 60 / (now - at), 2),
+            "tokens_per_second": round((self._totals["tokens_out"] - tokens_then) / (now - at), 2),
         }
 
 
@@ -3019,6 +3021,21 @@ class Timeline:
 
     def is_due(self, now: float) -> bool:
         return not self.points or now // HISTORY_STEP_S != self.points[-1]["at"] // HISTORY_STEP_S
+
+    def note(
+        self, at: float, rates: Mapping[str, Any], queue: Mapping[str, Any], active_sessions: int, wait: Histogram
+    ) -> None:
+        """Add a point."""
+        self.points.append(
+            {
+                "at": at,
+                **rates,
+                "in_flight": queue["in_flight"],
+                "pending": queue["pending"],
+                "active_sessions": active_sessions,
+                "latency_ms": _percentiles(wait, 50, 95),
+            }
+        )
 
     def after(self, at: float) -> list[dict[str, Any]]:
         """The points that were noted after ``at``."""
@@ -3341,7 +3358,7 @@ def _sum_known(values: Iterable[int | None]) -> int | None:
 
 
 class BackendTable:
-    """The figures of every backend that was heard of since the last ``rows``."""
+    """The figures of every backend that was heard of since the last ``replicas``."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -3365,29 +3382,27 @@ class BackendTable:
         for figures in self._figures.values():
             figures.counters.restart()
 
-    def rows(
-        self,
-        records: Iterable[Mapping[str, Any]],
-        table: Iterable[Backend],
-        gauges: Mapping[str, Any],
-        sessions: Mapping[str | None, int],
+    def replicas(
+        self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend], gauges: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
-        """A row for each backend that has a record or is routed to; the figures of all others are forgotten."""
+        """What each backend is that has a record or is routed to; the figures of all others are forgotten."""
         known = {record["replica"]: _finite(record) for record in records}
         routed = {backend.id: backend for backend in table}
         self._figures = {name: self.figures(name) for name in {**known, **routed}}
         return [
-            {
-                **_replica_row(known.get(name, {}), routed.get(name), _as_mapping(gauges.get(name))),
-                **figures.counters.sums,
-                "latency_ms": _percentiles(figures.latency.read(), 50, 95, 99),
-                "ttft_ms": _percentiles(figures.ttft.read(), 50, 95, 99),
-                "gap_ms": _percentiles(figures.gap.read(), 50, 95, 99),
-                "inflight_history": list(figures.in_flight),
-                "sessions": sessions.get(name, 0),
-            }
-            for name, figures in self._figures.items()
+            _replica_row(known.get(name, {}), routed.get(name), _as_mapping(gauges.get(name))) for name in self._figures
         ]
+
+    def measured(self, backend: str) -> dict[str, Any]:
+        """The figures of one backend."""
+        figures = self.figures(backend)
+        return {
+            **figures.counters.sums,
+            "latency_ms": _percentiles(figures.latency.read(), 50, 95, 99),
+            "ttft_ms": _percentiles(figures.ttft.read(), 50, 95, 99),
+            "gap_ms": _percentiles(figures.gap.read(), 50, 95, 99),
+            "inflight_history": list(figures.in_flight),
+        }
 
 
 class TurnFigures:
@@ -3471,9 +3486,9 @@ class Tracker:
         self._turns = TurnLedger()
         self._conversations = Conversations()
         self._log = TurnLog()
-        self._throughput = Throughput()
         self.timeline = Timeline()
         self._figures = TurnFigures(clock)
+        self._throughput = Throughput(self._figures.totals)
         self._watchdog = Watchdog()
         self._relay = RelayReport()
 
@@ -3506,7 +3521,7 @@ class Tracker:
 
         ``{"at", "backends": {id: {"healthy", "reason", "in_flight", "requests", "errors", "load": digest | None}},
         "queue": {"pending", "in_flight", "oldest_ms", "waiting": [...]}, "counters": {...}, "rss_bytes",
-        "connections"}``.
+        "connections", "stats_read": how often /stats was}``.
         """
         now = self._clock()
         self._relay.read(gauges)
@@ -3515,9 +3530,10 @@ class Tracker:
         self._turns.forget_lost(now)
         self._sessions.expire(now)
         self._watchdog.look(self._sessions, now, self._relay.kv_capacity())
-        self._throughput.read(now, self._figures.totals["completed"], self._figures.totals["tokens_out"])
+        self._throughput.read(now)
         if is_due:
-            self.timeline.points.append(self._history_point(now))
+            active, wait = self._sessions.count_active(now), self._figures.wait.read()
+            self.timeline.note(now, self._throughput.rates(now), self._relay.queue({}), active, wait)
 
     def relay_restarted(self) -> None:
         """The relay died and another takes its place: its open turns are over, its counters start at zero."""
@@ -3566,17 +3582,22 @@ class Tracker:
                 self._sessions.touch(session, at)
         self._sessions.expire(self._clock())
 
-    def snapshot(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend], strategy: str) -> StatsDocument:
-        """The /stats document of this moment.
+    def replicas(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend]) -> list[dict[str, Any]]:
+        """``backends`` of /stats as they are now, but for what was measured of their turns.
 
         ``records`` are the replicas' records as `serve` writes them (ReplicaRecord, as JSON); ``table`` is what the
         relay routes by, so also backends without a record. What was measured of any other backend is forgotten.
         """
+        return self._figures.backends.replicas(records, table, self._relay.backends)
+
+    def snapshot(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend], strategy: str) -> StatsDocument:
+        """The /stats document of this moment; ``records`` and ``table`` as ``replicas`` takes them."""
         now = self._clock()
         sessions = collections.Counter(session.backend for session in self._sessions)
-        rows = self._figures.backends.rows(records, table, self._relay.backends, sessions)
+        rows = self.replicas(records, table)
+        for row in rows:
+            row |= {**self._figures.backends.measured(row["id"]), "sessions": sessions[row["id"]]}
         listed = self._sessions.latest(LISTED_SESSIONS)
-        rates = self._throughput.rates(now, self._figures.totals["completed"], self._figures.totals["tokens_out"])
         return StatsDocument(
             snapshot_age_ms=0,
             schema_version=SCHEMA_VERSION,
@@ -3584,7 +3605,7 @@ class Tracker:
             uptime_seconds=round(max(0.0, now - self._started_at), 3),
             strategy=strategy,
             totals=dict(self._figures.totals),
-            throughput={**rates, "history": list(self.timeline.points)},
+            throughput={**self._throughput.rates(now), "history": list(self.timeline.points)},
             models=_model_rows(rows),
             backends=rows,
             queue=self._relay.queue(self._turns.open),
@@ -3652,17 +3673,6 @@ class Tracker:
         if session.last_turn and event.post_ms is not None:
             self._log.learn_post(session.last_turn, event.post_ms)
         return OpenTurn(event, session, session.held(), gap_ms, pre_ms, unaccounted_ms)
-
-    def _history_point(self, now: float) -> dict[str, Any]:
-        queue = self._relay.queue({})
-        return {
-            "at": now,
-            **self._throughput.rates(now, self._figures.totals["completed"], self._figures.totals["tokens_out"]),
-            "in_flight": queue["in_flight"],
-            "pending": queue["pending"],
-            "active_sessions": self._sessions.count_active(now),
-            "latency_ms": _percentiles(self._figures.wait.read(), 50, 95),
-        }
 
 
 # =====================================================================================================================
@@ -3791,18 +3801,19 @@ class FleetSample:
 
 
 def fleet_samples(
-    stats: Mapping[str, Any],
+    at: float,
+    replicas: Iterable[Mapping[str, Any]],
     sessions: Iterable[tuple[str, str | None, int, float]],
     presence: Callable[[str, str | None, float], float],
 ) -> list[FleetSample]:
-    """What a /stats document says of each model on each GPU type.
+    """What ``backends`` of /stats say of each model on each GPU type, ``at`` that moment.
 
     ``sessions`` are ``(model, replica, turns open, seconds silent)`` as Tracker.silences gives them; a silent one
     counts with the probability that ``presence(model, GPU type, seconds)`` gives it.
     """
     fleets: dict[tuple[str, str | None], list[Mapping[str, Any]]] = {}
     homes: dict[str | None, tuple[str, str | None]] = {}
-    for row in stats["backends"]:
+    for row in replicas:
         key = row["model"], (row["gpu"] or {}).get("name")
         fleets.setdefault(key, []).append(row)
         homes[row["id"]] = key
@@ -3810,7 +3821,7 @@ def fleet_samples(
     for model, replica, open_turns, silent_s in sessions:
         key = homes.get(replica) or next((key for key in fleets if key[0] == model), (model, None))
         agents[key] = agents.get(key, 0.0) + (open_turns or presence(*key, silent_s))
-    return [_fleet_sample(key, rows, stats["now"], agents.get(key, 0.0)) for key, rows in fleets.items()]
+    return [_fleet_sample(key, rows, at, agents.get(key, 0.0)) for key, rows in fleets.items()]
 
 
 def _fleet_sample(
@@ -10995,6 +11006,7 @@ GAPS_AT_ONCE = 64  # of a stream, that wait to be counted: 2 KB
 PACKED_TURNS = 16  # finished turns that are encoded at once: a fifth of a millisecond's work
 BATCHED_PACKS = 32  # of these in one frame
 QUESTION_S = 2.0
+STATS_FRESH_S = 1.5  # a /stats document that is older is asked for; while somebody reads them, one comes every second
 MAX_BUFFERED_EVENTS = 50_000
 MAX_BUFFERED_PACKS = MAX_BUFFERED_EVENTS // PACKED_TURNS
 
@@ -13236,6 +13248,7 @@ class Relay:
         self.pools: dict[str, list[LiveReplica]] = {}
         self.connections: set[ClientConnection] = set()
         self.stats: tuple[bytes, float] | None = None  # the finished document, and when it came
+        self.stats_read = 0  # how often
         self.buffered_bytes = 0
         self.is_stopping = False
         self._statm = os.open("/proc/self/statm", os.O_RDONLY)  # kept: it is read when there is no descriptor, too
@@ -13364,6 +13377,7 @@ class Relay:
             "counters": {**self.book.counters, "events_dropped": self.control.events_dropped},
             "rss_bytes": int(os.pread(self._statm, 100, 0).split()[1]) * os.sysconf("SC_PAGE_SIZE"),
             "connections": len(self.connections),
+            "stats_read": self.stats_read,
         }
 
     def _on_signal(self) -> None:
@@ -13801,9 +13815,13 @@ class RelayApp:
         return {"status": status, "models": {name: {"ready": count} for name, count in ready.items()}}
 
     def _stats(self) -> Any:
-        if self._relay.stats is None:
+        relay = self._relay
+        relay.stats_read += 1
+        if relay.stats is None or time.monotonic() - relay.stats[1] > STATS_FRESH_S:
+            relay.control.questions.ask("stats")  # the document comes ahead of the answer
+        if relay.stats is None:
             return self._error(503, "no snapshot has come from the controller yet")
-        document, at = self._relay.stats
+        document, at = relay.stats
         age = b'{"snapshot_age_ms":%d,' % ((time.monotonic() - at) * 1000)
         return self._flask.Response(age + document.removeprefix(STATS_PREFIX), mimetype="application/json")
 
@@ -13895,6 +13913,7 @@ RELAY_END_S = 5.0  # for a relay to end in order once its turns are over, or the
 RELAY_RETRY_S = 2.0  # between two starts of a relay that dies at once
 DISCOVERY_INTERVAL_S = 0.5
 SNAPSHOT_INTERVAL_S = 1.0
+WATCHED_S = 10.0  # that /stats documents are made ahead after one was read
 ANALYSIS_INTERVAL_S = 5.0
 ANALYSIS_PAUSE_S = 30.0  # the longest, also where a fit is dear or no turn has ended
 ANALYSIS_SHARE = 0.005  # of a core; 8,000 turns take a tenth of a second, so about 20 s go by between two fits
@@ -14327,9 +14346,9 @@ class Analyst:
         self._analysis.end(session, at)
         self._has_news = True
 
-    def sample(self, stats: Mapping[str, Any]) -> None:
-        """Take what a /stats document says of the fleet, once a second."""
-        for sample in fleet_samples(stats, self._tracker.silences(), self._analysis.presence):
+    def sample(self, replicas: Iterable[Mapping[str, Any]]) -> None:
+        """Take what Tracker.replicas says, once a second."""
+        for sample in fleet_samples(time.time(), replicas, self._tracker.silences(), self._analysis.presence):
             self._analysis.sample(sample)
 
     def _run(self) -> None:
@@ -14454,14 +14473,16 @@ class Bookkeeper:
         if self._history is not None:
             self._history.add(HistoryBatch(replica_time=taken, points=points))
 
-    def document(self, stats: Mapping[str, Any]) -> dict[str, Any]:
-        """What /stats says of it: ``history``, ``accounting`` and ``analysis``; once a second, with the rest of it."""
-        self._analyst.sample(stats)
-        analysis = self._analyst.document
-        self._keep_verdicts(analysis, stats["now"])
+    def analyse(self, replicas: Iterable[Mapping[str, Any]]) -> None:
+        """Take what Tracker.replicas says, once a second."""
+        self._analyst.sample(replicas)
+        self._keep_verdicts(self._analyst.document, time.time())
+
+    def document(self) -> dict[str, Any]:
+        """What /stats says of it: ``history``, ``accounting`` and ``analysis``."""
         off = {"path": None, "state": "off", "reason": None, "turns": None}
         history = self._history.document() if self._history is not None else off
-        return {"history": history, "accounting": self._replica_time.document(), "analysis": analysis}
+        return {"history": history, "accounting": self._replica_time.document(), "analysis": self._analyst.document}
 
     def close(self, takes_rest: bool = True) -> None:
         """Write what is left. Nothing is taken or sampled any more; if it may be, nothing more is taken here."""
@@ -14477,6 +14498,47 @@ def append_line(path: Path, line: str) -> None:
     """Add a line to a log; neither a full disk nor half a surrogate pair stops the service."""
     with contextlib.suppress(OSError), open(path, "a", encoding="utf-8", errors="backslashreplace") as log:
         log.write(line + "\n")
+
+
+class StatsMaker:
+    """Makes the /stats document and has it sent: every second while somebody reads it, else when one is asked for."""
+
+    def __init__(
+        self, tracker: Tracker, books: Bookkeeper, strategy: str, send: Callable[[bytes, bytes], None]
+    ) -> None:
+        """``send`` takes a frame's kind and its payload."""
+        self._tracker, self._books, self._strategy, self._send = tracker, books, strategy, send
+        self._document: Mapping[str, Any] = {}
+        self._due = 0.0  # until then the document is new enough
+        self._watched_until = 0.0
+        self._reads: int | None = None  # as the relay counts them
+
+    def note_reads(self, reads: int | None) -> None:
+        """How often /stats was read, at the relay's count."""
+        if reads != self._reads:
+            self._reads, self._watched_until = reads, time.monotonic() + WATCHED_S
+
+    def relay_replaced(self) -> None:
+        """The next relay has no document yet."""
+        self._due = 0.0
+
+    def look(self, records: Sequence[Mapping[str, Any]], table: Sequence[Backend]) -> None:
+        """Once a second; ``records`` and ``table`` as Tracker.replicas takes them."""
+        self._books.analyse(self._tracker.replicas(records, table))
+        if time.monotonic() < self._watched_until:
+            self._make(records, table)
+
+    def fresh(self, records: Sequence[Mapping[str, Any]], table: Sequence[Backend]) -> Mapping[str, Any]:
+        """The document, which the relay has then: no older than a second."""
+        if time.monotonic() >= self._due:
+            self._make(records, table)
+        return self._document
+
+    def _make(self, records: Sequence[Mapping[str, Any]], table: Sequence[Backend]) -> None:
+        snapshot = self._tracker.snapshot(records, table, self._strategy)
+        self._document = {**snapshot, **self._books.document()}
+        self._due = time.monotonic() + SNAPSHOT_INTERVAL_S
+        self._send(FRAME_STATS, encode_stats(self._document))
 
 
 class ControllerLog:
@@ -14535,7 +14597,7 @@ class Controller:
         self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
         self._tracker = Tracker(time.time)
         self._books = Bookkeeper(config, paths, self._tracker, self._log)
-        self._document: Mapping[str, Any] = {}  # of /stats, the latest
+        self._stats = StatsMaker(self._tracker, self._books, config.proxy.strategy, self.relay.send)
         self.expected: frozenset[str] = frozenset()  # models about to be started; replaced as a whole
         self._drained: frozenset[str] = frozenset()
         self._known: dict[str, tuple[str | None, str]] = {}  # replica → its job and process
@@ -14598,14 +14660,14 @@ class Controller:
     def _run(self) -> None:
         """The thread: never ends by an error of the relay, which is replaced, only by stop()."""
         try:
-            snapshot_due = 0.0
+            sample_due = 0.0
             self._heard_at = time.monotonic()
             while not self._stop.is_set():
                 try:
-                    self._exchange(max(0.0, min(0.25, snapshot_due - time.monotonic())))
-                    if time.monotonic() >= snapshot_due:
-                        snapshot_due = time.monotonic() + SNAPSHOT_INTERVAL_S
-                        self.relay.send(FRAME_STATS, self._snapshot())
+                    self._exchange(max(0.0, min(0.25, sample_due - time.monotonic())))
+                    if time.monotonic() >= sample_due:
+                        sample_due = time.monotonic() + SNAPSHOT_INTERVAL_S
+                        self._stats.look(*self._replicas())
                 except RelayGoneError as error:
                     if self._ending.is_set():
                         return
@@ -14660,13 +14722,15 @@ class Controller:
             gauges = json.loads(payload)
             self._tracker.sample(gauges)
             self._books.sample(self._records, gauges)
+            self._stats.note_reads(gauges.get("stats_read"))
         elif kind == FRAME_REQUEST:
             self._do(json.loads(payload))
 
     def _do(self, request: Mapping[str, Any]) -> None:
         """What somebody asked for over HTTP."""
-        if request["op"] == "metrics":
-            body = self._books.metrics(self._document).decode() if self._document else "# nothing is known yet\n"
+        if request["op"] in ("stats", "metrics"):
+            stats = self._stats.fresh(*self._replicas())
+            body = self._books.metrics(stats).decode() if request["op"] == "metrics" else ""
             self._answer(request, 200, METRICS_TYPE, body)
             return
         if request["op"] == "session":
@@ -14688,6 +14752,7 @@ class Controller:
         One that cannot be started is tried again, at a bounded rate, until stop().
         """
         self._sent_table = None
+        self._stats.relay_replaced()
         if self.relay.reconnect():
             self._log(f"{why}; connected to it again")
         else:
@@ -14701,14 +14766,11 @@ class Controller:
                 self._stop.wait(RELAY_RETRY_S)
         self._heard_at = time.monotonic()
 
-    def _snapshot(self) -> bytes:
+    def _replicas(self) -> tuple[list[dict[str, Any]], list[Backend]]:
+        """As the tracker takes them."""
         tunnels = self.tunnels.rows() if self.tunnels is not None else {}
         records = [{**dataclasses.asdict(record), "tunnel": tunnels.get(record.replica)} for record in self._records]
-        table = [Backend(**row) for row in self._sent_table["backends"]]
-        snapshot = self._tracker.snapshot(records, table, self._config.proxy.strategy)
-        document: dict[str, Any] = {**snapshot, **self._books.document(snapshot)}
-        self._document = document
-        return encode_stats(document)
+        return records, [Backend(**row) for row in self._sent_table["backends"]]
 
 
 # =====================================================================================================================

@@ -19,6 +19,7 @@ from patience import PATIENCE_S
 from program import wait_for
 
 from agent_infra import (
+    FRAME_ANSWER,
     FRAME_EVENTS,
     FRAME_GAUGES,
     FRAME_HELLO,
@@ -124,6 +125,11 @@ class Controller:
 
     def send_stats(self, document: bytes) -> None:
         self.sock.sendall(encode_frame(FRAME_STATS, document))
+
+    def answer(self, request: Mapping[str, Any], body: str = "") -> None:
+        """Answer what somebody asked for over HTTP."""
+        answer = {"id": request["id"], "status": 200, "type": "text/plain", "body": body}
+        self.sock.sendall(encode_frame(FRAME_ANSWER, json.dumps(answer).encode()))
 
     def finished(self, count: int = 1) -> list[dict[str, Any]]:
         """The TurnFinished events, once there are at least ``count``."""

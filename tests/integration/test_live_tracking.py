@@ -24,6 +24,7 @@ from program import Program, wait_for
 from relay_harness import Client
 from stats_schema import check_stats
 
+import agent_infra
 from agent_infra import (
     Config,
     Controller,
@@ -32,6 +33,7 @@ from agent_infra import (
     ReplicaRecord,
     SessionContext,
     deployment_paths,
+    encode_stats,
 )
 
 
@@ -196,6 +198,28 @@ class Truth(dict[str, float]):
 
     def add(self, what: str, started: float) -> None:
         self[what] = self.get(what, 0.0) + (time.perf_counter() - started) * 1000
+
+
+def test_stats_are_made_ahead_only_while_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_infra, "WATCHED_S", 2.0)
+    monkeypatch.setattr(agent_infra, "SNAPSHOT_INTERVAL_S", 0.2)
+    with Planted(tmp_path, m=SetUp(0.01, 0.0, slots=8)) as proxy:
+        made: list[float] = []
+
+        def encode(document: dict[str, Any]) -> bytes:
+            made.append(document["now"])
+            return encode_stats(document)
+
+        monkeypatch.setattr(agent_infra, "encode_stats", encode)
+        proxy.get("/stats")
+        wait_for(lambda: len(made) > 3, "documents that are made ahead")
+        wait_for(lambda: time.time() > made[-1] + 3.0, "the last of them")
+        count = len(made)
+        with proxy.client() as client:
+            assert client.chat().status == 200
+        assert wait_for(lambda: proxy.get("/stats")["totals"]["requests"], "the turn") == 1
+        assert len(made) > count
+        assert proxy.get("/stats")["now"] > made[count - 1] + 3.0
 
 
 TURNS = 5

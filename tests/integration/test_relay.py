@@ -217,7 +217,33 @@ def test_stats_are_the_controllers_bytes_with_their_age(client: Client, relay: R
     time.sleep(0.05)
     stats = client.get("/stats").json()
     assert stats["schema_version"] == 1
-    assert 50 <= stats["snapshot_age_ms"] < 5000
+    assert stats["snapshot_age_ms"] >= 50
+
+
+def test_stats_that_nobody_has_read_lately_are_asked_for(tmp_path: Path) -> None:
+    with RelayProcess(tmp_path, QUESTION_S=PATIENCE_S, STATS_FRESH_S=0.3) as relay, ThreadPoolExecutor() as pool:
+        relay.controller.send_table([], models=["m"])
+        with Client(relay.port) as client:
+            for number in range(2):
+                answer = pool.submit(client.get, "/stats")
+                asked = wait_for(lambda n=number: relay.controller.requests[n:])  # type: ignore[misc]
+                assert asked[0]["op"] == "stats"
+                assert not answer.done()
+                relay.controller.send_stats(b'{"snapshot_age_ms":0,"number":%d}' % number)
+                relay.controller.answer(asked[0])
+                assert answer.result().json()["number"] == number
+                time.sleep(0.3)
+            relay.controller.close()
+            wait_for(
+                lambda: client.get("/stats").json()["snapshot_age_ms"] >= 300, "an old one: there is nobody to ask"
+            )
+            assert client.get("/stats").json()["number"] == 1
+
+
+def test_how_often_stats_are_read_is_told(client: Client, relay: RelayProcess) -> None:
+    relay.controller.send_stats(b'{"snapshot_age_ms":0}')
+    assert [client.get("/stats").status for _ in range(3)] == [200] * 3
+    wait_for(lambda: relay.controller.gauges and relay.controller.gauges[-1]["stats_read"] == 3)
 
 
 def test_ending_a_session_is_told(client: Client, relay: RelayProcess) -> None:

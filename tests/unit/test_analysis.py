@@ -486,7 +486,7 @@ def test_agents_are_counted_from_sessions_not_from_turns() -> None:
         assert (model, gpu) == ("qwen", "H100")
         return 0.75 if silent_s < 60 else 0.0
 
-    [sample] = fleet_samples({"now": now, "backends": rows}, tracker.silences(), presence)
+    [sample] = fleet_samples(now, rows, tracker.silences(), presence)
     assert sample.active_agents == 1.75
     assert sample.in_flight == {"qwen-1": 1}
     assert sample.unhealthy == ("qwen-2",)
