@@ -332,7 +332,7 @@ async def main():
                 model="smollm2", max_tokens=8, messages=[{"role": "user", "content": "Hi"}])
         print(json.dumps([answer.choices[0].message.content, status["degraded"], manager.base_url]), flush=True)
         stop = subprocess.run([sys.executable, agent_infra.__file__, "stop", "--config", sys.argv[1]], text=True,
-                              capture_output=True, timeout=PATIENCE_S)
+                              capture_output=True, timeout=90)
         assert (stop.returncode, "let that program call stop()" in stop.stderr) == (1, True), stop
     assert "gevent" not in sys.modules and plain[0] is socket.socket and plain[1] is threading.Thread
 
