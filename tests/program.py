@@ -85,7 +85,7 @@ class Running:
             self._queue.put(line.rstrip("\n"))
         self._queue.put(None)
 
-    def wait_line(self, pattern: str, seconds: float = 60.0) -> re.Match[str]:
+    def wait_line(self, pattern: str, seconds: float = PATIENCE_S) -> re.Match[str]:
         """The first line from here on that ``pattern`` matches."""
         deadline = time.monotonic() + seconds
         while True:
@@ -99,7 +99,7 @@ class Running:
             if found:
                 return found
 
-    def end(self, number: int = signal.SIGINT, seconds: float = 60.0) -> int:
+    def end(self, number: int = signal.SIGINT, seconds: float = PATIENCE_S) -> int:
         """Send a signal, wait for the exit code, keep what was said until then."""
         self.process.send_signal(number)
         code = self.process.wait(timeout=seconds)

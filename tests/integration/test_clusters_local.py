@@ -46,7 +46,7 @@ def make() -> Iterator[Make]:
     for one in made:
         ids = [record.replica for record in one.replicas() if record.node == os.uname().nodename]
         one.stop(ids, now=True)
-        assert one.wait_stopped(ids, time.monotonic() + 20) == []
+        assert one.wait_stopped(ids, time.monotonic() + PATIENCE_S) == []
 
 
 def state_of(cluster: LocalCluster, replica: str) -> str:
@@ -86,7 +86,7 @@ def test_a_stopped_replica_leaves_its_log_and_nothing_else(make: Make) -> None:
     started = cluster.start(MODEL)
     wait_for_state(cluster, "m-1", "ready")
     cluster.stop(["m-1"])
-    assert cluster.wait_stopped(["m-1"], time.monotonic() + 20) == []
+    assert cluster.wait_stopped(["m-1"], time.monotonic() + PATIENCE_S) == []
     assert not agent_infra.is_alive(started)
     assert cluster.replicas() == []
     run = paths_of("d").run
@@ -98,7 +98,7 @@ def test_stopping_twice_and_stopping_what_is_not_there_is_no_error(make: Make) -
     cluster.start(MODEL)
     for _ in range(2):
         cluster.stop(["m-1", "m-7"])
-        assert cluster.wait_stopped(["m-1", "m-7"], time.monotonic() + 20) == []
+        assert cluster.wait_stopped(["m-1", "m-7"], time.monotonic() + PATIENCE_S) == []
 
 
 def test_a_replica_that_does_not_end_is_told_at_the_deadline_and_ended_by_now(make: Make) -> None:
@@ -108,7 +108,7 @@ def test_a_replica_that_does_not_end_is_told_at_the_deadline_and_ended_by_now(ma
     cluster.stop(["m-1"])
     assert cluster.wait_stopped(["m-1"], time.monotonic() + 0.2) == ["m-1"]
     cluster.stop(["m-1"], now=True)
-    assert cluster.wait_stopped(["m-1"], time.monotonic() + 20) == []
+    assert cluster.wait_stopped(["m-1"], time.monotonic() + PATIENCE_S) == []
 
 
 def test_another_process_finds_and_stops_the_replicas(make: Make) -> None:
@@ -169,7 +169,7 @@ def test_a_process_that_merely_has_the_number_is_never_signalled(make: Make, inn
     write_record("d", ReplicaRecord("m-1", "m", "ready", "command", os.uname().nodename, innocent.pid, earlier))
     assert state_of(cluster, "m-1") == "failed"
     cluster.stop(["m-1"], now=True)
-    assert cluster.wait_stopped(["m-1"], time.monotonic() + 20) == []
+    assert cluster.wait_stopped(["m-1"], time.monotonic() + PATIENCE_S) == []
     assert cluster.replicas() == []
     assert innocent.poll() is None
 
@@ -211,7 +211,7 @@ def test_two_deployments_never_touch_each_other(make: Make) -> None:
     assert one.replica_key() != other.replica_key()
     wait_for_state(one, "m-1", "ready")
     one.stop(["m-1"])
-    assert one.wait_stopped(["m-1"], time.monotonic() + 20) == []
+    assert one.wait_stopped(["m-1"], time.monotonic() + PATIENCE_S) == []
     assert agent_infra.is_alive(theirs)
     assert wait_for_state(other, "m-1", "ready").pid == theirs.pid
 
@@ -293,7 +293,7 @@ def test_the_embedded_engine_is_gone_when_its_replica_is_stopped(make: Make, now
     assert ready.port is not None
     assert agent_infra.is_listening(ready.host, ready.port)
     cluster.stop(["s-1"], now=now)
-    assert cluster.wait_stopped(["s-1"], time.monotonic() + 40) == []
+    assert cluster.wait_stopped(["s-1"], time.monotonic() + PATIENCE_S) == []
     assert not agent_infra.is_listening(ready.host, ready.port)
     assert not agent_infra.is_alive(ready)
     assert cluster.replicas() == []

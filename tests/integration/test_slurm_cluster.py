@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from openai import OpenAI
+from patience import PATIENCE_S
 from program import Program, wait_for
 from testbed.ports import free_port
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
@@ -238,23 +239,24 @@ def test_stop_ends_this_deployments_jobs_and_no_other(bed: SlurmBed, make: Make)
     names = [record.replica for record in one.replicas()]
     assert names == [record.replica for record in mine] == ["g-1", "g-2", "g-3"]
     one.stop(names)
-    assert one.wait_stopped(names, time.monotonic() + 20) == []
+    assert one.wait_stopped(names, time.monotonic() + PATIENCE_S) == []
     assert one.replicas() == []
     left = {line.split()[0] for line in bed.jobs()}
     assert left == {foreign, str(theirs[0].job_id)}
     one.stop(names)
-    assert one.wait_stopped(names, time.monotonic() + 5) == []
+    assert one.wait_stopped(names, time.monotonic() + PATIENCE_S) == []
     assert [path.name for path in Path(one.host.run_dir).rglob("g-*") if path.suffix != ".log"] == []
 
 
-def test_a_job_that_ignores_the_drain_is_ended_by_now(make: Make) -> None:
-    cluster = make("trap '' USR1 TERM; while :; do sleep 1; done")
+def test_a_job_that_ignores_the_drain_is_ended_by_now(make: Make, tmp_path: Path) -> None:
+    is_deaf = tmp_path / "deaf"
+    cluster = make(f"trap '' USR1 TERM; touch {is_deaf}; while :; do sleep 1; done")
     start(cluster)
-    wait_state(cluster, "g-1", "starting")
+    wait_for(is_deaf.exists, "the job that ignores signals")
     cluster.stop(["g-1"])
     assert cluster.wait_stopped(["g-1"], time.monotonic() + 1) == ["g-1"]
     cluster.stop(["g-1"], now=True)
-    assert cluster.wait_stopped(["g-1"], time.monotonic() + 20) == []
+    assert cluster.wait_stopped(["g-1"], time.monotonic() + PATIENCE_S) == []
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def make(bed: SlurmBed) -> Iterator[Make]:
     for one in made:
         names = [record.replica for record in one.replicas()]
         one.stop(names, now=True)
-        assert one.wait_stopped(names, time.monotonic() + 20) == []
+        assert one.wait_stopped(names, time.monotonic() + PATIENCE_S) == []
     bed.run("scancel", "--user=root")
     wait_for(lambda: not bed.run("squeue", "-h"), "an empty queue")
 
@@ -115,11 +115,11 @@ def test_a_job_of_an_exclusive_partition_holds_several_replicas_that_share_out_i
 
 def only_the_second_of_them_ends(bed: SlurmBed, cluster: SlurmCluster) -> None:
     cluster.stop(["w-2"])
-    assert cluster.wait_stopped(["w-2"], time.monotonic() + 30) == []
+    assert cluster.wait_stopped(["w-2"], time.monotonic() + PATIENCE_S) == []
     assert [(record.replica, record.state) for record in cluster.replicas()] == [("w-1", "ready")]
     assert len(bed.jobs()) == 1
     cluster.stop(["w-1"])
-    assert cluster.wait_stopped(["w-1"], time.monotonic() + 30) == []
+    assert cluster.wait_stopped(["w-1"], time.monotonic() + PATIENCE_S) == []
     assert bed.jobs() == []
 
 

@@ -101,7 +101,7 @@ def ask(talker: OpenAI, content: str, tokens: int = 8) -> str:
 def test_everything_an_operator_does_goes_through_the_login_node(run: Program, far: FarCluster) -> None:
     configure(run, far, replicas=3)
     assert_doctor_and_pull_reach_the_nodes(run, far)
-    started = run.run("start", seconds=90)
+    started = run.run("start")
     assert started.returncode == 0, started.stdout + started.stderr
     connected = run.spawn("connect")
     connected.wait_line(r"^proxy ")
@@ -147,11 +147,11 @@ def assert_scale_goes_up_and_down_under_load(run: Program, far: FarCluster, coun
     """Tunnels come and go with the replicas, and none of ``count`` agents loses a turn."""
     agents = Agents(run, count)
     try:
-        up = run.run("scale", "smollm2", "4", seconds=90)
+        up = run.run("scale", "smollm2", "4")
         assert up.returncode == 0, up.stdout + up.stderr
         wait_for(lambda: all_up(run, 4), "the fourth tunnel is up")
         wait_for(lambda: all(row["requests"] for row in backends(run)), "turns on all four")
-        down = run.run("scale", "smollm2", "2", seconds=90)
+        down = run.run("scale", "smollm2", "2")
         assert down.returncode == 0, down.stdout + down.stderr
         assert len(far.slurm.jobs()) == 2
         wait_for(lambda: all_up(run, 2), "two tunnels are left")
@@ -163,7 +163,7 @@ def assert_scale_goes_up_and_down_under_load(run: Program, far: FarCluster, coun
 
 def assert_stop_leaves_nothing(run: Program, far: FarCluster) -> None:
     """No job, no process here, no port, no SSH session."""
-    stopped = run.run("stop", seconds=90)
+    stopped = run.run("stop")
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
     assert far.slurm.jobs() == []
     wait_for(lambda: run.processes() == [], "no process is left here")
@@ -227,7 +227,7 @@ def test_the_same_by_openssh_through_a_jump_host(run: Program, far: FarCluster, 
         ssh = {"host": "far", "config_file": str(config)}
         configure(run, far, replicas=3, ssh=ssh, tunnel="node")
         assert_doctor_and_pull_reach_the_nodes(run, far)
-        assert run.run("start", seconds=90).returncode == 0
+        assert run.run("start").returncode == 0
         connected = run.spawn("connect")
         connected.wait_line(r"^driver openssh: .* says proxyjump for far")
         wait_for(lambda: all_up(run, 3), "three tunnels are up")
@@ -283,7 +283,7 @@ class Agents:
 
 def test_agents_see_no_error_whatever_breaks_on_the_way(run: Program, far: FarCluster) -> None:
     configure(run, far, replicas=4, tunnel="node")
-    assert run.run("start", seconds=120).returncode == 0
+    assert run.run("start").returncode == 0
     run.spawn("connect").wait_line(r"^proxy ")
     wait_for(lambda: all_up(run, 4), "four tunnels are up")
     agents = Agents(run)
@@ -326,7 +326,7 @@ def test_agents_see_no_error_whatever_breaks_on_the_way(run: Program, far: FarCl
     assert agents.errors == [], "\n".join(agents.errors)
     # As Slurm does itself when the node has been silent for its SlurmdTimeout: else its jobs would end only then.
     far.slurm.run("scontrol", "update", f"nodename={second}", "state=down", "reason=dark")
-    assert run.run("stop", "--now", seconds=120).returncode == 0
+    assert run.run("stop", "--now").returncode == 0
     assert run.processes() == []
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from program import is_listening, wait_for
 from testbed.ports import free_port
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
@@ -66,7 +67,7 @@ def test_a_vllm_of_two_ranks_answers_and_its_headless_rank_is_gone_after_stop(
     rank_log = log.with_name("tiny-1.rank1.log").read_text()
     assert "headless" in rank_log.lower()
     cluster.stop(["tiny-1"])
-    assert cluster.wait_stopped(["tiny-1"], time.monotonic() + 90) == []
+    assert cluster.wait_stopped(["tiny-1"], time.monotonic() + PATIENCE_S) == []
     assert bed.jobs() == []
     assert not is_listening(record.port or 0)
     wait_for(lambda: not processes_naming(str(tmp_path / "tiny")), "the end of both ranks")

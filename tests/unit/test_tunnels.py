@@ -204,6 +204,6 @@ def test_a_tunnel_process_tells_its_parent_of_any_error() -> None:
     child = TunnelChild({"driver": "sshtunnel", "keyring": {}, "hops": [], "local": [], "remote": []}, None)
     try:
         with pytest.raises(HostUnreachableError, match="IndexError"):
-            child.wait_ready(time.monotonic() + 30.0)
+            child.wait_ready(time.monotonic() + PATIENCE_S)
     finally:
         child.close()
