@@ -13916,6 +13916,7 @@ SNAPSHOT_INTERVAL_S = 1.0
 WATCHED_S = 10.0  # that /stats documents are made ahead after one was read
 ANALYSIS_INTERVAL_S = 5.0
 ANALYSIS_PAUSE_S = 30.0  # the longest, also where a fit is dear or no turn has ended
+UNWATCHED_PAUSE_S = 60.0  # the same while nobody reads /stats
 ANALYSIS_SHARE = 0.005  # of a core; 8,000 turns take a tenth of a second, so about 20 s go by between two fits
 DRAIN_S = 30.0  # that turns in flight have to end before a relay or a replica is stopped
 STOP_S = 10.0  # that each thread of the controller has to end
@@ -14313,7 +14314,7 @@ class Analyst:
     """Computes the analysis every ANALYSIS_INTERVAL_S, in a thread of its own: nobody waits for a fit.
 
     One that takes long is computed more rarely, so that it takes ANALYSIS_SHARE of a core and no more; and so is one
-    for which no turn has ended since the last.
+    that nobody reads, or for which no turn has ended since the last.
     """
 
     def __init__(self, tracker: Tracker, log: Callable[[str, str], None]) -> None:
@@ -14321,6 +14322,8 @@ class Analyst:
         self._tracker, self._log = tracker, log
         self._analysis = CapacityAnalysis(time.time, random.Random())  # noqa: S311  dice, not keys
         self._stop = threading.Event()
+        self._change = threading.Event()  # of _stop or _is_watched
+        self._is_watched = False
         self._thread = threading.Thread(target=self._run, name="analysis", daemon=True)
         self._told: str | None = None  # the error that the log has
         self._has_news = False  # set by whoever adds to the analysis, taken back by the thread
@@ -14332,6 +14335,7 @@ class Analyst:
     def stop(self) -> None:
         """End the thread, or leave it behind in a computation that nobody will look at."""
         self._stop.set()
+        self._change.set()
         if self._thread.is_alive():
             self._thread.join(timeout=STOP_S)
 
@@ -14351,22 +14355,35 @@ class Analyst:
         for sample in fleet_samples(time.time(), replicas, self._tracker.silences(), self._analysis.presence):
             self._analysis.sample(sample)
 
+    def watch(self, is_watched: bool) -> None:
+        """Note whether somebody reads what it finds; whoever begins to need not wait for the end of a long rest."""
+        if is_watched != self._is_watched:
+            self._is_watched = is_watched
+            self._change.set()
+
     def _run(self) -> None:
-        pause_s, due = ANALYSIS_INTERVAL_S, 0.0
-        while not self._stop.wait(pause_s):
-            if not self._has_news and time.monotonic() < due:
-                continue  # but for the moment that its windows end with, all is as it was
-            self._has_news, due = False, time.monotonic() + ANALYSIS_PAUSE_S
-            began = time.thread_time()
-            try:
-                self.document, self._told = self._analysis.document(), None
-            except Exception as error:  # noqa: BLE001  an analysis that fails must not end the next
-                self.document = []  # rather nothing than what was true some time ago
-                if self._told != repr(error):
-                    self._log(f"there is no analysis: {traceback.format_exc().strip()}", "error")
-                self._told = repr(error)
-            spent_s = time.thread_time() - began
-            pause_s = min(max(ANALYSIS_INTERVAL_S, spent_s / ANALYSIS_SHARE), ANALYSIS_PAUSE_S)
+        pause_s, ended, due = ANALYSIS_INTERVAL_S, time.monotonic(), 0.0
+        while not self._stop.is_set():
+            if (rest_s := ended + (pause_s if self._is_watched else UNWATCHED_PAUSE_S) - time.monotonic()) > 0:
+                self._change.wait(rest_s)
+                self._change.clear()
+                continue
+            if self._has_news or time.monotonic() >= due:  # else all is as it was, but for where its windows end
+                self._has_news, due = False, time.monotonic() + ANALYSIS_PAUSE_S
+                pause_s = min(max(ANALYSIS_INTERVAL_S, self._compute() / ANALYSIS_SHARE), ANALYSIS_PAUSE_S)
+            ended = time.monotonic()
+
+    def _compute(self) -> float:
+        """Replace ``document``; the seconds that it took, of CPU."""
+        began = time.thread_time()
+        try:
+            self.document, self._told = self._analysis.document(), None
+        except Exception as error:  # noqa: BLE001  an analysis that fails must not end the next
+            self.document = []  # rather nothing than what was true some time ago
+            if self._told != repr(error):
+                self._log(f"there is no analysis: {traceback.format_exc().strip()}", "error")
+            self._told = repr(error)
+        return time.thread_time() - began
 
 
 class Bookkeeper:
@@ -14473,8 +14490,9 @@ class Bookkeeper:
         if self._history is not None:
             self._history.add(HistoryBatch(replica_time=taken, points=points))
 
-    def analyse(self, replicas: Iterable[Mapping[str, Any]]) -> None:
-        """Take what Tracker.replicas says, once a second."""
+    def analyse(self, replicas: Iterable[Mapping[str, Any]], is_watched: bool) -> None:
+        """Take what Tracker.replicas says, once a second, and whether somebody reads what becomes of it."""
+        self._analyst.watch(is_watched)
         self._analyst.sample(replicas)
         self._keep_verdicts(self._analyst.document, time.time())
 
@@ -14524,8 +14542,9 @@ class StatsMaker:
 
     def look(self, records: Sequence[Mapping[str, Any]], table: Sequence[Backend]) -> None:
         """Once a second; ``records`` and ``table`` as Tracker.replicas takes them."""
-        self._books.analyse(self._tracker.replicas(records, table))
-        if time.monotonic() < self._watched_until:
+        is_watched = time.monotonic() < self._watched_until
+        self._books.analyse(self._tracker.replicas(records, table), is_watched)
+        if is_watched:
             self._make(records, table)
 
     def fresh(self, records: Sequence[Mapping[str, Any]], table: Sequence[Backend]) -> Mapping[str, Any]:

@@ -548,11 +548,32 @@ def test_without_a_turn_that_ended_nothing_is_computed_again(monkeypatch: pytest
     computed = threading.Semaphore(0)
     analyst = agent_infra.Analyst(agent_infra.Tracker(lambda: 0.0), lambda *_: None)
     monkeypatch.setattr(analyst._analysis, "document", computed.release)
+    analyst.watch(True)
     analyst.start()
     try:
         for _ in range(3):
             assert computed.acquire(timeout=PATIENCE_S)
             assert not computed.acquire(timeout=0.1)
             analyst.end_session("s", 0.0)
+    finally:
+        analyst.stop()
+
+
+def test_while_nobody_reads_it_an_analysis_is_rare_and_who_begins_to_need_not_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(agent_infra, "ANALYSIS_INTERVAL_S", 0.01)
+    monkeypatch.setattr(agent_infra, "ANALYSIS_PAUSE_S", 0.01)
+    computed = threading.Semaphore(0)
+    analyst = agent_infra.Analyst(agent_infra.Tracker(lambda: 0.0), lambda *_: None)
+    monkeypatch.setattr(analyst._analysis, "document", computed.release)
+    analyst.start()
+    try:
+        assert not computed.acquire(timeout=0.2)
+        analyst.watch(True)
+        assert [computed.acquire(timeout=PATIENCE_S) for _ in range(5)] == [True] * 5
+        monkeypatch.setattr(agent_infra, "UNWATCHED_PAUSE_S", 0.01)
+        analyst.watch(False)
+        assert [computed.acquire(timeout=PATIENCE_S) for _ in range(5)] == [True] * 5
     finally:
         analyst.stop()
