@@ -8228,7 +8228,7 @@ def last_line(log: Path) -> str:
 def _as_lost(record: ReplicaRecord, line: str) -> ReplicaRecord:
     """The record of a replica whose `serve` is gone without a last word, saying what that means."""
     boot = (process_stamp(os.getpid()) or "").partition(":")[0]
-    if record.process.partition(":")[0] != boot:
+    if record.process and record.process.partition(":")[0] != boot:  # "": it was gone before its stamp was taken
         kind, message = "node_failure", f"{record.node} was restarted while it ran"
         hint = "start it again"
     else:
@@ -14802,6 +14802,7 @@ SERVING_STATES = ("pending", "starting", "loading", "ready")  # what counts towa
 LIVE_STATES = (*SERVING_STATES, "draining")
 SCALE_DRAIN_S = 300.0  # that a replica's turns have to end when `scale` takes it away
 STARTING_POLL_S = 5.0  # at most, between looks at replicas that somebody waits for
+STATS_OLD_S = 10.0  # a /stats document that is older says nothing of now: its controller is gone, or hangs
 LOAD_DEADLINE_S = 3600.0  # for a replica to be ready; `serve` has the same patience with its engine
 
 
@@ -14890,9 +14891,14 @@ class ProxyClient:
             return document if isinstance(document, dict) else {}
         return {}
 
+    def stats(self) -> dict[str, Any]:
+        """The /stats document; empty when there is none, or none that is new enough to go by."""
+        document = self.get("/stats")
+        return document if document.get("snapshot_age_ms", 0) <= 1000 * STATS_OLD_S else {}
+
     def backends(self) -> dict[str, dict[str, Any]]:
         """Replica → its row of /stats."""
-        return {row["id"]: row for row in self.get("/stats").get("backends", ())}
+        return {row["id"]: row for row in self.stats().get("backends", ())}
 
     def drain(self, replica: str, operation: str = "drain") -> int | None:
         """Let a replica have no new turns (or again: ``undrain``); how many it has now, None when nobody answered."""
@@ -15181,7 +15187,7 @@ class Deployment:
         records = [r for r in self.cluster.replicas() if r.state != "stopped" or r.is_idle]
         wanted = self.wanted()
         relay, holder, proxy = read_relay_record(self.paths), lock_holder(self.paths.lock), self.proxy()
-        stats = proxy.get("/stats") if proxy else {}
+        stats = proxy.stats() if proxy else {}
         models = [summarize(name, wanted[name], records, stats.get("backends", ())) for name in wanted]
         successions = read_successions(self.paths)
         degraded = what_is_amiss(models, records)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import stats_server as stats
+from patience import PATIENCE_S
 from program import Running
 
 
@@ -36,8 +37,9 @@ class Site:
         if document is not None:
             self.server.document = document
         tab = self.browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-        tab.set_default_timeout(15_000)
+        tab.set_default_timeout(1000 * PATIENCE_S)
         collect_complaints(tab, self.complaints)
         tab.goto(self.url)
-        tab.wait_for_selector("[data-panel=cost], .ai-problem", timeout=60_000)
+        all_there = "document.querySelectorAll('[data-panel]').length === 9"
+        tab.wait_for_function(f"document.querySelector('.ai-problem') || {all_there}")
         return tab

@@ -7,6 +7,14 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+IS_CI = os.environ.get("CI") == "true"
+# How long an example takes is the machine's business, and new examples are for those who are there to look at them.
+settings.register_profile(
+    "patient", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=IS_CI
+)
+settings.load_profile("patient")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,7 +35,7 @@ def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if os.environ.get("CI") == "true" and report.skipped and not item.get_closest_marker("slow"):
+    if IS_CI and report.skipped and not item.get_closest_marker("slow"):
         report.outcome = "failed"
         report.longrepr = f"skipped on CI, where every real part must be there: {report.longrepr}"
     return report

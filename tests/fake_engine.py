@@ -5,16 +5,16 @@ shall do stands in its body, under ``"fake"``; what all of them shall do is set 
 
 ``tokens`` (3), ``say`` (in their place), ``calls`` (ids of tool calls), ``delay`` (s before the answer), ``base_s``
 with ``each_s`` and ``slots`` (an answer takes base_s + each_s · n seconds with n in the works, ``slots`` of them at
-most, as in continuous batching), ``gap`` (s between events), ``hang`` (never answer), ``held`` (answer once
-``release`` was set), ``status`` (answer with it),
-``retry_after``, ``usage`` (stream it even if nobody asked), ``finish_reason``, ``die`` (kill the process: "before" the
-answer, in its "middle", or after that many events), ``cut`` (close the connection, likewise), ``no_done``, ``close``
-(after the answer, with or without saying so: "silently"), ``linger`` (s between a stream's last event and its end),
-``size`` (bytes of content), ``framing`` ("length", "close", "chunked"), ``split`` (send the answer in pieces of so many
-bytes), ``health`` (status of /health), ``load`` (the /load digest).
+most, as in continuous batching), ``gap`` (s between events), ``hang`` (never answer), ``held`` (answer once ``release``
+was set), ``until`` (answer once there is a file of this name), ``held_after`` (that many events and one, go on
+likewise), ``status`` (answer with it), ``retry_after``, ``usage`` (stream it even if nobody asked), ``finish_reason``,
+``die`` (kill the process: "before" the answer, in its "middle", or after that many events), ``cut`` (close the
+connection, likewise), ``no_done``, ``close`` (after the answer, with or without saying so: "silently"), ``linger`` (s
+between a stream's last event and its end), ``size`` (bytes of content), ``framing`` ("length", "close", "chunked"),
+``split`` (send the answer in pieces of so many bytes), ``health`` (status of /health), ``load`` (the /load digest).
 
-``GET /fake`` tells what it saw: requests, aborted (whose client left first), running, the heads and the last body, and
-the seconds that answers took it in all.
+``GET /fake`` tells what it saw: requests, aborted (whose client left first), running, probes (of /health, answered),
+the heads and the last body, and the seconds that answers took it in all.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Engine:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.behaviour: dict[str, Any] = {}
-        self.requests = self.running = self.aborted = self.connections = 0
+        self.requests = self.running = self.aborted = self.probes = 0
         self.seconds = 0.0
         self.works = Works()
         self.heads: list[str] = []
@@ -84,7 +84,7 @@ class Engine:
 
     def snapshot(self) -> dict[str, Any]:
         with self.lock:
-            names = ("requests", "running", "aborted", "connections", "heads", "body", "seconds")
+            names = ("requests", "running", "aborted", "probes", "heads", "body", "seconds")
             return {name: getattr(self, name) for name in names}
 
 
@@ -131,6 +131,8 @@ class Connection:
             self.send_json(200, engine.snapshot())
         elif path == "/health":
             self.send_json(engine.behaviour.get("health", 200), {})
+            with engine.lock:
+                engine.probes += 1
         elif path == "/load":
             self.send_json(200, engine.behaviour.get("load", {}))
         else:
@@ -163,6 +165,8 @@ class Connection:
         if how.get("hang"):
             self.pause(3600.0)
         while how.get("held") and not self.engine.behaviour.get("release"):
+            self.pause(0.02)
+        while "until" in how and not os.path.exists(how["until"]):
             self.pause(0.02)
         self.pause(how.get("delay", 0.0))
         if "base_s" in how:
@@ -233,6 +237,8 @@ class Connection:
                 raise OSError("cut, as asked")
             self.send_event({"delta": {"content": word}, "finish_reason": None}, document, framing)
             self.pause(how.get("gap", 0.0))
+            while how.get("held_after") == index and not self.engine.behaviour.get("release"):
+                self.pause(0.02)
         if how.get("calls"):
             self.send_event({"delta": self.tool_calls(how), "finish_reason": None}, document, framing)
         self.send_event({"delta": {}, "finish_reason": how.get("finish_reason", "stop")}, document, framing)
@@ -312,7 +318,6 @@ def main() -> None:
     while True:
         sock, _ = listener.accept()
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        engine.connections += 1
         threading.Thread(target=Connection(engine, sock).serve, daemon=True).start()
 
 

@@ -39,6 +39,23 @@ def wait_for(condition: Callable[[], T], what: str = "it", seconds: float = PATI
         time.sleep(0.01)
 
 
+def once_told(ask: Callable[[], T]) -> T:
+    """What ``ask`` finds, once the controller has answered: the relay waits 2 s for it, and then says 503."""
+
+    def attempt() -> list[T] | None:
+        try:
+            return [ask()]
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code != 503:
+                raise
+            return None
+
+    found = wait_for(attempt, "an answer of the controller")
+    assert found is not None
+    return found[0]
+
+
 def is_listening(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1.0)
@@ -144,7 +161,7 @@ class Program:
             "model_path": "smollm2-135m-instruct",
             "engine": "llama_cpp",
             "replicas": replicas,
-            "base_port": 20000 + self.port % 10000,
+            "base_port": self.port + 1,
         }
         document = {
             "proxy": {"port": self.port, **(proxy or {})},
@@ -181,23 +198,18 @@ class Program:
         running = self.spawn("proxy", "--port", str(self.port), "--backend", f"{model}=127.0.0.1:{port}", *words)
         running.wait_line("^proxy  http")
         wait_for(lambda: self.get("/health")["models"][model]["ready"] == 1, "the backend in the proxy")
-        wait_for(self.has_snapshot, "the first snapshot")
+        self.get("/stats")
         return running
-
-    def has_snapshot(self) -> bool:
-        """Whether /stats has something to tell: it is 503 until the controller has sent its first snapshot."""
-        try:
-            return bool(self.get("/stats"))
-        except urllib.error.HTTPError as error:
-            error.close()
-            return False
 
     def status(self) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(self.run("status", "--json").stdout)
         return document
 
     def get(self, path: str) -> Any:
-        """A JSON document of the proxy."""
+        """A JSON document of the proxy; what the controller has to be asked, once it answers."""
+        return once_told(lambda: self._get(path)) if path.startswith("/stats") else self._get(path)
+
+    def _get(self, path: str) -> Any:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=PATIENCE_S) as answer:
             return json.load(answer)
 
@@ -219,7 +231,7 @@ class Program:
     def find(self, role: str) -> int:
         """The pid of the one process that plays ``role`` (serve, relay, llama-cpp, connect, up), its fork left out."""
         playing = [pid for pid, command in self.processes() if re.search(rf"agent_infra(\.py)? {role} ", command)]
-        found = [pid for pid in playing if parent_of(pid) not in playing]
+        found = [pid for pid in playing if (parent := parent_of(pid)) and parent not in playing]
         assert len(found) == 1, (role, self.processes())
         return found[0]
 

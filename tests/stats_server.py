@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from patience import PATIENCE_S
+from testbed.ports import free_port
 
 GOLDEN = Path(__file__).parent / "golden"
 NOW = 1_795_365_000.0
@@ -319,12 +320,12 @@ def all_down() -> dict[str, Any]:
 class StatsServer:
     """A proxy's API over documents that the test sets; owns the server's thread."""
 
-    def __init__(self, document: Any = None, port: int = 0) -> None:
+    def __init__(self, document: Any = None, port: int | None = None) -> None:
         self.document = document
         self.status = 200
         self.token: str | None = None
         self.asked: list[str] = []
-        self.port = port
+        self.port = port or free_port()
         self.open()
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -334,7 +335,6 @@ class StatsServer:
         handler = type("Handler", (_Handler,), {"owner": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
         self._server.daemon_threads = True
-        self.port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self._thread.start()
 
@@ -380,7 +380,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(document: Any, port: int = 0) -> Iterator[StatsServer]:
+def serving(document: Any, port: int | None = None) -> Iterator[StatsServer]:
     server = StatsServer(copy.deepcopy(document), port)
     try:
         yield server

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from patience import PATIENCE_S
+from program import wait_for
 from weights import packaged_gguf
 
 import agent_infra
@@ -177,7 +178,7 @@ def test_ctrl_c_in_the_middle_leaves_neither_a_file_nor_a_process(tmp_path: Path
             _, error = process.communicate(timeout=PATIENCE_S)
     assert b"KeyboardInterrupt" in error
     assert left_in(tmp_path) == []
-    assert agent_infra.process_stamp(pip) is None
+    wait_for(lambda: agent_infra.process_stamp(pip) is None, "pip's end")
 
 
 @pytest.fixture

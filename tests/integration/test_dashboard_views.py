@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 import stats_server as stats
-from program import MODULE
+from program import MODULE, wait_for
 from streamlit.testing.v1 import AppTest
 
 PAGE = MODULE.with_name("streamlit_dashboard.py")
 PANELS = ["verdict", "queue", "analysis", "timeline", "backends", "sessions", "turns", "watchdog", "cost"]
+
+
+def settled(app: AppTest) -> AppTest:
+    """The page once it has heard of its proxy: a run waits half a second for that, and shows what there is by then."""
+    says = ("data-panel", "ai-problem", "whole address")
+    wait_for(lambda: any(word in shown(app) for word in says) or not app.run(), "figures, or why there are none")
+    return app
 
 
 def run_page(monkeypatch: pytest.MonkeyPatch, url: str, *options: str, key: str = "") -> AppTest:
@@ -24,7 +31,7 @@ def run_page(monkeypatch: pytest.MonkeyPatch, url: str, *options: str, key: str 
         app.query_params["key"] = key
     app.run()
     assert not app.exception
-    return app
+    return settled(app)
 
 
 def mounted(app: AppTest) -> Any:
@@ -57,7 +64,7 @@ def test_header_verdict_and_queue_come_first_and_alone(monkeypatch: pytest.Monke
     """What is seen first waits for nothing that takes longer; the browser part asks for the rest."""
     with stats.serving(stats.busy()) as server:
         monkeypatch.setattr("sys.argv", [str(PAGE), "--proxy", server.url])
-        app = AppTest.from_file(str(PAGE), default_timeout=60).run()
+        app = settled(AppTest.from_file(str(PAGE), default_timeout=60).run())
         assert panels(app) == ["verdict", "queue"]
         assert mounted(app)["isFirst"]
         assert not app.get("vega_lite_chart")

@@ -177,6 +177,7 @@ def test_a_killed_controller_stops_nothing_and_the_next_takes_over(app: Program)
     connect = app.spawn("connect")
     connect.wait_line("export OPENAI_API_KEY")
     wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 1, "the replica in the proxy")
+    app.get("/stats")  # of which there is one from now on
     relay = app.find("relay")
     connect.end(signal.SIGKILL)
     assert app.chat("Hello")[0]["choices"]
@@ -313,7 +314,7 @@ def test_up_that_cannot_load_its_model_says_why_and_leaves_nothing(tmp_path: Pat
         done = app.run("up")
         assert done.returncode == 1, done.stdout + done.stderr
         assert "m-1 failed" in done.stderr
-        assert app.processes() == []
+        wait_for(lambda: not app.processes(), "no process left")
 
 
 def test_connection_manager_runs_a_deployment_inside_asyncio_and_patches_nothing(app: Program) -> None:

@@ -34,34 +34,38 @@ def connect(app: Program, replicas: int = 1) -> None:
 
 
 def idle_model(app: Program, minutes: float) -> dict[str, Any]:
-    ports = {"base_port": 20000 + app.port % 10000, "idle_shutdown_minutes": minutes}
+    ports = {"base_port": app.port + 1, "idle_shutdown_minutes": minutes}
     return {"name": "smollm2", "model_path": "smollm2-135m-instruct", "engine": "llama_cpp", **ports}
 
 
 def scripted_model(app: Program) -> dict[str, Any]:
     """A model whose turns last as long as they are told to."""
     command = [sys.executable, str(FAKE_ENGINE), "--port", "{port}"]
-    ports = {"base_port": 20000 + app.port % 10000}
+    ports = {"base_port": app.port + 1}
     return {"name": "smollm2", "model_path": "none", "engine": "command", "command": command, **ports}
 
 
 class LongTurn:
-    """A turn of ``seconds`` on whichever replica gets it."""
+    """A turn on whichever replica gets it, that lasts until ``end_turns``."""
 
-    def __init__(self, app: Program, seconds: float) -> None:
+    def __init__(self, app: Program) -> None:
         self.backend = ""
         self.finish_reason = ""
-        self._thread = threading.Thread(target=self._take, args=(app, seconds))
+        self._thread = threading.Thread(target=self._take, args=(app,))
         self._thread.start()
 
-    def _take(self, app: Program, seconds: float) -> None:
-        answer, headers = app.chat("Think", fake={"delay": seconds})
+    def _take(self, app: Program) -> None:
+        answer, headers = app.chat("Think", fake={"until": str(app.folder / "over")})
         self.backend = headers["x-agent-infra-backend"]
         self.finish_reason = answer["choices"][0]["finish_reason"]
 
     def wait(self) -> None:
         self._thread.join(timeout=PATIENCE_S)
         assert not self._thread.is_alive()
+
+
+def end_turns(app: Program) -> None:
+    (app.folder / "over").touch()
 
 
 def busy(app: Program) -> list[str]:
@@ -78,6 +82,9 @@ def test_connect_in_the_background_serves_without_its_terminal_and_stop_finds_it
     assert app.chat()[0]["choices"]
     controller = app.find("connect")
     assert os.getsid(controller) == controller  # no terminal can hang it up
+    wait_for(
+        lambda: [r for r in app.get("/stats")["backends"] if r["requests"] and not r["inflight"]], "the turn's end"
+    )
     status = app.run("status")
     assert status.returncode == 0
     assert "smollm2  1 of 1 ready, 0 turns in flight" in status.stdout
@@ -97,9 +104,11 @@ def test_a_background_controller_that_cannot_serve_says_why_in_the_terminal(app:
 
 
 def test_a_background_controller_that_dies_at_its_start_is_an_error(app: Program) -> None:
+    app.config.unlink()
+    os.mkfifo(app.config)  # its start lasts for as long as nobody writes
     connecting = app.spawn("connect", "--background")
     child = wait_for(
-        lambda: [pid for pid, _ in app.processes() if parent_of(pid) == connecting.process.pid], "the child", 10
+        lambda: [pid for pid, _ in app.processes() if parent_of(pid) == connecting.process.pid], "the child"
     )[0]
     os.kill(child, signal.SIGKILL)
     assert connecting.process.wait(timeout=PATIENCE_S) == 1
@@ -124,11 +133,12 @@ def test_scale_up_starts_replicas_and_down_ends_the_least_loaded_after_its_turns
     assert up.returncode == 0, up.stderr
     assert "smollm2-2  READY" in up.stdout
     wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 2, "both in the proxy")
-    turn = LongTurn(app, 8.0)
+    turn = LongTurn(app)
     (loaded,) = wait_for(lambda: busy(app), "the turn in /stats")
     down = app.run("scale", "smollm2", "1")
     idle = {"smollm2-1": "smollm2-2", "smollm2-2": "smollm2-1"}[loaded]
     assert f"ended {idle}" in down.stdout
+    end_turns(app)
     turn.wait()
     assert (turn.backend, turn.finish_reason) == (loaded, "stop")
     status = app.run("status")
@@ -140,11 +150,12 @@ def test_scale_up_starts_replicas_and_down_ends_the_least_loaded_after_its_turns
 def test_a_replica_that_is_scaled_away_finishes_its_turn_and_its_name_serves_again(app: Program) -> None:
     app.configure(models=[scripted_model(app)])
     connect(app, 2)
-    turns = [LongTurn(app, 8.0), LongTurn(app, 8.0)]
+    turns = [LongTurn(app), LongTurn(app)]
     wait_for(lambda: len(busy(app)) == 2, "a turn on each")
-    down = app.run("scale", "smollm2", "1")
-    assert down.returncode == 0, down.stderr
-    assert "1 turns still in flight" in down.stdout
+    down = app.spawn("scale", "smollm2", "1")
+    down.wait_line("1 turns still in flight")
+    end_turns(app)
+    assert down.process.wait(PATIENCE_S) == 0
     for turn in turns:
         turn.wait()
     assert {turn.finish_reason for turn in turns} == {"stop"}

@@ -217,7 +217,7 @@ def test_a_replica_is_replaced_before_its_walltime_ends_and_no_agent_notices(app
         shorten(bed, ending["job_id"])
         wait_for(lambda: successor(app, "smollm2-1") == "smollm2-3", "the successor", 120)
         wait_for(lambda: "smollm2-1" not in replicas(app), "the old one drained and gone")
-        assert ending["job_id"] not in "".join(bed.jobs()).split()
+        wait_for(lambda: ending["job_id"] not in [job.split()[0] for job in bed.jobs()], "its job is gone")
         agents.go_on()
     assert set(agents.outcomes) == {"ok"}, agents.outcomes
     assert agents.served["smollm2-3"] > 0

@@ -170,8 +170,13 @@ def test_the_replica_gets_its_own_key_and_no_hop_by_hop_header(client: Client, e
 
 def test_every_event_is_one_of_tracking(client: Client, relay: RelayProcess) -> None:
     client.chat({"X-Session-ID": "s", "X-Task-ID": "t", "X-Timing-Pre-Ms": "12.5", "X-Session-End": "true"})
-    wait_for(lambda: len(relay.controller.events) >= 3)
-    started, finished, ended = relay.controller.events[-3:]
+
+    def told() -> list[dict[str, Any]]:
+        """Without what a turn is told of on its way, where a batch went out meanwhile."""
+        events = [event for event in list(relay.controller.events) if event["kind"] not in ("sent", "answering")]
+        return events if len(events) >= 3 else []
+
+    started, finished, ended = wait_for(told)
     assert [each["kind"] for each in (started, finished, ended)] == ["started", "finished", "session_ended"]
     assert [started[name] for name in ("session", "task", "pre_ms", "prompt")] == ["s", "t", 12.5, "hello"]
     assert [finished[name] for name in ("outcome", "status", "answer")] == ["completed", 200, "word0 word1 word2"]
@@ -190,12 +195,12 @@ def test_gauges_come_and_count(client: Client, relay: RelayProcess) -> None:
     client.chat()
 
     def counted() -> dict[str, Any] | None:
-        return next((each for each in relay.controller.gauges if each["counters"]["requests"]), None)
+        told = [each for each in relay.controller.gauges if each["counters"]["requests"]]
+        return next((each for each in told if not each["backends"]["r1"]["in_flight"]), None)
 
     gauges = wait_for(counted)
     assert gauges is not None
     assert gauges["backends"]["r1"]["requests"] == 1
-    assert gauges["backends"]["r1"]["in_flight"] == 0
     assert 0 < gauges["rss_bytes"] < 60 << 20
 
 
@@ -234,6 +239,7 @@ def test_stats_that_nobody_has_read_lately_are_asked_for(tmp_path: Path) -> None
                 assert answer.result().json()["number"] == number
                 time.sleep(0.3)
             relay.controller.close()
+            wait_for(lambda: "the controller is gone" in relay.log(), "the relay's notice of that")
             wait_for(
                 lambda: client.get("/stats").json()["snapshot_age_ms"] >= 300, "an old one: there is nobody to ask"
             )

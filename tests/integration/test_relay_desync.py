@@ -33,9 +33,17 @@ class Pair(NamedTuple):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     directory = tmp_path_factory.mktemp("relay")
-    with RelayProcess(directory, HEAD_S=0.7, BODY_S=0.7, LINGER_S=0.3) as relay, FakeEngine() as engine:
+    with RelayProcess(directory) as relay, FakeEngine() as engine:
         relay.controller.send_table([backend(1, engine.port)], proxy={"max_body_mb": 1.0})
         yield Pair(relay, engine)
+
+
+@pytest.fixture(scope="module")
+def hasty(pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """The same engine behind a relay that soon gives up."""
+    with RelayProcess(tmp_path_factory.mktemp("hasty"), HEAD_S=0.7, BODY_S=0.7, LINGER_S=0.3) as relay:
+        relay.controller.send_table([backend(1, pair.engine.port)])
+        yield Pair(relay, pair.engine)
 
 
 def post(fields: bytes, body: bytes = BODY, line: bytes = b"POST /v1/completions HTTP/1.1") -> bytes:
@@ -418,16 +426,16 @@ def test_a_body_that_is_too_long_is_refused_before_it_is_sent(pair: Pair) -> Non
         pytest.param(chunks(b"fffffffffffffff\r\n" + BODY), id="a chunk without end"),
     ],
 )
-def test_a_request_that_never_ends_is_given_up(pair: Pair, part: bytes) -> None:
-    before = pair.requests()
-    with Client(pair.relay.port) as client:
+def test_a_request_that_never_ends_is_given_up(hasty: Pair, part: bytes) -> None:
+    before = hasty.requests()
+    with Client(hasty.relay.port) as client:
         assert client.raw(part).status == 408
         assert client.is_closed()
-    assert pair.requests() == before
+    assert hasty.requests() == before
 
 
-def test_a_head_that_drips_is_given_up_in_time(pair: Pair) -> None:
-    with Client(pair.relay.port) as client:
+def test_a_head_that_drips_is_given_up_in_time(hasty: Pair) -> None:
+    with Client(hasty.relay.port) as client:
         client.sock.settimeout(0.05)
         deadline = time.monotonic() + PATIENCE_S
         received = b""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import operator
+import re
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import openai
@@ -17,6 +20,7 @@ from fake_engine import FakeEngine
 from patience import PATIENCE_S
 from program import wait_for
 from relay_harness import KEY, Answer, Client, RelayProcess, backend, request
+from testbed.ports import free_port
 
 CLIENTS = 8
 
@@ -44,25 +48,25 @@ def read_until(client: Client, word: bytes) -> None:
 
 def survive(relay: RelayProcess, answers: int, kills: int) -> None:
     """Eight clients ask without a pause until there were so many answers and killed replicas; all must be answered."""
-    engines = [FakeEngine(delay=0.005) for _ in range(3)]
+    engines = [FakeEngine(free_port(), delay=0.005) for _ in range(3)]
     relay.controller.send_table([backend(number, engine.port, slots=64) for number, engine in enumerate(engines)])
     is_over = threading.Event()
     failures: list[Answer] = []
+    answered = [0] * CLIENTS
 
-    def ask() -> int:
-        count = 0
+    def ask(number: int) -> int:
         with Client(relay.port) as client:
             while not is_over.is_set():
                 answer = client.chat()
-                count += 1
+                answered[number] += 1
                 if answer.status != 200 or answer.json()["object"] != "chat.completion":
                     failures.append(answer)
                     break
-        return count
+        return answered[number]
 
     try:
         with ThreadPoolExecutor(CLIENTS) as pool:
-            counts = [pool.submit(ask) for _ in range(CLIENTS)]
+            counts = [pool.submit(ask, number) for number in range(CLIENTS)]
             try:
                 deadline = time.monotonic() + 300.0
                 done = 0
@@ -70,6 +74,8 @@ def survive(relay: RelayProcess, answers: int, kills: int) -> None:
                     assert time.monotonic() < deadline
                     number = done % len(engines)
                     engines[number].kill()
+                    then = list(answered)  # what it had is answered before it is back, or another one dies
+                    wait_for(lambda then=then: failures or all(map(operator.gt, answered, then)), "answers for all")  # type: ignore[misc]
                     engines[number] = FakeEngine(engines[number].port, delay=0.005)
                     wait_for(lambda n=number: engines[n].call()["requests"] > 5 or failures, "readmission")  # type: ignore[misc]
                     done += 1
@@ -237,31 +243,33 @@ def test_without_any_replica_the_refusal_comes_soon_and_in_openais_shape(
 def test_a_hung_replica_times_out_and_slows_nobody_else(relay: RelayProcess) -> None:
     with socket.create_server(("127.0.0.1", 0)) as hung, FakeEngine() as engine:
         rows = [backend(1, hung.getsockname()[1], model="hung"), backend(2, engine.port)]
-        relay.controller.send_table(rows, proxy={"request_timeout": 1.0})
-        with ThreadPoolExecutor(8) as pool, Client(relay.port) as client:
-
-            def ask(stream: bool) -> Answer:
-                with Client(relay.port) as other:
-                    return other.chat(model="hung", stream=stream)
-
-            lost = [pool.submit(ask, bool(number % 2)) for number in range(8)]
-            served = 0
-            while not all(answer.done() for answer in lost):
-                assert client.chat().status == 200
-                served += 1
-            assert served > 50
-            for answer in lost:
-                assert answer.result().status == 504
-                assert answer.result().json()["error"]["type"] == "timeout_error"
+        relay.controller.send_table(rows)
+        with ExitStack() as stack, Client(relay.port) as client:
+            for number in range(8):
+                waiting = stack.enter_context(Client(relay.port))
+                waiting.sock.sendall(request(bool(number % 2), model="hung"))
+            wait_for(lambda: client.get("/queue/status").json()["in_flight"] == 8, "eight turns that hang")
+            assert [client.chat().status for _ in range(50)] == [200] * 50
+            assert client.get("/queue/status").json()["in_flight"] == 8
+        relay.controller.send_table(rows, proxy={"request_timeout": 0.5})  # nobody else is served from here on
+        for stream in (False, True):
+            with Client(relay.port) as other:
+                answer = other.chat(model="hung", stream=stream)
+            assert (answer.status, answer.json()["error"]["type"]) == (504, "timeout_error")
 
 
 def test_a_stream_that_falls_silent_ends_with_an_error_event(relay: RelayProcess) -> None:
     with FakeEngine() as engine, Client(relay.port) as client:
         relay.controller.send_table([backend(1, engine.port)], proxy={"request_timeout": 0.5})
-        answer = client.chat(stream=True, fake={"gap": 3600})
+
+        def ask() -> list[Answer]:
+            answer = client.chat(stream=True, fake={"gap": 3600})
+            return [answer] if answer.status == 200 else []  # one that takes so long to begin is 504, and rightly
+
+        [answer] = wait_for(ask, "a stream that begins in time")
         assert answer.is_complete
         assert "silent" in json.loads(answer.events()[-1])["error"]["message"]
-        engine.wait_for("aborted", 1)
+        wait_for(lambda: (seen := engine.call())["aborted"] == seen["requests"])
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -282,6 +290,7 @@ def test_a_prompt_that_kills_its_engine_kills_two_at_most(
             assert answer.json()["error"]["code"] == "replica_lost"
             assert "not sent again" in answer.json()["error"]["message"]
             assert [client.chat().status for _ in range(20)] == [200] * 20
+        wait_for(lambda: sum(engine.process.poll() is not None for engine in engines) >= 2)
         assert sum(engine.process.poll() is not None for engine in engines) == 2
     finally:
         for engine in engines:
@@ -297,7 +306,9 @@ def test_a_replica_that_is_busy_sends_its_turn_elsewhere_and_is_left_alone(relay
         assert {(a.status, a.headers["x-agent-infra-backend"]) for a in answers} == {(200, "r2")}
         assert busy.call()["requests"] == 1
     gauges = relay.controller.gauges
-    wait_for(lambda: gauges[-1]["counters"]["requests"] == 10 and gauges[-1]["backends"]["r1"]["errors"] == 0)
+    wait_for(
+        lambda: gauges and gauges[-1]["counters"]["requests"] == 10 and gauges[-1]["backends"]["r1"]["errors"] == 0
+    )
 
 
 def test_a_turn_waits_for_the_only_replica_that_is_busy(relay: RelayProcess) -> None:
@@ -331,7 +342,10 @@ def test_an_answer_that_its_engine_aborted_comes_from_another_one(relay: RelayPr
 def test_a_stream_that_its_engine_aborted_ends_with_an_error_event(relay: RelayProcess) -> None:
     with FakeEngine(finish_reason="abort") as ending, Client(relay.port) as client:
         relay.controller.send_table([backend(1, ending.port)])
-        answer = client.chat(stream=True, fake={"gap": 0.1})
+        client.sock.sendall(request(stream=True, fake={"held_after": 0}))
+        read_until(client, b"word0")
+        ending.call({"release": True, "finish_reason": "abort"})
+        answer = client.read()
         assert answer.is_complete
         assert "shut down" in json.loads(answer.events()[-1])["error"]["message"]
         assert "[DONE]" not in answer.events()
@@ -347,17 +361,15 @@ def test_turns_without_a_session_do_not_overtake_those_with_one(relay: RelayProc
         engine.wait_for("running", 1)
         waiting = [Client(relay.port) for _ in range(3)]
         for number, client in enumerate(waiting):
-            session = b"Host: t\r\nX-Session-ID: s\r\n" if number == 0 else b"Host: t\r\n"
-            client.sock.sendall(request(user=f"waiting-{number}", fake={"delay": 0.1}).replace(b"Host: t\r\n", session))
+            fields = b"Host: t\r\nX-Number: %d\r\n" % number + (b"X-Session-ID: s\r\n" if number == 0 else b"")
+            client.sock.sendall(request().replace(b"Host: t\r\n", fields))
             wait_for(lambda n=number: operator.get("/queue/status").json()["pending"] == n + 1)  # type: ignore[misc]
         busy.sock.close()
-        seen = ""
-        for number, client in enumerate(waiting):
-            wait_for(lambda n=number: engine.call()["requests"] >= n + 2)  # type: ignore[misc]
-            seen = engine.call()["body"]
-            assert f"waiting-{number}" in seen
+        for client in waiting:
             assert client.read().status == 200
             client.sock.close()
+        heads = engine.call()["heads"][1:]
+        assert [re.findall(r"(?i)x-number: (\d)", head) for head in heads] == [["0"], ["1"], ["2"]]
 
 
 # A replica that says more than it was asked for.
@@ -404,7 +416,7 @@ def stop(relay: RelayProcess) -> int:
 
 def test_a_stopped_relay_finishes_what_it_has(relay: RelayProcess) -> None:
     with FakeEngine() as engine, Client(relay.port) as whole, Client(relay.port) as stream, Client(relay.port) as idle:
-        relay.controller.send_table([backend(1, engine.port)])
+        relay.controller.send_table([backend(1, engine.port)], drain_seconds=PATIENCE_S)
         assert idle.chat().status == 200
         whole.sock.sendall(request(fake={"held": True}))
         stream.sock.sendall(request(stream=True, fake={"gap": 0.2}))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
+from patience import PATIENCE_S
 from relay_harness import KEY, Client, RelayProcess, backend
 from testbed.ports import free_port
 
@@ -71,7 +72,7 @@ def test_another_user_at_a_port_that_this_one_uses_to_call_elsewhere_is_not_this
     def call(server: str) -> socket.socket:
         sock = stack.enter_context(socket.socket())
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.settimeout(10.0)
+        sock.settimeout(PATIENCE_S)
         sock.bind((host, port))
         sock.connect((server, relay.port))
         return sock

@@ -20,7 +20,7 @@ from testbed.ports import free_port
 
 @pytest.fixture
 def relay(tmp_path: Path) -> Iterator[RelayProcess]:
-    with RelayProcess(tmp_path, HEAD_S=0.4, BODY_S=0.4, LINGER_S=0.2) as relay:
+    with RelayProcess(tmp_path) as relay:
         yield relay
 
 
@@ -58,12 +58,13 @@ def test_a_head_beyond_the_limit_is_431(relay: RelayProcess, engine: FakeEngine)
         assert client.raw(b"GET / HTTP/1.1\r\nHost: t\r\n" + b"X: y\r\n" * 20_000).status == 431
 
 
-def test_a_slow_head_and_a_slow_body_are_408(relay: RelayProcess, engine: FakeEngine) -> None:
-    serve(relay, engine)
-    for data in (b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 9\r\n\r\n{"):
-        with Client(relay.port) as client:
-            assert client.raw(data).status == 408
-            assert client.is_closed()
+def test_a_slow_head_and_a_slow_body_are_408(tmp_path: Path, engine: FakeEngine) -> None:
+    with RelayProcess(tmp_path, HEAD_S=0.4, BODY_S=0.4, LINGER_S=0.2) as relay:
+        serve(relay, engine)
+        for data in (b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 9\r\n\r\n{"):
+            with Client(relay.port) as client:
+                assert client.raw(data).status == 408
+                assert client.is_closed()
 
 
 @pytest.mark.parametrize("framing", ["Content-Length: 3000000", "Transfer-Encoding: chunked"])
@@ -137,14 +138,18 @@ def test_a_turn_waits_for_a_slot_and_the_wait_is_told(relay: RelayProcess, engin
 
 
 def test_a_full_queue_is_429_and_a_late_slot_503(relay: RelayProcess, engine: FakeEngine) -> None:
-    serve(relay, engine, slots=1, max_queue=1, queue_timeout=2.0)
-    with ThreadPoolExecutor() as pool, occupied(relay, engine), Client(relay.port) as client:
-        late = pool.submit(chat, relay)
-        wait_for(lambda: client.get("/queue/status").json()["pending"])
-        full = client.chat()
-        assert (full.status, full.headers["retry-after"]) == (429, "1")
-        assert (late.result().status, late.result().headers["retry-after"]) == (503, "1")
-    assert [turn["outcome"] for turn in relay.controller.finished(3)].count("rejected") == 2
+    serve(relay, engine, slots=1, max_queue=1)
+    with ThreadPoolExecutor() as pool:
+        with occupied(relay, engine), Client(relay.port) as client:
+            first = pool.submit(chat, relay)
+            wait_for(lambda: client.get("/queue/status").json()["pending"])
+            full = client.chat()
+            assert (full.status, full.headers["retry-after"]) == (429, "1")
+            serve(relay, engine, slots=1, max_queue=2, queue_timeout=0.5)  # for those who come from here on
+            late = chat(relay)
+            assert (late.status, late.headers["retry-after"]) == (503, "1")
+        assert first.result().status == 200
+    assert [turn["outcome"] for turn in relay.controller.finished(4)].count("rejected") == 2
 
 
 def test_the_session_that_had_least_is_served_first(tmp_path: Path, engine: FakeEngine) -> None:
@@ -191,6 +196,8 @@ def test_all_replicas_down_is_503_at_once(relay: RelayProcess) -> None:
 def test_a_replica_that_dies_before_its_answer_is_whole_is_replaced_by_another(relay: RelayProcess, how: str) -> None:
     with FakeEngine(die=how) as dying, FakeEngine() as living:
         serve(relay, dying, living, strategy="round_robin")
+        for engine in (dying, living):
+            engine.wait_for("probes", 1)
         assert [chat(relay).status for _ in range(4)] == [200] * 4
     assert sum(turn["retries"] for turn in relay.controller.finished(4)) == 1
 
@@ -268,7 +275,9 @@ def test_a_server_without_a_health_page_is_alive(relay: RelayProcess, engine: Fa
     relay.controller.send_table(
         [backend(1, engine.port)], models=["m"], proxy={"health_check_interval": 0.05, "max_retries": 0}
     )
-    wait_for(lambda: len(relay.controller.gauges) >= 2)  # a second, and many probes
+    wait_for(
+        lambda: len([g for g in relay.controller.gauges if "r1" in g["backends"]]) >= 2
+    )  # a second, and many probes
     assert relay.controller.gauges[-1]["backends"]["r1"]["healthy"]
     assert chat(relay).status == 200
 

@@ -83,7 +83,8 @@ def test_the_embedded_engine_answers_a_chat_and_tells_its_load(serve: Serve, ggu
     assert (record.engine, record.slots, record.process) == ("llama_cpp", 2, process_stamp(served.process.pid))
     answer = served.request("/v1/chat/completions", chat(8))
     assert answer["choices"][0]["message"]["content"]
-    load = served.load()
+    load = wait_for(lambda: told if (told := served.load())["running"] is not None else None)
+    assert load is not None
     assert (load["state"], load["slots"], load["running"], load["waiting"]) == ("ready", 2, 0, 0)
     assert load["generation_tokens"] == answer["usage"]["completion_tokens"] == 8
     assert load["prompt_tokens"] == answer["usage"]["prompt_tokens"]
@@ -99,7 +100,7 @@ def test_a_full_embedded_engine_still_answers_its_health_probe(serve: Serve, ggu
     for connection in connections:
         connection.request("POST", "/v1/chat/completions", json.dumps(chat(1500, ignore_eos=True)), headers)
     wait_for(lambda: served.load()["waiting"] == 38)
-    assert agent_infra.http_get("127.0.0.1", record.port, "/health")[0] == 200
+    assert agent_infra.http_get("127.0.0.1", record.port, "/health", timeout_s=20.0)[0] == 200
     for connection in connections:
         connection.close()
 
@@ -259,9 +260,11 @@ def test_stopping_lets_a_running_stream_finish(serve: Serve, gguf: str, port: in
         connection.request("POST", "/v1/chat/completions", body, headers)
         answer = connection.getresponse()
         first = answer.readline()
+        (engine,) = engine_pids(served.directory)
+        os.kill(engine, signal.SIGSTOP)  # so that the turn is still open when its replica is to end
         served.process.send_signal(signal.SIGTERM)
         served.wait_for_state("draining")
-        assert served.load()["running"] == 1
+        os.kill(engine, signal.SIGCONT)
         text = (first + answer.read()).decode()
     assert text.rstrip().endswith("data: [DONE]")
     assert '"finish_reason":"length"' in text

@@ -389,6 +389,6 @@ def test_a_command_leaves_no_file_of_its_connection_behind(is_right: bool, serve
         said = run.run("doctor")
         assert ("over SSH" in said.stdout, "permission denied" in said.stdout) == (is_right, not is_right), said
         assert [path.name for path in short.rglob("ssh-*")] == []
-        assert run.processes() == []
+        wait_for(lambda: run.processes() == [], "no process is left")
     finally:
         shutil.rmtree(short)

@@ -6,6 +6,7 @@ ports, sockets, key and node names. The daemons are children of the test process
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -156,9 +157,11 @@ class SlurmBed:
         self.start_controller()
         for node in self.nodes:
             self.start_node(node)
-        self._wait(
-            lambda: sum(s in READY_STATES for s in self.run("sinfo", "-hNo", "%T").split()) >= len(self.nodes), "nodes"
-        )
+        self._wait(lambda: self._ready_nodes() == set(self.nodes), "nodes")
+
+    def _ready_nodes(self) -> set[str]:
+        rows = [line.split() for line in self.run("sinfo", "-hNo", "%N %T").splitlines()]
+        return {row[0] for row in rows if row[1] in READY_STATES}
 
     def start_controller(self) -> None:
         self._spawn("slurmctld", [*self._controller_prefix, "slurmctld", "-D"])
@@ -211,8 +214,12 @@ class SlurmBed:
                 time.sleep(0.05)
         for name in list(self._daemons):
             self._end(name, signal.SIGTERM if name == "munged" else signal.SIGKILL)
-        for pid in self.leftovers():
-            os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + PATIENCE_S
+        while (left := self.leftovers()) and time.monotonic() < deadline:
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def leftovers(self) -> list[int]:
