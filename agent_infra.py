@@ -10983,6 +10983,7 @@ JOINED_BODY_BYTES = 16 << 10
 # An engine's step takes 7 ms and more. So many clients could not be served faster without a pause: each turn of one
 # waits for two at most.
 PAUSE_S, PACED_FROM_CLIENTS = 0.002, 32
+STREAMS_PAUSE_S = 0.008  # in its place after a wake in which nothing but parts of streams went by
 GATHERED_BODY_BYTES = 1 << 20  # up to here callbacks gather a body that comes in pieces
 LONG_BODY_BYTES = 16 << 10  # from here on it pays to remember what was read
 KNOWN_BODIES_BYTES = 32 << 20
@@ -11063,22 +11064,28 @@ class WakePacing:
     """Lets bytes gather while many clients are connected, as a network card moderates its interrupts: a wake that
     finds several chunks is cheaper for each.
 
-    What comes ``PAUSE_S`` after the wake before, or later, is passed on at once; the rest waits until then.
+    What comes ``PAUSE_S`` after the wake before, or later, is passed on at once; the rest waits until then. Where that
+    wake found parts of streams alone, it is ``STREAMS_PAUSE_S``: then nobody waits for the next but readers.
     """
 
     def __init__(self, clients: Collection[ClientConnection]) -> None:
         from gevent.monkey import get_original
 
-        self._clients, self._due = clients, 0.0
+        self._clients, self._woken = clients, 0.0
         self._sleep: Callable[[float], None] = get_original("time", "sleep")
+        # What went by since the last pause: parts of streams; a client's bytes or an answer's end, which more follows.
+        self.has_streams = self.has_turns = False
 
     def pause(self) -> None:
         if len(self._clients) >= PACED_FROM_CLIENTS:
             now = time.monotonic()
-            if (rest := self._due - now) > 0.0:
+            pause_s = STREAMS_PAUSE_S if self.has_streams and not self.has_turns else PAUSE_S
+            rest = self._woken + pause_s - now
+            if rest > 0.0:
                 self._sleep(rest)
                 now += rest
-            self._due = now + PAUSE_S
+            self._woken = now
+            self.has_streams = self.has_turns = False
 
 
 @dataclass(frozen=True)
@@ -11536,6 +11543,7 @@ class AnswerFlow(Outlet):
                     return self._on_closed()
             events, turn, client = self.events, self._turn, self.client
             out = events.feed(data)
+            self._relay.pacing.has_streams = True
             now = time.monotonic()
             client.deadline = now + self.timeout_s
             if turn.first:
@@ -11738,6 +11746,7 @@ class ClientSocket:
         self._is_reading = False
         self._is_watching = True
         self._watcher = relay.reactor.watch_reads(sock, self._on_readable)
+        relay.pacing.has_turns = True
 
     def park(self) -> None:
         """Wait for a wake; only for the connection's own greenlet."""
@@ -11791,6 +11800,7 @@ class ClientSocket:
         return sock
 
     def _on_readable(self) -> None:
+        self.relay.pacing.has_turns = True
         if self._is_reading:
             return self.wake()
         try:
@@ -13067,6 +13077,7 @@ class TurnBook:
             return
         turn.over = now
         turn.ended = turn.ended or now
+        self._relay.pacing.has_turns = True
         self._relay.admission.settle(turn)
         counters = self.counters
         if turn.retries:
@@ -13247,6 +13258,7 @@ class Relay:
         self.replicas: dict[str, LiveReplica] = {}
         self.pools: dict[str, list[LiveReplica]] = {}
         self.connections: set[ClientConnection] = set()
+        self.pacing = WakePacing(self.connections)
         self.stats: tuple[bytes, float] | None = None  # the finished document, and when it came
         self.stats_read = 0  # how often
         self.buffered_bytes = 0
@@ -13328,7 +13340,7 @@ class Relay:
             watcher.start(action)
             self._watchers.append(watcher)
         self._watchers.append(self.reactor.every(SWEEP_S, self._sweep))
-        self._watchers.append(self.reactor.before_waiting(WakePacing(self.connections).pause))
+        self._watchers.append(self.reactor.before_waiting(self.pacing.pause))
         tasks = (self.control.run, self._flush_events, self._send_gauges)
         greenlets = [self.reactor.spawn(task) for task in tasks]
         for greenlet in greenlets:
