@@ -52,7 +52,20 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, Protocol, TypedDict, TypeGuard, TypeVar
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Final,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TypeAlias,
+    TypedDict,
+    TypeGuard,
+    TypeVar,
+)
 from urllib.parse import unquote_to_bytes
 
 if TYPE_CHECKING:
@@ -1174,6 +1187,10 @@ class Backend:
     node: str = ""
 
 
+RouteRank: TypeAlias = tuple[float, float, int]  # the lowest wins; the last item: the least recently chosen of equals
+NO_RANK: RouteRank = (math.inf, 0.0, 0)  # of one that may not be chosen
+
+
 class BackendView(Protocol):
     """What a strategy may know about a replica at the moment of choosing; the relay's live replicas are such views."""
 
@@ -1215,6 +1232,10 @@ class BackendView(Protocol):
     def last_chosen(self) -> int:
         """Number of the choice that it won last; 0 = never."""
 
+    rank: RouteRank | None
+    """What choose_backend has made of all this but ``busy_until``, for the strategy in force.  Whoever changes any of
+    it sets None: in most choices most views are as they were in the last."""
+
 
 @dataclass(frozen=True)
 class RouteRequest:
@@ -1226,22 +1247,22 @@ class RouteRequest:
 ANYWHERE = RouteRequest()
 
 
-def _rank_round_robin(view: BackendView) -> tuple[float, float, int]:
+def _rank_round_robin(view: BackendView) -> RouteRank:
     """The least recently chosen."""
     return 0.0, 0.0, view.last_chosen
 
 
-def _rank_least_connections(view: BackendView) -> tuple[float, float, int]:
+def _rank_least_connections(view: BackendView) -> RouteRank:
     """Fewest turns in flight from this relay."""
     return view.in_flight, 0.0, view.last_chosen
 
 
-def _rank_least_latency(view: BackendView) -> tuple[float, float, int]:
+def _rank_least_latency(view: BackendView) -> RouteRank:
     """Lowest decayed mean latency; one that has no sample yet goes first."""
     return -1.0 if view.latency_ms is None else view.latency_ms, 0.0, view.last_chosen
 
 
-def _rank_least_load(view: BackendView) -> tuple[float, float, int]:
+def _rank_least_load(view: BackendView) -> RouteRank:
     """(own in flight + others' work) / capacity + 10 · max(0, KV usage − 0.9); then the lowest GPU utilisation.
 
     Own turns are counted as they come and go, so the figure does not age between two reports of the replica; only what
@@ -1253,8 +1274,7 @@ def _rank_least_load(view: BackendView) -> tuple[float, float, int]:
     return load, view.gpu_utilization, view.last_chosen
 
 
-# A strategy is a rank: the lowest wins, its last item breaks ties in favour of the least recently chosen.
-STRATEGIES: Mapping[str, Callable[[BackendView], tuple[float, float, int]]] = {
+STRATEGIES: Mapping[str, Callable[[BackendView], RouteRank]] = {
     "least_load": _rank_least_load,
     "round_robin": _rank_round_robin,
     "least_connections": _rank_least_connections,
@@ -1266,18 +1286,15 @@ ViewT = TypeVar("ViewT", bound=BackendView)
 
 def choose_backend(views: Iterable[ViewT], request: RouteRequest, strategy: str, now: float) -> ViewT | None:
     """The replica that takes the turn now, or None when none of them may or has a free slot."""
-    excluded = request.excluded
-    free = [
-        view
-        for view in views
-        if view.accepts_work
-        and view.busy_until <= now
-        and (not view.capacity or view.in_flight < view.capacity)
-        and not (excluded and view.id in excluded)
-    ]
-    if len(free) < 2:
-        return free[0] if free else None
-    return min(free, key=STRATEGIES[strategy])
+    excluded, best, lowest = request.excluded, None, NO_RANK
+    for view in views:
+        rank = view.rank
+        if rank is None:
+            is_open = view.accepts_work and (not view.capacity or view.in_flight < view.capacity)
+            rank = view.rank = STRATEGIES[strategy](view) if is_open else NO_RANK
+        if rank < lowest and view.busy_until <= now and not (excluded and view.id in excluded):
+            best, lowest = view, rank
+    return best
 
 
 AGING = 4.0  # a second of waiting outweighs this many seconds of service that a session has had
@@ -1397,6 +1414,7 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
 # No control character but the tab: so no CR or LF gets into a line, and none out of it.
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 _LENGTH_LINES = b"\r\nContent-Length: ", b"\r\ncontent-length: "
+_LENGTH_FIGURES = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: (\d+)(?=\r\n)")
 _SECRET_LINES = b"\r\nAuthorization: ", b"\r\nauthorization: "
 _SECRET_FIELDS = frozenset(b"authorization proxy-authorization x-api-key api-key cookie set-cookie".split())
 
@@ -1530,6 +1548,50 @@ class HeadMemory:
                 self._lines[number] = line, max(0, at - 64)
                 return at + len(line)
         return -1
+
+
+class RepeatedHead:
+    """The head that one side repeats, in front of a HeadMemory: that another one differs in the figures of its
+    Content-Length alone is told at a third of what finding it in the memory costs.
+
+    Exact: a head is what the memory found before, byte for byte, but for figures in the place of figures.
+    """
+
+    __slots__ = ("_at", "_before", "_behind", "_kept", "_memory", "_secret")
+
+    def __init__(self, memory: HeadMemory) -> None:
+        self._memory = memory
+        self.forget()
+
+    def forget(self) -> None:
+        """Know nothing: what the memory keeps of the head may have changed."""
+        self._kept: Any = None  # of the last head
+        self._before, self._behind, self._secret, self._at = b"\n", b"", b"", 0  # no head begins like this
+
+    def find(self, data: bytes) -> tuple[Any, int, bytes, int] | None:
+        """As HeadMemory.find, of the head that ``data`` begins with, and where it ends; None: unknown or not whole."""
+        if data.startswith(self._before):
+            at, behind = self._at, self._behind
+            stop = data.find(b"\r\n", at, at + 20)
+            figures = data[at:stop]
+            if figures.isdigit() and data.startswith(behind, stop):
+                return self._kept, int(figures), self._secret, stop + len(behind)
+        end = data.find(b"\r\n\r\n") + 4
+        known = self._memory.find(data, end) if end >= 4 else None
+        if known is None:
+            return None
+        kept, length, secret = known
+        if kept is not self._kept:  # the first of its kind: where heads take turns, none is looked at closely
+            self._kept, self._before = kept, b"\n"
+        elif length >= 0:
+            self._learn(data[:end], secret)
+        return kept, length, secret, end
+
+    def _learn(self, head: bytes, secret: bytes) -> None:
+        match = _LENGTH_FIGURES.search(head)
+        if match is not None:  # the one line of this name: see HeadMemory.keep
+            self._at, stop = match.span(1)
+            self._before, self._behind, self._secret = head[: self._at], head[stop:], secret
 
 
 @dataclass
@@ -1974,8 +2036,8 @@ class EventStream:
         """``feed`` for what does not repeat the event before, between two chunks that may pass as they are."""
         if (
             not data.endswith(b"\n\n\r\n")
-            or b"abort" in data
-            or (self._cuts_usage and b'"usage":' in data)
+            or data.find(b"abort") >= 0  # cheaper than `in`, which takes it for a number first
+            or (self._cuts_usage and data.find(b'"usage":') >= 0)
             or not holds_whole_events(data)
         ):
             return self._feed_events(data)
@@ -10983,7 +11045,7 @@ JOINED_BODY_BYTES = 16 << 10
 # An engine's step takes 7 ms and more. So many clients could not be served faster without a pause: each turn of one
 # waits for two at most.
 PAUSE_S, PACED_FROM_CLIENTS = 0.002, 32
-STREAMS_PAUSE_S = 0.008  # in its place after a wake in which nothing but parts of streams went by
+STREAMS_PAUSE_S = 0.010  # in its place after a wake in which nothing but parts of streams went by
 GATHERED_BODY_BYTES = 1 << 20  # up to here callbacks gather a body that comes in pieces
 LONG_BODY_BYTES = 16 << 10  # from here on it pays to remember what was read
 KNOWN_BODIES_BYTES = 32 << 20
@@ -11124,11 +11186,22 @@ class Turn:
     """
 
     __slots__ = (
-        "answer", "arrived", "arrived_at", "backend", "charged_s", "cuts_usage", "deaths", "digest", "ended",
-        "error", "events", "first", "follows", "gaps", "id", "is_stream", "is_told", "labels", "model", "outcome",
-        "over", "path", "prints", "prompt", "queue_ms", "replica", "retries", "route", "sent", "session", "status",
-        "tokens", "told_first", "told_sent", "wanted_text", "words",
+        "__dict__", "answer", "arrived", "arrived_at", "backend", "cuts_usage", "digest", "ended", "first", "follows",
+        "id", "is_stream", "labels", "model", "outcome", "over", "path", "prints", "prompt", "queue_ms", "replica",
+        "sent", "session", "status", "tokens", "wanted_text", "words",
     )  # fmt: skip
+
+    # What most turns leave as it is.
+    route: RouteRequest = ANYWHERE
+    charged_s = 0.0  # service that its session was charged in advance, when it had to wait
+    retries = 0
+    deaths = 0  # replicas that died with it
+    error: str | None = None
+    events = 0
+    gaps: Histogram = NO_GAPS
+    is_told = False  # the controller knows of it; likewise the moments below
+    told_sent = 0.0
+    told_first = 0.0
 
     def __init__(self, name: str, arrived: float, model: str, plan: RequestPlan, wanted_text: int) -> None:
         self.id = name
@@ -11136,37 +11209,27 @@ class Turn:
         self.arrived_at = time.time() - (time.monotonic() - arrived)  # s since the epoch
         self.model = model
         self.path = plan.path
-        self.labels = plan.labels
-        self.session = plan.labels.session
+        self.labels = labels = plan.labels
+        self.session = labels.session
         self.wanted_text = wanted_text
         self.is_stream = False
         self.cuts_usage = True
         self.tokens = 0  # of the prompt, roughly
         self.replica: LiveReplica | None = None  # that holds a slot for it
-        self.route: RouteRequest = ANYWHERE
-        self.charged_s = 0.0  # service that its session was charged in advance, when it had to wait
+        self.backend: str | None = None
         self.sent = 0.0
         self.queue_ms = 0.0
         self.first = 0.0  # byte (of a stream: event) of the answer
-        self.deaths = 0  # replicas that died with it
-        self.retries = 0
-        self.status = 0
-        self.outcome = "aborted"
-        self.backend: str | None = None
-        self.error: str | None = None
-        self.digest: AnswerDigest | None = None
-        self.events = 0
-        self.gaps: Histogram = NO_GAPS
         self.ended = 0.0
         self.over = 0.0  # when nothing more was to be done for it
+        self.status = 0
+        self.outcome = "aborted"
         self.words: Any = None  # the body's fields, while nobody has looked at their words
         self.answer = b""  # a whole answer, while nobody has looked at it
+        self.digest: AnswerDigest | None = None
         self.prompt = ""  # excerpt
         self.prints = b""  # see TurnStarted, like the next
         self.follows: str | None = None
-        self.is_told = False  # the controller knows of it; likewise the moments below
-        self.told_sent = 0.0
-        self.told_first = 0.0
 
     @property
     def is_anthropic(self) -> bool:
@@ -11221,16 +11284,26 @@ class HeadReader:
 class Upstream:
     """A connection to a replica, watched for as long as it lives; idle, it goes when the replica closes it."""
 
-    __slots__ = ("replica", "sock", "watcher")
+    __slots__ = ("head", "replica", "sock", "watcher")
 
-    def __init__(self, replica: LiveReplica, sock: Any, reactor: Reactor) -> None:
-        self.replica, self.sock = replica, sock
+    def __init__(self, replica: LiveReplica, sock: Any, head: RepeatedHead, reactor: Reactor) -> None:
+        self.replica, self.sock, self.head = replica, sock, head
         self.watcher = reactor.watch_reads(sock, self._on_idle)
 
     def rest(self) -> None:
         """Wait among the replica's idle connections for the next exchange."""
         self.watcher.callback = self._on_idle
         self.replica.idle[self] = None
+
+    def send(self, head: bytes, body: bytes | bytearray) -> int:
+        """Send a request, as much of it as the socket takes at once; the number of bytes."""
+        try:
+            # Below some size a copy is cheaper than what it takes to send two buffers at once.
+            if len(body) < JOINED_BODY_BYTES:
+                return int(self.sock.send(head + body))
+            return int(self.sock.sendmsg((head, body)))
+        except OSError:
+            return 0  # said again, and understood, when the rest is sent
 
     def _on_idle(self) -> None:
         self.replica.forget(self)  # closed by the replica, or it sends what nobody asked for
@@ -11286,6 +11359,7 @@ class LiveReplica:
         self.look_at_once: Any = None  # event: probe now
         self.accepts_work = True
         self.capacity = backend.slots
+        self.rank: RouteRank | None = None  # so after every change of what it is made of, here as below
         self.update(backend)
 
     def update(self, backend: Backend) -> None:
@@ -11299,6 +11373,7 @@ class LiveReplica:
         is_away = bool(load.get("is_sleeping")) or load.get("state") in ("draining", "stopped", "failed")
         self.accepts_work = state == "ready" and self.health != "down" and not is_away
         self.capacity = 1 if self.health == "trial" else backend.slots
+        self.rank = None
 
     def set_health(self, health: str, reason: str | None) -> None:
         self.health, self.reason = health, reason
@@ -11311,6 +11386,7 @@ class LiveReplica:
         self.latency_ms = (
             latency_ms if self.latency_ms is None else self.latency_ms + 0.2 * (latency_ms - self.latency_ms)
         )
+        self.rank = None
         if self.health == "trial":
             self.ejections = 0
             self.set_health("up", None)
@@ -11336,18 +11412,22 @@ class LiveReplica:
         self.gpu_utilization = sum(gpus) / len(gpus) if gpus else 0.0
         self.update(self.backend)
 
-    def reserve(self, tokens: int) -> None:
-        """Promise room for a prompt at once: the replica's own report comes too late for the next choice."""
+    def reserve(self, choice: int, tokens: int) -> None:
+        """It is chosen. Promise room for a prompt at once: its own report comes too late for the next choice."""
+        self.rank, self.last_chosen = None, choice
         self.in_flight += 1
         self.requests += 1
         if self.load and self.load.get("kv_capacity_tokens"):
             self.kv_usage += tokens / float(self.load["kv_capacity_tokens"])
 
-    def take_idle(self) -> Upstream | None:
-        if not self.idle:
-            return None
-        upstream, _ = self.idle.popitem()
-        return upstream
+    def head(self, plan: RequestPlan, length: int) -> bytes:
+        """The head of a request as it is sent to it, with a body of ``length`` bytes."""
+        return forwarded_head(plan.request, plan.target, self.host, self.backend.key, length)
+
+    def release(self) -> None:
+        """A turn that it was chosen for is over."""
+        self.rank = None
+        self.in_flight -= 1
 
     def forget(self, upstream: Upstream) -> None:
         """Drop an idle connection."""
@@ -11446,8 +11526,8 @@ class AnswerFlow(Outlet):
     _pieces: list[bytes]
     _relay: Relay
     _turn: Turn
-    _to_chunks: bool
-    ends_by_closing: bool
+    _to_chunks = True  # as an HTTP/1.1 client takes it; what an older one gets ends with the connection
+    ends_by_closing = False
     express: Callable[[Any, bytes], bool] | None = None  # takes a whole answer that comes at once, where it can
 
     def on_readable(self) -> None:
@@ -11626,6 +11706,8 @@ class Exchange(AnswerFlow):
     """
 
     upstream: Upstream | None = None
+    is_sent = False  # the whole request; else it is the first ``_sent`` bytes
+    _sent = 0
 
     def __init__(
         self,
@@ -11639,24 +11721,22 @@ class Exchange(AnswerFlow):
         self._relay, self.client, self._turn = relay, client, turn
         self._replica, self._message = replica, message
         self.timeout_s = relay.settings.proxy.request_timeout
-        self._to_chunks = client.version == 1
-        self.ends_by_closing = not self._to_chunks
-        self._sent = 0
-        self.is_sent = False
+        if client.version != 1:
+            self._to_chunks, self.ends_by_closing = False, True
 
-    def begin(self, now: float) -> bool:
-        """Send on an idle connection; False where there is none. ``is_sent`` says whether all of it went."""
-        upstream = self._replica.take_idle()
-        if upstream is not None:
-            self._open(upstream, now)
-        return upstream is not None
+    def _begin(self, now: float) -> bool:
+        """Send on an idle connection; False where there is none."""
+        if not self._replica.idle:
+            return False
+        self._open(self._replica.idle.popitem()[0], now)
+        return True
 
     def run(self) -> str:
         """Send and relay; TransportError when the replica could not be reached and got nothing of the request.
 
         For the client's own greenlet, also of an exchange that a callback has begun.
         """
-        if self.upstream is None and not self.begin(time.monotonic()):
+        if self.upstream is None and not self._begin(time.monotonic()):
             self._open(self._connect(), time.monotonic())
             return self._follow()
         result = self._follow()
@@ -11673,22 +11753,20 @@ class Exchange(AnswerFlow):
 
     def _connect(self) -> Upstream:
         sock = self.client.connect(self._replica.backend.host, self._replica.backend.port)
-        return Upstream(self._replica, sock, self._relay.reactor)
+        return Upstream(self._replica, sock, RepeatedHead(self._relay.heads.known_answers), self._relay.reactor)
 
     def _open(self, upstream: Upstream, now: float) -> None:
+        self.take_over(upstream, upstream.send(*self._message), now)
+
+    def take_over(self, upstream: Upstream, sent: int, now: float) -> None:
+        """Go on with a connection on which the first ``sent`` bytes of the request went."""
+        head, body = self._message
+        self._sent, self.is_sent = sent, sent == len(head) + len(body)
         self.upstream = upstream
         upstream.watcher.callback = self.listener = self.on_readable
         self.result = None
         self.client.deadline = now + self.timeout_s
         self.client.exchange = self
-        head, body = self._message
-        try:
-            # Below some size a copy is cheaper than what it takes to send two buffers at once.
-            short = len(body) < JOINED_BODY_BYTES
-            self._sent = upstream.sock.send(head + body) if short else upstream.sock.sendmsg(self._message)
-        except OSError:
-            self._sent = 0  # said again, and understood, when the rest is sent
-        self.is_sent = self._sent == len(head) + len(body)
 
     def _follow(self) -> str:
         """Park until the exchange is over."""
@@ -12004,6 +12082,7 @@ class ClientConnection(RequestReader):
         self.exchange: Exchange | None = None
         self.is_trusted: bool | None = None  # whether the socket's owner needs no key; asked once
         self.delivery: Delivery | None = None
+        self.head = RepeatedHead(relay.heads.known_requests)
         self._awaits_request = False
         self._arriving: ArrivingBody | None = None
         self._is_anthropic = False
@@ -12095,11 +12174,10 @@ class ClientConnection(RequestReader):
 
     def _express(self, data: bytes) -> bool:
         """Begin the one request in ``data`` without waking the greenlet; False: nothing was done."""
-        end = data.find(b"\r\n\r\n") + 4
-        known = self.relay.heads.known_requests.find(data, end) if end >= 4 else None
+        known = self.head.find(data)
         if known is None:
             return False
-        plan, length, authorization = known
+        plan, length, authorization, end = known
         missing = end + length - len(data)
         if missing < 0 or authorization != self.authorization or not self.relay.has_room(length):
             return False
@@ -12123,16 +12201,14 @@ class ClientConnection(RequestReader):
         return not missing and self._begin(arriving.plan, arriving.body())
 
     def _begin(self, plan: RequestPlan, body: bytes) -> bool:
-        now, relay = time.monotonic(), self.relay
         try:
-            turn = relay.book.begin(plan, body, now, self.peer)
+            delivery = ExpressDelivery.send(self.relay, self, plan, body)
         except RequestError:
             return False  # nothing has begun; the greenlet finds the same, and says it
         self.version, self._keeps_alive = 1, plan.request.keeps_alive
         self._held_bytes = len(body)
-        relay.buffered_bytes += len(body)
-        self.delivery = delivery = ExpressDelivery(relay, self, turn, plan, body)
-        if not delivery.begin(now):
+        self.relay.buffered_bytes += len(body)
+        if delivery.exchange is None or not delivery.exchange.is_sent:
             self.wake()
         return True
 
@@ -12159,7 +12235,9 @@ class ClientConnection(RequestReader):
             self.send_all(self.relay.app.answer(request, plan.path, plan.query, bytes(body)))
             return True
         body = self._read_body(request, length, self.relay.settings.max_body_bytes)
-        turn = self.relay.book.begin(plan, body, time.monotonic(), self.peer)
+        now = time.monotonic()
+        fields, model = self.relay.book.read(plan, body, self.peer)
+        turn = self.relay.book.open(plan, fields, model, len(body), now)
         self.delivery = Delivery(self.relay, self, turn, plan, body)
         return self._deliver(self.delivery)
 
@@ -12230,17 +12308,18 @@ class Delivery:
             if verdict is not None:
                 return verdict
 
-    def _prepare(self, replica: LiveReplica, now: float) -> Exchange:
-        turn, plan = self.turn, self._plan
+    def _prepare(self, replica: LiveReplica, head: bytes, now: float) -> Exchange:
+        turn = self.turn
         turn.sent, turn.queue_ms, turn.backend = now, (now - turn.arrived) * 1000.0, replica.id
-        head = forwarded_head(plan.request, plan.target, replica.host, replica.backend.key, len(self._body))
         self.exchange = exchange = Exchange(self._relay, self._client, turn, replica, (head, self._body))
         return exchange
 
     def _attempt(self, replica: LiveReplica) -> bool | None:
         """One replica's turn at it: None to go on with another, else as ``run``."""
         turn = self.turn
-        exchange = self.exchange or self._prepare(replica, time.monotonic())
+        exchange = self.exchange
+        if exchange is None:
+            exchange = self._prepare(replica, replica.head(self._plan, len(self._body)), time.monotonic())
         exchange.express = None
         try:
             result = exchange.run()
@@ -12359,28 +12438,49 @@ class ExpressDelivery(Delivery):
 
     __slots__ = ()
 
-    def begin(self, now: float) -> bool:
-        """Send the turn to a replica that has room for it, on a connection that stands; False where something has to
-        be waited for: ``run`` then goes on from there."""
-        replica = self._relay.admission.take(self.turn, now)
-        if replica is None:
-            return False
-        exchange = self._prepare(replica, now)
-        if not exchange.begin(now) or not exchange.is_sent:
-            return False
-        exchange.express = self._pass_on
-        if len(self._body) >= LONG_BODY_BYTES:  # the words of a short one are read with those of others, later
-            self.read_words()  # now that the replica is at work
-        return True
+    @classmethod
+    def send(cls, relay: Relay, client: ClientConnection, plan: RequestPlan, body: bytes) -> ExpressDelivery:
+        """Send a request to a replica that has room for it, on a connection that stands, and note its turn only then,
+        while the replica is at work.  Where something has to be waited for, ``run`` goes on from there.  RequestError
+        when the request is refused; then nothing has begun."""
+        now = time.monotonic()
+        fields, model = relay.book.read(plan, body, client.peer)
+        replica = relay.admission.take(model, len(body) // 4, now)
+        upstream, head, sent = None, b"", 0
+        try:
+            if replica is not None and replica.idle:
+                head = replica.head(plan, len(body))
+                upstream = replica.idle.popitem()[0]
+                sent = upstream.send(head, body)
+            turn = relay.book.open(plan, fields, model, len(body), now)
+        except BaseException:
+            if replica is not None:
+                replica.release()
+            if upstream is not None:
+                upstream.close()
+            raise
+        turn.replica = replica
+        client.delivery = delivery = cls(relay, client, turn, plan, body)
+        if replica is not None and upstream is not None:
+            delivery._take_over(replica, upstream, head, sent, now)
+        return delivery
+
+    def _take_over(self, replica: LiveReplica, upstream: Upstream, head: bytes, sent: int, now: float) -> None:
+        exchange = self._prepare(replica, head, now)
+        exchange.take_over(upstream, sent, now)
+        if exchange.is_sent:
+            exchange.express = self._pass_on
+            if len(self._body) >= LONG_BODY_BYTES:  # the words of a short one are read with those of others, later
+                self.read_words()
 
     def _pass_on(self, exchange: Exchange, data: bytes) -> bool:
         """Pass on a whole plain answer that came at once, as nearly all do, in the callback that received it; False:
         it is another kind of answer, and nothing was done."""
-        end = data.find(b"\r\n\r\n") + 4
-        known = self._relay.heads.known_answers.find(data, end) if end >= 4 else None
+        upstream: Any = exchange.upstream
         head: Any
-        head, length, _ = known or (None, None, None)
-        if length != len(data) - end or head.status != 200 or head.is_event_stream or b'"abort"' in data:
+        head, length, _, end = upstream.head.find(data) or (None, -1, b"", 0)
+        # find(), for `in` takes what it looks for for a number first, and pays for the exception.
+        if length != len(data) - end or head.status != 200 or head.is_event_stream or data.find(b'"abort"') >= 0:
             self.read_words()  # whatever takes the answer may go by them
             return False
         now, turn, client = time.monotonic(), self.turn, self._client
@@ -12426,13 +12526,14 @@ class Admission:
         self._choices = 0
         self.pending = 0
 
-    def take(self, turn: Turn, now: float) -> LiveReplica | None:
-        """A replica with a slot for ``turn`` now; None while others wait: it would overtake them."""
-        return None if self._queues.get(turn.model) else self._choose(turn, now)
+    def take(self, model: str, tokens: int, now: float, route: RouteRequest = ANYWHERE) -> LiveReplica | None:
+        """A replica with a slot, now, for a prompt of about so many tokens; None while others wait: it would overtake
+        them. ``release`` is then due."""
+        return None if self._queues.get(model) else self._choose(model, tokens, now, route)
 
     def acquire(self, turn: Turn, client: ClientConnection) -> LiveReplica:
         """A replica with a slot for ``turn``, after waiting where that may help; raises RequestError, ClientGone."""
-        replica = self.take(turn, time.monotonic())
+        replica = turn.replica = self.take(turn.model, turn.tokens, time.monotonic(), turn.route)
         if replica is not None:
             return replica
         self._settle_all()
@@ -12447,7 +12548,7 @@ class Admission:
         """The turn's slot is free again."""
         replica, turn.replica = turn.replica, None
         if replica is not None:
-            replica.in_flight -= 1
+            replica.release()
             if self._queues.get(turn.model):
                 self.dispatch(turn.model)
 
@@ -12489,7 +12590,9 @@ class Admission:
             ):
                 break
             entry = heapq.heappop(queue)
-            if self._choose(entry[2], time.monotonic()) is None:  # the free ones are those that it was at already
+            turn = entry[2]
+            turn.replica = self._choose(model, turn.tokens, time.monotonic(), turn.route)
+            if turn.replica is None:  # the free ones are those that it was at already
                 passed_over.append(entry)
             else:
                 self.pending -= 1
@@ -12510,14 +12613,12 @@ class Admission:
         """All that wait, the longest first."""
         return sorted((entry[2] for queue in self._queues.values() for entry in queue), key=lambda turn: turn.arrived)
 
-    def _choose(self, turn: Turn, now: float) -> LiveReplica | None:
+    def _choose(self, model: str, tokens: int, now: float, route: RouteRequest) -> LiveReplica | None:
         relay = self._relay
-        replica = choose_backend(relay.pools.get(turn.model, ()), turn.route, relay.strategy, now)
+        replica = choose_backend(relay.pools.get(model, ()), route, relay.strategy, now)
         if replica is not None:
             self._choices += 1
-            replica.last_chosen = self._choices
-            replica.reserve(turn.tokens)
-            turn.replica = replica
+            replica.reserve(self._choices, tokens)
         return replica
 
     def _wait(self, turn: Turn, client: ClientConnection, key: float) -> LiveReplica:
@@ -12650,8 +12751,9 @@ class Codec:
             "Choice",
             [("finish_reason", str | None, None), ("message", message | None, None), ("text", str | None, None)],
         )
-        details = msgspec.defstruct("Details", [("cached_tokens", int | None, None)])
-        counts = [("prompt_tokens", int | None, None), ("completion_tokens", int | None, None)]
+        count: Any = Annotated[int, msgspec.Meta(ge=0, le=int(MAX_FIGURE))] | None  # is_count(), in C
+        details = msgspec.defstruct("Details", [("cached_tokens", count, None)])
+        counts = [("prompt_tokens", count, None), ("completion_tokens", count, None)]
         usage = msgspec.defstruct("Usage", [*counts, ("prompt_tokens_details", details | None, None)])
         plain = [("choices", list[choice]), ("usage", usage)]  # type: ignore[valid-type]
         self._plain_answer = msgspec.json.Decoder(msgspec.defstruct("PlainAnswer", plain)).decode
@@ -12677,12 +12779,14 @@ class Codec:
                 return ContinuedBody(known, self._rest_of_request(_MESSAGES + body[len(known.start) :]), self._unset)
             except (ValueError, RecursionError):
                 pass  # the common way tells what it is
-        for decode in (self._worded_request, self._request):
-            try:
-                return decode(body)
-            except (ValueError, RecursionError):  # bad UTF-8 is no error of msgspec's own
-                continue
-        return None
+        try:
+            return self._worded_request(body)
+        except (ValueError, RecursionError):  # bad UTF-8 is no error of msgspec's own
+            pass
+        try:
+            return self._request(body)
+        except (ValueError, RecursionError):
+            return None
 
     def known_body(self, fields: Any, body: bytes | bytearray, turn: Turn) -> KnownBody | None:
         """What to keep of a body that was read, for the next one of its conversation; None where that is not sure.
@@ -12737,7 +12841,7 @@ class Codec:
     def last_words(self, fields: Any, limit: int) -> str:
         """The start of the last user message, or of the prompt."""
         for message in reversed(getattr(fields, "messages", ())):
-            if b'"user"' in bytes(message):
+            if bytes(message).find(b'"user"') >= 0:  # cheaper than `in`
                 try:
                     said: Any = self._message(message)
                     return plain_text(said.content or self.decode(message))[:limit]
@@ -12776,13 +12880,12 @@ class Codec:
     def _plain_digest(self, answer: Any, wanted_text: int, traces: bool) -> AnswerDigest:
         """The digest of a completion of the common shape, which nearly all answers have."""
         choice, usage, details = answer.choices[0], answer.usage, answer.usage.prompt_tokens_details
-        cached = details.cached_tokens if details is not None else None
         words = (choice.message.content if choice.message is not None else choice.text) or ""
         calls = choice.message.tool_calls if traces and choice.message is not None else None
         return AnswerDigest(
-            usage.prompt_tokens if is_count(usage.prompt_tokens) else None,
-            usage.completion_tokens if is_count(usage.completion_tokens) else None,
-            cached if is_count(cached) else None,
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            details.cached_tokens if details is not None else None,
             sendable_text(choice.finish_reason) if choice.finish_reason is not None else None,
             None,
             sendable_text(words[:wanted_text]),
@@ -13010,35 +13113,34 @@ class TurnBook:
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
-        self.counters = dict.fromkeys(("requests", "errors", "retries", "aborted", "rejected"), 0)
+        self.count = 0  # turns that have begun
+        self.counters = dict.fromkeys(("errors", "retries", "aborted", "rejected"), 0)
         self.turns: dict[str, Turn] = {}  # between begin and finish
         self._retry_tokens = RETRY_FLOOR
         self._bodies = KnownBodies(KNOWN_BODIES_BYTES)
         self._prefix = secrets.token_hex(6)
-        self._count = 0
 
-    def begin(self, plan: RequestPlan, body: bytes | bytearray, now: float, peer: tuple[Any, ...]) -> Turn:
-        """A turn for a request that was read; RequestError when its model is not served. ``finish`` is then due."""
-        wanted_text = self._relay.settings.proxy.capture_text
+    def read(self, plan: RequestPlan, body: bytes | bytearray, peer: tuple[Any, ...]) -> tuple[Any, str]:
+        """What a request's body says (of a form: None) and the model that it is for; RequestError when it is none that
+        is served."""
         fields: Any = None
         if not plan.is_form:
-            is_long = len(body) >= LONG_BODY_BYTES
-            fields = self._relay.codec.request(
-                body, self._bodies.find(plan.labels.session or peer) if is_long else None
-            )
+            known = self._bodies.find(plan.labels.session or peer) if len(body) >= LONG_BODY_BYTES else None
+            fields = self._relay.codec.request(body, known)
             if fields is None:
                 raise RequestError(400, "the body is not a JSON object")
-        model = self._model_of(plan.model, _form_model(body) if fields is None else fields.model)
-        self._count += 1
-        turn = Turn(f"{self._prefix}-{self._count:x}", now, model, plan, wanted_text)
-        turn.tokens = len(body) // 4
+        return fields, self._model_of(plan.model, _form_model(body) if fields is None else fields.model)
+
+    def open(self, plan: RequestPlan, fields: Any, model: str, size: int, now: float) -> Turn:
+        """A turn for a request whose body, of ``size`` bytes, was read; ``finish`` is then due."""
+        self.count = count = self.count + 1
+        name = f"{self._prefix}-{count}"
+        self.turns[name] = turn = Turn(name, now, model, plan, self._relay.settings.proxy.capture_text)
+        turn.tokens = size // 4
         if fields is not None:
-            turn.is_stream = fields.stream is True
-            options = fields.stream_options
-            turn.cuts_usage = not (isinstance(options, dict) and options.get("include_usage"))
-            turn.words = fields
-        self.turns[turn.id] = turn
-        self.counters["requests"] += 1
+            turn.words, turn.is_stream = fields, fields.stream is True
+            if (options := fields.stream_options) is not None:
+                turn.cuts_usage = not (isinstance(options, dict) and options.get("include_usage"))
         if self._retry_tokens < 10 * RETRY_FLOOR:
             self._retry_tokens += RETRY_SHARE
         return turn
@@ -13178,6 +13280,8 @@ class TurnBook:
         return turn.arrived_at + (moment - turn.arrived)
 
     def _model_of(self, prefix: str | None, named: Any) -> str:
+        if prefix is None and isinstance(named, str) and named in self._relay.models:
+            return named
         if named is not None and not isinstance(named, str):
             raise RequestError(400, "model must be a string")
         if prefix is not None and named is not None and prefix != named:
@@ -13214,7 +13318,7 @@ class TurnBook:
         }
 
 
-@dataclass(frozen=True)
+@dataclass
 class RelaySettings:
     """What the controller's first table says once."""
 
@@ -13223,17 +13327,10 @@ class RelaySettings:
     log_format: str = "text"
     drain_seconds: float = 10.0
 
-    @functools.cached_property
-    def max_body_bytes(self) -> int:
-        return int(self.proxy.max_body_mb * (1 << 20))
-
-    @functools.cached_property
-    def max_buffered_bytes(self) -> int:
-        return int(self.proxy.max_buffered_mb * (1 << 20))
-
-    @functools.cached_property
-    def labels(self) -> LabelReader:
-        return LabelReader(self.headers)
+    def __post_init__(self) -> None:
+        self.max_body_bytes = int(self.proxy.max_body_mb * (1 << 20))
+        self.max_buffered_bytes = int(self.proxy.max_buffered_mb * (1 << 20))
+        self.labels = LabelReader(self.headers)
 
 
 class Relay:
@@ -13292,6 +13389,7 @@ class Relay:
             self.heads.known_requests.clear()  # labels are read by names that may be others now
             for client in self.connections:
                 client.authorization = None
+                client.head.forget()
         self.models = list(table["models"])
         self.loading = frozenset(table.get("loading") or ())
         former, self.replicas = self.replicas, {}
@@ -13386,7 +13484,11 @@ class Relay:
             "at": time.time(),
             "backends": backends,
             "queue": self.book.queue_status(),
-            "counters": {**self.book.counters, "events_dropped": self.control.events_dropped},
+            "counters": {
+                "requests": self.book.count,
+                **self.book.counters,
+                "events_dropped": self.control.events_dropped,
+            },
             "rss_bytes": int(os.pread(self._statm, 100, 0).split()[1]) * os.sysconf("SC_PAGE_SIZE"),
             "connections": len(self.connections),
             "stats_read": self.stats_read,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +31,7 @@ from agent_infra import (
     HeadersConfig,
     HeadReader,
     LabelReader,
+    RepeatedHead,
     RequestHead,
     WireError,
     chunk_opening,
@@ -425,6 +427,49 @@ def test_a_head_that_is_known_means_what_reading_it_in_full_would_say(heads: lis
         assert reading(reader, head) == reading(HeadReader(), head)
     kept = reader.known_requests._known | reader.known_answers._known
     assert b"secret" not in repr(kept).encode()
+
+
+@settings(deadline=None, max_examples=400)
+@given(some_heads, st.lists(st.tuples(st.integers(0, 11), st.integers(0, 3), st.integers(0, 20)), max_size=40))
+def test_a_head_that_one_side_repeats_is_what_the_memory_finds(
+    heads: list[tuple[bytes, list[bytes]]], sent: list[tuple[int, int, int]]
+) -> None:
+    """Each head is sent often, several times in a row, whole or cut short, with other figures and with what follows."""
+    labels_of, reader = LabelReader(HeadersConfig()).read, HeadReader()
+    sides = [(memory, RepeatedHead(memory)) for memory in (reader.known_requests, reader.known_answers)]
+    for number, times, cut in sent:
+        first, lines = heads[number % len(heads)]
+        is_answer = first.startswith(b"HTTP")
+        memory, repeated = sides[is_answer]
+        for again in range(times + 1):
+            figures = b"Content-Length: %d" % (5 + 100 * again)
+            changed = [figures if line == b"Content-Length: 5" else line for line in lines]
+            head = b"\r\n".join([first, *changed, b"", b""])
+            with contextlib.suppress(WireError):
+                if is_answer:
+                    reader.answer(head, len(head))
+                else:
+                    reader.plan(head, None, labels_of)
+            data = (head + b"{}POST")[: -cut or None]
+            end = data.find(b"\r\n\r\n") + 4
+            found = memory.find(data, end) if end >= 4 else None
+            assert repeated.find(data) == (None if found is None else (*found, end))
+
+
+def test_a_head_that_is_forgotten_is_found_anew() -> None:
+    reader, labels_of = HeadReader(), LabelReader(HeadersConfig()).read
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\n"
+    repeated = RepeatedHead(reader.known_requests)
+    for _ in range(3):
+        former, _, _ = reader.plan(head, None, labels_of)
+        assert repeated.find(head) == (former, 5, b"", len(head))
+    reader.known_requests.clear()
+    repeated.forget()
+    assert repeated.find(head) is None
+    latter, _, _ = reader.plan(head, None, labels_of)
+    found = repeated.find(head)
+    assert found is not None
+    assert found[0] is latter is not former
 
 
 def test_a_head_that_comes_again_is_found_with_another_length() -> None:
