@@ -12730,11 +12730,10 @@ class Codec:
         import msgspec
 
         self.encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
-        # Events as they are encoded: made in C, and what says nothing is left out.
+        # Events as they are encoded: made in C. What says nothing is said, too: a field that the controller's decoder
+        # misses costs it an exception.
         self.turn_started, self.turn_finished = (
-            msgspec.defstruct(
-                kind.__name__, [_encoded_field(item) for item in dataclasses.fields(kind)], omit_defaults=True
-            )
+            msgspec.defstruct(kind.__name__, [_encoded_field(item) for item in dataclasses.fields(kind)])
             for kind in (TurnStarted, TurnFinished)
         )
         self.decode: Callable[[bytes], Any] = msgspec.json.Decoder().decode
@@ -14643,12 +14642,13 @@ class StatsMaker:
         self._document: Mapping[str, Any] = {}
         self._due = 0.0  # until then the document is new enough
         self._watched_until = 0.0
-        self._reads: int | None = None  # as the relay counts them
+        self._reads = 0  # as the relay counts them
 
-    def note_reads(self, reads: int | None) -> None:
-        """How often /stats was read, at the relay's count."""
-        if reads != self._reads:
-            self._reads, self._watched_until = reads, time.monotonic() + WATCHED_S
+    def note_reads(self, reads: int) -> None:
+        """How often /stats was read, at the relay's count, which begins anew with each relay."""
+        if reads > self._reads:
+            self._watched_until = time.monotonic() + WATCHED_S
+        self._reads = reads
 
     def relay_replaced(self) -> None:
         """The next relay has no document yet."""
@@ -14656,10 +14656,10 @@ class StatsMaker:
 
     def look(self, records: Sequence[Mapping[str, Any]], table: Sequence[Backend]) -> None:
         """Once a second; ``records`` and ``table`` as Tracker.replicas takes them."""
-        is_watched = time.monotonic() < self._watched_until
-        self._books.analyse(self._tracker.replicas(records, table), is_watched)
-        if is_watched:
+        if is_watched := time.monotonic() < self._watched_until:
             self._make(records, table)
+        replicas = self._document["backends"] if is_watched else self._tracker.replicas(records, table)
+        self._books.analyse(replicas, is_watched)
 
     def fresh(self, records: Sequence[Mapping[str, Any]], table: Sequence[Backend]) -> Mapping[str, Any]:
         """The document, which the relay has then: no older than a second."""
@@ -14855,7 +14855,7 @@ class Controller:
             gauges = json.loads(payload)
             self._tracker.sample(gauges)
             self._books.sample(self._records, gauges)
-            self._stats.note_reads(gauges.get("stats_read"))
+            self._stats.note_reads(gauges.get("stats_read", 0))
         elif kind == FRAME_REQUEST:
             self._do(json.loads(payload))
 

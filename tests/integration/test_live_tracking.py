@@ -9,6 +9,7 @@ import signal
 import time
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from agent_infra import (
     ProxyConfig,
     ReplicaRecord,
     SessionContext,
+    Tracker,
     deployment_paths,
     encode_stats,
 )
@@ -206,14 +208,23 @@ class Truth(dict[str, float]):
 def test_stats_are_made_ahead_only_while_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent_infra, "WATCHED_S", 2.0)
     monkeypatch.setattr(agent_infra, "SNAPSHOT_INTERVAL_S", 0.2)
+    made: list[float] = []
+    heard: list[Mapping[str, Any]] = []
+    sample = Tracker.sample
+
+    def encode(document: dict[str, Any]) -> bytes:
+        made.append(document["now"])
+        return encode_stats(document)
+
+    def note_gauges(tracker: Tracker, gauges: Mapping[str, Any]) -> None:
+        heard.append(gauges)
+        sample(tracker, gauges)
+
+    monkeypatch.setattr(agent_infra, "encode_stats", encode)
+    monkeypatch.setattr(Tracker, "sample", note_gauges)
     with Planted(tmp_path, m=SetUp(0.01, 0.0, slots=8)) as proxy:
-        made: list[float] = []
-
-        def encode(document: dict[str, Any]) -> bytes:
-            made.append(document["now"])
-            return encode_stats(document)
-
-        monkeypatch.setattr(agent_infra, "encode_stats", encode)
+        wait_for(lambda: len(heard) >= 3, "the relay's gauges, which say that nobody has read")
+        assert made == []
 
         def are_made_ahead() -> bool:
             """Whether documents follow one that was read; where the machine stood still meanwhile, read again."""
