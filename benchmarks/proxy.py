@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import http.client
 import json
+import math
 import platform
 import signal
 import socket
@@ -56,6 +57,7 @@ REPLICAS = 3
 OURS = "agent-infra"
 RELAY_ALONE = {OURS: "agent-infra, relay alone", "untracked": "untracked, relay alone"}
 ABORT_WITHIN_S = 0.5
+REFUSE_WITHIN_S = 1.0
 EVENT_INTERVAL_MS = 33  # of one stream
 FOREVER = 1_000_000  # stream events: more than anyone waits for
 STEPS = ("memory", "request_1kb", "request_1kb_full", "request_100kb", "chunk_40", "chunk_300", "latency", "faults")
@@ -73,9 +75,10 @@ class Sizes:
     disconnects: int = 40  # of each kind
     cut_streams: int = 60
     killed_load_s: float = 5.0
+    refusals: int = 20
 
 
-QUICK = Sizes(2_000, 400, 2.0, 200, 300, 10, 15, 2.5)
+QUICK = Sizes(2_000, 400, 2.0, 200, 300, 10, 15, 2.5, 5)
 RATE_1KB, RATE_100KB, RATE_KILLED = 4_000, 800, 2_400  # requests a second
 AS_FAST_AS_POSSIBLE = 0
 
@@ -337,6 +340,7 @@ class Bench:
             self._disconnects(contender, record, stream)
         self._killed_streams(contender, record)
         self._killed_under_load(contender, record)
+        self._all_killed(contender, record)
 
     def _disconnects(self, contender: Contender, record: Counter[str], stream: bool) -> None:
         """Clients go away mid-answer; the replica should see each turn aborted within half a second."""
@@ -408,6 +412,21 @@ class Bench:
         for why, number in result.errors.items():
             record[f"killed because {why}"] += number
 
+    def _all_killed(self, contender: Contender, record: Counter[str]) -> None:
+        """No replica is left; how soon, and in what words, are clients told?"""
+        request = chat_request(1_000, session="refused")
+        try:
+            for index in range(REPLICAS):
+                self.replicas.kill(index)
+            for _ in range(self.sizes.refusals):
+                took_ms, is_told = _refusal(contender.port, request)
+                record["refused: requests"] += 1
+                record["refused: in time"] += is_told and took_ms <= REFUSE_WITHIN_S * 1000
+                record["refused: slowest ms"] = max(record["refused: slowest ms"], math.ceil(took_ms))
+        finally:
+            for index in range(REPLICAS):
+                self.replicas.restart(index)
+
 
 def _round_trip_us(sock: socket.socket, request: bytes) -> float:
     start = time.perf_counter()
@@ -422,6 +441,24 @@ def _round_trip_us(sock: socket.socket, request: bytes) -> float:
         length = LENGTH.search(answer, 0, head_end) if head_end >= 4 else None
         if answer.endswith(b"0\r\n\r\n") if length is None else len(answer) >= head_end + int(length[1]):
             return (time.perf_counter() - start) * 1e6
+
+
+def _refusal(port: int, request: bytes) -> tuple[float, bool]:
+    """How many ms the answer to ``request`` took, on a new connection, and whether it is a 503 in OpenAI's shape."""
+    head, body = request.split(b"\r\n\r\n")
+    headers = dict(line.split(": ", 1) for line in head.decode().split("\r\n")[1:])
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    start = time.perf_counter()
+    try:
+        connection.request("POST", "/v1/chat/completions", body, headers)
+        answer = connection.getresponse()
+        text = answer.read()
+        took_ms = (time.perf_counter() - start) * 1000
+        return took_ms, answer.status == 503 and isinstance(json.loads(text)["error"]["message"], str)
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        return (time.perf_counter() - start) * 1000, False
+    finally:
+        connection.close()
 
 
 def _percentile(values: Sequence[float], percent: int) -> float:
@@ -480,6 +517,7 @@ def _fault_table(samples: Samples, names: Sequence[str]) -> str:
         ["client gone before a plain answer: aborted within 0.5 s"],
         ["replica killed mid-stream: error event / cut connection / looks complete / nothing in 10 s"],
         ["replica killed under plain load: errors that clients saw"],
+        ["all replicas killed: 503 in OpenAI's shape within 1 s (slowest answer)"],
     ]
     for name in names:
         seen = samples.faults[name]
@@ -488,6 +526,8 @@ def _fault_table(samples: Samples, names: Sequence[str]) -> str:
         outcomes = " / ".join(str(seen[f"cut: {how}"]) for how in ("error event", "cut", "complete", "nothing"))
         rows[2].append(f"{outcomes} of {seen['cut streams']}")
         rows[3].append(f"{seen['killed: errors']} of {seen['killed: requests']:,}")
+        refused, slowest = f"{seen['refused: in time']} of {seen['refused: requests']}", seen["refused: slowest ms"]
+        rows[4].append(f"{refused} ({slowest} ms)")
     return _markdown(header, rows)
 
 
