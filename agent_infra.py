@@ -2019,18 +2019,17 @@ class EventStream:
         before, behind = self._before, self._behind
         start = chunk_opening(len(data)) + before
         begin, end = len(start), len(data) - len(behind)
-        if begin <= end and data.startswith(start) and data.endswith(behind):
-            words = data[begin:end]
-            if _IN_STRING.fullmatch(words):
-                self._tail.append(data)
-                self.events += 1
-                if self._is_text and self._captured < self._captures:
-                    if self._pieces:
-                        self._search()  # what came before these words
-                    self._texts.append(words)
-                    self._captured += len(words)
-                return data
-        return self._feed_unlike(data)
+        is_alike = begin <= end and data.startswith(start) and data.endswith(behind)
+        if not is_alike or not _IN_STRING.fullmatch(data, begin, end):
+            return self._feed_unlike(data)
+        self._tail.append(data)
+        self.events += 1
+        if self._is_text and self._captured < self._captures:
+            if self._pieces:
+                self._search()  # what came before these words
+            self._texts.append(data[begin:end])
+            self._captured += end - begin
+        return data
 
     def _feed_unlike(self, data: bytes) -> bytes:
         """``feed`` for what does not repeat the event before, between two chunks that may pass as they are."""
@@ -11521,6 +11520,7 @@ class AnswerFlow(Outlet):
     _length: int | None
     _decoder: Any = None
     events: Any = None  # EventStream, where the answer is one
+    _came: Any = ()  # when its parts came, since the last one that was counted
     is_raw = False
     _size = 0
     _pieces: list[bytes]
@@ -11627,10 +11627,13 @@ class AnswerFlow(Outlet):
             now = time.monotonic()
             client.deadline = now + self.timeout_s
             if turn.first:
-                turn.gaps.add((now - turn.ended) * 1000.0)
-                turn.ended = now
+                came = self._came
+                came.append(now)
+                if len(came) > GAPS_AT_ONCE:
+                    self._count_gaps()
             elif events.events:
-                turn.first = turn.ended = now
+                turn.first = now
+                self._came = [now]
             if events.fault is not None:
                 return self.fail(events.fault, out)
             if self.pending_head or events.is_over:
@@ -11645,6 +11648,13 @@ class AnswerFlow(Outlet):
             return self.fail(str(error))
         except Exception as error:  # noqa: BLE001 - as in on_readable
             return self._break_off(error)
+
+    def _count_gaps(self) -> None:
+        """Count the gaps between the parts that came; the next one begins with the last of them."""
+        gaps = [(later - earlier) * 1000.0 for earlier, later in itertools.pairwise(self._came)]
+        self._turn.gaps.add(*gaps)
+        self._turn.ended = self._came[-1]
+        del self._came[:-1]
 
     def _take_body(self, data: bytes, start: int) -> None:
         if not self._turn.first:
@@ -11792,6 +11802,8 @@ class Exchange(AnswerFlow):
         self.client.exchange = self.listener = self.express = None  # circles, that would keep the body
         if self._write_watcher is not None:
             self.stop_writing()
+        if self._came:
+            self._count_gaps()
         upstream = self.upstream
         if upstream is not None and self.result in ("answered", "streamed") and self._is_reusable():
             upstream.rest()
