@@ -1940,6 +1940,7 @@ _EVENT_WORDS = re.compile(
     rb'"(?:(content|text|delta)|arguments|partial_json|reasoning|reasoning_content|thinking)":\s?'
     rb'"([^"\\]*(?:\\.[^"\\]*)*)"'
 )
+_NOT_PLAIN = re.compile(rb'["\\\r\n]')  # where there is none, there is no need to ask for a string
 _IN_STRING = re.compile(rb'[^"\\\r\n]*(?:\\[^\r\n][^"\\\r\n]*)*')  # what a JSON string may hold, in one line
 _DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
 _LAST_EVENT = re.compile(rb"(?:^|\n)(?:data: ?\[DONE\]|event: ?(?:message_stop|response\.completed))")
@@ -2000,7 +2001,8 @@ class EventStream:
         self._passes_verbatim = decoder.is_chunked and to_chunks
         self._is_clean = self._passes_verbatim  # nothing held, and between two chunks that may pass as they are
         self._held = b""
-        self._tail: deque[bytes] = deque(maxlen=4)  # the last pieces, in chunks: usage and finish reason are there
+        # The last pieces that say something else than those before, in chunks: usage and finish reason are there.
+        self._tail: deque[bytes] = deque(maxlen=4)
         self._texts: list[bytes] = []  # the answer's first words (traced: all of them), still as JSON strings
         self._call_ids: list[str] = []
         self._wanted_text, self._traces = wanted_text, traces
@@ -2019,10 +2021,10 @@ class EventStream:
         before, behind = self._before, self._behind
         start = chunk_opening(len(data)) + before
         begin, end = len(start), len(data) - len(behind)
-        is_alike = begin <= end and data.startswith(start) and data.endswith(behind)
-        if not is_alike or not _IN_STRING.fullmatch(data, begin, end):
+        if not (begin <= end and data.startswith(start) and data.endswith(behind)):
             return self._feed_unlike(data)
-        self._tail.append(data)
+        if _NOT_PLAIN.search(data, begin, end) and not _IN_STRING.fullmatch(data, begin, end):
+            return self._feed_unlike(data)
         self.events += 1
         if self._is_text and self._captured < self._captures:
             if self._pieces:
@@ -11064,7 +11066,7 @@ BUSY_S = 0.5  # that a replica gets no work after 429 or 503, at least
 RETRY_SHARE = 0.1  # of requests; the budget's bounds are RETRY_FLOOR and ten times that
 RETRY_FLOOR = 100.0
 NO_RETRY_LEFT = f"it is not sent elsewhere: the retry budget, {RETRY_SHARE:.0%} of all requests, is spent"
-GAPS_AT_ONCE = 64  # of a stream, that wait to be counted: 2 KB
+GAPS_AT_ONCE = 64  # of a stream, that wait to be counted
 PACKED_TURNS = 16  # finished turns that are encoded at once: a fifth of a millisecond's work
 BATCHED_PACKS = 32  # of these in one frame
 QUESTION_S = 2.0
@@ -11134,19 +11136,25 @@ class WakePacing:
 
         self._clients, self._woken = clients, 0.0
         self._sleep: Callable[[float], None] = get_original("time", "sleep")
-        # What went by since the last pause: parts of streams; a client's bytes or an answer's end, which more follows.
-        self.has_streams = self.has_turns = False
+        # What went by since the loop last waited: a client's bytes or an answer's end, which more follows; parts of
+        # streams, and when the first was seen (0: none was). All that a wait found had come by then.
+        self.has_turns, self.parts_came = False, 0.0
+
+    def note_parts(self) -> float:
+        """The first part of a stream since the loop last waited; when it came, as all the others do."""
+        self.parts_came = time.monotonic()
+        return self.parts_came
 
     def pause(self) -> None:
         if len(self._clients) >= PACED_FROM_CLIENTS:
             now = time.monotonic()
-            pause_s = STREAMS_PAUSE_S if self.has_streams and not self.has_turns else PAUSE_S
+            pause_s = STREAMS_PAUSE_S if self.parts_came and not self.has_turns else PAUSE_S
             rest = self._woken + pause_s - now
             if rest > 0.0:
                 self._sleep(rest)
                 now += rest
             self._woken = now
-            self.has_streams = self.has_turns = False
+        self.has_turns, self.parts_came = False, 0.0
 
 
 @dataclass(frozen=True)
@@ -11315,7 +11323,7 @@ class Upstream:
         try:
             while rest and exchange.result is None:
                 client.wait_writable(self.sock)
-                if client.gone or time.monotonic() >= client.deadline:
+                if client.gone or exchange.is_late():
                     return False
                 with contextlib.suppress(BlockingIOError):
                     rest = rest[self.sock.send(rest) :]
@@ -11520,6 +11528,8 @@ class AnswerFlow(Outlet):
     _length: int | None
     _decoder: Any = None
     events: Any = None  # EventStream, where the answer is one
+    _receive: Any  # of a stream: the replica's socket's recv, and
+    _pass_on: Any  # the client's send; looking them up costs as much as calling them
     _came: Any = ()  # when its parts came, since the last one that was counted
     is_raw = False
     _size = 0
@@ -11588,6 +11598,7 @@ class AnswerFlow(Outlet):
     def _start_stream(self, head: AnswerHead) -> None:
         turn = self._turn
         turn.gaps = Histogram(GAPS_AT_ONCE)
+        self._receive, self._pass_on = self.upstream.sock.recv, self.client.sock.send
         self.events = EventStream(
             self._decoder,
             to_chunks=self._to_chunks,
@@ -11614,33 +11625,29 @@ class AnswerFlow(Outlet):
         try:
             if data is None:
                 try:
-                    data = self.upstream.sock.recv(RECEIVE_BYTES)
+                    data = self._receive(RECEIVE_BYTES)
                 except BlockingIOError:
                     return None
                 except OSError:
                     data = b""
                 if not data:
                     return self._on_closed()
-            events, turn, client = self.events, self._turn, self.client
+            events, came, pacing = self.events, self._came, self._relay.pacing
             out = events.feed(data)
-            self._relay.pacing.has_streams = True
-            now = time.monotonic()
-            client.deadline = now + self.timeout_s
-            if turn.first:
-                came = self._came
+            now = pacing.parts_came or pacing.note_parts()
+            if came:
                 came.append(now)
                 if len(came) > GAPS_AT_ONCE:
                     self._count_gaps()
-            elif events.events:
-                turn.first = now
-                self._came = [now]
+            else:
+                self._note_start(now)
             if events.fault is not None:
                 return self.fail(events.fault, out)
             if self.pending_head or events.is_over:
                 # The end may come with nothing left to send: to HTTP/1.0, which gets no last chunk.
                 return self.send(out, "streamed" if events.is_over else None) if out or events.is_over else None
             try:
-                sent = client.sock.send(out)
+                sent = self._pass_on(out)
             except OSError:
                 sent = 0  # said again, and understood, below
             return self.send(out[sent:], None) if sent < len(out) else None
@@ -11649,12 +11656,24 @@ class AnswerFlow(Outlet):
         except Exception as error:  # noqa: BLE001 - as in on_readable
             return self._break_off(error)
 
+    def _note_start(self, now: float) -> None:
+        self.client.deadline = now + self.timeout_s
+        if self.events.events:
+            self._turn.first = now
+            self._came = [now]
+
     def _count_gaps(self) -> None:
         """Count the gaps between the parts that came; the next one begins with the last of them."""
         gaps = [(later - earlier) * 1000.0 for earlier, later in itertools.pairwise(self._came)]
         self._turn.gaps.add(*gaps)
         self._turn.ended = self._came[-1]
         del self._came[:-1]
+
+    def is_late(self) -> bool:
+        """Whether nothing has moved for too long. Parts of a stream put the deadline off only when it is asked for."""
+        if self._came:
+            self.client.deadline = max(self.client.deadline, self._came[-1] + self.timeout_s)
+        return time.monotonic() >= self.client.deadline
 
     def _take_body(self, data: bytes, start: int) -> None:
         if not self._turn.first:
@@ -11789,7 +11808,7 @@ class Exchange(AnswerFlow):
             while self.result is None:
                 if client.gone:
                     self.result = "gone"
-                elif time.monotonic() >= client.deadline:
+                elif self.is_late():
                     self._time_out()
                 else:
                     client.park()
