@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
-from patience import PATIENCE_S
+from patience import PATIENCE_S, compares_clocks
 from program import wait_for
 from relay_harness import Answer, Client, RelayProcess, backend, request
 from testbed.ports import free_port
+
+from agent_infra import Histogram
 
 
 @pytest.fixture
@@ -227,6 +229,20 @@ def test_a_stream_may_run_longer_than_the_timeout_as_long_as_it_moves(relay: Rel
     assert chat(relay, stream=True, tokens=8, gap=0.5).events()[-1] == "[DONE]"
     stalled = chat(relay, stream=True, tokens=8, gap=3600)
     assert "silent" in stalled.events()[-1]
+
+
+@pytest.mark.parametrize("streams", [1, 40])  # with 40 the relay pauses between its looks at them
+@compares_clocks
+def test_the_gaps_of_a_stream_are_those_between_its_parts(tmp_path: Path, engine: FakeEngine, streams: int) -> None:
+    with RelayProcess(tmp_path) as relay, ThreadPoolExecutor(streams) as pool:
+        serve(relay, engine)
+        list(pool.map(lambda _: chat(relay, stream=True, tokens=70, gap=0.02), range(streams)))
+        turns = relay.controller.finished(streams)
+    for turn in turns:
+        gaps = Histogram()
+        gaps.add_buckets(turn["gaps"])
+        assert 40 < gaps.count < 72  # parts that came late came together
+        assert gaps.sum_ms == pytest.approx(turn["inference_ms"] - turn["ttft_ms"], rel=0.1)
 
 
 def test_an_idle_connection_that_the_replica_closed_is_no_error(relay: RelayProcess) -> None:
