@@ -1871,6 +1871,8 @@ class AnswerDigest:
             for part in (document.get("response"), document.get("message"), document):
                 if isinstance(part, dict):  # the former two: in events of /v1/responses and of /v1/messages
                     self._take(part)
+            if document.get("type") == "message_start":
+                self.completion_tokens = None  # it says with how many the answer begins
 
     def _take(self, document: Mapping[str, Any]) -> None:
         delta = document.get("delta")
@@ -1942,6 +1944,7 @@ _EVENT_WORDS = re.compile(
 )
 _NOT_PLAIN = re.compile(rb'["\\\r\n]')  # where there is none, there is no need to ask for a string
 _IN_STRING = re.compile(rb'[^"\\\r\n]*(?:\\[^\r\n][^"\\\r\n]*)*')  # what a JSON string may hold, in one line
+_USAGE = re.compile(rb'"usage":(?!\s*null)')  # some engines say in every event that there is none
 _DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
 _LAST_EVENT = re.compile(rb"(?:^|\n)(?:data: ?\[DONE\]|event: ?(?:message_stop|response\.completed))")
 
@@ -2038,7 +2041,7 @@ class EventStream:
         if (
             not data.endswith(b"\n\n\r\n")
             or data.find(b"abort") >= 0  # cheaper than `in`, which takes it for a number first
-            or (self._cuts_usage and data.find(b'"usage":') >= 0)
+            or (self._cuts_usage and _USAGE.search(data))
             or not holds_whole_events(data)
         ):
             return self._feed_events(data)
@@ -2136,7 +2139,7 @@ class EventStream:
         self.events += events.count(b"\ndata:") + events.startswith(b"data:")
         if self._captured < self._captures:
             self._capture(events)
-        if b"abort" in events or (self._cuts_usage and b'"usage":' in events):
+        if b"abort" in events or (self._cuts_usage and _USAGE.search(events)):
             events = b"".join(self._kept(events))
         return encode_chunk(events) if self._to_chunks else events
 
@@ -11065,7 +11068,9 @@ FIRST_EJECTION_S = 0.5  # doubled with each ejection in a row, up to the health 
 BUSY_S = 0.5  # that a replica gets no work after 429 or 503, at least
 RETRY_SHARE = 0.1  # of requests; the budget's bounds are RETRY_FLOOR and ten times that
 RETRY_FLOOR = 100.0
+PROXY_STOPPED = "the proxy was stopped"
 NO_RETRY_LEFT = f"it is not sent elsewhere: the retry budget, {RETRY_SHARE:.0%} of all requests, is spent"
+RACE_S = 1.0  # in which a replica's close, that crossed with a request, is known: a round trip, and more
 GAPS_AT_ONCE = 64  # of a stream, that wait to be counted
 PACKED_TURNS = 16  # finished turns that are encoded at once: a fifth of a millisecond's work
 BATCHED_PACKS = 32  # of these in one frame
@@ -11299,8 +11304,11 @@ class Upstream:
 
     def rest(self) -> None:
         """Wait among the replica's idle connections for the next exchange."""
+        if self.replica.is_gone:
+            return self.close()
         self.watcher.callback = self._on_idle
         self.replica.idle[self] = None
+        return None
 
     def send(self, head: bytes, body: bytes | bytearray) -> int:
         """Send a request, as much of it as the socket takes at once; the number of bytes."""
@@ -11365,6 +11373,7 @@ class LiveReplica:
         self.greenlets: list[Any] = []  # of its health and load, killed with it
         self.look_at_once: Any = None  # event: probe now
         self.accepts_work = True
+        self.is_gone = False  # from the table
         self.capacity = backend.slots
         self.rank: RouteRank | None = None  # so after every change of what it is made of, here as below
         self.update(backend)
@@ -11443,6 +11452,7 @@ class LiveReplica:
 
     def close(self) -> None:
         """It left the table: no more probes, no idle connections; turns that it has go on."""
+        self.is_gone = True
         for greenlet in self.greenlets:
             greenlet.kill(block=False)
         while self.idle:
@@ -11500,10 +11510,8 @@ class Outlet:
         if self.backlog:
             return None
         self.stop_writing()
-        if result:
-            return self.end(result)
-        self.upstream.watcher.start(self.listener)
-        return None
+        self.upstream.watcher.start(self.listener)  # also behind the last bytes: an idle connection is watched, too
+        return self.end(result) if result else None
 
     def stop_writing(self) -> None:
         self.backlog = None
@@ -11669,10 +11677,15 @@ class AnswerFlow(Outlet):
         self._turn.ended = self._came[-1]
         del self._came[:-1]
 
+    @property
+    def last_part(self) -> float:
+        """When the last part of a stream came; 0: none has."""
+        return self._came[-1] if self._came else 0.0
+
     def is_late(self) -> bool:
         """Whether nothing has moved for too long. Parts of a stream put the deadline off only when it is asked for."""
         if self._came:
-            self.client.deadline = max(self.client.deadline, self._came[-1] + self.timeout_s)
+            self.client.deadline = max(self.client.deadline, self.last_part + self.timeout_s)
         return time.monotonic() >= self.client.deadline
 
     def _take_body(self, data: bytes, start: int) -> None:
@@ -11716,10 +11729,11 @@ class AnswerFlow(Outlet):
     def fail(self, error: str, out: bytes = b"", result: str = "lost") -> None:
         """The answer broke off; ``out`` is what had come of it. Once the client has a part, it is told."""
         self.error = error
-        has_begun = (self.events is not None or self.is_raw) and not self.pending_head
-        if not has_begun:
+        if self.backlog is not None:  # a part of something whole is sent
+            self.end("torn")
+        elif self.pending_head or not (self.events is not None or self.is_raw):
             self.end(result)
-        elif self.events is None or self.backlog is not None:
+        elif self.events is None:
             self.end("torn")
         else:
             self.send(out + self.events.failure(error_event(error, self._turn.is_anthropic)), "cut")
@@ -11731,7 +11745,8 @@ class Exchange(AnswerFlow):
     ``result`` says how it ended: ``answered`` (whole, in ``body``, nothing sent to the client yet) · ``streamed`` (the
     client has it all) · ``cut`` (broke off, the client was told by an error event) · ``torn`` (broke off, only closing
     can tell the client) · ``lost`` (the replica went before the client got anything) · ``timeout`` (it was silent
-    likewise) · ``failed`` (a bug of ours, likewise) · ``gone`` (the client left).
+    likewise) · ``failed`` (a bug of ours, likewise) · ``stopped`` (the proxy ends, likewise) · ``gone`` (the client
+    left).
     """
 
     upstream: Upstream | None = None
@@ -11748,16 +11763,16 @@ class Exchange(AnswerFlow):
     ) -> None:
         """``message`` is the request as it is sent: head and body."""
         self._relay, self.client, self._turn = relay, client, turn
-        self._replica, self._message = replica, message
+        self.replica, self._message = replica, message
         self.timeout_s = relay.settings.proxy.request_timeout
         if client.version != 1:
             self._to_chunks, self.ends_by_closing = False, True
 
     def _begin(self, now: float) -> bool:
         """Send on an idle connection; False where there is none."""
-        if not self._replica.idle:
+        if not self.replica.idle:
             return False
-        self._open(self._replica.idle.popitem()[0], now)
+        self._open(self.replica.idle.popitem()[0], now)
         return True
 
     def run(self) -> str:
@@ -11765,11 +11780,14 @@ class Exchange(AnswerFlow):
 
         For the client's own greenlet, also of an exchange that a callback has begun.
         """
-        if self.upstream is None and not self._begin(time.monotonic()):
+        turn = self._turn
+        # A request that was sent before goes out on a new connection, on which no replica's close can cross with it.
+        if self.upstream is None and (turn.deaths or not self._begin(time.monotonic())):
             self._open(self._connect(), time.monotonic())
             return self._follow()
         result = self._follow()
-        if result != "lost" or self.received:
+        is_no_race = self.received or (self.is_sent and time.monotonic() > turn.sent + RACE_S)
+        if result != "lost" or is_no_race:
             return result
         # The replica closed the idle connection under us, or died of this very request: a new connection tells.
         try:
@@ -11781,8 +11799,8 @@ class Exchange(AnswerFlow):
         return self._follow()
 
     def _connect(self) -> Upstream:
-        sock = self.client.connect(self._replica.backend.host, self._replica.backend.port)
-        return Upstream(self._replica, sock, RepeatedHead(self._relay.heads.known_answers), self._relay.reactor)
+        sock = self.client.connect(self.replica.backend.host, self.replica.backend.port)
+        return Upstream(self.replica, sock, RepeatedHead(self._relay.heads.known_answers), self._relay.reactor)
 
     def _open(self, upstream: Upstream, now: float) -> None:
         self.take_over(upstream, upstream.send(*self._message), now)
@@ -12015,7 +12033,7 @@ class RequestReader(ClientSocket):
 
     def __init__(self, relay: Relay, sock: Any) -> None:
         super().__init__(relay, sock)
-        self.authorization: bytes | None = None  # of the last request that was read in full, and let pass with it
+        self.authorization: bytes | None = None  # with which the last request that was read in full was let pass
         self._held_bytes = 0
         self._has_unread_body = False
 
@@ -12139,14 +12157,21 @@ class ClientConnection(RequestReader):
     def cut(self, reason: str) -> None:
         """End what the connection is doing, telling the client why where it can still be told; event loop only."""
         if self.exchange is not None:
-            self.exchange.fail(reason, result="timeout")
+            self.exchange.fail(reason, result="stopped")
+        elif self.delivery is not None:
+            self.wake()  # in the queue it is told so
         else:
             self.leave()
 
     def leave(self) -> None:
-        """End an idle connection; only for event-loop callbacks."""
+        """End the connection; only for event-loop callbacks."""
         self.gone = True
         self.wake()
+
+    def leave_idle(self) -> None:
+        """End the connection unless a request has come; only for event-loop callbacks."""
+        if self.is_idle:
+            self.leave()
 
     def _serve_one(self) -> bool:
         """Serve one request; whether another one may follow."""
@@ -12249,6 +12274,7 @@ class ClientConnection(RequestReader):
         self._release()
         self.deadline = now + IDLE_CLIENT_S
         if not self._keeps_alive:
+            self.buffer = b""  # what comes behind the last request is none
             self.leave()
         elif self.buffer:
             self.wake()
@@ -12258,7 +12284,8 @@ class ClientConnection(RequestReader):
         self._is_anthropic = b"/v1/messages" in plan.path
         if plan.path != b"/health":
             self.relay.door.authorize(self, request, authorization)
-            self.authorization = authorization
+            # What let it pass by another field is none to let the next one pass.
+            self.authorization = authorization if b"x-api-key" not in request.fields else None
         if b"websocket" in request.fields.get(b"upgrade", b"").lower():
             raise RequestError(501, "WebSocket is not supported; the same models answer over HTTP", closes=True)
         if not plan.is_inference:
@@ -12379,7 +12406,10 @@ class Delivery:
         """The turn ends without its answer."""
         if result == "failed":
             raise RequestError(500, exchange.error)
-        replica.note_failure(exchange.error, is_dead=False)
+        if result == "stopped":
+            raise RequestError(504, exchange.error, closes=True)
+        if not self._relay.is_stopping:  # then it may be no fault of the replica's
+            replica.note_failure(exchange.error, is_dead=False)
         if result == "timeout":
             raise RequestError(
                 504, f"{exchange.error}; it may be overloaded, or the answer too long for request_timeout"
@@ -12661,6 +12691,7 @@ class Admission:
         queue = self._queues.setdefault(turn.model, [])
         heapq.heappush(queue, entry)
         self.pending += 1
+        self.dispatch(turn.model)  # those ahead may wait for replicas that this one need not wait for
         try:
             return self._wait_for_slot(turn, client, settings.queue_timeout)
         except BaseException:
@@ -12678,6 +12709,8 @@ class Admission:
             while turn.replica is None:
                 if client.gone:
                     raise ClientGone
+                if self._relay.is_over:
+                    raise RequestError(503, PROXY_STOPPED, closes=True)
                 outlook, now = self.outlook(turn.model, turn.route), time.monotonic()
                 if outlook == "nothing":
                     remedy = self._relay.control.remedy
@@ -13064,8 +13097,9 @@ class ControlChannel:
                 self._pack()
                 packs = [self._packed.popleft()[0] for _ in range(min(BATCHED_PACKS, len(self._packed)))]
                 # A turn that starts may go on from one that is still to be told as finished: that one goes first.
+                # So do all turns of a session that ended.
                 batch = self._relay.book.news() if not self._packed else EventBatch()
-                ended = [self._ended.popleft() for _ in range(len(self._ended))]
+                ended = [self._ended.popleft() for _ in range(0 if self._packed else len(self._ended))]
                 if not (packs or ended or batch.started or batch.sent or batch.answering):
                     return
                 batch.finished, batch.session_ended = self._relay.codec.joined(packs), ended
@@ -13389,7 +13423,7 @@ class Relay:
         self.stats: tuple[bytes, float] | None = None  # the finished document, and when it came
         self.stats_read = 0  # how often
         self.buffered_bytes = 0
-        self.is_stopping = False
+        self.is_stopping = self.is_over = False  # over: the time to end is, too
         self._statm = os.open("/proc/self/statm", os.O_RDONLY)  # kept: it is read when there is no descriptor, too
         self._stopped, self._has_news = Event(), Event()
         self._new_event = Event
@@ -13540,10 +13574,11 @@ class Relay:
         deadline = time.monotonic() + self.settings.drain_seconds
         while self.connections and time.monotonic() < deadline:
             for client in [client for client in self.connections if client.is_idle]:
-                self.reactor.loop.run_callback(client.leave)
+                self.reactor.loop.run_callback(client.leave_idle)
             self.reactor.sleep(0.05)
+        self.is_over = True
         for client in list(self.connections):
-            self.reactor.loop.run_callback(client.cut, "the proxy was stopped")
+            self.reactor.loop.run_callback(client.cut, PROXY_STOPPED)
         self.reactor.sleep(0.2 if self.connections else 0.0)
         self._stopped.set()
 
@@ -13783,7 +13818,9 @@ class ReplicaWatch:
     def _note_problem(self, replica: LiveReplica, problem: str, is_proven: bool) -> None:
         """A probe failed. Silence alone is no death while answers come: an engine may be too busy to say it is well."""
         replica.probe_failures += 1
-        is_moving = time.monotonic() - replica.last_byte < self._relay.settings.proxy.health_check_interval
+        flows = [client.exchange for client in self._relay.connections if client.exchange is not None]
+        last_byte = max([replica.last_byte, *(flow.last_part for flow in flows if flow.replica is replica)])
+        is_moving = time.monotonic() - last_byte < self._relay.settings.proxy.health_check_interval
         if replica.health != "down" and (is_proven or (replica.probe_failures >= 2 and not is_moving)):
             replica.set_health("down", problem)
             self._relay.log("warning", f"replica {replica.id} is out: {problem}")

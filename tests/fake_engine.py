@@ -11,7 +11,8 @@ likewise), ``status`` (answer with it), ``retry_after``, ``usage`` (stream it ev
 ``die`` (kill the process: "before" the answer, in its "middle", or after that many events), ``cut`` (close the
 connection, likewise), ``no_done``, ``close`` (after the answer, with or without saying so: "silently"), ``linger`` (s
 between a stream's last event and its end), ``size`` (bytes of content), ``framing`` ("length", "close", "chunked"),
-``split`` (send the answer in pieces of so many bytes), ``health`` (status of /health), ``load`` (the /load digest).
+``split`` (send the answer in pieces of so many bytes), ``health`` (status of /health), ``health_s`` (that its answer
+takes), ``load`` (the /load digest).
 
 ``GET /fake`` tells what it saw: requests, aborted (whose client left first), running, probes (of /health, answered),
 the heads and the last body, and the seconds that answers took it in all.
@@ -130,6 +131,7 @@ class Connection:
                     engine.behaviour = json.loads(body)
             self.send_json(200, engine.snapshot())
         elif path == "/health":
+            self.pause(engine.behaviour.get("health_s", 0.0))
             self.send_json(engine.behaviour.get("health", 200), {})
             with engine.lock:
                 engine.probes += 1

@@ -256,10 +256,23 @@ class Answer:
 
 
 class Client:
-    """A raw HTTP/1.1 client on one connection, that trusts nothing and normalises nothing."""
+    """A raw HTTP/1.1 client on one connection, that trusts nothing and normalises nothing.
 
-    def __init__(self, port: int, timeout: float = PATIENCE_S, host: str = "127.0.0.1") -> None:
-        self.sock = socket.create_connection((host, port), timeout=timeout)
+    ``is_narrow``: its socket takes a few kilobytes at once.
+    """
+
+    def __init__(
+        self, port: int, timeout: float = PATIENCE_S, host: str = "127.0.0.1", is_narrow: bool = False
+    ) -> None:
+        self.sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+        self.sock.settimeout(timeout)
+        if is_narrow:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)  # works before connecting only
+        try:
+            self.sock.connect((host, port))
+        except OSError:
+            self.sock.close()
+            raise
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.buffer = b""
 

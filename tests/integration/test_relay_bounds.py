@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import socket
 import threading
 import time
@@ -30,6 +31,61 @@ def relay(tmp_path: Path) -> Iterator[RelayProcess]:
 
 def error_of(answer: Answer) -> str:
     return str(answer.json()["error"]["message"])
+
+
+# Clients that are slow to take their answer.
+
+
+@contextlib.contextmanager
+def narrow_relay(tmp_path: Path, **proxy: Any) -> Iterator[tuple[RelayProcess, FakeEngine]]:
+    """A relay whose sockets to its clients take a few kilobytes, and an engine behind it."""
+    with RelayProcess(tmp_path) as relay, FakeEngine() as engine:
+        relay.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # accepted ones have the same
+        relay.controller.send_table([backend(1, engine.port)], proxy=proxy, drain_seconds=0.3)
+        yield relay, engine
+
+
+def slow_client(relay: RelayProcess) -> Client:
+    """One that takes little at once, and whose head the relay knows: callbacks serve it."""
+    client = Client(relay.port, is_narrow=True)
+    for _ in range(2):
+        assert client.raw(request()).status == 200
+    return client
+
+
+@pytest.mark.parametrize("fake", [{"size": 50_000}, {"say": "x" * 5_000}], ids=["whole", "stream"])
+def test_a_connection_is_watched_again_after_an_answer_that_its_client_took_slowly(
+    tmp_path: Path, fake: dict[str, Any]
+) -> None:
+    with narrow_relay(tmp_path, request_timeout=5.0) as (relay, engine), slow_client(relay) as slow:
+        slow.sock.sendall(request(stream="say" in fake, fake=fake))
+        engine.wait_for("requests", 3)
+        engine.wait_for("running", 0)
+        assert slow.read().is_complete
+        with Client(relay.port) as other:
+            assert other.chat().status == 200
+
+
+def test_a_stop_in_the_middle_of_a_whole_answer_ends_it_there(tmp_path: Path) -> None:
+    def read(client: Client) -> bytes:
+        received = b""
+        while data := client.sock.recv(600):  # all the time, so that whatever the relay says can go out
+            received += data
+            time.sleep(0.01)
+        return received
+
+    with narrow_relay(tmp_path) as (relay, engine), ExitStack() as stack, ThreadPoolExecutor(8) as pool:
+        clients = [stack.enter_context(slow_client(relay)) for _ in range(8)]
+        before = engine.call()["requests"]
+        for client in clients:
+            client.sock.sendall(request(fake={"size": 60_000}))
+        engine.wait_for("requests", before + len(clients))
+        engine.wait_for("running", 0)
+        relay.process.send_signal(signal.SIGTERM)
+        answers = list(pool.map(read, clients))
+        assert relay.process.wait(PATIENCE_S) == 0
+    assert {answer[:13] for answer in answers} == {b"HTTP/1.1 200 "}
+    assert [answer.count(b"HTTP/1.1") for answer in answers] == [1] * len(clients)
 
 
 # Retries.

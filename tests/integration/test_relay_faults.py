@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import operator
 import re
@@ -430,15 +431,44 @@ def test_a_stopped_relay_finishes_what_it_has(relay: RelayProcess) -> None:
     assert {turn["outcome"] for turn in relay.controller.finished(3)} == {"completed"}
 
 
+def test_a_stop_cuts_no_turn_that_has_begun(relay: RelayProcess) -> None:
+    """Clients whose connections are idle for moments only, so that many a request comes as they are being closed."""
+
+    def ask(number: int) -> None:
+        with Client(relay.port) as client, contextlib.suppress(OSError):
+            while client.chat(fake={"delay": 0.02}).status == 200:
+                time.sleep(0.001 * (number % 5))
+
+    with FakeEngine() as engine, ThreadPoolExecutor(20) as pool:
+        relay.controller.send_table([backend(1, engine.port)])
+        asking = [pool.submit(ask, number) for number in range(20)]
+        wait_for(lambda: relay_requests(relay) > 200)
+        assert stop(relay) == 0
+        for each in asking:
+            each.result(PATIENCE_S)
+    assert {turn["outcome"] for turn in relay.controller.finished(200)} == {"completed"}
+
+
 def test_what_does_not_end_in_time_is_told_so(relay: RelayProcess) -> None:
-    with FakeEngine() as engine, Client(relay.port) as whole, Client(relay.port) as stream:
-        relay.controller.send_table([backend(1, engine.port)], drain_seconds=0.3)
+    with (
+        FakeEngine() as engine,
+        Client(relay.port) as whole,
+        Client(relay.port) as stream,
+        Client(relay.port) as queued,
+    ):
+        relay.controller.send_table(
+            [backend(1, engine.port)], models=["m", "later"], loading=["later"], drain_seconds=0.3
+        )
         whole.sock.sendall(request(fake={"delay": 3600}))
         stream.sock.sendall(request(stream=True, fake={"gap": 3600}))
         engine.wait_for("running", 2)
         read_until(stream, b"word0")
+        queued.sock.sendall(request(model="later"))
+        with Client(relay.port) as other:
+            wait_for(lambda: other.get("/queue/status").json()["pending"] == 1)
         assert stop(relay) == 0
-        assert "stopped" in whole.read().json()["error"]["message"]
+        for client in (whole, queued):
+            assert client.read().json()["error"]["message"] == "the proxy was stopped"
         answer = stream.read()
         assert answer.is_complete
         assert "stopped" in json.loads(answer.events()[-1])["error"]["message"]

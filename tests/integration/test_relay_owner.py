@@ -62,6 +62,18 @@ def test_another_user_needs_the_key_for_everything_but_health(relay: RelayProces
 
 
 @needs_root
+@pytest.mark.parametrize("name", ["Authorization", "X-Api-Key"])
+def test_a_key_lets_its_own_request_pass_and_none_behind_it(relay: RelayProcess, host: str, name: str) -> None:
+    key = {"Authorization": f"Bearer {KEY}", "X-Api-Key": KEY}[name]
+    with ExitStack() as stack:
+        with another_user():
+            first, second = (stack.enter_context(Client(relay.port, host=host)) for _ in range(2))
+        assert first.chat().status == 401  # its head is known from here on
+        assert [second.chat({name: key}).status for _ in range(3)] == [200] * 3
+        assert second.chat().status == 401
+
+
+@needs_root
 @pytest.mark.parametrize("host", ["127.0.0.1"], indirect=True)
 def test_another_user_at_a_port_that_this_one_uses_to_call_elsewhere_is_not_this_one(
     relay: RelayProcess, host: str

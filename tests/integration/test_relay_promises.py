@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +255,86 @@ def test_an_idle_connection_that_the_replica_closed_is_no_error(relay: RelayProc
     assert gauges["backends"]["r1"]["errors"] == 0
 
 
+def test_an_idle_connection_that_breaks_off_late_is_a_replica_that_did(tmp_path: Path, engine: FakeEngine) -> None:
+    """A close that crossed with the request is known within a round trip: none is left for it here."""
+    with RelayProcess(tmp_path, RACE_S=0.0) as relay:
+        serve(relay, engine)
+        assert chat(relay).status == 200
+        assert "broke off without an answer" in error_of(chat(relay, cut="before"))
+    assert engine.call()["requests"] == 2
+
+
+def test_a_request_that_replicas_die_of_is_sent_once_more_for_a_close_that_crossed_with_it(relay: RelayProcess) -> None:
+    with FakeEngine() as one, FakeEngine() as other:
+        serve(relay, one, other, strategy="round_robin", health_check_interval=3600.0)
+        for engine in (one, other):
+            engine.wait_for("probes", 1)
+        assert [chat(relay).status for _ in range(4)] == [200] * 4
+        for engine in (one, other):
+            engine.call({"cut": "before", "health": 503})
+        assert chat(relay).status == 502
+        assert sorted(engine.call()["requests"] for engine in (one, other)) == [3, 4]
+
+
+def test_a_replica_that_leaves_the_table_keeps_no_connection(relay: RelayProcess, engine: FakeEngine) -> None:
+    with Client(relay.port) as client:
+        serve(relay, engine)
+        client.sock.sendall(request(fake={"held": True}))
+        engine.wait_for("running", 1)
+        relay.controller.send_table([], models=["m"])
+        wait_for(lambda: client_models(relay) == {"m": {"ready": 0}})
+        engine.call({"release": True})
+        assert client.read().status == 200
+    wait_for(lambda: not connections_to(relay, engine.port), "the end of the last connection")
+
+
+def client_models(relay: RelayProcess) -> Any:
+    with Client(relay.port) as client:
+        return client.get("/health").json()["models"]
+
+
+def connections_to(relay: RelayProcess, port: int) -> int:
+    """How many sockets of the relay are connected to ``port``."""
+    sockets = {os.readlink(path) for path in Path(f"/proc/{relay.process.pid}/fd").iterdir() if path.is_symlink()}
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(row[2].endswith(f":{port:04X}") and f"socket:[{row[9]}]" in sockets for row in rows)
+
+
+def test_a_replica_that_streams_is_alive_whatever_its_health_page_says(tmp_path: Path, engine: FakeEngine) -> None:
+    with RelayProcess(tmp_path, PROBE_S=0.5) as relay, Client(relay.port) as client:
+        serve(relay, engine, health_check_interval=3.0)
+        engine.wait_for("probes", 1)
+        client.sock.sendall(request(stream=True, fake={"tokens": 70, "gap": 0.1}))
+        engine.call({"health_s": 3600.0})
+        assert client.read().events()[-1] == "[DONE]"
+        assert {gauges["backends"]["r1"]["healthy"] for gauges in relay.controller.gauges[1:]} == {True}
+        wait_for(lambda: not relay.controller.gauges[-1]["backends"]["r1"]["healthy"], "its ejection")
+
+
+def test_a_turn_that_may_not_go_to_the_free_replica_holds_up_nobody(tmp_path: Path) -> None:
+    with RelayProcess(tmp_path, FIRST_EJECTION_S=0.1, SWEEP_S=3600.0) as relay, ExitStack() as stack:
+        one, other = (stack.enter_context(FakeEngine()) for _ in range(2))
+        serve(relay, one, other, slots=1, strategy="round_robin")
+        with Client(relay.port) as holds, Client(relay.port) as waits:
+            served = [chat(relay).headers["x-agent-infra-backend"] for _ in range(2)]
+            first, second = (one, other) if served[0] == "r1" else (other, one)
+            holds.sock.sendall(request(fake={"held": True}))
+            first.wait_for("running", 1)
+            waits.sock.sendall(request(fake={"cut": "middle"}))
+            second.wait_for("requests", 2)
+            wait_for(lambda: client_queue(relay)["pending"] == 1, "the turn that waits for the other replica")
+            wait_for(lambda: chat(relay).status == 200, "the replica's readmission")
+            assert [chat(relay).status for _ in range(5)] == [200] * 5
+            assert client_queue(relay)["pending"] == 1
+            first.call({"release": True})
+            assert [holds.read().status, waits.read().status] == [200, 502]
+
+
+def client_queue(relay: RelayProcess) -> Any:
+    with Client(relay.port) as client:
+        return client.get("/queue/status").json()
+
+
 def test_a_replica_that_fails_is_ejected_and_comes_back_when_it_answers(relay: RelayProcess) -> None:
     port = free_port()
     with FakeEngine(port=port) as one, FakeEngine() as other:
@@ -284,6 +366,22 @@ def test_without_a_controller_waiting_for_a_replica_that_loads_has_its_bound(rel
     answer = chat(relay)
     assert answer.status == 503
     assert "no slot came free within 0.5 s" in error_of(answer)
+
+
+def test_sessions_that_end_while_there_is_no_controller_end_after_their_turns(
+    tmp_path: Path, engine: FakeEngine
+) -> None:
+    with RelayProcess(tmp_path, BATCHED_PACKS=1, PACKED_TURNS=2) as relay, Client(relay.port) as client:
+        serve(relay, engine)
+        assert client.chat().status == 200
+        relay.controller.close()
+        names = [f"s{number}" for number in range(20)]
+        for name in names:
+            assert client.chat({"X-Session-ID": name, "X-Session-End": "true"}).status == 200
+        events = relay.connect().events
+        wait_for(lambda: sum(event["kind"] == "session_ended" for event in list(events)) == len(names))
+    order = [(event["kind"], event["session"]) for event in events if event.get("session")]
+    assert {order.index(("started", name)) < order.index(("session_ended", name)) for name in names} == {True}
 
 
 def test_a_server_without_a_health_page_is_alive(relay: RelayProcess, engine: FakeEngine) -> None:

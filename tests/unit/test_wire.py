@@ -357,6 +357,27 @@ def test_usage_in_every_event_is_left_alone() -> None:
     assert relayed(stream(), [encode_chunk(running)])[0] == running
 
 
+def test_events_that_say_there_is_no_usage_pass_as_they_are_and_the_one_that_has_it_is_cut() -> None:
+    running = [encode_chunk(event(choices=[{"delta": {"content": f"w{i}"}}], usage=None)) for i in range(3)]
+    both = encode_chunk(event(choices=[{"delta": {"content": "x"}}], usage=None) + USAGE)
+    source = stream()
+    assert [source.feed(chunk) is chunk for chunk in running] == [True] * 3
+    assert source.feed(both) == encode_chunk(event(choices=[{"delta": {"content": "x"}}], usage=None))
+    assert source.digest().completion_tokens == 3
+
+
+def test_a_messages_stream_that_breaks_off_has_the_tokens_of_its_beginning_for_no_sum() -> None:
+    began = event(type="message_start", message={"usage": {"input_tokens": 25, "output_tokens": 1}})
+    words = [event(type="content_block_delta", delta={"type": "text_delta", "text": f"w{i}"}) for i in range(9)]
+    ended = event(type="message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 9})
+    for events, completion_tokens in (([began, *words], None), ([began, *words, ended], 9)):
+        source = stream(needs_done=False)
+        for each in events:
+            source.feed(encode_chunk(each))
+        digest = source.digest()
+        assert (digest.prompt_tokens, digest.completion_tokens) == (25, completion_tokens)
+
+
 def test_tokens_are_read_in_every_apis_shape() -> None:
     for events, expected in (
         (
