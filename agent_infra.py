@@ -96,6 +96,31 @@ class ConfigError(RefusedError):
     """The configuration is wrong; the message names every offending path, its value and what is allowed."""
 
 
+# What the relay and its controller import, and what the other roles of the operator's machine import besides.
+SERVING_PACKAGES = ("gevent", "flask", "msgspec", "numpy", "prometheus_client")
+PROGRAM_PACKAGES = (*SERVING_PACKAGES, "yaml", "marshmallow", "jinja2", "rich", "requests", "paramiko", "sshtunnel")
+
+
+class NotInstalledError(RefusedError):
+    """This Python has not the packages that are needed; ``names`` are those that are imported."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        packages = ", ".join("PyYAML" if name == "yaml" else name.replace("_", "-") for name in names)
+        super().__init__(
+            f"not installed for {sys.executable}: {packages}; activate the environment that has them "
+            f"(`. .venv/bin/activate`), or `{sys.executable} -m pip install` them"
+        )
+
+
+def require_packages(names: Iterable[str]) -> None:
+    """NotInstalledError where this Python has not all of these packages; imports none of them."""
+    import importlib.util
+
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise NotInstalledError(missing)
+
+
 # =====================================================================================================================
 # Configuration: YAML → marshmallow → frozen dataclasses. Knows every key, its default and what it may be.
 # The dataclasses are plain: the node role builds them from JSON without any third-party package.
@@ -14085,6 +14110,7 @@ class RelayLink:
 
     def open(self) -> None:
         """Take over the relay that an earlier controller left behind, or else listen and start one."""
+        require_packages(SERVING_PACKAGES)  # it would end at once, and say so in its log alone
         if self._adopt():
             return
         self._listener = listen_on(self._host, self.port)
@@ -15590,20 +15616,13 @@ def _check_configuration(deployment: Deployment) -> Iterator[Finding]:
         yield Finding("ok", f"model {model.name}: {model.replicas} × {model.model_path} on {model.engine}")
 
 
-_PROGRAM_PACKAGES = ("gevent", "flask", "msgspec", "numpy", "prometheus_client", "requests", "rich")
 MIN_DESCRIPTORS = 4096  # each turn in flight holds two: the client's and the replica's
 MIN_FREE_BYTES = 1 << 30
 
 
 def _check_packages(_: Deployment) -> Iterator[Finding]:
-    import importlib.util
-
-    missing = [name for name in _PROGRAM_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        fix = f"{sys.executable} -m pip install {' '.join(missing).replace('_', '-')}"
-        yield Finding("error", f"not installed: {', '.join(missing)}", fix)
-    else:
-        yield Finding("ok", f"Python {sys.version.split()[0]} has all that the program needs")
+    require_packages(PROGRAM_PACKAGES)
+    yield Finding("ok", f"Python {sys.version.split()[0]} has all that the program needs")
 
 
 def _check_descriptors(_: Deployment) -> Iterator[Finding]:
@@ -17262,6 +17281,18 @@ _SHARED_OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
 }
 
 
+def _explain_missing(error: ModuleNotFoundError) -> NotInstalledError:
+    """What to do about a package that is not there, and all others that are not; raises ``error`` where it is none."""
+    name = (error.name or "").partition(".")[0]
+    if not name or name in sys.stdlib_module_names:
+        raise error
+    try:
+        require_packages(PROGRAM_PACKAGES if name in PROGRAM_PACKAGES else (name,))
+    except NotInstalledError as explained:
+        return explained
+    raise error  # it is there, and a part of it is not
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0 ok, 1 failed, 2 refused, 3 degraded, 130 interrupted."""
     arguments = build_parser().parse_args(argv)
@@ -17271,6 +17302,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AgentInfraError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        print(f"error: {_explain_missing(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import subprocess
 import threading
+import venv
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 import agent_infra
 from agent_infra import (
@@ -130,6 +133,39 @@ def test_an_unknown_model_or_log_is_refused_by_name(capsys: pytest.CaptureFixtur
     assert "no model is called gpt; the configuration has smollm2" in capsys.readouterr().err
     assert main(["logs", "gpt-1"]) == 2
     assert "no log of gpt-1; there are: none" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python that has the standard library alone, as one is whose environment was not activated."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, symlinks=True, with_pip=False)
+    return folder / "bin" / "python"
+
+
+@pytest.mark.parametrize(
+    ("words", "lacked"),
+    [
+        (("status",), "PyYAML, marshmallow, jinja2, rich"),
+        (("status", "--config", "some.yaml"), "PyYAML, marshmallow, jinja2, rich"),
+        (("stop", "--config", "some.yaml"), "PyYAML, marshmallow, jinja2, rich"),
+        (("connect", "--port", "0"), "gevent, flask, msgspec, numpy, prometheus-client;"),
+        (("up", "--port", "0"), "gevent, flask, msgspec, numpy, prometheus-client;"),
+    ],
+)
+def test_a_python_without_the_packages_is_refused_in_one_line(
+    bare_python: Path, tmp_path: Path, words: tuple[str, ...], lacked: str
+) -> None:
+    (tmp_path / "some.yaml").write_text("models: [{name: m, model_path: p}]")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [str(bare_python), str(agent_infra.__file__), *words]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: not installed for {bare_python}: ")
+    assert lacked in done.stderr
+    assert done.stderr.endswith(f"(`. .venv/bin/activate`), or `{bare_python} -m pip install` them\n")
 
 
 def test_dry_run_prints_the_engines_command_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
