@@ -15752,12 +15752,16 @@ def _check_host(deployment: Deployment) -> Iterator[Finding]:
 
 def _check_slurm(deployment: Deployment) -> Iterator[Finding]:
     done = _slurm(deployment).host.shell("sbatch --version; scontrol ping")
-    version, _, ping = done.output.decode("utf-8", "replace").strip().partition("\n")
-    ping = " ".join(ping.split())
-    if " UP" in ping:
-        yield Finding("ok", f"{version}; {ping}")
-    else:
-        yield Finding("error", f"{version}; {ping or 'scontrol ping says nothing'}", "wait, or tell the administrators")
+    lines = done.output.decode("utf-8", "replace").splitlines()
+    said = [" ".join(line.split()) for line in lines if line.strip()]
+    if any(" UP" in line for line in said):
+        yield Finding("ok", "; ".join(said))
+        return
+    words = "; ".join([*said, _words_of(done)] if done.errors else said)
+    fix = "wait, or tell the administrators"
+    if "configuration" in words:  # neither a slurm.conf nor a server that would give one
+        fix = "set cluster.ssh to the cluster's login host, or SLURM_CONF to its slurm.conf"
+    yield Finding("error", words or "scontrol ping says nothing", fix)
 
 
 def parse_partitions(text: str) -> dict[str, dict[str, str]]:
