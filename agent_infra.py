@@ -8069,7 +8069,7 @@ class LocalCluster:
 
     def prepare(self, model: ModelConfig) -> ModelConfig:
         check_engine_args(model)
-        check_installed(model)
+        find_engine(model, self._environment)
         # Those that the model's replicas hold already will not be needed again.
         allocate_gpus(model.replicas * self._gpus_wanted(model), self._gpus, self._gpus_held(besides=model.name))
         cache = model_cache(self._environment)
@@ -8254,15 +8254,25 @@ class LocalCluster:
             child.poll()
 
 
-def check_installed(model: ModelConfig) -> None:
-    """Raise RefusedError where the engine is not installed for this Python, which is the one that `serve` gets."""
+def find_engine(model: ModelConfig, environment: Mapping[str, str]) -> str:
+    """What runs a model's engine here: this Python, which `serve` gets too, or the program of its own command.
+
+    Raises RefusedError where the engine is not installed.
+    """
     import importlib.util
+    import shutil
 
     package = ENGINES[model.engine].package
-    if package and importlib.util.find_spec(package) is None:
-        raise RefusedError(
-            f"model {model.name}: engine {model.engine} is not installed for {sys.executable}; pip install {package}"
-        )
+    if package is not None:
+        if importlib.util.find_spec(package) is None:
+            reason = f"engine {model.engine} is not installed for {sys.executable}; pip install {package}"
+            raise RefusedError(f"model {model.name}: {reason}")
+        return sys.executable
+    program = plain_command(model)[0]
+    found = shutil.which(program, path={**environment, **model.env}.get("PATH"))
+    if found is None:
+        raise RefusedError(f"model {model.name}: command: {program} is no program here; install it, or write its path")
+    return found
 
 
 def plain_command(model: ModelConfig) -> list[str]:
@@ -15664,8 +15674,8 @@ def _check_proxy_port(deployment: Deployment) -> Iterator[Finding]:
 
 def _check_engines(deployment: Deployment) -> Iterator[Finding]:
     for model in deployment.config.models:
-        check_installed(model)
-        yield Finding("ok", f"model {model.name}: engine {model.engine} is there for {sys.executable}")
+        found = find_engine(model, deployment.environment)
+        yield Finding("ok", f"model {model.name}: engine {model.engine} is there: {found}")
 
 
 def _check_gpus(deployment: Deployment) -> Iterator[Finding]:
@@ -15702,9 +15712,9 @@ def _check_weights(deployment: Deployment) -> Iterator[Finding]:
             yield Finding("ok", f"model {model.name}: {model.model_path} {words}")
             continue
         path = resolve_model_path(model, lambda: cache)
-        if os.path.exists(path) or not is_hub_id(path):
+        if os.path.exists(path):
             yield Finding("ok", f"model {model.name}: {path}")
-        else:
+        elif is_hub_id(path):  # else it is a word of the model's own command, which alone knows what it means
             environment = {**deployment.environment, **model.env}
             if is_in_hub_cache(path, environment):
                 yield Finding("ok", f"model {model.name}: {path} is in {hub_cache(environment)}")

@@ -53,6 +53,22 @@ def test_each_line_that_is_wrong_says_what_to_do_and_the_exit_code_tells(app: Pr
     assert "ok       packages:" in done.stdout  # one wrong line hides no other
 
 
+def test_a_command_whose_program_is_not_there_is_said_to_and_refused(app: Program) -> None:
+    (app.folder / "bin").mkdir()
+    model = {"name": "m", "model_path": "x", "engine": "command", "command": ["my-server", "{port}"]}
+    app.configure(models=[model | {"env": {"PATH": str(app.folder / "bin")}}])
+    missing = "model m: command: my-server is no program here; install it, or write its path"
+    said = findings(app)
+    assert [(each["level"], each["text"]) for each in said["engines"]] == [("error", missing)]
+    assert "weights" not in said  # what the command makes of x, it alone knows
+    assert (refused := app.run("start")).returncode == 2
+    assert refused.stderr == f"error: {missing}\n"
+    server = app.folder / "bin" / "my-server"
+    server.write_text("#!/bin/sh\n")
+    server.chmod(0o755)
+    assert findings(app)["engines"][0]["text"] == f"model m: engine command is there: {server}"
+
+
 def test_the_deployments_own_proxy_is_no_foreign_one(app: Program) -> None:
     packaged_gguf()
     assert app.run("connect", "--background").returncode == 0
