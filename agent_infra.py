@@ -15107,6 +15107,14 @@ def cheapest_to_end(
     return sorted(records, key=cost)[:count]
 
 
+def count_missing(model: ModelConfig, serving: Iterable[ReplicaRecord], report: Callable[[str], None]) -> int:
+    """How many replicas of a model are to be started; ``report`` is told how many of it serve already."""
+    present = sum(record.model == model.name for record in serving)
+    if present:
+        report(f"{model.name}: {present} of {model.replicas} replicas run already")
+    return max(0, model.replicas - present)
+
+
 def summarize(
     model: str, wanted: int, records: Iterable[ReplicaRecord], rows: Iterable[Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
@@ -15151,7 +15159,7 @@ def what_is_amiss(models: Sequence[Mapping[str, Any]], records: Sequence[Replica
     ]
     present = collections.Counter(record.model for record in records)
     reasons += [
-        f"{row['running']} of {row['wanted']} replicas of {row['name']} run"
+        f"{row['running']} of {row['wanted']} replicas of {row['name']} run; `start` starts what is missing"
         for row in models
         if present[row["name"]] < row["wanted"]
     ]
@@ -15247,11 +15255,8 @@ class Deployment:
         self.want({model.name: model.replicas for model in models})
         with ending_what_is_new(self.cluster, {model.name for model in models}):
             for model in prepared:
-                present = [record for record in running if record.model == model.name]
-                if present:
-                    self.report(f"{model.name}: {len(present)} of {model.replicas} replicas run already")
-                if len(present) < model.replicas:
-                    started += self.cluster.start_replicas(model, model.replicas - len(present))
+                if missing := count_missing(model, running, self.report):
+                    started += self.cluster.start_replicas(model, missing)
         return started
 
     def serving(self) -> list[ReplicaRecord]:
@@ -16497,8 +16502,7 @@ def _run_start(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         for model in models:
             check_engine_args(model)
-            present = sum(r.model == model.name and r.state in SERVING_STATES for r in deployment.cluster.replicas())
-            for text in deployment.cluster.plan(model, model.replicas - present):
+            for text in deployment.cluster.plan(model, count_missing(model, deployment.serving(), _say)):
                 _say(text)
         return 0
     signals = OperatorSignals()
@@ -16594,7 +16598,7 @@ def _connect(arguments: argparse.Namespace, detach: Callable[[Path], None] | Non
         controller.refresh()
         _greet(controller, deployment)
         for reason in deployment.status()["degraded"]:
-            _say(f"degraded: {reason}; `start` starts what is missing")
+            _say(f"degraded: {reason}")
         if detach is not None:
             log = deployment.paths.log("proxy")
             _say(f"runs in the background: `stop` ends it and the replicas, `kill {os.getpid()}` it alone; log: {log}")
@@ -16936,10 +16940,10 @@ def _run_logs(arguments: argparse.Namespace) -> int:
         known.append("proxy")
     names = [arguments.name] if arguments.name else known
     missing = [name for name in names if name not in known]
-    if missing or not names:
-        raise RefusedError(
-            f"no log of {missing[0] if missing else 'anything'}; there are: {', '.join(known) or 'none'}"
-        )
+    if not known:
+        raise RefusedError("there is no log: nothing was started yet; `start` or `up` does")
+    if missing:
+        raise RefusedError(f"no log of {missing[0]}; there are: {', '.join(known)}")
 
     def read(name: str, start: int, limit: int) -> tuple[bytes, int]:
         here = LogFolder(deployment.paths.run / "logs")  # the proxy's, wherever the replicas are

@@ -185,6 +185,16 @@ def test_scale_without_a_proxy_says_what_that_means(app: Program) -> None:
     assert app.run("stop").returncode == 0
 
 
+def test_a_dry_run_says_what_runs_already_as_the_run_itself_does(app: Program) -> None:
+    app.configure(models=[scripted_model(app)])
+    assert "degraded: 0 of 1 replicas of smollm2 run; `start` starts what is missing" in app.run("status").stdout
+    assert app.run("start").returncode == 0
+    told = "smollm2: 1 of 1 replicas run already\n"
+    assert app.run("start", "--dry-run").stdout == told
+    assert app.run("start").stdout.startswith(told)
+    assert app.run("stop").returncode == 0
+
+
 def test_an_idle_replica_ends_by_itself_though_nobody_is_connected_and_start_brings_it_back(app: Program) -> None:
     app.configure(models=[idle_model(app, 0.05)])
     assert app.run("start", "--detach").returncode == 0

@@ -132,7 +132,7 @@ def test_an_unknown_model_or_log_is_refused_by_name(capsys: pytest.CaptureFixtur
     assert main(["start", "--model", "gpt"]) == 2
     assert "no model is called gpt; the configuration has smollm2" in capsys.readouterr().err
     assert main(["logs", "gpt-1"]) == 2
-    assert "no log of gpt-1; there are: none" in capsys.readouterr().err
+    assert "there is no log: nothing was started yet; `start` or `up` does" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
