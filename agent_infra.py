@@ -16725,6 +16725,17 @@ def _run_page(arguments: argparse.Namespace) -> int:
     return serve_page(page_script(), arguments.port, arguments.proxy, None)
 
 
+def _expected_proxy(deployment: Deployment) -> str:
+    """The address of the deployment's proxy, or where it will be; RefusedError where nobody knows."""
+    relay, settings = read_relay_record(deployment.paths), deployment.config.proxy
+    if relay is not None:
+        return proxy_url(relay["host"], relay["port"])
+    if settings.port == 0:
+        raise RefusedError("no proxy runs, and with proxy.port 0 nobody knows where it will; `connect` starts one")
+    _say("no proxy runs; `connect` starts one, and the page will find it")
+    return proxy_url(settings.host, settings.port)
+
+
 def _run_dashboard(arguments: argparse.Namespace) -> int:
     deployment = _deployment(arguments)
     script, port = page_script(), page_port(arguments.page_port)
@@ -16732,9 +16743,7 @@ def _run_dashboard(arguments: argparse.Namespace) -> int:
     if proxy is not None and not re.match(r"https?://[^/@?#]+", proxy):
         raise RefusedError(f"--proxy {proxy}: a URL such as http://127.0.0.1:5800 is needed")
     if proxy is None:
-        relay = read_relay_record(deployment.paths)
-        settings = deployment.config.proxy
-        proxy = proxy_url(relay["host"], relay["port"]) if relay else proxy_url(settings.host, settings.port)
+        proxy = _expected_proxy(deployment)
         token = client_key(deployment.config, deployment.paths)
     told = page_environment(deployment, token)
     os.environ.update(told)
