@@ -2188,6 +2188,7 @@ _ERROR_TYPES: Mapping[int, tuple[str, str]] = {  # status → error type in Open
     400: ("invalid_request_error", "invalid_request_error"),
     401: ("authentication_error", "authentication_error"),
     404: ("not_found_error", "not_found_error"),
+    405: ("invalid_request_error", "invalid_request_error"),
     408: ("invalid_request_error", "invalid_request_error"),
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "rate_limit_error"),
@@ -14042,14 +14043,21 @@ class RelayApp:
         self._relay.control.add_request({"op": operation, "backend": backend})
         return {"backend": backend, "op": operation, "in_flight": replica.in_flight}
 
-    def _error(self, status: int, message: str) -> Any:
-        return self._flask.Response(error_document(status, message, None, False), status, mimetype="application/json")
+    def _error(self, status: int, message: str, is_anthropic: bool = False) -> Any:
+        document = error_document(status, message, None, is_anthropic)
+        return self._flask.Response(document, status, mimetype="application/json")
 
     def _on_http_error(self, error: Any) -> Any:
-        path = self._flask.request.path[:100]
-        return self._error(
-            error.code or 500, f"{error.name}: {self._flask.request.method} {path}; GET / lists what there is"
-        )
+        method, path = self._flask.request.method, self._flask.request.path
+        allowed = set(getattr(error, "valid_methods", None) or ())
+        if method != "POST" and split_inference_path(path.encode("utf-8", "replace")):  # those are none of Flask's
+            allowed = {"POST"}
+        fix = f"{'POST' if 'POST' in allowed else 'GET'} it" if allowed else "GET / lists what there is"
+        status = 405 if allowed else error.code or 500
+        answer = self._error(status, f"{http_phrase(status)}: {method} {path[:100]}; {fix}", "/v1/messages" in path)
+        if allowed:
+            answer.headers["Allow"] = ", ".join(sorted(allowed))
+        return answer
 
 
 def calm_collector() -> None:
