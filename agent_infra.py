@@ -17139,7 +17139,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_looking_verbs(verb)
     added = verb("proxy", _run_proxy, "run the proxy alone, in front of servers that run already", "log")
     _add_proxy_options(added)
-    _add_roles(verbs)
     return parser
 
 
@@ -17197,8 +17196,15 @@ def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--history", metavar="FILE", help='where turns are kept; "off": nowhere')
 
 
-def _add_roles(verbs: Any) -> None:
-    """The verbs that the program uses on itself; not listed in --help."""
+ROLES = ("serve", "fetch", "rank", "llama-cpp", "page", "relay", "tunnel")
+
+
+def build_role_parser() -> argparse.ArgumentParser:
+    """The command lines that the program uses on itself, a parser of their own: people are told of none of them."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="agent_infra.py")
+    verbs = parser.add_subparsers(required=True)
     serve_parser = verbs.add_parser("serve")
     serve_parser.add_argument("--run-dir", required=True)
     serve_parser.add_argument("--replica", required=True, action="append")
@@ -17225,6 +17231,18 @@ def _add_roles(verbs: Any) -> None:
     relay_parser.add_argument("--listener-fd", type=int, required=True)
     relay_parser.set_defaults(run=_run_relay)
     verbs.add_parser("tunnel").set_defaults(run=_run_tunnel)
+    return parser
+
+
+def parse_command_line(words: Sequence[str]) -> argparse.Namespace:
+    """What a command line says; SystemExit, with a usage message, where it says nothing that there is."""
+    first = words[0] if words else ""
+    if first in ROLES:
+        return build_role_parser().parse_args(words)
+    parser = build_parser()
+    if first.startswith("-") and first not in ("-h", "--help", "--version"):
+        parser.error(f"{first}: options stand after the verb, such as `agent_infra.py status --config FILE`")
+    return parser.parse_args(words)
 
 
 def _count(text: str) -> int:
@@ -17330,7 +17348,7 @@ def _explain_missing(error: ModuleNotFoundError) -> NotInstalledError:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0 ok, 1 failed, 2 refused, 3 degraded, 130 interrupted."""
-    arguments = build_parser().parse_args(argv)
+    arguments = parse_command_line(sys.argv[1:] if argv is None else argv)
     try:
         code: int = arguments.run(arguments)
         return code

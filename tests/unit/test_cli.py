@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import re
 import subprocess
 import threading
 import venv
@@ -119,6 +120,31 @@ def test_no_verb_and_a_wrong_option_are_usage_errors(capsys: pytest.CaptureFixtu
             main(words)
         assert caught.value.code == 2
     assert "at least 1" in capsys.readouterr().err
+
+
+def test_an_unknown_verb_is_answered_with_the_verbs_that_are_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fly"])
+    said = capsys.readouterr().err
+    assert re.findall(r"[a-z-]+", said.partition("choose from")[2]) == [
+        *("up", "start", "connect", "scale", "stop", "pull", "doctor", "status", "logs", "dashboard"),
+        *("export", "report", "proxy"),
+    ]
+
+
+def test_an_option_ahead_of_the_verb_is_told_where_it_belongs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--config", "some.yaml", "status"])
+    assert caught.value.code == 2
+    assert "--config: options stand after the verb, such as `agent_infra.py status" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("role", agent_infra.ROLES)
+def test_each_role_has_a_command_line_of_its_own(role: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([role, "--help"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: agent_infra.py {role} ")
 
 
 def test_a_refusal_is_one_line_and_exit_code_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
