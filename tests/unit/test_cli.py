@@ -27,6 +27,7 @@ from agent_infra import (
     replica_table,
 )
 
+MODULE = Path(agent_infra.__file__)
 READY = ReplicaRecord("m-1", "m", "ready", "vllm", "gpu07", 7, "boot:1", port=5901, slots=4)
 
 
@@ -169,6 +170,12 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin" / "python"
 
 
+def run_bare(python: Path, folder: Path, script: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [str(python), str(script), *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+
+
 @pytest.mark.parametrize(
     ("words", "lacked"),
     [
@@ -183,15 +190,24 @@ def test_a_python_without_the_packages_is_refused_in_one_line(
     bare_python: Path, tmp_path: Path, words: tuple[str, ...], lacked: str
 ) -> None:
     (tmp_path / "some.yaml").write_text("models: [{name: m, model_path: p}]")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [str(bare_python), str(agent_infra.__file__), *words]
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_S, check=False
-    )
+    done = run_bare(bare_python, tmp_path, MODULE, *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: not installed for {bare_python}: ")
     assert lacked in done.stderr
     assert done.stderr.endswith(f"(`. .venv/bin/activate`), or `{bare_python} -m pip install` them\n")
+
+
+@pytest.mark.parametrize("name", ["page.py", "slurm_poll.py"])
+def test_a_benchmark_can_be_asked_for_help_from_anywhere(bare_python: Path, tmp_path: Path, name: str) -> None:
+    done = run_bare(bare_python, tmp_path, MODULE.parent / "benchmarks" / name, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: {name} ")
+
+
+def test_a_benchmark_says_which_package_it_needs(bare_python: Path, tmp_path: Path) -> None:
+    done = run_bare(bare_python, tmp_path, MODULE.parent / "benchmarks" / "page.py")
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"playwright is not installed for {bare_python}: pip install -e '.[test]'\n")
 
 
 def test_dry_run_prints_the_engines_command_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
