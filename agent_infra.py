@@ -16195,8 +16195,12 @@ class SessionContext:
         for name, value in ((self._headers.timing_pre, pre_ms), (self._headers.timing_post, post_ms)):
             if value is None:
                 continue
-            if not 0 <= value < math.inf:
-                raise ClientError(f"{name}: found {value}; allowed: milliseconds, 0 or more")
+            try:
+                is_allowed = 0 <= value < math.inf
+            except TypeError:  # no number at all
+                is_allowed = False
+            if not is_allowed:
+                raise ClientError(f"{name}: found {_shorten(value)}; allowed: milliseconds, 0 or more")
             with self._lock:
                 self._timings_ms[name] = float(value)
 
