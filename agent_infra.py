@@ -17072,6 +17072,8 @@ def _output(path: str | None) -> Iterator[IO[str]]:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
             yield file
     else:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # as the file: what is kept is not changed for a terminal's sake
         yield sys.stdout
         sys.stdout.flush()  # here, where a reader that has gone is no error
 
@@ -17352,6 +17354,8 @@ def _explain_missing(error: ModuleNotFoundError) -> NotInstalledError:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0 ok, 1 failed, 2 refused, 3 degraded, 130 interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: one that cannot show a × is no failure
     arguments = parse_command_line(sys.argv[1:] if argv is None else argv)
     try:
         code: int = arguments.run(arguments)

@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import subprocess
+import sys
 import threading
 import venv
 from collections.abc import Callable
@@ -217,6 +218,14 @@ def test_dry_run_prints_the_engines_command_and_starts_nothing(capsys: pytest.Ca
     assert "llama-cpp --model-path smollm2-135m-instruct --name smollm2 --host 127.0.0.1 --port 5900" in said
     assert main(["status", "--json"]) == 3
     assert '"replicas": []' in capsys.readouterr().out
+
+
+def test_a_terminal_that_cannot_show_every_character_is_no_obstacle() -> None:
+    command = [sys.executable, str(MODULE), "start", "--dry-run"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("1 \\xd7 ")
 
 
 def test_a_full_disk_says_where_and_what_to_do(
