@@ -355,7 +355,8 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise ConfigError(f"{path}: cannot be read: {reason}; name a YAML file such as configs/example.yaml") from error
     try:
         return parse_config(text, os.environ)
     except ConfigError as error:
