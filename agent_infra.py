@@ -96,6 +96,31 @@ class ConfigError(RefusedError):
     """The configuration is wrong; the message names every offending path, its value and what is allowed."""
 
 
+# What the relay and its controller import, and what the other roles of the operator's machine import besides.
+SERVING_PACKAGES = ("gevent", "flask", "msgspec", "numpy", "prometheus_client")
+PROGRAM_PACKAGES = (*SERVING_PACKAGES, "yaml", "marshmallow", "jinja2", "rich", "requests", "paramiko", "sshtunnel")
+
+
+class NotInstalledError(RefusedError):
+    """This Python has not the packages that are needed; ``names`` are those that are imported."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        packages = ", ".join("PyYAML" if name == "yaml" else name.replace("_", "-") for name in names)
+        super().__init__(
+            f"not installed for {sys.executable}: {packages}; activate the environment that has them "
+            f"(`. .venv/bin/activate`), or `{sys.executable} -m pip install` them"
+        )
+
+
+def require_packages(names: Iterable[str]) -> None:
+    """NotInstalledError where this Python has not all of these packages; imports none of them."""
+    import importlib.util
+
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise NotInstalledError(missing)
+
+
 # =====================================================================================================================
 # Configuration: YAML → marshmallow → frozen dataclasses. Knows every key, its default and what it may be.
 # The dataclasses are plain: the node role builds them from JSON without any third-party package.
@@ -330,7 +355,8 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise ConfigError(f"{path}: cannot be read: {reason}; name a YAML file such as configs/example.yaml") from error
     try:
         return parse_config(text, os.environ)
     except ConfigError as error:
@@ -2166,6 +2192,7 @@ _ERROR_TYPES: Mapping[int, tuple[str, str]] = {  # status → error type in Open
     400: ("invalid_request_error", "invalid_request_error"),
     401: ("authentication_error", "authentication_error"),
     404: ("not_found_error", "not_found_error"),
+    405: ("invalid_request_error", "invalid_request_error"),
     408: ("invalid_request_error", "invalid_request_error"),
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "rate_limit_error"),
@@ -8047,7 +8074,7 @@ class LocalCluster:
 
     def prepare(self, model: ModelConfig) -> ModelConfig:
         check_engine_args(model)
-        check_installed(model)
+        find_engine(model, self._environment)
         # Those that the model's replicas hold already will not be needed again.
         allocate_gpus(model.replicas * self._gpus_wanted(model), self._gpus, self._gpus_held(besides=model.name))
         cache = model_cache(self._environment)
@@ -8232,15 +8259,25 @@ class LocalCluster:
             child.poll()
 
 
-def check_installed(model: ModelConfig) -> None:
-    """Raise RefusedError where the engine is not installed for this Python, which is the one that `serve` gets."""
+def find_engine(model: ModelConfig, environment: Mapping[str, str]) -> str:
+    """What runs a model's engine here: this Python, which `serve` gets too, or the program of its own command.
+
+    Raises RefusedError where the engine is not installed.
+    """
     import importlib.util
+    import shutil
 
     package = ENGINES[model.engine].package
-    if package and importlib.util.find_spec(package) is None:
-        raise RefusedError(
-            f"model {model.name}: engine {model.engine} is not installed for {sys.executable}; pip install {package}"
-        )
+    if package is not None:
+        if importlib.util.find_spec(package) is None:
+            reason = f"engine {model.engine} is not installed for {sys.executable}; pip install {package}"
+            raise RefusedError(f"model {model.name}: {reason}")
+        return sys.executable
+    program = plain_command(model)[0]
+    found = shutil.which(program, path={**environment, **model.env}.get("PATH"))
+    if found is None:
+        raise RefusedError(f"model {model.name}: command: {program} is no program here; install it, or write its path")
+    return found
 
 
 def plain_command(model: ModelConfig) -> list[str]:
@@ -14044,14 +14081,21 @@ class RelayApp:
         self._relay.control.add_request({"op": operation, "backend": backend})
         return {"backend": backend, "op": operation, "in_flight": replica.in_flight}
 
-    def _error(self, status: int, message: str) -> Any:
-        return self._flask.Response(error_document(status, message, None, False), status, mimetype="application/json")
+    def _error(self, status: int, message: str, is_anthropic: bool = False) -> Any:
+        document = error_document(status, message, None, is_anthropic)
+        return self._flask.Response(document, status, mimetype="application/json")
 
     def _on_http_error(self, error: Any) -> Any:
-        path = self._flask.request.path[:100]
-        return self._error(
-            error.code or 500, f"{error.name}: {self._flask.request.method} {path}; GET / lists what there is"
-        )
+        method, path = self._flask.request.method, self._flask.request.path
+        allowed = set(getattr(error, "valid_methods", None) or ())
+        if method != "POST" and split_inference_path(path.encode("utf-8", "replace")):  # those are none of Flask's
+            allowed = {"POST"}
+        fix = f"{'POST' if 'POST' in allowed else 'GET'} it" if allowed else "GET / lists what there is"
+        status = 405 if allowed else error.code or 500
+        answer = self._error(status, f"{http_phrase(status)}: {method} {path[:100]}; {fix}", "/v1/messages" in path)
+        if allowed:
+            answer.headers["Allow"] = ", ".join(sorted(allowed))
+        return answer
 
 
 def calm_collector() -> None:
@@ -14122,6 +14166,7 @@ class RelayLink:
 
     def open(self) -> None:
         """Take over the relay that an earlier controller left behind, or else listen and start one."""
+        require_packages(SERVING_PACKAGES)  # it would end at once, and say so in its log alone
         if self._adopt():
             return
         self._listener = listen_on(self._host, self.port)
@@ -15108,6 +15153,14 @@ def cheapest_to_end(
     return sorted(records, key=cost)[:count]
 
 
+def count_missing(model: ModelConfig, serving: Iterable[ReplicaRecord], report: Callable[[str], None]) -> int:
+    """How many replicas of a model are to be started; ``report`` is told how many of it serve already."""
+    present = sum(record.model == model.name for record in serving)
+    if present:
+        report(f"{model.name}: {present} of {model.replicas} replicas run already")
+    return max(0, model.replicas - present)
+
+
 def summarize(
     model: str, wanted: int, records: Iterable[ReplicaRecord], rows: Iterable[Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
@@ -15152,7 +15205,7 @@ def what_is_amiss(models: Sequence[Mapping[str, Any]], records: Sequence[Replica
     ]
     present = collections.Counter(record.model for record in records)
     reasons += [
-        f"{row['running']} of {row['wanted']} replicas of {row['name']} run"
+        f"{row['running']} of {row['wanted']} replicas of {row['name']} run; `start` starts what is missing"
         for row in models
         if present[row["name"]] < row["wanted"]
     ]
@@ -15248,11 +15301,8 @@ class Deployment:
         self.want({model.name: model.replicas for model in models})
         with ending_what_is_new(self.cluster, {model.name for model in models}):
             for model in prepared:
-                present = [record for record in running if record.model == model.name]
-                if present:
-                    self.report(f"{model.name}: {len(present)} of {model.replicas} replicas run already")
-                if len(present) < model.replicas:
-                    started += self.cluster.start_replicas(model, model.replicas - len(present))
+                if missing := count_missing(model, running, self.report):
+                    started += self.cluster.start_replicas(model, missing)
         return started
 
     def serving(self) -> list[ReplicaRecord]:
@@ -15627,20 +15677,13 @@ def _check_configuration(deployment: Deployment) -> Iterator[Finding]:
         yield Finding("ok", f"model {model.name}: {model.replicas} × {model.model_path} on {model.engine}")
 
 
-_PROGRAM_PACKAGES = ("gevent", "flask", "msgspec", "numpy", "prometheus_client", "requests", "rich")
 MIN_DESCRIPTORS = 4096  # each turn in flight holds two: the client's and the replica's
 MIN_FREE_BYTES = 1 << 30
 
 
 def _check_packages(_: Deployment) -> Iterator[Finding]:
-    import importlib.util
-
-    missing = [name for name in _PROGRAM_PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        fix = f"{sys.executable} -m pip install {' '.join(missing).replace('_', '-')}"
-        yield Finding("error", f"not installed: {', '.join(missing)}", fix)
-    else:
-        yield Finding("ok", f"Python {sys.version.split()[0]} has all that the program needs")
+    require_packages(PROGRAM_PACKAGES)
+    yield Finding("ok", f"Python {sys.version.split()[0]} has all that the program needs")
 
 
 def _check_descriptors(_: Deployment) -> Iterator[Finding]:
@@ -15682,8 +15725,8 @@ def _check_proxy_port(deployment: Deployment) -> Iterator[Finding]:
 
 def _check_engines(deployment: Deployment) -> Iterator[Finding]:
     for model in deployment.config.models:
-        check_installed(model)
-        yield Finding("ok", f"model {model.name}: engine {model.engine} is there for {sys.executable}")
+        found = find_engine(model, deployment.environment)
+        yield Finding("ok", f"model {model.name}: engine {model.engine} is there: {found}")
 
 
 def _check_gpus(deployment: Deployment) -> Iterator[Finding]:
@@ -15720,9 +15763,9 @@ def _check_weights(deployment: Deployment) -> Iterator[Finding]:
             yield Finding("ok", f"model {model.name}: {model.model_path} {words}")
             continue
         path = resolve_model_path(model, lambda: cache)
-        if os.path.exists(path) or not is_hub_id(path):
+        if os.path.exists(path):
             yield Finding("ok", f"model {model.name}: {path}")
-        else:
+        elif is_hub_id(path):  # else it is a word of the model's own command, which alone knows what it means
             environment = {**deployment.environment, **model.env}
             if is_in_hub_cache(path, environment):
                 yield Finding("ok", f"model {model.name}: {path} is in {hub_cache(environment)}")
@@ -15770,12 +15813,16 @@ def _check_host(deployment: Deployment) -> Iterator[Finding]:
 
 def _check_slurm(deployment: Deployment) -> Iterator[Finding]:
     done = _slurm(deployment).host.shell("sbatch --version; scontrol ping")
-    version, _, ping = done.output.decode("utf-8", "replace").strip().partition("\n")
-    ping = " ".join(ping.split())
-    if " UP" in ping:
-        yield Finding("ok", f"{version}; {ping}")
-    else:
-        yield Finding("error", f"{version}; {ping or 'scontrol ping says nothing'}", "wait, or tell the administrators")
+    lines = done.output.decode("utf-8", "replace").splitlines()
+    said = [" ".join(line.split()) for line in lines if line.strip()]
+    if any(" UP" in line for line in said):
+        yield Finding("ok", "; ".join(said))
+        return
+    words = "; ".join([*said, _words_of(done)] if done.errors else said)
+    fix = "wait, or tell the administrators"
+    if "configuration" in words:  # neither a slurm.conf nor a server that would give one
+        fix = "set cluster.ssh to the cluster's login host, or SLURM_CONF to its slurm.conf"
+    yield Finding("error", words or "scontrol ping says nothing", fix)
 
 
 def parse_partitions(text: str) -> dict[str, dict[str, str]]:
@@ -16186,8 +16233,12 @@ class SessionContext:
         for name, value in ((self._headers.timing_pre, pre_ms), (self._headers.timing_post, post_ms)):
             if value is None:
                 continue
-            if not 0 <= value < math.inf:
-                raise ClientError(f"{name}: found {value}; allowed: milliseconds, 0 or more")
+            try:
+                is_allowed = 0 <= value < math.inf
+            except TypeError:  # no number at all
+                is_allowed = False
+            if not is_allowed:
+                raise ClientError(f"{name}: found {_shorten(value)}; allowed: milliseconds, 0 or more")
             with self._lock:
                 self._timings_ms[name] = float(value)
 
@@ -16501,8 +16552,7 @@ def _run_start(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         for model in models:
             check_engine_args(model)
-            present = sum(r.model == model.name and r.state in SERVING_STATES for r in deployment.cluster.replicas())
-            for text in deployment.cluster.plan(model, model.replicas - present):
+            for text in deployment.cluster.plan(model, count_missing(model, deployment.serving(), _say)):
                 _say(text)
         return 0
     signals = OperatorSignals()
@@ -16598,7 +16648,7 @@ def _connect(arguments: argparse.Namespace, detach: Callable[[Path], None] | Non
         controller.refresh()
         _greet(controller, deployment)
         for reason in deployment.status()["degraded"]:
-            _say(f"degraded: {reason}; `start` starts what is missing")
+            _say(f"degraded: {reason}")
         if detach is not None:
             log = deployment.paths.log("proxy")
             _say(f"runs in the background: `stop` ends it and the replicas, `kill {os.getpid()}` it alone; log: {log}")
@@ -16725,6 +16775,17 @@ def _run_page(arguments: argparse.Namespace) -> int:
     return serve_page(page_script(), arguments.port, arguments.proxy, None)
 
 
+def _expected_proxy(deployment: Deployment) -> str:
+    """The address of the deployment's proxy, or where it will be; RefusedError where nobody knows."""
+    relay, settings = read_relay_record(deployment.paths), deployment.config.proxy
+    if relay is not None:
+        return proxy_url(relay["host"], relay["port"])
+    if settings.port == 0:
+        raise RefusedError("no proxy runs, and with proxy.port 0 nobody knows where it will; `connect` starts one")
+    _say("no proxy runs; `connect` starts one, and the page will find it")
+    return proxy_url(settings.host, settings.port)
+
+
 def _run_dashboard(arguments: argparse.Namespace) -> int:
     deployment = _deployment(arguments)
     script, port = page_script(), page_port(arguments.page_port)
@@ -16732,9 +16793,7 @@ def _run_dashboard(arguments: argparse.Namespace) -> int:
     if proxy is not None and not re.match(r"https?://[^/@?#]+", proxy):
         raise RefusedError(f"--proxy {proxy}: a URL such as http://127.0.0.1:5800 is needed")
     if proxy is None:
-        relay = read_relay_record(deployment.paths)
-        settings = deployment.config.proxy
-        proxy = proxy_url(relay["host"], relay["port"]) if relay else proxy_url(settings.host, settings.port)
+        proxy = _expected_proxy(deployment)
         token = client_key(deployment.config, deployment.paths)
     told = page_environment(deployment, token)
     os.environ.update(told)
@@ -16940,10 +16999,10 @@ def _run_logs(arguments: argparse.Namespace) -> int:
         known.append("proxy")
     names = [arguments.name] if arguments.name else known
     missing = [name for name in names if name not in known]
-    if missing or not names:
-        raise RefusedError(
-            f"no log of {missing[0] if missing else 'anything'}; there are: {', '.join(known) or 'none'}"
-        )
+    if not known:
+        raise RefusedError("there is no log: nothing was started yet; `start` or `up` does")
+    if missing:
+        raise RefusedError(f"no log of {missing[0]}; there are: {', '.join(known)}")
 
     def read(name: str, start: int, limit: int) -> tuple[bytes, int]:
         here = LogFolder(deployment.paths.run / "logs")  # the proxy's, wherever the replicas are
@@ -17051,6 +17110,8 @@ def _output(path: str | None) -> Iterator[IO[str]]:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
             yield file
     else:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(encoding="utf-8")  # as the file: what is kept is not changed for a terminal's sake
         yield sys.stdout
         sys.stdout.flush()  # here, where a reader that has gone is no error
 
@@ -17122,7 +17183,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_looking_verbs(verb)
     added = verb("proxy", _run_proxy, "run the proxy alone, in front of servers that run already", "log")
     _add_proxy_options(added)
-    _add_roles(verbs)
     return parser
 
 
@@ -17180,8 +17240,15 @@ def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--history", metavar="FILE", help='where turns are kept; "off": nowhere')
 
 
-def _add_roles(verbs: Any) -> None:
-    """The verbs that the program uses on itself; not listed in --help."""
+ROLES = ("serve", "fetch", "rank", "llama-cpp", "page", "relay", "tunnel")
+
+
+def build_role_parser() -> argparse.ArgumentParser:
+    """The command lines that the program uses on itself, a parser of their own: people are told of none of them."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="agent_infra.py")
+    verbs = parser.add_subparsers(required=True)
     serve_parser = verbs.add_parser("serve")
     serve_parser.add_argument("--run-dir", required=True)
     serve_parser.add_argument("--replica", required=True, action="append")
@@ -17208,6 +17275,18 @@ def _add_roles(verbs: Any) -> None:
     relay_parser.add_argument("--listener-fd", type=int, required=True)
     relay_parser.set_defaults(run=_run_relay)
     verbs.add_parser("tunnel").set_defaults(run=_run_tunnel)
+    return parser
+
+
+def parse_command_line(words: Sequence[str]) -> argparse.Namespace:
+    """What a command line says; SystemExit, with a usage message, where it says nothing that there is."""
+    first = words[0] if words else ""
+    if first in ROLES:
+        return build_role_parser().parse_args(words)
+    parser = build_parser()
+    if first.startswith("-") and first not in ("-h", "--help", "--version"):
+        parser.error(f"{first}: options stand after the verb, such as `agent_infra.py status --config FILE`")
+    return parser.parse_args(words)
 
 
 def _count(text: str) -> int:
@@ -17299,15 +17378,32 @@ _SHARED_OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
 }
 
 
+def _explain_missing(error: ModuleNotFoundError) -> NotInstalledError:
+    """What to do about a package that is not there, and all others that are not; raises ``error`` where it is none."""
+    name = (error.name or "").partition(".")[0]
+    if not name or name in sys.stdlib_module_names:
+        raise error
+    try:
+        require_packages(PROGRAM_PACKAGES if name in PROGRAM_PACKAGES else (name,))
+    except NotInstalledError as explained:
+        return explained
+    raise error  # it is there, and a part of it is not
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0 ok, 1 failed, 2 refused, 3 degraded, 130 interrupted."""
-    arguments = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: one that cannot show a × is no failure
+    arguments = parse_command_line(sys.argv[1:] if argv is None else argv)
     try:
         code: int = arguments.run(arguments)
         return code
     except AgentInfraError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        print(f"error: {_explain_missing(error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -4,8 +4,8 @@
     python benchmarks/page.py                     # 64 replicas, 2,000 live sessions, whose figures change all the time
     python benchmarks/page.py --seconds 60
 
-Needs Chromium (apt-get install chromium) and playwright.  A viewer paints first when the verdict is there, and has the
-page whole with the last of its tables and both charts.
+Needs Chromium (apt-get install chromium) and playwright (pip install -e '.[test]').  A viewer paints first when the
+verdict is there, and has the page whole with the last of its tables and both charts.
 """
 
 from __future__ import annotations
@@ -76,11 +76,13 @@ def measure(browser: Any, url: str, server_pid: int, asked: Sequence[str], secon
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure once."""
-    from playwright.sync_api import sync_playwright
-
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=30.0, help="of steady showing")
     seconds, port, stopping = parser.parse_args(argv).seconds, free_port(), threading.Event()
+    try:
+        from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError:
+        parser.error(f"playwright is not installed for {sys.executable}: pip install -e '.[test]'")
     command = [sys.executable, str(ROOT / "agent_infra.py"), "dashboard", "--port", str(port), "--proxy"]
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores", flush=True)
     with stats.serving(stats.extreme()) as server:

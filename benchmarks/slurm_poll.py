@@ -1,10 +1,11 @@
-"""What one look at a Slurm cluster costs: 200 replicas in one squeue answer, each with its record. Needs root, Slurm.
+"""What one look at a Slurm cluster costs: 200 replicas in one squeue answer, each with its record.
 
-PYTHONPATH=.:tests python benchmarks/slurm_poll.py [REPLICAS]
+python benchmarks/slurm_poll.py [REPLICAS]    # as root; brings up a Slurm of its own, see tests/testbed/slurm.py
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -15,10 +16,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from testbed.slurm import slurm_bed
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import agent_infra
-from agent_infra import ClusterConfig, GpuSample, ModelConfig, PartitionConfig, SlurmConfig
+from testbed.slurm import missing_programs, slurm_bed  # noqa: E402
+
+import agent_infra  # noqa: E402
+from agent_infra import ClusterConfig, GpuSample, ModelConfig, PartitionConfig, SlurmConfig  # noqa: E402
 
 ROUNDS = 15
 
@@ -28,7 +32,12 @@ def cpu_s() -> float:
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def main(count: int) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("replicas", nargs="?", type=int, default=200)
+    count = parser.parse_args().replicas
+    if missing := missing_programs():
+        parser.error(f"needs {', '.join(missing)}: `apt-get install slurmctld slurmd slurm-client munge`, as root")
     with slurm_bed(nodes=4, gpus=8, cpus=64) as bed, tempfile.TemporaryDirectory() as state:
         os.environ["XDG_STATE_HOME"] = state
         slurm = SlurmConfig((PartitionConfig("low"),), work_dir=str(bed.folder / "work"), setup=("exec sleep 600",))
@@ -57,4 +66,4 @@ def main(count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)
+    main()

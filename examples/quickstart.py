@@ -12,6 +12,8 @@ import re
 import secrets
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from openai import APIConnectionError, APIError, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
@@ -93,17 +95,24 @@ def play(model: str, stream: bool, turns: int = 10) -> None:
     print(f"{turns} turns: {total_tokens} tokens in {total_s:.2f} s, {total_tokens / total_s:.0f} tokens/s")
 
 
+@contextmanager
+def explained() -> Iterator[None]:
+    """Ends the program with what to do, where there is no proxy or it says no."""
+    try:
+        yield
+    except APIConnectionError:
+        sys.exit(f"no proxy at {BASE_URL}: start one with `python agent_infra.py up`, or set OPENAI_BASE_URL")
+    except APIError as error:
+        sys.exit(f"the proxy at {BASE_URL} says: {error.message}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Hold a ten-turn conversation through the Agent Infra proxy.")
     parser.add_argument("--model", default="smollm2", help="name of the model (default: %(default)s)")
     parser.add_argument("--stream", action="store_true", help="stream the answers")
     arguments = parser.parse_args()
-    try:
+    with explained():
         play(arguments.model, arguments.stream)
-    except APIConnectionError:
-        sys.exit(f"no proxy at {BASE_URL}: start one with `python agent_infra.py up`, or set OPENAI_BASE_URL")
-    except APIError as error:
-        sys.exit(f"the proxy at {BASE_URL} says: {error.message}")
 
 
 if __name__ == "__main__":

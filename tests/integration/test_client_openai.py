@@ -495,9 +495,10 @@ def test_the_attach_example_holds_one_session_of_ten_turns(server: Server) -> No
     assert None not in server.headers(PRE)[1:]
 
 
-def test_the_quickstart_says_in_one_line_that_there_is_no_proxy() -> None:
+@pytest.mark.parametrize("example", ["quickstart.py", "attach.py"])
+def test_the_examples_say_in_one_line_that_there_is_no_proxy(example: str) -> None:
     port = free_port()
-    finished = run_example("quickstart.py", f"http://127.0.0.1:{port}/v1")
+    finished = run_example(example, f"http://127.0.0.1:{port}/v1")
     assert finished.returncode == 1
     assert finished.stderr.startswith(f"no proxy at http://127.0.0.1:{port}/v1: start one with ")
     assert finished.stderr.count("\n") == 1

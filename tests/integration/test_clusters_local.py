@@ -250,7 +250,7 @@ def test_gpus_are_handed_out_once_across_deployments_and_come_back(make: Make, f
 def test_replicas_that_will_not_find_gpus_are_refused_before_the_first_starts(
     make: Make, four_gpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent_infra, "check_installed", lambda _: None)  # vllm is not installed here
+    monkeypatch.setattr(agent_infra, "find_engine", lambda *_: "vllm")  # vllm is not installed here
     one, other = make("one", PATH=four_gpus), make("other", PATH=four_gpus)
     one.start(GPU_MODEL)
     two_replicas = dataclasses.replace(GPU_MODEL, replicas=2)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
+import pytest
 from program import Program
 from testbed.hub import COMMIT, TOKEN
+from testbed.slurm import missing_programs
 from weights import packaged_gguf
 
 
@@ -50,6 +53,22 @@ def test_each_line_that_is_wrong_says_what_to_do_and_the_exit_code_tells(app: Pr
     assert "ok       packages:" in done.stdout  # one wrong line hides no other
 
 
+def test_a_command_whose_program_is_not_there_is_said_to_and_refused(app: Program) -> None:
+    (app.folder / "bin").mkdir()
+    model = {"name": "m", "model_path": "x", "engine": "command", "command": ["my-server", "{port}"]}
+    app.configure(models=[model | {"env": {"PATH": str(app.folder / "bin")}}])
+    missing = "model m: command: my-server is no program here; install it, or write its path"
+    said = findings(app)
+    assert [(each["level"], each["text"]) for each in said["engines"]] == [("error", missing)]
+    assert "weights" not in said  # what the command makes of x, it alone knows
+    assert (refused := app.run("start")).returncode == 2
+    assert refused.stderr == f"error: {missing}\n"
+    server = app.folder / "bin" / "my-server"
+    server.write_text("#!/bin/sh\n")
+    server.chmod(0o755)
+    assert findings(app)["engines"][0]["text"] == f"model m: engine command is there: {server}"
+
+
 def test_the_deployments_own_proxy_is_no_foreign_one(app: Program) -> None:
     packaged_gguf()
     assert app.run("connect", "--background").returncode == 0
@@ -60,6 +79,20 @@ def test_the_deployments_own_proxy_is_no_foreign_one(app: Program) -> None:
 def test_a_configuration_that_cannot_be_read_is_refused(app: Program) -> None:
     app.config.write_text("models: []")
     assert app.run("doctor").returncode == 2
+
+
+def test_a_machine_with_slurms_commands_and_no_cluster_is_told_as_what_it_is(app: Program) -> None:
+    if missing_programs() or Path("/etc/slurm/slurm.conf").exists():
+        pytest.skip("needs Slurm's commands (tests/run.sh installs them) on a machine that is in no cluster")
+    app.environment.pop("SLURM_CONF", None)
+    slurm = {"work_dir": str(app.folder / "work"), "partitions": [{"name": "gpu"}]}
+    models = [{"name": "m", "model_path": "org/m"}]
+    app.config.write_text(json.dumps({"cluster": {"type": "slurm", "slurm": slurm}, "models": models}))
+    finding = findings(app)["Slurm"][0]
+    assert finding["level"] == "error"
+    assert finding["text"].endswith("Could not establish a configuration source")
+    assert not finding["text"].startswith(";")
+    assert finding["fix"] == "set cluster.ssh to the cluster's login host, or SLURM_CONF to its slurm.conf"
 
 
 def test_pull_fetches_what_engines_read_and_nothing_twice(app: Program, hub: str) -> None:

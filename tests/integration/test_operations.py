@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from patience import PATIENCE_S
 from program import Program, parent_of, wait_for
+from testbed.ports import free_port
 from weights import packaged_gguf
 
 FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine.py"
@@ -183,6 +184,26 @@ def test_scale_without_a_proxy_says_what_that_means(app: Program) -> None:
     assert unknown.returncode == 2
     assert "no model is called other; the configuration has smollm2" in unknown.stderr
     assert app.run("stop").returncode == 0
+
+
+def test_a_dry_run_says_what_runs_already_as_the_run_itself_does(app: Program) -> None:
+    app.configure(models=[scripted_model(app)])
+    assert "degraded: 0 of 1 replicas of smollm2 run; `start` starts what is missing" in app.run("status").stdout
+    assert app.run("start").returncode == 0
+    told = "smollm2: 1 of 1 replicas run already\n"
+    assert app.run("start", "--dry-run").stdout == told
+    assert app.run("start").stdout.startswith(told)
+    assert app.run("stop").returncode == 0
+
+
+def test_a_dashboard_without_a_proxy_says_so_and_serves_where_the_proxy_will_be(app: Program) -> None:
+    page = app.spawn("dashboard", "--port", str(free_port()))
+    page.wait_line("^no proxy runs; `connect` starts one")
+    page.wait_line(f"^of +http://127.0.0.1:{app.port};")
+    app.configure(proxy={"port": 0})
+    refused = app.run("dashboard")
+    assert refused.returncode == 2
+    assert "with proxy.port 0 nobody knows where it will; `connect` starts one" in refused.stderr
 
 
 def test_an_idle_replica_ends_by_itself_though_nobody_is_connected_and_start_brings_it_back(app: Program) -> None:

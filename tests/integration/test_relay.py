@@ -261,8 +261,24 @@ def test_a_websocket_is_refused(client: Client) -> None:
     assert client.get("/v1/realtime", {"Connection": "Upgrade", "Upgrade": "websocket"}).status == 501
 
 
-def test_only_post_reaches_an_inference_path(client: Client) -> None:
-    assert client.get("/v1/chat/completions").status == 404
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/chat/completions", "POST"),
+        ("PUT", "/m/v1/completions", "POST"),
+        ("DELETE", "/v1/messages", "POST"),
+        ("POST", "/stats", "GET, HEAD, OPTIONS"),
+        ("GET", "/sessions/a/end", "OPTIONS, POST"),
+    ],
+)
+def test_a_path_that_takes_another_method_says_which(client: Client, method: str, path: str, allowed: str) -> None:
+    answer = client.raw(f"{method} {path} HTTP/1.1\r\nHost: t\r\nContent-Length: 0\r\n\r\n".encode())
+    assert (answer.status, answer.headers["allow"]) == (405, allowed)
+    error = answer.json()["error"]
+    fix = "POST" if "POST" in allowed else "GET"
+    assert error["message"] == f"Method Not Allowed: {method} {path}; {fix} it"
+    assert error["type"] == "invalid_request_error"
+    assert answer.json().get("type") == ("error" if path == "/v1/messages" else None)  # Anthropic's shape
 
 
 # The control channel.

@@ -288,7 +288,7 @@ ANSWERED_HERE = {
     "an absolute target of no model": (400, GOOD.replace(PATH, b"http://evil/other/v1/completions")),
     "CONNECT": (404, b"CONNECT evil:443 HTTP/1.1\r\nHost: t\r\n\r\n"),
     "OPTIONS *": (404, b"OPTIONS * HTTP/1.1\r\nHost: t\r\n\r\n"),
-    "TRACE": (404, b"TRACE /v1/completions HTTP/1.1\r\nHost: t\r\n\r\n"),
+    "TRACE": (405, b"TRACE /v1/completions HTTP/1.1\r\nHost: t\r\n\r\n"),
     "GET with a body": (
         200,
         b"GET /v1/models HTTP/1.1\r\nHost: t\r\nContent-Length: %d\r\n\r\n" % len(SMUGGLED) + SMUGGLED,
@@ -298,8 +298,8 @@ ANSWERED_HERE = {
         b"GET /v1/models HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"
         % (len(SMUGGLED), SMUGGLED),
     ),
-    "GET of an inference path with a body": (404, GOOD.replace(b"POST", b"GET")),
-    "a method of its own": (404, GOOD.replace(b"POST", b"P!ST")),
+    "GET of an inference path with a body": (405, GOOD.replace(b"POST", b"GET")),
+    "a method of its own": (405, GOOD.replace(b"POST", b"P!ST")),
     "small letters in the method": (404, GOOD.replace(b"POST", b"post")),
     "an encoded NUL in the path": (404, GOOD.replace(PATH, b"/v1/completions%00")),
     "an encoded slash": (404, GOOD.replace(PATH, b"/v1%2fcompletions")),

@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import re
+import subprocess
+import sys
 import threading
+import venv
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 import agent_infra
 from agent_infra import (
@@ -23,6 +28,7 @@ from agent_infra import (
     replica_table,
 )
 
+MODULE = Path(agent_infra.__file__)
 READY = ReplicaRecord("m-1", "m", "ready", "vllm", "gpu07", 7, "boot:1", port=5901, slots=4)
 
 
@@ -118,6 +124,31 @@ def test_no_verb_and_a_wrong_option_are_usage_errors(capsys: pytest.CaptureFixtu
     assert "at least 1" in capsys.readouterr().err
 
 
+def test_an_unknown_verb_is_answered_with_the_verbs_that_are_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fly"])
+    said = capsys.readouterr().err
+    assert re.findall(r"[a-z-]+", said.partition("choose from")[2]) == [
+        *("up", "start", "connect", "scale", "stop", "pull", "doctor", "status", "logs", "dashboard"),
+        *("export", "report", "proxy"),
+    ]
+
+
+def test_an_option_ahead_of_the_verb_is_told_where_it_belongs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--config", "some.yaml", "status"])
+    assert caught.value.code == 2
+    assert "--config: options stand after the verb, such as `agent_infra.py status" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("role", agent_infra.ROLES)
+def test_each_role_has_a_command_line_of_its_own(role: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([role, "--help"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: agent_infra.py {role} ")
+
+
 def test_a_refusal_is_one_line_and_exit_code_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("models: [{name: m, model_path: p}]\nproxy: {stratgy: x}")
@@ -129,7 +160,55 @@ def test_an_unknown_model_or_log_is_refused_by_name(capsys: pytest.CaptureFixtur
     assert main(["start", "--model", "gpt"]) == 2
     assert "no model is called gpt; the configuration has smollm2" in capsys.readouterr().err
     assert main(["logs", "gpt-1"]) == 2
-    assert "no log of gpt-1; there are: none" in capsys.readouterr().err
+    assert "there is no log: nothing was started yet; `start` or `up` does" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python that has the standard library alone, as one is whose environment was not activated."""
+    folder = tmp_path_factory.mktemp("bare")
+    venv.create(folder, symlinks=True, with_pip=False)
+    return folder / "bin" / "python"
+
+
+def run_bare(python: Path, folder: Path, script: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [str(python), str(script), *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize(
+    ("words", "lacked"),
+    [
+        (("status",), "PyYAML, marshmallow, jinja2, rich"),
+        (("status", "--config", "some.yaml"), "PyYAML, marshmallow, jinja2, rich"),
+        (("stop", "--config", "some.yaml"), "PyYAML, marshmallow, jinja2, rich"),
+        (("connect", "--port", "0"), "gevent, flask, msgspec, numpy, prometheus-client;"),
+        (("up", "--port", "0"), "gevent, flask, msgspec, numpy, prometheus-client;"),
+    ],
+)
+def test_a_python_without_the_packages_is_refused_in_one_line(
+    bare_python: Path, tmp_path: Path, words: tuple[str, ...], lacked: str
+) -> None:
+    (tmp_path / "some.yaml").write_text("models: [{name: m, model_path: p}]")
+    done = run_bare(bare_python, tmp_path, MODULE, *words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: not installed for {bare_python}: ")
+    assert lacked in done.stderr
+    assert done.stderr.endswith(f"(`. .venv/bin/activate`), or `{bare_python} -m pip install` them\n")
+
+
+@pytest.mark.parametrize("name", ["page.py", "slurm_poll.py"])
+def test_a_benchmark_can_be_asked_for_help_from_anywhere(bare_python: Path, tmp_path: Path, name: str) -> None:
+    done = run_bare(bare_python, tmp_path, MODULE.parent / "benchmarks" / name, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: {name} ")
+
+
+def test_a_benchmark_says_which_package_it_needs(bare_python: Path, tmp_path: Path) -> None:
+    done = run_bare(bare_python, tmp_path, MODULE.parent / "benchmarks" / "page.py")
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"playwright is not installed for {bare_python}: pip install -e '.[test]'\n")
 
 
 def test_dry_run_prints_the_engines_command_and_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,6 +218,14 @@ def test_dry_run_prints_the_engines_command_and_starts_nothing(capsys: pytest.Ca
     assert "llama-cpp --model-path smollm2-135m-instruct --name smollm2 --host 127.0.0.1 --port 5900" in said
     assert main(["status", "--json"]) == 3
     assert '"replicas": []' in capsys.readouterr().out
+
+
+def test_a_terminal_that_cannot_show_every_character_is_no_obstacle() -> None:
+    command = [sys.executable, str(MODULE), "start", "--dry-run"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("1 \\xd7 ")
 
 
 def test_a_full_disk_says_where_and_what_to_do(

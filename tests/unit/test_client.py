@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from patience import PATIENCE_S
@@ -96,8 +97,8 @@ def test_set_timing_replaces_what_was_said_or_measured_and_leaves_the_other() ->
     assert (headers[PRE], headers[POST]) == ("3.000", "2.000")
 
 
-@pytest.mark.parametrize("bad", [-1, float("nan"), float("inf")])
-def test_an_impossible_timing_is_refused(bad: float) -> None:
+@pytest.mark.parametrize("bad", [-1, float("nan"), float("inf"), "12", [12]])
+def test_an_impossible_timing_is_refused(bad: Any) -> None:
     with pytest.raises(AgentInfraError, match=f"^{POST}: "):
         SessionContext().set_timing(post_ms=bad)
 

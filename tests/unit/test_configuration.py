@@ -130,6 +130,14 @@ def test_a_file_that_is_not_there_is_refused_by_name() -> None:
         agent_infra.load_config("nowhere.yaml")
 
 
+def test_a_file_that_is_no_configuration_is_refused_and_one_that_is_named(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\x00\xfe")
+    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "binary", "it is not text in UTF-8")):
+        with pytest.raises(ConfigError) as caught:
+            agent_infra.load_config(path)
+        assert str(caught.value) == f"{path}: cannot be read: {reason}; name a YAML file such as configs/example.yaml"
+
+
 def test_without_a_file_the_embedded_default_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert agent_infra.load_config() == agent_infra.DEFAULT_CONFIG

@@ -769,6 +769,17 @@ def test_export_finds_the_deployments_history(tmp_path: Path, capsys: pytest.Cap
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
 
 
+def test_standard_output_gets_what_a_file_would_whatever_the_terminal_can_show(path: Path, tmp_path: Path) -> None:
+    with Writer(path) as writer:
+        writer.add(record(1, answer="日本語 ×"))
+    command = [sys.executable, agent_infra.__file__, "export", "--format", "jsonl", "--history", str(path)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    said = subprocess.run(command, env=environment, capture_output=True, check=True, timeout=PATIENCE_S).stdout
+    subprocess.run([*command, "--output", str(tmp_path / "out")], env=environment, check=True, timeout=PATIENCE_S)
+    assert said == (tmp_path / "out").read_bytes()
+    assert "日本語 ×" in said.decode()
+
+
 def test_where_nothing_is_kept_yet_export_and_report_say_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "export") == ",".join(agent_infra.TURN_COLUMNS) + "\r\n"
     assert run(capsys, "report") == "# Deployment default\n\nNo turns yet.\n"

@@ -250,7 +250,9 @@ def test_a_replica_that_is_on_its_way_is_amiss_only_where_it_is_missed() -> None
     records = [replica("m-1"), replica("m-2", "loading")]
     assert what_is_amiss([summarize("m", 1, records)], records) == []
     assert what_is_amiss([summarize("m", 2, records)], records) == ["m-2 is LOADING"]
-    assert what_is_amiss([summarize("m", 3, records)], records)[1:] == ["2 of 3 replicas of m run"]
+    assert what_is_amiss([summarize("m", 3, records)], records)[1:] == [
+        "2 of 3 replicas of m run; `start` starts what is missing"
+    ]
 
 
 def test_one_that_failed_is_always_amiss_and_one_that_was_idle_never() -> None:
