@@ -46,13 +46,14 @@ def main() -> None:
         runner = agent_infra.LocalCommands(bed.environment)
         cluster = agent_infra.SlurmCluster(config, paths, runner, bed.environment, print)
         model = cluster.prepare(ModelConfig("m", "org/m"))
-        started = cluster.start_replicas(model, count)
+        cluster.start_replicas(model, count)
+        time.sleep(5)  # Slurm starts what fits; a job's script removes what its replica said before
         gpus = tuple(GpuSample("NVIDIA H100 80GB HBM3", 50.0, 70 << 30, 80 << 30, 350.0, 60.0) for _ in range(4))
-        for record in started:
-            ready = dataclasses.replace(record, state="ready", port=5900, node=bed.nodes[0], process="b:1", gpus=gpus)
+        for record in cluster.replicas():
+            node = record.node or bed.nodes[0]
+            ready = dataclasses.replace(record, state="ready", port=5900, node=node, process="b:1", gpus=gpus)
             path = Path(cluster.host.run_dir) / "replicas" / f"{record.replica}.json"
             agent_infra.write_atomically(path, json.dumps(dataclasses.asdict(ready)))
-        time.sleep(5)
         costs, walls = [], []
         for _ in range(ROUNDS):
             cpu, wall = cpu_s(), time.monotonic()
