@@ -4092,7 +4092,7 @@ def measure(turns: Sequence[ObservedTurn], since: float, until: float) -> tuple[
     names = sorted({turn.replica for turn in turns})
     number = {name: index for index, name in enumerate(names)}
     replica = np.array([number[turn.replica] for turn in turns])
-    wanted = np.array([turn.is_completed for turn in turns]) & (begin >= since) & (begin <= until)
+    wanted = np.array([turn.is_completed for turn in turns], dtype=bool) & (begin >= since) & (begin <= until)
     if wanted.any():
         work, output = work / work[wanted].mean(), output / output[wanted].mean()
         context = context / context[wanted].mean() - 1
@@ -4850,10 +4850,10 @@ class FleetAnalysis:
         """Take a look at the fleet; another number of replicas, once it lasts, starts the fit anew."""
         self._samples.append(sample)
         if self._replicas is None:
-            self._replicas = len(sample.in_flight)
+            self._replicas = len(sample.in_flight) or None  # a fleet that starts is no change
         latest = list(self._samples)[-SETTLED_CHANGE:]
         counts = {len(look.in_flight) for look in latest}
-        if len(latest) == SETTLED_CHANGE and len(counts) == 1 and counts != {self._replicas}:
+        if len(latest) == SETTLED_CHANGE and len(counts) == 1 and counts != {self._replicas or 0}:
             self._restart(latest[0].at, f"{self._replicas} replicas became {len(sample.in_flight)}")
             self._replicas = len(sample.in_flight)
 
