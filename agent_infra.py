@@ -2586,7 +2586,7 @@ class HeldContext:
 
     backend: str | None
     prompt_tokens: int  # of the last prompt
-    tokens: int  # of the last prompt and its answer
+    tokens: int  # of the last prompt and its answer, but for the answer's last: it was sampled, never computed
     prints: bytes  # of the last request, KEPT_PRINTS at most
 
 
@@ -2664,7 +2664,8 @@ class Session:
         """What should be cached of this session now; None when it is not known, or changes at this moment."""
         if self.context_tokens is None or self.prompt_tokens is None or self.open_turns:
             return None
-        return HeldContext(self.held_by, self.prompt_tokens, self.context_tokens, self.prints)
+        computed = self.context_tokens - (self.context_tokens > self.prompt_tokens)
+        return HeldContext(self.held_by, self.prompt_tokens, computed, self.prints)
 
     def think(
         self, think_ms: float | None, pre_ms: float | None, post_ms: float | None, unaccounted_ms: float | None
@@ -3255,7 +3256,8 @@ def _record_of(event: TurnFinished, turn: OpenTurn | None) -> TurnRecord:
     )
     # fmt: on
     if held is not None and record.prompt_tokens is not None:
-        record.expected_cached_tokens = min(held.tokens, record.prompt_tokens)
+        # An engine computes the last token of every prompt, for what comes after it.
+        record.expected_cached_tokens = max(0, min(held.tokens, record.prompt_tokens - 1))
         record.cache_miss = explain_miss(record, held, started.prints)
     return record
 
@@ -5925,12 +5927,13 @@ class Report:
 
     def _waste(self) -> list[str]:
         in_vain = "outcome IN ('aborted', 'cut', 'error')"
-        missed = "max(0, expected_cached_tokens - coalesce(cached_tokens, 0))"
+        is_miss = "cache_miss IS NOT NULL"  # a few tokens less are none: engines cache whole blocks
         spent = f"sum(({in_vain}) * (coalesce(prompt_tokens, 0) + coalesce(completion_tokens, 0)))"
         retried, again, vain, vain_ms, vain_tokens, misses, prefilled, tokens_in = self._row(
             f"coalesce(sum(retries > 0), 0), sum(retries * prompt_tokens), coalesce(sum({in_vain}), 0), "
             f"sum(({in_vain}) * inference_ms), {spent}, "
-            f"coalesce(sum({missed} > 0), 0), sum({missed}), sum(prompt_tokens)"
+            f"coalesce(sum({is_miss}), 0), sum(({is_miss}) * (expected_cached_tokens - cached_tokens)), "
+            "sum(prompt_tokens)"
         )
         rows = [
             ("retried: sent to more than one replica", retried, again, _share(again, tokens_in)),
@@ -5981,7 +5984,7 @@ METRIC_SUMS = {
     "retries": "Times that a turn was sent to another replica.",
     "prompt_tokens": "Tokens in.",
     "cached_tokens": "Tokens in that were found in a prefix cache.",
-    "prefilled_again_tokens": "Tokens in that should have been in a prefix cache and were not.",
+    "prefilled_again_tokens": "Tokens in that should have been in a prefix cache and were not, of turns with a miss.",
     "completion_tokens": "Tokens out.",
 }
 
@@ -6013,7 +6016,7 @@ class TurnMetrics:
             self._add_figures(model, turns)
 
     def _add_figures(self, model: str, records: Sequence[TurnRecord]) -> None:
-        missed = (max(0, (each.expected_cached_tokens or 0) - (each.cached_tokens or 0)) for each in records)
+        missed = ((each.expected_cached_tokens or 0) - (each.cached_tokens or 0) for each in records if each.cache_miss)
         counts = {
             "retries": sum(each.retries for each in records),
             "prompt_tokens": sum(each.prompt_tokens or 0 for each in records),
