@@ -11073,6 +11073,7 @@ GAPS_AT_ONCE = 64  # of a stream, that wait to be counted
 PACKED_TURNS = 16  # finished turns that are encoded at once: a fifth of a millisecond's work
 BATCHED_PACKS = 32  # of these in one frame
 QUESTION_S = 2.0
+NAMED_ABSENT = 3  # replicas that a refusal names
 STATS_FRESH_S = 1.5  # a /stats document that is older is asked for; while somebody reads them, one comes every second
 MAX_BUFFERED_EVENTS = 50_000
 MAX_BUFFERED_PACKS = MAX_BUFFERED_EVENTS // PACKED_TURNS
@@ -12548,6 +12549,28 @@ class ExpressDelivery(Delivery):
         return True
 
 
+def why_away(replica: LiveReplica) -> str:
+    """Why a replica gets no turn, in words that follow its name."""
+    load: Mapping[str, Any] = replica.load or {}
+    if replica.health == "down":
+        return f"is down ({replica.reason})"
+    if load.get("is_sleeping"):
+        return "is asleep"
+    if load.get("state") in ("draining", "stopped", "failed"):  # by itself
+        return f"is {load['state']}"
+    if (replica.override or replica.backend.state) == "draining":
+        return f"is draining (POST /admin/backends/{replica.id}/undrain)"
+    return "was tried"
+
+
+def explain_absence(replicas: Sequence[LiveReplica]) -> str:
+    """Why none of a model's replicas can answer, and what to do; a few are named."""
+    words = [f"{replica.id} {why_away(replica)}" for replica in replicas[:NAMED_ABSENT]]
+    if len(replicas) > NAMED_ABSENT:
+        words.append(f"{len(replicas) - NAMED_ABSENT} more")
+    return ", ".join(words) or "none runs (`start` starts one)"
+
+
 class Admission:
     """Gives replicas' slots to turns. Owns the queue of every model and what sessions were served lately."""
 
@@ -12683,8 +12706,8 @@ class Admission:
                     raise ClientGone
                 outlook, now = self.outlook(turn.model, turn.route), time.monotonic()
                 if outlook == "nothing":
-                    remedy = self._relay.control.remedy
-                    raise RequestError(503, f"no replica of {turn.model} is there to answer{remedy}", retry_after_s=1)
+                    why = explain_absence(self._relay.pools.get(turn.model, ())) + self._relay.control.remedy
+                    raise RequestError(503, f"no replica of {turn.model} is there to answer: {why}", retry_after_s=1)
                 if outlook == "loading" or was_loading:
                     since, was_loading = now, outlook == "loading"
                 if now >= since + timeout_s:
