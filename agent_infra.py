@@ -13990,7 +13990,7 @@ class RelayApp:
         if relay.stats is None or time.monotonic() - relay.stats[1] > STATS_FRESH_S:
             relay.control.questions.ask("stats")  # the document comes ahead of the answer
         if relay.stats is None:
-            return self._error(503, "no snapshot has come from the controller yet")
+            return self._unanswered()
         document, at = relay.stats
         age = b'{"snapshot_age_ms":%d,' % ((time.monotonic() - at) * 1000)
         return self._flask.Response(age + document.removeprefix(STATS_PREFIX), mimetype="application/json")
@@ -14005,8 +14005,11 @@ class RelayApp:
         """What the controller answers."""
         answer = self._relay.control.questions.ask(op, **details)
         if answer is None:
-            return self._error(503, f"no controller has answered within {QUESTION_S:g} s; `connect` starts one")
+            return self._unanswered()
         return self._flask.Response(answer["body"], answer["status"], content_type=answer["type"])
+
+    def _unanswered(self) -> Any:
+        return self._error(503, f"no controller has answered within {QUESTION_S:g} s; `connect` starts one")
 
     def _queue_status(self) -> Any:
         return self._relay.book.queue_status()

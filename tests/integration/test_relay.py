@@ -246,6 +246,17 @@ def test_stats_that_nobody_has_read_lately_are_asked_for(tmp_path: Path) -> None
             assert client.get("/stats").json()["number"] == 1
 
 
+def test_without_a_controller_stats_say_what_to_do_as_all_that_it_is_asked_for(
+    client: Client, relay: RelayProcess
+) -> None:
+    assert client.chat().status == 200
+    relay.controller.close()
+    wait_for(lambda: "the controller is gone" in relay.log(), "the relay's notice of that")
+    paths = ("/metrics", "/stats/sessions/s", "/stats")
+    said = {client.get(path).json()["error"]["message"] for path in paths}
+    assert said == {"no controller has answered within 2 s; `connect` starts one"}
+
+
 def test_how_often_stats_are_read_is_told(client: Client, relay: RelayProcess) -> None:
     relay.controller.send_stats(b'{"snapshot_age_ms":0}')
     assert [client.get("/stats").status for _ in range(3)] == [200] * 3
