@@ -14023,7 +14023,7 @@ class RelayApp:
 
     def _end_session(self, session: str) -> Any:
         self._relay.book.end_session(session[:256])
-        return {"session": session[:256], "ended": True}
+        return {"session": session[:256], "noted": True}  # whether it lives is known to the controller alone
 
     def _drain(self, backend: str, operation: str) -> Any:
         replica = self._relay.replicas.get(backend)
