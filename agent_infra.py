@@ -337,6 +337,20 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
         raise ConfigError(f"{path}:{'' if str(error).startswith(chr(10)) else ' '}{error}") from None
 
 
+def deployment_of(path: str | os.PathLike[str] | None = None) -> str | None:
+    """The ``cluster.name`` of a configuration file that has errors; None where one of them may concern it."""
+    try:
+        document = _read_yaml(Path(path or "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ConfigError):
+        return None
+    document = _expand_environment(document, os.environ, "", [])
+    wrong = _schema_of(Config)().validate(document)
+    if wrong.keys() - {"version", "proxy", "models", "headers"}:  # in `cluster`, or a key that may be meant for it
+        return None
+    name: str = document.get("cluster", {}).get("name", DEFAULT_CONFIG.cluster.name)
+    return name
+
+
 def parse_config(text: str, environment: Mapping[str, str]) -> Config:
     """The configuration that a YAML text says, with ``${NAME}`` taken from ``environment``; raises ConfigError."""
     document = _read_yaml(text)
@@ -16991,16 +17005,25 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     return 1 if counts["error"] else 0
 
 
-def _deployment_to_stop(arguments: argparse.Namespace) -> Deployment:
-    """The deployment that `stop` means, as it was started: its configuration may have been changed or broken since."""
-    if arguments.name is None:
-        try:
-            config = load_config(arguments.config)
-        except ConfigError as error:
-            known = ", ".join(deployment_names(os.environ)) or "none"
+def _config_to_stop(path: str | None) -> Config:
+    """The configuration at ``path``; where that has errors, what the deployment was started with."""
+    try:
+        return load_config(path)
+    except ConfigError as error:
+        names, name = deployment_names(os.environ), deployment_of(path)
+        kept = kept_config(deployment_paths(name, os.environ)) if name in names else None
+        if kept is None:
+            known = ", ".join(names) or "none"
             raise ConfigError(
                 f"{error}\n`stop --name DEPLOYMENT` needs no configuration; deployments: {known}"
             ) from None
+        return kept
+
+
+def _deployment_to_stop(arguments: argparse.Namespace) -> Deployment:
+    """The deployment that `stop` means, as it was started: its configuration may have been changed or broken since."""
+    if arguments.name is None:
+        config = _config_to_stop(arguments.config)
     elif arguments.name in deployment_names(os.environ):
         config = dataclasses.replace(DEFAULT_CONFIG, cluster=ClusterConfig(name=arguments.name))
     else:
