@@ -8243,7 +8243,8 @@ class LocalCluster:
         self._paths.spec(replica).unlink(missing_ok=True)
         self._paths.record(replica).unlink(missing_ok=True)
         if child := self._children.pop(replica, None):
-            child.poll()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(1.0)  # its threads may outlive it by a moment, and until then it cannot be reaped
 
 
 def check_installed(model: ModelConfig) -> None:
@@ -14988,6 +14989,7 @@ class Controller:
 LIBRARY_HOLDER = "ConnectionManager"  # in the lock: not a process of ours, so not one to be ended
 SERVING_STATES = ("pending", "starting", "loading", "ready")  # what counts towards a model's wanted replicas
 LIVE_STATES = (*SERVING_STATES, "draining")
+ENDING_S = 10.0  # for replicas to be gone that were ended at once
 SCALE_DRAIN_S = 300.0  # that a replica's turns have to end when `scale` takes it away
 STARTING_POLL_S = 5.0  # at most, between looks at replicas that somebody waits for
 STATS_OLD_S = 10.0  # a /stats document that is older says nothing of now: its controller is gone, or hangs
@@ -15204,14 +15206,15 @@ def end_controller(paths: DeploymentPaths, now: bool) -> list[str]:
 
 @contextlib.contextmanager
 def ending_what_is_new(cluster: Cluster, models: Collection[str]) -> Iterator[None]:
-    """Where the block fails, the replicas of ``models`` that were not there before it are ended."""
-    before = {record.replica for record in cluster.replicas()}
+    """Where the block fails, the replicas of ``models`` that did not run before it are ended."""
+    before = {record.replica for record in cluster.replicas() if record.state in LIVE_STATES}
     try:
         yield
     except BaseException:
         with contextlib.suppress(AgentInfraError, OSError):  # the first error is the one to tell
             new = [r.replica for r in cluster.replicas() if r.model in models and r.replica not in before]
             cluster.stop(new, now=True)
+            cluster.wait_stopped(new, time.monotonic() + ENDING_S)
         raise
 
 
@@ -15319,8 +15322,9 @@ class Deployment:
             raise AgentInfraError("; ".join(explain_failure(record, self.cluster) for record in failed))
 
     def claim(self, verb: str) -> None:
-        """Become the deployment's controller; RefusedError when another process is."""
-        self._lock.acquire(verb)
+        """Become the deployment's controller, unless it is this one; RefusedError when another is."""
+        if not self._lock.is_held:
+            self._lock.acquire(verb)
         if self.login is not None:
             self.login.lead()
 
@@ -15417,7 +15421,7 @@ class Deployment:
         left = self.cluster.wait_stopped(names, time.monotonic() + DRAIN_S + 10.0)
         if left and not now:
             self.cluster.stop(left, now=True)
-            left = self.cluster.wait_stopped(left, time.monotonic() + 10.0)
+            left = self.cluster.wait_stopped(left, time.monotonic() + ENDING_S)
         if left:
             raise AgentInfraError(f"{', '.join(left)} did not end; see `agent_infra.py logs`")
         for leftover in (self.paths.wanted, self.paths.config, self.paths.handover):
@@ -16071,13 +16075,38 @@ class ConnectionManager:
         return ended
 
     async def __aenter__(self) -> ConnectionManager:
+        import asyncio
+
+        stopping = threading.Event()
+        entering = asyncio.ensure_future(asyncio.to_thread(self._enter, stopping.is_set))
         try:
-            await self.start()
-            await self.connect()
-        except BaseException:
-            await self.stop(now=True)
+            await asyncio.shield(entering)
+        except asyncio.CancelledError:
+            stopping.set()  # and nothing goes on behind the back of who cancelled
+            [error] = await asyncio.gather(entering, return_exceptions=True)
+            if error is None:  # too late: it is left as it was entered
+                await self.stop(now=True)
             raise
         return self
+
+    def _enter(self, should_stop: Callable[[], bool]) -> None:
+        """Start and connect; where that fails, what it started is ended, and what ran before runs on."""
+        deployment = self._open()
+        models = deployment.select_models()
+        deployment.claim(LIBRARY_HOLDER)  # ahead of all else: whom it is refused has nothing here to end
+        try:
+            with ending_what_is_new(deployment.cluster, {model.name for model in models}):
+                deployment.start(models)
+                deployment.wait_ready(lambda _: None, should_stop)
+                if should_stop():
+                    raise AgentInfraError("cancelled before the replicas were ready")
+                if deployment.controller is None:
+                    deployment.connect()
+        except BaseException:
+            deployment.disconnect(0.0)
+            if deployment.login is not None:
+                deployment.login.close()
+            raise
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
