@@ -363,6 +363,20 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
         raise ConfigError(f"{path}:{'' if str(error).startswith(chr(10)) else ' '}{error}") from None
 
 
+def deployment_of(path: str | os.PathLike[str] | None = None) -> str | None:
+    """The ``cluster.name`` of a configuration file that has errors; None where one of them may concern it."""
+    try:
+        document = _read_yaml(Path(path or "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ConfigError):
+        return None
+    document = _expand_environment(document, os.environ, "", [])
+    wrong = _schema_of(Config)().validate(document)
+    if wrong.keys() - {"version", "proxy", "models", "headers"}:  # in `cluster`, or a key that may be meant for it
+        return None
+    name: str = document.get("cluster", {}).get("name", DEFAULT_CONFIG.cluster.name)
+    return name
+
+
 def parse_config(text: str, environment: Mapping[str, str]) -> Config:
     """The configuration that a YAML text says, with ``${NAME}`` taken from ``environment``; raises ConfigError."""
     document = _read_yaml(text)
@@ -2616,7 +2630,7 @@ class HeldContext:
 
     backend: str | None
     prompt_tokens: int  # of the last prompt
-    tokens: int  # of the last prompt and its answer
+    tokens: int  # of the last prompt and its answer, but for the answer's last: it was sampled, never computed
     prints: bytes  # of the last request, KEPT_PRINTS at most
 
 
@@ -2694,7 +2708,8 @@ class Session:
         """What should be cached of this session now; None when it is not known, or changes at this moment."""
         if self.context_tokens is None or self.prompt_tokens is None or self.open_turns:
             return None
-        return HeldContext(self.held_by, self.prompt_tokens, self.context_tokens, self.prints)
+        computed = self.context_tokens - (self.context_tokens > self.prompt_tokens)
+        return HeldContext(self.held_by, self.prompt_tokens, computed, self.prints)
 
     def think(
         self, think_ms: float | None, pre_ms: float | None, post_ms: float | None, unaccounted_ms: float | None
@@ -3285,7 +3300,8 @@ def _record_of(event: TurnFinished, turn: OpenTurn | None) -> TurnRecord:
     )
     # fmt: on
     if held is not None and record.prompt_tokens is not None:
-        record.expected_cached_tokens = min(held.tokens, record.prompt_tokens)
+        # An engine computes the last token of every prompt, for what comes after it.
+        record.expected_cached_tokens = max(0, min(held.tokens, record.prompt_tokens - 1))
         record.cache_miss = explain_miss(record, held, started.prints)
     return record
 
@@ -4122,7 +4138,7 @@ def measure(turns: Sequence[ObservedTurn], since: float, until: float) -> tuple[
     names = sorted({turn.replica for turn in turns})
     number = {name: index for index, name in enumerate(names)}
     replica = np.array([number[turn.replica] for turn in turns])
-    wanted = np.array([turn.is_completed for turn in turns]) & (begin >= since) & (begin <= until)
+    wanted = np.array([turn.is_completed for turn in turns], dtype=bool) & (begin >= since) & (begin <= until)
     if wanted.any():
         work, output = work / work[wanted].mean(), output / output[wanted].mean()
         context = context / context[wanted].mean() - 1
@@ -4880,10 +4896,10 @@ class FleetAnalysis:
         """Take a look at the fleet; another number of replicas, once it lasts, starts the fit anew."""
         self._samples.append(sample)
         if self._replicas is None:
-            self._replicas = len(sample.in_flight)
+            self._replicas = len(sample.in_flight) or None  # a fleet that starts is no change
         latest = list(self._samples)[-SETTLED_CHANGE:]
         counts = {len(look.in_flight) for look in latest}
-        if len(latest) == SETTLED_CHANGE and len(counts) == 1 and counts != {self._replicas}:
+        if len(latest) == SETTLED_CHANGE and len(counts) == 1 and counts != {self._replicas or 0}:
             self._restart(latest[0].at, f"{self._replicas} replicas became {len(sample.in_flight)}")
             self._replicas = len(sample.in_flight)
 
@@ -5955,12 +5971,13 @@ class Report:
 
     def _waste(self) -> list[str]:
         in_vain = "outcome IN ('aborted', 'cut', 'error')"
-        missed = "max(0, expected_cached_tokens - coalesce(cached_tokens, 0))"
+        is_miss = "cache_miss IS NOT NULL"  # a few tokens less are none: engines cache whole blocks
         spent = f"sum(({in_vain}) * (coalesce(prompt_tokens, 0) + coalesce(completion_tokens, 0)))"
         retried, again, vain, vain_ms, vain_tokens, misses, prefilled, tokens_in = self._row(
             f"coalesce(sum(retries > 0), 0), sum(retries * prompt_tokens), coalesce(sum({in_vain}), 0), "
             f"sum(({in_vain}) * inference_ms), {spent}, "
-            f"coalesce(sum({missed} > 0), 0), sum({missed}), sum(prompt_tokens)"
+            f"coalesce(sum({is_miss}), 0), sum(({is_miss}) * (expected_cached_tokens - cached_tokens)), "
+            "sum(prompt_tokens)"
         )
         rows = [
             ("retried: sent to more than one replica", retried, again, _share(again, tokens_in)),
@@ -6011,7 +6028,7 @@ METRIC_SUMS = {
     "retries": "Times that a turn was sent to another replica.",
     "prompt_tokens": "Tokens in.",
     "cached_tokens": "Tokens in that were found in a prefix cache.",
-    "prefilled_again_tokens": "Tokens in that should have been in a prefix cache and were not.",
+    "prefilled_again_tokens": "Tokens in that should have been in a prefix cache and were not, of turns with a miss.",
     "completion_tokens": "Tokens out.",
 }
 
@@ -6043,7 +6060,7 @@ class TurnMetrics:
             self._add_figures(model, turns)
 
     def _add_figures(self, model: str, records: Sequence[TurnRecord]) -> None:
-        missed = (max(0, (each.expected_cached_tokens or 0) - (each.cached_tokens or 0)) for each in records)
+        missed = ((each.expected_cached_tokens or 0) - (each.cached_tokens or 0) for each in records if each.cache_miss)
         counts = {
             "retries": sum(each.retries for each in records),
             "prompt_tokens": sum(each.prompt_tokens or 0 for each in records),
@@ -8256,7 +8273,8 @@ class LocalCluster:
         self._paths.spec(replica).unlink(missing_ok=True)
         self._paths.record(replica).unlink(missing_ok=True)
         if child := self._children.pop(replica, None):
-            child.poll()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(1.0)  # its threads may outlive it by a moment, and until then it cannot be reaped
 
 
 def find_engine(model: ModelConfig, environment: Mapping[str, str]) -> str:
@@ -11112,6 +11130,7 @@ GAPS_AT_ONCE = 64  # of a stream, that wait to be counted
 PACKED_TURNS = 16  # finished turns that are encoded at once: a fifth of a millisecond's work
 BATCHED_PACKS = 32  # of these in one frame
 QUESTION_S = 2.0
+NAMED_ABSENT = 3  # replicas that a refusal names
 STATS_FRESH_S = 1.5  # a /stats document that is older is asked for; while somebody reads them, one comes every second
 MAX_BUFFERED_EVENTS = 50_000
 MAX_BUFFERED_PACKS = MAX_BUFFERED_EVENTS // PACKED_TURNS
@@ -12612,6 +12631,28 @@ class ExpressDelivery(Delivery):
         return True
 
 
+def why_away(replica: LiveReplica) -> str:
+    """Why a replica gets no turn, in words that follow its name."""
+    load: Mapping[str, Any] = replica.load or {}
+    if replica.health == "down":
+        return f"is down ({replica.reason})"
+    if load.get("is_sleeping"):
+        return "is asleep"
+    if load.get("state") in ("draining", "stopped", "failed"):  # by itself
+        return f"is {load['state']}"
+    if (replica.override or replica.backend.state) == "draining":
+        return f"is draining (POST /admin/backends/{replica.id}/undrain)"
+    return "was tried"
+
+
+def explain_absence(replicas: Sequence[LiveReplica]) -> str:
+    """Why none of a model's replicas can answer, and what to do; a few are named."""
+    words = [f"{replica.id} {why_away(replica)}" for replica in replicas[:NAMED_ABSENT]]
+    if len(replicas) > NAMED_ABSENT:
+        words.append(f"{len(replicas) - NAMED_ABSENT} more")
+    return ", ".join(words) or "none runs (`start` starts one)"
+
+
 class Admission:
     """Gives replicas' slots to turns. Owns the queue of every model and what sessions were served lately."""
 
@@ -12750,8 +12791,8 @@ class Admission:
                     raise RequestError(503, PROXY_STOPPED, closes=True)
                 outlook, now = self.outlook(turn.model, turn.route), time.monotonic()
                 if outlook == "nothing":
-                    remedy = self._relay.control.remedy
-                    raise RequestError(503, f"no replica of {turn.model} is there to answer{remedy}", retry_after_s=1)
+                    why = explain_absence(self._relay.pools.get(turn.model, ())) + self._relay.control.remedy
+                    raise RequestError(503, f"no replica of {turn.model} is there to answer: {why}", retry_after_s=1)
                 if outlook == "loading" or was_loading:
                     since, was_loading = now, outlook == "loading"
                 if now >= since + timeout_s:
@@ -14038,7 +14079,7 @@ class RelayApp:
         if relay.stats is None or time.monotonic() - relay.stats[1] > STATS_FRESH_S:
             relay.control.questions.ask("stats")  # the document comes ahead of the answer
         if relay.stats is None:
-            return self._error(503, "no snapshot has come from the controller yet")
+            return self._unanswered()
         document, at = relay.stats
         age = b'{"snapshot_age_ms":%d,' % ((time.monotonic() - at) * 1000)
         return self._flask.Response(age + document.removeprefix(STATS_PREFIX), mimetype="application/json")
@@ -14053,8 +14094,11 @@ class RelayApp:
         """What the controller answers."""
         answer = self._relay.control.questions.ask(op, **details)
         if answer is None:
-            return self._error(503, f"no controller has answered within {QUESTION_S:g} s; `connect` starts one")
+            return self._unanswered()
         return self._flask.Response(answer["body"], answer["status"], content_type=answer["type"])
+
+    def _unanswered(self) -> Any:
+        return self._error(503, f"no controller has answered within {QUESTION_S:g} s; `connect` starts one")
 
     def _queue_status(self) -> Any:
         return self._relay.book.queue_status()
@@ -14068,7 +14112,7 @@ class RelayApp:
 
     def _end_session(self, session: str) -> Any:
         self._relay.book.end_session(session[:256])
-        return {"session": session[:256], "ended": True}
+        return {"session": session[:256], "noted": True}  # whether it lives is known to the controller alone
 
     def _drain(self, backend: str, operation: str) -> Any:
         replica = self._relay.replicas.get(backend)
@@ -15027,6 +15071,7 @@ class Controller:
 LIBRARY_HOLDER = "ConnectionManager"  # in the lock: not a process of ours, so not one to be ended
 SERVING_STATES = ("pending", "starting", "loading", "ready")  # what counts towards a model's wanted replicas
 LIVE_STATES = (*SERVING_STATES, "draining")
+ENDING_S = 10.0  # for replicas to be gone that were ended at once
 SCALE_DRAIN_S = 300.0  # that a replica's turns have to end when `scale` takes it away
 STARTING_POLL_S = 5.0  # at most, between looks at replicas that somebody waits for
 STATS_OLD_S = 10.0  # a /stats document that is older says nothing of now: its controller is gone, or hangs
@@ -15251,14 +15296,15 @@ def end_controller(paths: DeploymentPaths, now: bool) -> list[str]:
 
 @contextlib.contextmanager
 def ending_what_is_new(cluster: Cluster, models: Collection[str]) -> Iterator[None]:
-    """Where the block fails, the replicas of ``models`` that were not there before it are ended."""
-    before = {record.replica for record in cluster.replicas()}
+    """Where the block fails, the replicas of ``models`` that did not run before it are ended."""
+    before = {record.replica for record in cluster.replicas() if record.state in LIVE_STATES}
     try:
         yield
     except BaseException:
         with contextlib.suppress(AgentInfraError, OSError):  # the first error is the one to tell
             new = [r.replica for r in cluster.replicas() if r.model in models and r.replica not in before]
             cluster.stop(new, now=True)
+            cluster.wait_stopped(new, time.monotonic() + ENDING_S)
         raise
 
 
@@ -15363,8 +15409,9 @@ class Deployment:
             raise AgentInfraError("; ".join(explain_failure(record, self.cluster) for record in failed))
 
     def claim(self, verb: str) -> None:
-        """Become the deployment's controller; RefusedError when another process is."""
-        self._lock.acquire(verb)
+        """Become the deployment's controller, unless it is this one; RefusedError when another is."""
+        if not self._lock.is_held:
+            self._lock.acquire(verb)
         if self.login is not None:
             self.login.lead()
 
@@ -15461,7 +15508,7 @@ class Deployment:
         left = self.cluster.wait_stopped(names, time.monotonic() + DRAIN_S + 10.0)
         if left and not now:
             self.cluster.stop(left, now=True)
-            left = self.cluster.wait_stopped(left, time.monotonic() + 10.0)
+            left = self.cluster.wait_stopped(left, time.monotonic() + ENDING_S)
         if left:
             raise AgentInfraError(f"{', '.join(left)} did not end; see `agent_infra.py logs`")
         for leftover in (self.paths.wanted, self.paths.config, self.paths.handover):
@@ -16112,13 +16159,38 @@ class ConnectionManager:
         return ended
 
     async def __aenter__(self) -> ConnectionManager:
+        import asyncio
+
+        stopping = threading.Event()
+        entering = asyncio.ensure_future(asyncio.to_thread(self._enter, stopping.is_set))
         try:
-            await self.start()
-            await self.connect()
-        except BaseException:
-            await self.stop(now=True)
+            await asyncio.shield(entering)
+        except asyncio.CancelledError:
+            stopping.set()  # and nothing goes on behind the back of who cancelled
+            [error] = await asyncio.gather(entering, return_exceptions=True)
+            if error is None:  # too late: it is left as it was entered
+                await self.stop(now=True)
             raise
         return self
+
+    def _enter(self, should_stop: Callable[[], bool]) -> None:
+        """Start and connect; where that fails, what it started is ended, and what ran before runs on."""
+        deployment = self._open()
+        models = deployment.select_models()
+        deployment.claim(LIBRARY_HOLDER)  # ahead of all else: whom it is refused has nothing here to end
+        try:
+            with ending_what_is_new(deployment.cluster, {model.name for model in models}):
+                deployment.start(models)
+                deployment.wait_ready(lambda _: None, should_stop)
+                if should_stop():
+                    raise AgentInfraError("cancelled before the replicas were ready")
+                if deployment.controller is None:
+                    deployment.connect()
+        except BaseException:
+            deployment.disconnect(0.0)
+            if deployment.login is not None:
+                deployment.login.close()
+            raise
 
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
@@ -17058,16 +17130,25 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     return 1 if counts["error"] else 0
 
 
-def _deployment_to_stop(arguments: argparse.Namespace) -> Deployment:
-    """The deployment that `stop` means, as it was started: its configuration may have been changed or broken since."""
-    if arguments.name is None:
-        try:
-            config = load_config(arguments.config)
-        except ConfigError as error:
-            known = ", ".join(deployment_names(os.environ)) or "none"
+def _config_to_stop(path: str | None) -> Config:
+    """The configuration at ``path``; where that has errors, what the deployment was started with."""
+    try:
+        return load_config(path)
+    except ConfigError as error:
+        names, name = deployment_names(os.environ), deployment_of(path)
+        kept = kept_config(deployment_paths(name, os.environ)) if name in names else None
+        if kept is None:
+            known = ", ".join(names) or "none"
             raise ConfigError(
                 f"{error}\n`stop --name DEPLOYMENT` needs no configuration; deployments: {known}"
             ) from None
+        return kept
+
+
+def _deployment_to_stop(arguments: argparse.Namespace) -> Deployment:
+    """The deployment that `stop` means, as it was started: its configuration may have been changed or broken since."""
+    if arguments.name is None:
+        config = _config_to_stop(arguments.config)
     elif arguments.name in deployment_names(os.environ):
         config = dataclasses.replace(DEFAULT_CONFIG, cluster=ClusterConfig(name=arguments.name))
     else:

@@ -65,7 +65,7 @@ def test_a_session_can_be_looked_at_and_ended_whatever_it_is_called(app: Program
             document = app.get(f"/stats/sessions/{path}")
             check_stats(document, "session_document")
             assert (document["session"]["id"], len(document["turns"])) == (name, 2)
-            assert client.post(f"/sessions/{path}/end", {}).json() == {"session": name, "ended": True}
+            assert client.post(f"/sessions/{path}/end", {}).json() == {"session": name, "noted": True}
         wait_for(lambda: app.get("/stats")["sessions"]["ended"] == len(names), "their ends")
         assert app.get("/stats/sessions/x%2Fend")["session"]["state"] == "ended"
         missing = wait_for(lambda: [said for said in [client.get("/stats/sessions/nobody")] if said.status != 503])[0]

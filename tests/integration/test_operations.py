@@ -6,14 +6,16 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 from patience import PATIENCE_S
-from program import Program, parent_of, wait_for
+from program import MODULE, Program, parent_of, wait_for
 from testbed.ports import free_port
 from weights import packaged_gguf
 
@@ -238,6 +240,21 @@ def test_stop_needs_no_configuration_that_can_be_read(app: Program) -> None:
     assert "no deployment is called ../other; there are: default" in unknown.stderr
 
 
+def test_stop_ends_what_runs_where_its_configuration_has_errors_since(app: Program) -> None:
+    app.configure(models=[scripted_model(app)], name="mine")
+    assert app.run("start").returncode == 0
+    told = json.loads(app.config.read_text())
+    broken = {**told, "models": [{**told["models"][0], "replicas": "many", "env": {"TOKEN": "${NOT_SET_HERE}"}}]}
+    app.config.write_text(json.dumps({**broken, "cluster": {"nmae": "mine"}}))
+    refused = app.run("stop")  # or a deployment that is not meant might end
+    assert (refused.returncode, "deployments: mine" in refused.stderr) == (2, True)
+    app.config.write_text(json.dumps(broken))
+    assert app.run("status").returncode == 2
+    stopped = app.run("stop")
+    assert (stopped.returncode, stopped.stdout) == (0, "stopped smollm2-1\n"), stopped.stderr
+    wait_for(lambda: not app.processes(), "no process left")
+
+
 def test_an_up_that_the_scheduler_does_not_answer_leaves_no_relay(app: Program, tmp_path: Path) -> None:
     commands = tmp_path / "bin"
     commands.mkdir()
@@ -251,4 +268,93 @@ def test_an_up_that_the_scheduler_does_not_answer_leaves_no_relay(app: Program, 
     app.config.write_text(json.dumps({"proxy": {"port": app.port}, "cluster": cluster, "models": models}))
     up = app.run("up")
     assert (up.returncode, "Unable to contact slurm controller" in up.stderr) == (1, True), up.stdout + up.stderr
+    assert app.processes() == []
+
+
+# --- A program that imports the module, and enters a deployment.
+
+
+ENTERING = """
+import asyncio, sys
+from agent_infra import AgentInfraError, ConnectionManager
+
+async def main():
+    async with ConnectionManager(sys.argv[1]):
+        print("entered")
+
+try:
+    asyncio.run(main())
+except AgentInfraError as error:
+    print(type(error).__name__, error)
+"""
+CANCELLED = """
+import asyncio, sys
+from agent_infra import ConnectionManager
+
+async def main():
+    onlooker = ConnectionManager(sys.argv[1])
+    entering = asyncio.ensure_future(ConnectionManager(sys.argv[1]).__aenter__())
+    while not [each for each in (await onlooker.status())["replicas"] if each["state"] == "loading"]:
+        await asyncio.sleep(0.05)
+    entering.cancel()
+    await asyncio.wait([entering])
+    print(entering.cancelled(), [each["replica"] for each in (await onlooker.status())["replicas"]])
+
+asyncio.run(main())
+"""
+
+
+def imported(app: Program, code: str) -> str:
+    """What such a program prints."""
+    command = [sys.executable, "-W", "error", "-c", code, str(app.config)]
+    environment = {**app.environment, "PYTHONPATH": str(MODULE.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout
+
+
+def post(url: str, document: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url, json.dumps(document).encode(), {"Content-Type": "application/json"})
+    return urllib.request.urlopen(request, timeout=PATIENCE_S)
+
+
+def broken_model(app: Program) -> dict[str, Any]:
+    """One that is not found to be broken before it is loaded."""
+    weights = app.folder / "broken.gguf"
+    weights.write_bytes(b"GGUF" + b"\0" * 1000)
+    return {"name": "broken", "engine": "llama_cpp", "model_path": str(weights), "base_port": app.port + 50}
+
+
+def test_a_manager_that_is_refused_a_deployment_ends_nothing_of_it(app: Program) -> None:
+    app.configure(models=[scripted_model(app)])
+    up = app.spawn("up")
+    up.wait_line("Ctrl-C stops it all")
+    turn = {"model": "smollm2", "stream": True, "messages": [], "fake": {"held_after": 0}}
+    with post(f"http://127.0.0.1:{app.port}/v1/chat/completions", turn) as stream:
+        assert b"word0" in stream.readline()
+        assert imported(app, ENTERING).startswith("RefusedError the deployment default is already run by `up`")
+        engine = app.status()["replicas"][0]["port"]
+        post(f"http://127.0.0.1:{engine}/fake", {"release": True}).close()
+        assert stream.read().endswith(b"data: [DONE]\n\n")
+    assert up.end() == 0
+
+
+def test_what_ran_before_survives_a_manager_that_fails(app: Program) -> None:
+    app.configure(models=[scripted_model(app), broken_model(app)])
+    assert app.run("start", "--model", "smollm2").returncode == 0
+    before = app.status()["replicas"]
+    for _ in range(2):
+        assert imported(app, ENTERING).startswith("AgentInfraError broken-1 failed")
+        assert app.status()["replicas"] == before
+    os.kill(before[0]["pid"], signal.SIGKILL)  # and now its name is taken anew, by one that is not from before
+    wait_for(lambda: app.status()["replicas"][0]["state"] == "failed", "its end")
+    assert imported(app, ENTERING).startswith("AgentInfraError broken-1 failed")
+    assert app.processes() == []
+
+
+def test_who_is_cancelled_while_entering_leaves_nothing_behind(app: Program) -> None:
+    loading = scripted_model(app)
+    loading["command"] += ["--behaviour", '{"health": 503}']
+    app.configure(models=[loading])
+    assert imported(app, CANCELLED) == "True []\n"
     assert app.processes() == []

@@ -246,6 +246,17 @@ def test_stats_that_nobody_has_read_lately_are_asked_for(tmp_path: Path) -> None
             assert client.get("/stats").json()["number"] == 1
 
 
+def test_without_a_controller_stats_say_what_to_do_as_all_that_it_is_asked_for(
+    client: Client, relay: RelayProcess
+) -> None:
+    assert client.chat().status == 200
+    relay.controller.close()
+    wait_for(lambda: "the controller is gone" in relay.log(), "the relay's notice of that")
+    paths = ("/metrics", "/stats/sessions/s", "/stats")
+    said = {client.get(path).json()["error"]["message"] for path in paths}
+    assert said == {"no controller has answered within 2 s; `connect` starts one"}
+
+
 def test_how_often_stats_are_read_is_told(client: Client, relay: RelayProcess) -> None:
     relay.controller.send_stats(b'{"snapshot_age_ms":0}')
     assert [client.get("/stats").status for _ in range(3)] == [200] * 3
@@ -382,6 +393,36 @@ def test_a_sleeping_replica_gets_no_work(relay: RelayProcess) -> None:
         relay.controller.send_table([backend(1, asleep.port, telemetry_port=asleep.port)])
         with Client(relay.port) as client:
             wait_for(lambda: client.chat().status == 503)
+
+
+def wait_refusal(client: Client, ending: str) -> None:
+    """Until a turn is refused with such words."""
+    said = "no replica of m is there to answer: " + ending
+    wait_for(lambda: (answer := client.chat()).status == 503 and answer.json()["error"]["message"] == said, said)
+
+
+def test_a_refusal_says_why_no_replica_answers_and_what_to_do(relay: RelayProcess, engine: FakeEngine) -> None:
+    relay.controller.send_table([], models=["m"])
+    with Client(relay.port) as client:
+        wait_refusal(client, "none runs (`start` starts one)")
+        relay.controller.send_table([backend(1, engine.port), backend(2, free_port())])
+        wait_for(lambda: "replica r2 is out" in relay.log(), "the end of r2")
+        client.post("/admin/backends/r1/drain", {})
+        away = "r1 is draining (POST /admin/backends/r1/undrain)"
+        wait_refusal(client, f"{away}, r2 is down (health probe: Connection refused)")
+        relay.controller.send_table([backend(number, engine.port, state="draining") for number in range(1, 65)])
+        wait_refusal(client, ", ".join(away.replace("r1", f"r{number}") for number in (1, 2, 3)) + ", 61 more")
+
+
+@pytest.mark.parametrize(
+    ("load", "reason"),
+    [({"is_sleeping": True}, "r1 is asleep"), ({"state": "draining"}, "r1 is draining")],
+    ids=["asleep", "draining by itself"],
+)
+def test_a_refusal_says_what_a_replica_said_of_itself(relay: RelayProcess, load: dict[str, Any], reason: str) -> None:
+    with FakeEngine(load=load) as engine, Client(relay.port) as client:
+        relay.controller.send_table([backend(1, engine.port, telemetry_port=engine.port)])
+        wait_refusal(client, reason)
 
 
 def test_a_drained_replica_finishes_its_turns_and_gets_no_more(relay: RelayProcess, engine: FakeEngine) -> None:

@@ -8,7 +8,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -348,6 +348,43 @@ def test_another_number_of_replicas_starts_the_fit_anew() -> None:
     assert changed["fit"]["think_s"]["basis"]["turns"] < POINT_TURNS
     after = watched.run(120)["limits"]["knee_agents"]
     assert after["value"] == pytest.approx(knee_of(5), rel=0.15)
+
+
+def looked_at(analysis: CapacityAnalysis, model: str, counts: Iterable[int]) -> None:
+    """One look a second at a fleet that serves with so many replicas."""
+    for at, count in enumerate(counts):
+        names = [f"{model}-{number}" for number in range(count)]
+        analysis.sample(FleetSample(closed_loop.START + at, model, None, dict.fromkeys(names, 0)))
+
+
+def add_turns(analysis: CapacityAnalysis, model: str, *ends: float) -> None:
+    """The first of all is not counted: whom it met is not known."""
+    for end in ends:
+        at = closed_loop.START + end
+        analysis.add(TurnRecord(f"{model}-{end}", at, "completed", 200, backend=f"{model}-0", inference_ms=500))
+
+
+def test_a_model_without_turns_that_changes_its_replicas_takes_the_analysis_from_nobody() -> None:
+    analysis = CapacityAnalysis(lambda: closed_loop.START + 40.0, random.Random(1))
+    for model in ("busy", "quiet"):
+        looked_at(analysis, model, [1] * 10)
+        add_turns(analysis, model, 5, 7)
+    assert [entry["model"] for entry in analysis.document()] == ["busy", "quiet"]
+    looked_at(analysis, "quiet", [1] * 20 + [2] * 10)
+    busy, quiet = analysis.document()
+    assert busy["verdict"]["reason"] == "1 of 30 turns: too few for any number"
+    assert quiet["verdict"]["reason"] == "0 of 30 turns since 1 replicas became 2: too few for any number"
+    json.dumps(quiet, allow_nan=False)
+
+
+def test_a_fleet_that_starts_is_no_change_and_one_that_comes_back_is() -> None:
+    analysis = CapacityAnalysis(lambda: closed_loop.START + 100.0, random.Random(1))
+    looked_at(analysis, "m", [0] * 10 + [2] * 10)
+    assert analysis.document() == []
+    add_turns(analysis, "m", 15, 17)
+    assert analysis.document()[0]["verdict"]["reason"] == "1 of 30 turns: too few for any number"
+    looked_at(analysis, "m", [2] * 20 + [0] * 10 + [2] * 10)
+    assert "since 0 replicas became 2" in analysis.document()[0]["verdict"]["reason"]
 
 
 def test_another_prompt_mix_starts_the_fit_anew() -> None:

@@ -143,3 +143,26 @@ def test_without_a_file_the_embedded_default_is_used(tmp_path: Path, monkeypatch
     assert agent_infra.load_config() == agent_infra.DEFAULT_CONFIG
     (tmp_path / "config.yaml").write_text(MODEL)
     assert agent_infra.load_config().models[0].name == "m"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("cluster: {name: mine}\nmodels: [{nmae: m}]", "mine"),
+        ("models: [{name: m, model_path: '${NOT_SET_HERE}'}]", "default"),
+        ("cluster: {name: '${SOME_NAME}'}\nproxy: {port: many}", "told"),
+        ("cluster: {name: '${NOT_SET_HERE}'}\nmodels: []", None),
+        ("cluster: {nmae: mine}\nmodels: []", None),
+        ("clutser: {name: mine}\nmodels: []", None),
+        ("cluster: [mine]", None),
+        ("- cluster", None),
+        ("cluster: {name: mine", None),
+    ],
+)
+def test_a_deployment_is_known_from_a_configuration_with_errors_elsewhere(
+    text: str, name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_NAME", "told")
+    (tmp_path / "config.yaml").write_text(text)
+    assert agent_infra.deployment_of(tmp_path / "config.yaml") == name
+    assert agent_infra.deployment_of(tmp_path / "nowhere.yaml") is None

@@ -694,7 +694,7 @@ def fill(path: Path) -> None:
     with history_file(path) as file:
         for number in range(240):
             fields: dict[str, Any] = {"task": f"task{number % 2}", "inference_ms": 1000.0 + number, "ttft_ms": 50.0}
-            fields |= {"completion_tokens": 20, "cached_tokens": 60, "expected_cached_tokens": 60, "backend": "m-1"}
+            fields |= {"completion_tokens": 20, "cached_tokens": 60, "expected_cached_tokens": 75, "backend": "m-1"}
             turn = record(number * 10, **fields)
             if number == 7:
                 turn.outcome = "aborted"
@@ -866,7 +866,7 @@ def test_a_report_sums_a_run_up(path: Path, capsys: pytest.CaptureFixture[str]) 
     assert rows["GPU-seconds per completed turn"] == ["20.1"]
     assert rows["retried: sent to more than one replica"] == ["1", "100", "0.4%"]
     assert rows["aborted, cut or failed"] == ["1", "120", "0.5%"]
-    assert rows["prefilled again: expected in the cache, and not there"] == ["1", "50", "0.2%"]
+    assert rows["prefilled again: expected in the cache, and not there"] == ["1", "65", "0.3%"]
     assert rows["moved"] == ["1"]
     verdicts = [line.partition(" ")[2] for line in text.splitlines() if "BOUND" in line]
     assert [verdict.split("**")[1] for verdict in verdicts] == ["AGENT-BOUND", "GPU-BOUND"]

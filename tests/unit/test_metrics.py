@@ -38,15 +38,21 @@ def samples(turns: TurnMetrics, stats: Any = STATS) -> dict[tuple[str, ...], flo
 def test_turns_are_counted_by_backend_model_and_outcome() -> None:
     turns = TurnMetrics()
     for outcome in ("completed", "completed", "cut"):
-        turns.add(record(outcome=outcome, retries=1, prompt_tokens=100, expected_cached_tokens=80, cached_tokens=50))
+        turns.add(record(outcome=outcome, retries=1, prompt_tokens=100))
     turns.add(record(outcome="rejected", backend=None))
     found = samples(turns)
     assert found["agent_infra_turns_total", "m-1", "m", "completed"] == 2
     assert found["agent_infra_turns_total", "m-1", "m", "cut"] == 1
     assert found["agent_infra_turns_total", "", "m", "rejected"] == 1
     assert found["agent_infra_prompt_tokens_total", "m"] == 300
-    assert found["agent_infra_prefilled_again_tokens_total", "m"] == 90
     assert found["agent_infra_retries_total", "m"] == 3
+
+
+def test_only_a_turn_with_a_miss_was_prefilled_again() -> None:
+    turns = TurnMetrics()
+    turns.add(record(expected_cached_tokens=95, cached_tokens=80))  # all of its whole blocks
+    turns.add(record(expected_cached_tokens=800, cached_tokens=500, cache_miss="evicted from m-1"))
+    assert samples(turns)["agent_infra_prefilled_again_tokens_total", "m"] == 300
 
 
 def test_a_histogram_is_cumulative_with_its_sum_and_count() -> None:

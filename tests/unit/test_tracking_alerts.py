@@ -59,7 +59,7 @@ def test_the_last_prompt_and_answer_are_expected_and_whole_blocks_are_no_miss(dr
     driver.turn(prompt_tokens=1000, completion_tokens=100)
     driver.turn(prompt_tokens=1200, completion_tokens=100, cached_tokens=1088)
     record = driver.last()
-    assert (record.expected_cached_tokens, record.cache_miss) == (1100, None)
+    assert (record.expected_cached_tokens, record.cache_miss) == (1099, None)  # its last token was never computed
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,20 @@ def test_a_context_that_was_cut_short_is_expected_up_to_its_own_length(driver: D
     driver.turn(prompt_tokens=5000, completion_tokens=100)
     driver.turn(prompt_tokens=1000, completion_tokens=100, cached_tokens=960)
     record = driver.last()
-    assert (record.expected_cached_tokens, record.cache_miss) == (1000, None)
+    assert (record.expected_cached_tokens, record.cache_miss) == (999, None)  # the last token always is computed
+
+
+@pytest.mark.parametrize("completion", [None, 0])
+def test_a_prompt_without_an_answer_is_expected_whole(driver: Driver, completion: int | None) -> None:
+    driver.turn(prompt_tokens=1000, completion_tokens=completion)
+    driver.turn(prompt_tokens=1200)
+    assert driver.last().expected_cached_tokens == 1000
+
+
+def test_an_empty_prompt_is_expected_nowhere(driver: Driver) -> None:
+    for _ in range(2):
+        driver.turn(prompt_tokens=0, completion_tokens=5)
+    assert driver.last().expected_cached_tokens == 0
 
 
 def test_a_turn_that_failed_leaves_what_is_cached_as_it_was(driver: Driver) -> None:
