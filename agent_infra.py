@@ -2325,7 +2325,7 @@ class TurnFinished:
     gaps: Mapping[str, int] = field(default_factory=dict)  # inter-chunk gaps: histogram bucket key → count
     answer: str = ""  # excerpt
     key: str | None = None  # conversation_key up to and with this answer
-    started: TurnStarted | None = None  # where nothing was told of the turn before: most are over within one batch
+    started: TurnStarted | None = None  # its beginning, for who never heard of it: most are over within one batch
 
 
 @dataclass(frozen=True)
@@ -11130,6 +11130,7 @@ GAPS_AT_ONCE = 64  # of a stream, that wait to be counted
 PACKED_TURNS = 16  # finished turns that are encoded at once: a fifth of a millisecond's work
 BATCHED_PACKS = 32  # of these in one frame
 QUESTION_S = 2.0
+LAST_FLUSH_S = 2.0  # for the last events, at the relay's end: its controller may take none
 NAMED_ABSENT = 3  # replicas that a refusal names
 STATS_FRESH_S = 1.5  # a /stats document that is older is asked for; while somebody reads them, one comes every second
 MAX_BUFFERED_EVENTS = 50_000
@@ -11415,7 +11416,7 @@ class LiveReplica:
         self.latency_ms: float | None = None
         self.busy_until = 0.0
         self.foreign_work = 0
-        self.gpu_utilization = self.kv_usage = 0.0
+        self.gpu_utilization = self.kv_usage = self.kv_tokens = 0.0
         self.load: Any = None
         self.override: str | None = None  # what an operator asked for, until the table says the same
         self.health = "up"  # up | trial (one turn at a time, after an ejection) | down
@@ -11474,13 +11475,14 @@ class LiveReplica:
                 self.look_at_once.set()
 
     def take_load(self, load: Any) -> None:
-        """Take over a /load digest."""
-        self.load = load if isinstance(load, dict) else None
-        digest: dict[str, Any] = self.load or {}
+        """Take over a /load digest; one with a figure that is none changes nothing, and raises what that does."""
+        digest: dict[str, Any] = load if isinstance(load, dict) else {}
         work = int(digest.get("running") or 0) + int(digest.get("waiting") or 0)
+        kv_usage, kv_tokens = (float(digest.get(name) or 0.0) for name in ("kv_usage", "kv_capacity_tokens"))
+        gpus = [float(gpu.get("utilization") or 0.0) for gpu in digest.get("gpus") or () if isinstance(gpu, dict)]
+        self.load = digest or None
         self.foreign_work = max(0, work - self.in_flight)
-        self.kv_usage = float(digest.get("kv_usage") or 0.0)
-        gpus = [gpu.get("utilization") or 0.0 for gpu in digest.get("gpus") or () if isinstance(gpu, dict)]
+        self.kv_usage, self.kv_tokens = kv_usage, kv_tokens
         self.gpu_utilization = sum(gpus) / len(gpus) if gpus else 0.0
         self.update(self.backend)
 
@@ -11489,8 +11491,8 @@ class LiveReplica:
         self.rank, self.last_chosen = None, choice
         self.in_flight += 1
         self.requests += 1
-        if self.load and self.load.get("kv_capacity_tokens"):
-            self.kv_usage += tokens / float(self.load["kv_capacity_tokens"])
+        if self.kv_tokens:
+            self.kv_usage += tokens / self.kv_tokens
 
     def head(self, plan: RequestPlan, length: int) -> bytes:
         """The head of a request as it is sent to it, with a body of ``length`` bytes."""
@@ -11606,17 +11608,18 @@ class AnswerFlow(Outlet):
 
     def on_readable(self) -> None:
         """The replica's socket has bytes, or its end."""
+        is_reset = False
         try:
             data = self.upstream.sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
             return
         except OSError:
-            data = b""
+            data, is_reset = b"", True
         try:
             if self.express is not None and not self.received and data and self.express(self, data):
                 return
             if not data:
-                self._on_closed()
+                self._on_closed(is_reset)
             elif self.head is not None:
                 self._take_body(data, 0)
             else:
@@ -11649,7 +11652,7 @@ class AnswerFlow(Outlet):
     def _start(self, head: AnswerHead, length: int | None, data: bytes, end: int) -> None:
         self.head, self._length, self._decoder = head, length, BodyDecoder(length)
         self._pieces = []
-        if head.is_event_stream and head.status < 400:
+        if head.is_event_stream and head.status < 400 and length != 0:
             self._start_stream(head)
             self.upstream.watcher.callback = self.listener = self.on_events
             if len(data) > end:
@@ -11693,7 +11696,7 @@ class AnswerFlow(Outlet):
                 except BlockingIOError:
                     return None
                 except OSError:
-                    data = b""
+                    return self._on_closed(is_reset=True)
                 if not data:
                     return self._on_closed()
             events, came, pacing = self.events, self._came, self._relay.pacing
@@ -11771,8 +11774,9 @@ class AnswerFlow(Outlet):
         self.body = b"".join(self._pieces)
         self.end("answered")
 
-    def _on_closed(self) -> None:
-        if self._decoder is not None and self._decoder.is_until_close:
+    def _on_closed(self, is_reset: bool = False) -> None:
+        """The replica's end: of an answer that lasts until then, unless the connection was reset."""
+        if self._decoder is not None and self._decoder.is_until_close and not is_reset:
             if self.events is not None:
                 out = self.events.close()
                 if self.events.fault is not None:
@@ -12190,7 +12194,7 @@ class ClientConnection(RequestReader):
         self.head = RepeatedHead(relay.heads.known_requests)
         self._awaits_request = False
         self._arriving: ArrivingBody | None = None
-        self._is_anthropic = False
+        self._is_anthropic = self._is_head = False
         self._keeps_alive = True
 
     def serve(self) -> None:
@@ -12231,7 +12235,7 @@ class ClientConnection(RequestReader):
 
     def _serve_one(self) -> bool:
         """Serve one request; whether another one may follow."""
-        self._is_anthropic = self._has_unread_body = False
+        self._is_anthropic = self._has_unread_body = self._is_head = False
         try:
             if not self.buffer and not self._await_request():
                 return False
@@ -12243,7 +12247,7 @@ class ClientConnection(RequestReader):
                 return True
             plan, length, authorization = found
             self.version, self._keeps_alive = plan.request.version, plan.request.keeps_alive
-            self._has_unread_body = length != 0
+            self._has_unread_body, self._is_head = length != 0, plan.request.method == b"HEAD"
             return self._answer(plan, length, authorization) and plan.request.keeps_alive
         except RequestError as refusal:
             return self._refuse(refusal)
@@ -12377,7 +12381,8 @@ class ClientConnection(RequestReader):
             extra += b"www-authenticate: Bearer\r\n"
         closes = refusal.closes or self._has_unread_body or not self._keeps_alive
         body = error_document(refusal.status, str(refusal), refusal.code, self._is_anthropic)
-        self.send_all(plain_answer(refusal.status, body, extra=extra, closes=closes))
+        answer = plain_answer(refusal.status, body, extra=extra, closes=closes)
+        self.send_all(answer[: -len(body)] if self._is_head else answer)
         if closes:
             self._linger()
         return not closes
@@ -12471,6 +12476,8 @@ class Delivery:
                 504, f"{exchange.error}; it may be overloaded, or the answer too long for request_timeout"
             )
         self.turn.outcome, self.turn.error = "cut", exchange.error
+        if result == "torn" and exchange.ends_by_closing:  # only a reset tells that this is not the answer's end
+            self._client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         return result == "cut" and self._client.version == 1
 
     def _take_answer(self, replica: LiveReplica, exchange: Exchange) -> bool | None:
@@ -12487,9 +12494,9 @@ class Delivery:
         if turn.digest is not None and turn.digest.finish_reason == "abort":
             return self._after_death(replica, "the engine was shut down", is_proven=True)
         if head.status >= 500:
-            replica.errors += 1
             if turn.deaths == 0 and not self._relay.watch.is_alive(replica):
                 return self._after_death(replica, f"it answered {head.status} and died", is_proven=True)
+            replica.errors += 1
         else:
             replica.note_success((now - turn.sent) * 1000.0, now)
         turn.status, turn.outcome = head.status, "completed" if head.status < 400 else "error"
@@ -12744,8 +12751,8 @@ class Admission:
         for model, queue in self._queues.items():
             if queue:
                 self.dispatch(model)
-                if self.outlook(model) == "nothing":
-                    for entry in queue:
+                for entry in queue:
+                    if self.outlook(model, entry[2].route) == "nothing":
                         self._relay.reactor.loop.run_callback(entry[3].wake)
 
     def waiting(self) -> list[Turn]:
@@ -13090,6 +13097,9 @@ class ControlChannel:
                     self._relay.log("error", f"no controller can be accepted for now: {error}")
                 self._relay.reactor.sleep(1.0)
                 continue
+            if self._relay.is_stopping:  # it has no listening socket left to hand on
+                controller.close()
+                continue
             former, self._controller = self._controller, None
             if former is not None:
                 with contextlib.suppress(OSError):
@@ -13349,7 +13359,7 @@ class TurnBook:
             digest.cached_tokens, is_estimated, digest.finish_reason, turn.error or digest.error,
             turn.gaps.by_name(), digest.text,
             self._key(turn, digest) if turn.follows is not None and turn.outcome == "completed" else None,
-            None if turn.is_told else self._started(turn),
+            self._started(turn),
         )
         # fmt: on
 
@@ -13586,7 +13596,7 @@ class Relay:
         for greenlet in greenlets:
             greenlet.link_exception(self._on_task_failed)
         self._stopped.wait()
-        self.control.flush()
+        self.reactor.spawn(self.control.flush).join(LAST_FLUSH_S)
         return self._exit_code
 
     def _sweep(self) -> None:
@@ -13855,6 +13865,11 @@ class Doorkeeper:
             )
 
 
+def ejection_s(ejections: int, most_s: float) -> float:
+    """For how long a replica is left alone after so many ejections in a row."""
+    return min(FIRST_EJECTION_S * 2.0 ** min(ejections - 1, 16), most_s)
+
+
 class ReplicaWatch:
     """Asks replicas how they are: health on the engine's port, load on its telemetry port."""
 
@@ -13870,7 +13885,7 @@ class ReplicaWatch:
             if replica.look_at_once.is_set():  # just ejected: give it the time that its ejections call for
                 replica.look_at_once.clear()
                 self._relay.log("warning", f"replica {replica.id} is out: {replica.reason}")
-                pause = min(FIRST_EJECTION_S * 2 ** (replica.ejections - 1), interval)
+                pause = ejection_s(replica.ejections, interval)
                 continue
             interval = self._relay.settings.proxy.health_check_interval
             try:
@@ -13912,7 +13927,7 @@ class ReplicaWatch:
                 status, body = self._get(backend.host, backend.telemetry_port or 0, b"/load", backend.key)
                 replica.take_load(self._relay.codec.decode(body) if status == 200 else None)
                 missed = 0
-            except (OSError, ValueError, TypeError, WireError) as error:
+            except (OSError, ValueError, TypeError, ArithmeticError, RecursionError, WireError) as error:
                 missed += getattr(error, "errno", None) not in NO_DESCRIPTOR
                 if missed == 5:
                     replica.take_load(None)
@@ -14041,7 +14056,8 @@ class RelayApp:
             parts.close()
         status, fields = started
         kept = [(name, value) for name, value in fields if name.lower() not in ("content-length", "connection")]
-        lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in kept), f"content-length: {len(content)}"]
+        length = {name.lower(): value for name, value in fields}.get("content-length", len(content))  # HEAD: as of GET
+        lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in kept), f"content-length: {length}"]
         if not request.keeps_alive:
             lines.append("connection: close")
         return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (b"" if request.method == b"HEAD" else content)
@@ -14328,6 +14344,18 @@ class RelayLink:
             return self._frames.feed(data)
         except (OSError, ValueError) as error:
             raise RelayGoneError(f"the relay (pid {self.pid}) is gone: {error}") from error
+
+    def rest(self) -> list[tuple[bytes, bytes]]:
+        """The frames that came and were not received yet, also of a relay that is gone."""
+        frames, self._early = self._early, []
+        control = self._control
+        with contextlib.suppress(OSError, ValueError):
+            while control is not None and select.select([control], [], [], 0.0)[0]:
+                data = control.recv(1 << 20)
+                if not data:
+                    break
+                frames += self._frames.feed(data)
+        return frames
 
     def abandon(self) -> None:
         """Close the control socket and make sure that the relay's process is gone."""
@@ -14942,6 +14970,8 @@ class Controller:
                 lost = "the history lacks the turns and the replica time that it has not handed on"
                 self._log(f"the controller's thread still works and is left behind; {lost}", "warning")
         self.discovery.stop()
+        if not is_stuck:
+            self._tracker.relay_restarted()  # turns that are still open end with it
         self._books.close(takes_rest=not is_stuck)
         self.relay.close()
         if self.tunnels is not None:
@@ -14959,6 +14989,7 @@ class Controller:
                         sample_due = time.monotonic() + SNAPSHOT_INTERVAL_S
                         self._stats.look(*self._replicas())
                 except RelayGoneError as error:
+                    self._hear(frame for frame in self.relay.rest() if frame[0] != FRAME_REQUEST)
                     if self._ending.is_set():
                         return
                     self._replace_relay(error)
@@ -14986,7 +15017,14 @@ class Controller:
                 self._sent_table = table
             self._seen = seen
         self._looked = looked
-        for kind, payload in self.relay.receive(timeout):
+        self._hear(self.relay.receive(timeout))
+        self._books.take()
+        if time.monotonic() - self._heard_at > RELAY_SILENCE_S:
+            raise RelayGoneError(f"the relay (pid {self.relay.pid}) said nothing for {RELAY_SILENCE_S:g} s")
+
+    def _hear(self, frames: Iterable[tuple[bytes, bytes]]) -> None:
+        """Take in what the relay says."""
+        for kind, payload in frames:
             self._heard_at = time.monotonic()
             try:
                 self._take(kind, payload)
@@ -14994,9 +15032,6 @@ class Controller:
                 raise
             except Exception as error:  # noqa: BLE001  a bug, or a package that is missing, must not end the controller
                 self._log(f"a frame {kind!r} of the relay cannot be taken, and is left out: {error!r}")
-        self._books.take()
-        if time.monotonic() - self._heard_at > RELAY_SILENCE_S:
-            raise RelayGoneError(f"the relay (pid {self.relay.pid}) said nothing for {RELAY_SILENCE_S:g} s")
 
     def _forget_drained(self, records: Sequence[ReplicaRecord]) -> None:
         """A replica that is gone, or was started anew under its name, is drained no longer."""

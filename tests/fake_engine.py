@@ -9,10 +9,10 @@ most, as in continuous batching), ``gap`` (s between events), ``hang`` (never an
 was set), ``until`` (answer once there is a file of this name), ``held_after`` (that many events and one, go on
 likewise), ``status`` (answer with it), ``retry_after``, ``usage`` (stream it even if nobody asked), ``finish_reason``,
 ``die`` (kill the process: "before" the answer, in its "middle", or after that many events), ``cut`` (close the
-connection, likewise), ``no_done``, ``close`` (after the answer, with or without saying so: "silently"), ``linger`` (s
-between a stream's last event and its end), ``size`` (bytes of content), ``framing`` ("length", "close", "chunked"),
-``split`` (send the answer in pieces of so many bytes), ``health`` (status of /health), ``health_s`` (that its answer
-takes), ``load`` (the /load digest).
+connection, likewise; "reset": reset it in the middle of a whole answer), ``no_done``, ``close`` (after the answer, with
+or without saying so: "silently"), ``linger`` (s between a stream's last event and its end), ``size`` (bytes of
+content), ``framing`` ("length", "close", "chunked"), ``split`` (send the answer in pieces of so many bytes), ``health``
+(status of /health), ``health_s`` (that its answer takes), ``load`` (the /load digest).
 
 ``GET /fake`` tells what it saw: requests, aborted (whose client left first), running, probes (of /health, answered),
 the heads and the last body, and the seconds that answers took it in all.
@@ -27,6 +27,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -286,6 +287,10 @@ class Connection:
             self.send(body[:half])
         if how and how.get("cut") == "middle":
             raise OSError("cut, as asked")
+        if how and how.get("cut") == "reset":
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.pause(0.1)  # so that the half arrives
+            raise OSError("reset, as asked")
         if how and how.get("die") == "middle":
             os.kill(os.getpid(), signal.SIGKILL)
         if framing == "chunked":

@@ -61,6 +61,7 @@ class Controller:
         self.events: list[dict[str, Any]] = []
         self.gauges: list[dict[str, Any]] = []
         self.requests: list[dict[str, Any]] = []
+        self._told: set[str] = set()  # turns
         self.sock = socket.socket(socket.AF_UNIX)
         try:
             with unix_address(path) as address:
@@ -94,8 +95,10 @@ class Controller:
         self.is_closed.set()
 
     def _note(self, event: TurnEvent) -> None:
-        """Keep an event as a mapping with its kind; a finish that tells all of its turn also as the start it tells."""
-        if isinstance(event, TurnFinished) and event.started is not None:
+        """Keep an event as a mapping with its kind; a finish of a turn that nothing was told of as its start, too."""
+        if isinstance(event, TurnStarted):
+            self._told.add(event.turn)
+        elif isinstance(event, TurnFinished) and event.started is not None and event.turn not in self._told:
             self._note(event.started)
         self.events.append({"kind": _KINDS[type(event)], **dataclasses.asdict(event)})
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import threading
+import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fake_engine import FakeEngine
 from patience import PATIENCE_S
-from program import wait_for
+from program import once_told, wait_for
+from relay_harness import Client
 
 import agent_infra
 from agent_infra import (
@@ -43,6 +51,46 @@ class SlowTunnels(TunnelSet):
     def follow(self, records: Sequence[ReplicaRecord]) -> list[ReplicaRecord]:
         self._hindrance.meet()
         return super().follow(records)
+
+
+class ForgetfulTunnels(SlowTunnels):
+    """None is needed; once the hindrance is over, there are no replicas: the relay has to be told so."""
+
+    def follow(self, records: Sequence[ReplicaRecord]) -> list[ReplicaRecord]:
+        self._hindrance.meet()
+        return [] if self._hindrance.is_over.is_set() else list(records)
+
+
+def test_what_a_relay_said_before_its_end_is_heard_whoever_notices_that_first(
+    tmp_path: Path, engine: FakeEngine
+) -> None:
+    """Here it is noticed by telling it something."""
+    hindrance = Hindrance()
+    record = ReplicaRecord("m-1", "m", "ready", "command", "here", 1, "p", port=engine.port)
+    config = Config(models=(ModelConfig("m", "m", engine="command"),), proxy=ProxyConfig(port=0))
+    paths = deployment_paths("default", {"XDG_STATE_HOME": str(tmp_path), "HOME": str(tmp_path)})
+    tunnels = ForgetfulTunnels(hindrance)
+    controller = Controller(config, paths, lambda: [record], keys=("key", None), tunnels=tunnels)
+    controller.start()
+    try:
+        controller.refresh()
+        hindrance.begins.set()
+        assert hindrance.is_met.wait(PATIENCE_S)
+        with Client(controller.relay.port) as client:
+            assert client.chat().status == 200
+        time.sleep(2.0)  # it tells what happened ten times a second
+        os.kill(controller.relay.pid, signal.SIGKILL)
+        hindrance.is_over.set()
+        totals = once_told(lambda: stats_of(controller)["totals"])
+        assert (totals["completed"], totals["errors"]) == (1, 0)
+    finally:
+        hindrance.is_over.set()
+        controller.stop(0)
+
+
+def stats_of(controller: Controller) -> Any:
+    with urllib.request.urlopen(f"{controller.url}/stats", timeout=PATIENCE_S) as answer:
+        return json.load(answer)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 from patience import PATIENCE_S, compares_clocks
-from program import Program, once_told, program, wait_for
+from program import Program, is_listening, once_told, program, wait_for
 from prometheus_client.parser import text_string_to_metric_families
+from relay_harness import Client, request
 
 AGENTS = 8
 TURNS = 125  # of each agent
@@ -119,6 +120,32 @@ def assert_a_kill_costs_the_last_batch_at_most(app: Program, engine: FakeEngine,
     with sqlite3.connect(app.state / "agent-infra" / f"proxy-{app.port}" / "history.db") as database:
         assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     database.close()
+
+
+def test_a_turn_that_ends_while_there_is_no_controller_is_still_its_sessions(app: Program, engine: FakeEngine) -> None:
+    proxy = app.bring_up_proxy(engine.port, model="m")
+    with Client(app.port) as client:
+        client.sock.sendall(request(fake={"held": True}).replace(b"Host: t", b"Host: t\r\nX-Session-ID: s"))
+        wait_for(lambda: app.get("/stats")["clients"], "the turn, known to the controller")
+        end(proxy.process)
+        engine.call({"release": True})
+        assert client.read().status == 200
+        app.bring_up_proxy(engine.port, model="m")
+        [turn] = wait_for(lambda: app.get("/stats")["recent_turns"], "the turn's end")
+    assert (turn["session"], turn["model"], turn["outcome"]) == ("s", "m", "completed")
+    assert turn["started_at"] is not None
+    assert [session["turns"] for client in app.get("/stats")["clients"] for session in client["sessions"]] == [1]
+
+
+def test_a_turn_that_a_second_signal_ends_is_in_the_history(app: Program, engine: FakeEngine) -> None:
+    proxy = app.bring_up_proxy(engine.port, model="m")
+    with Client(app.port) as client:
+        client.sock.sendall(request(fake={"hang": True}))
+        wait_for(lambda: app.get("/stats")["clients"], "the turn, known to the controller")
+        proxy.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: not is_listening(app.port), "the first signal's effect")
+        proxy.end(signal.SIGTERM)
+    assert [turn["outcome"] for turn in kept(app)] == ["cut"]
 
 
 def test_a_history_that_fails_does_not_touch_the_service(app: Program, engine: FakeEngine) -> None:

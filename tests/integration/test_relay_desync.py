@@ -399,6 +399,19 @@ def test_a_request_behind_the_last_one_is_not_answered_while_that_is_on_its_way(
     assert pair.requests() == before + 4
 
 
+def test_an_answer_to_head_has_no_body_and_says_how_long_it_would_be(pair: Pair) -> None:
+    with Client(pair.relay.port) as client:
+        length = len(client.get("/v1/models").body)
+        for path, expected in (b"/v1/models", b"200 OK"), (b"/v1/chat/completions", b"40"):
+            client.sock.sendall(b"HEAD %b HTTP/1.1\r\nHost: t\r\n\r\n" % path)
+            while not client.buffer.endswith(b"\r\n\r\n"):
+                client.buffer += client.sock.recv(65536)
+            head, client.buffer = client.buffer, b""
+            assert head.startswith(b"HTTP/1.1 " + expected)
+            assert (b"content-length: %d\r\n" % length in head.lower()) is (path == b"/v1/models")
+            assert client.get("/v1/models").status == 200
+
+
 # HTTP/1.0, Expect.
 
 

@@ -19,9 +19,11 @@ import openai
 import pytest
 from fake_engine import FakeEngine
 from patience import PATIENCE_S
-from program import wait_for
+from program import is_listening, wait_for
 from relay_harness import KEY, Answer, Client, RelayProcess, backend, request
 from testbed.ports import free_port
+
+from agent_infra import unix_address
 
 CLIENTS = 8
 
@@ -407,6 +409,76 @@ def test_bytes_behind_an_answer_are_nobody_elses_answer(relay: RelayProcess) -> 
             sock.close()
 
 
+@pytest.mark.parametrize("size", [10, 9_000_000], ids=["kept", "passed on as it comes"])
+def test_a_reset_is_no_end_of_an_answer_that_lasts_until_its_connection_closes(relay: RelayProcess, size: int) -> None:
+    with FakeEngine() as engine, Client(relay.port) as client:
+        relay.controller.send_table([backend(1, engine.port)])
+        answer = client.chat(fake={"framing": "close", "cut": "reset", "size": 2 * size})
+        assert answer.status != 200 or not answer.is_complete
+    [turn] = relay.controller.finished()
+    assert turn["outcome"] != "completed"
+
+
+def test_an_answer_of_events_that_has_none_is_over_at_once(relay: RelayProcess) -> None:
+    def serve(listener: socket.socket) -> None:
+        with listener, contextlib.suppress(OSError):
+            while True:
+                sock, _ = listener.accept()
+                with sock:
+                    head = sock.recv(65536)
+                    kind = b"application/json" if head.startswith(b"GET") else b"text/event-stream"
+                    sock.sendall(b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-length: 0\r\n\r\n" % kind)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, Client(relay.port) as client:
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        relay.controller.send_table([backend(1, listener.getsockname()[1])])
+        answer = client.chat(stream=True)
+        assert (answer.status, answer.body, answer.is_complete) == (200, b"", True)
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(PATIENCE_S)
+
+
+def test_an_error_of_a_replica_that_died_of_it_counts_once(relay: RelayProcess) -> None:
+    with FakeEngine(status=500, health=503) as engine, Client(relay.port) as client:
+        relay.controller.send_table([backend(1, engine.port)], proxy={"health_check_interval": 3600.0})
+        assert client.chat().status == 503
+        told = wait_for(lambda: [g for g in relay.controller.gauges if g["counters"]["requests"] == 1])[-1]
+    assert told["backends"]["r1"]["errors"] == 1
+
+
+def test_an_odd_digest_of_load_is_the_last_ones(relay: RelayProcess) -> None:
+    with FakeEngine(load={"running": 1, "kv_usage": 10**400, "kv_capacity_tokens": "many"}) as engine:
+        relay.controller.send_table(
+            [backend(1, engine.port, telemetry_port=engine.port)], proxy={"load_poll_interval": 0.1}
+        )
+        time.sleep(1.0)
+        with Client(relay.port) as client:
+            assert [client.chat().status for _ in range(3)] == [200] * 3
+    told = wait_for(lambda: [g for g in relay.controller.gauges if g["counters"]["requests"] == 3])[-1]
+    assert told["backends"]["r1"]["in_flight"] == 0
+
+
+def test_a_turn_that_no_replica_is_left_for_is_told_at_once(relay: RelayProcess) -> None:
+    with FakeEngine() as dying, FakeEngine() as busy, ExitStack() as stack:
+        rows = [backend(1, dying.port, slots=1), backend(2, busy.port, slots=1)]
+        relay.controller.send_table(rows, proxy={"strategy": "round_robin", "queue_timeout": 3600.0})
+        holder, waiter, asker = (stack.enter_context(Client(relay.port)) for _ in range(3))
+        first = holder.chat().headers["x-agent-infra-backend"]
+        if first == "r1":  # the next one goes to the other
+            holder.sock.sendall(request(fake={"held": True}))
+        else:
+            assert holder.chat().status == 200
+            holder.sock.sendall(request(fake={"held": True}))
+        busy.wait_for("running", 1)
+        waiter.sock.sendall(request(fake={"cut": "middle"}))
+        wait_for(lambda: asker.get("/queue/status").json()["pending"] == 1)
+        relay.controller.send_table([rows[0]], models=["m"])
+        answer = waiter.read()
+        assert answer.status == 503
+        assert "no replica of m is there to answer" in answer.json()["error"]["message"]
+
+
 # The end.
 
 
@@ -473,6 +545,34 @@ def test_what_does_not_end_in_time_is_told_so(relay: RelayProcess) -> None:
         assert answer.is_complete
         assert "stopped" in json.loads(answer.events()[-1])["error"]["message"]
         engine.wait_for("aborted", 2)
+
+
+def test_a_controller_that_comes_while_the_relay_ends_ends_no_turn(relay: RelayProcess) -> None:
+    with FakeEngine() as engine, Client(relay.port) as client, socket.socket(socket.AF_UNIX) as control:
+        relay.controller.send_table([backend(1, engine.port)], drain_seconds=PATIENCE_S)
+        client.sock.sendall(request(fake={"held": True}))
+        engine.wait_for("running", 1)
+        relay.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: not is_listening(relay.port))
+        control.settimeout(PATIENCE_S)
+        with unix_address(relay.path) as address:
+            control.connect(address)
+        assert control.recv(1) == b""
+        engine.call({"release": True})
+        assert client.read().status == 200
+    assert relay.process.wait(PATIENCE_S) == 0
+
+
+def test_a_controller_that_takes_nothing_does_not_keep_the_relay_from_its_end(relay: RelayProcess) -> None:
+    with FakeEngine() as engine, Client(relay.port) as client, socket.socket(socket.AF_UNIX) as control:
+        relay.controller.send_table([backend(1, engine.port)])
+        assert client.chat().status == 200
+        with unix_address(relay.path) as address:
+            control.connect(address)
+        assert relay.controller.is_closed.wait(PATIENCE_S)
+        for _ in range(1_000):  # more than the socket holds
+            assert client.chat().status == 200
+        assert stop(relay) == 0
 
 
 def test_a_second_signal_ends_at_once(relay: RelayProcess) -> None:

@@ -74,6 +74,17 @@ def test_a_key_lets_its_own_request_pass_and_none_behind_it(relay: RelayProcess,
 
 
 @needs_root
+def test_a_refused_head_has_no_body(relay: RelayProcess, host: str) -> None:
+    with another_user(), Client(relay.port, host=host) as client:
+        client.sock.sendall(b"HEAD /stats HTTP/1.1\r\nHost: t\r\n\r\nGET /health HTTP/1.1\r\nHost: t\r\n\r\n")
+        while not client.buffer.endswith(b"}\n"):
+            client.buffer += client.sock.recv(65536)
+    refused, health = client.buffer.split(b"\r\n\r\n", 1)
+    assert refused.startswith(b"HTTP/1.1 401 ")
+    assert health.startswith(b"HTTP/1.1 200 ")
+
+
+@needs_root
 @pytest.mark.parametrize("host", ["127.0.0.1"], indirect=True)
 def test_another_user_at_a_port_that_this_one_uses_to_call_elsewhere_is_not_this_one(
     relay: RelayProcess, host: str

@@ -20,6 +20,7 @@ from agent_infra import (
     RouteRank,
     RouteRequest,
     choose_backend,
+    ejection_s,
     queue_key,
 )
 
@@ -151,3 +152,7 @@ def test_attained_service_is_kept_for_a_bounded_number_of_sessions() -> None:
         service.charge(session, 5.0, 0.0)
     assert service.charge("a", 0.0, 0.0) == 0.0
     assert service.charge("c", 0.0, 0.0) == 5.0
+
+
+def test_a_replica_that_fails_for_ever_is_left_alone_for_a_bounded_time() -> None:
+    assert [ejection_s(count, 30.0) for count in (1, 2, 3, 100, 5_000)] == [0.5, 1.0, 2.0, 30.0, 30.0]
