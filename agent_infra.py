@@ -2634,6 +2634,11 @@ class HeldContext:
     prints: bytes  # of the last request, KEPT_PRINTS at most
 
 
+def generates(path: str | None) -> bool:
+    """Whether a turn on this path goes on with a context; embeddings, rerank, tokenize and so on have none."""
+    return (path or "completions").endswith(("completions", "responses", "messages"))
+
+
 def changed_message(before: bytes, now: bytes) -> str | None:
     """The first message of the request before that is another one now, in words; from the prints of both."""
     length = min(len(before), len(now))
@@ -2682,15 +2687,17 @@ class Session:
     unaccounted_ms: float | None = None
     thinks: int = 0  # think times known
     longest_think_ms: float = 0.0  # fading: an early one does not count for ever
-    context_tokens: int | None = None  # prompt and answer of the last turn that told
-    prompt_tokens: int | None = None  # of the same turn, like the next two
+    context_tokens: int | None = None  # prompt and answer of the last turn that generated and told
+    prompt_tokens: int | None = None  # of the same turn, like the next four
     cached_tokens: int | None = None
     held_by: str | None = None  # the replica that should have its context in the cache
+    held_model: str = ""  # which another model's turn cannot use
     prints: bytes = b""  # of the request of that turn, KEPT_PRINTS at most
     cache_misses: int = 0
     last_miss: str | None = None
-    last_backend: str | None = None  # that finished a turn
-    moves: int = 0  # changes of the replica
+    last_backend: str | None = None  # that finished a turn which generated
+    last_model: str = ""  # of the same turn
+    moves: int = 0  # changes of the replica, from one turn to the next of the same model
     recent_moves: int = 0  # whether each of the last 8 turns was one, in bits
     tokens_in: int = 0
     tokens_out: int = 0
@@ -2704,9 +2711,11 @@ class Session:
             return None
         return max(0.0, arrival - self.last_end) * 1000
 
-    def held(self) -> HeldContext | None:
-        """What should be cached of this session now; None when it is not known, or changes at this moment."""
+    def held(self, started: TurnStarted) -> HeldContext | None:
+        """What should be cached for a turn that starts; None when it is not known, or changes at this moment."""
         if self.context_tokens is None or self.prompt_tokens is None or self.open_turns:
+            return None
+        if started.model != self.held_model or not generates(started.path):
             return None
         computed = self.context_tokens - (self.context_tokens > self.prompt_tokens)
         return HeldContext(self.held_by, self.prompt_tokens, computed, self.prints)
@@ -2728,11 +2737,7 @@ class Session:
         self.errors += record.outcome in ("error", "cut")
         self.last_turn, self.last_end = record.turn, max(at, self.last_end or at)
         self._note_repeat(record, prints)
-        if record.backend is not None:
-            is_move = self.last_backend not in (None, record.backend)
-            self.moves += is_move
-            self.recent_moves = (self.recent_moves << 1 | is_move) & 0xFF
-            self.backend = self.last_backend = record.backend
+        self.backend = record.backend or self.backend
         self.wait_ms = _plus(self.wait_ms, record.queue_ms)
         self.inference_ms = _plus(self.inference_ms, record.inference_ms)
         self.tokens_in += record.prompt_tokens or 0
@@ -2740,10 +2745,21 @@ class Session:
         if record.cache_miss is not None:
             self.cache_misses += 1
             self.last_miss = record.cache_miss
+        if generates(record.path):
+            self._note_context(record, prints)
+
+    def _note_context(self, record: TurnRecord, prints: bytes) -> None:
+        """Where a turn generated, and what it left there."""
+        model = record.model or ""
+        if record.backend is not None:
+            is_move = model == self.last_model and self.last_backend not in (None, record.backend)
+            self.moves += is_move
+            self.recent_moves = (self.recent_moves << 1 | is_move) & 0xFF
+            self.last_backend, self.last_model = record.backend, model
         if record.prompt_tokens is not None:
             self.context_tokens = record.prompt_tokens + (record.completion_tokens or 0)
             self.prompt_tokens, self.cached_tokens = record.prompt_tokens, record.cached_tokens
-            self.held_by, self.prints = record.backend, prints[: 4 * KEPT_PRINTS]
+            self.held_by, self.held_model, self.prints = record.backend, model, prints[: 4 * KEPT_PRINTS]
 
     def _note_repeat(self, record: TurnRecord, prints: bytes) -> None:
         grown = record.prompt_tokens - (self.context_tokens or 0) if record.prompt_tokens is not None else None
@@ -2992,7 +3008,7 @@ class Watchdog:
         self._due = now + WATCH_INTERVAL_S
         contexts: dict[str, list[int]] = {}
         for session in sessions:
-            contexts.setdefault(session.model, []).append(session.context_tokens or 0)
+            contexts.setdefault(session.held_model or session.model, []).append(session.context_tokens or 0)
         usual = {
             model: sorted(tokens)[len(tokens) // 2]
             for model, tokens in contexts.items()
@@ -3002,7 +3018,7 @@ class Watchdog:
         for session in sessions:
             if is_inconspicuous(session, now) and not session.alerts:
                 continue
-            found = alerts_of(session, now, usual.get(session.model), kv_capacity.get(session.backend or ""))
+            found = alerts_of(session, now, usual.get(session.held_model), kv_capacity.get(session.held_by or ""))
             session.alerts = {kind: session.alerts.get(kind, since) for kind, since, _ in found}
             rows += [self._row(session, kind, sentence) for kind, _, sentence in found]
         self.rows = sorted(rows, key=lambda row: -row["since"])[:LISTED_ALERTS]
@@ -3781,7 +3797,7 @@ class Tracker:
         session.think(gap_ms, pre_ms, event.post_ms, unaccounted_ms)
         if session.last_turn and event.post_ms is not None:
             self._log.learn_post(session.last_turn, event.post_ms)
-        return OpenTurn(event, session, session.held(), gap_ms, pre_ms, unaccounted_ms)
+        return OpenTurn(event, session, session.held(event), gap_ms, pre_ms, unaccounted_ms)
 
 
 # =====================================================================================================================
@@ -4038,8 +4054,7 @@ class ObservedTurn:
 
 def observed_turn(record: TurnRecord) -> ObservedTurn | None:
     """What a record says of its replica's work; None where it was never sent to one, or was no generation."""
-    path = record.path or "completions"
-    if record.backend is None or not record.inference_ms or not path.endswith(("completions", "responses", "messages")):
+    if record.backend is None or not record.inference_ms or not generates(record.path):
         return None
     return ObservedTurn(
         begin=record.finished_at - record.inference_ms / 1000,
