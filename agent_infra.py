@@ -2357,6 +2357,7 @@ LISTED_WAITING = 50
 LISTED_REPLICAS = 200
 RECENT_S = 300.0  # what "recent" means for percentiles, shares and active sessions
 RATE_S = 60.0  # what rates are taken over
+BESIDE_S = 0.01  # a turn that arrives longer before another's end was open beside it; less is the clocks' noise
 LEAST_RATE_S = 5.0  # below this much time a rate is not told
 MAX_CONVERSATIONS = 50_000  # answers by which a session that its client does not name is found
 KEPT_PRINTS = 257  # of a session's last request: of what stands before the messages, and of the first 256
@@ -2705,15 +2706,19 @@ class Session:
     repeats: int = 1  # turns in a row with this signature
     alerts: dict[str, float] = field(default_factory=dict)  # kind → since, s since the epoch
 
+    def is_open(self, arrival: float) -> bool:
+        """Whether a turn was open at ``arrival``: one that is over by now was, where its end is told first."""
+        return bool(self.open_turns) or (self.last_end is not None and arrival < self.last_end - BESIDE_S)
+
     def think_time_ms(self, arrival: float) -> float | None:
         """From the previous answer's end to ``arrival``; None for a first turn, or while another one is open."""
-        if self.last_end is None or self.open_turns:
+        if self.last_end is None or self.is_open(arrival):
             return None
         return max(0.0, arrival - self.last_end) * 1000
 
-    def held(self, started: TurnStarted) -> HeldContext | None:
+    def held(self, started: TurnStarted, arrival: float) -> HeldContext | None:
         """What should be cached for a turn that starts; None when it is not known, or changes at this moment."""
-        if self.context_tokens is None or self.prompt_tokens is None or self.open_turns:
+        if self.context_tokens is None or self.prompt_tokens is None or self.is_open(arrival):
             return None
         if started.model != self.held_model or not generates(started.path):
             return None
@@ -3797,7 +3802,7 @@ class Tracker:
         session.think(gap_ms, pre_ms, event.post_ms, unaccounted_ms)
         if session.last_turn and event.post_ms is not None:
             self._log.learn_post(session.last_turn, event.post_ms)
-        return OpenTurn(event, session, session.held(event), gap_ms, pre_ms, unaccounted_ms)
+        return OpenTurn(event, session, session.held(event, at), gap_ms, pre_ms, unaccounted_ms)
 
 
 # =====================================================================================================================
