@@ -5416,6 +5416,12 @@ _ADD_REPLICA_TIME = (
 )
 
 
+def share_of_day(since: float, begun: float) -> float:
+    """How much of a day's replica time is of ``since`` and later, where nothing was sampled before ``begun``."""
+    end = since // 86400 * 86400 + 86400
+    return (end - since) / (end - max(end - 86400, min(begun, since)))
+
+
 class HistoryFile:
     """One connection to a history file, made and brought up to date where it is opened to be written.
 
@@ -5593,11 +5599,15 @@ class HistoryFile:
         return int(self._value("SELECT count(*) FROM turns"))
 
     def replica_seconds(self, since: float = 0.0) -> dict[ReplicaUse, float]:
-        """Replica time, from the step of time that holds ``since``."""
+        """Replica time, from the step of time that holds ``since``; of a day that was summed up, in proportion."""
+        day = int(since // 86400) * 86400
+        if self._value("SELECT 1 FROM replica_time WHERE at > ? AND at < ?", day, day + 86400):
+            day = -1  # it has its steps
+        share = share_of_day(since, self.since())
         rows = self.query(
-            "SELECT replica, model, gpu_type, gpus, state, sum(seconds) FROM replica_time WHERE at > ? "
-            "GROUP BY 1, 2, 3, 4, 5 ORDER BY min(at)",
-            since - REPLICA_TIME_STEP_S,
+            "SELECT replica, model, gpu_type, gpus, state, sum(seconds * CASE at WHEN ? THEN ? ELSE 1 END) "
+            "FROM replica_time WHERE at > ? OR at = ? GROUP BY 1, 2, 3, 4, 5 ORDER BY min(at)",
+            *(day, share, since - REPLICA_TIME_STEP_S, day),
         )
         return {ReplicaUse(*row[:5]): row[5] for row in rows}
 

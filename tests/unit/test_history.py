@@ -40,6 +40,7 @@ from agent_infra import (
     main,
     moment,
     replica_use,
+    share_of_day,
     verdict_row,
 )
 
@@ -256,6 +257,27 @@ def test_replica_time_of_days_gone_by_is_kept_by_the_day(path: Path) -> None:
                 (day, 7.0),
                 (day + 300, 8.0),
             ]
+
+
+def test_of_a_day_that_was_summed_up_a_span_has_its_part(path: Path) -> None:
+    day = int(NOW // 86400) * 86400 - 20 * 86400
+    times = {(USE, day + step): 300.0 for step in range(0, 2 * 86400, 300)}
+    with history_file(path) as file:
+        file.write(batch(replica_time=times))
+        file.query("UPDATE about SET value = 0 WHERE name = 'since'")
+        spans = [day + hours * 3600 for hours in (0, 0.05, 15, 24, 30)]
+        before = [file.replica_seconds(since) for since in spans]
+        file.tidy(day + 20 * 86400)
+        after = [file.replica_seconds(since) for since in spans]
+    assert [sums[USE] / 3600 for sums in after] == pytest.approx([48.0, 47.95, 33.0, 24.0, 18.0])
+    assert [sums[USE] for sums in after] == pytest.approx([sums[USE] for sums in before], abs=300)
+
+
+def test_a_file_that_was_begun_during_a_day_has_its_time_after_that() -> None:
+    noon = 20 * 86400 + 43200.0
+    assert share_of_day(noon, begun=0.0) == 0.5
+    assert share_of_day(noon + 21600, begun=noon) == 0.5
+    assert share_of_day(noon, begun=noon + 3600) == 1.0
 
 
 def test_an_older_versions_file_is_brought_up_to_date(path: Path) -> None:
