@@ -5880,6 +5880,12 @@ class Report:
             "min(coalesce(started_at, finished_at)), max(finished_at), count(*), "
             "coalesce(sum(outcome = 'completed'), 0), count(DISTINCT session), count(DISTINCT task)"
         )
+        self._replicas_since = since
+        [[row, oldest]] = file.query("SELECT min(id), min(finished_at) FROM turns")
+        # Ids begin at 1, and the oldest turns are the first to go. What their replicas took is nobody's here.
+        self._is_trimmed = row is not None and row > 1 and oldest > since
+        if self._is_trimmed:
+            self._first = self._replicas_since = oldest
 
     def _rows(self, columns: str, rest: str = "") -> list[tuple[Any, ...]]:
         return self._file.query(f"SELECT {columns} FROM turns WHERE finished_at >= ? {rest}", self._since)
@@ -5901,7 +5907,8 @@ class Report:
             return [*lines, "No turns yet." if self._since == 0 else f"No turns since {_at(self._since)}.", ""]
         span_s = self._last - self._first
         tokens_in, tokens_out, cached = self._row("sum(prompt_tokens), sum(completion_tokens), sum(cached_tokens)")
-        lines += [f"{_at(self._first)} to {_at(self._last)}: {span_s / 3600:.2g} h", ""]
+        trimmed = "; turns before that were removed, to keep the history small" if self._is_trimmed else ""
+        lines += [f"{_at(self._first)} to {_at(self._last)}: {span_s / 3600:.2g} h{trimmed}", ""]
         figures: list[tuple[str, Any]] = [
             ("turns", self._turns),
             *(
@@ -5959,7 +5966,7 @@ class Report:
         return ["## Where the time of a turn went", "", *_table(heads, rows)]
 
     def _replica_time(self) -> list[str]:
-        sums = self._file.replica_seconds(self._since)
+        sums = self._file.replica_seconds(self._replicas_since)
         if not sums:
             return []
         lines = ["## Replicas and GPUs", ""]

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import resource
 import sqlite3
 import stat
@@ -33,6 +34,7 @@ from agent_infra import (
     ReplicaRecord,
     ReplicaTime,
     ReplicaUse,
+    Report,
     TurnRecord,
     export_turns,
     history_path,
@@ -894,6 +896,22 @@ def test_a_report_sums_a_run_up(path: Path, capsys: pytest.CaptureFixture[str]) 
     assert [verdict.split("**")[1] for verdict in verdicts] == ["AGENT-BOUND", "GPU-BOUND"]
     assert "m (H100)" in verdicts[0]
     assert "90% sure. It is AGENT-BOUND." in verdicts[0]
+
+
+@pytest.mark.parametrize("since", [0.0, NOW + 75 * 60])
+def test_a_report_of_what_was_kept_counts_no_replica_time_of_what_was_not(path: Path, since: float) -> None:
+    """Two hours of a turn a minute, of which the second hour's were kept, or a quarter of them are asked for."""
+    with history_file(path) as file:
+        file.write(batch(*(record(minute * 60, answer="x" * 5000) for minute in range(120))))
+        file.write(batch(replica_time={(USE, int(NOW) + 60 * minute): 60.0 for minute in range(120)}))
+        assert file.trim(1, 60) == 60
+        text = Report(file, "a run", since).text()
+    kept = [turn for turn in range(60, 120) if NOW + 60 * turn >= since]
+    assert ("turns before that were removed" in text) == (since == 0)
+    [cost] = re.findall(r"GPU-seconds per completed turn \| (\d+)", text)
+    assert int(cost) == pytest.approx(2 * 60, rel=5 / len(kept))  # a step of replica time more, at most
+    [hours] = re.findall(r"m: replicas \| 0 \| 0 \| ([\d.]+)", text)
+    assert float(hours) == pytest.approx(len(kept) / 60, abs=0.1)
 
 
 def test_a_report_goes_over_any_span(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
