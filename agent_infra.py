@@ -5158,6 +5158,7 @@ VERDICT_INTERVAL_S = 60.0
 MAX_VERDICTS = 100_000  # kept, one a minute and model: two months of one model
 REPLICA_TIME_STEP_S = 300  # by which replica time is summed; of days gone by for a week, by the day
 REPLICA_TIME_FINE_S = 8 * 86400
+NEW_REPLICA_S = 5.0  # that a replica gets which the last sample had not, and which does not say when it started
 FIGURES_WRITE_S = 10.0  # between two writings of replica time and of what throughput.history shows
 REPLICA_STATES_HELD = ("pending", "loading", "ready_busy", "ready_idle")
 
@@ -5276,13 +5277,17 @@ class ReplicaTime:
         self._sampled_at = steady_clock()
         self._present: frozenset[str] = frozenset()  # replicas of the last sample
 
-    def sample(self, uses: Collection[ReplicaUse]) -> None:
-        """The replicas were like this since the last sample."""
-        now = self._steady_clock()
-        seconds, self._sampled_at = now - self._sampled_at, now
-        step = int(self._clock() // REPLICA_TIME_STEP_S) * REPLICA_TIME_STEP_S
-        self._present = frozenset(use.replica for use in uses)
+    def sample(self, uses: Collection[ReplicaUse], started: Mapping[str, float]) -> None:
+        """The replicas were like this since the last sample, or since they ``started``; 0 where that is not known."""
+        now, steady_now = self._clock(), self._steady_clock()
+        passed, self._sampled_at = steady_now - self._sampled_at, steady_now
+        step = int(now // REPLICA_TIME_STEP_S) * REPLICA_TIME_STEP_S
+        known, self._present = self._present, frozenset(use.replica for use in uses)
         for use in uses:
+            seconds = passed  # many, where no gauges came for a while
+            if use.replica not in known:
+                at = started.get(use.replica)
+                seconds = min(passed, max(0.0, now - at) if at else NEW_REPLICA_S)
             self._sums[use] = self._sums.get(use, 0.0) + seconds
             self._untaken[use, step] = self._untaken.get((use, step), 0.0) + seconds
 
@@ -14777,15 +14782,13 @@ class Bookkeeper:
     def sample(self, records: Iterable[ReplicaRecord], gauges: Mapping[str, Any]) -> None:
         """The replicas as they are now, once a second; ``gauges`` as Tracker.sample takes them."""
         backends = _as_mapping(gauges.get("backends"))
-        uses = [
-            replica_use(
-                record,
-                _as_mapping(backends.get(record.replica)).get("in_flight"),
-                self._asked_gpus.get(record.model, 0),
-            )
-            for record in records
-        ]
-        self._replica_time.sample([use for use in uses if use is not None])
+        uses, started = [], {}
+        for record in records:
+            in_flight = _as_mapping(backends.get(record.replica)).get("in_flight")
+            if (use := replica_use(record, in_flight, self._asked_gpus.get(record.model, 0))) is not None:
+                uses.append(use)
+                started[record.replica] = record.started_at
+        self._replica_time.sample(uses, started)
         if time.monotonic() >= self._figures_due:
             self._figures_due = time.monotonic() + FIGURES_WRITE_S
             self._write_figures()

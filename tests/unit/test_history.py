@@ -674,27 +674,42 @@ def test_replica_time_goes_on_where_an_earlier_controller_was() -> None:
     clock = Clock()
     earlier = ReplicaTime(clock, clock)
     idle = USE._replace(state="ready_idle")
+    cpu = ReplicaUse("c-1", "c", "", 0, "ready_busy")
+    earlier.sample([USE, cpu], {})
     for use in (USE, USE, idle):
         clock.now += 1800
-        earlier.sample([use, ReplicaUse("c-1", "c", "", 0, "ready_busy")])
+        earlier.sample([use, cpu], {})
     taken = earlier.take()
     assert sum(taken.values()) == 2 * 3 * 1800
     assert not earlier.take()
     sums: dict[ReplicaUse, float] = {}
     for (use, _), seconds in taken.items():
         sums[use] = sums.get(use, 0.0) + seconds
-    later = ReplicaTime(clock, clock)
     clock.now += 7200  # nobody was there to see
+    later = ReplicaTime(clock, clock)
     later.restore(sums, NOW)
-    later.sample([])
+    later.sample([USE], {})
     clock.now += 3600
-    later.sample([USE])
+    later.sample([USE], {})
     document = later.document()
     assert document["since"] == NOW
     assert document["gpu_hours"] == {"pending": 0, "loading": 0, "ready_busy": 2 * 2.0, "ready_idle": 2 * 0.5}
     assert document["replica_hours"] == {"pending": 0, "loading": 0, "ready_busy": 2.0 + 1.5, "ready_idle": 0.5}
     assert [(row["model"], row["gpu_hours"]["ready_busy"]) for row in document["by_model"]] == [("m", 4.0), ("c", 0.0)]
     assert [(row["replica"], row["replica_hours"]["ready_busy"]) for row in document["by_replica"]] == [("m-1", 2.0)]
+
+
+def test_a_replica_that_started_while_nobody_looked_gets_no_time_before_its_start() -> None:
+    clock = Clock()
+    time_held = ReplicaTime(clock, clock)
+    time_held.sample([USE], {"m-1": NOW - 100})
+    clock.now += 600
+    uses = [USE._replace(replica=name) for name in ("m-1", "m-2", "m-3", "m-4")]
+    time_held.sample(uses, {"m-1": NOW - 100, "m-2": clock.now - 1, "m-3": 0.0, "m-4": clock.now + 30})
+    assert [time_held.seconds()[use] for use in uses] == [600, 1, agent_infra.NEW_REPLICA_S, 0]
+    clock.now += 600
+    time_held.sample(uses[1:], {})
+    assert [time_held.seconds()[use] for use in uses] == [600, 601, agent_infra.NEW_REPLICA_S + 600, 600]
 
 
 def test_a_verdict_is_kept_with_its_figures(path: Path) -> None:
