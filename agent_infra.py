@@ -3397,6 +3397,7 @@ def _session_row(session: Session, state: str) -> dict[str, Any]:
         "post_ms": _rounded(session.post_ms),
         "unaccounted_ms": _rounded(session.unaccounted_ms),
         "context_tokens": session.context_tokens,
+        "prompt_tokens": session.prompt_tokens,
         "cached_tokens": session.cached_tokens,
         "cache_misses": session.cache_misses,
         "last_miss": session.last_miss,

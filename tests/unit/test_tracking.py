@@ -105,7 +105,7 @@ def test_a_session_tells_its_turns_tokens_and_context(tracker: Tracker, clock: C
         finish(tracker, clock, turn, backend="b", prompt_tokens=prompt, completion_tokens=20, cached_tokens=prompt - 50)
     session = sessions(tracker)["s"]
     assert (session["turns"], session["tokens_in"], session["tokens_out"]) == (2, 250, 40)
-    assert (session["context_tokens"], session["cached_tokens"]) == (170, 100)
+    assert (session["context_tokens"], session["prompt_tokens"], session["cached_tokens"]) == (170, 150, 100)
     assert (session["task"], session["model"], session["backend"]) == ("fix-bug", "m", "b")
     assert session["idle_since"] == clock.now
 
