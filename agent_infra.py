@@ -2357,6 +2357,7 @@ LISTED_WAITING = 50
 LISTED_REPLICAS = 200
 RECENT_S = 300.0  # what "recent" means for percentiles, shares and active sessions
 RATE_S = 60.0  # what rates are taken over
+BESIDE_S = 0.01  # a turn that arrives longer before another's end was open beside it; less is the clocks' noise
 LEAST_RATE_S = 5.0  # below this much time a rate is not told
 MAX_CONVERSATIONS = 50_000  # answers by which a session that its client does not name is found
 KEPT_PRINTS = 257  # of a session's last request: of what stands before the messages, and of the first 256
@@ -2634,6 +2635,11 @@ class HeldContext:
     prints: bytes  # of the last request, KEPT_PRINTS at most
 
 
+def generates(path: str | None) -> bool:
+    """Whether a turn on this path goes on with a context; embeddings, rerank, tokenize and so on have none."""
+    return (path or "completions").endswith(("completions", "responses", "messages"))
+
+
 def changed_message(before: bytes, now: bytes) -> str | None:
     """The first message of the request before that is another one now, in words; from the prints of both."""
     length = min(len(before), len(now))
@@ -2682,15 +2688,17 @@ class Session:
     unaccounted_ms: float | None = None
     thinks: int = 0  # think times known
     longest_think_ms: float = 0.0  # fading: an early one does not count for ever
-    context_tokens: int | None = None  # prompt and answer of the last turn that told
-    prompt_tokens: int | None = None  # of the same turn, like the next two
+    context_tokens: int | None = None  # prompt and answer of the last turn that generated and told
+    prompt_tokens: int | None = None  # of the same turn, like the next four
     cached_tokens: int | None = None
     held_by: str | None = None  # the replica that should have its context in the cache
+    held_model: str = ""  # which another model's turn cannot use
     prints: bytes = b""  # of the request of that turn, KEPT_PRINTS at most
     cache_misses: int = 0
     last_miss: str | None = None
-    last_backend: str | None = None  # that finished a turn
-    moves: int = 0  # changes of the replica
+    last_backend: str | None = None  # that finished a turn which generated
+    last_model: str = ""  # of the same turn
+    moves: int = 0  # changes of the replica, from one turn to the next of the same model
     recent_moves: int = 0  # whether each of the last 8 turns was one, in bits
     tokens_in: int = 0
     tokens_out: int = 0
@@ -2698,15 +2706,21 @@ class Session:
     repeats: int = 1  # turns in a row with this signature
     alerts: dict[str, float] = field(default_factory=dict)  # kind → since, s since the epoch
 
+    def is_open(self, arrival: float) -> bool:
+        """Whether a turn was open at ``arrival``: one that is over by now was, where its end is told first."""
+        return bool(self.open_turns) or (self.last_end is not None and arrival < self.last_end - BESIDE_S)
+
     def think_time_ms(self, arrival: float) -> float | None:
         """From the previous answer's end to ``arrival``; None for a first turn, or while another one is open."""
-        if self.last_end is None or self.open_turns:
+        if self.last_end is None or self.is_open(arrival):
             return None
         return max(0.0, arrival - self.last_end) * 1000
 
-    def held(self) -> HeldContext | None:
-        """What should be cached of this session now; None when it is not known, or changes at this moment."""
-        if self.context_tokens is None or self.prompt_tokens is None or self.open_turns:
+    def held(self, started: TurnStarted, arrival: float) -> HeldContext | None:
+        """What should be cached for a turn that starts; None when it is not known, or changes at this moment."""
+        if self.context_tokens is None or self.prompt_tokens is None or self.is_open(arrival):
+            return None
+        if started.model != self.held_model or not generates(started.path):
             return None
         computed = self.context_tokens - (self.context_tokens > self.prompt_tokens)
         return HeldContext(self.held_by, self.prompt_tokens, computed, self.prints)
@@ -2728,11 +2742,7 @@ class Session:
         self.errors += record.outcome in ("error", "cut")
         self.last_turn, self.last_end = record.turn, max(at, self.last_end or at)
         self._note_repeat(record, prints)
-        if record.backend is not None:
-            is_move = self.last_backend not in (None, record.backend)
-            self.moves += is_move
-            self.recent_moves = (self.recent_moves << 1 | is_move) & 0xFF
-            self.backend = self.last_backend = record.backend
+        self.backend = record.backend or self.backend
         self.wait_ms = _plus(self.wait_ms, record.queue_ms)
         self.inference_ms = _plus(self.inference_ms, record.inference_ms)
         self.tokens_in += record.prompt_tokens or 0
@@ -2740,10 +2750,21 @@ class Session:
         if record.cache_miss is not None:
             self.cache_misses += 1
             self.last_miss = record.cache_miss
+        if generates(record.path):
+            self._note_context(record, prints)
+
+    def _note_context(self, record: TurnRecord, prints: bytes) -> None:
+        """Where a turn generated, and what it left there."""
+        model = record.model or ""
+        if record.backend is not None:
+            is_move = model == self.last_model and self.last_backend not in (None, record.backend)
+            self.moves += is_move
+            self.recent_moves = (self.recent_moves << 1 | is_move) & 0xFF
+            self.last_backend, self.last_model = record.backend, model
         if record.prompt_tokens is not None:
             self.context_tokens = record.prompt_tokens + (record.completion_tokens or 0)
             self.prompt_tokens, self.cached_tokens = record.prompt_tokens, record.cached_tokens
-            self.held_by, self.prints = record.backend, prints[: 4 * KEPT_PRINTS]
+            self.held_by, self.held_model, self.prints = record.backend, model, prints[: 4 * KEPT_PRINTS]
 
     def _note_repeat(self, record: TurnRecord, prints: bytes) -> None:
         grown = record.prompt_tokens - (self.context_tokens or 0) if record.prompt_tokens is not None else None
@@ -2992,7 +3013,7 @@ class Watchdog:
         self._due = now + WATCH_INTERVAL_S
         contexts: dict[str, list[int]] = {}
         for session in sessions:
-            contexts.setdefault(session.model, []).append(session.context_tokens or 0)
+            contexts.setdefault(session.held_model or session.model, []).append(session.context_tokens or 0)
         usual = {
             model: sorted(tokens)[len(tokens) // 2]
             for model, tokens in contexts.items()
@@ -3002,7 +3023,7 @@ class Watchdog:
         for session in sessions:
             if is_inconspicuous(session, now) and not session.alerts:
                 continue
-            found = alerts_of(session, now, usual.get(session.model), kv_capacity.get(session.backend or ""))
+            found = alerts_of(session, now, usual.get(session.held_model), kv_capacity.get(session.held_by or ""))
             session.alerts = {kind: session.alerts.get(kind, since) for kind, since, _ in found}
             rows += [self._row(session, kind, sentence) for kind, _, sentence in found]
         self.rows = sorted(rows, key=lambda row: -row["since"])[:LISTED_ALERTS]
@@ -3376,6 +3397,7 @@ def _session_row(session: Session, state: str) -> dict[str, Any]:
         "post_ms": _rounded(session.post_ms),
         "unaccounted_ms": _rounded(session.unaccounted_ms),
         "context_tokens": session.context_tokens,
+        "prompt_tokens": session.prompt_tokens,
         "cached_tokens": session.cached_tokens,
         "cache_misses": session.cache_misses,
         "last_miss": session.last_miss,
@@ -3781,7 +3803,7 @@ class Tracker:
         session.think(gap_ms, pre_ms, event.post_ms, unaccounted_ms)
         if session.last_turn and event.post_ms is not None:
             self._log.learn_post(session.last_turn, event.post_ms)
-        return OpenTurn(event, session, session.held(), gap_ms, pre_ms, unaccounted_ms)
+        return OpenTurn(event, session, session.held(event, at), gap_ms, pre_ms, unaccounted_ms)
 
 
 # =====================================================================================================================
@@ -4038,8 +4060,7 @@ class ObservedTurn:
 
 def observed_turn(record: TurnRecord) -> ObservedTurn | None:
     """What a record says of its replica's work; None where it was never sent to one, or was no generation."""
-    path = record.path or "completions"
-    if record.backend is None or not record.inference_ms or not path.endswith(("completions", "responses", "messages")):
+    if record.backend is None or not record.inference_ms or not generates(record.path):
         return None
     return ObservedTurn(
         begin=record.finished_at - record.inference_ms / 1000,
@@ -5138,6 +5159,7 @@ VERDICT_INTERVAL_S = 60.0
 MAX_VERDICTS = 100_000  # kept, one a minute and model: two months of one model
 REPLICA_TIME_STEP_S = 300  # by which replica time is summed; of days gone by for a week, by the day
 REPLICA_TIME_FINE_S = 8 * 86400
+NEW_REPLICA_S = 5.0  # that a replica gets which the last sample had not, and which does not say when it started
 FIGURES_WRITE_S = 10.0  # between two writings of replica time and of what throughput.history shows
 REPLICA_STATES_HELD = ("pending", "loading", "ready_busy", "ready_idle")
 
@@ -5256,13 +5278,17 @@ class ReplicaTime:
         self._sampled_at = steady_clock()
         self._present: frozenset[str] = frozenset()  # replicas of the last sample
 
-    def sample(self, uses: Collection[ReplicaUse]) -> None:
-        """The replicas were like this since the last sample."""
-        now = self._steady_clock()
-        seconds, self._sampled_at = now - self._sampled_at, now
-        step = int(self._clock() // REPLICA_TIME_STEP_S) * REPLICA_TIME_STEP_S
-        self._present = frozenset(use.replica for use in uses)
+    def sample(self, uses: Collection[ReplicaUse], started: Mapping[str, float]) -> None:
+        """The replicas were like this since the last sample, or since they ``started``; 0 where that is not known."""
+        now, steady_now = self._clock(), self._steady_clock()
+        passed, self._sampled_at = steady_now - self._sampled_at, steady_now
+        step = int(now // REPLICA_TIME_STEP_S) * REPLICA_TIME_STEP_S
+        known, self._present = self._present, frozenset(use.replica for use in uses)
         for use in uses:
+            seconds = passed  # many, where no gauges came for a while
+            if use.replica not in known:
+                at = started.get(use.replica)
+                seconds = min(passed, max(0.0, now - at) if at else NEW_REPLICA_S)
             self._sums[use] = self._sums.get(use, 0.0) + seconds
             self._untaken[use, step] = self._untaken.get((use, step), 0.0) + seconds
 
@@ -5394,6 +5420,12 @@ _ADD_REPLICA_TIME = (
     "INSERT INTO replica_time (replica, model, gpu_type, gpus, state, at, seconds) VALUES (?, ?, ?, ?, ?, ?, ?) "
     + _SUM_UP
 )
+
+
+def share_of_day(since: float, begun: float) -> float:
+    """How much of a day's replica time is of ``since`` and later, where nothing was sampled before ``begun``."""
+    end = since // 86400 * 86400 + 86400
+    return (end - since) / (end - max(end - 86400, min(begun, since)))
 
 
 class HistoryFile:
@@ -5573,11 +5605,15 @@ class HistoryFile:
         return int(self._value("SELECT count(*) FROM turns"))
 
     def replica_seconds(self, since: float = 0.0) -> dict[ReplicaUse, float]:
-        """Replica time, from the step of time that holds ``since``."""
+        """Replica time, from the step of time that holds ``since``; of a day that was summed up, in proportion."""
+        day = int(since // 86400) * 86400
+        if self._value("SELECT 1 FROM replica_time WHERE at > ? AND at < ?", day, day + 86400):
+            day = -1  # it has its steps
+        share = share_of_day(since, self.since())
         rows = self.query(
-            "SELECT replica, model, gpu_type, gpus, state, sum(seconds) FROM replica_time WHERE at > ? "
-            "GROUP BY 1, 2, 3, 4, 5 ORDER BY min(at)",
-            since - REPLICA_TIME_STEP_S,
+            "SELECT replica, model, gpu_type, gpus, state, sum(seconds * CASE at WHEN ? THEN ? ELSE 1 END) "
+            "FROM replica_time WHERE at > ? OR at = ? GROUP BY 1, 2, 3, 4, 5 ORDER BY min(at)",
+            *(day, share, since - REPLICA_TIME_STEP_S, day),
         )
         return {ReplicaUse(*row[:5]): row[5] for row in rows}
 
@@ -5850,6 +5886,12 @@ class Report:
             "min(coalesce(started_at, finished_at)), max(finished_at), count(*), "
             "coalesce(sum(outcome = 'completed'), 0), count(DISTINCT session), count(DISTINCT task)"
         )
+        self._replicas_since = since
+        [[row, oldest]] = file.query("SELECT min(id), min(finished_at) FROM turns")
+        # Ids begin at 1, and the oldest turns are the first to go. What their replicas took is nobody's here.
+        self._is_trimmed = row is not None and row > 1 and oldest > since
+        if self._is_trimmed:
+            self._first = self._replicas_since = oldest
 
     def _rows(self, columns: str, rest: str = "") -> list[tuple[Any, ...]]:
         return self._file.query(f"SELECT {columns} FROM turns WHERE finished_at >= ? {rest}", self._since)
@@ -5871,7 +5913,8 @@ class Report:
             return [*lines, "No turns yet." if self._since == 0 else f"No turns since {_at(self._since)}.", ""]
         span_s = self._last - self._first
         tokens_in, tokens_out, cached = self._row("sum(prompt_tokens), sum(completion_tokens), sum(cached_tokens)")
-        lines += [f"{_at(self._first)} to {_at(self._last)}: {span_s / 3600:.2g} h", ""]
+        trimmed = "; turns before that were removed, to keep the history small" if self._is_trimmed else ""
+        lines += [f"{_at(self._first)} to {_at(self._last)}: {span_s / 3600:.2g} h{trimmed}", ""]
         figures: list[tuple[str, Any]] = [
             ("turns", self._turns),
             *(
@@ -5929,7 +5972,7 @@ class Report:
         return ["## Where the time of a turn went", "", *_table(heads, rows)]
 
     def _replica_time(self) -> list[str]:
-        sums = self._file.replica_seconds(self._since)
+        sums = self._file.replica_seconds(self._replicas_since)
         if not sums:
             return []
         lines = ["## Replicas and GPUs", ""]
@@ -14768,15 +14811,13 @@ class Bookkeeper:
     def sample(self, records: Iterable[ReplicaRecord], gauges: Mapping[str, Any]) -> None:
         """The replicas as they are now, once a second; ``gauges`` as Tracker.sample takes them."""
         backends = _as_mapping(gauges.get("backends"))
-        uses = [
-            replica_use(
-                record,
-                _as_mapping(backends.get(record.replica)).get("in_flight"),
-                self._asked_gpus.get(record.model, 0),
-            )
-            for record in records
-        ]
-        self._replica_time.sample([use for use in uses if use is not None])
+        uses, started = [], {}
+        for record in records:
+            in_flight = _as_mapping(backends.get(record.replica)).get("in_flight")
+            if (use := replica_use(record, in_flight, self._asked_gpus.get(record.model, 0))) is not None:
+                uses.append(use)
+                started[record.replica] = record.started_at
+        self._replica_time.sample(uses, started)
         if time.monotonic() >= self._figures_due:
             self._figures_due = time.monotonic() + FIGURES_WRITE_S
             self._write_figures()

@@ -366,8 +366,8 @@ BACKEND_COLUMNS = (
 )
 SESSION_COLUMNS = (
     *("client", "command", "id", "task", "model", "backend", "state", "turns", "errors", "silent_s"),
-    *("pre", "queue", "inference", "post", "unaccounted", "context_tokens", "cached_tokens"),
-    *("cache_misses", "last_miss", "alerts", "moves"),
+    *("pre", "queue", "inference", "post", "unaccounted", "context_tokens", "prompt_tokens"),
+    *("cached_tokens", "cache_misses", "last_miss", "alerts", "moves"),
 )
 TURN_COLUMNS = (
     *("turn", "session", "task", "model", "backend", "ago_s", "outcome", "judgement", *PHASES, "ttft_ms", "total_ms"),
@@ -465,7 +465,8 @@ def session_frame(document: Mapping[str, Any]) -> pd.DataFrame:
             "inference": row.get("inference_ms"),
             "post": row.get("post_ms"),
             "unaccounted": row.get("unaccounted_ms"),
-            **{name: row.get(name) for name in ("context_tokens", "cached_tokens", "cache_misses", "last_miss")},
+            **{name: row.get(name) for name in ("context_tokens", "prompt_tokens", "cached_tokens")},
+            **{name: row.get(name) for name in ("cache_misses", "last_miss")},
             "alerts": [str(alert) for alert in row.get("alerts") or ()],
             "moves": row.get("moves"),
         }
@@ -1321,8 +1322,8 @@ def _session_row(row: Any, is_open: bool, scale: float) -> Node:
         else None
     )
     share = (
-        row.cached_tokens / row.context_tokens
-        if is_known(row.cached_tokens) and is_known(row.context_tokens) and row.context_tokens
+        row.cached_tokens / row.prompt_tokens
+        if is_known(row.cached_tokens) and is_known(row.prompt_tokens) and row.prompt_tokens
         else None
     )
     alerts = [el("span", {}, " ", badge(BUSY, alert.replace("_", " "))) for alert in row.alerts]

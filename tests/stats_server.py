@@ -111,6 +111,7 @@ def session(number: int, name: str | None = None, **changes: Any) -> dict[str, A
         "post_ms": 1900.0 * turns,
         "unaccounted_ms": 420.0 * turns if number % 3 else None,
         "context_tokens": 900 * turns,
+        "prompt_tokens": 800 * turns,
         "cached_tokens": 780 * turns,
         "tokens_in": 12_000,
         "tokens_out": 2_400,

@@ -247,6 +247,16 @@ def test_sessions_are_grouped_by_client_and_open_to_their_turns() -> None:
     assert "task-0001" in texts(folded)
 
 
+@pytest.mark.parametrize(("prompt", "shown"), [(1000, f"90{SPACE}%"), (0, page.UNKNOWN), (None, page.UNKNOWN)])
+def test_what_was_cached_is_a_share_of_the_prompt_and_not_of_the_answer(prompt: int | None, shown: str) -> None:
+    document = stats.busy(clients=1, sessions=1)
+    figures: dict[str, Any] = {"context_tokens": 1800, "prompt_tokens": prompt, "cached_tokens": 900}
+    document["clients"][0]["sessions"] = [stats.session(0, **figures)]
+    panel = page.sessions_panel(document, page.session_frame(document), frozenset(), {})
+    [row] = [node for node in nodes(panel) if node[1].get("key") == "session:task-0000"]
+    assert texts(row[10]) == shown
+
+
 def test_rows_keep_their_keys_when_their_order_changes() -> None:
     document = stats.busy(clients=1, sessions=5)
     later = copy.deepcopy(document)

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import resource
 import sqlite3
 import stat
@@ -33,6 +34,7 @@ from agent_infra import (
     ReplicaRecord,
     ReplicaTime,
     ReplicaUse,
+    Report,
     TurnRecord,
     export_turns,
     history_path,
@@ -40,6 +42,7 @@ from agent_infra import (
     main,
     moment,
     replica_use,
+    share_of_day,
     verdict_row,
 )
 
@@ -256,6 +259,27 @@ def test_replica_time_of_days_gone_by_is_kept_by_the_day(path: Path) -> None:
                 (day, 7.0),
                 (day + 300, 8.0),
             ]
+
+
+def test_of_a_day_that_was_summed_up_a_span_has_its_part(path: Path) -> None:
+    day = int(NOW // 86400) * 86400 - 20 * 86400
+    times = {(USE, day + step): 300.0 for step in range(0, 2 * 86400, 300)}
+    with history_file(path) as file:
+        file.write(batch(replica_time=times))
+        file.query("UPDATE about SET value = 0 WHERE name = 'since'")
+        spans = [day + hours * 3600 for hours in (0, 0.05, 15, 24, 30)]
+        before = [file.replica_seconds(since) for since in spans]
+        file.tidy(day + 20 * 86400)
+        after = [file.replica_seconds(since) for since in spans]
+    assert [sums[USE] / 3600 for sums in after] == pytest.approx([48.0, 47.95, 33.0, 24.0, 18.0])
+    assert [sums[USE] for sums in after] == pytest.approx([sums[USE] for sums in before], abs=300)
+
+
+def test_a_file_that_was_begun_during_a_day_has_its_time_after_that() -> None:
+    noon = 20 * 86400 + 43200.0
+    assert share_of_day(noon, begun=0.0) == 0.5
+    assert share_of_day(noon + 21600, begun=noon) == 0.5
+    assert share_of_day(noon, begun=noon + 3600) == 1.0
 
 
 def test_an_older_versions_file_is_brought_up_to_date(path: Path) -> None:
@@ -650,27 +674,42 @@ def test_replica_time_goes_on_where_an_earlier_controller_was() -> None:
     clock = Clock()
     earlier = ReplicaTime(clock, clock)
     idle = USE._replace(state="ready_idle")
+    cpu = ReplicaUse("c-1", "c", "", 0, "ready_busy")
+    earlier.sample([USE, cpu], {})
     for use in (USE, USE, idle):
         clock.now += 1800
-        earlier.sample([use, ReplicaUse("c-1", "c", "", 0, "ready_busy")])
+        earlier.sample([use, cpu], {})
     taken = earlier.take()
     assert sum(taken.values()) == 2 * 3 * 1800
     assert not earlier.take()
     sums: dict[ReplicaUse, float] = {}
     for (use, _), seconds in taken.items():
         sums[use] = sums.get(use, 0.0) + seconds
-    later = ReplicaTime(clock, clock)
     clock.now += 7200  # nobody was there to see
+    later = ReplicaTime(clock, clock)
     later.restore(sums, NOW)
-    later.sample([])
+    later.sample([USE], {})
     clock.now += 3600
-    later.sample([USE])
+    later.sample([USE], {})
     document = later.document()
     assert document["since"] == NOW
     assert document["gpu_hours"] == {"pending": 0, "loading": 0, "ready_busy": 2 * 2.0, "ready_idle": 2 * 0.5}
     assert document["replica_hours"] == {"pending": 0, "loading": 0, "ready_busy": 2.0 + 1.5, "ready_idle": 0.5}
     assert [(row["model"], row["gpu_hours"]["ready_busy"]) for row in document["by_model"]] == [("m", 4.0), ("c", 0.0)]
     assert [(row["replica"], row["replica_hours"]["ready_busy"]) for row in document["by_replica"]] == [("m-1", 2.0)]
+
+
+def test_a_replica_that_started_while_nobody_looked_gets_no_time_before_its_start() -> None:
+    clock = Clock()
+    time_held = ReplicaTime(clock, clock)
+    time_held.sample([USE], {"m-1": NOW - 100})
+    clock.now += 600
+    uses = [USE._replace(replica=name) for name in ("m-1", "m-2", "m-3", "m-4")]
+    time_held.sample(uses, {"m-1": NOW - 100, "m-2": clock.now - 1, "m-3": 0.0, "m-4": clock.now + 30})
+    assert [time_held.seconds()[use] for use in uses] == [600, 1, agent_infra.NEW_REPLICA_S, 0]
+    clock.now += 600
+    time_held.sample(uses[1:], {})
+    assert [time_held.seconds()[use] for use in uses] == [600, 601, agent_infra.NEW_REPLICA_S + 600, 600]
 
 
 def test_a_verdict_is_kept_with_its_figures(path: Path) -> None:
@@ -872,6 +911,22 @@ def test_a_report_sums_a_run_up(path: Path, capsys: pytest.CaptureFixture[str]) 
     assert [verdict.split("**")[1] for verdict in verdicts] == ["AGENT-BOUND", "GPU-BOUND"]
     assert "m (H100)" in verdicts[0]
     assert "90% sure. It is AGENT-BOUND." in verdicts[0]
+
+
+@pytest.mark.parametrize("since", [0.0, NOW + 75 * 60])
+def test_a_report_of_what_was_kept_counts_no_replica_time_of_what_was_not(path: Path, since: float) -> None:
+    """Two hours of a turn a minute, of which the second hour's were kept, or a quarter of them are asked for."""
+    with history_file(path) as file:
+        file.write(batch(*(record(minute * 60, answer="x" * 5000) for minute in range(120))))
+        file.write(batch(replica_time={(USE, int(NOW) + 60 * minute): 60.0 for minute in range(120)}))
+        assert file.trim(1, 60) == 60
+        text = Report(file, "a run", since).text()
+    kept = [turn for turn in range(60, 120) if NOW + 60 * turn >= since]
+    assert ("turns before that were removed" in text) == (since == 0)
+    [cost] = re.findall(r"GPU-seconds per completed turn \| (\d+)", text)
+    assert int(cost) == pytest.approx(2 * 60, rel=5 / len(kept))  # a step of replica time more, at most
+    [hours] = re.findall(r"m: replicas \| 0 \| 0 \| ([\d.]+)", text)
+    assert float(hours) == pytest.approx(len(kept) / 60, abs=0.1)
 
 
 def test_a_report_goes_over_any_span(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

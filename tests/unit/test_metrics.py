@@ -51,6 +51,7 @@ def test_turns_are_counted_by_backend_model_and_outcome() -> None:
 def test_only_a_turn_with_a_miss_was_prefilled_again() -> None:
     turns = TurnMetrics()
     turns.add(record(expected_cached_tokens=95, cached_tokens=80))  # all of its whole blocks
+    turns.add(record(expected_cached_tokens=800))  # its engine does not tell
     turns.add(record(expected_cached_tokens=800, cached_tokens=500, cache_miss="evicted from m-1"))
     assert samples(turns)["agent_infra_prefilled_again_tokens_total", "m"] == 300
 

@@ -105,7 +105,7 @@ def test_a_session_tells_its_turns_tokens_and_context(tracker: Tracker, clock: C
         finish(tracker, clock, turn, backend="b", prompt_tokens=prompt, completion_tokens=20, cached_tokens=prompt - 50)
     session = sessions(tracker)["s"]
     assert (session["turns"], session["tokens_in"], session["tokens_out"]) == (2, 250, 40)
-    assert (session["context_tokens"], session["cached_tokens"]) == (170, 100)
+    assert (session["context_tokens"], session["prompt_tokens"], session["cached_tokens"]) == (170, 150, 100)
     assert (session["task"], session["model"], session["backend"]) == ("fix-bug", "m", "b")
     assert session["idle_since"] == clock.now
 
@@ -132,7 +132,7 @@ def test_think_time_is_never_negative(tracker: Tracker, clock: Clock) -> None:
     clock.now += 1
     take_turn(tracker, clock, "t2", pre_ms=60_000.0)
     assert sessions(tracker)["s"]["unaccounted_ms"] == 0.0
-    clock.now -= 100
+    clock.now -= 0.004
     take_turn(tracker, clock, "t3")
     assert stats(tracker)["recent_turns"][0]["pre_ms"] == 0.0
 
@@ -152,6 +152,20 @@ def test_a_turn_beside_another_of_its_session_has_no_think_time(tracker: Tracker
     start(tracker, clock, "t3")
     finish(tracker, clock, "t3")
     assert stats(tracker)["recent_turns"][0]["pre_ms"] is None
+
+
+def test_turns_beside_each_other_that_are_told_in_one_batch_expect_nothing_of_each_other(
+    tracker: Tracker, clock: Clock
+) -> None:
+    at = clock.now - 1
+    for turn in ("t1", "t2", "t3"):
+        started = TurnStarted(turn, at, "m", "/v1/chat/completions", "s")
+        told: dict[str, Any] = {"prompt_tokens": 1000, "completion_tokens": 10, "cached_tokens": 0}
+        at += 0.02
+        finished = TurnFinished(turn, at + 0.05, "completed", 200, "b", 0.0, 10.0, 50.0, started=started, **told)
+        tracker.observe(finished)
+    rows = stats(tracker)["recent_turns"]
+    assert [(row["think_ms"], row["expected_cached_tokens"], row["cache_miss"]) for row in rows] == [(None,) * 3] * 3
 
 
 def test_a_session_ends_when_its_agent_says_so(tracker: Tracker, clock: Clock) -> None:

@@ -21,7 +21,8 @@ class Driver:
         self.turns += 1
         self.now += more.pop("think_s", 1.0)
         told = {name: more.pop(name) for name in ("prompt", "prints", "client") if name in more}
-        started = TurnStarted(str(self.turns), self.now, "m", "/v1/chat/completions", session, **told)
+        model, path = more.pop("model", "m"), more.pop("path", "/v1/chat/completions")
+        started = TurnStarted(str(self.turns), self.now, model, path, session, **told)
         self.now += 1.0
         self.tracker.observe(
             TurnFinished(started.turn, self.now, outcome, 200, backend, 0.0, 10.0, 1000.0, started=started, **more)
@@ -110,6 +111,38 @@ def test_changes_of_the_replica_are_counted(driver: Driver) -> None:
     for backend in ("a", "a", "b", None, "b", "a"):
         driver.turn(backend=backend)
     assert driver.session()["moves"] == 2
+
+
+def test_turns_of_another_model_are_no_moves_and_miss_nothing(driver: Driver) -> None:
+    for number in range(10):
+        model, tokens = (("planner", 20_000), ("executor", 3000))[number % 2]
+        driver.turn(model=model, backend=f"{model}-1", prompt_tokens=tokens + number, cached_tokens=0)
+        assert driver.last().expected_cached_tokens is None
+    assert driver.look() == []
+    assert (driver.session()["moves"], driver.session()["cache_misses"]) == (0, 0)
+    driver.turn(model="executor", backend="executor-2", prompt_tokens=3100, cached_tokens=0)
+    assert driver.last().cache_miss == "moved from executor-1 to executor-2"
+    assert driver.session()["moves"] == 1
+
+
+def test_another_models_turn_that_failed_leaves_what_is_held(driver: Driver) -> None:
+    driver.turn(prompt_tokens=1000, completion_tokens=100)
+    driver.turn(model="other", backend="b", outcome="error")
+    driver.turn(prompt_tokens=1200, cached_tokens=1088)
+    assert (driver.last().expected_cached_tokens, driver.session()["moves"]) == (1099, 0)
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/rerank", "/tokenize", "/v1/messages/count_tokens"])
+def test_a_turn_that_generates_nothing_neither_expects_nor_leaves_a_context(driver: Driver, path: str) -> None:
+    driver.turn(prompt_tokens=20_000, completion_tokens=100)
+    for model in ("m", "other"):
+        driver.turn(model=model, path=path, backend="b", prompt_tokens=7000, cached_tokens=0)
+        assert driver.last().expected_cached_tokens is None
+    assert driver.look(capacity=30_000)[0]["kind"] == "runaway_context"  # it still is, of its own replica's cache
+    driver.turn(prompt_tokens=20_200, completion_tokens=100, cached_tokens=20_096)
+    assert driver.last().expected_cached_tokens == 20_099
+    assert driver.session()["last_miss"] is None
+    assert (driver.session()["context_tokens"], driver.session()["moves"]) == (20_300, 0)
 
 
 # --- the watchdog
