@@ -5131,6 +5131,7 @@ HISTORY_BACKLOG_BYTES = 32 << 20  # of turns that wait while the file cannot be 
 HISTORY_BACKLOG_ROWS = 20_000  # of each of the small tables that wait likewise
 HISTORY_BUSY_S = 2.0  # that a write waits for another program's lock
 HISTORY_CLOSE_S = 10.0  # that the last batch has, at the end
+HISTORY_RETRY_S = 0.1  # between two tries to write it
 HISTORY_CHUNK = 1000  # turns that one query reads: a reader must not hold a lock for long, nor the file in memory
 RESTORED_TURNS = 50_000  # that a new controller reads again, of the last RESTORED_S: about a second's work
 RESTORED_S = 6 * 3600.0
@@ -5625,7 +5626,9 @@ class History:
         self._turns: int | None = None  # in the file; None: not known
         self._tidied_on = 0.0
         self._problem: str | None = None
+        self._is_refused = False  # the file is not to be touched, however often it is tried
         self._stop = threading.Event()
+        self._close_by = math.inf  # by time.monotonic(); from close() on
         self._thread = threading.Thread(target=self._run, name="history", daemon=True)
 
     def open(self, restore: Callable[[HistoryFile], None]) -> None:
@@ -5649,6 +5652,7 @@ class History:
 
     def close(self) -> None:
         """Write the last batch, as far as it can be within HISTORY_CLOSE_S."""
+        self._close_by = time.monotonic() + HISTORY_CLOSE_S
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=HISTORY_CLOSE_S)
@@ -5664,6 +5668,10 @@ class History:
         while not self._stop.wait(self._interval_s * (1 if self._problem is None else 5)):
             self._flush()
         self._flush()
+        # Another program's lock may outlast one try. None is begun that may go on when nobody waits for it any more.
+        while self._pending and not self._is_refused and time.monotonic() + 1.5 * HISTORY_BUSY_S < self._close_by:
+            time.sleep(HISTORY_RETRY_S)
+            self._flush()
         if self._file is not None:
             self._file.close()
 
@@ -5715,7 +5723,8 @@ class History:
             with contextlib.suppress(Exception):
                 self._file.close()
         self._file, self._turns = None, None
-        problem = f"{error}" if isinstance(error, HistoryRefusedError) else f"{self.path}: {error}"
+        self._is_refused = isinstance(error, HistoryRefusedError)
+        problem = f"{error}" if self._is_refused else f"{self.path}: {error}"
         if is_damaged(error):
             with contextlib.suppress(OSError):
                 problem += f"; it is put aside as {put_aside(self.path, self._clock())}, a new one is begun"

@@ -574,7 +574,8 @@ def test_a_full_disk_is_served_without_and_caught_up_later(small_disk: Path) -> 
 
 
 def test_an_end_that_cannot_write_says_what_is_lost(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_infra, "HISTORY_BUSY_S", 0.05)
+    monkeypatch.setattr(agent_infra, "HISTORY_BUSY_S", 0.5)
+    monkeypatch.setattr(agent_infra, "HISTORY_CLOSE_S", 1.5)
     with history_file(path):
         pass
     holder = sqlite3.connect(path, isolation_level=None)
@@ -583,6 +584,45 @@ def test_an_end_that_cannot_write_says_what_is_lost(path: Path, monkeypatch: pyt
         writer.add(record(1), record(2))
     holder.close()
     assert "lacks 2 turns" in writer.said[-1]
+
+
+def test_an_end_outlasts_another_programs_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_infra, "HISTORY_BUSY_S", 0.05)
+    monkeypatch.setattr(agent_infra, "HISTORY_CLOSE_S", PATIENCE_S)
+    with history_file(path):
+        pass
+    holder = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    holder.execute("BEGIN EXCLUSIVE")
+    with Writer(path) as writer:
+        writer.add(record(1), totals={"requests": 1})
+        history, tries = writer.history, 0
+        fail = history._fail
+
+        def let_go_later(error: Exception, consequence: str = "") -> None:
+            nonlocal tries
+            tries += history._stop.is_set()
+            if tries == 3:
+                holder.close()
+            fail(error, consequence)
+
+        monkeypatch.setattr(history, "_fail", let_go_later)
+    assert tries == 3
+    assert writer.said[-1] == f"info: the history {path} is written again"
+    with history_file(path) as file:
+        assert (file.count_turns(), file.totals()) == (1, {"requests": 1})
+
+
+def test_an_end_does_not_try_a_file_again_that_is_not_to_be_touched(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with history_file(path) as file:
+        file.query("PRAGMA user_version = 99")
+    with Writer(path) as writer:
+        writer.add(record(1))
+        pauses: list[float] = []
+        monkeypatch.setattr(time, "sleep", pauses.append)
+    assert "lacks 1 turns" in writer.said[-1]
+    assert not pauses
 
 
 def test_what_a_killed_process_wrote_last_is_there(path: Path) -> None:
