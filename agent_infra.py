@@ -5623,6 +5623,7 @@ class History:
         self._pending = HistoryBatch()
         self._lost: collections.Counter[str] = collections.Counter()  # what had no room, since it was last written
         self._file: HistoryFile | None = None
+        self._opened_as: list[tuple[Path, tuple[int, int]]] = []  # what it and its journals were, when it was opened
         self._turns: int | None = None  # in the file; None: not known
         self._tidied_on = 0.0
         self._problem: str | None = None
@@ -5672,14 +5673,36 @@ class History:
         while self._pending and not self._is_refused and time.monotonic() + 1.5 * HISTORY_BUSY_S < self._close_by:
             time.sleep(HISTORY_RETRY_S)
             self._flush()
-        if self._file is not None:
-            self._file.close()
+        self._let_go()
 
     def _opened(self) -> HistoryFile:
         if self._file is None:
             self._file = HistoryFile(self.path)
+            self._opened_as = list(_files_of(self.path.resolve()))
             self._turns = self._file.count_turns()
+        elif self._is_elsewhere():
+            raise FileNotFoundError("it was removed, or another file put in its place; it is opened anew")
         return self._file
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the path leads to another file than the one that is open, or to none: SQLite would not notice."""
+        return _identity(self.path) not in dict(self._opened_as).values()
+
+    def _let_go(self) -> None:
+        """Close the file. The journals of one that left its place go: they would be taken for its successor's."""
+        file, self._file = self._file, None
+        if file is None:
+            return
+        with contextlib.suppress(Exception):
+            (path, opened), *journals = self._opened_as
+            if _identity(path) != opened:
+                with contextlib.suppress(Exception):
+                    file.query("PRAGMA wal_checkpoint(TRUNCATE)")  # it may have been moved, and be read where it is now
+                for journal, identity in journals:
+                    if _identity(journal) == identity:  # else it came with the other file
+                        journal.unlink()
+        with contextlib.suppress(Exception):
+            file.close()
 
     def _flush(self) -> None:
         with self._lock:
@@ -5719,10 +5742,8 @@ class History:
 
     def _fail(self, error: Exception, consequence: str = "") -> None:
         """Note why the file cannot be read or written; a damaged one is put aside, so that a new one can begin."""
-        if self._file is not None:
-            with contextlib.suppress(Exception):
-                self._file.close()
-        self._file, self._turns = None, None
+        self._let_go()
+        self._turns = None
         self._is_refused = isinstance(error, HistoryRefusedError)
         problem = f"{error}" if self._is_refused else f"{self.path}: {error}"
         if is_damaged(error):
@@ -5745,11 +5766,31 @@ def is_damaged(error: Exception) -> bool:
     return type(error) is sqlite3.DatabaseError  # whatever else can be wrong has a class below this one
 
 
+_JOURNALS = ("-wal", "-shm", "-journal")  # what SQLite appends to a file's name for those that belong to it
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """By which a file is known for the same whatever its name; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _files_of(path: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
+    """A database and those of its journals that there are, each with its identity."""
+    for suffix in ("", *_JOURNALS):
+        each = path.with_name(path.name + suffix)
+        if (identity := _identity(each)) is not None:
+            yield each, identity
+
+
 def put_aside(path: Path, now: float) -> Path:
     """Rename a history, with the journals that belong to it; its new name."""
     aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S', time.localtime(now))}")
     path.rename(aside)
-    for suffix in ("-wal", "-shm", "-journal"):
+    for suffix in _JOURNALS:
         with contextlib.suppress(FileNotFoundError):
             path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
     return aside

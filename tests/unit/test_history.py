@@ -515,6 +515,62 @@ def test_a_damaged_file_is_put_aside_and_a_new_one_begun(path: Path, damage: str
         assert [turn.turn for turn in file.turns()] == [record(100).turn]
 
 
+@pytest.mark.parametrize("removed", ["history.db*", "history.db", None], ids=["all of it", "no journal", "its folder"])
+def test_a_file_that_is_removed_is_begun_anew(tmp_path: Path, removed: str | None) -> None:
+    path = tmp_path / "folder" / "history.db"
+    with Writer(path) as writer:
+        writer.add(record(1), totals={"requests": 1})
+        writer.wait_state("on", turns=1)
+        for each in path.parent.glob(removed or "*"):
+            each.unlink()
+        if removed is None:
+            path.parent.rmdir()
+        writer.add(record(2), record(3), totals={"requests": 2})
+        writer.wait_state("on", turns=2)
+    assert writer.said == [
+        f"warning: history: {path}: it was removed, or another file put in its place; it is opened anew",
+        f"info: the history {path} is written again",
+    ]
+    assert [each.name for each in path.parent.iterdir()] == ["history.db"]
+    with history_file(path) as file:
+        assert [turn.turn for turn in file.turns()] == ["t-2", "t-3"]
+        assert file.totals() == {"requests": 2}
+
+
+def test_a_file_that_another_takes_the_place_of_is_left_whole_and_the_other_goes_on(path: Path, tmp_path: Path) -> None:
+    moved, other = tmp_path / "moved.db", tmp_path / "other.db"
+    with history_file(other) as file:
+        file.write(batch(*(record(number) for number in range(100, 150))))
+    with Writer(path) as writer:
+        writer.add(*(record(number) for number in range(50)))
+        writer.wait_state("on", turns=50)
+        path.rename(moved)  # without its log, in which all of it still is
+        other.rename(path)
+        writer.add(record(150))
+        writer.wait_state("on", turns=51)
+    for each, numbers in ((moved, range(50)), (path, range(100, 151))):
+        with history_file(each) as file:
+            assert [turn.turn for turn in file.turns()] == [record(number).turn for number in numbers]
+            assert file.query("PRAGMA integrity_check") == [("ok",)]
+
+
+def test_the_journals_that_came_with_another_file_are_its_own(path: Path, tmp_path: Path) -> None:
+    others = tmp_path / "others"
+    with Writer(path) as writer:
+        writer.add(record(1))
+        writer.wait_state("on", turns=1)
+        with history_file(others / path.name) as file:
+            file.write(batch(record(2), record(3)))
+            assert (others / f"{path.name}-wal").stat().st_size > 0
+            for each in others.iterdir():  # as a copy of a file in use is
+                (copy := tmp_path / "copy").write_bytes(each.read_bytes())
+                copy.rename(path.with_name(each.name))
+        writer.add(record(4))
+        writer.wait_state("on", turns=3)
+    with history_file(path) as file:
+        assert [turn.turn for turn in file.turns()] == ["t-2", "t-3", "t-4"]
+
+
 def write_with_a_limit(path: Path, limit: int) -> None:
     """The body of a process whose files may not grow beyond ``limit`` bytes until it lifts that."""
     import signal
