@@ -14625,7 +14625,9 @@ def describe_replica(record: ReplicaRecord) -> str:
 def _without_resumed(ended: dict[str, float], turns: Iterable[TurnRecord]) -> Iterator[TurnRecord]:
     """The turns; on the way the sessions that went on after their end are taken out of ``ended``."""
     for record in turns:
-        if record.session is not None and record.finished_at > ended.get(record.session, math.inf):
+        # By its start: a turn that was open at the end finishes after it, and takes nothing up again.
+        at = record.finished_at if record.started_at is None else record.started_at
+        if record.session is not None and at > ended.get(record.session, math.inf):
             del ended[record.session]
         yield record
 

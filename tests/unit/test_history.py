@@ -367,16 +367,18 @@ def test_a_session_that_was_over_stays_so_and_one_that_was_taken_up_again_lives(
         books = agent_infra.Bookkeeper(config, paths, tracker, lambda message, _: said.append(message))
         books.open()
         if number == 0:
-            for session in ("over", "resumed"):
+            for session in ("over", "resumed", "over in a turn"):
                 for at in (now, now + 2) if session == "resumed" else (now,):
                     started = agent_infra.TurnStarted(f"{session}{at}", at, "m", "/v1/x", session)
-                    tracker.observe(agent_infra.TurnFinished(started.turn, at, "completed", 200, started=started))
+                    finished_at = now + 3 if session == "over in a turn" else at
+                    finish = agent_infra.TurnFinished(started.turn, finished_at, "completed", 200, started=started)
+                    tracker.observe(finish)
                 books.observe(agent_infra.SessionEnded(session, now + 1))
         else:
             snapshot = tracker.snapshot([], [], "least_load")
             states = {row["id"]: row["state"] for client in snapshot["clients"] for row in client["sessions"]}
-            assert states == {"over": "ended", "resumed": "idle"}
-            assert snapshot["totals"]["requests"] == 3
+            assert states == {"over": "ended", "resumed": "idle", "over in a turn": "ended"}
+            assert snapshot["totals"]["requests"] == 4
         books.close()
     assert said == []
 
