@@ -3676,6 +3676,7 @@ class Tracker:
         ``totals`` are its totals by name; what is no count is left out.
         """
         self._figures.totals.update({name: totals[name] for name in self._figures.totals if is_count(totals.get(name))})
+        answers: dict[str, str] = {}  # session → the key of its last answer: from those before it has gone on
         for record in records:
             is_first, _ = self._turns.close(record.turn)
             if not is_first:
@@ -3685,10 +3686,13 @@ class Tracker:
             session = self._sessions.open(record.session, record, at)
             if session is not None:
                 if record.key is not None:
-                    self._conversations.answered(record.key, session.id)
+                    answers.pop(session.id, None)
+                    answers[session.id] = record.key
                 session.think(record.think_ms, record.pre_ms, record.post_ms, record.unaccounted_ms)
                 session.finish(record, at)
                 self._sessions.touch(session, at)
+        for name, key in answers.items():
+            self._conversations.answered(key, name)
         self._sessions.expire(self._clock())
 
     def replicas(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend]) -> list[dict[str, Any]]:
