@@ -3327,13 +3327,21 @@ class TurnLog:
         if len(self._kept) > KEPT_TURNS:
             self._kept.popitem(last=False)
 
-    def learn_post(self, turn: str, post_ms: float) -> None:
-        """How long the agent acted on a turn's answer."""
-        for record in (self._kept.get(turn), self._untaken.get(turn)):
-            if record is not None:
-                record.post_ms = post_ms
+    def learn_post(self, turn: str, post_ms: float | None) -> float | None:
+        """Note how long the agent acted on a turn's answer; None where that is known already.
+
+        It is with a start that the relay tells a new controller again, for a turn that was open all the time.
+        """
+        if not turn or post_ms is None:
+            return post_ms
+        records = [record for record in (self._kept.get(turn), self._untaken.get(turn)) if record is not None]
+        if turn in self._posts or any(record.post_ms is not None for record in records):
+            return None
+        for record in records:
+            record.post_ms = post_ms
         if turn not in self._untaken and len(self._posts) < MAX_UNTAKEN_TURNS:
             self._posts[turn] = post_ms
+        return post_ms
 
     def take(self) -> tuple[list[TurnRecord], dict[str, float]]:
         """See Tracker.take_records."""
@@ -3782,9 +3790,7 @@ class Tracker:
             return OpenTurn(event, None, None, None, pre_ms, unaccounted_ms)
         gap_ms = session.think_time_ms(at)
         pre_ms, unaccounted_ms = split_think_time(gap_ms, event.pre_ms, event.post_ms)
-        session.think(gap_ms, pre_ms, event.post_ms, unaccounted_ms)
-        if session.last_turn and event.post_ms is not None:
-            self._log.learn_post(session.last_turn, event.post_ms)
+        session.think(gap_ms, pre_ms, self._log.learn_post(session.last_turn, event.post_ms), unaccounted_ms)
         return OpenTurn(event, session, session.held(), gap_ms, pre_ms, unaccounted_ms)
 
 
