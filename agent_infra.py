@@ -3348,13 +3348,21 @@ class TurnLog:
         if len(self._kept) > KEPT_TURNS:
             self._kept.popitem(last=False)
 
-    def learn_post(self, turn: str, post_ms: float) -> None:
-        """How long the agent acted on a turn's answer."""
-        for record in (self._kept.get(turn), self._untaken.get(turn)):
-            if record is not None:
-                record.post_ms = post_ms
+    def learn_post(self, turn: str, post_ms: float | None) -> float | None:
+        """Note how long the agent acted on a turn's answer; None where that is known already.
+
+        It is with a start that the relay tells a new controller again, for a turn that was open all the time.
+        """
+        if not turn or post_ms is None:
+            return post_ms
+        records = [record for record in (self._kept.get(turn), self._untaken.get(turn)) if record is not None]
+        if turn in self._posts or any(record.post_ms is not None for record in records):
+            return None
+        for record in records:
+            record.post_ms = post_ms
         if turn not in self._untaken and len(self._posts) < MAX_UNTAKEN_TURNS:
             self._posts[turn] = post_ms
+        return post_ms
 
     def take(self) -> tuple[list[TurnRecord], dict[str, float]]:
         """See Tracker.take_records."""
@@ -3698,6 +3706,7 @@ class Tracker:
         ``totals`` are its totals by name; what is no count is left out.
         """
         self._figures.totals.update({name: totals[name] for name in self._figures.totals if is_count(totals.get(name))})
+        answers: dict[str, str] = {}  # session → the key of its last answer: from those before it has gone on
         for record in records:
             is_first, _ = self._turns.close(record.turn)
             if not is_first:
@@ -3707,10 +3716,13 @@ class Tracker:
             session = self._sessions.open(record.session, record, at)
             if session is not None:
                 if record.key is not None:
-                    self._conversations.answered(record.key, session.id)
+                    answers.pop(session.id, None)
+                    answers[session.id] = record.key
                 session.think(record.think_ms, record.pre_ms, record.post_ms, record.unaccounted_ms)
                 session.finish(record, at)
                 self._sessions.touch(session, at)
+        for name, key in answers.items():
+            self._conversations.answered(key, name)
         self._sessions.expire(self._clock())
 
     def replicas(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend]) -> list[dict[str, Any]]:
@@ -3800,9 +3812,7 @@ class Tracker:
             return OpenTurn(event, None, None, None, pre_ms, unaccounted_ms)
         gap_ms = session.think_time_ms(at)
         pre_ms, unaccounted_ms = split_think_time(gap_ms, event.pre_ms, event.post_ms)
-        session.think(gap_ms, pre_ms, event.post_ms, unaccounted_ms)
-        if session.last_turn and event.post_ms is not None:
-            self._log.learn_post(session.last_turn, event.post_ms)
+        session.think(gap_ms, pre_ms, self._log.learn_post(session.last_turn, event.post_ms), unaccounted_ms)
         return OpenTurn(event, session, session.held(event, at), gap_ms, pre_ms, unaccounted_ms)
 
 
@@ -5152,6 +5162,7 @@ HISTORY_BACKLOG_BYTES = 32 << 20  # of turns that wait while the file cannot be 
 HISTORY_BACKLOG_ROWS = 20_000  # of each of the small tables that wait likewise
 HISTORY_BUSY_S = 2.0  # that a write waits for another program's lock
 HISTORY_CLOSE_S = 10.0  # that the last batch has, at the end
+HISTORY_RETRY_S = 0.1  # between two tries to write it
 HISTORY_CHUNK = 1000  # turns that one query reads: a reader must not hold a lock for long, nor the file in memory
 RESTORED_TURNS = 50_000  # that a new controller reads again, of the last RESTORED_S: about a second's work
 RESTORED_S = 6 * 3600.0
@@ -5658,10 +5669,13 @@ class History:
         self._pending = HistoryBatch()
         self._lost: collections.Counter[str] = collections.Counter()  # what had no room, since it was last written
         self._file: HistoryFile | None = None
+        self._opened_as: list[tuple[Path, tuple[int, int]]] = []  # what it and its journals were, when it was opened
         self._turns: int | None = None  # in the file; None: not known
         self._tidied_on = 0.0
         self._problem: str | None = None
+        self._is_refused = False  # the file is not to be touched, however often it is tried
         self._stop = threading.Event()
+        self._close_by = math.inf  # by time.monotonic(); from close() on
         self._thread = threading.Thread(target=self._run, name="history", daemon=True)
 
     def open(self, restore: Callable[[HistoryFile], None]) -> None:
@@ -5685,6 +5699,7 @@ class History:
 
     def close(self) -> None:
         """Write the last batch, as far as it can be within HISTORY_CLOSE_S."""
+        self._close_by = time.monotonic() + HISTORY_CLOSE_S
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=HISTORY_CLOSE_S)
@@ -5700,14 +5715,40 @@ class History:
         while not self._stop.wait(self._interval_s * (1 if self._problem is None else 5)):
             self._flush()
         self._flush()
-        if self._file is not None:
-            self._file.close()
+        # Another program's lock may outlast one try. None is begun that may go on when nobody waits for it any more.
+        while self._pending and not self._is_refused and time.monotonic() + 1.5 * HISTORY_BUSY_S < self._close_by:
+            time.sleep(HISTORY_RETRY_S)
+            self._flush()
+        self._let_go()
 
     def _opened(self) -> HistoryFile:
         if self._file is None:
             self._file = HistoryFile(self.path)
+            self._opened_as = list(_files_of(self.path.resolve()))
             self._turns = self._file.count_turns()
+        elif self._is_elsewhere():
+            raise FileNotFoundError("it was removed, or another file put in its place; it is opened anew")
         return self._file
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the path leads to another file than the one that is open, or to none: SQLite would not notice."""
+        return _identity(self.path) not in dict(self._opened_as).values()
+
+    def _let_go(self) -> None:
+        """Close the file. The journals of one that left its place go: they would be taken for its successor's."""
+        file, self._file = self._file, None
+        if file is None:
+            return
+        with contextlib.suppress(Exception):
+            (path, opened), *journals = self._opened_as
+            if _identity(path) != opened:
+                with contextlib.suppress(Exception):
+                    file.query("PRAGMA wal_checkpoint(TRUNCATE)")  # it may have been moved, and be read where it is now
+                for journal, identity in journals:
+                    if _identity(journal) == identity:  # else it came with the other file
+                        journal.unlink()
+        with contextlib.suppress(Exception):
+            file.close()
 
     def _flush(self) -> None:
         with self._lock:
@@ -5747,11 +5788,10 @@ class History:
 
     def _fail(self, error: Exception, consequence: str = "") -> None:
         """Note why the file cannot be read or written; a damaged one is put aside, so that a new one can begin."""
-        if self._file is not None:
-            with contextlib.suppress(Exception):
-                self._file.close()
-        self._file, self._turns = None, None
-        problem = f"{error}" if isinstance(error, HistoryRefusedError) else f"{self.path}: {error}"
+        self._let_go()
+        self._turns = None
+        self._is_refused = isinstance(error, HistoryRefusedError)
+        problem = f"{error}" if self._is_refused else f"{self.path}: {error}"
         if is_damaged(error):
             with contextlib.suppress(OSError):
                 problem += f"; it is put aside as {put_aside(self.path, self._clock())}, a new one is begun"
@@ -5772,11 +5812,31 @@ def is_damaged(error: Exception) -> bool:
     return type(error) is sqlite3.DatabaseError  # whatever else can be wrong has a class below this one
 
 
+_JOURNALS = ("-wal", "-shm", "-journal")  # what SQLite appends to a file's name for those that belong to it
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """By which a file is known for the same whatever its name; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _files_of(path: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
+    """A database and those of its journals that there are, each with its identity."""
+    for suffix in ("", *_JOURNALS):
+        each = path.with_name(path.name + suffix)
+        if (identity := _identity(each)) is not None:
+            yield each, identity
+
+
 def put_aside(path: Path, now: float) -> Path:
     """Rename a history, with the journals that belong to it; its new name."""
     aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S', time.localtime(now))}")
     path.rename(aside)
-    for suffix in ("-wal", "-shm", "-journal"):
+    for suffix in _JOURNALS:
         with contextlib.suppress(FileNotFoundError):
             path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
     return aside
@@ -11571,6 +11631,18 @@ class Outlet:
     client: ClientConnection
     upstream: Any
     timeout_s: float
+    _came: Any = ()  # when a stream's parts came, since the last one that was counted
+
+    @property
+    def last_part(self) -> float:
+        """When the last part of a stream came; 0: none has."""
+        return self._came[-1] if self._came else 0.0
+
+    def is_late(self) -> bool:
+        """Whether nothing has moved for too long. Parts of a stream put the deadline off only when it is asked for."""
+        if self._came:
+            self.client.deadline = max(self.client.deadline, self.last_part + self.timeout_s)
+        return time.monotonic() >= self.client.deadline
 
     def send(self, out: bytes, result: str | None) -> None:
         """Send to the client; ``result`` ends the exchange once all of it is sent. A slow client pauses the replica."""
@@ -11639,7 +11711,6 @@ class AnswerFlow(Outlet):
     events: Any = None  # EventStream, where the answer is one
     _receive: Any  # of a stream: the replica's socket's recv, and
     _pass_on: Any  # the client's send; looking them up costs as much as calling them
-    _came: Any = ()  # when its parts came, since the last one that was counted
     is_raw = False
     _size = 0
     _pieces: list[bytes]
@@ -11778,17 +11849,6 @@ class AnswerFlow(Outlet):
         self._turn.gaps.add(*gaps)
         self._turn.ended = self._came[-1]
         del self._came[:-1]
-
-    @property
-    def last_part(self) -> float:
-        """When the last part of a stream came; 0: none has."""
-        return self._came[-1] if self._came else 0.0
-
-    def is_late(self) -> bool:
-        """Whether nothing has moved for too long. Parts of a stream put the deadline off only when it is asked for."""
-        if self._came:
-            self.client.deadline = max(self.client.deadline, self.last_part + self.timeout_s)
-        return time.monotonic() >= self.client.deadline
 
     def _take_body(self, data: bytes, start: int) -> None:
         if not self._turn.first:
@@ -12098,6 +12158,16 @@ class ClientSocket:
                 continue
             except OSError:
                 raise ClientGone from None
+
+    def linger(self) -> None:
+        """Take what the client still sends, for a while: closing on unread bytes would reset the connection, and the
+        answer with it."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_WR)
+        end = time.monotonic() + LINGER_S
+        with contextlib.suppress(WireError, ClientGone):
+            while (left := end - time.monotonic()) > 0 and self._receive(left, "the end"):
+                pass
 
     def close(self) -> None:
         self._watcher.stop()
@@ -12427,18 +12497,8 @@ class ClientConnection(RequestReader):
         answer = plain_answer(refusal.status, body, extra=extra, closes=closes)
         self.send_all(answer[: -len(body)] if self._is_head else answer)
         if closes:
-            self._linger()
+            self.linger()
         return not closes
-
-    def _linger(self) -> None:
-        """Take what the client still sends, for a while: closing on unread bytes would reset the connection, and the
-        answer with it."""
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
-        end = time.monotonic() + LINGER_S
-        with contextlib.suppress(WireError, ClientGone):
-            while (left := end - time.monotonic()) > 0 and self._receive(left, "the end"):
-                pass
 
 
 class Delivery:
@@ -14646,7 +14706,9 @@ def describe_replica(record: ReplicaRecord) -> str:
 def _without_resumed(ended: dict[str, float], turns: Iterable[TurnRecord]) -> Iterator[TurnRecord]:
     """The turns; on the way the sessions that went on after their end are taken out of ``ended``."""
     for record in turns:
-        if record.session is not None and record.finished_at > ended.get(record.session, math.inf):
+        # By its start: a turn that was open at the end finishes after it, and takes nothing up again.
+        at = record.finished_at if record.started_at is None else record.started_at
+        if record.session is not None and at > ended.get(record.session, math.inf):
             del ended[record.session]
         yield record
 
@@ -14845,6 +14907,7 @@ class Bookkeeper:
         """Write what is left. Nothing is taken or sampled any more; if it may be, nothing more is taken here."""
         self._analyst.stop()
         if takes_rest:
+            self._tracker.relay_restarted()  # turns that are still open end with it
             self.take()
             self._write_figures()
         if self._history is not None:
@@ -15011,8 +15074,6 @@ class Controller:
                 lost = "the history lacks the turns and the replica time that it has not handed on"
                 self._log(f"the controller's thread still works and is left behind; {lost}", "warning")
         self.discovery.stop()
-        if not is_stuck:
-            self._tracker.relay_restarted()  # turns that are still open end with it
         self._books.close(takes_rest=not is_stuck)
         self.relay.close()
         if self.tunnels is not None:

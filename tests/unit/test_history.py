@@ -391,16 +391,18 @@ def test_a_session_that_was_over_stays_so_and_one_that_was_taken_up_again_lives(
         books = agent_infra.Bookkeeper(config, paths, tracker, lambda message, _: said.append(message))
         books.open()
         if number == 0:
-            for session in ("over", "resumed"):
+            for session in ("over", "resumed", "over in a turn"):
                 for at in (now, now + 2) if session == "resumed" else (now,):
                     started = agent_infra.TurnStarted(f"{session}{at}", at, "m", "/v1/x", session)
-                    tracker.observe(agent_infra.TurnFinished(started.turn, at, "completed", 200, started=started))
+                    finished_at = now + 3 if session == "over in a turn" else at
+                    finish = agent_infra.TurnFinished(started.turn, finished_at, "completed", 200, started=started)
+                    tracker.observe(finish)
                 books.observe(agent_infra.SessionEnded(session, now + 1))
         else:
             snapshot = tracker.snapshot([], [], "least_load")
             states = {row["id"]: row["state"] for client in snapshot["clients"] for row in client["sessions"]}
-            assert states == {"over": "ended", "resumed": "idle"}
-            assert snapshot["totals"]["requests"] == 3
+            assert states == {"over": "ended", "resumed": "idle", "over in a turn": "ended"}
+            assert snapshot["totals"]["requests"] == 4
         books.close()
     assert said == []
 
@@ -539,6 +541,62 @@ def test_a_damaged_file_is_put_aside_and_a_new_one_begun(path: Path, damage: str
         assert [turn.turn for turn in file.turns()] == [record(100).turn]
 
 
+@pytest.mark.parametrize("removed", ["history.db*", "history.db", None], ids=["all of it", "no journal", "its folder"])
+def test_a_file_that_is_removed_is_begun_anew(tmp_path: Path, removed: str | None) -> None:
+    path = tmp_path / "folder" / "history.db"
+    with Writer(path) as writer:
+        writer.add(record(1), totals={"requests": 1})
+        writer.wait_state("on", turns=1)
+        for each in path.parent.glob(removed or "*"):
+            each.unlink()
+        if removed is None:
+            path.parent.rmdir()
+        writer.add(record(2), record(3), totals={"requests": 2})
+        writer.wait_state("on", turns=2)
+    assert writer.said == [
+        f"warning: history: {path}: it was removed, or another file put in its place; it is opened anew",
+        f"info: the history {path} is written again",
+    ]
+    assert [each.name for each in path.parent.iterdir()] == ["history.db"]
+    with history_file(path) as file:
+        assert [turn.turn for turn in file.turns()] == ["t-2", "t-3"]
+        assert file.totals() == {"requests": 2}
+
+
+def test_a_file_that_another_takes_the_place_of_is_left_whole_and_the_other_goes_on(path: Path, tmp_path: Path) -> None:
+    moved, other = tmp_path / "moved.db", tmp_path / "other.db"
+    with history_file(other) as file:
+        file.write(batch(*(record(number) for number in range(100, 150))))
+    with Writer(path) as writer:
+        writer.add(*(record(number) for number in range(50)))
+        writer.wait_state("on", turns=50)
+        path.rename(moved)  # without its log, in which all of it still is
+        other.rename(path)
+        writer.add(record(150))
+        writer.wait_state("on", turns=51)
+    for each, numbers in ((moved, range(50)), (path, range(100, 151))):
+        with history_file(each) as file:
+            assert [turn.turn for turn in file.turns()] == [record(number).turn for number in numbers]
+            assert file.query("PRAGMA integrity_check") == [("ok",)]
+
+
+def test_the_journals_that_came_with_another_file_are_its_own(path: Path, tmp_path: Path) -> None:
+    others = tmp_path / "others"
+    with Writer(path) as writer:
+        writer.add(record(1))
+        writer.wait_state("on", turns=1)
+        with history_file(others / path.name) as file:
+            file.write(batch(record(2), record(3)))
+            assert (others / f"{path.name}-wal").stat().st_size > 0
+            for each in others.iterdir():  # as a copy of a file in use is
+                (copy := tmp_path / "copy").write_bytes(each.read_bytes())
+                copy.rename(path.with_name(each.name))
+        writer.add(record(4))
+        writer.wait_state("on", turns=3)
+    with history_file(path) as file:
+        assert [turn.turn for turn in file.turns()] == ["t-2", "t-3", "t-4"]
+
+
 def write_with_a_limit(path: Path, limit: int) -> None:
     """The body of a process whose files may not grow beyond ``limit`` bytes until it lifts that."""
     import signal
@@ -598,7 +656,8 @@ def test_a_full_disk_is_served_without_and_caught_up_later(small_disk: Path) -> 
 
 
 def test_an_end_that_cannot_write_says_what_is_lost(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_infra, "HISTORY_BUSY_S", 0.05)
+    monkeypatch.setattr(agent_infra, "HISTORY_BUSY_S", 0.5)
+    monkeypatch.setattr(agent_infra, "HISTORY_CLOSE_S", 1.5)
     with history_file(path):
         pass
     holder = sqlite3.connect(path, isolation_level=None)
@@ -607,6 +666,45 @@ def test_an_end_that_cannot_write_says_what_is_lost(path: Path, monkeypatch: pyt
         writer.add(record(1), record(2))
     holder.close()
     assert "lacks 2 turns" in writer.said[-1]
+
+
+def test_an_end_outlasts_another_programs_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_infra, "HISTORY_BUSY_S", 0.05)
+    monkeypatch.setattr(agent_infra, "HISTORY_CLOSE_S", PATIENCE_S)
+    with history_file(path):
+        pass
+    holder = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    holder.execute("BEGIN EXCLUSIVE")
+    with Writer(path) as writer:
+        writer.add(record(1), totals={"requests": 1})
+        history, tries = writer.history, 0
+        fail = history._fail
+
+        def let_go_later(error: Exception, consequence: str = "") -> None:
+            nonlocal tries
+            tries += history._stop.is_set()
+            if tries == 3:
+                holder.close()
+            fail(error, consequence)
+
+        monkeypatch.setattr(history, "_fail", let_go_later)
+    assert tries == 3
+    assert writer.said[-1] == f"info: the history {path} is written again"
+    with history_file(path) as file:
+        assert (file.count_turns(), file.totals()) == (1, {"requests": 1})
+
+
+def test_an_end_does_not_try_a_file_again_that_is_not_to_be_touched(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with history_file(path) as file:
+        file.query("PRAGMA user_version = 99")
+    with Writer(path) as writer:
+        writer.add(record(1))
+        pauses: list[float] = []
+        monkeypatch.setattr(time, "sleep", pauses.append)
+    assert "lacks 1 turns" in writer.said[-1]
+    assert not pauses
 
 
 def test_what_a_killed_process_wrote_last_is_there(path: Path) -> None:

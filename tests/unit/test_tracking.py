@@ -567,6 +567,19 @@ def test_a_restored_turn_is_not_counted_again_and_its_session_goes_on(tracker: T
     assert ([record.think_ms for record in records], posts) == ([5000.0], {"t1": 1000.0})
 
 
+def test_the_post_time_of_a_turn_that_was_open_at_a_restart_counts_once(tracker: Tracker, clock: Clock) -> None:
+    take_turn(tracker, clock, "t1")
+    clock.now += 1
+    start(tracker, clock, "t2", post_ms=300.0)
+    other = Tracker(clock)
+    other.restore(tracker.take_records()[0], {})
+    start(other, clock, "t2", post_ms=300.0)  # which the relay tells again
+    assert sessions(other)["s"]["post_ms"] == sessions(tracker)["s"]["post_ms"] == 300.0
+    finish(other, clock, "t2")
+    start(other, clock, "t3", post_ms=300.0)
+    assert sessions(other)["s"]["post_ms"] == 600.0
+
+
 def test_sessions_that_are_idle_for_too_long_are_not_restored(tracker: Tracker, clock: Clock) -> None:
     take_turn(tracker, clock, "t")
     records, _ = tracker.take_records()

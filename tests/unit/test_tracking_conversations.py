@@ -183,6 +183,7 @@ class Agents:
         self.now = 1_800_000_000.0
         self.tracker = Tracker(lambda: self.now)
         self.turns = 0
+        self.records: list[TurnRecord] = []
 
     def ask(self, messages: list[Message], **fields: Any) -> TurnStarted:
         self.turns += 1
@@ -200,7 +201,13 @@ class Agents:
         outcome, key = ("completed", key_after(messages, answer)) if answer is not None else ("cut", None)
         self.tracker.observe(TurnFinished(turn.turn, self.now, outcome, 200, "a", key=key))
         [record] = self.tracker.take_records()[0]
+        self.records.append(record)
         return record.session
+
+    def restart(self) -> None:
+        """Another tracker goes on after all turns so far."""
+        self.tracker = Tracker(lambda: self.now)
+        self.tracker.restore(self.records, {})
 
     def take_turn(self, messages: list[Message], answer: Message | None, **fields: Any) -> str | None:
         return self.answer(self.ask(messages, **fields), messages, answer)
@@ -276,11 +283,30 @@ def test_a_session_that_was_told_to_end_goes_on_if_its_agent_does(agents: Agents
 
 def test_sessions_are_found_after_a_restart(agents: Agents) -> None:
     first = agents.take_turn(START, says("a"))
-    agents.now += 1
-    record = TurnRecord("t1", agents.now, "completed", 200, session=first, key=key_after(START, says("a")))
-    agents.tracker = Tracker(lambda: agents.now)
-    agents.tracker.restore([record], {})
+    agents.restart()
     assert agents.take_turn([*START, says("a"), user("go on")], says("b")) == first
+
+
+def test_after_a_restart_an_answer_that_was_gone_on_from_is_nobodys(agents: Agents) -> None:
+    one = agents.take_turn(START, says("a"))
+    assert agents.take_turn([*START, says("a"), user("go on")], says("b")) == one
+    agents.restart()
+    other = agents.take_turn(START, says("a"))
+    assert other != one
+    assert agents.take_turn([*START, says("a"), user("then")], says("c")) == other
+    agents.restart()
+    assert agents.take_turn([*START, says("a"), user("then"), says("c"), user("so")], says("d")) == other
+    assert agents.take_turn([*START, says("a"), user("go on"), says("b"), user("so")], says("e")) == one
+
+
+def test_after_a_restart_agents_that_began_alike_at_a_time_are_told_apart(agents: Agents) -> None:
+    messages = [*START, says("a"), user("go on")]
+    one = agents.take_turn(START, says("a"))
+    turn = agents.ask(messages)
+    other = agents.take_turn(START, says("a"))
+    assert agents.answer(turn, messages, says("b")) == one
+    agents.restart()
+    assert agents.take_turn([*START, says("a"), user("then")], says("c")) == other
 
 
 def test_the_queue_names_the_sessions_that_were_found(agents: Agents) -> None:
