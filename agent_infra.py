@@ -2853,6 +2853,13 @@ class SessionTable:
         for session in [session for session in silent if not session.open_turns]:
             self.end(session.id)
 
+    def settle(self, now: float, ended: Iterable[str]) -> None:
+        """What was before is restored, and these had ``ended``: nothing of that has happened since the start."""
+        self.expire(now)
+        for name in ended:
+            self.end(name)
+        self.ended = self.evicted = 0
+
     def latest(self, limit: int) -> list[Session]:
         """The live sessions heard of last, latest first."""
         return list(itertools.islice(reversed(self._live.values()), limit))
@@ -3699,11 +3706,11 @@ class Tracker:
         """The turns that finished since the last call, and turn → post_ms, learnt since, of those given out before."""
         return self._log.take()
 
-    def restore(self, records: Iterable[TurnRecord], totals: Mapping[str, Any]) -> None:
+    def restore(self, records: Iterable[TurnRecord], totals: Mapping[str, Any], ended: Iterable[str] = ()) -> None:
         """Go on where an earlier tracker was; before any event.
 
         ``records`` are its latest turns, oldest first: what they say of their sessions is what is known of these.
-        ``totals`` are its totals by name; what is no count is left out.
+        ``totals`` are its totals by name; what is no count is left out. ``ended`` are sessions, read after ``records``.
         """
         self._figures.totals.update({name: totals[name] for name in self._figures.totals if is_count(totals.get(name))})
         answers: dict[str, str] = {}  # session → the key of its last answer: from those before it has gone on
@@ -3723,7 +3730,7 @@ class Tracker:
                 self._sessions.touch(session, at)
         for name, key in answers.items():
             self._conversations.answered(key, name)
-        self._sessions.expire(self._clock())
+        self._sessions.settle(self._clock(), ended)
 
     def replicas(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend]) -> list[dict[str, Any]]:
         """``backends`` of /stats as they are now, but for what was measured of their turns.
@@ -14823,9 +14830,8 @@ class Bookkeeper:
         try:
             ended = file.ended_sessions()
             turns = file.latest_turns(RESTORED_TURNS, time.time() - RESTORED_S)
-            self._tracker.restore(self._noted(_without_resumed(ended, turns)), file.totals())
+            self._tracker.restore(self._noted(_without_resumed(ended, turns)), file.totals(), ended)
             for session, at in ended.items():
-                self._tracker.observe(SessionEnded(session, at))
                 self._analyst.end_session(session, at)
             self._tracker.timeline.restore(file.points())
         finally:  # also where it broke off: what was restored must not be added again

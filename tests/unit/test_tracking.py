@@ -589,6 +589,21 @@ def test_sessions_that_are_idle_for_too_long_are_not_restored(tracker: Tracker, 
     assert stats(other)["sessions"]["live"] == 0
 
 
+def test_what_ended_before_a_restart_has_not_ended_since(tracker: Tracker, clock: Clock) -> None:
+    for name in ("silent", "another"):
+        take_turn(tracker, clock, name, session=name)
+    clock.now += 1800
+    for name in ("over", "idle", "live"):
+        take_turn(tracker, clock, name, session=name)
+    other = Tracker(clock, max_sessions=3)
+    other.restore(tracker.take_records()[0], {}, ["over"])
+    counts = stats(other)["sessions"]
+    assert (counts["ended"], counts["evicted"]) == (0, 0)
+    assert {name: row["state"] for name, row in sessions(other).items()}["over"] == "ended"
+    other.observe(SessionEnded("live", clock.now))
+    assert stats(other)["sessions"]["ended"] == 1
+
+
 @pytest.mark.parametrize("words", ["hi \u00e4\u4e2d", "half a \ud83d character", "\0 and \u2028"])
 def test_stats_are_sent_as_json_whatever_clients_said(tracker: Tracker, clock: Clock, words: str) -> None:
     take_turn(tracker, clock, "t", prompt=words)
