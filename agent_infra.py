@@ -5140,7 +5140,7 @@ class CapacityAnalysis:
                 self._ended[item[0]] = item[1]
         for item in arrived:
             if isinstance(item, TurnRecord) and (turn := observed_turn(item)) is not None:
-                if turn.session is not None and turn.end > self._ended.get(turn.session, math.inf):
+                if turn.session is not None and turn.arrived > self._ended.get(turn.session, math.inf):
                     del self._ended[turn.session]  # it went on
                 home = self._homes.get(turn.replica)
                 if home is not None or not self._homes:
@@ -5680,7 +5680,7 @@ class History:
         self._turns: int | None = None  # in the file; None: not known
         self._tidied_on = 0.0
         self._problem: str | None = None
-        self._is_refused = False  # the file is not to be touched, however often it is tried
+        self._may_pass = False  # the problem, by the next try
         self._stop = threading.Event()
         self._close_by = math.inf  # by time.monotonic(); from close() on
         self._thread = threading.Thread(target=self._run, name="history", daemon=True)
@@ -5723,7 +5723,7 @@ class History:
             self._flush()
         self._flush()
         # Another program's lock may outlast one try. None is begun that may go on when nobody waits for it any more.
-        while self._pending and not self._is_refused and time.monotonic() + 1.5 * HISTORY_BUSY_S < self._close_by:
+        while self._pending and self._may_pass and time.monotonic() + 1.5 * HISTORY_BUSY_S < self._close_by:
             time.sleep(HISTORY_RETRY_S)
             self._flush()
         self._let_go()
@@ -5797,8 +5797,8 @@ class History:
         """Note why the file cannot be read or written; a damaged one is put aside, so that a new one can begin."""
         self._let_go()
         self._turns = None
-        self._is_refused = isinstance(error, HistoryRefusedError)
-        problem = f"{error}" if self._is_refused else f"{self.path}: {error}"
+        self._may_pass = isinstance(error, FileNotFoundError) or "locked" in str(error)
+        problem = f"{error}" if isinstance(error, HistoryRefusedError) else f"{self.path}: {error}"
         if is_damaged(error):
             with contextlib.suppress(OSError):
                 problem += f"; it is put aside as {put_aside(self.path, self._clock())}, a new one is begun"
