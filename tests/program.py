@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -243,10 +243,14 @@ def program(folder: Path, **config: Any) -> Iterator[Program]:
     try:
         yield made
     finally:
-        for pid, _ in made.processes():
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+
+        def kill() -> bool:
+            found = made.processes()
+            for pid, _ in found:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return not found
+
+        wait_for(kill, "the end of all")  # not at once: a controller may start another relay before it is killed
         for each in made.running:
             each.close()
