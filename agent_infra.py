@@ -11235,6 +11235,7 @@ RETRY_SHARE = 0.1  # of requests; the budget's bounds are RETRY_FLOOR and ten ti
 RETRY_FLOOR = 100.0
 PROXY_STOPPED = "the proxy was stopped"
 NO_RETRY_LEFT = f"it is not sent elsewhere: the retry budget, {RETRY_SHARE:.0%} of all requests, is spent"
+AWAY_STATES = ("draining", "stopped", "failed")  # that a replica's own digest tells: it takes no turn
 RACE_S = 1.0  # in which a replica's close, that crossed with a request, is known: a round trip, and more
 GAPS_AT_ONCE = 64  # of a stream, that wait to be counted
 PACKED_TURNS = 16  # finished turns that are encoded at once: a fifth of a millisecond's work
@@ -11553,7 +11554,7 @@ class LiveReplica:
         state = self.override or backend.state
         load: Mapping[str, Any] = self.load if isinstance(self.load, dict) else {}
         # Asleep, an engine answers its health probe and hangs every turn.
-        is_away = bool(load.get("is_sleeping")) or load.get("state") in ("draining", "stopped", "failed")
+        is_away = bool(load.get("is_sleeping")) or load.get("state") in AWAY_STATES
         self.accepts_work = state == "ready" and self.health != "down" and not is_away
         self.capacity = 1 if self.health == "trial" else backend.slots
         self.rank = None
@@ -12755,7 +12756,7 @@ def why_away(replica: LiveReplica) -> str:
         return f"is down ({replica.reason})"
     if load.get("is_sleeping"):
         return "is asleep"
-    if load.get("state") in ("draining", "stopped", "failed"):  # by itself
+    if load.get("state") in AWAY_STATES:  # by itself
         return f"is {load['state']}"
     if (replica.override or replica.backend.state) == "draining":
         return f"is draining (POST /admin/backends/{replica.id}/undrain)"
@@ -12886,8 +12887,8 @@ class Admission:
         queue = self._queues.setdefault(turn.model, [])
         heapq.heappush(queue, entry)
         self.pending += 1
-        self.dispatch(turn.model)  # those ahead may wait for replicas that this one need not wait for
         try:
+            self.dispatch(turn.model)  # those ahead may wait for replicas that this one need not wait for
             return self._wait_for_slot(turn, client, settings.queue_timeout)
         except BaseException:
             self.release(turn)  # a slot may have come in the very moment of giving up

@@ -49,6 +49,12 @@ def occupied(relay: RelayProcess, engine: FakeEngine) -> Iterator[None]:
         yield
 
 
+def told(relay: RelayProcess, path: str) -> Any:
+    """What the relay says of itself."""
+    with Client(relay.port) as client:
+        return client.get(path).json()
+
+
 def error_of(answer: Answer) -> str:
     return str(answer.json()["error"]["message"])
 
@@ -282,15 +288,10 @@ def test_a_replica_that_leaves_the_table_keeps_no_connection(relay: RelayProcess
         client.sock.sendall(request(fake={"held": True}))
         engine.wait_for("running", 1)
         relay.controller.send_table([], models=["m"])
-        wait_for(lambda: client_models(relay) == {"m": {"ready": 0}})
+        wait_for(lambda: told(relay, "/health")["models"] == {"m": {"ready": 0}})
         engine.call({"release": True})
         assert client.read().status == 200
     wait_for(lambda: not connections_to(relay, engine.port), "the end of the last connection")
-
-
-def client_models(relay: RelayProcess) -> Any:
-    with Client(relay.port) as client:
-        return client.get("/health").json()["models"]
 
 
 def connections_to(relay: RelayProcess, port: int) -> int:
@@ -322,17 +323,12 @@ def test_a_turn_that_may_not_go_to_the_free_replica_holds_up_nobody(tmp_path: Pa
             first.wait_for("running", 1)
             waits.sock.sendall(request(fake={"cut": "middle"}))
             second.wait_for("requests", 2)
-            wait_for(lambda: client_queue(relay)["pending"] == 1, "the turn that waits for the other replica")
+            wait_for(lambda: told(relay, "/queue/status")["pending"] == 1, "the turn that waits for the other replica")
             wait_for(lambda: chat(relay).status == 200, "the replica's readmission")
             assert [chat(relay).status for _ in range(5)] == [200] * 5
-            assert client_queue(relay)["pending"] == 1
+            assert told(relay, "/queue/status")["pending"] == 1
             first.call({"release": True})
             assert [holds.read().status, waits.read().status] == [200, 502]
-
-
-def client_queue(relay: RelayProcess) -> Any:
-    with Client(relay.port) as client:
-        return client.get("/queue/status").json()
 
 
 def test_a_replica_that_fails_is_ejected_and_comes_back_when_it_answers(relay: RelayProcess) -> None:
