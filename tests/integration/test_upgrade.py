@@ -30,7 +30,7 @@ def scripted_model(app: Program, name: str = "smollm2") -> dict[str, Any]:
 def app(tmp_path: Path) -> Iterator[Program]:
     """Today's program, and a replica that runs in a deployment that 0.1.0 started."""
     with program(tmp_path) as made:
-        made.configure(models=[scripted_model(made)])
+        made.configure(models=[scripted_model(made)], proxy={"strategy": "round_robin"})
         (tmp_path / "former").mkdir()
         unpack_former(tmp_path / "former")
         started = by_former(made, "start")
@@ -121,41 +121,34 @@ def test_today_s_connect_takes_over_from_one_of_0_1_0_that_was_killed(app: Progr
     wait_for(lambda: kept_prompts(app) == ["Before"], "the turn in the history")
     os.kill(app.find("connect"), signal.SIGKILL)
     assert ask(app, "Between") == "smollm2-1"  # its relay serves on
-    connect(app)
-    assert ask(app, "After") == "smollm2-1"
-    stop(app, "connect", "smollm2-1")
-    assert kept_prompts(app) == ["Before", "Between", "After"]
+    assert app.run("scale", "smollm2", "2").returncode == 0
+    connect(app, 2)
+    assert {ask(app, "After") for _ in range(8)} == {"smollm2-1", "smollm2-2"}
+    stop(app, "connect", "smollm2-1", "smollm2-2")
+    assert kept_prompts(app) == ["Before", "Between", *["After"] * 8]
 
 
-def test_today_s_connect_beside_that_of_0_1_0_is_refused_and_disturbs_nothing(app: Program) -> None:
+def test_beside_connect_of_0_1_0_today_s_is_refused_and_today_s_replicas_serve(app: Program) -> None:
     connect_former(app)
     controller, relay = app.find("connect"), app.find("relay")
     refused = app.run("connect", "--background")
     assert refused.returncode == 2
     assert f"already run by `connect` (pid {controller}); end that with `agent_infra.py stop`" in refused.stderr
-    assert (app.find("connect"), app.find("relay")) == (controller, relay)
-    assert app.run("status").returncode == 0
-    assert ask(app, "Go on") == "smollm2-1"
-    stop(app, f"`connect` (pid {controller})", "smollm2-1")
-    assert kept_prompts(app) == ["Before", "Go on"]
-
-
-def test_today_s_replicas_serve_beside_those_of_0_1_0(app: Program) -> None:
-    connect_former(app)
     scaled = app.run("scale", "smollm2", "2")
     assert scaled.returncode == 0, scaled.stderr
     await_replicas(app, 2)
-    assert {ask(app, f"Step {number}") for number in range(8)} == {"smollm2-1", "smollm2-2"}
+    assert {ask(app, "Go on") for _ in range(8)} == {"smollm2-1", "smollm2-2"}
     assert app.run("scale", "smollm2", "1").returncode == 0
-    assert len(app.status()["replicas"]) == 1
-    stop(app, "connect")
+    [left] = app.status()["replicas"]
+    assert (app.find("connect"), app.find("relay")) == (controller, relay)
+    stop(app, f"`connect` (pid {controller})", left["replica"])
+    assert kept_prompts(app) == ["Before", *["Go on"] * 8]
 
 
 def test_0_1_0_can_end_what_today_s_program_runs(app: Program) -> None:
-    assert app.run("scale", "smollm2", "2").returncode == 0
-    connect(app, 2)
+    connect(app)
     status = by_former(app, "status")
-    assert (status.returncode, "smollm2  2 of 2 ready" in status.stdout) == (0, True), status.stdout
+    assert (status.returncode, "smollm2  1 of 1 ready" in status.stdout) == (0, True), status.stdout
     stopped = by_former(app, "stop")
     assert stopped.returncode == 0, stopped.stderr
     wait_for(lambda: not app.processes(), "no process left")
