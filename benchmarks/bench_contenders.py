@@ -2,12 +2,12 @@
 
 The peers get settings that favour them: nginx keeps request bodies in memory and upstream connections open, logs
 nothing and may send a POST again; vllm-router runs its cheapest policy (round_robin) and logs warnings only.
-Agent Infra is started as its users start it, with everything that it tracks.
+Agent Infra is started as its users start it, with everything that it tracks, and so is another version of it, "before":
+each from its own path and with its own modules first, whatever is installed.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import http.client
 import json
 import os
@@ -28,9 +28,11 @@ from bench_process import (
     process_tree,
     resident_mb,
     wait_until,
+    working_folder,
 )
 
 PROGRAM = Path(__file__).resolve().parent.parent / "agent_infra.py"
+OURS, BEFORE = "agent-infra", "before"
 DEFAULT_VENV = Path.home() / ".cache" / "agent-infra" / "benchmarks" / "vllm-router"
 
 NGINX_CONFIGURATION = """
@@ -111,9 +113,24 @@ class Place:
     program: Path
 
 
+def _nginx() -> str | None:
+    return shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+
+
+def _vllm_router(venv: Path) -> Path:
+    return venv / "bin" / "vllm-router"
+
+
+def is_installed(name: str, venv: Path) -> bool:
+    """Whether a contender can be started as things are; our own always can."""
+    if name == "nginx":
+        return _nginx() is not None
+    return name != "vllm-router" or _vllm_router(venv).exists()
+
+
 def start_nginx(place: Place) -> Child:
     """Debian's nginx-light or nginx with a configuration of our own."""
-    binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    binary = _nginx()
     if binary is None:
         raise BenchmarkError("nginx is not installed: apt-get install nginx-light, or leave it out with --contenders")
     configuration = place.folder / "nginx.conf"
@@ -131,7 +148,7 @@ def start_nginx(place: Place) -> Child:
 
 def start_vllm_router(place: Place) -> Child:
     """The Rust router of the vLLM project, PyPI package ``vllm-router``, from an environment of its own."""
-    binary = place.venv / "bin" / "vllm-router"
+    binary = _vllm_router(place.venv)
     if not binary.exists():
         print(f"installing vllm-router into {place.venv}", file=sys.stderr, flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(place.venv)], check=True)
@@ -144,23 +161,29 @@ def start_vllm_router(place: Place) -> Child:
 
 def start_agent_infra(place: Place) -> Child:
     """This program, as ``agent_infra.py proxy``: controller and relay, tracking on."""
-    command = [sys.executable, str(place.program), "proxy", "--port", str(place.port)]
-    for port in place.replica_ports:
-        command += ["--backend", f"{bench_engine.MODEL}=127.0.0.1:{port}"]
-    return Child(command, place.cores, place.folder / "output.log", {"XDG_STATE_HOME": str(place.folder / "state")})
+    return _start_program(place, place.program)
 
 
 def start_untracked(place: Place) -> Child:
     """The same without tracking, to see what that costs."""
     program = place.folder / "agent_infra.py"
     program.write_text(UNTRACKED_PROGRAM.format(program=str(place.program)))
-    return start_agent_infra(dataclasses.replace(place, program=program))
+    return _start_program(place, program)
+
+
+def _start_program(place: Place, program: Path) -> Child:
+    command = [sys.executable, str(program), "proxy", "--port", str(place.port)]
+    for port in place.replica_ports:
+        command += ["--backend", f"{bench_engine.MODEL}=127.0.0.1:{port}"]
+    environment = {"XDG_STATE_HOME": str(place.folder / "state"), "PYTHONPATH": str(place.program.parent)}
+    return Child(command, place.cores, place.folder / "output.log", environment, place.folder)
 
 
 STARTERS: dict[str, Callable[[Place], Child]] = {
     "nginx": start_nginx,
     "vllm-router": start_vllm_router,
-    "agent-infra": start_agent_infra,
+    OURS: start_agent_infra,
+    BEFORE: start_agent_infra,
     "untracked": start_untracked,
 }
 
@@ -182,6 +205,7 @@ class Contender:
         place.folder.mkdir(parents=True, exist_ok=True)
         self.name = name
         self.port = place.port
+        self._program = place.program
         self._child = STARTERS[name](place)
 
     @property
@@ -196,10 +220,12 @@ class Contender:
             raise BenchmarkError(f"{error}\n{self._log_end()}") from error
         if not self._child.is_running:
             raise BenchmarkError(f"{self.name} ended by itself\n{self._log_end()}")
+        if self.name in (OURS, BEFORE):
+            self._check_relay()
 
     def usage(self) -> Usage:
         tree = process_tree(self.pid)
-        part = [pid for pid in tree if "relay" in arguments_of(pid)] or tree
+        part = _relays(tree) or tree
         return Usage(cpu_seconds(tree), cpu_seconds(part), resident_mb(tree), resident_mb(part))
 
     def stop(self) -> None:
@@ -216,5 +242,19 @@ class Contender:
         finally:
             connection.close()
 
+    def _check_relay(self) -> None:
+        """Its relay must be the same version's: no other's that happens to be installed or in the working folder."""
+        home = self._program.parent
+        relays = _relays(process_tree(self.pid))
+        if not relays:
+            raise BenchmarkError(f"{self.name}: no process of {self._program} is called relay")
+        for pid in relays:
+            if home not in (working_folder(pid), *(Path(word).parent for word in arguments_of(pid))):
+                raise BenchmarkError(f"{self.name}: its relay does not run from {home}: {arguments_of(pid)}")
+
     def _log_end(self) -> str:
         return "\n".join(self._child.log.read_text(errors="replace").splitlines()[-15:])
+
+
+def _relays(tree: Sequence[int]) -> list[int]:
+    return [pid for pid in tree if "relay" in arguments_of(pid)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
@@ -18,6 +19,15 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 class BenchmarkError(Exception):
     """The benchmark cannot go on; the message says what is missing and what to do."""
+
+
+def program_at(path: str) -> Path:
+    """The ``agent_infra.py`` of a checkout, or the file itself; for a command line's arguments."""
+    program = Path(path).resolve()
+    program = program / "agent_infra.py" if program.is_dir() else program
+    if not program.is_file():
+        raise argparse.ArgumentTypeError(f"there is no {program}; name a checkout or its agent_infra.py")
+    return program
 
 
 def proxy_and_load_cores() -> tuple[set[int], set[int]]:
@@ -93,6 +103,14 @@ def arguments_of(pid: int) -> list[str]:
     return _read(f"/proc/{pid}/cmdline").split("\0")
 
 
+def working_folder(pid: int) -> Path | None:
+    """Where a process works; None when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cwd").readlink()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
 def _read(path: str) -> str:
     try:
         return Path(path).read_text()
@@ -110,7 +128,12 @@ class Child:
     """A process that this benchmark started, in a session of its own so that Ctrl-C does not reach it; owns its end."""
 
     def __init__(
-        self, command: Sequence[str], cores: set[int], log: Path, environment: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        cores: set[int],
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        folder: Path | None = None,
     ) -> None:
         before = os.sched_getaffinity(0)
         os.sched_setaffinity(0, cores)  # inherited: set here because a preexec function is not safe beside threads
@@ -122,6 +145,7 @@ class Child:
                     stdout=output,
                     stderr=output,
                     env={**os.environ, **(environment or {})},
+                    cwd=folder,
                     start_new_session=True,
                 )
         finally:

@@ -6,6 +6,8 @@
     python benchmarks/proxy.py --quick          # one short round: does it work at all?
     python benchmarks/proxy.py --contenders agent-infra,untracked --steps request_1kb,request_100kb,chunk_300
                                                 # what tracking costs the relay: the same program without it
+    python benchmarks/proxy.py --before PATH --contenders agent-infra --rounds 6
+                                                # this version beside that of another checkout; an even number of rounds
 
 Needs Linux and two cores to itself: the proxy under test has one of them, the load generator and three fake engines
 have the rest.  All traffic stays on 127.0.0.1, everything is bounded, and whatever was started is ended again.
@@ -16,12 +18,15 @@ order that rotates; a figure is the median over the rounds, and contenders are c
 because a machine's speed drifts between rounds.  CPU is that of the proxy's whole process tree (Agent Infra: controller
 and relay), over a counted number of requests or stream events.  Latency is measured with one request at a time, against
 the same requests sent to a replica directly.  The last lines tell how busy the load generator and the engines were.
+With --before, both versions run in every round, next to each other and in alternating order, each with its own modules;
+"ours / before" is then this version by that one.  Contenders that are not installed are left out, unless asked for.
 Use the Python that users have: one built without profile-guided optimisation (pyenv's default) is up to twice slower.
 """
 
 from __future__ import annotations
 
 import argparse
+import compileall
 import contextlib
 import http.client
 import json
@@ -34,14 +39,14 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import sched_setaffinity
 from pathlib import Path
 from typing import Any
 
 import bench_engine
-from bench_contenders import DEFAULT_VENV, PROGRAM, STARTERS, Contender, Place
+from bench_contenders import BEFORE, DEFAULT_VENV, OURS, PROGRAM, STARTERS, Contender, Place, is_installed
 from bench_load import LENGTH, RECEIVE_BYTES, RequestLoad, StreamLoad, chat_request
 from bench_process import (
     BenchmarkError,
@@ -49,13 +54,13 @@ from bench_process import (
     core_idle_seconds,
     cpu_seconds,
     free_port,
+    program_at,
     proxy_and_load_cores,
     wait_until,
 )
 
 REPLICAS = 3
-OURS = "agent-infra"
-RELAY_ALONE = {OURS: "agent-infra, relay alone", "untracked": "untracked, relay alone"}
+RELAY_ALONE = {name: f"{name}, relay alone" for name in (OURS, BEFORE, "untracked")}
 ABORT_WITHIN_S = 0.5
 REFUSE_WITHIN_S = 1.0
 EVENT_INTERVAL_MS = 33  # of one stream
@@ -94,10 +99,10 @@ class Samples:
     def add(self, metric: str, contender: str, value: float) -> None:
         self.values[metric][contender].append(value)
 
-    def paired_ratios(self, metric: str, other: str) -> list[float]:
-        """Ours by the other's, round by round; a run that broke off may have one value more of either."""
+    def paired_ratios(self, metric: str, one: str, other: str) -> list[float]:
+        """One's by the other's, round by round; a run that broke off may have one value more of either."""
         row = self.values[metric]
-        return [ours / theirs for ours, theirs in zip(row[OURS], row[other], strict=False) if theirs > 0]
+        return [ours / theirs for ours, theirs in zip(row[one], row[other], strict=False) if theirs > 0]
 
 
 class Replicas:
@@ -152,8 +157,10 @@ class Replicas:
 class Bench:
     """One run: the replicas, the contenders of the current round, and what was measured."""
 
-    def __init__(self, sizes: Sizes, contenders: Sequence[str], folder: Path, venv: Path, program: Path) -> None:
-        self.sizes, self.names, self.folder, self.venv, self.program = sizes, list(contenders), folder, venv, program
+    def __init__(
+        self, sizes: Sizes, contenders: Sequence[str], folder: Path, venv: Path, programs: Mapping[str, Path]
+    ) -> None:
+        self.sizes, self.names, self.folder, self.venv, self.programs = sizes, contenders, folder, venv, programs
         self.proxy_cores, self.load_cores = proxy_and_load_cores()
         self.replicas = Replicas(self.load_cores, folder)
         self.samples = Samples()
@@ -163,7 +170,7 @@ class Bench:
         sched_setaffinity(0, self.load_cores)
         self.replicas.start()
         for number in range(rounds):
-            order = self.names[number % len(self.names) :] + self.names[: number % len(self.names)]
+            order = self._order(number)
             with self._contenders(order) as running:
                 for step in steps:
                     _progress(f"round {number + 1} of {rounds}: {step}")
@@ -178,6 +185,14 @@ class Bench:
                         _progress(f"round {number + 1} of {rounds}: faults, {name}")
                         self._faults(alone[0])
 
+    def _order(self, number: int) -> list[str]:
+        """Of one round: it rotates, and the version before comes right after ours and right before it in turns."""
+        names = [name for name in self.names if name != BEFORE]
+        order = names[number % len(names) :] + names[: number % len(names)]
+        if BEFORE in self.names:
+            order.insert(order.index(OURS) + (number + 1) % 2, BEFORE)
+        return order
+
     # -- Contenders --
 
     @contextlib.contextmanager
@@ -187,7 +202,8 @@ class Bench:
         try:
             for name in names:
                 folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.folder))
-                place = Place(folder, free_port(), self.proxy_cores, self.replicas.ports, self.venv, self.program)
+                program = self.programs.get(name, self.programs[OURS])
+                place = Place(folder, free_port(), self.proxy_cores, self.replicas.ports, self.venv, program)
                 running.append(Contender(name, place))
             for contender in running:
                 contender.wait_until_ready()
@@ -502,12 +518,16 @@ def _ratio_table(samples: Samples, names: Sequence[str], metrics: Sequence[str])
     for other in names:
         if other == OURS:
             continue
-        ratios = [samples.paired_ratios(metric, other) for metric in metrics]
-        cells = [
-            f"**{statistics.median(each):.2f}** ({min(each):.2f}–{max(each):.2f})" if each else "" for each in ratios
-        ]
-        rows.append([f"ours / {other}", *cells])
+        rows.append([f"ours / {other}", *_ratio_cells(samples, OURS, other, metrics)])
+        if other in RELAY_ALONE:
+            cells = _ratio_cells(samples, RELAY_ALONE[OURS], RELAY_ALONE[other], metrics)
+            rows.append([f"ours / {other}, relay alone", *cells])
     return _markdown(["paired ratios", *(COST_COLUMNS[metric] for metric in metrics)], rows)
+
+
+def _ratio_cells(samples: Samples, one: str, other: str, metrics: Sequence[str]) -> list[str]:
+    ratios = [samples.paired_ratios(metric, one, other) for metric in metrics]
+    return [f"**{statistics.median(each):.2f}** ({min(each):.2f}–{max(each):.2f})" if each else "" for each in ratios]
 
 
 def _fault_table(samples: Samples, names: Sequence[str]) -> str:
@@ -563,12 +583,20 @@ def report(samples: Samples, names: Sequence[str], rounds: int, sizes: Sizes) ->
     return "\n\n".join(parts)
 
 
+def _cache_bytecode(program: Path) -> None:
+    """So that no version compiles itself in its first round: a relay that does stays larger."""
+    for path in (program, *program.parent.glob("agent_infra_*/**/*.py")):
+        compileall.compile_file(path, quiet=1)
+
+
 def main() -> None:
     """Run the benchmark of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=None, help="default 5; 1 with --quick")
+    known, usual = [name for name in STARTERS if name != BEFORE], ["nginx", "vllm-router", OURS]
+    parser.add_argument("--contenders", help=f"of {', '.join(known)}; default: {','.join(usual)}")
     parser.add_argument(
-        "--contenders", default="nginx,vllm-router,agent-infra", help=f"of {', '.join(STARTERS)}; default: %(default)s"
+        "--before", type=program_at, metavar="PATH", help="compare with this checkout or agent_infra.py, too"
     )
     parser.add_argument("--steps", default=",".join(STEPS), help="default: %(default)s")
     parser.add_argument(
@@ -576,16 +604,26 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="write every sample to this file")
     parser.add_argument("--venv", type=Path, default=DEFAULT_VENV, help="vllm-router's environment (%(default)s)")
-    parser.add_argument("--program", type=Path, default=PROGRAM, help="the agent_infra.py to measure (%(default)s)")
+    parser.add_argument(
+        "--program", type=program_at, default=PROGRAM, help="the agent_infra.py to measure (%(default)s)"
+    )
     options = parser.parse_args()
-    names, steps = options.contenders.split(","), options.steps.split(",")
-    if unknown := [name for name in names if name not in STARTERS] + [step for step in steps if step not in STEPS]:
+    names, steps = options.contenders.split(",") if options.contenders else usual, options.steps.split(",")
+    if unknown := [name for name in names if name not in known] + [step for step in steps if step not in STEPS]:
         parser.error(f"unknown: {', '.join(unknown)}")
+    programs = {OURS: options.program}
+    if options.before:
+        if OURS not in names:
+            parser.error(f"--before is compared with {OURS}, which --contenders leaves out")
+        names = [name for name in names if options.contenders or is_installed(name, options.venv)] + [BEFORE]
+        programs[BEFORE] = options.before
+        for program in programs.values():
+            _cache_bytecode(program)
     rounds = options.rounds or (1 if options.quick else 5)
     sizes = QUICK if options.quick else Sizes()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="agent-infra-bench-") as folder:
-        bench = Bench(sizes, names, Path(folder), options.venv, options.program.resolve())
+        bench = Bench(sizes, names, Path(folder), options.venv, programs)
         failure = None
         try:
             bench.run(rounds, steps)
@@ -595,6 +633,7 @@ def main() -> None:
             bench.replicas.stop()
             if options.json:
                 options.json.write_text(json.dumps(vars(bench.samples), indent=1))
+    print("\n".join(f"{name}: {program}" for name, program in programs.items()))
     print(report(bench.samples, names, rounds, sizes))
     sys.exit(failure)
 

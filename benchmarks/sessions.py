@@ -29,10 +29,10 @@ from os import sched_setaffinity
 from pathlib import Path
 from typing import Any
 
-from bench_contenders import DEFAULT_VENV, PROGRAM, Contender, Place
+from bench_contenders import DEFAULT_VENV, OURS, PROGRAM, Contender, Place
 from bench_load import RequestLoad, StreamLoad, chat_request
 from bench_process import BenchmarkError, free_port, proxy_and_load_cores, wait_until
-from proxy import OURS, Replicas
+from proxy import Replicas
 
 STREAM_INTERVAL_MS = 20
 STATS_INTERVAL_S = 0.5
