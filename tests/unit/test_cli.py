@@ -198,7 +198,7 @@ def test_a_python_without_the_packages_is_refused_in_one_line(
     assert done.stderr.endswith(f"(`. .venv/bin/activate`), or `{bare_python} -m pip install` them\n")
 
 
-@pytest.mark.parametrize("name", ["page.py", "proxy.py", "slurm_poll.py"])
+@pytest.mark.parametrize("name", ["page.py", "proxy.py", "slurm_poll.py", "startup.py"])
 def test_a_benchmark_can_be_asked_for_help_from_anywhere(bare_python: Path, tmp_path: Path, name: str) -> None:
     done = run_bare(bare_python, tmp_path, MODULE.parent / "benchmarks" / name, "--help")
     assert (done.returncode, done.stderr) == (0, "")
