@@ -20,15 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from agent_infra import (
-    HistoryBatch,
-    HistoryFile,
-    Tracker,
-    TurnEvent,
-    TurnFinished,
-    TurnMetrics,
-    TurnStarted,
-)
+from agent_infra_core.history import HistoryBatch, HistoryFile, TurnMetrics
+from agent_infra_core.tracking import Tracker, TurnEvent, TurnFinished, TurnStarted
 
 BATCH = 1000  # turns a second, and one batch a second
 PROMPT = "The page shows 3 offers; which one has a blue lid and costs below 20 euro? " * 4

@@ -21,8 +21,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from testbed.slurm import missing_programs, slurm_bed  # noqa: E402
 
-import agent_infra  # noqa: E402
-from agent_infra import ClusterConfig, GpuSample, ModelConfig, PartitionConfig, SlurmConfig  # noqa: E402
+from agent_infra_core.clusters import LocalCommands, SlurmCluster, deployment_paths
+from agent_infra_core.configuration import ClusterConfig, ModelConfig, PartitionConfig, SlurmConfig
+from agent_infra_core.node import (
+    GpuSample,
+    write_atomically,
+)
 
 ROUNDS = 15
 
@@ -41,10 +45,10 @@ def main() -> None:
     with slurm_bed(nodes=4, gpus=8, cpus=64) as bed, tempfile.TemporaryDirectory() as state:
         os.environ["XDG_STATE_HOME"] = state
         slurm = SlurmConfig((PartitionConfig("low"),), work_dir=str(bed.folder / "work"), setup=("exec sleep 600",))
-        paths = agent_infra.deployment_paths("d", os.environ)
+        paths = deployment_paths("d", os.environ)
         config = ClusterConfig(type="slurm", name="d", tunnel="none", slurm=slurm)
-        runner = agent_infra.LocalCommands(bed.environment)
-        cluster = agent_infra.SlurmCluster(config, paths, runner, bed.environment, print)
+        runner = LocalCommands(bed.environment)
+        cluster = SlurmCluster(config, paths, runner, bed.environment, print)
         model = cluster.prepare(ModelConfig("m", "org/m"))
         cluster.start_replicas(model, count)
         time.sleep(5)  # Slurm starts what fits; a job's script removes what its replica said before
@@ -53,7 +57,7 @@ def main() -> None:
             node = record.node or bed.nodes[0]
             ready = dataclasses.replace(record, state="ready", port=5900, node=node, process="b:1", gpus=gpus)
             path = Path(cluster.host.run_dir) / "replicas" / f"{record.replica}.json"
-            agent_infra.write_atomically(path, json.dumps(dataclasses.asdict(ready)))
+            write_atomically(path, json.dumps(dataclasses.asdict(ready)))
         costs, walls = [], []
         for _ in range(ROUNDS):
             cpu, wall = cpu_s(), time.monotonic()

@@ -44,7 +44,10 @@ from bench_process import (  # noqa: E402
 )
 from testbed.sshd import SSHD, SshServer, descendants  # noqa: E402
 
-import agent_infra  # noqa: E402
+from agent_infra_core.clusters import is_listening
+from agent_infra_core.configuration import ClusterConfig, SshConfig
+from agent_infra_core.node import http_get
+from agent_infra_core.tunnels import Link, LoginHost, TunnelSet, TunnelTarget
 
 WAYS = ("direct", "sshtunnel", "openssh")
 EVENT_INTERVAL_MS = 33
@@ -101,7 +104,7 @@ def new_connection_ms(port: int, count: int = 100) -> float:
     times = []
     for _ in range(count):
         started = time.monotonic()
-        status, _body = agent_infra.http_get("127.0.0.1", port, "/health")
+        status, _body = http_get("127.0.0.1", port, "/health")
         if status == 0:
             raise BenchmarkError("no answer through the tunnel")
         times.append((time.monotonic() - started) * 1000)
@@ -111,20 +114,20 @@ def new_connection_ms(port: int, count: int = 100) -> float:
 class Way:
     """One way to the engine, with its proxy; owns both."""
 
-    def __init__(self, name: str, place: Place, ends: Sequence[int], ssh: agent_infra.SshConfig) -> None:
+    def __init__(self, name: str, place: Place, ends: Sequence[int], ssh: SshConfig) -> None:
         """``ends`` are the ports of the engine and of the bulk server."""
         self.name, self.place = name, place
-        self._login: agent_infra.LoginHost | None = None
-        self._link: agent_infra.Link | None = None
+        self._login: LoginHost | None = None
+        self._link: Link | None = None
         self.ports: tuple[int, ...] = tuple(ends)
         self.tunnel: list[int] = []  # processes
         place.folder.mkdir(parents=True, exist_ok=True)
         if name != "direct":
-            cluster = agent_infra.ClusterConfig(ssh=ssh, tunnel="login", tunnel_driver=name)
-            self._login = agent_infra.LoginHost(cluster, os.environ, str(place.folder))
+            cluster = ClusterConfig(ssh=ssh, tunnel="login", tunnel_driver=name)
+            self._login = LoginHost(cluster, os.environ, str(place.folder))
             self._login.lead()
-            tunnels = agent_infra.TunnelSet(cluster, self._login, "")
-            target = agent_infra.TunnelTarget("r", "m", "", 0, "n", "127.0.0.1", ends[0], ends[1], False, "login")
+            tunnels = TunnelSet(cluster, self._login, "")
+            target = TunnelTarget("r", "m", "", 0, "n", "127.0.0.1", ends[0], ends[1], False, "login")
             before = set(descendants(os.getpid()))
             self._link = tunnels.open_link(target, lambda: False)
             self.ports = self._link.ports
@@ -164,7 +167,7 @@ class Bench:
         engine_port = free_port()
         command = [sys.executable, bench_engine.__file__, str(engine_port)]
         with SshServer(self.folder / "sshd") as server, Child(command, self.load_cores, self.folder / "engine.log"):
-            wait_until(lambda: agent_infra.is_listening("127.0.0.1", engine_port), "the fake engine")
+            wait_until(lambda: is_listening("127.0.0.1", engine_port), "the fake engine")
             bulk = Bulk()
             for number in range(rounds):
                 print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
@@ -175,7 +178,7 @@ class Bench:
             bulk.close()
 
     @contextlib.contextmanager
-    def _ways(self, ends: Sequence[int], ssh: agent_infra.SshConfig, number: int) -> Iterator[list[Way]]:
+    def _ways(self, ends: Sequence[int], ssh: SshConfig, number: int) -> Iterator[list[Way]]:
         order = WAYS[number % 3 :] + WAYS[: number % 3]
         ways: list[Way] = []
         try:

@@ -17,7 +17,8 @@ from typing import Any
 from patience import PATIENCE_S
 from program import MODULE, wait_for
 
-import agent_infra
+from agent_infra_core.configuration import ModelConfig
+from agent_infra_core.node import ReplicaRecord, ServeSpec, process_stamp, record_from_json
 
 KEY = "replica-key-of-the-tests"
 # A server that any Python runs: OpenAI's chat path, /health, and what its environment and argv say.
@@ -29,7 +30,7 @@ def engine_pids(directory: Path) -> list[int]:
     mark = f"AGENT_INFRA_TEST_MARK={directory}".encode()
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal() and agent_infra.process_stamp(int(entry.name)):
+        if entry.name.isdecimal() and process_stamp(int(entry.name)):
             try:
                 environment = (entry / "environ").read_bytes().split(b"\0")
             except OSError:
@@ -42,7 +43,7 @@ def engine_pids(directory: Path) -> list[int]:
 def children(pid: int) -> list[int]:
     """The processes that ``pid`` has started and that still run."""
     listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in listed if agent_infra.process_stamp(int(child))]
+    return [int(child) for child in listed if process_stamp(int(child))]
 
 
 class Served:
@@ -51,7 +52,7 @@ class Served:
     def __init__(
         self,
         directory: Path,
-        model: agent_infra.ModelConfig,
+        model: ModelConfig,
         *,
         python: tuple[str, ...] = (sys.executable,),
         environment: Mapping[str, str] | None = None,
@@ -64,7 +65,7 @@ class Served:
         key_file = directory / "replica_key"
         key_file.write_text(KEY)
         model = dataclasses.replace(model, env={**model.env, "AGENT_INFRA_TEST_MARK": str(directory)})
-        written = agent_infra.ServeSpec(replica, model, str(directory), str(key_file), **spec)
+        written = ServeSpec(replica, model, str(directory), str(key_file), **spec)
         (directory / "specs" / f"{replica}.json").write_text(json.dumps(dataclasses.asdict(written)))
         with open(directory / "serve.out", "ab") as output:
             self.process = subprocess.Popen(
@@ -77,9 +78,9 @@ class Served:
             )
 
     @property
-    def record(self) -> agent_infra.ReplicaRecord | None:
+    def record(self) -> ReplicaRecord | None:
         path = self.directory / "replicas" / f"{self.replica}.json"
-        return agent_infra.record_from_json(path.read_text()) if path.exists() else None
+        return record_from_json(path.read_text()) if path.exists() else None
 
     @property
     def log(self) -> str:
@@ -87,9 +88,7 @@ class Served:
         own = (self.directory / "serve.out").read_text()
         return (path.read_text() if path.exists() else "") + own
 
-    def wait_for_record(
-        self, is_it: Callable[[agent_infra.ReplicaRecord], bool], deadline_s: float = 60.0
-    ) -> agent_infra.ReplicaRecord:
+    def wait_for_record(self, is_it: Callable[[ReplicaRecord], bool], deadline_s: float = 60.0) -> ReplicaRecord:
         """The record, once it is as asked; fails at once, with the log, when `serve` ended before."""
         end = time.monotonic() + deadline_s
         while time.monotonic() < end:
@@ -101,7 +100,7 @@ class Served:
             time.sleep(0.02)
         raise AssertionError(f"the record never became as asked: {self.record}\n{self.log[-4000:]}")
 
-    def wait_for_state(self, state: str, deadline_s: float = 60.0) -> agent_infra.ReplicaRecord:
+    def wait_for_state(self, state: str, deadline_s: float = 60.0) -> ReplicaRecord:
         return self.wait_for_record(lambda record: record.state == state, deadline_s)
 
     def stop(self, number: int = signal.SIGTERM, deadline_s: float = 40.0) -> int:

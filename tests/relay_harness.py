@@ -18,18 +18,10 @@ from typing import Any
 from patience import PATIENCE_S
 from program import wait_for
 
-from agent_infra import (
-    FRAME_ANSWER,
-    FRAME_EVENTS,
-    FRAME_GAUGES,
-    FRAME_HELLO,
-    FRAME_REQUEST,
-    FRAME_STATS,
-    FRAME_TABLE,
-    Backend,
-    FrameReader,
-    HeadersConfig,
-    ProxyConfig,
+from agent_infra_core.configuration import HeadersConfig, ProxyConfig
+from agent_infra_core.relay import unix_address
+from agent_infra_core.routing import Backend
+from agent_infra_core.tracking import (
     SessionEnded,
     TurnAnswering,
     TurnEvent,
@@ -37,8 +29,17 @@ from agent_infra import (
     TurnSent,
     TurnStarted,
     decode_events,
+)
+from agent_infra_core.wire import (
+    FRAME_ANSWER,
+    FRAME_EVENTS,
+    FRAME_GAUGES,
+    FRAME_HELLO,
+    FRAME_REQUEST,
+    FRAME_STATS,
+    FRAME_TABLE,
+    FrameReader,
     encode_frame,
-    unix_address,
 )
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,7 +9,16 @@ from typing import Any
 
 import closed_loop
 
-from agent_infra import Backend, SessionEnded, Tracker, TurnAnswering, TurnFinished, TurnRecord, TurnSent, TurnStarted
+from agent_infra_core.routing import Backend
+from agent_infra_core.tracking import (
+    SessionEnded,
+    Tracker,
+    TurnAnswering,
+    TurnFinished,
+    TurnRecord,
+    TurnSent,
+    TurnStarted,
+)
 
 HISTORY = {"path": None, "state": "off", "reason": None, "turns": 0}
 TEXTS = (

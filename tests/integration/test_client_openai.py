@@ -26,7 +26,9 @@ from patience import PATIENCE_S
 from testbed.ports import free_port
 
 import agent_infra
-from agent_infra import AgentInfraError, Config, ModelConfig, ProxyConfig, SessionContext, attach
+from agent_infra_core.client import SessionContext, attach
+from agent_infra_core.configuration import Config, ModelConfig, ProxyConfig
+from agent_infra_core.errors import AgentInfraError
 
 ROOT = Path(agent_infra.__file__).parent
 SESSION, TASK, CLIENT = "X-Session-ID", "X-Task-ID", "X-Client-ID"

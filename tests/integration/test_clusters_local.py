@@ -20,7 +20,11 @@ from testbed.ports import free_port
 from weights import packaged_gguf
 
 import agent_infra
-from agent_infra import DeploymentPaths, LocalCluster, ModelConfig, RefusedError, ReplicaRecord
+from agent_infra_core.clusters import DeploymentPaths, LocalCluster, deployment_paths, is_alive, is_listening
+from agent_infra_core.configuration import ClusterConfig, Config, ModelConfig
+from agent_infra_core.errors import RefusedError
+from agent_infra_core.node import ReplicaRecord, process_stamp
+from agent_infra_core.orchestration import Deployment
 
 STAND_IN = Path(__file__).parents[1] / "testbed" / "stand_in_serve.py"
 MODEL = ModelConfig("m", "anything", engine="command", command=("server", "{port}"))
@@ -29,7 +33,7 @@ Make = Callable[..., LocalCluster]
 
 
 def paths_of(deployment: str) -> DeploymentPaths:
-    return agent_infra.deployment_paths(deployment, os.environ)
+    return deployment_paths(deployment, os.environ)
 
 
 @pytest.fixture
@@ -60,7 +64,7 @@ def wait_for_state(cluster: LocalCluster, replica: str, state: str) -> ReplicaRe
 
 def kill(record: ReplicaRecord) -> None:
     os.kill(record.pid, signal.SIGKILL)
-    wait_for(lambda: not agent_infra.is_alive(record))
+    wait_for(lambda: not is_alive(record))
 
 
 def write_record(deployment: str, record: ReplicaRecord) -> None:
@@ -87,7 +91,7 @@ def test_a_stopped_replica_leaves_its_log_and_nothing_else(make: Make) -> None:
     wait_for_state(cluster, "m-1", "ready")
     cluster.stop(["m-1"])
     assert cluster.wait_stopped(["m-1"], time.monotonic() + PATIENCE_S) == []
-    assert not agent_infra.is_alive(started)
+    assert not is_alive(started)
     assert cluster.replicas() == []
     run = paths_of("d").run
     assert [path.name for path in run.rglob("*") if path.is_file()] == ["m-1.log"]
@@ -123,7 +127,7 @@ def test_another_process_finds_and_stops_the_replicas(make: Make) -> None:
     subprocess.run(
         [sys.executable, "-c", program], check=True, timeout=PATIENCE_S, cwd=Path(agent_infra.__file__).parent
     )
-    assert not agent_infra.is_alive(started)
+    assert not is_alive(started)
 
 
 def test_a_killed_replica_is_failed_and_the_next_start_cleans_it_away(make: Make) -> None:
@@ -164,7 +168,7 @@ def innocent() -> Iterator[subprocess.Popen[bytes]]:
 
 def test_a_process_that_merely_has_the_number_is_never_signalled(make: Make, innocent: subprocess.Popen[bytes]) -> None:
     cluster = make()
-    stamp = agent_infra.process_stamp(innocent.pid) or ""
+    stamp = process_stamp(innocent.pid) or ""
     earlier = stamp.rpartition(":")[0] + ":1"
     write_record("d", ReplicaRecord("m-1", "m", "ready", "command", os.uname().nodename, innocent.pid, earlier))
     assert state_of(cluster, "m-1") == "failed"
@@ -177,7 +181,7 @@ def test_a_process_that_merely_has_the_number_is_never_signalled(make: Make, inn
 def test_after_a_restart_of_the_machine_a_replica_is_failed_and_cleaned(
     make: Make, innocent: subprocess.Popen[bytes]
 ) -> None:
-    stamp = agent_infra.process_stamp(innocent.pid) or ""
+    stamp = process_stamp(innocent.pid) or ""
     before = "00000000-0000-0000-0000-000000000000:" + stamp.rpartition(":")[2]
     write_record("d", ReplicaRecord("m-1", "m", "ready", "command", os.uname().nodename, innocent.pid, before))
     cluster = make()
@@ -212,7 +216,7 @@ def test_two_deployments_never_touch_each_other(make: Make) -> None:
     wait_for_state(one, "m-1", "ready")
     one.stop(["m-1"])
     assert one.wait_stopped(["m-1"], time.monotonic() + PATIENCE_S) == []
-    assert agent_infra.is_alive(theirs)
+    assert is_alive(theirs)
     assert wait_for_state(other, "m-1", "ready").pid == theirs.pid
 
 
@@ -250,7 +254,7 @@ def test_gpus_are_handed_out_once_across_deployments_and_come_back(make: Make, f
 def test_replicas_that_will_not_find_gpus_are_refused_before_the_first_starts(
     make: Make, four_gpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent_infra, "find_engine", lambda *_: "vllm")  # vllm is not installed here
+    monkeypatch.setattr("agent_infra_core.clusters.find_engine", lambda *_: "vllm")  # vllm is not installed here
     one, other = make("one", PATH=four_gpus), make("other", PATH=four_gpus)
     one.start(GPU_MODEL)
     two_replicas = dataclasses.replace(GPU_MODEL, replicas=2)
@@ -291,11 +295,11 @@ def test_the_embedded_engine_is_gone_when_its_replica_is_stopped(make: Make, now
     cluster.start(cluster.prepare(embedded()))
     ready = wait_for_state(cluster, "s-1", "ready")
     assert ready.port is not None
-    assert agent_infra.is_listening(ready.host, ready.port)
+    assert is_listening(ready.host, ready.port)
     cluster.stop(["s-1"], now=now)
     assert cluster.wait_stopped(["s-1"], time.monotonic() + PATIENCE_S) == []
-    assert not agent_infra.is_listening(ready.host, ready.port)
-    assert not agent_infra.is_alive(ready)
+    assert not is_listening(ready.host, ready.port)
+    assert not is_alive(ready)
     assert cluster.replicas() == []
 
 
@@ -312,10 +316,10 @@ def test_a_start_that_fails_on_the_way_leaves_nothing_that_it_started(
 
     monkeypatch.setattr(LocalCluster, "start", start)
     second = dataclasses.replace(MODEL, name="second")
-    config = agent_infra.Config(models=(MODEL, second), cluster=agent_infra.ClusterConfig(name="d"))
-    deployment = agent_infra.Deployment(config, print, os.environ)
+    config = Config(models=(MODEL, second), cluster=ClusterConfig(name="d"))
+    deployment = Deployment(config, print, os.environ)
     monkeypatch.setattr(deployment, "cluster", cluster)
     monkeypatch.setattr(LocalCluster, "prepare", lambda _, model: model)
     with pytest.raises(RefusedError, match="no process"):
         deployment.start(deployment.select_models())
-    wait_for(lambda: all(not agent_infra.is_alive(record) for record in cluster.replicas()))
+    wait_for(lambda: all(not is_alive(record) for record in cluster.replicas()))

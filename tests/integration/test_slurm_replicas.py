@@ -19,8 +19,9 @@ from testbed.ports import free_port
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
 from weights import packaged_gguf
 
-import agent_infra
-from agent_infra import LocalCommands, ModelConfig, PartitionConfig, ReplicaRecord, SlurmCluster
+from agent_infra_core.clusters import LocalCommands, SlurmCluster, deployment_paths
+from agent_infra_core.configuration import ClusterConfig, ModelConfig, PartitionConfig, SlurmConfig
+from agent_infra_core.node import ReplicaRecord
 
 Make = Callable[..., SlurmCluster]
 
@@ -39,13 +40,13 @@ def make(bed: SlurmBed) -> Iterator[Make]:
     made: list[SlurmCluster] = []
 
     def cluster(tunnel: str = "none", **partition: Any) -> SlurmCluster:
-        slurm = agent_infra.SlurmConfig(
+        slurm = SlurmConfig(
             partitions=(PartitionConfig("low", gpus_per_node=2, **partition),),
             work_dir=str(bed.folder / "work"),
             setup=(f"export AGENT_INFRA_PYTHON={sys.executable}",),
         )
-        config = agent_infra.ClusterConfig(type="slurm", name="c", tunnel=tunnel, poll_interval=0.2, slurm=slurm)
-        paths = agent_infra.deployment_paths("c", os.environ)
+        config = ClusterConfig(type="slurm", name="c", tunnel=tunnel, poll_interval=0.2, slurm=slurm)
+        paths = deployment_paths("c", os.environ)
         made.append(SlurmCluster(config, paths, LocalCommands(bed.environment), bed.environment, print))
         return made[-1]
 

@@ -22,7 +22,7 @@ from testbed.ports import free_port
 from testbed.sshd import SshServer, public_key
 from weights import packaged_gguf
 
-import agent_infra
+from agent_infra_core.configuration import PACKAGED_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def configure(run: Program, far: FarCluster, replicas: int, ssh: dict[str, Any] 
         "models": [
             {
                 "name": "smollm2",
-                "model_path": agent_infra.PACKAGED_MODEL,
+                "model_path": PACKAGED_MODEL,
                 "engine": "llama_cpp",
                 "replicas": replicas,
                 "engine_args": ["--threads", "1", "--max-num-seqs", "4"],

@@ -16,8 +16,9 @@ from testbed.ports import free_port
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
 from testbed.vllm import tiny_model, tiny_weights, vllm_python
 
-import agent_infra
-from agent_infra import LocalCommands, PartitionConfig, SlurmCluster
+from agent_infra_core.clusters import LocalCommands, SlurmCluster, deployment_paths
+from agent_infra_core.configuration import ClusterConfig, PartitionConfig, SlurmConfig
+from agent_infra_core.node import process_stamp
 
 pytestmark = pytest.mark.slow
 
@@ -32,13 +33,13 @@ def bed() -> Iterator[SlurmBed]:
 
 @pytest.fixture
 def cluster(bed: SlurmBed) -> SlurmCluster:
-    slurm = agent_infra.SlurmConfig(
+    slurm = SlurmConfig(
         partitions=(PartitionConfig("low", gpus_per_node=1),),
         work_dir=str(bed.folder / "work"),
         setup=(f"export AGENT_INFRA_PYTHON={vllm_python()}",),
     )
-    config = agent_infra.ClusterConfig(type="slurm", name="c", tunnel="none", poll_interval=1.0, slurm=slurm)
-    paths = agent_infra.deployment_paths("c", os.environ)
+    config = ClusterConfig(type="slurm", name="c", tunnel="none", poll_interval=1.0, slurm=slurm)
+    paths = deployment_paths("c", os.environ)
     return SlurmCluster(config, paths, LocalCommands(bed.environment), bed.environment, print)
 
 
@@ -81,6 +82,6 @@ def processes_naming(word: str) -> list[str]:
             command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if word in command and agent_infra.process_stamp(int(entry.name)):
+        if word in command and process_stamp(int(entry.name)):
             found.append(command)
     return found

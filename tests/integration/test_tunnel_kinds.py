@@ -25,16 +25,10 @@ from testbed.ports import free_port
 from testbed.sshd import SSHD, SshServer, descendants, make_key, public_key
 
 import agent_infra
-from agent_infra import (
-    ClusterConfig,
-    HostUnreachableError,
-    LoginHost,
-    ModelConfig,
-    OpenSshCommands,
-    ReplicaRecord,
-    TunnelSet,
-    http_get,
-)
+from agent_infra_core.clusters import HostUnreachableError
+from agent_infra_core.configuration import ClusterConfig, ModelConfig
+from agent_infra_core.node import ReplicaRecord, http_get, process_stamp, server_identity
+from agent_infra_core.tunnels import LOGINS_AT_ONCE, LoginHost, OpenSshCommands, TunnelSet, proves_key
 
 pytestmark = pytest.mark.skipif(SSHD is None or shutil.which("ssh") is None, reason="needs sshd and ssh")
 DRIVERS = ["sshtunnel", "openssh"]
@@ -115,7 +109,7 @@ def proves(*words: Any) -> bool:
     said: list[bool | None] = []
 
     def ask() -> bool:
-        said.append(agent_infra.proves_key(*words))
+        said.append(proves_key(*words))
         return said[-1] is not None
 
     wait_for(ask, "an answer")
@@ -219,24 +213,21 @@ def test_dead_nodes_keep_no_other_from_its_login(cluster: Cluster, tmp_path: Pat
     scan.chmod(0o700)
     cluster.login.options["SetEnv"] = f"PATH={scan.parent}:{os.environ['PATH']}"
     record = cluster.start()
-    dead = [
-        dataclasses.replace(record, replica=f"chat-{n}", node=f"silent-{n}")
-        for n in range(agent_infra.LOGINS_AT_ONCE + 2)
-    ]
+    dead = [dataclasses.replace(record, replica=f"chat-{n}", node=f"silent-{n}") for n in range(LOGINS_AT_ONCE + 2)]
     tunnels = cluster.tunnels("sshtunnel", "node")
     tunnels.follow(dead)
     try:
-        wait_for(lambda: len(list(tmp_path.glob("again-*"))) == agent_infra.LOGINS_AT_ONCE, "all turns are taken")
+        wait_for(lambda: len(list(tmp_path.glob("again-*"))) == LOGINS_AT_ONCE, "all turns are taken")
         wait_for(lambda: tunnels.follow([*dead, record])[-1].port, "the other's tunnel stands")
-        assert len(list(tmp_path.glob("again-*"))) == agent_infra.LOGINS_AT_ONCE
+        assert len(list(tmp_path.glob("again-*"))) == LOGINS_AT_ONCE
     finally:
         (tmp_path / "over").touch()
 
 
 def test_a_silent_tunnel_is_suspected_then_replaced(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """With OpenSSH; test_slurm_ssh.py has the other driver, and silence of a whole node."""
-    monkeypatch.setattr(agent_infra, "SUSPECT_AFTER_S", 1.0)
-    monkeypatch.setattr(agent_infra, "REPLACED_AFTER_S", 3600.0)
+    monkeypatch.setattr("agent_infra_core.tunnels.SUSPECT_AFTER_S", 1.0)
+    monkeypatch.setattr("agent_infra_core.tunnels.REPLACED_AFTER_S", 3600.0)
     record = cluster.start()
     tunnels = cluster.tunnels("openssh", "node")
     there = follow_until_up(tunnels, record)
@@ -245,7 +236,7 @@ def test_a_silent_tunnel_is_suspected_then_replaced(cluster: Cluster, monkeypatc
     suspected = tunnels.follow([record])[0]
     assert (suspected.port, suspected.state) == (there.port, "draining")  # it may come back; until then no new turns
     assert tunnels.awaited() == {record.model}
-    monkeypatch.setattr(agent_infra, "REPLACED_AFTER_S", 5.0)
+    monkeypatch.setattr("agent_infra_core.tunnels.REPLACED_AFTER_S", 5.0)
     again = follow_until_up(tunnels, record, reconnects=1)
     assert answers(again)
 
@@ -331,14 +322,14 @@ def test_serve_vouches_for_no_port_that_another_user_listens_on(cluster: Cluster
     finally:
         os.seteuid(0)
     end = ("127.0.0.1", record.telemetry_port)
-    name = agent_infra.server_identity(record.replica, record.node, record.telemetry_port)
+    name = server_identity(record.replica, record.node, record.telemetry_port)
     with foreign:
         assert proves(*end, KEY, name, record.port)
         assert not proves(*end, KEY, name, foreign.getsockname()[1])
     assert not proves(*end, "another key", name, record.port)
     # A foreign server that passes the challenge on to another replica of ours gets an answer that is of no use to it.
     for other in (("m-9", record.node, end[1]), (record.replica, "other", end[1]), (record.replica, record.node, 1)):
-        assert not proves(*end, KEY, agent_infra.server_identity(*other))
+        assert not proves(*end, KEY, server_identity(*other))
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to listen as another user")
@@ -386,7 +377,7 @@ def test_a_login_that_is_refused_is_the_tunnels_trouble_not_that_of_who_follows_
 def test_turns_wait_for_a_lost_tunnel_for_a_while_and_then_are_told(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent_infra, "FORGIVING_S", 3600.0)
+    monkeypatch.setattr("agent_infra_core.tunnels.FORGIVING_S", 3600.0)
     record = cluster.start()
     tunnels = cluster.tunnels("sshtunnel", "login")
     follow_until_up(tunnels, record)
@@ -397,7 +388,7 @@ def test_turns_wait_for_a_lost_tunnel_for_a_while_and_then_are_told(
         return there.state, there.port
 
     wait_for(lambda: state() == ("loading", None), "it counts as loading")
-    monkeypatch.setattr(agent_infra, "FORGIVING_S", 0.0)
+    monkeypatch.setattr("agent_infra_core.tunnels.FORGIVING_S", 0.0)
     wait_for(lambda: state() == ("ready", None), "it counts as away")
     wait_for(lambda: "refuses connections" in (tunnels.states()[record.replica].reason or ""), "the reason is told")
     cluster.login.start()
@@ -444,10 +435,10 @@ def test_nothing_outlives_a_parent_that_is_killed_and_no_secret_shows(driver: st
         for pid in children:
             seen = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
             assert KEY.encode() not in seen
-        stamps = {pid: stamp for pid in children if (stamp := agent_infra.process_stamp(pid))}
+        stamps = {pid: stamp for pid in children if (stamp := process_stamp(pid))}
         parent.kill()
         wait_for(
-            lambda: not any(agent_infra.process_stamp(pid) == stamp for pid, stamp in stamps.items()),
+            lambda: not any(process_stamp(pid) == stamp for pid, stamp in stamps.items()),
             "its tunnels are gone",
         )
     wait_for(lambda: not cluster.login.sessions() and not cluster.node.sessions(), "the SSH sessions are over")

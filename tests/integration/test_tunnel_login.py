@@ -25,15 +25,10 @@ from testbed.ports import free_port
 from testbed.sshd import SSHD, SshServer, make_key, public_key
 
 import agent_infra
-from agent_infra import (
-    ClusterConfig,
-    CommandRunner,
-    HostUnreachableError,
-    InteractiveLoginError,
-    LoginError,
-    LoginHost,
-    SshConfig,
-)
+from agent_infra_core.clusters import CommandRunner, HostUnreachableError
+from agent_infra_core.configuration import ClusterConfig, SshConfig
+from agent_infra_core.node import private_directory
+from agent_infra_core.tunnels import InteractiveLoginError, LoginError, LoginHost
 
 pytestmark = pytest.mark.skipif(SSHD is None or shutil.which("ssh") is None, reason="needs sshd and ssh")
 DRIVERS = ["sshtunnel", "openssh"]
@@ -304,7 +299,7 @@ def test_nothing_is_left_of_a_login_that_was_closed(driver: str, server: SshServ
     host.run(["true"])
     host.close()
     wait_for(lambda: not server.sessions(), "no session is left")
-    folder = agent_infra.private_directory()
+    folder = private_directory()
     assert not list(folder.glob(f"ssh-*-{os.getpid()}"))
 
 

@@ -22,7 +22,7 @@ from patience import PATIENCE_S
 from testbed.slurm import LOW_AND_HIGH, SlurmBed, missing_programs
 from testbed.sshd import SSHD, SshServer, descendants, public_key
 
-import agent_infra
+from agent_infra_core.configuration import SshConfig
 
 
 def missing_parts() -> list[str]:
@@ -170,7 +170,7 @@ class FarCluster:
         server.authorized.write_text(public_key(self.sshds["login"].client_key) + "\n")
         server.start()
 
-    def ssh(self, **changes: str) -> agent_infra.SshConfig:
+    def ssh(self, **changes: str) -> SshConfig:
         """The configuration that leads to the login node."""
         login = self.sshds["login"]
         known = self.folder / "known_hosts"
@@ -183,7 +183,7 @@ class FarCluster:
             **changes,
         }
         (self.folder / "ssh_config").touch()
-        return agent_infra.SshConfig(**values)  # type: ignore[arg-type]
+        return SshConfig(**values)  # type: ignore[arg-type]
 
     def cut_power(self, node: str) -> None:
         self._machines[node].cut_power()

@@ -15,7 +15,7 @@ from types import TracebackType
 from patience import PATIENCE_S
 from testbed.ports import free_port
 
-import agent_infra
+from agent_infra_core.configuration import SshConfig
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:" + os.environ.get("PATH", ""))
 
@@ -106,7 +106,7 @@ class SshServer:
         lines = [f"{name} {public_key(key)}\n" for key in keys]
         self.known_hosts.write_text("".join(lines))
 
-    def ssh(self, **changes: str | int | None) -> agent_infra.SshConfig:
+    def ssh(self, **changes: str | int | None) -> SshConfig:
         """The configuration that leads here."""
         values = {
             "host": self.address,
@@ -116,7 +116,7 @@ class SshServer:
             "config_file": os.devnull,
             **changes,
         }
-        return agent_infra.SshConfig(**values)  # type: ignore[arg-type]
+        return SshConfig(**values)  # type: ignore[arg-type]
 
     def start(self) -> SshServer:
         assert SSHD is not None

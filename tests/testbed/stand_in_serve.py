@@ -13,26 +13,26 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-import agent_infra
+from agent_infra_core.node import ReplicaRecord, process_stamp, spec_from_json, write_atomically
 
 directory, replica = Path(sys.argv[2]), sys.argv[4]
-spec = agent_infra.spec_from_json((directory / "specs" / f"{replica}.json").read_text())
+spec = spec_from_json((directory / "specs" / f"{replica}.json").read_text())
 if "AGENT_INFRA_TEST_DIES" in os.environ:
     sys.exit("the engine's last words")
 
 
 def tell(state: str) -> None:
-    record = agent_infra.ReplicaRecord(
+    record = ReplicaRecord(
         replica=replica,
         model=spec.model.name,
         state=state,
         engine=spec.model.engine,
         node=os.uname().nodename,
         pid=os.getpid(),
-        process=agent_infra.process_stamp(os.getpid()) or "",
+        process=process_stamp(os.getpid()) or "",
         gpu_ids=spec.gpu_ids,
     )
-    agent_infra.write_atomically(directory / "replicas" / f"{replica}.json", json.dumps(dataclasses.asdict(record)))
+    write_atomically(directory / "replicas" / f"{replica}.json", json.dumps(dataclasses.asdict(record)))
 
 
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

@@ -17,16 +17,12 @@ import pytest
 from patience import PATIENCE_S
 
 import agent_infra
-from agent_infra import (
-    RefusedError,
-    ReplicaFailure,
-    ReplicaRecord,
-    describe_replica,
-    follow_logs,
-    main,
-    parse_backend,
-    replica_table,
-)
+from agent_infra import follow_logs, main, parse_backend
+from agent_infra_core.clusters import LogFolder
+from agent_infra_core.controller import describe_replica, replica_table
+from agent_infra_core.engines import ReplicaFailure
+from agent_infra_core.errors import RefusedError
+from agent_infra_core.node import ReplicaRecord
 
 MODULE = Path(agent_infra.__file__)
 READY = ReplicaRecord("m-1", "m", "ready", "vllm", "gpu07", 7, "boot:1", port=5901, slots=4)
@@ -81,7 +77,7 @@ def test_only_replicas_that_can_answer_are_in_the_table() -> None:
 
 
 def reader(folder: Path) -> Callable[[str, int, int], tuple[bytes, int]]:
-    return agent_infra.LogFolder(folder).read
+    return LogFolder(folder).read
 
 
 def test_logs_show_the_last_lines_of_each(tmp_path: Path) -> None:
@@ -234,6 +230,6 @@ def test_a_full_disk_says_where_and_what_to_do(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/state/lock")
 
-    monkeypatch.setattr(agent_infra, "load_config", full)
+    monkeypatch.setattr("agent_infra.load_config", full)
     assert main(["status"]) == 1
     assert capsys.readouterr().err == "error: /state/lock: No space left on device; free some space there\n"

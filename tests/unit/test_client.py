@@ -12,7 +12,9 @@ import pytest
 from patience import PATIENCE_S
 
 import agent_infra
-from agent_infra import DEFAULT_CONFIG, AgentInfraError, HeadersConfig, SessionContext
+from agent_infra_core.client import SessionContext
+from agent_infra_core.configuration import DEFAULT_CONFIG, HeadersConfig
+from agent_infra_core.errors import AgentInfraError
 
 ROOT = Path(agent_infra.__file__).parent
 PRE, POST = "X-Timing-Pre-Ms", "X-Timing-Post-Ms"

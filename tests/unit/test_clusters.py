@@ -15,8 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import PATIENCE_S
 
-import agent_infra
-from agent_infra import GpuSample, ModelConfig, RefusedError, ReplicaFailure, ReplicaRecord
+from agent_infra_core.clusters import (
+    KEPT_LOGS,
+    HostUnreachableError,
+    LocalCommands,
+    allocate_gpus,
+    decode_record,
+    free_replica_id,
+    gpu_pool,
+    is_gone,
+    read_or_make_key,
+    resolve_model_path,
+    surplus_logs,
+)
+from agent_infra_core.configuration import PACKAGED_MODEL, ModelConfig
+from agent_infra_core.engines import ReplicaFailure
+from agent_infra_core.errors import RefusedError
+from agent_infra_core.node import REPLICA_STATES, GpuSample, ReplicaRecord
 
 FOUR_GPUS = "".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i}aaa-bbbb)\n" for i in range(4))
 MIG = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0aaa)
@@ -40,8 +55,8 @@ RECORD = ReplicaRecord(
 
 
 def test_a_replica_gets_the_lowest_number_that_is_free() -> None:
-    assert agent_infra.free_replica_id("m", []) == "m-1"
-    assert agent_infra.free_replica_id("m", ["m-1", "m-3", "other-2"]) == "m-2"
+    assert free_replica_id("m", []) == "m-1"
+    assert free_replica_id("m", ["m-1", "m-3", "other-2"]) == "m-2"
 
 
 @pytest.mark.parametrize(
@@ -61,32 +76,32 @@ def test_a_replica_gets_the_lowest_number_that_is_free() -> None:
     ],
 )
 def test_the_pool_is_what_cuda_would_show(listing: str, visible: str | None, pool: tuple[str, ...]) -> None:
-    assert agent_infra.gpu_pool(listing, visible) == pool
+    assert gpu_pool(listing, visible) == pool
 
 
 def test_gpus_that_somebody_holds_are_not_handed_out() -> None:
-    assert agent_infra.allocate_gpus(2, ("0", "1", "2", "3"), {"1": "a/m-1"}) == ("0", "2")
+    assert allocate_gpus(2, ("0", "1", "2", "3"), {"1": "a/m-1"}) == ("0", "2")
 
 
 def test_too_few_gpus_are_refused_with_how_many_and_who_holds_them() -> None:
     with pytest.raises(RefusedError, match=r"2 GPU.*1 of 2 free; 1 is held by a/m-1"):
-        agent_infra.allocate_gpus(2, ("0", "1"), {"1": "a/m-1"})
+        allocate_gpus(2, ("0", "1"), {"1": "a/m-1"})
 
 
 def test_only_the_newest_logs_of_former_replicas_are_kept(tmp_path: Path) -> None:
-    for number in range(1, agent_infra.KEPT_LOGS + 6):
+    for number in range(1, KEPT_LOGS + 6):
         log = tmp_path / f"m-{number}.log"
         log.touch()
         os.utime(log, (number, number))
     for name in ("relay.log", "m-3.log.old"):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (0, 0))
-    surplus = agent_infra.surplus_logs(tmp_path.iterdir(), ["m-1"])
+    surplus = surplus_logs(tmp_path.iterdir(), ["m-1"])
     assert {log.name for log in surplus} == {"m-2.log", "m-3.log", "m-4.log", "m-5.log", "m-3.log.old"}
 
 
 def test_a_record_comes_back_as_it_was_written() -> None:
-    assert agent_infra.decode_record("m-1", json.dumps(dataclasses.asdict(RECORD))) == RECORD
+    assert decode_record("m-1", json.dumps(dataclasses.asdict(RECORD))) == RECORD
 
 
 def test_keys_of_a_newer_version_are_left_out() -> None:
@@ -95,7 +110,7 @@ def test_keys_of_a_newer_version_are_left_out() -> None:
         "numa_node": 1,
         "gpus": [{**dataclasses.asdict(RECORD.gpus[0]), "ecc": 0}],
     }
-    assert agent_infra.decode_record("m-1", json.dumps(document)) == RECORD
+    assert decode_record("m-1", json.dumps(document)) == RECORD
 
 
 @pytest.mark.parametrize(
@@ -115,14 +130,14 @@ def test_keys_of_a_newer_version_are_left_out() -> None:
     ],
 )
 def test_a_record_that_cannot_be_read_is_a_failed_replica_with_the_reason(text: str) -> None:
-    record = agent_infra.decode_record("m-1", text)
+    record = decode_record("m-1", text)
     assert (record.replica, record.model, record.state) == ("m-1", "m", "failed")
     assert record.failure is not None
     assert "cannot be read" in record.failure.line
 
 
 def test_a_record_that_cannot_be_read_still_tells_which_process_to_stop() -> None:
-    record = agent_infra.decode_record("m-1", json.dumps({"pid": 7, "process": "boot:1", "state": "levitating"}))
+    record = decode_record("m-1", json.dumps({"pid": 7, "process": "boot:1", "state": "levitating"}))
     assert (record.pid, record.process) == (7, "boot:1")
 
 
@@ -136,9 +151,9 @@ JSON = st.recursive(
 @settings(deadline=None)
 @given(st.dictionaries(st.sampled_from([item.name for item in dataclasses.fields(ReplicaRecord)]), JSON))
 def test_no_record_whatsoever_raises(changes: dict[str, Any]) -> None:
-    record = agent_infra.decode_record("m-1", json.dumps({**dataclasses.asdict(RECORD), **changes}))
-    assert record.state in agent_infra.REPLICA_STATES
-    agent_infra.is_gone(record)
+    record = decode_record("m-1", json.dumps({**dataclasses.asdict(RECORD), **changes}))
+    assert record.state in REPLICA_STATES
+    is_gone(record)
 
 
 def test_processes_that_race_for_a_key_get_the_same_one(tmp_path: Path) -> None:
@@ -147,7 +162,7 @@ def test_processes_that_race_for_a_key_get_the_same_one(tmp_path: Path) -> None:
 
     def make() -> None:
         barrier.wait(timeout=PATIENCE_S)
-        keys.append(agent_infra.read_or_make_key(tmp_path / "key"))
+        keys.append(read_or_make_key(tmp_path / "key"))
 
     threads = [threading.Thread(target=make) for _ in range(8)]
     for thread in threads:
@@ -163,7 +178,7 @@ def test_processes_that_race_for_a_key_get_the_same_one(tmp_path: Path) -> None:
 def test_a_key_file_without_a_usable_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("two words\n")
     with pytest.raises(RefusedError, match="holds no key"):
-        agent_infra.read_or_make_key(tmp_path / "key")
+        read_or_make_key(tmp_path / "key")
 
 
 def never() -> Path:
@@ -172,7 +187,7 @@ def never() -> Path:
 
 def resolve(engine: str, model_path: str) -> str:
     command = ("server", "{port}") if engine == "command" else None
-    return agent_infra.resolve_model_path(ModelConfig("m", model_path, engine=engine, command=command), never)
+    return resolve_model_path(ModelConfig("m", model_path, engine=engine, command=command), never)
 
 
 def test_a_hugging_face_id_passes_through_for_vllm() -> None:
@@ -204,7 +219,7 @@ def test_a_path_that_does_not_exist_is_refused(engine: str, path: str) -> None:
 
 def test_the_packaged_model_is_refused_for_vllm() -> None:
     with pytest.raises(RefusedError, match="set engine: llama_cpp"):
-        resolve("vllm", agent_infra.PACKAGED_MODEL)
+        resolve("vllm", PACKAGED_MODEL)
 
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
@@ -241,9 +256,9 @@ def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_command_that_fails_is_told_from_a_host_that_does() -> None:
-    here = agent_infra.LocalCommands(os.environ)
+    here = LocalCommands(os.environ)
     done = here.run(["sh", "-c", "cat; echo wrong >&2; exit 3"], stdin=b"in\x00\n")
     assert (done.status, done.output, done.errors) == (3, b"in\x00\n", b"wrong\n")
     assert here.run(["no-such-program"]).status == 127
-    with pytest.raises(agent_infra.HostUnreachableError, match=r"`sh` gave no answer within 0\.1 s"):
+    with pytest.raises(HostUnreachableError, match=r"`sh` gave no answer within 0\.1 s"):
         here.run(["sh", "-c", "sleep 60; true"], timeout_s=0.1)

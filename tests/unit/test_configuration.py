@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import agent_infra
-from agent_infra import Config, ConfigError, parse_config
+from agent_infra_core.configuration import DEFAULT_CONFIG, Config, deployment_of, load_config, parse_config
+from agent_infra_core.errors import ConfigError
 
 ROOT = Path(agent_infra.__file__).parent
 MODEL = "models: [{name: m, model_path: org/m}]\n"
@@ -32,7 +33,7 @@ def test_only_a_models_name_and_path_are_required() -> None:
 
 
 def test_the_embedded_default_equals_configs_local() -> None:
-    assert agent_infra.load_config(ROOT / "configs" / "local.yaml") == agent_infra.DEFAULT_CONFIG
+    assert load_config(ROOT / "configs" / "local.yaml") == DEFAULT_CONFIG
 
 
 def test_example_yaml_shows_every_key_with_its_default() -> None:
@@ -40,7 +41,7 @@ def test_example_yaml_shows_every_key_with_its_default() -> None:
 
     document = yaml.safe_load((ROOT / "configs" / "example.yaml").read_text())
     expected = dataclasses.asdict(parse_config("models: [{name: my_model, model_path: Qwen/Qwen2.5-7B-Instruct}]", {}))
-    shown = dataclasses.asdict(agent_infra.load_config(ROOT / "configs" / "example.yaml"))
+    shown = dataclasses.asdict(load_config(ROOT / "configs" / "example.yaml"))
     assert {**shown, "models": shown["models"][:1]} == expected
     for section in ("proxy", "cluster", "headers"):
         assert set(document[section]) == set(expected[section])
@@ -107,7 +108,7 @@ def test_a_wrong_key_names_its_path_and_what_is_allowed(text: str, message: str)
 
 
 def test_the_example_for_slurm_is_valid_and_keeps_every_kind_of_directive() -> None:
-    first, second = agent_infra.load_config(ROOT / "configs" / "slurm.yaml").cluster.slurm.partitions
+    first, second = load_config(ROOT / "configs" / "slurm.yaml").cluster.slurm.partitions
     assert (first.name, first.gpus_per_node, first.time_limit, first.qos) == ("gpu", 4, "8:00:00", None)
     assert (second.exclusive, second.qos, second.sbatch) == (True, "low", {"requeue": True})
     directives = {"account": "abc", "mem": None, "requeue": True, "cpus-per-task": 8}
@@ -127,22 +128,22 @@ def test_environment_variables_are_expanded_in_strings() -> None:
 
 def test_a_file_that_is_not_there_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot be read: No such file"):
-        agent_infra.load_config("nowhere.yaml")
+        load_config("nowhere.yaml")
 
 
 def test_a_file_that_is_no_configuration_is_refused_and_one_that_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\x00\xfe")
     for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "binary", "it is not text in UTF-8")):
         with pytest.raises(ConfigError) as caught:
-            agent_infra.load_config(path)
+            load_config(path)
         assert str(caught.value) == f"{path}: cannot be read: {reason}; name a YAML file such as configs/example.yaml"
 
 
 def test_without_a_file_the_embedded_default_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert agent_infra.load_config() == agent_infra.DEFAULT_CONFIG
+    assert load_config() == DEFAULT_CONFIG
     (tmp_path / "config.yaml").write_text(MODEL)
-    assert agent_infra.load_config().models[0].name == "m"
+    assert load_config().models[0].name == "m"
 
 
 @pytest.mark.parametrize(
@@ -164,5 +165,5 @@ def test_a_deployment_is_known_from_a_configuration_with_errors_elsewhere(
 ) -> None:
     monkeypatch.setenv("SOME_NAME", "told")
     (tmp_path / "config.yaml").write_text(text)
-    assert agent_infra.deployment_of(tmp_path / "config.yaml") == name
-    assert agent_infra.deployment_of(tmp_path / "nowhere.yaml") is None
+    assert deployment_of(tmp_path / "config.yaml") == name
+    assert deployment_of(tmp_path / "nowhere.yaml") is None

@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from agent_infra import (
-    ENGINE_NAMES,
+from agent_infra_core.configuration import ENGINE_NAMES, ModelConfig
+from agent_infra_core.engines import (
     ENGINES,
     FAILURE_SIGNS,
     Launch,
-    ModelConfig,
-    RefusedError,
     check_engine_args,
     classify_failure,
     read_engine_load,
 )
+from agent_infra_core.errors import RefusedError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LAUNCH = Launch(

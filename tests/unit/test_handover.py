@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from agent_infra import HANDOVER_RESERVE_S, HANDOVER_RETRY_S, ReplicaRecord, Succession, handover_lead_s, plan_handover
+from agent_infra_core.controller import HANDOVER_RESERVE_S, HANDOVER_RETRY_S, Succession, handover_lead_s, plan_handover
+from agent_infra_core.node import ReplicaRecord
 
 NOW = 1_000_000.0
 HOUR = 3600.0

@@ -25,25 +25,39 @@ from patience import PATIENCE_S
 from program import wait_for
 
 import agent_infra
-from agent_infra import (
-    GpuSample,
+from agent_infra import main, moment
+from agent_infra_core.clusters import DeploymentPaths, deployment_paths
+from agent_infra_core.configuration import DEFAULT_CONFIG
+from agent_infra_core.controller import Bookkeeper
+from agent_infra_core.history import (
+    _HISTORY_MARK,
+    _MIGRATIONS,
+    NEW_REPLICA_S,
+    TURN_COLUMNS,
+    VERDICT_COLUMNS,
     History,
     HistoryBatch,
     HistoryFile,
     HistoryRefusedError,
-    ReplicaRecord,
     ReplicaTime,
     ReplicaUse,
     Report,
-    TurnRecord,
     export_turns,
     history_path,
     is_local,
-    main,
-    moment,
     replica_use,
     share_of_day,
     verdict_row,
+)
+from agent_infra_core.node import GpuSample, ReplicaRecord
+from agent_infra_core.tracking import (
+    HISTORY_POINTS,
+    SessionEnded,
+    Timeline,
+    Tracker,
+    TurnFinished,
+    TurnRecord,
+    TurnStarted,
 )
 
 NOW = 1_800_000_000.0
@@ -71,10 +85,10 @@ def batch(*records: TurnRecord, **fields: Any) -> HistoryBatch:
 def make_first_version(path: Path) -> None:
     """A file as the first version of the schema had it, with 41 requests counted."""
     old = sqlite3.connect(path, isolation_level=None)
-    for statement in agent_infra._MIGRATIONS[0].split(";"):
+    for statement in _MIGRATIONS[0].split(";"):
         old.execute(statement)
     old.execute("INSERT INTO totals VALUES ('requests', 41)")
-    old.execute(f"PRAGMA application_id = {agent_infra._HISTORY_MARK}")
+    old.execute(f"PRAGMA application_id = {_HISTORY_MARK}")
     old.execute("PRAGMA user_version = 1")
     old.close()
 
@@ -205,20 +219,20 @@ def test_points_are_kept_while_they_are_shown(path: Path) -> None:
     with history_file(path) as file:
         for first in range(0, 1000, 100):
             file.write(HistoryBatch(points=points[first : first + 100]))
-        assert file.points() == points[-agent_infra.HISTORY_POINTS :]
+        assert file.points() == points[-HISTORY_POINTS:]
         file.tidy(NOW)
-        assert file.query("SELECT count(*) FROM points") == [(agent_infra.HISTORY_POINTS,)]
+        assert file.query("SELECT count(*) FROM points") == [(HISTORY_POINTS,)]
 
 
 def test_the_page_goes_on_with_the_points_of_before() -> None:
-    tracker = agent_infra.Tracker(lambda: NOW)
+    tracker = Tracker(lambda: NOW)
     tracker.sample({})
     (point,) = tracker.snapshot([], [], "least_load")["throughput"]["history"]
-    later = agent_infra.Tracker(lambda: NOW + 10)
+    later = Tracker(lambda: NOW + 10)
     later.timeline.restore([{**point, "of a newer version": 1}])
     later.sample({})
     points = later.snapshot([], [], "least_load")["throughput"]["history"]
-    assert [tuple(each) for each in points] == [agent_infra.Timeline.NAMES] * 2
+    assert [tuple(each) for each in points] == [Timeline.NAMES] * 2
     assert points[0] == point
 
 
@@ -287,15 +301,15 @@ def test_an_older_versions_file_is_brought_up_to_date(path: Path) -> None:
     with history_file(path) as file:
         file.write(batch(record(1), totals={"requests": 1}, replica_time={(USE, 0): 1.0}))
         assert file.totals() == {"requests": 42}
-        assert file.query("PRAGMA user_version") == [(len(agent_infra._MIGRATIONS),)]
+        assert file.query("PRAGMA user_version") == [(len(_MIGRATIONS),)]
         assert file.since() == pytest.approx(time.time(), abs=60)
 
 
 def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with history_file(path) as file:
         file.write(batch(record(1)))
-    steps = (*agent_infra._MIGRATIONS, "CREATE TABLE more (x); CREATE TABLE turns (y)")
-    monkeypatch.setattr(agent_infra, "_MIGRATIONS", steps)
+    steps = (*_MIGRATIONS, "CREATE TABLE more (x); CREATE TABLE turns (y)")
+    monkeypatch.setattr("agent_infra_core.history._MIGRATIONS", steps)
     with pytest.raises(sqlite3.OperationalError, match="already exists"):
         HistoryFile(path)
     monkeypatch.undo()
@@ -369,7 +383,7 @@ def test_what_cannot_be_told_is_taken_for_a_network(path: Path, monkeypatch: pyt
     with history_file(path) as file:
         assert file.query("PRAGMA journal_mode") == [("wal",)]
         file.write(batch(record(1)))
-    monkeypatch.setattr(agent_infra, "is_local", lambda *_: False)
+    monkeypatch.setattr("agent_infra_core.history.is_local", lambda *_: False)
     with history_file(path) as file:  # one that was brought here from a local disk
         assert file.query("PRAGMA journal_mode") == [("truncate",)]
         file.write(batch(record(2)))
@@ -383,21 +397,21 @@ def test_the_setting_names_a_file_or_turns_it_off(path: Path) -> None:
 
 
 def test_a_session_that_was_over_stays_so_and_one_that_was_taken_up_again_lives(tmp_path: Path) -> None:
-    paths, config = agent_infra.DeploymentPaths(tmp_path), agent_infra.DEFAULT_CONFIG
+    paths, config = DeploymentPaths(tmp_path), DEFAULT_CONFIG
     now = time.time() - 5
     said: list[str] = []
     for number in range(2):
-        tracker = agent_infra.Tracker(time.time)
-        books = agent_infra.Bookkeeper(config, paths, tracker, lambda message, _: said.append(message))
+        tracker = Tracker(time.time)
+        books = Bookkeeper(config, paths, tracker, lambda message, _: said.append(message))
         books.open()
         if number == 0:
             for session in ("over", "resumed", "over in a turn"):
                 for at in (now, now + 2) if session == "resumed" else (now,):
-                    started = agent_infra.TurnStarted(f"{session}{at}", at, "m", "/v1/x", session)
+                    started = TurnStarted(f"{session}{at}", at, "m", "/v1/x", session)
                     finished_at = now + 3 if session == "over in a turn" else at
-                    finish = agent_infra.TurnFinished(started.turn, finished_at, "completed", 200, started=started)
+                    finish = TurnFinished(started.turn, finished_at, "completed", 200, started=started)
                     tracker.observe(finish)
-                books.observe(agent_infra.SessionEnded(session, now + 1))
+                books.observe(SessionEnded(session, now + 1))
         else:
             snapshot = tracker.snapshot([], [], "least_load")
             states = {row["id"]: row["state"] for client in snapshot["clients"] for row in client["sessions"]}
@@ -432,7 +446,7 @@ def test_what_was_written_is_given_to_the_next_one(path: Path) -> None:
 
 
 def test_a_locked_file_holds_nobody_up_and_is_written_later(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_infra, "HISTORY_BUSY_S", 0.05)
+    monkeypatch.setattr("agent_infra_core.history.HISTORY_BUSY_S", 0.05)
     with Writer(path) as writer:
         writer.add(record(1))
         writer.wait_state("on", turns=1)
@@ -462,8 +476,8 @@ def test_while_it_cannot_be_opened_at_all_nothing_is_lost(tmp_path: Path) -> Non
 
 
 def test_a_backlog_is_bounded_and_what_is_lost_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_infra, "HISTORY_BUSY_S", 0.05)
-    monkeypatch.setattr(agent_infra, "HISTORY_BACKLOG_BYTES", 50 * 1007)
+    monkeypatch.setattr("agent_infra_core.history.HISTORY_BUSY_S", 0.05)
+    monkeypatch.setattr("agent_infra_core.history.HISTORY_BACKLOG_BYTES", 50 * 1007)
     with Writer(path) as writer:
         writer.add(record(0))
         writer.wait_state("on", turns=1)
@@ -482,8 +496,8 @@ def test_a_backlog_is_bounded_and_what_is_lost_is_told(path: Path, monkeypatch: 
 
 
 def test_what_waits_beside_turns_is_bounded_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_infra, "HISTORY_BUSY_S", 0.05)
-    monkeypatch.setattr(agent_infra, "HISTORY_BACKLOG_ROWS", 50)
+    monkeypatch.setattr("agent_infra_core.history.HISTORY_BUSY_S", 0.05)
+    monkeypatch.setattr("agent_infra_core.history.HISTORY_BACKLOG_ROWS", 50)
     with Writer(path) as writer:
         writer.add(*map(record, range(80)))
         writer.wait_state("on", turns=80)
@@ -656,8 +670,8 @@ def test_a_full_disk_is_served_without_and_caught_up_later(small_disk: Path) -> 
 
 
 def test_an_end_that_cannot_write_says_what_is_lost(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_infra, "HISTORY_BUSY_S", 0.5)
-    monkeypatch.setattr(agent_infra, "HISTORY_CLOSE_S", 1.5)
+    monkeypatch.setattr("agent_infra_core.history.HISTORY_BUSY_S", 0.5)
+    monkeypatch.setattr("agent_infra_core.history.HISTORY_CLOSE_S", 1.5)
     with history_file(path):
         pass
     holder = sqlite3.connect(path, isolation_level=None)
@@ -669,8 +683,8 @@ def test_an_end_that_cannot_write_says_what_is_lost(path: Path, monkeypatch: pyt
 
 
 def test_an_end_outlasts_another_programs_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_infra, "HISTORY_BUSY_S", 0.05)
-    monkeypatch.setattr(agent_infra, "HISTORY_CLOSE_S", PATIENCE_S)
+    monkeypatch.setattr("agent_infra_core.history.HISTORY_BUSY_S", 0.05)
+    monkeypatch.setattr("agent_infra_core.history.HISTORY_CLOSE_S", PATIENCE_S)
     with history_file(path):
         pass
     holder = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -804,17 +818,17 @@ def test_a_replica_that_started_while_nobody_looked_gets_no_time_before_its_star
     clock.now += 600
     uses = [USE._replace(replica=name) for name in ("m-1", "m-2", "m-3", "m-4")]
     time_held.sample(uses, {"m-1": NOW - 100, "m-2": clock.now - 1, "m-3": 0.0, "m-4": clock.now + 30})
-    assert [time_held.seconds()[use] for use in uses] == [600, 1, agent_infra.NEW_REPLICA_S, 0]
+    assert [time_held.seconds()[use] for use in uses] == [600, 1, NEW_REPLICA_S, 0]
     clock.now += 600
     time_held.sample(uses[1:], {})
-    assert [time_held.seconds()[use] for use in uses] == [600, 601, agent_infra.NEW_REPLICA_S + 600, 600]
+    assert [time_held.seconds()[use] for use in uses] == [600, 601, NEW_REPLICA_S + 600, 600]
 
 
 def test_a_verdict_is_kept_with_its_figures(path: Path) -> None:
     entry = json.loads((Path(agent_infra.__file__).parent / "tests/golden/analysis.json").read_text())[0]
     with history_file(path) as file:
         file.write(HistoryBatch(verdicts=[verdict_row(entry, NOW)]))
-        rows = file.query(f"SELECT {', '.join(agent_infra.VERDICT_COLUMNS)} FROM verdicts")
+        rows = file.query(f"SELECT {', '.join(VERDICT_COLUMNS)} FROM verdicts")
     assert rows == [
         (
             *(NOW, "qwen", "NVIDIA H100 80GB HBM3", "GPU-BOUND", 0.97, entry["verdict"]["sentence"]),
@@ -895,7 +909,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def test_export_finds_the_deployments_history(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fill(agent_infra.deployment_paths("default", os.environ).history)
+    fill(deployment_paths("default", os.environ).history)
     assert len(run(capsys, "export").splitlines()) == 241
     rows = run(capsys, "export", "--format", "jsonl", "--session", "s1").splitlines()
     assert len(rows) == 80
@@ -918,9 +932,9 @@ def test_standard_output_gets_what_a_file_would_whatever_the_terminal_can_show(p
 
 
 def test_where_nothing_is_kept_yet_export_and_report_say_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(capsys, "export") == ",".join(agent_infra.TURN_COLUMNS) + "\r\n"
+    assert run(capsys, "export") == ",".join(TURN_COLUMNS) + "\r\n"
     assert run(capsys, "report") == "# Deployment default\n\nNo turns yet.\n"
-    with history_file(agent_infra.deployment_paths("default", os.environ).history):
+    with history_file(deployment_paths("default", os.environ).history):
         pass
     assert run(capsys, "report") == "# Deployment default\n\nNo turns yet.\n"
     assert "No turns since" in run(capsys, "report", "--since", "2h")

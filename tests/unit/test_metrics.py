@@ -10,7 +10,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import agent_infra
-from agent_infra import ReplicaUse, StatsMetrics, TurnMetrics, TurnRecord, metrics_text
+from agent_infra_core import __version__
+from agent_infra_core.history import ReplicaUse, StatsMetrics, TurnMetrics, metrics_text
+from agent_infra_core.tracking import Tracker, TurnRecord
 
 STATS = json.loads((Path(agent_infra.__file__).parent / "tests/golden/stats.json").read_text())
 USES = {ReplicaUse("m-1", "m", "H100", 2, "ready_busy"): 50.0, ReplicaUse("m-2", "m", "H100", 2, "ready_busy"): 10.0}
@@ -75,7 +77,7 @@ def test_a_histogram_is_cumulative_with_its_sum_and_count() -> None:
 def test_the_state_of_stats_is_there_as_gauges() -> None:
     found = samples(TurnMetrics())
     first = STATS["backends"][0]
-    assert found["agent_infra_info", agent_infra.__version__] == 1
+    assert found["agent_infra_info", __version__] == 1
     assert found["agent_infra_backend_up", first["id"], "qwen"] == 1
     assert found["agent_infra_backend_up", "qwen-4", "qwen"] == 0
     assert found["agent_infra_backend_gpu_memory_bytes", first["id"], "qwen"] == first["gpu"]["memory_total"]
@@ -87,7 +89,7 @@ def test_the_state_of_stats_is_there_as_gauges() -> None:
 
 
 def test_what_is_not_known_is_left_out() -> None:
-    tracker = agent_infra.Tracker(lambda: 1_800_000_000.0)
+    tracker = Tracker(lambda: 1_800_000_000.0)
     history = {"path": None, "state": "off", "reason": None, "turns": None}
     found = samples(TurnMetrics(), {**tracker.snapshot([], [], "least_load"), "history": history})
     assert ("agent_infra_queue_turns",) not in found
@@ -96,7 +98,7 @@ def test_what_is_not_known_is_left_out() -> None:
 
 
 def test_no_label_grows_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_infra, "MAX_METRIC_SERIES", 10)
+    monkeypatch.setattr("agent_infra_core.history.MAX_METRIC_SERIES", 10)
     turns = TurnMetrics()
     for number in range(30):
         turns.add(record(number, backend=f"m-{number}", session=f"secret-session-{number}"))

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from agent_infra import (
+from agent_infra_core.configuration import ModelConfig
+from agent_infra_core.engines import ReplicaFailure
+from agent_infra_core.node import (
     EngineGuard,
     GpuSample,
-    ModelConfig,
-    ReplicaFailure,
     ReplicaRecord,
     ServeSpec,
     answer_challenge,

@@ -11,29 +11,19 @@ from typing import Any
 
 import pytest
 
-from agent_infra import (
+from agent_infra import describe_accounting, describe_model, describe_succession
+from agent_infra_core.clusters import fetched_path
+from agent_infra_core.configuration import Config, ModelConfig, config_from_json, load_config
+from agent_infra_core.controller import Discovery
+from agent_infra_core.engines import EngineLoad, check_engine_args
+from agent_infra_core.errors import ConfigError, RefusedError
+from agent_infra_core.node import IdleWatch, ReplicaRecord, describe_hub_failure, is_hub_id
+from agent_infra_core.orchestration import (
     CHECKS,
-    Config,
-    ConfigError,
-    Discovery,
-    EngineLoad,
-    IdleWatch,
-    ModelConfig,
-    RefusedError,
-    ReplicaRecord,
     cheapest_to_end,
-    check_engine_args,
-    config_from_json,
-    describe_accounting,
-    describe_hub_failure,
-    describe_model,
     describe_span,
-    describe_succession,
-    fetched_path,
-    is_hub_id,
     judge_probe,
     kept_config,
-    load_config,
     slurm_limit_s,
     summarize,
     what_is_amiss,
@@ -165,7 +155,7 @@ def test_what_is_no_configuration_is_refused_and_not_taken_up(text: str, tmp_pat
 
 
 def test_a_configuration_that_was_kept_by_another_version_is_left_alone(tmp_path: Path) -> None:
-    from agent_infra import DeploymentPaths
+    from agent_infra_core.clusters import DeploymentPaths
 
     paths = DeploymentPaths(tmp_path)
     assert kept_config(paths) is None

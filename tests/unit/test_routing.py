@@ -10,17 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent_infra import (
+from agent_infra_core.configuration import STRATEGY_NAMES
+from agent_infra_core.relay import LiveReplica, ejection_s
+from agent_infra_core.routing import (
     ANYWHERE,
     STRATEGIES,
-    STRATEGY_NAMES,
     AttainedService,
     Backend,
-    LiveReplica,
     RouteRank,
     RouteRequest,
     choose_backend,
-    ejection_s,
     queue_key,
 )
 

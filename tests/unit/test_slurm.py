@@ -13,18 +13,29 @@ from hypothesis import strategies as st
 from patience import PATIENCE_S
 
 import agent_infra
-from agent_infra import (
+from agent_infra_core import __version__
+from agent_infra_core.clusters import (
     JobEnd,
-    JobRequest,
-    ModelConfig,
-    PartitionConfig,
-    RefusedError,
-    ReplicaRecord,
-    SlurmConfig,
     SlurmJob,
     SlurmNode,
     Submission,
+    diagnose_job,
+    engine_bind_host,
+    explain_pending,
+    judge_replica,
+    parse_gres,
+    parse_job_end,
+    parse_nodes,
+    parse_squeue,
+    place_replicas,
+    replica_shape,
+    squeue_format,
 )
+from agent_infra_core.configuration import ContainerConfig, ModelConfig, PartitionConfig, SlurmConfig
+from agent_infra_core.controller import describe_replica
+from agent_infra_core.errors import RefusedError
+from agent_infra_core.node import ReplicaRecord
+from agent_infra_core.templates import JobRequest, job_directives, job_name, job_replicas, render_job, shell_words
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEMPLATES = Path(agent_infra.__file__).parent / "slurm_templates"
@@ -40,7 +51,7 @@ def printed(nonce: str, *jobs: tuple[str, ...]) -> str:
     """As squeue fills in the format."""
     text = ""
     for job in jobs:
-        line = agent_infra.squeue_format(nonce)
+        line = squeue_format(nonce)
         for name, value in zip(("%A", "%T", "%r", "%V", "%S", "%L", "%P", "%B", "%Z", "%j"), job, strict=True):
             line = line.replace(f"{name}@", f"{value}@", 1)
         text += line + "\n"
@@ -49,7 +60,7 @@ def printed(nonce: str, *jobs: tuple[str, ...]) -> str:
 
 def test_a_job_is_read_with_its_times() -> None:
     times = ("2026-11-22T14:30:00", "2026-11-22T14:32:00", "1-02:03:04")
-    [job] = agent_infra.parse_squeue(printed("n", ("7", "RUNNING", "None", *times, "gpu", "n1", "/w", "name")), "n")
+    [job] = parse_squeue(printed("n", ("7", "RUNNING", "None", *times, "gpu", "n1", "/w", "name")), "n")
     assert (job.id, job.state, job.partition, job.node, job.work_dir, job.name) == (
         *("7", "RUNNING", "gpu", "n1", "/w", "name"),
     )
@@ -62,37 +73,35 @@ def test_a_job_is_read_with_its_times() -> None:
 )
 def test_the_time_left_is_read_in_every_form(text: str, seconds: float | None) -> None:
     row = ("7", "PENDING", "Resources", "N/A", "N/A", text, "a,b", "n/a", "/w", "x")
-    [job] = agent_infra.parse_squeue(printed("n", row), "n")
+    [job] = parse_squeue(printed("n", row), "n")
     assert (job.time_left_s, job.starts_at, job.node) == (seconds, None, "")
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), max_size=40), max_size=4))
 def test_no_name_of_a_job_can_pass_for_another_job(names: list[str]) -> None:
     rows = [(str(i), "RUNNING", "None", "N/A", "N/A", "5:00", "p", "n", "/w", name) for i, name in enumerate(names)]
-    jobs = agent_infra.parse_squeue(printed("0f3a77", *rows), "0f3a77")
+    jobs = parse_squeue(printed("0f3a77", *rows), "0f3a77")
     assert [(job.id, job.name) for job in jobs] == [(str(i), name.strip()) for i, name in enumerate(names)]
 
 
 def test_names_with_pipes_newlines_and_the_format_itself_are_names() -> None:
-    ugly = f"a|b\n{agent_infra.squeue_format('other')}\n9|RUNNING"
-    [job] = agent_infra.parse_squeue(
-        printed("n", ("7", "RUNNING", "None", "N/A", "N/A", "1:00", "p", "n", "/w", ugly)), "n"
-    )
+    ugly = f"a|b\n{squeue_format('other')}\n9|RUNNING"
+    [job] = parse_squeue(printed("n", ("7", "RUNNING", "None", "N/A", "N/A", "1:00", "p", "n", "/w", ugly)), "n")
     assert job.name == ugly
 
 
 def test_a_listing_that_was_cut_off_is_an_error_and_not_fewer_jobs() -> None:
     text = printed("n", ("7", "RUNNING", "None", "N/A", "N/A", "1:00", "p", "n", "/w", "x"))
     with pytest.raises(ValueError, match="squeue printed"):
-        agent_infra.parse_squeue(text[:-20], "n")
+        parse_squeue(text[:-20], "n")
 
 
 def test_a_jobs_name_carries_deployment_model_and_replicas_and_no_other_is_taken_for_it() -> None:
     request = JobRequest("d", VLLM, ("m-1", "m-12"), GPU, "/w", "/w/d/run", "/p")
-    assert agent_infra.job_name(request) == "agent-infra:d:m:1+12"
-    assert agent_infra.job_replicas("agent-infra:d:m:1+12", "d") == ("m", ["m-1", "m-12"])
+    assert job_name(request) == "agent-infra:d:m:1+12"
+    assert job_replicas("agent-infra:d:m:1+12", "d") == ("m", ["m-1", "m-12"])
     for name in ("agent-infra:dd:m:1", "agent-infra:d", "other:d:m:1", "sbatch"):
-        assert agent_infra.job_replicas(name, "d") is None
+        assert job_replicas(name, "d") is None
 
 
 # --- What scontrol prints of nodes. ----------------------------------------------------------------------------------
@@ -110,7 +119,7 @@ def node(**changes: str) -> SlurmNode:
     for name, value in changes.items():
         old = next(word for word in text.split() if word.startswith(f"{name}="))
         text = text.replace(old, f"{name}={value}", 1)
-    [parsed] = agent_infra.parse_nodes(text)
+    [parsed] = parse_nodes(text)
     return parsed
 
 
@@ -151,7 +160,7 @@ def test_gpus_of_a_node_whose_processors_are_all_taken_are_not_idle() -> None:
     ],
 )
 def test_generic_resources_are_read_typed_and_untyped(text: str, counts: dict[str, int]) -> None:
-    assert agent_infra.parse_gres(text) == counts
+    assert parse_gres(text) == counts
 
 
 # --- Where replicas go. ----------------------------------------------------------------------------------------------
@@ -162,7 +171,7 @@ def idle(name: str, partitions: str, gpus: int = 4, cpus: int = 32) -> SlurmNode
 
 
 def placed(count: int, model: ModelConfig, partitions: list[PartitionConfig], *nodes: SlurmNode) -> list[Any]:
-    return [(each.name, held) for each, held in agent_infra.place_replicas(count, model, partitions, nodes)]
+    return [(each.name, held) for each, held in place_replicas(count, model, partitions, nodes)]
 
 
 HIGH, LOW = PartitionConfig("high", priority=10), PartitionConfig("low", priority=1)
@@ -200,7 +209,7 @@ def test_an_exclusive_partition_gives_whole_nodes_and_a_job_holds_what_fits() ->
 def test_a_replica_larger_than_a_node_takes_several_that_have_the_room() -> None:
     nodes = [idle(name, "gpu", 8) for name in "abc"]
     eight = PartitionConfig("gpu", gpus_per_node=8)
-    shape = agent_infra.replica_shape(SIXTEEN, eight)
+    shape = replica_shape(SIXTEEN, eight)
     assert (shape.nodes, shape.gpus) == (2, 8)
     assert placed(2, SIXTEEN, [eight, LOW], *nodes) == [("gpu", 1)] * 2
 
@@ -222,13 +231,13 @@ def test_an_engine_without_gpus_goes_where_processors_are_idle() -> None:
 
 def test_only_engines_that_ask_for_the_key_everywhere_listen_beyond_loopback() -> None:
     command = ModelConfig("c", "x", engine="command", command=("s", "{port}"))
-    assert [agent_infra.engine_bind_host(VLLM, mode) for mode in ("auto", "login", "none", "node")] == [
+    assert [engine_bind_host(VLLM, mode) for mode in ("auto", "login", "none", "node")] == [
         *("0.0.0.0", "0.0.0.0", "0.0.0.0", "127.0.0.1"),
     ]
-    assert agent_infra.engine_bind_host(command, "auto") == "127.0.0.1"
+    assert engine_bind_host(command, "auto") == "127.0.0.1"
     for mode in ("none", "login"):
         with pytest.raises(RefusedError, match="set it to node"):
-            agent_infra.engine_bind_host(command, mode)
+            engine_bind_host(command, mode)
 
 
 # --- What became of a replica. ---------------------------------------------------------------------------------------
@@ -239,7 +248,7 @@ READY = ReplicaRecord("m-1", "m", "ready", "vllm", "n1", 5, "boot:1", port=5900,
 
 
 def judged(job: SlurmJob | None, record: ReplicaRecord | None) -> ReplicaRecord | None:
-    return agent_infra.judge_replica("m-1", TOLD, job, record, (NOW, NOW))
+    return judge_replica("m-1", TOLD, job, record, (NOW, NOW))
 
 
 def seen(job: SlurmJob | None, record: ReplicaRecord | None) -> ReplicaRecord:
@@ -254,7 +263,7 @@ def test_a_job_that_waits_says_why_in_words_and_when_it_may_start() -> None:
     assert (record.state, record.pending_reason, record.starts_at) == ("pending", "QOSMaxGRESPerUser", NOW + 600)
     assert "all the GPUs that the QoS or account allows" in (record.message or "")
     assert (record.partition, record.job_id, record.queue_wait_s) == ("gpu", "7", 90.0)
-    assert agent_infra.describe_replica(record).startswith("PENDING (QOSMaxGRESPerUser, est. ")
+    assert describe_replica(record).startswith("PENDING (QOSMaxGRESPerUser, est. ")
 
 
 def test_a_live_line_tells_how_a_replica_came_up_and_begins_anew_with_a_requeue() -> None:
@@ -284,8 +293,8 @@ def test_every_pending_reason_of_slurm_has_words_of_its_own() -> None:
         *("QOSMaxJobsPerUserLimit", "AssocMaxJobsLimit", "QOSGrpCpuLimit", "launch failed requeued held", "None"),
         *("ReqNodeNotAvail, Reserved for maintenance", "MaxGRESPerAccount", "InvalidQOS", "QOSMaxCpuPerUserLimit"),
     ):
-        assert agent_infra.explain_pending(reason) != reason
-    assert agent_infra.explain_pending("SomethingNew") == "SomethingNew"
+        assert explain_pending(reason) != reason
+    assert explain_pending("SomethingNew") == "SomethingNew"
 
 
 def test_a_job_that_runs_without_a_report_is_starting_and_with_one_is_what_it_says() -> None:
@@ -328,7 +337,7 @@ def test_the_last_word_of_a_replica_outlives_its_job_and_silence_is_to_be_explai
     ],
 )
 def test_the_end_of_a_job_is_read_from_scontrol_and_from_sacct(text: str, end: JobEnd | int | None) -> None:
-    found = agent_infra.parse_job_end(text)
+    found = parse_job_end(text)
     assert found == end or (found is not None and found.exit_code == end)
 
 
@@ -350,7 +359,7 @@ def test_the_end_of_a_job_is_read_from_scontrol_and_from_sacct(text: str, end: J
     ],
 )
 def test_why_a_job_ended_is_told_from_evidence(end: JobEnd | None, log: str, kind: str, line: str) -> None:
-    failure = agent_infra.diagnose_job(end, "7", f"2026-11-22 10:00:00 agent-infra: starting: x\n{log}\n")
+    failure = diagnose_job(end, "7", f"2026-11-22 10:00:00 agent-infra: starting: x\n{log}\n")
     assert failure.kind == kind
     assert line in failure.line
     assert failure.hint
@@ -385,34 +394,34 @@ REQUEST = JobRequest("d", VLLM, ("m-1",), GPU, "/h/w", "/h/w/d/run", "/h/w/progr
         (
             "apptainer",
             dataclasses.replace(REQUEST, model=ModelConfig("m", "/scratch/it's/m")),
-            SlurmConfig(container=agent_infra.ContainerConfig("apptainer", "/images/v$llm.sif")),
+            SlurmConfig(container=ContainerConfig("apptainer", "/images/v$llm.sif")),
         ),
         (
             "pyxis",
             dataclasses.replace(REQUEST, model=SIXTEEN, nodes=2, gpus=8),
-            SlurmConfig(container=agent_infra.ContainerConfig("pyxis", "vllm/vllm-openai")),
+            SlurmConfig(container=ContainerConfig("pyxis", "vllm/vllm-openai")),
         ),
     ],
 )
 def test_the_script_is_the_golden_one_and_the_shell_can_read_it(
     name: str, request_: JobRequest, slurm: SlurmConfig, pytestconfig: pytest.Config
 ) -> None:
-    script = agent_infra.render_job(request_, slurm, TEMPLATES)
+    script = render_job(request_, slurm, TEMPLATES)
     golden = GOLDEN / f"{name}.sbatch"
-    assert script.replace(agent_infra.__version__, "VERSION") == golden.read_text()
+    assert script.replace(__version__, "VERSION") == golden.read_text()
     subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=PATIENCE_S)
 
 
 def test_a_partitions_options_win_and_null_takes_one_away() -> None:
     partition = dataclasses.replace(GPU, qos="fast", sbatch={"account": "other", "signal": None})
-    options = dict(agent_infra.job_directives(dataclasses.replace(REQUEST, partition=partition), SLURM))
+    options = dict(job_directives(dataclasses.replace(REQUEST, partition=partition), SLURM))
     assert (options["account"], options["qos"], options["cpus-per-task"]) == ("other", "fast", 8)
     assert not {"signal", "requeue", "mem", "exclusive"} & set(options)
 
 
 def own(tmp_path: Path, text: str) -> str:
     (tmp_path / "mine.j2").write_text(text)
-    return agent_infra.render_job(REQUEST, SlurmConfig(template=str(tmp_path / "mine.j2")), TEMPLATES)
+    return render_job(REQUEST, SlurmConfig(template=str(tmp_path / "mine.j2")), TEMPLATES)
 
 
 def test_a_template_of_ones_own_quotes_by_itself_and_may_extend_ours(tmp_path: Path) -> None:
@@ -444,6 +453,6 @@ def test_a_mistake_in_a_template_is_refused_with_its_place(tmp_path: Path, text:
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
 def test_whatever_stands_in_a_template_reaches_the_program_as_it_is(text: str) -> None:
     done = subprocess.run(
-        ["sh", "-c", f"printf %s {agent_infra.shell_words(text)}"], capture_output=True, check=True, timeout=PATIENCE_S
+        ["sh", "-c", f"printf %s {shell_words(text)}"], capture_output=True, check=True, timeout=PATIENCE_S
     )
     assert done.stdout == text.encode()

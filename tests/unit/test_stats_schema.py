@@ -13,11 +13,10 @@ from typing import Any
 import jsonschema
 from stats_schema import SCHEMA, check_stats
 
-from agent_infra import (
-    Backend,
-    GpuSample,
-    ReplicaFailure,
-    ReplicaRecord,
+from agent_infra_core.engines import ReplicaFailure
+from agent_infra_core.node import GpuSample, ReplicaRecord
+from agent_infra_core.routing import Backend
+from agent_infra_core.tracking import (
     SessionEnded,
     Tracker,
     TurnAnswering,

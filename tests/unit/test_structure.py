@@ -12,6 +12,16 @@ from pathlib import Path
 from patience import PATIENCE_S
 
 import agent_infra
+from agent_infra_core.configuration import (
+    ClusterConfig,
+    ContainerConfig,
+    HeadersConfig,
+    ModelConfig,
+    PartitionConfig,
+    ProxyConfig,
+    SlurmConfig,
+    SshConfig,
+)
 
 SOURCE = Path(agent_infra.__file__)
 ROOT = SOURCE.parent
@@ -134,14 +144,14 @@ def test_the_readme_names_every_verb_flag_and_key() -> None:
     spoken = set(re.findall(r"--[a-z][a-z-]+|[a-z_]+", " ".join(words)))
     assert sorted(options_of_the_command_line() - spoken) == []
     for kind in (
-        agent_infra.ProxyConfig,
-        agent_infra.SshConfig,
-        agent_infra.PartitionConfig,
-        agent_infra.ContainerConfig,
-        agent_infra.SlurmConfig,
-        agent_infra.ClusterConfig,
-        agent_infra.ModelConfig,
-        agent_infra.HeadersConfig,
+        ProxyConfig,
+        SshConfig,
+        PartitionConfig,
+        ContainerConfig,
+        SlurmConfig,
+        ClusterConfig,
+        ModelConfig,
+        HeadersConfig,
     ):
         assert sorted({item.name for item in dataclasses.fields(kind)} - spoken) == [], kind.__name__
 

@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 from stats_schema import check_stats
 
-import agent_infra
-from agent_infra import (
-    STATS_PREFIX,
-    Backend,
-    GpuSample,
-    ReplicaFailure,
-    ReplicaRecord,
+from agent_infra_core.engines import ReplicaFailure
+from agent_infra_core.node import GpuSample, ReplicaRecord
+from agent_infra_core.routing import Backend
+from agent_infra_core.tracking import (
+    MAX_TURN_S,
     SessionEnded,
     StatsDocument,
     Tracker,
@@ -23,6 +21,7 @@ from agent_infra import (
     TurnStarted,
     encode_stats,
 )
+from agent_infra_core.wire import STATS_PREFIX
 
 
 class Clock:
@@ -447,7 +446,7 @@ def test_a_turn_whose_finish_was_lost_is_forgotten_and_a_late_finish_still_count
     tracker: Tracker, clock: Clock
 ) -> None:
     start(tracker, clock, "lost")
-    clock.now += agent_infra.MAX_TURN_S
+    clock.now += MAX_TURN_S
     tracker.sample(gauges())
     assert stats(tracker)["sessions"] == {"live": 0, "active": 0, "listed": 0, "ended": 1, "evicted": 0}
     finish(tracker, clock, "lost", prompt_tokens=5)
@@ -532,7 +531,7 @@ def test_think_time_is_from_the_answer_before_to_the_request(tracker: Tracker, c
 
 
 def test_what_nobody_takes_is_bounded(tracker: Tracker, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent_infra, "MAX_UNTAKEN_TURNS", 10)
+    monkeypatch.setattr("agent_infra_core.tracking.MAX_UNTAKEN_TURNS", 10)
     for number in range(25):
         finish(tracker, clock, str(number))
     assert [record.turn for record in tracker.take_records()[0]] == [str(number) for number in range(15, 25)]

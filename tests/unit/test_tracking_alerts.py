@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-import agent_infra
-from agent_infra import Tracker, TurnFinished, TurnRecord, TurnStarted
+from agent_infra_core.tracking import LISTED_ALERTS, Tracker, TurnFinished, TurnRecord, TurnStarted
 
 
 class Driver:
@@ -212,4 +211,4 @@ def test_alerts_are_fifty_at_most(driver: Driver) -> None:
     for number in range(60):
         for backend in "ababab":
             driver.turn(session=f"s{number}", backend=backend)
-    assert len(driver.look()) == agent_infra.LISTED_ALERTS == 50
+    assert len(driver.look()) == LISTED_ALERTS == 50

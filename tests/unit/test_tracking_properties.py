@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent_infra import (
+from agent_infra_core.routing import Backend
+from agent_infra_core.tracking import (
     TOTAL_OF_OUTCOME,
-    Backend,
     EventBatch,
     SessionEnded,
     Tracker,

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from patience import PATIENCE_S
 
-from agent_infra import (
-    HostUnreachableError,
+from agent_infra_core.clusters import HostUnreachableError
+from agent_infra_core.configuration import SshConfig
+from agent_infra_core.node import ReplicaRecord
+from agent_infra_core.tunnels import (
     LoginError,
-    ReplicaRecord,
     SshCommands,
-    SshConfig,
     SshRoute,
     TunnelChild,
     _paramiko,

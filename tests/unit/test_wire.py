@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import agent_infra
-from agent_infra import (
+import agent_infra_core.wire as wire_module
+from agent_infra_core.wire import (
     AnswerHead,
     BodyDecoder,
     EventStream,
@@ -31,13 +31,13 @@ HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: t\r\n"
 
 
 def parse_request_head(head: bytes) -> RequestHead:
-    return agent_infra.parse_request_head(
+    return wire_module.parse_request_head(
         head, HeaderLines(frozenset((b"host", b"connection", b"content-length", b"upgrade")))
     )
 
 
 def parse_answer_head(head: bytes) -> AnswerHead:
-    return agent_infra.parse_answer_head(head, HeaderLines(frozenset()))
+    return wire_module.parse_answer_head(head, HeaderLines(frozenset()))
 
 
 def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
@@ -139,7 +139,7 @@ def test_lines_seen_before_are_read_as_if_they_were_the_first() -> None:
     known = HeaderLines(frozenset())
     for length, value in ((4, b"a"), (5, b"a"), (5, b"b"), (4, b"a")):
         head = HEAD + b"X-Session-ID: %b\r\nContent-Length: %d\r\n\r\n" % (value, length)
-        request = agent_infra.parse_request_head(head, known)
+        request = wire_module.parse_request_head(head, known)
         assert (request.length, request.fields[b"x-session-id"]) == (length, value)
 
 
@@ -147,7 +147,7 @@ def test_a_refused_line_is_not_remembered() -> None:
     known = HeaderLines(frozenset())
     for _ in range(2):
         with pytest.raises(WireError):
-            agent_infra.parse_request_head(HEAD + b"X : 1\r\n\r\n", known)
+            wire_module.parse_request_head(HEAD + b"X : 1\r\n\r\n", known)
 
 
 def test_no_header_can_be_smuggled_to_the_replica() -> None:

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent_infra import (
+from agent_infra_core.configuration import HeadersConfig
+from agent_infra_core.relay import Codec, HeadReader, LabelReader
+from agent_infra_core.wire import (
     _NOT_FORWARDED,
     INFERENCE_PATHS,
     LAST_CHUNK,
@@ -24,13 +26,9 @@ from agent_infra import (
     MAX_TRAILER_LINES,
     NO_DIGEST,
     BodyDecoder,
-    Codec,
     EventStream,
     FrameReader,
     HeaderLines,
-    HeadersConfig,
-    HeadReader,
-    LabelReader,
     RepeatedHead,
     RequestHead,
     WireError,
