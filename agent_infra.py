@@ -29,28 +29,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 from agent_infra_core import __version__, client
 from agent_infra_core.client import SessionContext, attach
-from agent_infra_core.clusters import (
-    LogFolder,
-    deployment_names,
-    deployment_paths,
-    is_listening,
-    read_or_make_key,
-    serve_together,
-)
-from agent_infra_core.configuration import (
-    DEFAULT_CONFIG,
-    NAME_PATTERN,
-    STRATEGY_NAMES,
-    ClusterConfig,
-    Config,
-    ModelConfig,
-    ProxyConfig,
-    deployment_of,
-    load_config,
-    proxy_url,
-)
-from agent_infra_core.controller import DRAIN_S, Controller, describe_replica, read_relay_record
-from agent_infra_core.engines import check_engine_args, describe_exit
+from agent_infra_core.configuration import deployment_of, kept_config, load_config
+from agent_infra_core.control.controller import Controller
+from agent_infra_core.control.deployment import SCALE_DRAIN_S, ConnectionManager, Deployment, Scaling
+from agent_infra_core.control.link import DRAIN_S
+from agent_infra_core.control.lock import DeploymentLock, lock_holder
+from agent_infra_core.control.status import count_missing, describe_replica
 from agent_infra_core.errors import (
     PROGRAM_PACKAGES,
     AgentInfraError,
@@ -59,23 +43,39 @@ from agent_infra_core.errors import (
     RefusedError,
     require_packages,
 )
-from agent_infra_core.history import HistoryFile, Report, export_turns, history_path, read_history
-from agent_infra_core.node import ReplicaRecord, fetch_from_hub, record_from_json, run_llama_cpp, run_rank, serve
-from agent_infra_core.orchestration import (
-    SCALE_DRAIN_S,
-    ConnectionManager,
-    Deployment,
-    DeploymentLock,
-    Scaling,
+from agent_infra_core.fleet.cluster import LogFolder
+from agent_infra_core.fleet.doctor import examine
+from agent_infra_core.fleet.engines import check_engine_args
+from agent_infra_core.fleet.local import serve_command
+from agent_infra_core.fleet.state import (
     client_key,
-    count_missing,
-    examine,
-    kept_config,
-    lock_holder,
-    serve_command,
+    deployment_names,
+    deployment_paths,
+    read_or_make_key,
+    read_relay_record,
 )
-from agent_infra_core.relay import calm_collector, run_relay
-from agent_infra_core.tunnels import run_tunnel
+from agent_infra_core.host import is_listening
+from agent_infra_core.insight.export import export_turns, read_history
+from agent_infra_core.insight.history import HistoryFile, history_path
+from agent_infra_core.insight.report import Report
+from agent_infra_core.node.failures import describe_exit
+from agent_infra_core.node.hub import fetch_from_hub
+from agent_infra_core.node.llama_cpp import run_llama_cpp
+from agent_infra_core.node.ranks import run_rank, serve_together
+from agent_infra_core.node.replica import serve
+from agent_infra_core.protocol import ReplicaRecord, record_from_json
+from agent_infra_core.relay.server import calm_collector, run_relay
+from agent_infra_core.settings import (
+    DEFAULT_CONFIG,
+    NAME_PATTERN,
+    STRATEGY_NAMES,
+    ClusterConfig,
+    Config,
+    ModelConfig,
+    ProxyConfig,
+    proxy_url,
+)
+from agent_infra_core.ssh.forward import run_tunnel
 
 if TYPE_CHECKING:
     import argparse

@@ -1,4 +1,6 @@
-"""Client: what an agent imports. Standard library only, and it never patches the host process."""
+"""What an agent imports: SessionContext and attach.
+
+Standard library only, and it never patches the host process."""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from agent_infra_core.configuration import DEFAULT_CONFIG, Config, HeadersConfig, _shorten, load_config, proxy_url
+from agent_infra_core.configuration import load_config
 from agent_infra_core.errors import AgentInfraError
+from agent_infra_core.settings import DEFAULT_CONFIG, Config, HeadersConfig, _shorten, proxy_url
 
 
 class ClientError(AgentInfraError, ValueError):

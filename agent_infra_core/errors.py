@@ -1,5 +1,4 @@
-"""Errors: one root; the message says what happened, where, and what to do about it. Only main() prints them and
-exits."""
+"""Errors: one root. The message says what happened, where, and what to do. Only main() prints errors and exits."""
 
 from __future__ import annotations
 

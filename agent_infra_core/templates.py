@@ -1,17 +1,17 @@
-"""Templates: what a job is → the script that sbatch is given. Knows Jinja2 and the shell's quoting; runs nothing."""
+"""Job scripts: what a job is → the script that sbatch is given, by Jinja2."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agent_infra_core import __version__
-from agent_infra_core.configuration import ContainerConfig, ModelConfig, PartitionConfig, SlurmConfig, _shorten
 from agent_infra_core.errors import RefusedError
+from agent_infra_core.fleet.place import USR1_BEFORE_END_S, JobRequest, job_name
+from agent_infra_core.settings import ContainerConfig, SlurmConfig, _shorten
 
 
 class ShellText(str):
@@ -29,41 +29,6 @@ def shell_words(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise TypeError(f"{_shorten(value)} is no word for the shell")
     return shlex.quote(str(value))
-
-
-@dataclass(frozen=True)
-class JobRequest:
-    """One job to be submitted."""
-
-    deployment: str
-    model: ModelConfig
-    replicas: tuple[str, ...]  # that it holds: <model>-<number>
-    partition: PartitionConfig
-    work_dir: str  # absolute, on the cluster
-    run_dir: str
-    program: str  # this file's copy there
-    nodes: int = 1
-    gpus: int = 0  # on each node
-    cpus: int | None = None  # on each node; None: the partition's default
-    after: str | None = None  # a job that has to end before
-
-
-JOB_NAME_HEAD = "agent-infra:"
-USR1_BEFORE_END_S = 90  # before walltime, by Slurm's clock, which may be a minute early: longer than a drain takes
-
-
-def job_name(request: JobRequest) -> str:
-    """``agent-infra:<deployment>:<model>:<number>[+<number>…]``; none of them can hold a colon or a plus."""
-    numbers = "+".join(replica.rpartition("-")[2] for replica in request.replicas)
-    return f"{JOB_NAME_HEAD}{request.deployment}:{request.model.name}:{numbers}"
-
-
-def job_replicas(name: str, deployment: str) -> tuple[str, list[str]] | None:
-    """The model and the replicas that a job's name tells; None for a job that is not of this deployment."""
-    parts = name.split(":")
-    if len(parts) != 4 or parts[0] + ":" != JOB_NAME_HEAD or parts[1] != deployment:
-        return None
-    return parts[2], [f"{parts[2]}-{number}" for number in parts[3].split("+")]
 
 
 def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, str | int | bool]]:
@@ -149,3 +114,12 @@ def render_job(request: JobRequest, slurm: SlurmConfig, folder: Path) -> str:
     if not script.startswith("#!"):
         raise RefusedError(f"the job template {name}: its first line must be #!, such as #!/bin/bash -l")
     return script
+
+
+def find_templates() -> Path:
+    """slurm_templates/: beside this file, else in the installed wheel's data; RefusedError where there is none."""
+    home = Path(__file__).resolve().parent
+    for folder in (home / "slurm_templates", home / "agent_infra_data" / "slurm_templates"):
+        if folder.is_dir():
+            return folder
+    raise RefusedError(f"slurm_templates/ is not beside {__file__}; copy that folder along with it")

@@ -31,8 +31,10 @@ from typing import Any, Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from agent_infra_core.analysis import CapacityAnalysis, CapacityModel, FleetSample
-from agent_infra_core.tracking import TurnRecord
+from agent_infra_core.insight.analysis import CapacityAnalysis
+from agent_infra_core.insight.capacity import CapacityModel
+from agent_infra_core.insight.measure import FleetSample
+from agent_infra_core.insight.turns import TurnRecord
 
 START = 1_700_000_000.0  # s since the epoch, when every simulation begins; inside, time counts from 0
 

@@ -20,8 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from agent_infra_core.history import HistoryBatch, HistoryFile, TurnMetrics
-from agent_infra_core.tracking import Tracker, TurnEvent, TurnFinished, TurnStarted
+from agent_infra_core.insight.history import HistoryBatch, HistoryFile
+from agent_infra_core.insight.metrics import TurnMetrics
+from agent_infra_core.insight.tracker import Tracker
+from agent_infra_core.protocol import TurnEvent, TurnFinished, TurnStarted
 
 BATCH = 1000  # turns a second, and one batch a second
 PROMPT = "The page shows 3 offers; which one has a blue lid and costs below 20 euro? " * 4

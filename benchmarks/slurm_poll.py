@@ -21,12 +21,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from testbed.slurm import missing_programs, slurm_bed  # noqa: E402
 
-from agent_infra_core.clusters import LocalCommands, SlurmCluster, deployment_paths
-from agent_infra_core.configuration import ClusterConfig, ModelConfig, PartitionConfig, SlurmConfig
-from agent_infra_core.node import (
-    GpuSample,
-    write_atomically,
-)
+from agent_infra_core.fleet.slurm import SlurmCluster  # noqa: E402
+from agent_infra_core.fleet.state import deployment_paths  # noqa: E402
+from agent_infra_core.host import LocalCommands, write_atomically  # noqa: E402
+from agent_infra_core.protocol import GpuSample  # noqa: E402
+from agent_infra_core.settings import ClusterConfig, ModelConfig, PartitionConfig, SlurmConfig  # noqa: E402
 
 ROUNDS = 15
 

@@ -44,10 +44,10 @@ from bench_process import (  # noqa: E402
 )
 from testbed.sshd import SSHD, SshServer, descendants  # noqa: E402
 
-from agent_infra_core.clusters import is_listening
-from agent_infra_core.configuration import ClusterConfig, SshConfig
-from agent_infra_core.node import http_get
-from agent_infra_core.tunnels import Link, LoginHost, TunnelSet, TunnelTarget
+from agent_infra_core.host import http_get, is_listening  # noqa: E402
+from agent_infra_core.settings import ClusterConfig, SshConfig  # noqa: E402
+from agent_infra_core.ssh.login_host import LoginHost  # noqa: E402
+from agent_infra_core.ssh.tunnels import Link, TunnelSet, TunnelTarget  # noqa: E402
 
 WAYS = ("direct", "sshtunnel", "openssh")
 EVENT_INTERVAL_MS = 33

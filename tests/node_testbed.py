@@ -17,8 +17,9 @@ from typing import Any
 from patience import PATIENCE_S
 from program import MODULE, wait_for
 
-from agent_infra_core.configuration import ModelConfig
-from agent_infra_core.node import ReplicaRecord, ServeSpec, process_stamp, record_from_json
+from agent_infra_core.host import process_stamp
+from agent_infra_core.protocol import ReplicaRecord, ServeSpec, record_from_json
+from agent_infra_core.settings import ModelConfig
 
 KEY = "replica-key-of-the-tests"
 # A server that any Python runs: OpenAI's chat path, /health, and what its environment and argv say.

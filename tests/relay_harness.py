@@ -18,19 +18,8 @@ from typing import Any
 from patience import PATIENCE_S
 from program import wait_for
 
-from agent_infra_core.configuration import HeadersConfig, ProxyConfig
-from agent_infra_core.relay import unix_address
-from agent_infra_core.routing import Backend
-from agent_infra_core.tracking import (
-    SessionEnded,
-    TurnAnswering,
-    TurnEvent,
-    TurnFinished,
-    TurnSent,
-    TurnStarted,
-    decode_events,
-)
-from agent_infra_core.wire import (
+from agent_infra_core.host import unix_address
+from agent_infra_core.protocol import (
     FRAME_ANSWER,
     FRAME_EVENTS,
     FRAME_GAUGES,
@@ -38,9 +27,18 @@ from agent_infra_core.wire import (
     FRAME_REQUEST,
     FRAME_STATS,
     FRAME_TABLE,
+    Backend,
     FrameReader,
+    SessionEnded,
+    TurnAnswering,
+    TurnEvent,
+    TurnFinished,
+    TurnSent,
+    TurnStarted,
+    decode_events,
     encode_frame,
 )
+from agent_infra_core.settings import HeadersConfig, ProxyConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "test-key-of-the-proxy"

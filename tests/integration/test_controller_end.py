@@ -18,11 +18,12 @@ from patience import PATIENCE_S
 from program import once_told, wait_for
 from relay_harness import Client
 
-from agent_infra_core.clusters import deployment_paths
-from agent_infra_core.configuration import ClusterConfig, Config, ModelConfig, ProxyConfig
-from agent_infra_core.controller import Controller
-from agent_infra_core.node import ReplicaRecord, process_stamp
-from agent_infra_core.tunnels import TunnelSet
+from agent_infra_core.control.controller import Controller
+from agent_infra_core.fleet.state import deployment_paths
+from agent_infra_core.host import process_stamp
+from agent_infra_core.protocol import ReplicaRecord
+from agent_infra_core.settings import ClusterConfig, Config, ModelConfig, ProxyConfig
+from agent_infra_core.ssh.tunnels import TunnelSet
 
 
 class Hindrance:
@@ -97,7 +98,8 @@ def stats_of(controller: Controller) -> Any:
 def test_a_thread_that_does_not_end_keeps_nothing_else_from_its_end(
     slow: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent_infra_core.controller.STOP_S", 0.5)
+    for module in ("bookkeeping", "controller", "discovery"):
+        monkeypatch.setattr(f"agent_infra_core.control.{module}.STOP_S", 0.5)
     hindrance, none = Hindrance(), Hindrance()
 
     def look() -> list[ReplicaRecord]:

@@ -26,11 +26,11 @@ from relay_harness import Client
 from stats_schema import check_stats
 
 from agent_infra_core.client import SessionContext
-from agent_infra_core.clusters import deployment_paths
-from agent_infra_core.configuration import Config, ModelConfig, ProxyConfig
-from agent_infra_core.controller import Controller
-from agent_infra_core.node import ReplicaRecord
-from agent_infra_core.tracking import Tracker, encode_stats
+from agent_infra_core.control.controller import Controller
+from agent_infra_core.fleet.state import deployment_paths
+from agent_infra_core.insight.tracker import Tracker, encode_stats
+from agent_infra_core.protocol import ReplicaRecord
+from agent_infra_core.settings import Config, ModelConfig, ProxyConfig
 
 
 def wait_turns(app: Program, count: int) -> Any:
@@ -200,8 +200,8 @@ class Truth(dict[str, float]):
 
 
 def test_stats_are_made_ahead_only_while_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent_infra_core.controller.WATCHED_S", 2.0)
-    monkeypatch.setattr("agent_infra_core.controller.SNAPSHOT_INTERVAL_S", 0.2)
+    monkeypatch.setattr("agent_infra_core.control.controller.WATCHED_S", 2.0)
+    monkeypatch.setattr("agent_infra_core.control.controller.SNAPSHOT_INTERVAL_S", 0.2)
     made: list[float] = []
     heard: list[Mapping[str, Any]] = []
     sample = Tracker.sample
@@ -214,7 +214,7 @@ def test_stats_are_made_ahead_only_while_they_are_read(tmp_path: Path, monkeypat
         heard.append(gauges)
         sample(tracker, gauges)
 
-    monkeypatch.setattr("agent_infra_core.controller.encode_stats", encode)
+    monkeypatch.setattr("agent_infra_core.control.controller.encode_stats", encode)
     monkeypatch.setattr(Tracker, "sample", note_gauges)
     with Planted(tmp_path, m=SetUp(0.01, 0.0, slots=8)) as proxy:
         wait_for(lambda: len(heard) >= 3, "the relay's gauges, which say that nobody has read")

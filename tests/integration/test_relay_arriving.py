@@ -19,7 +19,7 @@ from fake_engine import FakeEngine
 from patience import PATIENCE_S
 from relay_harness import Client, RelayProcess, backend, request
 
-from agent_infra_core.relay import STREAMS_PAUSE_S
+from agent_infra_core.relay.turn import STREAMS_PAUSE_S
 
 GATHERED_BODY_BYTES = 300_000
 LONG = 100_000

@@ -23,7 +23,7 @@ from program import is_listening, wait_for
 from relay_harness import KEY, Answer, Client, RelayProcess, backend, request
 from testbed.ports import free_port
 
-from agent_infra_core.relay import unix_address
+from agent_infra_core.host import unix_address
 
 CLIENTS = 8
 

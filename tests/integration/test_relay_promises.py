@@ -19,7 +19,7 @@ from program import wait_for
 from relay_harness import Answer, Client, RelayProcess, backend, request
 from testbed.ports import free_port
 
-from agent_infra_core.tracking import Histogram
+from agent_infra_core.protocol import Histogram
 
 
 @pytest.fixture

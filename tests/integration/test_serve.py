@@ -24,10 +24,12 @@ from program import wait_for
 from testbed.ports import free_port
 from weights import packaged_gguf
 
-import agent_infra_core.node as node_module
-from agent_infra_core.configuration import ModelConfig
+import agent_infra_core.node.replica as replica_module
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.node import answer_challenge, http_get, process_stamp, reserve_port
+from agent_infra_core.host import http_get, process_stamp
+from agent_infra_core.node.guard import answer_challenge
+from agent_infra_core.node.process import reserve_port
+from agent_infra_core.settings import ModelConfig
 
 # The oldest and the newest Python that is supported, where pyenv has them here; else the one at hand.
 PYENV = [Path("/root/.pyenv/versions") / version / "bin" / "python" for version in ("3.10.13", "3.13.0")]
@@ -327,7 +329,7 @@ def test_serve_needs_the_standard_library_alone(serve: Serve, port: int, python:
 
 def test_no_key_and_no_specification_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match="start the replica again"):
-        node_module.serve(str(tmp_path), "replica-0")
+        replica_module.serve(str(tmp_path), "replica-0")
 
 
 def test_a_reserved_port_is_not_given_out_again_until_it_is_closed(

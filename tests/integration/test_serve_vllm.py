@@ -17,8 +17,8 @@ from patience import PATIENCE_S
 from program import wait_for
 from testbed.vllm import tiny_model, tiny_weights, vllm_python
 
-from agent_infra_core.configuration import ModelConfig
-from agent_infra_core.node import process_stamp
+from agent_infra_core.host import process_stamp
+from agent_infra_core.settings import ModelConfig
 
 pytestmark = pytest.mark.slow
 

@@ -20,12 +20,16 @@ from testbed.ports import free_port
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
 from weights import packaged_gguf
 
-from agent_infra_core.clusters import LocalCommands, SchedulerError, SlurmCluster, deployment_paths, find_templates
-from agent_infra_core.configuration import ClusterConfig, ContainerConfig, ModelConfig, PartitionConfig, SlurmConfig
-from agent_infra_core.controller import describe_replica
+from agent_infra_core.control.status import describe_replica
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.node import ReplicaRecord
-from agent_infra_core.templates import JobRequest, render_job
+from agent_infra_core.fleet.place import JobRequest
+from agent_infra_core.fleet.slurm import SlurmCluster
+from agent_infra_core.fleet.state import deployment_paths
+from agent_infra_core.fleet.submit import SchedulerError
+from agent_infra_core.host import LocalCommands
+from agent_infra_core.protocol import ReplicaRecord
+from agent_infra_core.settings import ClusterConfig, ContainerConfig, ModelConfig, PartitionConfig, SlurmConfig
+from agent_infra_core.templates import find_templates, render_job
 
 Make = Callable[..., SlurmCluster]
 

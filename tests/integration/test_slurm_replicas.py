@@ -19,9 +19,11 @@ from testbed.ports import free_port
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
 from weights import packaged_gguf
 
-from agent_infra_core.clusters import LocalCommands, SlurmCluster, deployment_paths
-from agent_infra_core.configuration import ClusterConfig, ModelConfig, PartitionConfig, SlurmConfig
-from agent_infra_core.node import ReplicaRecord
+from agent_infra_core.fleet.slurm import SlurmCluster
+from agent_infra_core.fleet.state import deployment_paths
+from agent_infra_core.host import LocalCommands
+from agent_infra_core.protocol import ReplicaRecord
+from agent_infra_core.settings import ClusterConfig, ModelConfig, PartitionConfig, SlurmConfig
 
 Make = Callable[..., SlurmCluster]
 

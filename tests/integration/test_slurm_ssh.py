@@ -22,7 +22,7 @@ from testbed.ports import free_port
 from testbed.sshd import SshServer, public_key
 from weights import packaged_gguf
 
-from agent_infra_core.configuration import PACKAGED_MODEL
+from agent_infra_core.settings import PACKAGED_MODEL
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,10 @@ from testbed.ports import free_port
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
 from testbed.vllm import tiny_model, tiny_weights, vllm_python
 
-from agent_infra_core.clusters import LocalCommands, SlurmCluster, deployment_paths
-from agent_infra_core.configuration import ClusterConfig, PartitionConfig, SlurmConfig
-from agent_infra_core.node import process_stamp
+from agent_infra_core.fleet.slurm import SlurmCluster
+from agent_infra_core.fleet.state import deployment_paths
+from agent_infra_core.host import LocalCommands, process_stamp
+from agent_infra_core.settings import ClusterConfig, PartitionConfig, SlurmConfig
 
 pytestmark = pytest.mark.slow
 

@@ -25,10 +25,13 @@ from testbed.ports import free_port
 from testbed.sshd import SSHD, SshServer, descendants, make_key, public_key
 
 import agent_infra
-from agent_infra_core.clusters import HostUnreachableError
-from agent_infra_core.configuration import ClusterConfig, ModelConfig
-from agent_infra_core.node import ReplicaRecord, http_get, process_stamp, server_identity
-from agent_infra_core.tunnels import LOGINS_AT_ONCE, LoginHost, OpenSshCommands, TunnelSet, proves_key
+from agent_infra_core.host import HostUnreachableError, http_get, process_stamp
+from agent_infra_core.node.guard import server_identity
+from agent_infra_core.protocol import ReplicaRecord
+from agent_infra_core.settings import ClusterConfig, ModelConfig
+from agent_infra_core.ssh.login_host import LoginHost
+from agent_infra_core.ssh.openssh import OpenSshCommands
+from agent_infra_core.ssh.tunnels import LOGINS_AT_ONCE, TunnelSet, proves_key
 
 pytestmark = pytest.mark.skipif(SSHD is None or shutil.which("ssh") is None, reason="needs sshd and ssh")
 DRIVERS = ["sshtunnel", "openssh"]
@@ -226,8 +229,8 @@ def test_dead_nodes_keep_no_other_from_its_login(cluster: Cluster, tmp_path: Pat
 
 def test_a_silent_tunnel_is_suspected_then_replaced(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
     """With OpenSSH; test_slurm_ssh.py has the other driver, and silence of a whole node."""
-    monkeypatch.setattr("agent_infra_core.tunnels.SUSPECT_AFTER_S", 1.0)
-    monkeypatch.setattr("agent_infra_core.tunnels.REPLACED_AFTER_S", 3600.0)
+    monkeypatch.setattr("agent_infra_core.ssh.tunnels.SUSPECT_AFTER_S", 1.0)
+    monkeypatch.setattr("agent_infra_core.ssh.tunnels.REPLACED_AFTER_S", 3600.0)
     record = cluster.start()
     tunnels = cluster.tunnels("openssh", "node")
     there = follow_until_up(tunnels, record)
@@ -236,7 +239,7 @@ def test_a_silent_tunnel_is_suspected_then_replaced(cluster: Cluster, monkeypatc
     suspected = tunnels.follow([record])[0]
     assert (suspected.port, suspected.state) == (there.port, "draining")  # it may come back; until then no new turns
     assert tunnels.awaited() == {record.model}
-    monkeypatch.setattr("agent_infra_core.tunnels.REPLACED_AFTER_S", 5.0)
+    monkeypatch.setattr("agent_infra_core.ssh.tunnels.REPLACED_AFTER_S", 5.0)
     again = follow_until_up(tunnels, record, reconnects=1)
     assert answers(again)
 
@@ -377,7 +380,7 @@ def test_a_login_that_is_refused_is_the_tunnels_trouble_not_that_of_who_follows_
 def test_turns_wait_for_a_lost_tunnel_for_a_while_and_then_are_told(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent_infra_core.tunnels.FORGIVING_S", 3600.0)
+    monkeypatch.setattr("agent_infra_core.ssh.tunnels.FORGIVING_S", 3600.0)
     record = cluster.start()
     tunnels = cluster.tunnels("sshtunnel", "login")
     follow_until_up(tunnels, record)
@@ -388,7 +391,7 @@ def test_turns_wait_for_a_lost_tunnel_for_a_while_and_then_are_told(
         return there.state, there.port
 
     wait_for(lambda: state() == ("loading", None), "it counts as loading")
-    monkeypatch.setattr("agent_infra_core.tunnels.FORGIVING_S", 0.0)
+    monkeypatch.setattr("agent_infra_core.ssh.tunnels.FORGIVING_S", 0.0)
     wait_for(lambda: state() == ("ready", None), "it counts as away")
     wait_for(lambda: "refuses connections" in (tunnels.states()[record.replica].reason or ""), "the reason is told")
     cluster.login.start()

@@ -25,10 +25,10 @@ from testbed.ports import free_port
 from testbed.sshd import SSHD, SshServer, make_key, public_key
 
 import agent_infra
-from agent_infra_core.clusters import CommandRunner, HostUnreachableError
-from agent_infra_core.configuration import ClusterConfig, SshConfig
-from agent_infra_core.node import private_directory
-from agent_infra_core.tunnels import InteractiveLoginError, LoginError, LoginHost
+from agent_infra_core.host import CommandRunner, HostUnreachableError, private_directory
+from agent_infra_core.settings import ClusterConfig, SshConfig
+from agent_infra_core.ssh.login_host import LoginHost
+from agent_infra_core.ssh.routes import InteractiveLoginError, LoginError
 
 pytestmark = pytest.mark.skipif(SSHD is None or shutil.which("ssh") is None, reason="needs sshd and ssh")
 DRIVERS = ["sshtunnel", "openssh"]

@@ -22,7 +22,7 @@ from patience import PATIENCE_S
 from testbed.slurm import LOW_AND_HIGH, SlurmBed, missing_programs
 from testbed.sshd import SSHD, SshServer, descendants, public_key
 
-from agent_infra_core.configuration import SshConfig
+from agent_infra_core.settings import SshConfig
 
 
 def missing_parts() -> list[str]:

@@ -15,7 +15,7 @@ from types import TracebackType
 from patience import PATIENCE_S
 from testbed.ports import free_port
 
-from agent_infra_core.configuration import SshConfig
+from agent_infra_core.settings import SshConfig
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:" + os.environ.get("PATH", ""))
 

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from agent_infra_core.node import ReplicaRecord, process_stamp, spec_from_json, write_atomically
+from agent_infra_core.host import process_stamp, write_atomically
+from agent_infra_core.protocol import ReplicaRecord, spec_from_json
 
 directory, replica = Path(sys.argv[2]), sys.argv[4]
 spec = spec_from_json((directory / "specs" / f"{replica}.json").read_text())

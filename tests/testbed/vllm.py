@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from agent_infra_core.configuration import ModelConfig
+from agent_infra_core.settings import ModelConfig
 
 TESTBED = Path(__file__).parent
 

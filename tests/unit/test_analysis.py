@@ -18,17 +18,13 @@ import pytest
 from closed_loop import ClosedLoop, Physics, Workload, engine_fleet, planted_fleet
 from patience import PATIENCE_S
 
-from agent_infra_core.analysis import (
-    LEAST_TURNS,
-    POINT_TURNS,
-    CapacityAnalysis,
-    CapacityModel,
-    FleetSample,
-    change_point,
-    fleet_samples,
-)
-from agent_infra_core.controller import Analyst
-from agent_infra_core.tracking import Tracker, TurnFinished, TurnRecord, TurnStarted
+from agent_infra_core.control.bookkeeping import Analyst
+from agent_infra_core.insight.analysis import CapacityAnalysis
+from agent_infra_core.insight.capacity import LEAST_TURNS, POINT_TURNS, CapacityModel
+from agent_infra_core.insight.measure import FleetSample, change_point, fleet_samples
+from agent_infra_core.insight.tracker import Tracker
+from agent_infra_core.insight.turns import TurnRecord
+from agent_infra_core.protocol import TurnFinished, TurnStarted
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 WORKED = CapacityModel(replicas=4, base_s=1.875, per_request_s=0.269, think_s=10.0)
@@ -398,7 +394,7 @@ def test_another_prompt_mix_starts_the_fit_anew() -> None:
 
 
 def test_light_load_is_remembered_when_its_turns_are_long_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent_infra_core.analysis.MAX_FIT_TURNS", 600)
+    monkeypatch.setattr("agent_infra_core.insight.analysis.MAX_FIT_TURNS", 600)
     watched = Watched(planted_run(8, 10))
     watched.run(250)
     watched.loop.set_agents(150)
@@ -578,7 +574,7 @@ def test_a_simulation_is_determined_by_its_seed() -> None:
 
 
 def test_without_a_turn_that_ended_nothing_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent_infra_core.controller.ANALYSIS_INTERVAL_S", 0.01)
+    monkeypatch.setattr("agent_infra_core.control.bookkeeping.ANALYSIS_INTERVAL_S", 0.01)
     computed = threading.Semaphore(0)
     analyst = Analyst(Tracker(lambda: 0.0), lambda *_: None)
     monkeypatch.setattr(analyst._analysis, "document", computed.release)
@@ -596,8 +592,8 @@ def test_without_a_turn_that_ended_nothing_is_computed_again(monkeypatch: pytest
 def test_while_nobody_reads_it_an_analysis_is_rare_and_who_begins_to_need_not_wait(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("agent_infra_core.controller.ANALYSIS_INTERVAL_S", 0.01)
-    monkeypatch.setattr("agent_infra_core.controller.ANALYSIS_PAUSE_S", 0.01)
+    monkeypatch.setattr("agent_infra_core.control.bookkeeping.ANALYSIS_INTERVAL_S", 0.01)
+    monkeypatch.setattr("agent_infra_core.control.bookkeeping.ANALYSIS_PAUSE_S", 0.01)
     computed = threading.Semaphore(0)
     analyst = Analyst(Tracker(lambda: 0.0), lambda *_: None)
     monkeypatch.setattr(analyst._analysis, "document", computed.release)
@@ -606,7 +602,7 @@ def test_while_nobody_reads_it_an_analysis_is_rare_and_who_begins_to_need_not_wa
         assert not computed.acquire(timeout=0.2)
         analyst.watch(True)
         assert [computed.acquire(timeout=PATIENCE_S) for _ in range(5)] == [True] * 5
-        monkeypatch.setattr("agent_infra_core.controller.UNWATCHED_PAUSE_S", 0.01)
+        monkeypatch.setattr("agent_infra_core.control.bookkeeping.UNWATCHED_PAUSE_S", 0.01)
         analyst.watch(False)
         assert [computed.acquire(timeout=PATIENCE_S) for _ in range(5)] == [True] * 5
     finally:

@@ -18,11 +18,11 @@ from patience import PATIENCE_S
 
 import agent_infra
 from agent_infra import follow_logs, main, parse_backend
-from agent_infra_core.clusters import LogFolder
-from agent_infra_core.controller import describe_replica, replica_table
-from agent_infra_core.engines import ReplicaFailure
+from agent_infra_core.control.discovery import replica_table
+from agent_infra_core.control.status import describe_replica
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.node import ReplicaRecord
+from agent_infra_core.fleet.cluster import LogFolder
+from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord
 
 MODULE = Path(agent_infra.__file__)
 READY = ReplicaRecord("m-1", "m", "ready", "vllm", "gpu07", 7, "boot:1", port=5901, slots=4)

@@ -13,8 +13,8 @@ from patience import PATIENCE_S
 
 import agent_infra
 from agent_infra_core.client import SessionContext
-from agent_infra_core.configuration import DEFAULT_CONFIG, HeadersConfig
 from agent_infra_core.errors import AgentInfraError
+from agent_infra_core.settings import DEFAULT_CONFIG, HeadersConfig
 
 ROOT = Path(agent_infra.__file__).parent
 PRE, POST = "X-Timing-Pre-Ms", "X-Timing-Post-Ms"

@@ -15,23 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import PATIENCE_S
 
-from agent_infra_core.clusters import (
-    KEPT_LOGS,
-    HostUnreachableError,
-    LocalCommands,
-    allocate_gpus,
-    decode_record,
-    free_replica_id,
-    gpu_pool,
-    is_gone,
-    read_or_make_key,
-    resolve_model_path,
-    surplus_logs,
-)
-from agent_infra_core.configuration import PACKAGED_MODEL, ModelConfig
-from agent_infra_core.engines import ReplicaFailure
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.node import REPLICA_STATES, GpuSample, ReplicaRecord
+from agent_infra_core.fleet.cluster import KEPT_LOGS, surplus_logs
+from agent_infra_core.fleet.state import free_replica_id, is_gone, read_or_make_key
+from agent_infra_core.fleet.weights import resolve_model_path
+from agent_infra_core.host import HostUnreachableError, LocalCommands
+from agent_infra_core.node.gpus import allocate_gpus, gpu_pool
+from agent_infra_core.protocol import REPLICA_STATES, GpuSample, ReplicaFailure, ReplicaRecord, decode_record
+from agent_infra_core.settings import PACKAGED_MODEL, ModelConfig
 
 FOUR_GPUS = "".join(f"GPU {i}: NVIDIA H100 80GB HBM3 (UUID: GPU-{i}aaa-bbbb)\n" for i in range(4))
 MIG = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0aaa)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 import agent_infra
-from agent_infra_core.configuration import DEFAULT_CONFIG, Config, deployment_of, load_config, parse_config
+from agent_infra_core.configuration import deployment_of, load_config, parse_config
 from agent_infra_core.errors import ConfigError
+from agent_infra_core.settings import DEFAULT_CONFIG, Config
 
 ROOT = Path(agent_infra.__file__).parent
 MODEL = "models: [{name: m, model_path: org/m}]\n"

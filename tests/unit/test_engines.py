@@ -8,16 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from agent_infra_core.configuration import ENGINE_NAMES, ModelConfig
-from agent_infra_core.engines import (
-    ENGINES,
-    FAILURE_SIGNS,
-    Launch,
-    check_engine_args,
-    classify_failure,
-    read_engine_load,
-)
 from agent_infra_core.errors import RefusedError
+from agent_infra_core.fleet.engines import ENGINES, Launch, check_engine_args
+from agent_infra_core.node.failures import FAILURE_SIGNS, classify_failure
+from agent_infra_core.node.health import read_engine_load
+from agent_infra_core.settings import ENGINE_NAMES, ModelConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LAUNCH = Launch(

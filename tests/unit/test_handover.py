@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from agent_infra_core.controller import HANDOVER_RESERVE_S, HANDOVER_RETRY_S, Succession, handover_lead_s, plan_handover
-from agent_infra_core.node import ReplicaRecord
+from agent_infra_core.control.handover import HANDOVER_RETRY_S, Succession, handover_lead_s, plan_handover
+from agent_infra_core.fleet.place import HANDOVER_RESERVE_S
+from agent_infra_core.protocol import ReplicaRecord
 
 NOW = 1_000_000.0
 HOUR = 3600.0

@@ -26,39 +26,30 @@ from program import wait_for
 
 import agent_infra
 from agent_infra import main, moment
-from agent_infra_core.clusters import DeploymentPaths, deployment_paths
-from agent_infra_core.configuration import DEFAULT_CONFIG
-from agent_infra_core.controller import Bookkeeper
-from agent_infra_core.history import (
+from agent_infra_core.control.bookkeeping import Bookkeeper
+from agent_infra_core.fleet.state import DeploymentPaths, deployment_paths
+from agent_infra_core.insight.export import export_turns
+from agent_infra_core.insight.history import (
     _HISTORY_MARK,
     _MIGRATIONS,
-    NEW_REPLICA_S,
     TURN_COLUMNS,
     VERDICT_COLUMNS,
     History,
     HistoryBatch,
     HistoryFile,
     HistoryRefusedError,
-    ReplicaTime,
-    ReplicaUse,
-    Report,
-    export_turns,
     history_path,
     is_local,
-    replica_use,
     share_of_day,
     verdict_row,
 )
-from agent_infra_core.node import GpuSample, ReplicaRecord
-from agent_infra_core.tracking import (
-    HISTORY_POINTS,
-    SessionEnded,
-    Timeline,
-    Tracker,
-    TurnFinished,
-    TurnRecord,
-    TurnStarted,
-)
+from agent_infra_core.insight.rates import HISTORY_POINTS, Timeline
+from agent_infra_core.insight.replicas import NEW_REPLICA_S, ReplicaTime, ReplicaUse, replica_use
+from agent_infra_core.insight.report import Report
+from agent_infra_core.insight.tracker import Tracker
+from agent_infra_core.insight.turns import TurnRecord
+from agent_infra_core.protocol import GpuSample, ReplicaRecord, SessionEnded, TurnFinished, TurnStarted
+from agent_infra_core.settings import DEFAULT_CONFIG
 
 NOW = 1_800_000_000.0
 USE = ReplicaUse("m-1", "m", "H100", 2, "ready_busy")
@@ -309,7 +300,7 @@ def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.
     with history_file(path) as file:
         file.write(batch(record(1)))
     steps = (*_MIGRATIONS, "CREATE TABLE more (x); CREATE TABLE turns (y)")
-    monkeypatch.setattr("agent_infra_core.history._MIGRATIONS", steps)
+    monkeypatch.setattr("agent_infra_core.insight.history._MIGRATIONS", steps)
     with pytest.raises(sqlite3.OperationalError, match="already exists"):
         HistoryFile(path)
     monkeypatch.undo()
@@ -383,7 +374,7 @@ def test_what_cannot_be_told_is_taken_for_a_network(path: Path, monkeypatch: pyt
     with history_file(path) as file:
         assert file.query("PRAGMA journal_mode") == [("wal",)]
         file.write(batch(record(1)))
-    monkeypatch.setattr("agent_infra_core.history.is_local", lambda *_: False)
+    monkeypatch.setattr("agent_infra_core.insight.history.is_local", lambda *_: False)
     with history_file(path) as file:  # one that was brought here from a local disk
         assert file.query("PRAGMA journal_mode") == [("truncate",)]
         file.write(batch(record(2)))
@@ -446,7 +437,7 @@ def test_what_was_written_is_given_to_the_next_one(path: Path) -> None:
 
 
 def test_a_locked_file_holds_nobody_up_and_is_written_later(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent_infra_core.history.HISTORY_BUSY_S", 0.05)
+    monkeypatch.setattr("agent_infra_core.insight.history.HISTORY_BUSY_S", 0.05)
     with Writer(path) as writer:
         writer.add(record(1))
         writer.wait_state("on", turns=1)
@@ -476,8 +467,8 @@ def test_while_it_cannot_be_opened_at_all_nothing_is_lost(tmp_path: Path) -> Non
 
 
 def test_a_backlog_is_bounded_and_what_is_lost_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent_infra_core.history.HISTORY_BUSY_S", 0.05)
-    monkeypatch.setattr("agent_infra_core.history.HISTORY_BACKLOG_BYTES", 50 * 1007)
+    monkeypatch.setattr("agent_infra_core.insight.history.HISTORY_BUSY_S", 0.05)
+    monkeypatch.setattr("agent_infra_core.insight.history.HISTORY_BACKLOG_BYTES", 50 * 1007)
     with Writer(path) as writer:
         writer.add(record(0))
         writer.wait_state("on", turns=1)
@@ -496,8 +487,8 @@ def test_a_backlog_is_bounded_and_what_is_lost_is_told(path: Path, monkeypatch: 
 
 
 def test_what_waits_beside_turns_is_bounded_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent_infra_core.history.HISTORY_BUSY_S", 0.05)
-    monkeypatch.setattr("agent_infra_core.history.HISTORY_BACKLOG_ROWS", 50)
+    monkeypatch.setattr("agent_infra_core.insight.history.HISTORY_BUSY_S", 0.05)
+    monkeypatch.setattr("agent_infra_core.insight.history.HISTORY_BACKLOG_ROWS", 50)
     with Writer(path) as writer:
         writer.add(*map(record, range(80)))
         writer.wait_state("on", turns=80)
@@ -670,8 +661,8 @@ def test_a_full_disk_is_served_without_and_caught_up_later(small_disk: Path) -> 
 
 
 def test_an_end_that_cannot_write_says_what_is_lost(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent_infra_core.history.HISTORY_BUSY_S", 0.5)
-    monkeypatch.setattr("agent_infra_core.history.HISTORY_CLOSE_S", 1.5)
+    monkeypatch.setattr("agent_infra_core.insight.history.HISTORY_BUSY_S", 0.5)
+    monkeypatch.setattr("agent_infra_core.insight.history.HISTORY_CLOSE_S", 1.5)
     with history_file(path):
         pass
     holder = sqlite3.connect(path, isolation_level=None)
@@ -683,8 +674,8 @@ def test_an_end_that_cannot_write_says_what_is_lost(path: Path, monkeypatch: pyt
 
 
 def test_an_end_outlasts_another_programs_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent_infra_core.history.HISTORY_BUSY_S", 0.05)
-    monkeypatch.setattr("agent_infra_core.history.HISTORY_CLOSE_S", PATIENCE_S)
+    monkeypatch.setattr("agent_infra_core.insight.history.HISTORY_BUSY_S", 0.05)
+    monkeypatch.setattr("agent_infra_core.insight.history.HISTORY_CLOSE_S", PATIENCE_S)
     with history_file(path):
         pass
     holder = sqlite3.connect(path, isolation_level=None, check_same_thread=False)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent_infra_core.relay import KNOWN_FIELDS, Codec, KnownBodies, KnownBody
+from agent_infra_core.relay.bodies import KNOWN_FIELDS, Codec, KnownBodies, KnownBody
 
 CODEC = Codec()
 WORDS = ['plain "quoted" \\ ünï \n', "]}", '"}],"model":"other"', '{"role":"user"}', "0", "", "messages", "\ud83d"]

@@ -11,8 +11,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import agent_infra
 from agent_infra_core import __version__
-from agent_infra_core.history import ReplicaUse, StatsMetrics, TurnMetrics, metrics_text
-from agent_infra_core.tracking import Tracker, TurnRecord
+from agent_infra_core.insight.metrics import StatsMetrics, TurnMetrics, metrics_text
+from agent_infra_core.insight.replicas import ReplicaUse
+from agent_infra_core.insight.tracker import Tracker
+from agent_infra_core.insight.turns import TurnRecord
 
 STATS = json.loads((Path(agent_infra.__file__).parent / "tests/golden/stats.json").read_text())
 USES = {ReplicaUse("m-1", "m", "H100", 2, "ready_busy"): 50.0, ReplicaUse("m-2", "m", "H100", 2, "ready_busy"): 10.0}
@@ -98,7 +100,7 @@ def test_what_is_not_known_is_left_out() -> None:
 
 
 def test_no_label_grows_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent_infra_core.history.MAX_METRIC_SERIES", 10)
+    monkeypatch.setattr("agent_infra_core.insight.metrics.MAX_METRIC_SERIES", 10)
     turns = TurnMetrics()
     for number in range(30):
         turns.add(record(number, backend=f"m-{number}", session=f"secret-session-{number}"))

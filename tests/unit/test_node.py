@@ -11,18 +11,17 @@ from typing import Any
 
 import pytest
 
-from agent_infra_core.configuration import ModelConfig
-from agent_infra_core.engines import ReplicaFailure
-from agent_infra_core.node import (
-    EngineGuard,
+from agent_infra_core.node.gpus import sampled_gpus
+from agent_infra_core.node.guard import EngineGuard, answer_challenge
+from agent_infra_core.protocol import (
     GpuSample,
+    ReplicaFailure,
     ReplicaRecord,
     ServeSpec,
-    answer_challenge,
     record_from_json,
-    sampled_gpus,
     spec_from_json,
 )
+from agent_infra_core.settings import ModelConfig
 
 KEY = "the-replica-key"
 NONCE = "00112233445566778899aabbccddeeff"

@@ -12,22 +12,18 @@ from typing import Any
 import pytest
 
 from agent_infra import describe_accounting, describe_model, describe_succession
-from agent_infra_core.clusters import fetched_path
-from agent_infra_core.configuration import Config, ModelConfig, config_from_json, load_config
-from agent_infra_core.controller import Discovery
-from agent_infra_core.engines import EngineLoad, check_engine_args
+from agent_infra_core.configuration import config_from_json, kept_config, load_config
+from agent_infra_core.control.discovery import Discovery
+from agent_infra_core.control.status import cheapest_to_end, summarize, what_is_amiss
 from agent_infra_core.errors import ConfigError, RefusedError
-from agent_infra_core.node import IdleWatch, ReplicaRecord, describe_hub_failure, is_hub_id
-from agent_infra_core.orchestration import (
-    CHECKS,
-    cheapest_to_end,
-    describe_span,
-    judge_probe,
-    kept_config,
-    slurm_limit_s,
-    summarize,
-    what_is_amiss,
-)
+from agent_infra_core.fleet.doctor import CHECKS, judge_probe
+from agent_infra_core.fleet.engines import check_engine_args
+from agent_infra_core.fleet.parse import describe_span, slurm_limit_s
+from agent_infra_core.fleet.weights import fetched_path
+from agent_infra_core.node.hub import describe_hub_failure, is_hub_id
+from agent_infra_core.node.telemetry import IdleWatch
+from agent_infra_core.protocol import EngineLoad, ReplicaRecord
+from agent_infra_core.settings import Config, ModelConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,7 +151,7 @@ def test_what_is_no_configuration_is_refused_and_not_taken_up(text: str, tmp_pat
 
 
 def test_a_configuration_that_was_kept_by_another_version_is_left_alone(tmp_path: Path) -> None:
-    from agent_infra_core.clusters import DeploymentPaths
+    from agent_infra_core.fleet.state import DeploymentPaths
 
     paths = DeploymentPaths(tmp_path)
     assert kept_config(paths) is None

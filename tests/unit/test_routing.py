@@ -10,18 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent_infra_core.configuration import STRATEGY_NAMES
-from agent_infra_core.relay import LiveReplica, ejection_s
-from agent_infra_core.routing import (
-    ANYWHERE,
-    STRATEGIES,
-    AttainedService,
-    Backend,
-    RouteRank,
-    RouteRequest,
-    choose_backend,
-    queue_key,
-)
+from agent_infra_core.protocol import Backend
+from agent_infra_core.relay.replicas import LiveReplica, ejection_s
+from agent_infra_core.routing.admission import AttainedService, queue_key
+from agent_infra_core.routing.strategies import ANYWHERE, STRATEGIES, RouteRank, RouteRequest, choose_backend
+from agent_infra_core.settings import STRATEGY_NAMES
 
 
 @dataclass

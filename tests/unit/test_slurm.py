@@ -14,28 +14,31 @@ from patience import PATIENCE_S
 
 import agent_infra
 from agent_infra_core import __version__
-from agent_infra_core.clusters import (
+from agent_infra_core.control.status import describe_replica
+from agent_infra_core.errors import RefusedError
+from agent_infra_core.fleet.explain import diagnose_job, explain_pending, judge_replica
+from agent_infra_core.fleet.parse import (
     JobEnd,
     SlurmJob,
     SlurmNode,
     Submission,
-    diagnose_job,
-    engine_bind_host,
-    explain_pending,
-    judge_replica,
     parse_gres,
     parse_job_end,
     parse_nodes,
     parse_squeue,
-    place_replicas,
-    replica_shape,
     squeue_format,
 )
-from agent_infra_core.configuration import ContainerConfig, ModelConfig, PartitionConfig, SlurmConfig
-from agent_infra_core.controller import describe_replica
-from agent_infra_core.errors import RefusedError
-from agent_infra_core.node import ReplicaRecord
-from agent_infra_core.templates import JobRequest, job_directives, job_name, job_replicas, render_job, shell_words
+from agent_infra_core.fleet.place import (
+    JobRequest,
+    engine_bind_host,
+    job_name,
+    job_replicas,
+    place_replicas,
+    replica_shape,
+)
+from agent_infra_core.protocol import ReplicaRecord
+from agent_infra_core.settings import ContainerConfig, ModelConfig, PartitionConfig, SlurmConfig
+from agent_infra_core.templates import job_directives, render_job, shell_words
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEMPLATES = Path(agent_infra.__file__).parent / "slurm_templates"

@@ -13,15 +13,16 @@ from typing import Any
 import jsonschema
 from stats_schema import SCHEMA, check_stats
 
-from agent_infra_core.engines import ReplicaFailure
-from agent_infra_core.node import GpuSample, ReplicaRecord
-from agent_infra_core.routing import Backend
-from agent_infra_core.tracking import (
+from agent_infra_core.insight.tracker import Tracker
+from agent_infra_core.insight.turns import TurnRecord
+from agent_infra_core.protocol import (
+    Backend,
+    GpuSample,
+    ReplicaFailure,
+    ReplicaRecord,
     SessionEnded,
-    Tracker,
     TurnAnswering,
     TurnFinished,
-    TurnRecord,
     TurnSent,
     TurnStarted,
 )

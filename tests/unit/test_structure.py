@@ -12,7 +12,7 @@ from pathlib import Path
 from patience import PATIENCE_S
 
 import agent_infra
-from agent_infra_core.configuration import (
+from agent_infra_core.settings import (
     ClusterConfig,
     ContainerConfig,
     HeadersConfig,

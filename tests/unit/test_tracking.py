@@ -7,21 +7,20 @@ from typing import Any
 import pytest
 from stats_schema import check_stats
 
-from agent_infra_core.engines import ReplicaFailure
-from agent_infra_core.node import GpuSample, ReplicaRecord
-from agent_infra_core.routing import Backend
-from agent_infra_core.tracking import (
-    MAX_TURN_S,
+from agent_infra_core.insight.tracker import StatsDocument, Tracker, encode_stats
+from agent_infra_core.insight.turns import MAX_TURN_S
+from agent_infra_core.protocol import (
+    STATS_PREFIX,
+    Backend,
+    GpuSample,
+    ReplicaFailure,
+    ReplicaRecord,
     SessionEnded,
-    StatsDocument,
-    Tracker,
     TurnAnswering,
     TurnFinished,
     TurnSent,
     TurnStarted,
-    encode_stats,
 )
-from agent_infra_core.wire import STATS_PREFIX
 
 
 class Clock:
@@ -531,7 +530,7 @@ def test_think_time_is_from_the_answer_before_to_the_request(tracker: Tracker, c
 
 
 def test_what_nobody_takes_is_bounded(tracker: Tracker, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent_infra_core.tracking.MAX_UNTAKEN_TURNS", 10)
+    monkeypatch.setattr("agent_infra_core.insight.turns.MAX_UNTAKEN_TURNS", 10)
     for number in range(25):
         finish(tracker, clock, str(number))
     assert [record.turn for record in tracker.take_records()[0]] == [str(number) for number in range(15, 25)]

@@ -4,7 +4,10 @@ from typing import Any
 
 import pytest
 
-from agent_infra_core.tracking import LISTED_ALERTS, Tracker, TurnFinished, TurnRecord, TurnStarted
+from agent_infra_core.insight.alerts import LISTED_ALERTS
+from agent_infra_core.insight.tracker import Tracker
+from agent_infra_core.insight.turns import TurnRecord
+from agent_infra_core.protocol import TurnFinished, TurnStarted
 
 
 class Driver:

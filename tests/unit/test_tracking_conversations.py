@@ -11,9 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent_infra_core.relay import Codec
-from agent_infra_core.tracking import SessionEnded, Tracker, TurnFinished, TurnRecord, TurnStarted
-from agent_infra_core.wire import BodyDecoder, EventStream, conversation_key, encode_chunk
+from agent_infra_core.http.bodies import BodyDecoder, encode_chunk
+from agent_infra_core.http.events import EventStream, conversation_key
+from agent_infra_core.insight.tracker import Tracker
+from agent_infra_core.insight.turns import TurnRecord
+from agent_infra_core.protocol import SessionEnded, TurnFinished, TurnStarted
+from agent_infra_core.relay.bodies import Codec
 
 CODEC = Codec()
 Message = dict[str, Any]
@@ -159,7 +162,7 @@ def test_an_anthropic_answer_is_known_again_streamed_or_not() -> None:
 
 
 def test_an_answer_longer_than_can_be_kept_is_not_known_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent_infra_core.relay.MAX_TRACED_BYTES", 1000)
+    monkeypatch.setattr("agent_infra_core.http.events.MAX_TRACED_BYTES", 1000)
     assert stream_print(sse(*[delta(content="x" * 40)] * 60)) is None
 
 
@@ -307,7 +310,7 @@ def test_the_queue_names_the_sessions_that_were_found(agents: Agents) -> None:
 
 
 def test_what_is_remembered_of_answers_is_bounded(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent_infra_core.tracking.MAX_CONVERSATIONS", 3)
+    monkeypatch.setattr("agent_infra_core.insight.sessions.MAX_CONVERSATIONS", 3)
     found = [agents.take_turn(START, says(str(number))) for number in range(5)]
     assert agents.take_turn([*START, says("4"), user("x")], says("y")) == found[4]
     assert agents.take_turn([*START, says("0"), user("x")], says("y")) not in found

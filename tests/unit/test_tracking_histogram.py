@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent_infra_core.tracking import Histogram, RecentHistogram
+from agent_infra_core.insight.rates import RecentHistogram
+from agent_infra_core.protocol import Histogram
 
 durations = st.floats(min_value=0, max_value=1e12, allow_nan=False)
 

@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent_infra_core.routing import Backend
-from agent_infra_core.tracking import (
-    TOTAL_OF_OUTCOME,
+from agent_infra_core.insight.tracker import TOTAL_OF_OUTCOME, Tracker
+from agent_infra_core.protocol import (
+    Backend,
     EventBatch,
     SessionEnded,
-    Tracker,
     TurnAnswering,
     TurnEvent,
     TurnFinished,

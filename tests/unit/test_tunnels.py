@@ -14,21 +14,15 @@ from typing import Any
 import pytest
 from patience import PATIENCE_S
 
-from agent_infra_core.clusters import HostUnreachableError
-from agent_infra_core.configuration import SshConfig
-from agent_infra_core.node import ReplicaRecord
-from agent_infra_core.tunnels import (
-    LoginError,
-    SshCommands,
-    SshRoute,
-    TunnelChild,
-    _paramiko,
-    explain_openssh,
-    known_host_keys,
-    ssh_route,
-    tunnel_mode,
-    why_openssh,
-)
+from agent_infra_core.host import HostUnreachableError
+from agent_infra_core.protocol import ReplicaRecord
+from agent_infra_core.settings import SshConfig
+from agent_infra_core.ssh.child import TunnelChild, explain_openssh
+from agent_infra_core.ssh.host_keys import known_host_keys
+from agent_infra_core.ssh.login import SshCommands
+from agent_infra_core.ssh.openssh import why_openssh
+from agent_infra_core.ssh.routes import LoginError, SshRoute, _paramiko, ssh_route
+from agent_infra_core.ssh.tunnels import tunnel_mode
 
 ROUTE = SshRoute("login", "10.0.0.1", 22, "me", "10.0.0.1", ("~/.ssh/known_hosts",))
 RECORD = ReplicaRecord("m-1", "m", "ready", "vllm", "gpu07", 1, "stamp", host="0.0.0.0", port=5900)

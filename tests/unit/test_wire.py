@@ -10,34 +10,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import agent_infra_core.wire as wire_module
-from agent_infra_core.wire import (
-    AnswerHead,
-    BodyDecoder,
-    EventStream,
-    FrameReader,
-    HeaderLines,
-    RequestHead,
-    WireError,
-    encode_chunk,
-    encode_frame,
-    error_document,
-    error_event,
-    forwarded_head,
-    split_inference_path,
-)
+import agent_infra_core.http.heads as heads_module
+from agent_infra_core.http.bodies import BodyDecoder, encode_chunk
+from agent_infra_core.http.errors import WireError, error_document, error_event
+from agent_infra_core.http.events import EventStream
+from agent_infra_core.http.heads import AnswerHead, HeaderLines, RequestHead, forwarded_head, split_inference_path
+from agent_infra_core.protocol import FrameReader, encode_frame
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: t\r\n"
 
 
 def parse_request_head(head: bytes) -> RequestHead:
-    return wire_module.parse_request_head(
+    return heads_module.parse_request_head(
         head, HeaderLines(frozenset((b"host", b"connection", b"content-length", b"upgrade")))
     )
 
 
 def parse_answer_head(head: bytes) -> AnswerHead:
-    return wire_module.parse_answer_head(head, HeaderLines(frozenset()))
+    return heads_module.parse_answer_head(head, HeaderLines(frozenset()))
 
 
 def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
@@ -139,7 +129,7 @@ def test_lines_seen_before_are_read_as_if_they_were_the_first() -> None:
     known = HeaderLines(frozenset())
     for length, value in ((4, b"a"), (5, b"a"), (5, b"b"), (4, b"a")):
         head = HEAD + b"X-Session-ID: %b\r\nContent-Length: %d\r\n\r\n" % (value, length)
-        request = wire_module.parse_request_head(head, known)
+        request = heads_module.parse_request_head(head, known)
         assert (request.length, request.fields[b"x-session-id"]) == (length, value)
 
 
@@ -147,7 +137,7 @@ def test_a_refused_line_is_not_remembered() -> None:
     known = HeaderLines(frozenset())
     for _ in range(2):
         with pytest.raises(WireError):
-            wire_module.parse_request_head(HEAD + b"X : 1\r\n\r\n", known)
+            heads_module.parse_request_head(HEAD + b"X : 1\r\n\r\n", known)
 
 
 def test_no_header_can_be_smuggled_to_the_replica() -> None:

@@ -12,37 +12,36 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent_infra_core.configuration import HeadersConfig
-from agent_infra_core.relay import Codec, HeadReader, LabelReader
-from agent_infra_core.wire import (
-    _NOT_FORWARDED,
-    INFERENCE_PATHS,
+from agent_infra_core.http.bodies import (
     LAST_CHUNK,
     MAX_CHUNK_LINE_BYTES,
+    MAX_TRAILER_LINES,
+    BodyDecoder,
+    chunk_opening,
+    encode_chunk,
+)
+from agent_infra_core.http.errors import WireError
+from agent_infra_core.http.events import MAX_LESSONS, NO_DIGEST, EventStream, event_document, holds_whole_events
+from agent_infra_core.http.heads import (
+    _NOT_FORWARDED,
+    INFERENCE_PATHS,
     MAX_KNOWN_HEAD_BYTES,
     MAX_KNOWN_HEADS,
-    MAX_LESSONS,
     MAX_REQUEST_LINE_BYTES,
-    MAX_TRAILER_LINES,
-    NO_DIGEST,
-    BodyDecoder,
-    EventStream,
-    FrameReader,
     HeaderLines,
     RepeatedHead,
     RequestHead,
-    WireError,
-    chunk_opening,
-    encode_chunk,
-    encode_frame,
-    event_document,
     forwarded_head,
-    holds_whole_events,
     parse_answer_head,
     parse_request_head,
     returned_head,
     split_inference_path,
 )
+from agent_infra_core.protocol import FrameReader, encode_frame
+from agent_infra_core.relay.bodies import Codec
+from agent_infra_core.relay.turn import LabelReader
+from agent_infra_core.relay.upstream import HeadReader
+from agent_infra_core.settings import HeadersConfig
 
 bounded = settings(max_examples=100, deadline=None, derandomize=True, print_blob=True)
 

@@ -1,0 +1,326 @@
+"""The control plane of one deployment: relay, replica table, tracker and /stats, kept in step."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from agent_infra_core.control.bookkeeping import Bookkeeper
+from agent_infra_core.control.discovery import DISCOVERY_INTERVAL_S, STOP_S, Discovery, replica_table
+from agent_infra_core.control.link import (
+    DRAIN_S,
+    RELAY_END_S,
+    RELAY_RETRY_S,
+    RELAY_SILENCE_S,
+    RelayGoneError,
+    RelayLink,
+)
+from agent_infra_core.control.status import describe_replica
+from agent_infra_core.fleet.state import DeploymentPaths
+from agent_infra_core.host import append_line
+from agent_infra_core.http.errors import error_document
+from agent_infra_core.insight.metrics import METRICS_TYPE
+from agent_infra_core.insight.tracker import Tracker, encode_stats
+from agent_infra_core.protocol import (
+    FRAME_ANSWER,
+    FRAME_EVENTS,
+    FRAME_GAUGES,
+    FRAME_REQUEST,
+    FRAME_STATS,
+    FRAME_TABLE,
+    Backend,
+    ReplicaRecord,
+    decode_events,
+)
+from agent_infra_core.settings import Config, proxy_url
+from agent_infra_core.ssh.tunnels import TunnelSet
+
+SNAPSHOT_INTERVAL_S = 1.0
+WATCHED_S = 10.0  # that /stats documents are made ahead after one was read
+
+
+class StatsMaker:
+    """Makes the /stats document and has it sent: every second while somebody reads it, else when one is asked for."""
+
+    def __init__(
+        self, tracker: Tracker, books: Bookkeeper, strategy: str, send: Callable[[bytes, bytes], None]
+    ) -> None:
+        """``send`` takes a frame's kind and its payload."""
+        self._tracker, self._books, self._strategy, self._send = tracker, books, strategy, send
+        self._document: Mapping[str, Any] = {}
+        self._due = 0.0  # until then the document is new enough
+        self._watched_until = 0.0
+        self._reads = 0  # as the relay counts them
+
+    def note_reads(self, reads: int) -> None:
+        """How often /stats was read, at the relay's count, which begins anew with each relay."""
+        if reads > self._reads:
+            self._watched_until = time.monotonic() + WATCHED_S
+        self._reads = reads
+
+    def relay_replaced(self) -> None:
+        """The next relay has no document yet."""
+        self._due = 0.0
+
+    def look(self, records: Sequence[Mapping[str, Any]], table: Sequence[Backend]) -> None:
+        """Once a second; ``records`` and ``table`` as Tracker.replicas takes them."""
+        if is_watched := time.monotonic() < self._watched_until:
+            self._make(records, table)
+        replicas = self._document["backends"] if is_watched else self._tracker.replicas(records, table)
+        self._books.analyse(replicas, is_watched)
+
+    def fresh(self, records: Sequence[Mapping[str, Any]], table: Sequence[Backend]) -> Mapping[str, Any]:
+        """The document, which the relay has then: no older than a second."""
+        if time.monotonic() >= self._due:
+            self._make(records, table)
+        return self._document
+
+    def _make(self, records: Sequence[Mapping[str, Any]], table: Sequence[Backend]) -> None:
+        snapshot = self._tracker.snapshot(records, table, self._strategy)
+        self._document = {**snapshot, **self._books.document()}
+        self._due = time.monotonic() + SNAPSHOT_INTERVAL_S
+        self._send(FRAME_STATS, encode_stats(self._document))
+
+
+class ControllerLog:
+    """The controller's lines in the proxy's log, which it shares with the relay."""
+
+    def __init__(self, path: Path, form: str) -> None:
+        """``form`` is text or json."""
+        self._path, self._form = path, form
+        self._told: dict[str, str] = {}  # replica → what was said of it last
+
+    def say(self, message: str, level: str = "info") -> None:
+        at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        line = f"{at} {level} controller: {message}"
+        if self._form == "json":
+            line = json.dumps({"at": at, "level": level, "role": "controller", "message": message})
+        append_line(self._path, line)
+
+    def note_changes(self, records: Sequence[ReplicaRecord]) -> None:
+        """Say which replicas changed, and to what."""
+        told = {record.replica: describe_replica(record) for record in records}
+        for replica, words in told.items():
+            if self._told.get(replica) != words:
+                self.say(f"{replica} is {words}")
+        for replica in self._told.keys() - told.keys():
+            self.say(f"{replica} is gone")
+        self._told = told
+
+
+class Controller:
+    """The control plane of one deployment: keeps relay, replica table and tracker in step, in one thread of its own."""
+
+    def __init__(
+        self,
+        config: Config,
+        paths: DeploymentPaths,
+        look: Callable[[], Sequence[ReplicaRecord]],
+        *,
+        keys: tuple[str, str | None],
+        log_format: str = "text",
+        pause_s: float = DISCOVERY_INTERVAL_S,
+        tunnels: TunnelSet | None = None,
+    ) -> None:
+        """``look`` finds the replicas, ``tunnels`` lead to them; ``keys`` are the clients' key and the replicas'."""
+        self._config, self._paths, self.tunnels = config, paths, tunnels
+        client_key, self._replica_key = keys
+        self._settings = {
+            "proxy": {**dataclasses.asdict(config.proxy), "api_key": client_key},
+            "headers": dataclasses.asdict(config.headers),
+            "log_format": log_format,
+            "drain_seconds": DRAIN_S,
+        }
+        self._journal = ControllerLog(paths.log("proxy"), log_format)
+        self._log = self._journal.say
+        warn = functools.partial(self._log, level="warning")
+        self.discovery = Discovery(look, max(pause_s, DISCOVERY_INTERVAL_S), warn)
+        self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
+        self._tracker = Tracker(time.time)
+        self._books = Bookkeeper(config, paths, self._tracker, self._log)
+        self._stats = StatsMaker(self._tracker, self._books, config.proxy.strategy, self.relay.send)
+        self.expected: frozenset[str] = frozenset()  # models about to be started; replaced as a whole
+        self._drained: frozenset[str] = frozenset()
+        self._known: dict[str, tuple[str | None, str]] = {}  # replica → its job and process
+        self._looked: Sequence[ReplicaRecord] | None = None  # discovery's records that the relay was told of
+        self._records: Sequence[ReplicaRecord] = ()  # the same, with this side's ends of the tunnels
+        self._seen: tuple[Any, ...] = (None, None, None)  # what _sent_table was made of
+        self._sent_table: Any = None
+        self._stop = threading.Event()
+        self._ending = threading.Event()  # set by the thread that drains: a relay that ends now is meant to
+        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
+        self._heard_at = 0.0
+        self.failure: BaseException | None = None
+
+    @property
+    def url(self) -> str:
+        """The proxy's address as a client on this machine types it."""
+        return proxy_url(self._config.proxy.host, self.relay.port)
+
+    def start(self) -> None:
+        """Take over or start the relay, then keep everything in step in a thread until stop()."""
+        self.relay.open()
+        self._books.open()
+        self.discovery.start()
+        self._thread.start()
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread.is_alive()
+
+    def refresh(self, deadline_s: float = 5.0) -> None:
+        """Look at the replicas now, and return once the relay was told what is to be seen."""
+        self.discovery.look()
+        deadline = time.monotonic() + deadline_s
+        while self._looked is not self.discovery.records and self.is_running and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def stop(self, grace_s: float = DRAIN_S) -> None:
+        """Let turns in flight end (``grace_s`` at most), end the relay and the threads. Safe to call again."""
+        if self._thread.is_alive() and grace_s > 0:
+            self._ending.set()
+            self.relay.terminate()
+            # Longer than the relay's own patience: at its end it still tells the clients of the turns that it cuts.
+            self._thread.join(timeout=grace_s + RELAY_END_S)
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=STOP_S)
+        if is_stuck := self._thread.is_alive():
+            self._ending.set()
+            self.relay.close()  # it ends what the thread may be waiting for, and the thread by that
+            self._thread.join(timeout=STOP_S)
+            if is_stuck := self._thread.is_alive():
+                lost = "the history lacks the turns and the replica time that it has not handed on"
+                self._log(f"the controller's thread still works and is left behind; {lost}", "warning")
+        self.discovery.stop()
+        self._books.close(takes_rest=not is_stuck)
+        self.relay.close()
+        if self.tunnels is not None:
+            self.tunnels.close()
+
+    def _run(self) -> None:
+        """The thread: never ends by an error of the relay, which is replaced, only by stop()."""
+        try:
+            sample_due = 0.0
+            self._heard_at = time.monotonic()
+            while not self._stop.is_set():
+                try:
+                    self._exchange(max(0.0, min(0.25, sample_due - time.monotonic())))
+                    if time.monotonic() >= sample_due:
+                        sample_due = time.monotonic() + SNAPSHOT_INTERVAL_S
+                        self._stats.look(*self._replicas())
+                except RelayGoneError as error:
+                    self._hear(frame for frame in self.relay.rest() if frame[0] != FRAME_REQUEST)
+                    if self._ending.is_set():
+                        return
+                    self._replace_relay(error)
+        except BaseException as error:
+            self.failure = error
+            self._log(f"the controller failed: {traceback.format_exc().strip()}", "error")
+            raise
+
+    def _exchange(self, timeout: float) -> None:
+        """Send the table if it changed, take in what the relay says."""
+        looked = self.discovery.records
+        records = self.tunnels.follow(looked) if self.tunnels is not None else looked
+        if self._looked is not looked or records != self._records:
+            self._records = records
+            self._forget_drained(records)
+        awaited = self.tunnels.awaited() if self.tunnels is not None else None
+        seen = (self._records, self._drained, self.expected | awaited if awaited else self.expected)
+        if self._sent_table is None or any(new is not old for new, old in zip(seen, self._seen, strict=True)):
+            models = [model.name for model in self._config.models]
+            table = replica_table(models, seen[0], self._replica_key, *seen[1:])
+            if table != self._sent_table:
+                first = {"settings": self._settings} if self._sent_table is None else {}
+                self.relay.send(FRAME_TABLE, json.dumps({**first, **table}).encode())
+                self._journal.note_changes(seen[0])
+                self._sent_table = table
+            self._seen = seen
+        self._looked = looked
+        self._hear(self.relay.receive(timeout))
+        self._books.take()
+        if time.monotonic() - self._heard_at > RELAY_SILENCE_S:
+            raise RelayGoneError(f"the relay (pid {self.relay.pid}) said nothing for {RELAY_SILENCE_S:g} s")
+
+    def _hear(self, frames: Iterable[tuple[bytes, bytes]]) -> None:
+        """Take in what the relay says."""
+        for kind, payload in frames:
+            self._heard_at = time.monotonic()
+            try:
+                self._take(kind, payload)
+            except RelayGoneError:
+                raise
+            except Exception as error:  # noqa: BLE001  a bug, or a package that is missing, must not end the controller
+                self._log(f"a frame {kind!r} of the relay cannot be taken, and is left out: {error!r}")
+
+    def _forget_drained(self, records: Sequence[ReplicaRecord]) -> None:
+        """A replica that is gone, or was started anew under its name, is drained no longer."""
+        known = {record.replica: (record.job_id, record.process) for record in records}
+        self._drained = frozenset(name for name in self._drained & known.keys() if known[name] == self._known.get(name))
+        self._known = known
+
+    def _take(self, kind: bytes, payload: bytes) -> None:
+        """One frame of the relay."""
+        if kind == FRAME_EVENTS:
+            self._books.observe(*decode_events(payload))
+        elif kind == FRAME_GAUGES:
+            gauges = json.loads(payload)
+            self._tracker.sample(gauges)
+            self._books.sample(self._records, gauges)
+            self._stats.note_reads(gauges.get("stats_read", 0))
+        elif kind == FRAME_REQUEST:
+            self._do(json.loads(payload))
+
+    def _do(self, request: Mapping[str, Any]) -> None:
+        """What somebody asked for over HTTP."""
+        if request["op"] in ("stats", "metrics"):
+            stats = self._stats.fresh(*self._replicas())
+            body = self._books.metrics(stats).decode() if request["op"] == "metrics" else ""
+            self._answer(request, 200, METRICS_TYPE, body)
+            return
+        if request["op"] == "session":
+            document = self._tracker.session(request["session"])
+            error = "there is no session of this name, or it was forgotten; /stats lists those that are known"
+            body = json.dumps(document) if document else error_document(404, error, None, False).decode()
+            self._answer(request, 200 if document else 404, "application/json", body)
+            return
+        backend = {request["backend"]}
+        self._drained = self._drained | backend if request["op"] == "drain" else self._drained - backend
+
+    def _answer(self, request: Mapping[str, Any], status: int, content_type: str, body: str) -> None:
+        answer = {"id": request["id"], "status": status, "type": content_type, "body": body}
+        self.relay.send(FRAME_ANSWER, json.dumps(answer).encode())
+
+    def _replace_relay(self, why: RelayGoneError) -> None:
+        """Speak to the relay anew if it still answers, since it serves; else start another, at once.
+
+        One that cannot be started is tried again, at a bounded rate, until stop().
+        """
+        self._sent_table = None
+        self._stats.relay_replaced()
+        if self.relay.reconnect():
+            self._log(f"{why}; connected to it again")
+        else:
+            self._log(f"{why}; starting another")
+            self._tracker.relay_restarted()
+            try:
+                self.relay.spawn()
+            except (RelayGoneError, OSError, ValueError) as error:
+                # OSError: no process or no descriptor is to be had now. ValueError: close() came in between.
+                self._log(str(error))
+                self._stop.wait(RELAY_RETRY_S)
+        self._heard_at = time.monotonic()
+
+    def _replicas(self) -> tuple[list[dict[str, Any]], list[Backend]]:
+        """As the tracker takes them."""
+        tunnels = self.tunnels.rows() if self.tunnels is not None else {}
+        records = [{**dataclasses.asdict(record), "tunnel": tunnels.get(record.replica)} for record in self._records]
+        return records, [Backend(**row) for row in self._sent_table["backends"]]

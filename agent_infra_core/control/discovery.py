@@ -1,0 +1,91 @@
+"""Looks at the replicas, and makes the relay's table of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from agent_infra_core.errors import AgentInfraError
+from agent_infra_core.protocol import Backend, ReplicaRecord
+
+DISCOVERY_INTERVAL_S = 0.5
+STOP_S = 10.0  # that each thread of the controller has to end
+
+
+class Discovery:
+    """Looks at the replicas every ``interval_s``, in a thread of its own, because a look may block.
+
+    ``warn`` is told when looks begin to fail, and when they fail for another reason.
+    """
+
+    def __init__(
+        self, look: Callable[[], Sequence[ReplicaRecord]], interval_s: float, warn: Callable[[str], None]
+    ) -> None:
+        self._look, self._interval_s, self._warn = look, interval_s, warn
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="discovery", daemon=True)
+        self.records: Sequence[ReplicaRecord] = ()  # replaced as a whole, so that readers need no lock
+        self.error: str | None = None
+
+    def start(self) -> None:
+        self.look()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread, or leave it behind in a look that takes long: whatever that finds, nobody acts on it."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=STOP_S)
+            if self._thread.is_alive():
+                self._warn(
+                    "a look at the replicas still goes on; it is left behind, and a handover that it may be at too"
+                )
+
+    def look(self) -> None:
+        """One look; what goes wrong is kept in ``error`` and leaves the last records standing."""
+        try:
+            self.records, self.error = self._look(), None
+        except Exception as error:  # noqa: BLE001  a look that fails must not end discovery
+            problem = str(error) if isinstance(error, AgentInfraError) else f"{type(error).__name__}: {error}"
+            if problem != self.error:
+                self._warn(f"the replicas cannot be looked at, so what was seen last stands: {problem}")
+            self.error = problem
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            self.look()
+
+
+def replica_table(
+    models: Sequence[str],
+    records: Iterable[ReplicaRecord],
+    key: str | None,
+    drained: frozenset[str] = frozenset(),
+    expected: frozenset[str] = frozenset(),
+) -> dict[str, Any]:
+    """The payload of FRAME_TABLE but for the settings: who can serve what, and which models are still loading.
+
+    ``drained`` are replicas that an operator drained, ``expected`` models whose replicas are about to be started.
+    """
+    backends, loading = [], set(expected)
+    for record in records:
+        if record.state in ("pending", "starting", "loading"):
+            loading.add(record.model)
+        if record.state not in ("ready", "draining") or record.port is None:
+            continue
+        state = "draining" if record.replica in drained else record.state
+        backend = Backend(
+            id=record.replica,
+            model=record.model,
+            host=record.host,
+            port=record.port,
+            telemetry_port=record.telemetry_port,
+            key=key,
+            state=state,
+            slots=record.slots,
+            node=record.node,
+        )
+        backends.append(dataclasses.asdict(backend))
+    return {"models": list(models), "loading": sorted(loading), "backends": backends}

@@ -1,0 +1,216 @@
+"""Handover: a replica is replaced before the walltime of its job ends. Planned (pure), and carried out."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import re
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from agent_infra_core.control.link import DRAIN_S
+from agent_infra_core.control.status import SERVING_STATES, describe_replica
+from agent_infra_core.errors import AgentInfraError
+from agent_infra_core.fleet.place import HANDOVER_RESERVE_S
+from agent_infra_core.fleet.slurm import SlurmCluster
+from agent_infra_core.fleet.state import DeploymentPaths
+from agent_infra_core.host import write_atomically
+from agent_infra_core.protocol import ReplicaRecord, _known_fields
+
+if TYPE_CHECKING:
+    from agent_infra_core.control.deployment import Deployment
+
+HANDOVER_MARGIN = 1.5  # times what a replica was seen to need until it was ready
+HANDOVER_LIFE_SHARE = 0.75  # of the walltime, at most: else long queues would have every replica replaced at once
+HANDOVER_ATTEMPTS = 3  # successors that fail, before it is given up
+HANDOVER_RETRY_S = 60.0  # between the first and the second of these, at least; doubled each time
+
+# Reasons for which a successor waits until its predecessor has ended, because the two count against one limit.
+_LIMIT_REASON = re.compile(r"(QOS|Assoc)(Max|Grp)\w*|Max\w*Per(User|Account)\w*|Licenses")
+
+
+@dataclass(frozen=True)
+class Succession:
+    """A replica that is being replaced; handover.json keeps these by the name of the replica."""
+
+    job: str | None  # the replica's: another job of its name is another replica
+    successor: str
+    is_after: bool = False  # the successor starts when the replica has ended, for a limit does not allow both
+    attempts: int = 1
+    note: str = ""  # for `status`
+    at: float = 0.0  # when that was submitted, or was to be (s since the epoch)
+
+
+@dataclass(frozen=True)
+class HandoverStep:
+    """What is to be done next about one replica."""
+
+    action: str  # submit | give up | postpone (a limit does not allow both) | drain (and end once idle) | forget
+    replica: str
+    reason: str  # for the log
+
+
+def handover_lead_s(record: ReplicaRecord, records: Iterable[ReplicaRecord], now: float) -> float:
+    """How long before the end of its walltime a replica's successor is to be submitted.
+
+    From the longest wait in the queue and the longest loading time that its model's replicas had.
+    """
+    peers = [peer for peer in records if peer.model == record.model]
+    wait_s = max((peer.queue_wait_s or 0.0 for peer in peers), default=0.0)
+    load_s = max((peer.ready_at - peer.started_at for peer in peers if peer.ready_at), default=0.0)
+    walltime_s = (record.time_left_s or 0.0) + max(0.0, now - record.started_at)
+    return min(HANDOVER_MARGIN * (wait_s + load_s) + HANDOVER_RESERVE_S, HANDOVER_LIFE_SHARE * walltime_s)
+
+
+def plan_handover(
+    records: Sequence[ReplicaRecord], successions: Mapping[str, Succession], now: float
+) -> list[HandoverStep]:
+    """The next step for every replica whose walltime nears its end, or that is being replaced already.
+
+    ``now`` is s since the epoch.  Steps may come again at the next look, until they have had their effect.
+    """
+    known = {record.replica: record for record in records}
+    steps = [_succession_step(known, replica, succession, now) for replica, succession in successions.items()]
+    for record in records:
+        is_followed = record.replica in successions and successions[record.replica].job == record.job_id
+        if record.state == "ready" and record.time_left_s is not None and not is_followed:
+            lead_s = handover_lead_s(record, records, now)
+            if record.time_left_s < lead_s:
+                reason = f"{record.replica} has {record.time_left_s:.0f} s left, a successor needs up to {lead_s:.0f} s"
+                steps.append(HandoverStep("submit", record.replica, reason))
+    return [step for step in steps if step]
+
+
+def _succession_step(
+    known: Mapping[str, ReplicaRecord], replica: str, succession: Succession, now: float
+) -> HandoverStep | None:
+    """What is next for a replica that has a successor; None: to wait."""
+    old, new = known.get(replica), known.get(succession.successor)
+    if old is None or old.job_id != succession.job or old.state in ("stopped", "failed"):
+        return HandoverStep("forget", replica, f"{replica} has ended, {succession.successor} takes its place")
+    if new is None or new.state in ("stopped", "failed"):
+        why = f"{succession.successor}, to replace {replica}, is {describe_replica(new) if new else 'gone'}"
+        if not succession.successor:
+            why = f"the successor of {replica} {succession.note}"
+        if succession.attempts >= HANDOVER_ATTEMPTS:
+            return HandoverStep("give up", replica, f"{why}; it was the last of {HANDOVER_ATTEMPTS} attempts")
+        if now < succession.at + HANDOVER_RETRY_S * 2 ** (succession.attempts - 1):
+            return None  # what made it fail, a bad node or a limit, may take a while to pass
+        return HandoverStep("submit", replica, f"{why}; another is submitted")
+    if new.state == "ready":
+        return HandoverStep("drain", replica, f"{new.replica} is ready and takes over from {replica}")
+    if new.state == "pending" and not succession.is_after and _LIMIT_REASON.fullmatch(new.pending_reason or ""):
+        reason = f"{new.pending_reason} does not allow {new.replica} beside {replica}: it starts once that has ended"
+        return HandoverStep("postpone", replica, reason)
+    return None
+
+
+def read_successions(paths: DeploymentPaths) -> dict[str, Succession]:
+    """Replica → what replaces it, as a controller noted it."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        told = json.loads(paths.handover.read_text(encoding="utf-8"))
+        return {name: Succession(**_known_fields(Succession, each)) for name, each in told.items()}
+    return {}
+
+
+class Handover:
+    """Replaces replicas before the walltime of their jobs ends; handover.json says what is under way.
+
+    Its steps are taken where the replicas are looked at, after each look, so that they never act on an older one.
+    """
+
+    def __init__(self, deployment: Deployment, cluster: SlurmCluster) -> None:
+        self._deployment, self._cluster = deployment, cluster
+        self._log = deployment.report
+        self._successions = read_successions(deployment.paths)
+        self._lock = threading.Lock()
+        self._told: dict[str, tuple[str, Succession | None]] = {}  # replica → the step that the log told of, on what
+        self._problem: str | None = None  # the error that the log told of
+
+    def follow(self, records: Sequence[ReplicaRecord]) -> None:
+        """Take the next steps, if need be; nothing while Slurm does not answer."""
+        if not self._cluster.problem and self._lock.acquire(blocking=False):
+            try:
+                self._follow({record.replica: record for record in records})
+                self._problem = None
+            except Exception as error:  # noqa: BLE001  whatever fails here must not keep the replicas from being seen
+                if self._problem != repr(error):
+                    self._log(f"handover: {error!r}; it is tried again at each look")
+                self._problem = repr(error)
+            finally:
+                self._lock.release()
+
+    def _follow(self, known: Mapping[str, ReplicaRecord]) -> None:
+        steps = plan_handover(list(known.values()), self._successions, time.time())
+        for step in steps:
+            told = (step.action, self._successions.get(step.replica))
+            if self._told.get(step.replica) != told:
+                self._told[step.replica] = told
+                self._log(f"handover: {step.reason}")
+        for job in dict.fromkeys(known[step.replica].job_id for step in steps if step.action == "submit"):
+            together = [known[s.replica] for s in steps if s.action == "submit" and known[s.replica].job_id == job]
+            self._submit(together)
+        for step in steps:
+            if step.action == "postpone":
+                self._postpone(known[step.replica])
+            elif step.action == "drain":
+                self._drain(step.replica)
+            elif step.action == "forget":
+                self._forget(step.replica, known)
+
+    def _submit(self, olds: Sequence[ReplicaRecord], after: str | None = None) -> None:
+        """Submit successors of replicas that one job holds; where that fails, later, or once they have ended."""
+        [model] = self._deployment.select_models(olds[0].model)
+        former = [self._successions.get(old.replica) for old in olds]
+        attempts = [
+            each.attempts + 1 if each and each.job == old.job_id else 1 for each, old in zip(former, olds, strict=True)
+        ]
+        names = ["" for _ in olds]
+        note = "starts once it has ended, and takes over" if after else ""
+        try:
+            prepared = self._cluster.prepare(dataclasses.replace(model, replicas=len(olds)))
+            names = [record.replica for record in self._cluster.start_replicas(prepared, len(olds), after=after)]
+        except (AgentInfraError, OSError) as error:  # an attempt all the same: the job may be there
+            note = f"cannot be submitted yet: {error}"
+            self._log(f"handover: the successor of {olds[0].replica} {note}")
+        for old, name, count in zip(olds, names, attempts, strict=True):
+            self._note(old.replica, Succession(old.job_id, name, bool(after) or not name, count, note, time.time()))
+
+    def _postpone(self, old: ReplicaRecord) -> None:
+        successor = self._successions[old.replica].successor
+        self._cluster.stop([successor], now=True)
+        self._cluster.wait_stopped([successor], time.monotonic() + DRAIN_S)
+        self._submit([old], after=old.job_id)
+
+    def _drain(self, replica: str) -> None:
+        """No new turns for it; once it has none any more, it ends."""
+        proxy = self._deployment.proxy()
+        if proxy is not None and proxy.drain(replica) == 0:
+            self._cluster.stop([replica])
+
+    def _forget(self, replica: str, known: Mapping[str, ReplicaRecord]) -> None:
+        """The replica has ended. Where nothing was submitted to replace it, that is possible now."""
+        succession = self._successions[replica]
+        old = known.get(replica)
+        if old is not None and old.job_id == succession.job:
+            self._cluster.wait_stopped([replica], time.monotonic())
+        self._note(replica, None)
+        self._told.pop(replica, None)
+        if not succession.successor and old is not None:
+            serving = [each for each in known.values() if each.model == old.model and each.state in SERVING_STATES]
+            if len(serving) < self._deployment.wanted()[old.model]:
+                [model] = self._deployment.select_models(old.model)
+                self._cluster.start(self._cluster.prepare(model))
+
+    def _note(self, replica: str, succession: Succession | None) -> None:
+        if succession is None:
+            self._successions.pop(replica, None)
+        else:
+            self._successions[replica] = succession
+        document = {name: dataclasses.asdict(each) for name, each in self._successions.items()}
+        with contextlib.suppress(OSError):  # on a full disk the next controller may submit one too many
+            write_atomically(self._deployment.paths.handover, json.dumps(document))

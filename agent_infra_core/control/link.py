@@ -1,0 +1,205 @@
+"""The relay as the controller sees it: started, spoken to, replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from agent_infra_core.errors import SERVING_PACKAGES, AgentInfraError, require_packages
+from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
+from agent_infra_core.host import end_process, listen_on, process_stamp, unix_address, write_atomically
+from agent_infra_core.protocol import FRAME_HELLO, FrameReader, encode_frame
+
+RELAY_START_S = 15.0  # for a relay to import gevent and Flask and open its control socket
+RELAY_SILENCE_S = 15.0  # it reports every second; silent for so long, it is hung and is replaced
+RELAY_END_S = 5.0  # for a relay to end in order once its turns are over, or their time is
+RELAY_RETRY_S = 2.0  # between two starts of a relay that dies at once
+DRAIN_S = 30.0  # that turns in flight have to end before a relay or a replica is stopped
+
+
+class RelayGoneError(AgentInfraError):
+    """The relay's process or its control socket is gone; the controller starts another."""
+
+
+class RelayLink:
+    """The relay process and the control socket to it; owns both, and the listening socket, which outlives any relay."""
+
+    def __init__(self, paths: DeploymentPaths, host: str, port: int) -> None:
+        self._paths, self._host, self.port = paths, host, port
+        self._listener: socket.socket | None = None
+        self._control: socket.socket | None = None
+        self._frames = FrameReader()
+        self._early: list[tuple[bytes, bytes]] = []  # frames that came with the hello
+        self.pid = 0
+        self._stamp: str | None = None
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def open(self) -> None:
+        """Take over the relay that an earlier controller left behind, or else listen and start one."""
+        require_packages(SERVING_PACKAGES)  # it would end at once, and say so in its log alone
+        if self._adopt():
+            return
+        self._listener = listen_on(self._host, self.port)
+        self.port = self._listener.getsockname()[1]
+        self.spawn()
+
+    def _adopt(self) -> bool:
+        """Connect to a relay that still serves this address; end one that serves another."""
+        left = read_relay_record(self._paths)
+        if left is None:
+            return False
+        if left["host"] == self._host and self.port in (0, left["port"]):
+            with contextlib.suppress(RelayGoneError):
+                self.port = left["port"]
+                self._greet(time.monotonic() + 2.0)
+                return True
+        end_process(left["pid"], left["process"], DRAIN_S + RELAY_END_S)
+        return False
+
+    def spawn(self) -> None:
+        """Start a relay on the listening socket and wait until it says hello; RelayGoneError when it does not."""
+        listener = self._listener
+        if listener is None:
+            raise RelayGoneError("there is no listening socket; open() comes first")
+        self.abandon()
+        folder, name = os.path.split(os.path.abspath(__file__))
+        # As a module, Python takes its cached bytecode: a quarter of the time, when every connection waits.
+        command = [sys.executable, "-m", name.removesuffix(".py"), "relay"]
+        command += ["--socket", str(self._paths.relay_socket), "--listener-fd", str(listener.fileno())]
+        with open(self._paths.log("proxy"), "ab") as log:
+            self._child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+                cwd=folder,
+            )
+        self._greet(time.monotonic() + RELAY_START_S)
+
+    def _greet(self, deadline: float) -> None:
+        """Connect to the control socket and read the hello, which carries the listening socket."""
+        self._frames = FrameReader()
+        while True:
+            control = socket.socket(socket.AF_UNIX)
+            descriptors: list[int] = []
+            control.settimeout(5.0)
+            try:
+                with unix_address(str(self._paths.relay_socket)) as address:
+                    control.connect(address)
+                data, descriptors, _, _ = socket.recv_fds(control, 4096, 1)
+                frames = self._frames.feed(data)
+                if frames and descriptors and frames[0][0] == FRAME_HELLO:
+                    break
+                error: object = "it hung up"
+            except (OSError, ValueError) as problem:
+                error = problem
+            control.close()
+            for descriptor in descriptors:
+                os.close(descriptor)
+            child = self._child  # close() may come from another thread, here and below
+            exited = child is not None and child.poll() is not None
+            if exited or time.monotonic() > deadline:
+                raise RelayGoneError(f"the relay does not answer ({error}); see {self._paths.log('proxy')}")
+            time.sleep(0.02)
+        received = socket.socket(fileno=descriptors[0])
+        if self._listener is None:
+            self._listener = received
+        else:
+            received.close()
+        self._early = frames[1:]
+        self._control, self.pid = control, int(json.loads(frames[0][1])["pid"])
+        self._stamp = process_stamp(self.pid)
+        record = {"pid": self.pid, "process": self._stamp, "host": self._host, "port": self.port}
+        with contextlib.suppress(OSError):  # on a full disk it serves all the same
+            write_atomically(self._paths.relay_record, json.dumps(record))
+
+    def reconnect(self) -> bool:
+        """Open a new control connection to the relay that runs; whether it answered."""
+        control = self._control
+        if control is None or process_stamp(self.pid) != self._stamp:
+            return False
+        control.close()
+        self._control = None
+        with contextlib.suppress(RelayGoneError):
+            self._greet(time.monotonic() + 2.0)
+            return True
+        return False
+
+    def send(self, kind: bytes, payload: bytes) -> None:
+        """Send a frame; RelayGoneError when the relay takes none."""
+        control = self._control  # close() may come from another thread
+        try:
+            if control is None:
+                raise OSError("not connected")
+            control.sendall(encode_frame(kind, payload))
+        except OSError as error:
+            raise RelayGoneError(f"the relay (pid {self.pid}) is gone: {error}") from error
+
+    def receive(self, timeout: float) -> list[tuple[bytes, bytes]]:
+        """The frames that arrive within ``timeout`` seconds, perhaps none; RelayGoneError at the end of the stream."""
+        control = self._control
+        if control is None:
+            raise RelayGoneError("the relay is not connected")
+        if self._early:
+            frames, self._early = self._early, []
+            return frames
+        try:
+            if not select.select([control], [], [], timeout)[0]:
+                return []
+            data = control.recv(1 << 20)
+            if not data:
+                raise OSError("it hung up")
+            return self._frames.feed(data)
+        except (OSError, ValueError) as error:
+            raise RelayGoneError(f"the relay (pid {self.pid}) is gone: {error}") from error
+
+    def rest(self) -> list[tuple[bytes, bytes]]:
+        """The frames that came and were not received yet, also of a relay that is gone."""
+        frames, self._early = self._early, []
+        control = self._control
+        with contextlib.suppress(OSError, ValueError):
+            while control is not None and select.select([control], [], [], 0.0)[0]:
+                data = control.recv(1 << 20)
+                if not data:
+                    break
+                frames += self._frames.feed(data)
+        return frames
+
+    def abandon(self) -> None:
+        """Close the control socket and make sure that the relay's process is gone."""
+        control, self._control = self._control, None
+        stamp, self._stamp = self._stamp, None
+        child, self._child = self._child, None
+        if control is not None:
+            control.close()
+        if stamp is not None:
+            end_process(self.pid, stamp, 0.0)
+        if child is not None:
+            child.kill()
+            child.wait()
+
+    def terminate(self) -> None:
+        """Accept no more, and ask the relay to finish what is in flight and exit; called again, to exit at once."""
+        if self._listener is not None:
+            self._listener.close()  # else connections would wait in it for a relay that never comes
+            self._listener = None
+        if self._stamp is not None and process_stamp(self.pid) == self._stamp:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        """End the relay, close the sockets, remove what names them."""
+        self.abandon()
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        for path in (self._paths.relay_record, self._paths.relay_socket):
+            path.unlink(missing_ok=True)

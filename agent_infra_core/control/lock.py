@@ -1,0 +1,97 @@
+"""The right to be a deployment's controller."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from agent_infra_core.control.link import DRAIN_S
+from agent_infra_core.errors import AgentInfraError, RefusedError
+from agent_infra_core.fleet.state import DeploymentPaths
+from agent_infra_core.host import end_process, process_stamp
+
+LIBRARY_HOLDER = "ConnectionManager"  # in the lock: not a process of ours, so not one to be ended
+
+
+class DeploymentLock:
+    """The right to be a deployment's controller: an flock that the kernel gives back when its holder dies."""
+
+    def __init__(self, paths: DeploymentPaths) -> None:
+        self._path = paths.lock
+        self._file: int | None = None
+
+    def acquire(self, verb: str) -> None:
+        """Take the lock; RefusedError, naming who has it, when another controller runs."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            holder = lock_holder(self._path) or {"verb": "another command", "pid": "?"}
+            raise RefusedError(
+                f"the deployment {self._path.parent.name} is already run by `{holder['verb']}` (pid {holder['pid']}); "
+                "end that with `agent_infra.py stop`, or give this one another cluster.name"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "verb": verb}).encode(), 0)
+        self._file = descriptor
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this object has the lock."""
+        return self._file is not None
+
+    def release(self) -> None:
+        """Give the lock back, if it is held."""
+        if self._file is not None:
+            os.ftruncate(self._file, 0)
+            os.close(self._file)
+            self._file = None
+
+
+def lock_holder(path: Path) -> dict[str, Any] | None:
+    """``{pid, verb}`` of the process that holds a deployment's lock; None when nobody does."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        with contextlib.suppress(ValueError):
+            holder: dict[str, Any] = json.loads(os.pread(descriptor, 4096, 0))
+            return holder
+        return {"pid": 0, "verb": "another command"}
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def end_controller(paths: DeploymentPaths, now: bool) -> list[str]:
+    """End the process that holds the deployment's lock, by its own orderly way; by force when that fails."""
+    holder = lock_holder(paths.lock)
+    if holder is None:
+        return []
+    if holder["verb"] == LIBRARY_HOLDER:
+        raise AgentInfraError(
+            f"the deployment is run by a program that imported agent_infra (pid {holder['pid']}); "
+            "let that program call stop(), or end it, then stop again"
+        )
+    stamp = process_stamp(holder["pid"]) if holder["pid"] else None
+    if stamp is None:
+        raise AgentInfraError(f"{paths.lock} is locked by a process on another machine; stop it there")
+    os.kill(holder["pid"], signal.SIGTERM)
+    deadline = time.monotonic() + (10.0 if now else 2 * DRAIN_S + 10.0)
+    while process_stamp(holder["pid"]) == stamp and time.monotonic() < deadline:
+        time.sleep(0.05)
+        if now:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(holder["pid"], signal.SIGTERM)
+    end_process(holder["pid"], stamp, 0.0)
+    return [f"`{holder['verb']}` (pid {holder['pid']})"]

@@ -1,0 +1,162 @@
+"""What `status` says: rows, reasons, the running proxy's answers, and which replica is the cheapest to end."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from agent_infra_core.fleet.cluster import Cluster
+from agent_infra_core.host import http_get
+from agent_infra_core.protocol import ReplicaRecord
+from agent_infra_core.settings import ModelConfig
+
+
+def describe_replica(record: ReplicaRecord) -> str:
+    """A replica's state in words: ``LOADING 5/9``, ``READY 127.0.0.1:5901``, ``FAILED out_of_memory: …``."""
+    words = record.state.upper()
+    if record.state == "pending":
+        start = time.strftime("est. %H:%M", time.localtime(record.starts_at)) if record.starts_at else ""
+        told = ", ".join(part for part in (record.pending_reason, start) if part)
+        return words + (f" ({told})" if told else "")
+    if record.state == "ready":
+        words += f" {record.host}:{record.port}"
+    elif record.state == "starting" and record.job_id:
+        words = f"RUNNING {record.node}"
+    elif record.progress:
+        words += f" {record.progress}"
+    if record.failure is not None and record.state == "failed":
+        words += f" {record.failure.kind}: {record.failure.line}"
+    elif record.failure is not None:
+        words += f" (before: {record.failure.line})"
+    elif record.message:
+        words += f" ({record.message})"
+    if record.restarts:
+        words += f" [{record.restarts} restart{'s' if record.restarts > 1 else ''}]"
+    return words
+
+
+SERVING_STATES = ("pending", "starting", "loading", "ready")  # what counts towards a model's wanted replicas
+LIVE_STATES = (*SERVING_STATES, "draining")
+STATS_OLD_S = 10.0  # a /stats document that is older says nothing of now: its controller is gone, or hangs
+
+
+@dataclass(frozen=True)
+class ProxyClient:
+    """The deployment's running proxy, asked over its own HTTP interface with the clients' key."""
+
+    host: str
+    port: int
+    key: str
+
+    def get(self, path: str) -> dict[str, Any]:
+        """The JSON document at ``path``; empty when there is none within a few seconds."""
+        status, body = http_get(self.host, self.port, path, self.key, timeout_s=5.0)
+        with contextlib.suppress(ValueError):
+            document = json.loads(body) if status == 200 else {}
+            return document if isinstance(document, dict) else {}
+        return {}
+
+    def stats(self) -> dict[str, Any]:
+        """The /stats document; empty when there is none, or none that is new enough to go by."""
+        document = self.get("/stats")
+        return document if document.get("snapshot_age_ms", 0) <= 1000 * STATS_OLD_S else {}
+
+    def backends(self) -> dict[str, dict[str, Any]]:
+        """Replica → its row of /stats."""
+        return {row["id"]: row for row in self.stats().get("backends", ())}
+
+    def drain(self, replica: str, operation: str = "drain") -> int | None:
+        """Let a replica have no new turns (or again: ``undrain``); how many it has now, None when nobody answered."""
+        path = f"/admin/backends/{replica}/{operation}"
+        status, body = http_get(self.host, self.port, path, self.key, method="POST", timeout_s=5.0)
+        if status != 200:
+            return 0 if status == 404 else None  # 404: the proxy routes nothing there
+        return int(json.loads(body)["in_flight"])
+
+
+def cheapest_to_end(
+    records: Iterable[ReplicaRecord], rows: Mapping[str, Mapping[str, Any]], count: int
+) -> list[ReplicaRecord]:
+    """Which ``count`` replicas to take away: such as serve nobody yet, then those with the fewest turns and sessions.
+
+    ``rows`` are the proxy's, by replica; one that drains already goes first, and of equals the latest started.
+    """
+
+    def cost(record: ReplicaRecord) -> tuple[int, bool, int, int, float]:
+        row = rows.get(record.replica, {})
+        is_kept = row.get("state") != "draining"
+        load = (row.get("inflight") or 0, row.get("sessions") or 0)
+        return (SERVING_STATES.index(record.state), is_kept, *load, -record.started_at)
+
+    return sorted(records, key=cost)[:count]
+
+
+def count_missing(model: ModelConfig, serving: Iterable[ReplicaRecord], report: Callable[[str], None]) -> int:
+    """How many replicas of a model are to be started; ``report`` is told how many of it serve already."""
+    present = sum(record.model == model.name for record in serving)
+    if present:
+        report(f"{model.name}: {present} of {model.replicas} replicas run already")
+    return max(0, model.replicas - present)
+
+
+def summarize(
+    model: str, wanted: int, records: Iterable[ReplicaRecord], rows: Iterable[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """A model's row in `status`: ``{name, wanted, running, ready, idle, in_flight, sessions}``.
+
+    ``idle`` replicas ended by themselves, as configured.  ``rows`` are /stats's backends; without them turns in flight
+    and sessions are not known (None).
+    """
+    states = collections.Counter(
+        "idle" if record.is_idle and record.state == "stopped" else record.state
+        for record in records
+        if record.model == model
+    )
+    served = [row for row in rows if row["model"] == model]
+    counts = {
+        name: sum(row[key] or 0 for row in served) for name, key in (("in_flight", "inflight"), ("sessions",) * 2)
+    }
+    return {
+        "name": model,
+        "wanted": wanted,
+        "running": sum(states[state] for state in LIVE_STATES),
+        "ready": states["ready"],
+        "idle": states["idle"],
+        **(counts if served else dict.fromkeys(counts)),
+    }
+
+
+def explain_state(record: ReplicaRecord) -> str:
+    """What describe_replica() leaves out: what to do about a failure, what a job waits for."""
+    if record.failure is not None:
+        return f"; {record.failure.hint}"
+    return f": {record.message}" if record.state == "pending" and record.message else ""
+
+
+def what_is_amiss(models: Sequence[Mapping[str, Any]], records: Sequence[ReplicaRecord]) -> list[str]:
+    """Why replicas are not as they were wanted; ``models`` are rows of summarize()."""
+    short = {row["name"] for row in models if row["ready"] + row["idle"] < row["wanted"]}
+    reasons = [
+        f"{record.replica} is {describe_replica(record)}" + explain_state(record)
+        for record in records
+        if record.state == "failed" or (record.state != "ready" and not record.is_idle and record.model in short)
+    ]
+    present = collections.Counter(record.model for record in records)
+    reasons += [
+        f"{row['running']} of {row['wanted']} replicas of {row['name']} run; `start` starts what is missing"
+        for row in models
+        if present[row["name"]] < row["wanted"]
+    ]
+    return reasons
+
+
+def explain_failure(record: ReplicaRecord, cluster: Cluster) -> str:
+    """What became of a replica, the line that says why, and what to do."""
+    failure = record.failure
+    reason = f"{failure.kind}: {failure.line}; {failure.hint}" if failure else record.message or "it stopped"
+    return f"{record.replica} failed: {reason} (log: {cluster.logs.where(record.replica)})"

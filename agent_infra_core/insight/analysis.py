@@ -1,0 +1,282 @@
+"""The analysis of every model, as /stats shows it. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from agent_infra_core.insight.capacity import LEAST_TURNS, Basis, Estimate, Outlook, _percent, capacity_models
+from agent_infra_core.insight.fit import ServiceFit, ThinkFit, _regress, fit_service, fit_think
+from agent_infra_core.insight.measure import (
+    FleetSample,
+    Measured,
+    ObservedTurn,
+    context_limit,
+    littles_law,
+    measure,
+    mix_change,
+    observed_turn,
+    operating,
+)
+from agent_infra_core.insight.suggestion import cost, figures, suggest
+from agent_infra_core.insight.turns import TurnRecord
+from agent_infra_core.insight.verdict import find_flags, judge
+
+# Bounds of what is kept for each model and GPU type; a turn is about 0.3 KB.
+MAX_FIT_TURNS = 8000  # beyond, or older than MAX_FIT_AGE_S: the oldest quarter goes, all but REMEMBERED of each load
+MAX_FIT_AGE_S = 6 * 3600.0
+REMEMBERED = 100  # turns of each load (a factor of √2 in flight) that outlive the others: A is known from light load
+MAX_SAMPLES = 900  # of the fleet, one a second
+MAX_INBOX = 10_000  # turns that wait for the next document
+MAX_ANALYSED = 32  # models and GPU types; the one silent for longest goes
+OPERATING_S = 300.0  # what "now" is taken over: this, or five cycles of an agent where they take longer
+SETTLED_CHANGE = 5  # samples that a new number of replicas must last
+
+
+class FleetAnalysis:
+    """The capacity model of one model on one GPU type: its turns and samples, and since when they are alike.
+
+    Everything is bounded: MAX_FIT_TURNS turns, MAX_SAMPLES samples, REMEMBERED turns for each load.
+    """
+
+    def __init__(self, model: str, gpu: str | None) -> None:
+        self.model, self.gpu = model, gpu
+        self._turns: list[ObservedTurn] = []
+        self._complete_from = 0.0  # turns that began earlier may have met others that are not known
+        self._samples: deque[FleetSample] = deque(maxlen=MAX_SAMPLES)
+        self._remembered: dict[int, deque[tuple[float, ...]]] = {}  # load → rows of Measured
+        self._since = 0.0  # when it started anew
+        self._why = ""  # because of what
+        self._flagged: dict[str, float] = {}  # flag → since when
+        self._replicas: int | None = None
+        self.think: ThinkFit | None = None
+
+    def sample(self, sample: FleetSample) -> None:
+        """Take a look at the fleet; another number of replicas, once it lasts, starts the fit anew."""
+        self._samples.append(sample)
+        if self._replicas is None:
+            self._replicas = len(sample.in_flight) or None  # a fleet that starts is no change
+        latest = list(self._samples)[-SETTLED_CHANGE:]
+        counts = {len(look.in_flight) for look in latest}
+        if len(latest) == SETTLED_CHANGE and len(counts) == 1 and counts != {self._replicas or 0}:
+            self._restart(latest[0].at, f"{self._replicas} replicas became {len(sample.in_flight)}")
+            self._replicas = len(sample.in_flight)
+
+    @property
+    def has_turns(self) -> bool:
+        return bool(self._turns or self._since)
+
+    def _restart(self, at: float, why: str) -> None:
+        self._since, self._why = max(self._since, at), why
+        self._remembered.clear()
+        # Turns that reached into the new time stay: the ones after met them.
+        self._turns = [turn for turn in self._turns if turn.end >= at]
+        while self._samples and self._samples[0].at < at:
+            self._samples.popleft()
+
+    def take(self, turns: Iterable[ObservedTurn], now: float) -> None:
+        """Add finished turns; forget the oldest, but for some of each load."""
+        fresh = [turn for turn in turns if turn.end >= self._since]
+        if not self._turns and fresh:
+            self._complete_from = max(self._complete_from, min(turn.end for turn in fresh))
+        self._turns = sorted([*self._turns, *fresh], key=lambda turn: turn.end)
+        if len(self._turns) > MAX_FIT_TURNS:
+            self._forget(self._turns[len(self._turns) - 3 * MAX_FIT_TURNS // 4].end)
+        elif self._turns and self._turns[0].end < now - MAX_FIT_AGE_S - 600:
+            self._forget(now - MAX_FIT_AGE_S)
+
+    def _forget(self, before: float) -> None:
+        gone, self._turns = self._turns, [turn for turn in self._turns if turn.end >= before]
+        rows, beginnings, replica = measure(gone, self._start, before)
+        if len(rows.seconds) >= LEAST_TURNS:
+            _regress(rows, beginnings, replica)
+            for row in zip(*dataclasses.astuple(rows), strict=True):
+                load = math.floor(2 * math.log2(max(1.0, row[3])))
+                self._remembered.setdefault(load, deque(maxlen=REMEMBERED)).append(row)
+        self._complete_from = max(self._complete_from, before)
+
+    @property
+    def _start(self) -> float:
+        return max(self._since, self._complete_from)
+
+    def _with_remembered(self, rows: Measured) -> Measured:
+        """The rows, and after them those of turns long gone, ten of one load a block."""
+        import numpy as np
+
+        kept = [
+            (*row[:-1], -1 - 1000 * load - index // 10)
+            for load, remembered in self._remembered.items()
+            for index, row in enumerate(remembered)
+        ]
+        if not kept:
+            return rows
+        columns = zip(dataclasses.astuple(rows), np.array(kept).T, strict=True)
+        return Measured(*(np.concatenate(pair) for pair in columns))
+
+    def document(self, now: float, ended: Mapping[str, float], rng: Any) -> dict[str, Any]:
+        """This model's entry of /stats' `analysis`, at time ``now``."""
+        change = mix_change([turn for turn in self._turns if turn.begin >= self._start])
+        if change is not None:
+            self._restart(change[0], f"the {change[1]} changed")
+        outlook = self._outlook(now, ended, rng)
+        what_ifs = outlook.what_ifs()
+        flags = find_flags(outlook, self._samples)
+        self._flagged = {name: self._flagged.get(name, now) for name in flags}
+        gpus = int(outlook.model.replicas) * (self._samples[-1].gpus_per_replica if self._samples else 1)
+        return {
+            "model": self.model,
+            "gpu": self.gpu,
+            "replicas": self.replicas,
+            "computed_at": now,
+            "verdict": judge(outlook, what_ifs),
+            "flags": [{"name": name, "since": self._flagged[name], "sentence": flags[name]} for name in flags],
+            **figures(outlook),
+            "suggestion": suggest(outlook),
+            "curve": outlook.curve(),
+            "what_ifs": what_ifs,
+            "cost": cost(outlook, gpus, self._turns, ended, rng),
+            "littles_law": littles_law(outlook.here, None if outlook.few else outlook.model.think_s or None),
+        }
+
+    def _outlook(self, now: float, ended: Mapping[str, float], rng: Any) -> Outlook:
+        """Everything that is known now."""
+        start, last = self._start, self._samples[-1] if self._samples else None
+        recent = [turn.seconds for turn in self._turns[-500:]]
+        # Turns in flight are not known before they end: what began later than this may still change.
+        settled = now - min(120.0, 1.1 * max(recent, default=0.0))
+        self.think = fit_think(self._turns, start, settled, ended, rng)
+        think_s = self.think.mean_s if self.think else None
+        cycle_s = (think_s or 0.0) + sum(recent) / max(1, len(recent))
+        since = max(start, now - max(OPERATING_S, 5 * cycle_s), self._samples[0].at if self._samples else 0.0)
+        here = operating(self._turns, self._samples, since, now, rng)
+        measured, beginnings, replica = measure(self._turns, start, settled)
+        rows = self._with_remembered(measured)
+        turns, few = len(rows.seconds), None
+        if turns < LEAST_TURNS:
+            few = f"{turns} of {LEAST_TURNS} turns{self._why and f' since {self._why}'}: too few for any number"
+        elif not here.turns:
+            few = f"no turn ended in the last {here.window_s:.0f} s"
+        fit = fit_service(rows, beginnings, replica, rng) if few is None else None
+        law = littles_law(here, think_s)
+        agents = here.agents if here.agents is not None else law["agents_computed"]
+        model, draws = capacity_models(max(1, self.replicas), fit, self.think, last.slots if last else None)
+        kv_tokens = (last.kv_capacity_tokens or 0) * self.replicas if last else 0
+        return Outlook(
+            model=model,
+            draws=draws,
+            fit=fit,
+            think=self.think,
+            here=here,
+            agents=agents or 0.0,
+            basis=Basis(turns, round(float(rows.begin.max() - rows.begin.min()), 1) if turns else 0.0),
+            reason=self._refusal(fit, agents, law),
+            few=few,
+            kv=context_limit([turn for turn in self._turns if turn.end >= start], kv_tokens, rng),
+        )
+
+    @property
+    def replicas(self) -> int:
+        """That serve now, as far as anybody looked."""
+        if self._samples:
+            return len(self._samples[-1].in_flight)
+        return len({turn.replica for turn in self._turns})
+
+    def _refusal(self, fit: ServiceFit | None, agents: float | None, law: Mapping[str, Any]) -> str | None:
+        """Why nothing is told that rests on the fit; None where it may."""
+        if self.think is None:
+            return "think times are not known: no session had two turns (name them: attach() or X-Session-ID)"
+        if not self.replicas or not agents:
+            return "no agent is active" if self.replicas else "no replica serves"
+        if law["holds"] is False:
+            return (
+                f"Little's law is off by {_percent(abs(law['error']))}: {law['agents_computed']:.4g} agents by the "
+                f"turns, {law['agents_sampled']:.4g} counted; turns are missing, or agents share sessions"
+            )
+        return fit.reason if fit else None
+
+
+def _plain(value: Any) -> Any:
+    """With estimates as the dictionaries that the document has."""
+    if isinstance(value, Estimate):
+        return dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value
+
+
+class CapacityAnalysis:
+    """What holds each model on each GPU type back.  Finished turns and fleet samples in, /stats' `analysis` out.
+
+    ``add``, ``end`` and ``sample`` only note what they are given, from any one thread; ``document`` does the work, in
+    any one thread too. ``clock`` is seconds since the epoch; ``dice``, seeded, make the resampling repeatable.
+    """
+
+    def __init__(self, clock: Callable[[], float], dice: random.Random) -> None:
+        self._clock, self._dice = clock, dice
+        self._inbox: deque[TurnRecord | FleetSample | tuple[str, float]] = deque(maxlen=MAX_INBOX)
+        self._fleets: OrderedDict[tuple[str, str | None], FleetAnalysis] = OrderedDict()
+        self._homes: OrderedDict[str, tuple[str, str | None]] = OrderedDict()  # replica → model and GPU type
+        self._ended: OrderedDict[str, float] = OrderedDict()  # sessions that said so
+
+    def add(self, record: TurnRecord) -> None:
+        """Take a finished turn."""
+        self._inbox.append(record)
+
+    def end(self, session: str, at: float) -> None:
+        """Note that an agent said that its session is over."""
+        self._inbox.append((session, at))
+
+    def sample(self, sample: FleetSample) -> None:
+        """Take a look at a fleet; once a second."""
+        self._inbox.append(sample)
+
+    def presence(self, model: str, gpu: str | None, silent_s: float) -> float:
+        """How probable it is that a session so long silent still thinks; before think times are known, a guess."""
+        fleet = self._fleets.get((model, gpu))
+        think = fleet.think if fleet is not None else None
+        return think.presence(silent_s) if think is not None else float(silent_s < 60)
+
+    def document(self) -> list[dict[str, Any]]:
+        """One entry for each model and GPU type that had a turn, as docs/stats.schema.json says."""
+        now = self._clock()
+        self._sort_inbox(now)
+        fleets = [fleet for fleet in self._fleets.values() if fleet.has_turns]
+        if not fleets:
+            return []  # without traffic numpy is not even loaded
+        import numpy as np
+
+        rng = np.random.default_rng(self._dice.getrandbits(64))
+        return [_plain(fleet.document(now, self._ended, rng)) for fleet in fleets]
+
+    def _sort_inbox(self, now: float) -> None:
+        arrived = [self._inbox.popleft() for _ in range(len(self._inbox))]
+        turns: dict[tuple[str, str | None], list[ObservedTurn]] = {}
+        for item in arrived:
+            if isinstance(item, FleetSample):
+                self._fleet((item.model, item.gpu)).sample(item)
+                for replica in item.in_flight:
+                    self._homes[replica] = item.model, item.gpu
+                    self._homes.move_to_end(replica)
+            elif isinstance(item, tuple):
+                self._ended[item[0]] = item[1]
+        for item in arrived:
+            if isinstance(item, TurnRecord) and (turn := observed_turn(item)) is not None:
+                if turn.session is not None and turn.arrived > self._ended.get(turn.session, math.inf):
+                    del self._ended[turn.session]  # it went on
+                home = self._homes.get(turn.replica)
+                if home is not None or not self._homes:
+                    turns.setdefault(home or (item.model or "", None), []).append(turn)
+        for key, found in turns.items():
+            self._fleet(key).take(found, now)
+        for table, bound in ((self._fleets, MAX_ANALYSED), (self._homes, 10_000), (self._ended, 20_000)):
+            while len(table) > bound:
+                table.popitem(last=False)
+
+    def _fleet(self, key: tuple[str, str | None]) -> FleetAnalysis:
+        fleet = self._fleets.setdefault(key, FleetAnalysis(*key))
+        self._fleets.move_to_end(key)
+        return fleet

@@ -1,0 +1,595 @@
+"""The SQLite file of finished turns: schema, migrations, and what keeps it while turns end."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import operator
+import os
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agent_infra_core.errors import RefusedError
+from agent_infra_core.insight.rates import HISTORY_POINTS
+from agent_infra_core.insight.replicas import REPLICA_TIME_STEP_S, ReplicaUse
+from agent_infra_core.insight.turns import TurnRecord
+
+HISTORY_BYTES = 1 << 30  # of the file; beyond, the oldest turns go
+HISTORY_INTERVAL_S = 1.0  # between two batches, so what a kill -9 loses at most; five times as long after a failure
+HISTORY_BACKLOG_BYTES = 32 << 20  # of turns that wait while the file cannot be written; beyond, the oldest is lost
+HISTORY_BACKLOG_ROWS = 20_000  # of each of the small tables that wait likewise
+HISTORY_BUSY_S = 2.0  # that a write waits for another program's lock
+HISTORY_CLOSE_S = 10.0  # that the last batch has, at the end
+HISTORY_RETRY_S = 0.1  # between two tries to write it
+HISTORY_CHUNK = 1000  # turns that one query reads: a reader must not hold a lock for long, nor the file in memory
+RESTORED_S = 6 * 3600.0
+MAX_VERDICTS = 100_000  # kept, one a minute and model: two months of one model
+REPLICA_TIME_FINE_S = 8 * 86400
+_HISTORY_MARK = 0x41494E46  # PRAGMA application_id: by which a file is known for one of ours
+
+# The steps from each version of the schema (PRAGMA user_version) to the next. One that was released never changes.
+_MIGRATIONS = (
+    """
+    CREATE TABLE turns (id INTEGER PRIMARY KEY, turn TEXT NOT NULL UNIQUE, finished_at REAL NOT NULL,
+        outcome TEXT NOT NULL, status INTEGER NOT NULL, session TEXT, task TEXT, client TEXT, model TEXT, path TEXT,
+        stream INTEGER, backend TEXT, started_at REAL, retries INTEGER NOT NULL, think_ms REAL, pre_ms REAL,
+        queue_ms REAL, ttft_ms REAL, inference_ms REAL, post_ms REAL, unaccounted_ms REAL, prompt_tokens INTEGER,
+        completion_tokens INTEGER, cached_tokens INTEGER, expected_cached_tokens INTEGER, cache_miss TEXT,
+        tokens_estimated INTEGER NOT NULL, finish_reason TEXT, error TEXT, prompt TEXT NOT NULL, answer TEXT NOT NULL);
+    CREATE TABLE totals (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE TABLE about (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+    INSERT INTO about VALUES ('since', CAST(strftime('%s', 'now') AS REAL))
+    """,
+    """
+    CREATE TABLE replica_time (replica TEXT, model TEXT, gpu_type TEXT, gpus INTEGER, state TEXT, at INTEGER,
+        seconds REAL NOT NULL, PRIMARY KEY (replica, model, gpu_type, gpus, state, at)) WITHOUT ROWID;
+    CREATE TABLE verdicts (id INTEGER PRIMARY KEY, at REAL NOT NULL, model TEXT NOT NULL, gpu TEXT, verdict TEXT,
+        confidence REAL, sentence TEXT, flags TEXT, agents REAL, turns_per_hour REAL, suggested_agents REAL)
+    """,
+    "ALTER TABLE turns ADD COLUMN key TEXT",
+    "CREATE TABLE points (at REAL PRIMARY KEY, figures TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE ended (session TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID",
+)
+TURN_COLUMNS = tuple(item.name for item in dataclasses.fields(TurnRecord))
+_TRUTHS = tuple(TURN_COLUMNS.index(name) for name in ("stream", "tokens_estimated"))  # columns that SQLite has as 0, 1
+_turn_values = operator.attrgetter(*TURN_COLUMNS)
+
+# File systems of one machine, where SQLite's write-ahead log, which needs shared memory, is safe. Any other is taken
+# for a network's (nfs, lustre, gpfs, beegfs, cifs, fuse, …), where only the rollback journal is.
+_LOCAL_FILE_SYSTEMS = frozenset(
+    ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay", "f2fs", "bcachefs", "jfs", "nilfs2")
+)
+
+
+def history_path(setting: str | None, default: Path) -> Path | None:
+    """The file that ``proxy.history`` means; None when it is off."""
+    if setting == "off":
+        return None
+    return default if setting is None else Path(setting).expanduser().absolute()
+
+
+def is_local(path: Path, mounts: str) -> bool:
+    """Whether a file lies on a disk of this machine, by the text of /proc/self/mountinfo; False when in doubt."""
+    kinds: dict[str, str] = {}
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        fields = before.split()
+        if len(fields) > 4 and after:
+            # Blanks and the like stand as octal numbers; of two mounts on one place the later one is seen.
+            place = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), fields[4])
+            kinds[place] = after.split()[0]
+    for folder in (path, *path.parents):
+        if str(folder) in kinds:
+            return kinds[str(folder)] in _LOCAL_FILE_SYSTEMS
+    return False
+
+
+class HistoryRefusedError(RefusedError):
+    """A file is not to be touched: it is of a newer version, or no history at all."""
+
+
+@dataclass
+class HistoryBatch:
+    """What waits to be written, all of it in one transaction."""
+
+    turns: deque[TurnRecord] = field(default_factory=deque)
+    posts: dict[str, float] = field(default_factory=dict)  # turn → post_ms, of turns that were written before
+    totals: dict[str, int] = field(default_factory=dict)  # what is to be added
+    replica_time: dict[tuple[ReplicaUse, int], float] = field(default_factory=dict)  # (use, step) → seconds to be added
+    verdicts: list[tuple[Any, ...]] = field(default_factory=list)  # rows of VERDICT_COLUMNS
+    points: list[dict[str, Any]] = field(default_factory=list)  # of throughput.history in /stats; the latest are kept
+    ended: dict[str, float] = field(default_factory=dict)  # session → when its agent said that it is over
+    text_bytes: int = 0  # of the turns, about
+
+    def add(self, later: HistoryBatch) -> collections.Counter[str]:
+        """Add what came later, up to HISTORY_BACKLOG_BYTES and _ROWS; of what, the oldest, how many were dropped."""
+        self.turns += later.turns
+        self.text_bytes += later.text_bytes
+        self.posts.update(later.posts)
+        for name, value in later.totals.items():
+            self.totals[name] = self.totals.get(name, 0) + value
+        for key, seconds in later.replica_time.items():
+            self.replica_time[key] = self.replica_time.get(key, 0.0) + seconds
+        self.verdicts = (self.verdicts + later.verdicts)[-MAX_VERDICTS:]
+        self.points = (self.points + later.points)[-HISTORY_POINTS:]
+        self.ended.update(later.ended)
+        dropped: collections.Counter[str] = collections.Counter()
+        while self.text_bytes > HISTORY_BACKLOG_BYTES:
+            oldest = self.turns.popleft()
+            self.text_bytes -= _record_bytes(oldest)
+            self.posts.pop(oldest.turn, None)
+            dropped["turns"] += 1
+        kept: Mapping[str, dict[Any, float]] = {
+            "action times": self.posts,
+            "ends of sessions": self.ended,
+            "spans of replica time": self.replica_time,
+        }
+        for name, rows in kept.items():
+            for first in list(itertools.islice(rows, max(0, len(rows) - HISTORY_BACKLOG_ROWS))):
+                del rows[first]
+                dropped[name] += 1
+        return dropped
+
+    def __bool__(self) -> bool:
+        details = self.posts or self.replica_time or self.verdicts or self.points or self.ended
+        return bool(self.turns or details or any(self.totals.values()))
+
+
+def _record_bytes(record: TurnRecord) -> int:
+    """About what a record takes in memory."""
+    return 1000 + len(record.prompt) + len(record.answer)
+
+
+VERDICT_COLUMNS = (
+    *("at", "model", "gpu", "verdict", "confidence", "sentence", "flags"),
+    *("agents", "turns_per_hour", "suggested_agents"),
+)
+
+
+def verdict_row(entry: Mapping[str, Any], at: float) -> tuple[Any, ...]:
+    """VERDICT_COLUMNS of one entry of /stats's ``analysis``."""
+    verdict, operating = entry["verdict"], entry["operating"]
+    return (
+        *(at, entry["model"], entry["gpu"], verdict["name"], verdict["confidence"], verdict["sentence"]),
+        ", ".join(flag["name"] for flag in entry["flags"]),
+        *(operating["agents"]["value"], operating["turns_per_hour"]["value"], entry["suggestion"]["agents"]["value"]),
+    )
+
+
+_INSERT_TURN = (
+    f"INSERT INTO turns ({', '.join(TURN_COLUMNS)}) VALUES ({', '.join('?' * len(TURN_COLUMNS))}) "
+    "ON CONFLICT (turn) DO NOTHING"
+)
+_INSERT_VERDICT = (
+    f"INSERT INTO verdicts ({', '.join(VERDICT_COLUMNS)}) VALUES ({', '.join('?' * len(VERDICT_COLUMNS))})"
+)
+_ADD_TOTAL = "INSERT INTO totals VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
+_SUM_UP = "ON CONFLICT (replica, model, gpu_type, gpus, state, at) DO UPDATE SET seconds = seconds + excluded.seconds"
+_ADD_REPLICA_TIME = (
+    "INSERT INTO replica_time (replica, model, gpu_type, gpus, state, at, seconds) VALUES (?, ?, ?, ?, ?, ?, ?) "
+    + _SUM_UP
+)
+
+
+def share_of_day(since: float, begun: float) -> float:
+    """How much of a day's replica time is of ``since`` and later, where nothing was sampled before ``begun``."""
+    end = since // 86400 * 86400 + 86400
+    return (end - since) / (end - max(end - 86400, min(begun, since)))
+
+
+class HistoryFile:
+    """One connection to a history file, made and brought up to date where it is opened to be written.
+
+    Of one thread at a time.  All methods raise sqlite3.Error and OSError as they come, HistoryRefusedError for a file
+    that is not to be touched.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+        import sqlite3
+
+        self._path = path
+        self.refused: list[str] = []  # what SQLite said of each row that write() left out, the last time
+        if not read_only and not path.exists():
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # By hand, for its mode. Never where it exists: to close a file drops this process's locks on it.
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        self._connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}",
+            uri=True,
+            timeout=HISTORY_BUSY_S,
+            isolation_level=None,
+            check_same_thread=False,  # opened by the controller, to restore; then the writer's
+        )
+        try:
+            self._check()
+            if not read_only:
+                self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check(self) -> None:
+        version, mark = self._value("PRAGMA user_version"), self._value("PRAGMA application_id")
+        if mark != _HISTORY_MARK and (version or self._value("SELECT count(*) FROM sqlite_master")):
+            raise HistoryRefusedError(f"{self._path} is no history of Agent Infra; set proxy.history to another path")
+        if version > len(_MIGRATIONS):
+            raise HistoryRefusedError(
+                f"{self._path} is of a newer version (schema {version}, this program knows {len(_MIGRATIONS)}); "
+                "take that version of the program, or set proxy.history to another path"
+            )
+
+    def _prepare(self) -> None:
+        try:
+            mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            mounts = ""
+        local = is_local(self._path.resolve(), mounts)
+        self._value(f"PRAGMA journal_mode = {'wal' if local else 'truncate'}")
+        # A log that is not flushed at each batch survives any end of a process; only a power cut may cost batches.
+        self._value(f"PRAGMA synchronous = {'normal' if local else 'full'}")
+        if self._value("PRAGMA user_version") < len(_MIGRATIONS):
+            self._migrate()
+
+    def _migrate(self) -> None:
+        with self._transaction():  # in which the version is read again: another program may have been quicker
+            for step in _MIGRATIONS[self._value("PRAGMA user_version") :]:
+                for statement in step.split(";"):
+                    self._connection.execute(statement)
+            self._connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+            self._connection.execute(f"PRAGMA application_id = {_HISTORY_MARK}")
+
+    def is_current(self) -> bool:
+        """Whether it is of this version; one that is read only may be older."""
+        return bool(self._value("PRAGMA user_version") == len(_MIGRATIONS))
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def write(self, batch: HistoryBatch) -> int:
+        """Write all of it, or nothing; how many turns are new. One that is there already stays as it is.
+
+        Rows that SQLite cannot hold are left out, or they would keep out all others for ever; see ``refused``.
+        """
+        self.refused.clear()
+        with self._transaction():
+            added = self._put(_INSERT_TURN, list(map(_turn_values, batch.turns)))
+            posts = [(post_ms, turn) for turn, post_ms in batch.posts.items()]
+            self._put("UPDATE turns SET post_ms = ? WHERE turn = ?", posts)
+            self._put(_ADD_TOTAL, [(name, value) for name, value in batch.totals.items() if value])
+            self._put(_ADD_REPLICA_TIME, [(*use, at, seconds) for (use, at), seconds in batch.replica_time.items()])
+            self._put(_INSERT_VERDICT, batch.verdicts)
+            points = [(point["at"], json.dumps(point)) for point in batch.points]
+            self._put("INSERT OR REPLACE INTO points VALUES (?, ?)", points)
+            self._put("INSERT OR REPLACE INTO ended VALUES (?, ?)", list(batch.ended.items()))
+        return added
+
+    def _put(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> int:
+        """Write rows, one by one where SQLite cannot hold one of them; how many rows of the file it changed."""
+        import sqlite3
+
+        # A number of more than 64 bits, half a surrogate pair, nothing where something must be, a text of a gigabyte.
+        unwritable = (OverflowError, UnicodeEncodeError, sqlite3.IntegrityError, sqlite3.DataError)
+        if not rows:
+            return 0
+        self._connection.execute("SAVEPOINT all_at_once")
+        try:
+            changed = self._connection.executemany(statement, rows).rowcount
+        except unwritable:
+            self._connection.execute("ROLLBACK TO all_at_once")
+            changed = 0
+            for row in rows:
+                try:
+                    changed += self._connection.execute(statement, row).rowcount
+                except unwritable as error:
+                    self.refused.append(str(error))
+        self._connection.execute("RELEASE all_at_once")
+        return changed
+
+    def trim(self, max_bytes: int, turns: int) -> int:
+        """Where the file is larger than ``max_bytes``, remove the oldest ``turns``; how many went."""
+        pages = self._value("PRAGMA page_count") - self._value("PRAGMA freelist_count")
+        if pages * self._value("PRAGMA page_size") <= max_bytes:
+            return 0
+        last = "SELECT max(id) FROM (SELECT id FROM turns ORDER BY id LIMIT ?)"
+        return self._connection.execute(f"DELETE FROM turns WHERE id <= ({last})", (turns,)).rowcount
+
+    def tidy(self, now: float) -> None:
+        """Keep the small tables small."""
+        with self._transaction():
+            oldest = (self._value("SELECT max(id) FROM verdicts") or 0) - MAX_VERDICTS
+            self._connection.execute("DELETE FROM verdicts WHERE id <= ?", (oldest,))
+            latest = "SELECT at FROM points ORDER BY at DESC LIMIT ?"
+            self._connection.execute(f"DELETE FROM points WHERE at NOT IN ({latest})", (HISTORY_POINTS,))
+            self._connection.execute("DELETE FROM ended WHERE at < ?", (now - RESTORED_S,))
+            self._sum_up_days(int((now - REPLICA_TIME_FINE_S) // 86400) * 86400)
+
+    def _sum_up_days(self, before: int) -> None:
+        """Put the replica time of days gone by into one row a day."""
+        self._connection.execute(
+            "INSERT INTO replica_time (replica, model, gpu_type, gpus, state, at, seconds) "
+            "SELECT replica, model, gpu_type, gpus, state, at - at % 86400, sum(seconds) FROM replica_time "
+            "WHERE at < ? AND at % 86400 != 0 GROUP BY 1, 2, 3, 4, 5, 6 " + _SUM_UP,
+            (before,),
+        )
+        self._connection.execute("DELETE FROM replica_time WHERE at < ? AND at % 86400 != 0", (before,))
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:  # some errors have rolled back already
+                self._connection.execute("ROLLBACK")
+            raise
+
+    def _value(self, query: str, *values: Any) -> Any:
+        row = self._connection.execute(query, values).fetchone()
+        return row[0] if row else None
+
+    def query(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        """All rows of a query that has few."""
+        return self._connection.execute(query, values).fetchall()
+
+    def since(self) -> float:
+        """When the file was begun."""
+        return float(self._value("SELECT value FROM about WHERE name = 'since'"))
+
+    def totals(self) -> dict[str, int]:
+        """The deployment's totals by name, also of turns that were removed since."""
+        return dict(self.query("SELECT name, value FROM totals"))
+
+    def points(self) -> list[dict[str, Any]]:
+        """The latest points of ``throughput.history`` in /stats, oldest first."""
+        rows = self.query("SELECT figures FROM points ORDER BY at DESC LIMIT ?", HISTORY_POINTS)
+        return [json.loads(figures) for (figures,) in reversed(rows)]
+
+    def ended_sessions(self) -> dict[str, float]:
+        """Session → when its agent said that it is over, of the last RESTORED_S and perhaps longer."""
+        return dict(self.query("SELECT session, at FROM ended ORDER BY at"))
+
+    def count_turns(self) -> int:
+        return int(self._value("SELECT count(*) FROM turns"))
+
+    def replica_seconds(self, since: float = 0.0) -> dict[ReplicaUse, float]:
+        """Replica time, from the step of time that holds ``since``; of a day that was summed up, in proportion."""
+        day = int(since // 86400) * 86400
+        if self._value("SELECT 1 FROM replica_time WHERE at > ? AND at < ?", day, day + 86400):
+            day = -1  # it has its steps
+        share = share_of_day(since, self.since())
+        rows = self.query(
+            "SELECT replica, model, gpu_type, gpus, state, sum(seconds * CASE at WHEN ? THEN ? ELSE 1 END) "
+            "FROM replica_time WHERE at > ? OR at = ? GROUP BY 1, 2, 3, 4, 5 ORDER BY min(at)",
+            *(day, share, since - REPLICA_TIME_STEP_S, day),
+        )
+        return {ReplicaUse(*row[:5]): row[5] for row in rows}
+
+    def latest_turns(self, limit: int, since: float) -> Iterator[TurnRecord]:
+        """The ``limit`` turns that were written last, of those that finished after ``since``, oldest first."""
+        newest = self._value("SELECT max(id) FROM turns") or 0
+        return self.turns(since=since, after=newest - limit)
+
+    def turns(self, session: str | None = None, since: float = 0.0, after: int = 0) -> Iterator[TurnRecord]:
+        """Turns as they were written, row by row; no lock is held between two chunks of them."""
+        where = "id > ? AND finished_at >= ?" + (" AND session = ?" if session is not None else "")
+        query = f"SELECT id, {', '.join(TURN_COLUMNS)} FROM turns WHERE {where} ORDER BY id LIMIT {HISTORY_CHUNK}"
+        values = [since] if session is None else [since, session]
+        while rows := self.query(query, after, *values):
+            for number, *row in rows:
+                for column in _TRUTHS:
+                    row[column] = None if row[column] is None else bool(row[column])
+                after = number
+                yield TurnRecord(*row)
+
+
+class History:
+    """Keeps a deployment's history in a file that a thread of its own writes, so that nobody waits for a disk.
+
+    What cannot be written waits in memory, up to HISTORY_BACKLOG_BYTES; the log is told when that begins and ends.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        log: Callable[[str, str], None],
+        clock: Callable[[], float],
+        *,
+        interval_s: float = HISTORY_INTERVAL_S,
+        max_bytes: int = HISTORY_BYTES,
+    ) -> None:
+        """``log`` takes a message and its level."""
+        self.path = path
+        self._log, self._clock = log, clock
+        self._interval_s, self._max_bytes = interval_s, max_bytes
+        self._lock = threading.Lock()  # of _pending and _lost
+        self._pending = HistoryBatch()
+        self._lost: collections.Counter[str] = collections.Counter()  # what had no room, since it was last written
+        self._file: HistoryFile | None = None
+        self._opened_as: list[tuple[Path, tuple[int, int]]] = []  # what it and its journals were, when it was opened
+        self._turns: int | None = None  # in the file; None: not known
+        self._tidied_on = 0.0
+        self._problem: str | None = None
+        self._may_pass = False  # the problem, by the next try
+        self._stop = threading.Event()
+        self._close_by = math.inf  # by time.monotonic(); from close() on
+        self._thread = threading.Thread(target=self._run, name="history", daemon=True)
+
+    def open(self, restore: Callable[[HistoryFile], None]) -> None:
+        """Let ``restore`` read what an earlier controller wrote, then write in a thread, until close()."""
+        try:
+            restore(self._opened())
+        except Exception as error:  # noqa: BLE001  whatever it is: it is served without history rather than not at all
+            self._fail(error, "starting without what was before: ")
+        self._thread.start()
+
+    def add(self, batch: HistoryBatch) -> None:
+        """Have it written with the next batch."""
+        batch.text_bytes = sum(map(_record_bytes, batch.turns))
+        with self._lock:
+            self._lost += self._pending.add(batch)
+
+    def document(self) -> dict[str, Any]:
+        """``history`` of /stats."""
+        state = "on" if self._problem is None else "failing"
+        return {"path": str(self.path), "state": state, "reason": self._problem, "turns": self._turns}
+
+    def close(self) -> None:
+        """Write the last batch, as far as it can be within HISTORY_CLOSE_S."""
+        self._close_by = time.monotonic() + HISTORY_CLOSE_S
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=HISTORY_CLOSE_S)
+        with self._lock:
+            left = self._lost + collections.Counter(turns=len(self._pending.turns))
+        if self._thread.is_alive():
+            self._log(f"the history {self.path} may lack its last turns: the disk is too slow", "warning")
+        elif left:
+            self._log(f"the history lacks {_amounts(left)}: {self._problem or 'the disk is too slow'}", "warning")
+
+    def _run(self) -> None:
+        """The thread. No error ends it: what fails is tried again."""
+        while not self._stop.wait(self._interval_s * (1 if self._problem is None else 5)):
+            self._flush()
+        self._flush()
+        # Another program's lock may outlast one try. None is begun that may go on when nobody waits for it any more.
+        while self._pending and self._may_pass and time.monotonic() + 1.5 * HISTORY_BUSY_S < self._close_by:
+            time.sleep(HISTORY_RETRY_S)
+            self._flush()
+        self._let_go()
+
+    def _opened(self) -> HistoryFile:
+        if self._file is None:
+            self._file = HistoryFile(self.path)
+            self._opened_as = list(_files_of(self.path.resolve()))
+            self._turns = self._file.count_turns()
+        elif self._is_elsewhere():
+            raise FileNotFoundError("it was removed, or another file put in its place; it is opened anew")
+        return self._file
+
+    def _is_elsewhere(self) -> bool:
+        """Whether the path leads to another file than the one that is open, or to none: SQLite would not notice."""
+        return _identity(self.path) not in dict(self._opened_as).values()
+
+    def _let_go(self) -> None:
+        """Close the file. The journals of one that left its place go: they would be taken for its successor's."""
+        file, self._file = self._file, None
+        if file is None:
+            return
+        with contextlib.suppress(Exception):
+            (path, opened), *journals = self._opened_as
+            if _identity(path) != opened:
+                with contextlib.suppress(Exception):
+                    file.query("PRAGMA wal_checkpoint(TRUNCATE)")  # it may have been moved, and be read where it is now
+                for journal, identity in journals:
+                    if _identity(journal) == identity:  # else it came with the other file
+                        journal.unlink()
+        with contextlib.suppress(Exception):
+            file.close()
+
+    def _flush(self) -> None:
+        with self._lock:
+            batch, self._pending = self._pending, HistoryBatch()
+        if not batch and self._problem is None:
+            return
+        try:
+            file = self._opened()
+            added = file.write(batch)
+        except Exception as error:  # noqa: BLE001  see _run
+            with self._lock:
+                batch_and_later = batch
+                self._lost += batch_and_later.add(self._pending)
+                self._pending = batch_and_later
+            self._fail(error)
+            return
+        self._turns = (self._turns or 0) + added
+        if file.refused:
+            said = f"{len(file.refused)} rows cannot be kept and are left out; of the first: {file.refused[0]}"
+            self._log(f"history: {said}", "warning")
+        self._recover()
+        try:
+            self._turns -= file.trim(self._max_bytes, max(1000, 2 * len(batch.turns)))
+            if self._clock() - self._tidied_on > 3600:
+                file.tidy(self._clock())
+                self._tidied_on = self._clock()
+        except Exception as error:  # noqa: BLE001  see _run
+            self._fail(error)
+
+    def _recover(self) -> None:
+        if self._problem is not None:
+            with self._lock:
+                lost, self._lost = self._lost, collections.Counter()
+            consequence = f"; {_amounts(lost)} are lost to it" if lost else ""
+            self._log(f"the history {self.path} is written again{consequence}", "info")
+        self._problem = None
+
+    def _fail(self, error: Exception, consequence: str = "") -> None:
+        """Note why the file cannot be read or written; a damaged one is put aside, so that a new one can begin."""
+        self._let_go()
+        self._turns = None
+        self._may_pass = isinstance(error, FileNotFoundError) or "locked" in str(error)
+        problem = f"{error}" if isinstance(error, HistoryRefusedError) else f"{self.path}: {error}"
+        if is_damaged(error):
+            with contextlib.suppress(OSError):
+                problem += f"; it is put aside as {put_aside(self.path, self._clock())}, a new one is begun"
+        if problem != self._problem:
+            self._log(f"history: {consequence}{problem}", "warning")
+        self._problem = problem
+
+
+def _amounts(counts: Mapping[str, int]) -> str:
+    """``30 turns, 2 action times``."""
+    return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+
+
+def is_damaged(error: Exception) -> bool:
+    """Whether SQLite says that a file is no database, or one that does not hold together."""
+    import sqlite3
+
+    return type(error) is sqlite3.DatabaseError  # whatever else can be wrong has a class below this one
+
+
+_JOURNALS = ("-wal", "-shm", "-journal")  # what SQLite appends to a file's name for those that belong to it
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """By which a file is known for the same whatever its name; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _files_of(path: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
+    """A database and those of its journals that there are, each with its identity."""
+    for suffix in ("", *_JOURNALS):
+        each = path.with_name(path.name + suffix)
+        if (identity := _identity(each)) is not None:
+            yield each, identity
+
+
+def put_aside(path: Path, now: float) -> Path:
+    """Rename a history, with the journals that belong to it; its new name."""
+    aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S', time.localtime(now))}")
+    path.rename(aside)
+    for suffix in _JOURNALS:
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
+    return aside
+
+
+def _ratio(one: float | None, other: float | None) -> float | None:
+    """A quotient, or None where there is none."""
+    return one / other if one is not None and other else None

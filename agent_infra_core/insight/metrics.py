@@ -1,0 +1,209 @@
+"""The text of GET /metrics, for Prometheus."""
+
+from __future__ import annotations
+
+import collections
+import operator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from agent_infra_core import __version__
+from agent_infra_core.insight.history import _ratio
+from agent_infra_core.insight.replicas import ReplicaUse, _as_mapping
+from agent_infra_core.insight.turns import TurnRecord
+from agent_infra_core.protocol import Histogram
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MAX_METRIC_SERIES = (
+    2000  # of turns by model, backend and outcome; beyond, the one that was quiet for longest is dropped
+)
+
+# Upper bounds of the histograms' buckets, in octaves of a millisecond: 1 ms to 17 minutes, where Histogram's end too.
+METRIC_OCTAVES = range(21)
+METRIC_PARTS = {
+    "pre": "Time an agent observed before a turn.",
+    "queue": "Time a turn waited for a slot.",
+    "ttft": "Time from sending a turn to a replica to its first token.",
+    "inference": "Time from sending a turn to a replica to its last byte.",
+    "unaccounted": "Think time that the agent did not report.",
+    "post": "Time an agent acted on an answer.",
+}
+_MODEL_DURATIONS = {part: operator.attrgetter(f"{part}_ms") for part in METRIC_PARTS if part != "post"}
+METRIC_SUMS = {
+    "retries": "Times that a turn was sent to another replica.",
+    "prompt_tokens": "Tokens in.",
+    "cached_tokens": "Tokens in that were found in a prefix cache.",
+    "prefilled_again_tokens": "Tokens in that should have been in a prefix cache and were not, of turns with a miss.",
+    "completion_tokens": "Tokens out.",
+}
+
+
+class TurnMetrics:
+    """Counters and histograms of turns since this process started, by model; none by session."""
+
+    def __init__(self) -> None:
+        self._turns: OrderedDict[tuple[str, str, str], int] = OrderedDict()
+        self._sums: dict[tuple[str, str], int] = {}  # (name, model) → sum
+        self._durations: dict[tuple[str, str], Histogram] = {}  # (part, model) → durations; post is of all models
+
+    def add(self, *records: TurnRecord) -> None:
+        """Count finished turns; many at once cost a fraction of one by one."""
+        by_model: dict[str, list[TurnRecord]] = {}
+        series: collections.Counter[tuple[str, str, str]] = collections.Counter()
+        for record in records:
+            model = record.model or ""
+            series[model, record.backend or "", record.outcome] += 1
+            by_model.setdefault(model, []).append(record)
+            if record.post_ms is not None:
+                self.add_post(record.post_ms)
+        for key, count in series.items():
+            self._turns[key] = self._turns.get(key, 0) + count
+            self._turns.move_to_end(key)
+            if len(self._turns) > MAX_METRIC_SERIES:
+                self._turns.popitem(last=False)
+        for model, turns in by_model.items():
+            self._add_figures(model, turns)
+
+    def _add_figures(self, model: str, records: Sequence[TurnRecord]) -> None:
+        missed = ((each.expected_cached_tokens or 0) - (each.cached_tokens or 0) for each in records if each.cache_miss)
+        counts = {
+            "retries": sum(each.retries for each in records),
+            "prompt_tokens": sum(each.prompt_tokens or 0 for each in records),
+            "cached_tokens": sum(each.cached_tokens or 0 for each in records),
+            "prefilled_again_tokens": sum(missed),
+            "completion_tokens": sum(each.completion_tokens or 0 for each in records),
+        }
+        for name, value in counts.items():
+            if value:
+                self._sums[name, model] = self._sums.get((name, model), 0) + value
+        for part, read in _MODEL_DURATIONS.items():
+            if durations := [ms for ms in map(read, records) if ms is not None]:
+                self._histogram(part, model).add(*durations)
+
+    def add_post(self, ms: float) -> None:
+        """Count the time that an agent acted on an answer."""
+        self._histogram("post", "").add(ms)
+
+    def _histogram(self, part: str, model: str) -> Histogram:
+        if (part, model) not in self._durations:
+            self._durations[part, model] = Histogram()
+        return self._durations[part, model]
+
+    def families(self) -> Iterator[Any]:
+        """As prometheus_client takes it."""
+        from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+
+        turns = CounterMetricFamily("agent_infra_turns", "Finished turns.", labels=("model", "backend", "outcome"))
+        for key, count in self._turns.items():
+            turns.add_metric(key, count)
+        yield turns
+        for name, text in METRIC_SUMS.items():
+            counter = CounterMetricFamily(f"agent_infra_{name}", text, labels=("model",))
+            for (each, model), value in self._sums.items():
+                if each == name:
+                    counter.add_metric((model,), value)
+            yield counter
+        for part, text in METRIC_PARTS.items():
+            by = () if part == "post" else ("model",)
+            family = HistogramMetricFamily(f"agent_infra_{part}_seconds", text, labels=by)
+            for (each, model), durations in self._durations.items():
+                if each == part:
+                    family.add_metric((model,)[: len(by)], _cumulative(durations), durations.sum_ms / 1000)
+            yield family
+
+
+def _cumulative(durations: Histogram) -> list[tuple[str, float]]:
+    """A histogram's buckets: (upper bound in seconds, how many are below it)."""
+    bounds = [(str(2.0**octave / 1000), float(durations.count_below(octave))) for octave in METRIC_OCTAVES]
+    return [*bounds, ("+Inf", float(durations.count))]
+
+
+# Of a backend's row in /stats: name → text and what it is there; None is not told.
+_BACKEND_GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
+    "up": ("Whether it is ready and healthy.", lambda row: row["state"] == "ready" and row["healthy"] is not False),
+    "in_flight": ("Turns with it.", lambda row: row["inflight"]),
+    "slots": ("Turns that it can work on at once.", lambda row: row["slots"]),
+    "kv_cache_usage_ratio": ("Used share of its KV cache.", lambda row: row["engine"]["kv_usage"]),
+    "gpu_memory_used_bytes": ("Used memory of its GPUs.", lambda row: _as_mapping(row["gpu"]).get("memory_used")),
+    "gpu_memory_bytes": ("Memory of its GPUs.", lambda row: _as_mapping(row["gpu"]).get("memory_total")),
+    "gpu_utilization_ratio": ("Of its GPUs.", lambda row: _ratio(_as_mapping(row["gpu"]).get("utilization"), 100)),
+}
+_GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
+    "start_time_seconds": ("When the controller started.", lambda stats: stats["now"] - stats["uptime_seconds"]),
+    "queue_turns": ("Turns that wait for a slot.", lambda stats: stats["queue"]["pending"]),
+    "in_flight_turns": ("Turns with a replica.", lambda stats: stats["queue"]["in_flight"]),
+    "live_sessions": ("Sessions that are not over.", lambda stats: stats["sessions"]["live"]),
+    "active_sessions": ("Of these, heard of lately.", lambda stats: stats["sessions"]["active"]),
+    "relay_resident_memory_bytes": ("Of the relay.", lambda stats: stats["relay"]["rss_bytes"]),
+    "relay_connections": ("Open connections of clients.", lambda stats: stats["relay"]["connections"]),
+    "history_up": ("Whether turns are being kept.", lambda stats: stats["history"]["state"] == "on"),
+    "history_turns": ("Turns in the history.", lambda stats: stats["history"]["turns"]),
+}
+
+# Of an entry of the analysis: the same.
+_ANALYSIS_GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
+    "suggested_agents": ("Agents to run in parallel.", lambda entry: entry["suggestion"]["agents"]["value"]),
+    "utilisation_ratio": ("Of the replicas, by the model.", lambda entry: entry["operating"]["utilisation"]["value"]),
+}
+
+
+class StatsMetrics:
+    """The state that a /stats document tells, and replica time, as prometheus_client takes it."""
+
+    def __init__(self, stats: Mapping[str, Any], replica_seconds: Mapping[ReplicaUse, float]) -> None:
+        self._stats, self._replica_seconds = stats, replica_seconds
+
+    def families(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        info = GaugeMetricFamily("agent_infra_info", "Of the program.", labels=("version",))
+        info.add_metric((__version__,), 1)
+        yield info
+        backends = [((row["model"], row["id"]), row) for row in self._stats["backends"]]
+        analysis = [((entry["model"], entry["gpu"] or ""), entry) for entry in self._stats["analysis"] or ()]
+        for prefix, labels, rows, gauges in (
+            ("", (), [((), self._stats)], _GAUGES),
+            ("backend_", ("model", "backend"), backends, _BACKEND_GAUGES),
+            ("", ("model", "gpu"), analysis, _ANALYSIS_GAUGES),
+        ):
+            for name, (text, read) in gauges.items():
+                gauge = GaugeMetricFamily(f"agent_infra_{prefix}{name}", text, labels=labels)
+                for values, row in rows:
+                    if (figure := read(row)) is not None:
+                        gauge.add_metric(values, figure)
+                yield gauge
+        relay = self._stats["relay"]
+        yield CounterMetricFamily("agent_infra_relay_restarts", "Relays that were replaced.", relay["restarts"])
+        yield CounterMetricFamily("agent_infra_events_dropped", "Turns not counted.", relay["events_dropped"])
+        for what in ("replica", "gpu"):
+            family = CounterMetricFamily(
+                f"agent_infra_{what}_seconds", f"Time of {what}s by state.", labels=("model", "gpu", "state")
+            )
+            sums: dict[tuple[str, str, str], float] = {}
+            for use, seconds in self._replica_seconds.items():
+                key = use.model, use.gpu_type, use.state
+                sums[key] = sums.get(key, 0.0) + seconds * (use.gpus if what == "gpu" else 1)
+            for key, seconds in sums.items():
+                family.add_metric(key, seconds)
+            yield family
+
+
+class _Families:
+    """What prometheus_client calls a collector."""
+
+    def __init__(self, *sources: TurnMetrics | StatsMetrics) -> None:
+        self._sources = sources
+
+    def collect(self) -> Iterator[Any]:
+        for source in self._sources:
+            yield from source.families()
+
+
+def metrics_text(*sources: TurnMetrics | StatsMetrics) -> bytes:
+    """The body of GET /metrics, in Prometheus's text format (METRICS_TYPE)."""
+    from prometheus_client import CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Families(*sources))
+    return generate_latest(registry)

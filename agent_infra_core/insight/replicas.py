@@ -1,0 +1,343 @@
+"""Figures of each replica: load, errors, latencies, and the time that its GPUs were held. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from agent_infra_core.insight.rates import RecentHistogram, _percentiles
+from agent_infra_core.insight.turns import OpenTurn, _is_figure
+from agent_infra_core.protocol import Backend, TurnFinished, is_count
+
+BACKEND_HISTORY_POINTS = 60  # of each backend: its turns in flight, at the same steps
+LISTED_WAITING = 50
+LISTED_REPLICAS = 200
+
+
+class RelayCounters:
+    """Counters that start at zero with each relay, summed over all relays; a sum never falls."""
+
+    def __init__(self, *names: str) -> None:
+        self.sums = dict.fromkeys(names, 0)
+        self._last = dict.fromkeys(names, 0)
+
+    def read(self, readings: Mapping[str, Any]) -> None:
+        """Take the relay's present counts. One below the last reading comes from a relay that started since."""
+        for name, last in self._last.items():
+            count = readings.get(name)
+            if is_count(count):
+                self.sums[name] += count - last if count >= last else count
+                self._last[name] = count
+
+    def restart(self) -> None:
+        """The next reading comes from a new relay."""
+        self._last = dict.fromkeys(self._last, 0)
+
+
+class RelayReport:
+    """What the relay says of itself once a second; what is missing there or cannot be is not known."""
+
+    def __init__(self) -> None:
+        self.gauges: Mapping[str, Any] = {}
+        self._counters = RelayCounters("requests", "errors", "retries", "aborted", "rejected", "events_dropped")
+        self._restarts = 0
+
+    def read(self, gauges: Mapping[str, Any]) -> None:
+        """Take what Tracker.sample() gets."""
+        self.gauges = _as_mapping(_finite(gauges))
+        self._counters.read(_as_mapping(self.gauges.get("counters")))
+
+    def restart(self) -> None:
+        """The next gauges come from a new relay."""
+        self._counters.restart()
+        self._restarts += 1
+        self.gauges = {}
+
+    @property
+    def backends(self) -> Mapping[str, Mapping[str, Any]]:
+        """The gauge of each backend."""
+        return {name: _as_mapping(gauge) for name, gauge in _as_mapping(self.gauges.get("backends")).items()}
+
+    def kv_capacity(self) -> dict[str, float]:
+        """Backend → tokens that its cache holds, where that is known."""
+        told = {name: _as_mapping(gauge.get("load")) for name, gauge in self.backends.items()}
+        return {name: tokens for name, load in told.items() if _is_figure(tokens := load.get("kv_capacity_tokens"))}
+
+    def queue(self, turns: Mapping[str, OpenTurn]) -> dict[str, Any]:
+        """``queue`` of /stats; ``turns`` know the sessions that their clients did not name."""
+        queue = _as_mapping(self.gauges.get("queue"))
+        waiting = queue.get("waiting")
+        rows = [row for row in waiting[:LISTED_WAITING] if isinstance(row, dict)] if isinstance(waiting, list) else []
+        for row in rows:
+            turn = turns.get(str(row.get("turn")))
+            row["session"] = turn.session.id if turn is not None and turn.session is not None else row.get("session")
+        return {**{name: queue.get(name) for name in ("pending", "in_flight", "oldest_ms")}, "waiting": rows}
+
+    def document(self) -> dict[str, Any]:
+        """``relay`` of /stats."""
+        return {
+            **self._counters.sums,
+            "restarts": self._restarts,
+            "sampled_at": self.gauges.get("at"),
+            "rss_bytes": self.gauges.get("rss_bytes"),
+            "connections": self.gauges.get("connections"),
+        }
+
+
+class BackendFigures:
+    """What was measured of one backend: turns sent to it, summed over relays, and its recent latencies."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.counters = RelayCounters("requests", "errors")
+        self.latency = RecentHistogram(clock)  # sent → last byte, of completed turns
+        self.ttft = RecentHistogram(clock)
+        self.gap = RecentHistogram(clock)  # between chunks of a stream
+        self.in_flight: deque[int | None] = deque(maxlen=BACKEND_HISTORY_POINTS)
+
+    def finish(self, events: Sequence[TurnFinished]) -> None:
+        """Add turns that this backend ended."""
+        latencies = [event.inference_ms for event in events if event.outcome == "completed"]
+        self.latency.add(*[ms for ms in latencies if ms is not None])
+        self.ttft.add(*[event.ttft_ms for event in events if event.ttft_ms is not None])
+        for event in events:
+            if event.gaps:
+                self.gap.slice().add_buckets(event.gaps)
+
+
+def _as_mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _finite(value: Any) -> Any:
+    """A JSON value with None in the place of NaN and the infinities, which Python reads but JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# Of a replica's load digest (GET /load of `serve`): what the document tells of the engine.
+_ENGINE_FIGURES = (
+    *("state", "running", "waiting", "kv_usage", "kv_capacity_tokens", "prefix_queries", "prefix_hits"),
+    *("preemptions", "prompt_tokens", "generation_tokens", "at"),
+)
+
+
+def _replica_row(record: Mapping[str, Any], backend: Backend | None, gauge: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of one backend from its record, the replica table and the relay's gauge; any may be missing."""
+    load = _as_mapping(gauge.get("load"))
+    failure = record.get("failure")
+    is_draining = backend is not None and backend.state == "draining"
+    told = (_as_mapping(failure).get("line"), gauge.get("reason"), record.get("message"), record.get("progress"))
+    return {
+        "id": record["replica"] if record else backend.id if backend else None,
+        "model": record["model"] if record else backend.model if backend else None,
+        "node": record.get("node") or (backend.node if backend else None) or None,
+        "partition": record.get("partition"),
+        "port": record.get("port") or (backend.port if backend else None),
+        "state": "draining" if is_draining else record.get("state", "ready"),
+        "healthy": gauge.get("healthy"),
+        "reason": next((reason for reason in told if reason), None),
+        "failure": failure,
+        "progress": record.get("progress"),
+        "restarts": record.get("restarts"),
+        "started_at": record.get("started_at") or None,
+        "ready_at": record.get("ready_at"),
+        "ends_at": record.get("ends_at"),
+        "inflight": gauge.get("in_flight"),
+        "slots": record.get("slots") or (backend.slots if backend else None) or None,
+        "gpu": _gpu_summary(load.get("gpus") or record.get("gpus")),
+        "engine": {"name": record.get("engine"), **{name: load.get(name) for name in _ENGINE_FIGURES}},
+        "tunnel": record.get("tunnel"),
+    }
+
+
+def _gpu_summary(gpus: Any) -> dict[str, Any] | None:
+    """A replica's GPUs as one: mean utilisation, summed memory (bytes) and power, the hottest; None without GPUs."""
+    samples = [_as_mapping(gpu) for gpu in gpus] if isinstance(gpus, (list, tuple)) else []
+    if not samples:
+        return None
+
+    def combine(name: str, how: Callable[[list[float]], float]) -> float | None:
+        known = [sample[name] for sample in samples if _is_figure(sample.get(name))]
+        return how(known) if known else None
+
+    return {
+        "count": len(samples),
+        "name": samples[0].get("name"),
+        "utilization": combine("utilization", lambda known: round(sum(known) / len(known), 1)),
+        "memory_used": combine("memory_used", sum),
+        "memory_total": combine("memory_total", sum),
+        "power_w": combine("power_w", sum),
+        "temperature_c": combine("temperature_c", max),
+    }
+
+
+class BackendTable:
+    """The figures of every backend that was heard of since the last ``replicas``."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._figures: dict[str, BackendFigures] = {}
+
+    def figures(self, backend: str) -> BackendFigures:
+        """The figures of one backend, empty ones where it is new."""
+        if backend not in self._figures:
+            self._figures[backend] = BackendFigures(self._clock)
+        return self._figures[backend]
+
+    def sample(self, gauges: Mapping[str, Any], is_due: bool) -> None:
+        """Take the relay's gauges; ``is_due`` notes a point of their course too."""
+        for backend, gauge in gauges.items():
+            figures = self.figures(backend)
+            figures.counters.read(gauge)
+            if is_due:
+                figures.in_flight.append(gauge.get("in_flight"))
+
+    def relay_restarted(self) -> None:
+        for figures in self._figures.values():
+            figures.counters.restart()
+
+    def replicas(
+        self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend], gauges: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """What each backend is that has a record or is routed to; the figures of all others are forgotten."""
+        known = {record["replica"]: _finite(record) for record in records}
+        routed = {backend.id: backend for backend in table}
+        self._figures = {name: self.figures(name) for name in {**known, **routed}}
+        return [
+            _replica_row(known.get(name, {}), routed.get(name), _as_mapping(gauges.get(name))) for name in self._figures
+        ]
+
+    def measured(self, backend: str) -> dict[str, Any]:
+        """The figures of one backend."""
+        figures = self.figures(backend)
+        return {
+            **figures.counters.sums,
+            "latency_ms": _percentiles(figures.latency.read(), 50, 95, 99),
+            "ttft_ms": _percentiles(figures.ttft.read(), 50, 95, 99),
+            "gap_ms": _percentiles(figures.gap.read(), 50, 95, 99),
+            "inflight_history": list(figures.in_flight),
+        }
+
+
+REPLICA_TIME_STEP_S = 300  # by which replica time is summed; of days gone by for a week, by the day
+NEW_REPLICA_S = 5.0  # that a replica gets which the last sample had not, and which does not say when it started
+REPLICA_STATES_HELD = ("pending", "loading", "ready_busy", "ready_idle")
+
+
+class ReplicaView(Protocol):
+    """What accounting asks of a replica: its record."""
+
+    @property
+    def replica(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def gpus(self) -> Sequence[Any]: ...  # each with a name
+    @property
+    def gpu_ids(self) -> Sequence[str]: ...
+
+
+class ReplicaUse(NamedTuple):
+    """What a replica holds, and in which of REPLICA_STATES_HELD."""
+
+    replica: str
+    model: str
+    gpu_type: str  # "" where there is no GPU, or none that tells
+    gpus: int
+    state: str
+
+
+def replica_use(record: ReplicaView, in_flight: Any, asked_gpus: int = 0) -> ReplicaUse | None:
+    """What a replica holds now; None for one that has ended. Without a word on its turns it is idle.
+
+    ``asked_gpus`` are those that its job asked for, which a record tells only once it runs, and of one node alone.
+    """
+    phase = {"pending": "pending", "starting": "loading", "loading": "loading"}.get(record.state)
+    if phase is None and record.state not in ("ready", "draining"):
+        return None
+    phase = phase or ("ready_busy" if is_count(in_flight) and in_flight > 0 else "ready_idle")
+    gpu_type = str(record.gpus[0].name) if record.gpus else ""
+    gpus = max(len(record.gpus), len(record.gpu_ids), asked_gpus)
+    return ReplicaUse(record.replica, record.model, gpu_type, gpus, phase)
+
+
+class ReplicaTime:
+    """How long each replica was in which state: all of it, and what was not taken yet, in steps of time.
+
+    Only the time that is sampled counts: a deployment without a controller is not seen.
+    """
+
+    def __init__(self, clock: Callable[[], float], steady_clock: Callable[[], float]) -> None:
+        self._clock, self._steady_clock = clock, steady_clock
+        self.since = clock()
+        self._sums: dict[ReplicaUse, float] = {}
+        self._untaken: dict[tuple[ReplicaUse, int], float] = {}
+        self._sampled_at = steady_clock()
+        self._present: frozenset[str] = frozenset()  # replicas of the last sample
+
+    def sample(self, uses: Collection[ReplicaUse], started: Mapping[str, float]) -> None:
+        """The replicas were like this since the last sample, or since they ``started``; 0 where that is not known."""
+        now, steady_now = self._clock(), self._steady_clock()
+        passed, self._sampled_at = steady_now - self._sampled_at, steady_now
+        step = int(now // REPLICA_TIME_STEP_S) * REPLICA_TIME_STEP_S
+        known, self._present = self._present, frozenset(use.replica for use in uses)
+        for use in uses:
+            seconds = passed  # many, where no gauges came for a while
+            if use.replica not in known:
+                at = started.get(use.replica)
+                seconds = min(passed, max(0.0, now - at) if at else NEW_REPLICA_S)
+            self._sums[use] = self._sums.get(use, 0.0) + seconds
+            self._untaken[use, step] = self._untaken.get((use, step), 0.0) + seconds
+
+    def take(self) -> dict[tuple[ReplicaUse, int], float]:
+        """Seconds by use and step of time, since the last call."""
+        taken, self._untaken = self._untaken, {}
+        return taken
+
+    def restore(self, sums: Mapping[ReplicaUse, float], since: float) -> None:
+        """Go on where an earlier controller was."""
+        self._sums.update(sums)
+        self.since = since
+
+    def document(self) -> dict[str, Any]:
+        """``accounting`` of /stats: hours by state, of GPUs and of replicas, in all, by model and by replica."""
+        return {
+            "since": self.since,
+            **_hours_row(self._sums),
+            "by_model": [{"model": name, **_hours_row(sums)} for name, sums in _grouped(self._sums, "model").items()],
+            "by_replica": [
+                {"replica": name, "model": next(iter(sums)).model, **_hours_row(sums)}
+                for name, sums in _grouped(self._sums, "replica").items()
+                if name in self._present
+            ][:LISTED_REPLICAS],
+        }
+
+    def seconds(self) -> Mapping[ReplicaUse, float]:
+        """All of it."""
+        return self._sums
+
+
+def _hours_row(sums: Mapping[ReplicaUse, float]) -> dict[str, Any]:
+    return {"gpu_hours": _hours(sums, of_gpus=True), "replica_hours": _hours(sums, of_gpus=False)}
+
+
+def _grouped(sums: Mapping[ReplicaUse, float], by: str) -> dict[str, dict[ReplicaUse, float]]:
+    groups: dict[str, dict[ReplicaUse, float]] = {}
+    for use, seconds in sums.items():
+        groups.setdefault(getattr(use, by), {})[use] = seconds
+    return groups
+
+
+def _hours(sums: Mapping[ReplicaUse, float], of_gpus: bool) -> dict[str, float]:
+    """Hours by state: of GPUs, or of replicas whether they have one or not."""
+    hours = dict.fromkeys(REPLICA_STATES_HELD, 0.0)
+    for use, seconds in sums.items():
+        hours[use.state] += seconds * (use.gpus if of_gpus else 1) / 3600
+    return {state: round(value, 4) for state, value in hours.items()}

@@ -1,0 +1,398 @@
+"""Turns, sessions and replicas in one place, and the /stats document. The clock is an argument; no I/O."""
+
+from __future__ import annotations
+
+import collections
+import json
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypedDict
+
+from agent_infra_core.insight.alerts import Watchdog
+from agent_infra_core.insight.rates import RATE_S, Pipeline, RecentHistogram, Throughput, Timeline
+from agent_infra_core.insight.replicas import BackendTable, RelayReport, _finite
+from agent_infra_core.insight.sessions import (
+    LISTED_SESSIONS,
+    Conversations,
+    Session,
+    SessionTable,
+    split_client,
+    split_think_time,
+)
+from agent_infra_core.insight.turns import OpenTurn, TurnLedger, TurnLog, TurnRecord, _record_of, _rounded
+from agent_infra_core.protocol import Backend, SessionEnded, TurnEvent, TurnFinished, TurnStarted, is_count
+
+# Bounds of what is kept. Nothing here grows with the number of turns, nor beyond these with that of sessions.
+MAX_LIVE_SESSIONS = 20_000  # beyond: the one that was silent for longest is forgotten
+SESSION_IDLE_S = 1800.0  # a session silent for this long is over
+RECENT_TURNS = 100  # in /stats
+LISTED_TURNS = 200  # of one session
+SCHEMA_VERSION = 2  # of /stats, as docs/stats.schema.json has it
+
+
+def encode_stats(document: Mapping[str, Any]) -> bytes:
+    """The /stats document as it is sent: without blanks, by C code, since the controller does this every second."""
+    try:
+        return _encode_json(document)
+    except (ValueError, TypeError, OverflowError):  # half a character, a key that is no string, and the like
+        return json.dumps(_finite(document), separators=(",", ":")).encode()
+
+
+def _encode_json(value: Any) -> bytes:
+    import msgspec
+
+    encoded: bytes = msgspec.json.encode(value)
+    return encoded
+
+
+TOTAL_OF_OUTCOME = {
+    "completed": "completed",
+    "error": "errors",
+    "cut": "errors",
+    "aborted": "aborted",
+    "rejected": "rejected",
+}
+_TOTALS = (
+    *("requests", "completed", "errors", "aborted", "rejected", "retries"),
+    *("tokens_in", "tokens_out", "cached_tokens"),
+)
+_SUMMED = {  # total → what it is the sum of
+    "retries": operator.attrgetter("retries"),
+    "tokens_in": operator.attrgetter("prompt_tokens"),
+    "tokens_out": operator.attrgetter("completion_tokens"),
+    "cached_tokens": operator.attrgetter("cached_tokens"),
+}
+
+
+def _client_rows(live: Sequence[Session], ended: Sequence[Session], phases: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Sessions by client, in their order."""
+    rows: dict[str | None, dict[str, Any]] = {}
+    states = [phases.get(session.id, "idle") for session in live] + ["ended"] * len(ended)
+    for session, state in zip((*live, *ended), states, strict=True):
+        name, command = split_client(session.client)
+        row = rows.setdefault(session.client, {"id": name, "command": command, "sessions": []})
+        row["sessions"].append(_session_row(session, state))
+    return list(rows.values())
+
+
+def _session_row(session: Session, state: str) -> dict[str, Any]:
+    return {
+        "id": session.id,
+        "task": session.task,
+        "model": session.model,
+        "backend": session.backend,
+        "state": state,  # idle | waiting | prefill | decoding | ended
+        "turns": session.turns,
+        "errors": session.errors,
+        "last_seen": session.last_seen,
+        "idle_since": session.last_end if state in ("idle", "ended") else None,
+        "pre_ms": _rounded(session.pre_ms),
+        "wait_ms": _rounded(session.wait_ms),
+        "inference_ms": _rounded(session.inference_ms),
+        "post_ms": _rounded(session.post_ms),
+        "unaccounted_ms": _rounded(session.unaccounted_ms),
+        "context_tokens": session.context_tokens,
+        "prompt_tokens": session.prompt_tokens,
+        "cached_tokens": session.cached_tokens,
+        "cache_misses": session.cache_misses,
+        "last_miss": session.last_miss,
+        "moves": session.moves,
+        "alerts": list(session.alerts),
+        "tokens_in": session.tokens_in,
+        "tokens_out": session.tokens_out,
+    }
+
+
+def _model_rows(backends: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The models and what serves them."""
+    models: dict[str, list[Mapping[str, Any]]] = {}
+    for row in backends:
+        models.setdefault(row["model"], []).append(row)
+    return [
+        {
+            "name": name,
+            "replicas": len(rows),
+            "ready": sum(1 for row in rows if row["state"] == "ready" and row["healthy"] is not False),
+            "slots": _sum_known(row["slots"] for row in rows),
+            "inflight": _sum_known(row["inflight"] for row in rows),
+        }
+        for name, rows in models.items()
+    ]
+
+
+def _sum_known(values: Iterable[int | None]) -> int | None:
+    """The sum of what is known; None when nothing is."""
+    known = [value for value in values if is_count(value)]
+    return sum(known) if known else None
+
+
+class TurnFigures:
+    """What is measured of turns."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.totals = dict.fromkeys(_TOTALS, 0)
+        self.pipeline = Pipeline(clock)
+        self.wait = RecentHistogram(clock, RATE_S)  # queue and inference of completed turns: what an agent waits
+        self.backends = BackendTable(clock)
+
+    def add(self, begun: Sequence[OpenTurn], done: Sequence[TurnFinished]) -> None:
+        """Count turns that begin, and turns that are over."""
+        self.pipeline.add(
+            pre=[turn.pre_ms for turn in begun],
+            post=[turn.started.post_ms for turn in begun],
+            unaccounted=[turn.unaccounted_ms for turn in begun],
+            queue=[event.queue_ms for event in done],
+            ttft=[event.ttft_ms for event in done],
+            inference=[event.inference_ms for event in done],
+        )
+        totals = self.totals
+        totals["requests"] += len(done)
+        by_backend: dict[str, list[TurnFinished]] = {}
+        waits = []
+        for event in done:
+            totals[TOTAL_OF_OUTCOME.get(event.outcome, "errors")] += 1
+            if event.backend is not None:
+                by_backend.setdefault(event.backend, []).append(event)
+            if event.outcome == "completed" and event.inference_ms is not None:
+                waits.append(event.queue_ms + event.inference_ms)
+        for total, read in _SUMMED.items():
+            totals[total] += sum(filter(None, map(read, done)))
+        self.wait.add(*waits)
+        for backend, events in by_backend.items():
+            self.backends.figures(backend).finish(events)
+
+
+class StatsDocument(TypedDict):
+    """The body of GET /stats; docs/stats.schema.json says what every field means.
+
+    Times are s since the epoch; None (null) is "not known"; no figure is ever NaN.
+    """
+
+    snapshot_age_ms: int  # stays the first key: the relay writes the age over it, in the finished bytes
+    schema_version: int
+    now: float
+    uptime_seconds: float  # of the controller
+    strategy: str
+    totals: dict[str, int]  # of all time that is remembered; requests = completed + errors + aborted + rejected
+    throughput: dict[str, Any]  # rates over the last minute; history[]: one point each HISTORY_STEP_S
+    models: list[dict[str, Any]]
+    backends: list[dict[str, Any]]
+    queue: dict[str, Any]
+    sessions: dict[str, int]  # counts: live, active, listed, ended, evicted
+    clients: list[dict[str, Any]]  # the listed sessions by client; their *_ms and tokens_* are sums over their turns
+    recent_turns: list[dict[str, Any]]  # finished, latest first
+    pipeline: dict[str, dict[str, float | None]]
+    watchdog: list[dict[str, Any]]  # sessions that someone should look at, and why
+    analysis: list[dict[str, Any]]  # what holds each model back; like the next two, the controller puts it in
+    accounting: dict[str, Any] | None  # GPU-hours
+    history: dict[str, Any] | None  # what becomes of the turns on disk
+    relay: dict[str, Any]  # counts over all relays, at the socket; events_dropped: turns that totals lack
+
+
+class Tracker:
+    """What the controller knows of turns and sessions: turn events and gauges in, the /stats document out.
+
+    One thread at a time. ``clock`` is seconds since the epoch, the same as the relay's.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        max_sessions: int = MAX_LIVE_SESSIONS,
+        session_idle_s: float = SESSION_IDLE_S,
+    ) -> None:
+        self._clock = clock
+        self._started_at = clock()
+        self._sessions = SessionTable(max_sessions, session_idle_s)
+        self._turns = TurnLedger()
+        self._conversations = Conversations()
+        self._log = TurnLog()
+        self.timeline = Timeline()
+        self._figures = TurnFigures(clock)
+        self._throughput = Throughput(self._figures.totals)
+        self._watchdog = Watchdog()
+        self._relay = RelayReport()
+
+    def observe(self, *events: TurnEvent) -> None:
+        """Take events of the relay, in order. One that comes twice, or after its turn's finish, changes nothing.
+
+        Many at once cost half of one by one.
+        """
+        now = self._clock()
+        begun: list[OpenTurn] = []
+        done: list[TurnFinished] = []
+        try:
+            for event in events:
+                at = min(event.at, now)
+                if isinstance(event, TurnFinished):
+                    self._take_finish(event, at, begun, done)
+                elif isinstance(event, TurnStarted):
+                    self._take_start(event, at, begun)
+                elif isinstance(event, SessionEnded):
+                    self._sessions.end(event.session)
+                elif (turn := self._turns.open.get(event.turn)) is not None:
+                    turn.advance(event)
+                    if turn.session is not None:
+                        self._sessions.touch(turn.session, at)
+        finally:
+            self._figures.add(begun, done)
+
+    def sample(self, gauges: Mapping[str, Any]) -> None:
+        """Take the relay's gauges (FRAME_GAUGES), once a second; what is missing or cannot be is not known.
+
+        ``{"at", "backends": {id: {"healthy", "reason", "in_flight", "requests", "errors", "load": digest | None}},
+        "queue": {"pending", "in_flight", "oldest_ms", "waiting": [...]}, "counters": {...}, "rss_bytes",
+        "connections", "stats_read": how often /stats was}``.
+        """
+        now = self._clock()
+        self._relay.read(gauges)
+        is_due = self.timeline.is_due(now)
+        self._figures.backends.sample(self._relay.backends, is_due)
+        self._turns.forget_lost(now)
+        self._sessions.expire(now)
+        self._watchdog.look(self._sessions, now, self._relay.kv_capacity())
+        self._throughput.read(now)
+        if is_due:
+            active, wait = self._sessions.count_active(now), self._figures.wait.read()
+            self.timeline.note(now, self._throughput.rates(now), self._relay.queue({}), active, wait)
+
+    def relay_restarted(self) -> None:
+        """The relay died and another takes its place: its open turns are over, its counters start at zero."""
+        now = self._clock()
+        cut = []
+        for name, turn in self._turns.open.items():
+            waited_ms = max(0.0, now - turn.started.at) * 1000 if turn.queue_ms is None else turn.queue_ms
+            error = "the relay ended during this turn"
+            cut.append(TurnFinished(name, now, "cut", 0, turn.backend, waited_ms, turn.ttft_ms, error=error))
+        self.observe(*cut)
+        self._relay.restart()
+        self._figures.backends.relay_restarted()
+
+    @property
+    def totals(self) -> Mapping[str, int]:
+        """``totals`` of /stats, as they are now."""
+        return self._figures.totals
+
+    def silences(self) -> Iterator[tuple[str, str | None, int, float]]:
+        """``(model, replica, turns open, seconds since the last answer)`` of every live session."""
+        return self._sessions.silences(self._clock())
+
+    def take_records(self) -> tuple[list[TurnRecord], dict[str, float]]:
+        """The turns that finished since the last call, and turn → post_ms, learnt since, of those given out before."""
+        return self._log.take()
+
+    def restore(self, records: Iterable[TurnRecord], totals: Mapping[str, Any], ended: Iterable[str] = ()) -> None:
+        """Go on where an earlier tracker was; before any event.
+
+        ``records`` are its latest turns, oldest first: what they say of their sessions is what is known of these.
+        ``totals`` are its totals by name; what is no count is left out. ``ended`` are sessions, read after ``records``.
+        """
+        self._figures.totals.update({name: totals[name] for name in self._figures.totals if is_count(totals.get(name))})
+        answers: dict[str, str] = {}  # session → the key of its last answer: from those before it has gone on
+        for record in records:
+            is_first, _ = self._turns.close(record.turn)
+            if not is_first:
+                continue
+            self._log.keep(record)
+            at = min(record.finished_at, self._clock())
+            session = self._sessions.open(record.session, record, at)
+            if session is not None:
+                if record.key is not None:
+                    answers.pop(session.id, None)
+                    answers[session.id] = record.key
+                session.think(record.think_ms, record.pre_ms, record.post_ms, record.unaccounted_ms)
+                session.finish(record, at)
+                self._sessions.touch(session, at)
+        for name, key in answers.items():
+            self._conversations.answered(key, name)
+        self._sessions.settle(self._clock(), ended)
+
+    def replicas(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend]) -> list[dict[str, Any]]:
+        """``backends`` of /stats as they are now, but for what was measured of their turns.
+
+        ``records`` are the replicas' records as `serve` writes them (ReplicaRecord, as JSON); ``table`` is what the
+        relay routes by, so also backends without a record. What was measured of any other backend is forgotten.
+        """
+        return self._figures.backends.replicas(records, table, self._relay.backends)
+
+    def snapshot(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend], strategy: str) -> StatsDocument:
+        """The /stats document of this moment; ``records`` and ``table`` as ``replicas`` takes them."""
+        now = self._clock()
+        sessions = collections.Counter(session.backend for session in self._sessions)
+        rows = self.replicas(records, table)
+        for row in rows:
+            row |= {**self._figures.backends.measured(row["id"]), "sessions": sessions[row["id"]]}
+        listed = self._sessions.latest(LISTED_SESSIONS)
+        return StatsDocument(
+            snapshot_age_ms=0,
+            schema_version=SCHEMA_VERSION,
+            now=now,
+            uptime_seconds=round(max(0.0, now - self._started_at), 3),
+            strategy=strategy,
+            totals=dict(self._figures.totals),
+            throughput={**self._throughput.rates(now), "history": list(self.timeline.points)},
+            models=_model_rows(rows),
+            backends=rows,
+            queue=self._relay.queue(self._turns.open),
+            sessions=self._sessions.counts(now),
+            clients=_client_rows(listed, self._sessions.latest_ended(), self._turns.phases()),
+            recent_turns=[record.row() for record in self._log.latest(RECENT_TURNS)],
+            pipeline=self._figures.pipeline.document(),
+            watchdog=self._watchdog.rows,
+            analysis=[],
+            accounting=None,
+            history=None,
+            relay=self._relay.document(),
+        )
+
+    def session(self, name: str) -> dict[str, Any] | None:
+        """The body of GET /stats/sessions/{id}; None for a session that is not known (any more)."""
+        session, is_over = self._sessions.find(name)
+        if session is None:
+            return None
+        state = "ended" if is_over else self._turns.phases().get(name, "idle")
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "now": self._clock(),
+            "session": _session_row(session, state),
+            "turns": [record.row() for record in self._log.latest(LISTED_TURNS, name)],
+        }
+
+    def _take_start(self, event: TurnStarted, at: float, begun: list[OpenTurn]) -> None:
+        if self._turns.knows(event.turn):
+            return
+        turn = self._begin(event, at)
+        if turn.session is not None:
+            self._sessions.touch(turn.session, at)
+        self._turns.add(turn)
+        begun.append(turn)
+
+    def _take_finish(self, event: TurnFinished, at: float, begun: list[OpenTurn], done: list[TurnFinished]) -> None:
+        turn: OpenTurn | None
+        if event.started is not None and not self._turns.knows(event.turn):
+            turn = self._begin(event.started, min(event.started.at, at))
+            begun.append(turn)
+            self._turns.note(event.turn)
+        else:
+            is_first, turn = self._turns.close(event.turn)
+            if not is_first:
+                return
+        done.append(event)
+        record = _record_of(event, turn)
+        if turn is not None and turn.session is not None:
+            turn.session.finish(record, at, turn.started.prints)
+            self._sessions.touch(turn.session, at)
+            if turn.started.follows is not None:
+                self._conversations.finish(turn.started, event.key, turn.session.id)
+        self._log.add(record)
+
+    def _begin(self, event: TurnStarted, at: float) -> OpenTurn:
+        """A turn that starts, with what is known of the time before it."""
+        session = self._sessions.open(self._conversations.session_of(event), event, at)
+        if session is None:
+            pre_ms, unaccounted_ms = split_think_time(None, event.pre_ms, event.post_ms)
+            return OpenTurn(event, None, None, None, pre_ms, unaccounted_ms)
+        gap_ms = session.think_time_ms(at)
+        pre_ms, unaccounted_ms = split_think_time(gap_ms, event.pre_ms, event.post_ms)
+        session.think(gap_ms, pre_ms, self._log.learn_post(session.last_turn, event.post_ms), unaccounted_ms)
+        return OpenTurn(event, session, session.held(event, at), gap_ms, pre_ms, unaccounted_ms)

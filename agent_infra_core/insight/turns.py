@@ -1,0 +1,284 @@
+"""Turns, from their start to their record, and why their tokens were not cached. Pure."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from agent_infra_core.protocol import MAX_FIGURE, TurnAnswering, TurnFinished, TurnSent, TurnStarted
+
+if TYPE_CHECKING:
+    from agent_infra_core.insight.sessions import Session
+
+MAX_OPEN_TURNS = 50_000  # beyond, and after MAX_TURN_S: the oldest is forgotten (its finish still counts in totals)
+MAX_TURN_S = 6 * 3600.0
+FINISHED_TURNS_REMEMBERED = 10_000  # ids by which a second finish, or a start after it, is known for what it is
+KEPT_TURNS = 5_000  # records of finished turns, about 1 KB each, for a look at one session
+MAX_UNTAKEN_TURNS = 20_000  # records that wait for take_records(); beyond: the oldest is dropped
+MISS_TOKENS = 64  # fewer tokens missing from the cache are none: engines keep whole blocks, and templates add words
+MISS_SHARE = 0.1  # likewise, of what was expected
+
+
+def _is_figure(value: Any) -> TypeGuard[float]:
+    """A finite number that a time, a duration or a count can be; NaN fails the comparison."""
+    return type(value) in (int, float) and 0 <= value <= MAX_FIGURE
+
+
+def _rounded(ms: float | None) -> float | None:
+    return None if ms is None else round(ms, 2)
+
+
+def _plus(total: float | None, value: float | None) -> float | None:
+    """A sum in which None is "not known": None until something is."""
+    return total if value is None else (total or 0.0) + value
+
+
+@dataclass(slots=True)
+class TurnRecord:
+    """One finished turn, all that is kept of it. Times are s since the epoch; None is "not known".
+
+    ``post_ms`` comes with the session's next request. What comes from the turn's start is None where that was lost.
+    """
+
+    turn: str
+    finished_at: float
+    outcome: str  # completed | error | cut | aborted | rejected, see TurnFinished
+    status: int
+    session: str | None = None
+    task: str | None = None
+    client: str | None = None
+    model: str | None = None
+    path: str | None = None
+    stream: bool | None = None
+    backend: str | None = None
+    started_at: float | None = None
+    retries: int = 0
+    think_ms: float | None = None  # previous answer's end → arrival
+    pre_ms: float | None = None
+    queue_ms: float | None = None
+    ttft_ms: float | None = None
+    inference_ms: float | None = None
+    post_ms: float | None = None
+    unaccounted_ms: float | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int | None = None
+    expected_cached_tokens: int | None = None
+    cache_miss: str | None = None  # why fewer were cached than expected, in words
+    tokens_estimated: bool = False
+    finish_reason: str | None = None
+    error: str | None = None
+    prompt: str = ""
+    answer: str = ""
+    key: str | None = None  # conversation_key up to and with this answer
+
+    def row(self) -> dict[str, Any]:
+        """As it stands in /stats: a field each, durations rounded."""
+        row = {name: getattr(self, name) for name in self.__slots__}
+        for name in _DURATIONS:
+            row[name] = _rounded(row[name])
+        return row
+
+
+_DURATIONS = tuple(name for name in TurnRecord.__slots__ if name.endswith("_ms"))
+
+
+@dataclass(slots=True)
+class HeldContext:
+    """What a replica should have in its cache for a session's next turn."""
+
+    backend: str | None
+    prompt_tokens: int  # of the last prompt
+    tokens: int  # of the last prompt and its answer, but for the answer's last: it was sampled, never computed
+    prints: bytes  # of the last request, KEPT_PRINTS at most
+
+
+def generates(path: str | None) -> bool:
+    """Whether a turn on this path goes on with a context; embeddings, rerank, tokenize and so on have none."""
+    return (path or "completions").endswith(("completions", "responses", "messages"))
+
+
+def changed_message(before: bytes, now: bytes) -> str | None:
+    """The first message of the request before that is another one now, in words; from the prints of both."""
+    length = min(len(before), len(now))
+    if before[:length] == now[:length]:
+        return None
+    number = next(at for at in range(0, length, 4) if before[at : at + 4] != now[at : at + 4]) // 4
+    return f"message {number} of {len(now) // 4 - 1}" if number else "the tools or the system prompt"
+
+
+def explain_miss(record: TurnRecord, held: HeldContext, prints: bytes) -> str | None:
+    """Why fewer tokens of a turn were cached than expected, in words; None when not notably fewer were.
+
+    ``prints`` are those of the turn's request.
+    """
+    expected, cached = record.expected_cached_tokens, record.cached_tokens
+    if expected is None or cached is None or expected - cached <= max(MISS_TOKENS, MISS_SHARE * expected):
+        return None
+    if changed := changed_message(held.prints, prints):
+        return f"your client changed {changed}"
+    if record.backend != held.backend:
+        return f"moved from {held.backend} to {record.backend}"
+    if cached >= held.prompt_tokens - MISS_TOKENS:
+        return "the last answer came back changed, by your client or by the chat template"
+    return f"evicted from {held.backend}"
+
+
+@dataclass(slots=True)
+class OpenTurn:
+    """What is known of a turn before it has finished."""
+
+    started: TurnStarted
+    session: Session | None
+    held: HeldContext | None
+    think_ms: float | None
+    pre_ms: float | None
+    unaccounted_ms: float | None
+    phase: str = "waiting"  # waiting | prefill | decoding
+    backend: str | None = None
+    queue_ms: float | None = None
+    ttft_ms: float | None = None
+
+    def advance(self, event: TurnSent | TurnAnswering) -> None:
+        """It was sent to a replica, or is being answered."""
+        if isinstance(event, TurnSent):
+            self.phase, self.backend, self.queue_ms, self.ttft_ms = "prefill", event.backend, event.queue_ms, None
+        else:
+            self.phase, self.ttft_ms = "decoding", event.ttft_ms
+        if self.session is not None:
+            self.session.backend = self.backend or self.session.backend
+
+
+class TurnLedger:
+    """Which turns are open, and which finished lately: so that each is counted once, in whatever order events come."""
+
+    def __init__(self) -> None:
+        self.open: collections.OrderedDict[str, OpenTurn] = collections.OrderedDict()
+        self._finished: collections.OrderedDict[str, None] = collections.OrderedDict()
+
+    def knows(self, turn: str) -> bool:
+        """Whether this turn is open or finished already: then its start is none."""
+        return turn in self.open or turn in self._finished
+
+    def add(self, turn: OpenTurn) -> None:
+        self.open[turn.started.turn] = turn
+        if turn.session is not None:
+            turn.session.open_turns += 1
+
+    def close(self, turn: str) -> tuple[bool, OpenTurn | None]:
+        """Whether this is the turn's first finish, and the open turn (None where its start never came)."""
+        if turn in self._finished:
+            return False, None
+        self.note(turn)
+        return True, self._take(turn)
+
+    def note(self, turn: str) -> None:
+        """A turn that was not known has finished."""
+        self._finished[turn] = None
+        if len(self._finished) > FINISHED_TURNS_REMEMBERED:
+            self._finished.popitem(last=False)
+
+    def forget_lost(self, now: float) -> None:
+        """Forget turns whose finish seems lost. One that comes after all is counted, but for no session."""
+        while self.open:
+            oldest = next(iter(self.open.values())).started
+            if len(self.open) <= MAX_OPEN_TURNS and oldest.at > now - MAX_TURN_S:
+                break
+            self._take(oldest.turn)
+
+    def phases(self) -> dict[str, str]:
+        """Session → how far its furthest open turn is."""
+        order = ("waiting", "prefill", "decoding")
+        found: dict[str, str] = {}
+        for turn in self.open.values():
+            name = turn.session.id if turn.session else ""
+            found[name] = max(found.get(name, "waiting"), turn.phase, key=order.index)
+        return found
+
+    def _take(self, name: str) -> OpenTurn | None:
+        turn = self.open.pop(name, None)
+        if turn is not None and turn.session is not None:
+            turn.session.open_turns -= 1
+        return turn
+
+
+_UNKNOWN_START = TurnStarted("", 0.0, "", "")
+
+
+def _record_of(event: TurnFinished, turn: OpenTurn | None) -> TurnRecord:
+    """What is kept of a turn that finished."""
+    held = session = None
+    think_ms = pre_ms = unaccounted_ms = None
+    if turn is None:
+        started = _UNKNOWN_START
+    else:
+        started, session, held = turn.started, turn.session, turn.held
+        think_ms, pre_ms, unaccounted_ms = turn.think_ms, turn.pre_ms, turn.unaccounted_ms
+    # By position, which costs half as much: in the order of the fields.
+    # fmt: off
+    record = TurnRecord(
+        event.turn, event.at, event.outcome, event.status, session.id if session is not None else None,
+        started.task, started.client, started.model or None, started.path or None,
+        started.stream if turn is not None else None, event.backend, started.at if turn is not None else None,
+        event.retries, think_ms, pre_ms, event.queue_ms, event.ttft_ms, event.inference_ms, None, unaccounted_ms,
+        event.prompt_tokens, event.completion_tokens, event.cached_tokens, None, None, event.estimated,
+        event.finish_reason, event.error, started.prompt, event.answer, event.key,
+    )
+    # fmt: on
+    if held is not None and record.prompt_tokens is not None:
+        # An engine computes the last token of every prompt, for what comes after it.
+        record.expected_cached_tokens = max(0, min(held.tokens, record.prompt_tokens - 1))
+        record.cache_miss = explain_miss(record, held, started.prints)
+    return record
+
+
+class TurnLog:
+    """The records of the turns that finished last: to look at, and for those who keep them, to whom each goes once."""
+
+    def __init__(self) -> None:
+        self._kept: collections.OrderedDict[str, TurnRecord] = collections.OrderedDict()
+        self._untaken: collections.OrderedDict[str, TurnRecord] = collections.OrderedDict()
+        self._posts: dict[str, float] = {}
+
+    def add(self, record: TurnRecord) -> None:
+        """A turn finished."""
+        self.keep(record)
+        self._untaken[record.turn] = record
+        if len(self._untaken) > MAX_UNTAKEN_TURNS:
+            self._untaken.popitem(last=False)
+
+    def keep(self, record: TurnRecord) -> None:
+        """Have a record to look at, and for nothing else."""
+        self._kept[record.turn] = record
+        if len(self._kept) > KEPT_TURNS:
+            self._kept.popitem(last=False)
+
+    def learn_post(self, turn: str, post_ms: float | None) -> float | None:
+        """Note how long the agent acted on a turn's answer; None where that is known already.
+
+        It is with a start that the relay tells a new controller again, for a turn that was open all the time.
+        """
+        if not turn or post_ms is None:
+            return post_ms
+        records = [record for record in (self._kept.get(turn), self._untaken.get(turn)) if record is not None]
+        if turn in self._posts or any(record.post_ms is not None for record in records):
+            return None
+        for record in records:
+            record.post_ms = post_ms
+        if turn not in self._untaken and len(self._posts) < MAX_UNTAKEN_TURNS:
+            self._posts[turn] = post_ms
+        return post_ms
+
+    def take(self) -> tuple[list[TurnRecord], dict[str, float]]:
+        """See Tracker.take_records."""
+        taken = list(self._untaken.values()), self._posts
+        self._untaken.clear()
+        self._posts = {}
+        return taken
+
+    def latest(self, limit: int, session: str | None = None) -> list[TurnRecord]:
+        """The turns that finished last, of one session or of all, latest first."""
+        records = (record for record in reversed(self._kept.values()) if session in (None, record.session))
+        return list(itertools.islice(records, limit))

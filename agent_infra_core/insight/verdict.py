@@ -1,0 +1,100 @@
+"""What limits a run: GPUs, latency or the agent, in a verdict and a sentence. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from agent_infra_core.insight.capacity import RESAMPLES, SURE, Outlook, _in_words, _percent
+from agent_infra_core.insight.measure import FleetSample
+from agent_infra_core.insight.suggestion import GOOD_KV_SHARE
+
+
+def judge(outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The verdict: which share is largest, in at least SURE of the resampled fits; else BALANCED."""
+    import numpy as np
+
+    names = ("agent", "base_latency", "contention")
+    reason = outlook.few or outlook.reason
+    shares = {
+        name: outlook.told("fraction", lambda model, index=index: model.shares(outlook.agents)[index])  # type: ignore[misc]
+        for index, name in enumerate(names)
+    }
+    if reason is not None:
+        sentence = f"No verdict: {reason}."
+        return {"name": "NO DATA", "confidence": None, "sentence": sentence, "reason": reason, "shares": shares}
+    point = [float(share) for share in outlook.model.shares(outlook.agents)]
+    drawn = np.argmax(np.stack([np.broadcast_to(d, RESAMPLES) for d in outlook.draws.shares(outlook.agents)]), axis=0)
+    counts = np.bincount(drawn, minlength=3) / RESAMPLES
+    largest = int(np.argmax(counts))
+    confidence = float(counts[largest])
+    name = ("AGENT-BOUND", "LATENCY-BOUND", "GPU-BOUND")[largest] if confidence >= SURE else "BALANCED"
+    sentence = verdict_sentence(name, confidence, point, outlook, what_ifs)
+    return {"name": name, "confidence": round(confidence, 3), "sentence": sentence, "reason": None, "shares": shares}
+
+
+def verdict_sentence(
+    name: str, confidence: float, shares: Sequence[float], outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]]
+) -> str:
+    """The verdict in words that a researcher acts on: what holds the run back, and what each change would bring."""
+    sure = "over 99 % sure" if confidence > 0.99 else f"{math.floor(100 * confidence)} % sure"
+    replica, observing, more, _ = what_ifs
+    model, agents = outlook.model, outlook.agents
+    if name == "GPU-BOUND":
+        said = f"GPU-bound ({sure}): throughput follows GPU capacity with elasticity {shares[2]:.2f}."
+        if math.isfinite(model.slots) and float(model.in_flight(agents)) >= model.slots:
+            said = f"GPU-bound ({sure}): all {model.slots:.0f} slots of each replica are taken, turns queue."
+        effects = [_in_words(replica, True), _in_words(more)]
+    elif name == "AGENT-BOUND":
+        said = f"Agent-bound ({sure}): agents think for {model.think_s:.3g} s a turn, "
+        said += f"the GPUs answer in {float(model.answer_s(agents)):.3g} s."
+        effects = [_in_words(observing, True), _in_words(more), _in_words(replica)]
+    elif name == "LATENCY-BOUND":
+        said = f"Latency-bound ({sure}): even an idle replica takes {model.base_s:.3g} s for a turn, "
+        said += f"agents think for {model.think_s:.3g} s. Shorter answers or a faster GPU would help."
+        effects = [_in_words(more, True), _in_words(replica)]
+    else:
+        agent, base, crowding = (_percent(share) for share in shares)
+        said = (
+            f"Balanced: throughput follows the agents' think time ({agent}), the latency of an idle replica ({base}) "
+        )
+        said += f"and GPU capacity ({crowding}); no one is the largest for sure."
+        effects = [_in_words(replica, True), _in_words(observing), _in_words(more)]
+    known = "; ".join(effect for effect in effects if effect)
+    return f"{said} {known[0].upper()}{known[1:]}." if known else said
+
+
+def find_flags(outlook: Outlook, samples: Sequence[FleetSample]) -> dict[str, str]:
+    """What else is wrong: flag → what to say of it."""
+    found = {}
+    looks = [sample for sample in samples if sample.at >= outlook.here.since]
+    if outlook.kv is not None and outlook.few is None and outlook.agents > outlook.kv[0]:
+        found["KV-BOUND"] = (
+            f"The contexts of {outlook.agents:.0f} agents do not fit into the KV cache, those of {outlook.kv[0]:.0f} "
+            f"do: thinking sessions are evicted and computed again. Run {GOOD_KV_SHARE * outlook.kv[0]:.0f} agents, or "
+            "add a replica."
+        )
+    preemptions = [sample.preemptions for sample in looks if sample.preemptions is not None]
+    if "KV-BOUND" not in found and len(preemptions) > 1 and preemptions[-1] > preemptions[0]:
+        found["KV-BOUND"] = (
+            f"Replicas ran out of KV cache and put off {preemptions[-1] - preemptions[0]} running turns, which are "
+            "computed again. Run fewer agents, or add a replica."
+        )
+    flights: dict[str, list[int]] = {}
+    for sample in looks[-60:]:
+        for replica, number in sample.in_flight.items():
+            flights.setdefault(replica, []).append(number)
+    means = {replica: sum(numbers) / len(numbers) for replica, numbers in flights.items() if len(numbers) >= 30}
+    if len(means) > 1:
+        most, least = max(means, key=lambda name: means[name]), min(means, key=lambda name: means[name])
+        typical = sum(means.values()) / len(means)
+        if means[most] - means[least] > max(2.0, 0.6 * typical):
+            found["IMBALANCED"] = (
+                f"{most} has {means[most]:.1f} turns in flight, {least} {means[least]:.1f}, in the mean of a minute: "
+                "the busiest replica makes its agents wait while others have room."
+            )
+    if samples and samples[-1].unhealthy:
+        names = ", ".join(samples[-1].unhealthy)
+        found["UNHEALTHY"] = f"{names}: not healthy. What the rest does is measured, what all could do is not."
+    return found

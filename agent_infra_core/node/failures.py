@@ -1,0 +1,148 @@
+"""Why an engine failed: one row per class of failure, with the evidence for it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from agent_infra_core.protocol import ReplicaFailure
+
+
+@dataclass(frozen=True)
+class FailureSign:
+    """Positive evidence of one class of failure: a line of the log, or the exit code where the pattern is empty."""
+
+    kind: str
+    pattern: str
+    hint: str
+    exit_code: int | None = None  # the line counts only with this code; negative = ended by that signal
+
+
+_GGUF_HINT = "model_path must name a GGUF file of llama.cpp; check that it was downloaded whole"
+
+# The first row with a matching line decides; rows that say more stand above rows that say less.
+FAILURE_SIGNS = (
+    FailureSign(
+        "out_of_memory",
+        r"larger than the available KV cache memory|No available memory for the cache blocks",
+        "the context does not fit beside the weights: lower max_model_len, raise gpu_memory_utilization, "
+        "or raise tensor_parallel_size",
+    ),
+    FailureSign(
+        "out_of_memory",
+        r"Free memory on device .* is less than desired GPU memory utilization",
+        "another process holds memory of this GPU: end it (nvidia-smi), or lower gpu_memory_utilization",
+    ),
+    FailureSign(
+        "out_of_memory",
+        r"CUDA out of memory|OutOfMemoryError|CUDA error: out of memory|HIP out of memory",
+        "the GPU is too small for the weights: lower gpu_memory_utilization or max_model_len, raise "
+        "tensor_parallel_size, or take a quantised model",
+    ),
+    FailureSign(
+        "out_of_memory",
+        r"std::bad_alloc|\bMemoryError\b|Cannot allocate memory|failed to allocate|[Oo]om[-_ ]kill",
+        "the machine has too little memory: lower max_model_len or --max-num-seqs, or take a smaller model",
+    ),
+    FailureSign(
+        "gated_model",
+        r"GatedRepoError|gated repo|Access to model .* is restricted|403 Client Error.*huggingface",
+        "accept the model's licence on huggingface.co, then export HF_TOKEN (or set it under env) and start again",
+    ),
+    FailureSign(
+        "quota",
+        r"Disk quota exceeded|No space left on device",
+        "the disk or your quota is full: free space, or point HF_HOME (under env) at a larger file system",
+    ),
+    FailureSign(
+        "model_not_found", r"is not a GGUF file|invalid magic|failed to load model|gguf_init_from_file", _GGUF_HINT
+    ),
+    FailureSign(
+        "model_not_found",
+        r"RepositoryNotFoundError|Repository Not Found|is not a valid model identifier|Repo id must be in the form"
+        r"|Invalid repository ID or local directory|does not appear to have a file named config\.json"
+        r"|model file .* cannot be read",
+        "check model_path: a Hugging Face id as on huggingface.co, or a path that this node can read",
+    ),
+    FailureSign(
+        "offline",
+        r"OfflineModeIsEnabled|outgoing traffic has been disabled|LocalEntryNotFoundError|couldn't connect to 'https"
+        r"|Temporary failure in name resolution|Name or service not known|Network is unreachable",
+        "this node reaches no network: fetch the model where there is one, and set model_path to its folder",
+    ),
+    FailureSign(
+        "port_in_use",
+        r"[Aa]ddress already in use|EADDRINUSE|Errno 98\b|couldn't bind",
+        "another server took the port; the next start moves on to another. Set base_port apart if it happens often",
+    ),
+    FailureSign(
+        "node_failure",
+        r"uncorrectable ECC|fallen off the bus|\bXid\b|No CUDA GPUs are available|CUDA driver initialization failed"
+        r"|CUDA-capable device\(s\) is/are busy|Failed to initialize NVML|libcuda\.so\.1: cannot open",
+        "the node's GPU or driver does not work (nvidia-smi): keep away from this node and tell its administrators",
+    ),
+    FailureSign(
+        "bad_argument",
+        r"trust_remote_code=True",
+        "the model brings its own code: read it, then set trust_remote_code: true",
+    ),
+    FailureSign(
+        "bad_argument",
+        r"can't open file .*No such file",
+        "the program that command names is not there: give its full path",
+        exit_code=2,
+    ),
+    FailureSign(
+        "bad_argument",
+        r"error: (unrecognized arguments|argument |the following arguments|ambiguous option)",
+        "the engine does not know this option: correct engine_args (or command); its --help lists them",
+        exit_code=2,
+    ),
+    FailureSign(
+        "bad_argument",
+        r"greater than the derived max_model_len|must be divisible by tensor parallel|validation errors? for \w*Config",
+        "correct this key of the model's configuration",
+    ),
+    FailureSign(
+        "bad_argument",
+        r"No module named",
+        "install it for the Python that runs the engine, named first in the log (vllm: pip install 'agent-infra[gpu]')",
+    ),
+    FailureSign("node_failure", "", "the engine was built for another processor; install one built for it", -4),
+    FailureSign(
+        "node_failure", "", "the node's shared memory or disk failed; look at /dev/shm and the kernel's log", -7
+    ),
+)
+
+# Starting again as it is cannot mend these, unless the replica had been ready before.
+HOPELESS_FAILURES = ("model_not_found", "gated_model", "quota", "bad_argument", "timed_out")
+
+
+def classify_failure(log: str, exit_code: int | None) -> ReplicaFailure:
+    """The class of a replica that ended with ``exit_code`` (as of subprocess; None: it did not get ready in time).
+
+    To be asked only about an engine that ended or missed its deadline: whatever stands in the log, an engine whose
+    health probe answers has not failed.
+    """
+    lines = [line.strip()[:400] for line in re.split(r"[\r\n]+", log) if line.strip()]
+    ended = describe_exit(exit_code)
+    for sign in FAILURE_SIGNS:
+        if sign.exit_code is not None and sign.exit_code != exit_code:
+            continue
+        line = next((line for line in lines if sign.pattern and re.search(sign.pattern, line)), None)
+        if line is not None or not sign.pattern:
+            return ReplicaFailure(sign.kind, line or ended, sign.hint)
+    last = lines[-1] if lines else "it wrote nothing"
+    if exit_code is None:
+        return ReplicaFailure("timed_out", last, "it did not get ready in time; read its log, or give it more time")
+    if exit_code == -9:
+        hint = "someone killed it, or the kernel for want of memory (dmesg says so): lower max_model_len then"
+        return ReplicaFailure("unknown", ended, hint)
+    return ReplicaFailure("unknown", f"{ended}: {last}", "read its log; the cause stands above its last lines")
+
+
+def describe_exit(exit_code: int | None) -> str:
+    """``exit_code`` of subprocess in words."""
+    if exit_code is None:
+        return "still running"
+    return f"ended by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"

@@ -1,0 +1,91 @@
+"""Asks a running engine whether it serves, who it is, and how loaded it is."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from agent_infra_core.fleet.engines import Engine
+from agent_infra_core.host import http_get
+from agent_infra_core.node.guard import CHALLENGE_PATH, answer_challenge
+from agent_infra_core.protocol import EngineLoad
+
+_METRIC_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+
+
+def read_engine_load(engine: Engine, text: str) -> EngineLoad:
+    """An engine's Prometheus page as an EngineLoad: summed over the engines of data parallelism, kv_usage averaged."""
+    wanted = {name for names in engine.metrics.values() for name in names}
+    wanted |= {name for name in (engine.cache_info_metric, engine.sleep_metric) if name}
+    samples: dict[str, list[tuple[dict[str, str], float]]] = {}
+    for line in text.splitlines():
+        name = re.split(r"[ {]", line, maxsplit=1)[0]
+        if name in wanted:
+            value = _number(line.rpartition(" ")[2])
+            if value is not None:
+                samples.setdefault(name, []).append((dict(_METRIC_LABEL.findall(line)), value))
+    loads: dict[str, Any] = {}
+    for key, names in engine.metrics.items():
+        values = [value for name in names for _, value in samples.get(name, ())]
+        if values:
+            loads[key] = sum(values) / len(values) if key == "kv_usage" else int(sum(values))
+    caches = [_cache_tokens(labels) for labels, _ in samples.get(engine.cache_info_metric or "", ())]
+    awake = [value for labels, value in samples.get(engine.sleep_metric or "", ()) if labels["sleep_state"] == "awake"]
+    return EngineLoad(**loads, kv_capacity_tokens=sum(caches) or None, is_sleeping=not all(awake) if awake else None)
+
+
+def _number(text: str) -> float | None:
+    with contextlib.suppress(ValueError):
+        value = float(text)
+        return value if math.isfinite(value) else None
+    return None
+
+
+def _cache_tokens(labels: Mapping[str, str]) -> int:
+    """Tokens that one engine's KV cache holds; 0 when the labels do not tell (older vLLM tells only blocks)."""
+    told, blocks, block = (labels.get(key, "") for key in ("kv_cache_size_tokens", "num_gpu_blocks", "block_size"))
+    if told.isdecimal():
+        return int(told)
+    return int(blocks) * int(block) if blocks.isdecimal() and block.isdecimal() else 0
+
+
+METRICS_PATH = "/metrics"
+
+
+@dataclass(frozen=True)
+class EngineClient:
+    """Asks one running engine about itself; every question has a deadline."""
+
+    engine: Engine
+    host: str
+    port: int
+    key: str
+    identity: str = ""
+
+    def answers(self) -> bool:
+        """Whether its health probe says that it serves."""
+        return self.engine.is_healthy(self._get(self.engine.health_path)[0])
+
+    def is_ours(self) -> bool:
+        """Whether the server on the port knows the key, where its kind can show that it does."""
+        if not self.engine.is_guarded:
+            return True
+        nonce = os.urandom(16).hex()
+        status, body = self._get(f"{CHALLENGE_PATH}?nonce={nonce}")
+        return status == 200 and answer_challenge(self.key, f"{nonce}:{self.identity}").encode() in body
+
+    def load(self) -> EngineLoad | None:
+        """Its own figures; None where it does not tell or does not answer."""
+        if not self.engine.metrics:
+            return None
+        status, body = self._get(METRICS_PATH, self.key)
+        return read_engine_load(self.engine, body.decode("utf-8", "replace")) if status == 200 else None
+
+    def _get(self, path: str, key: str | None = None) -> tuple[int, bytes]:
+        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host  # noqa: S104 (a comparison)
+        return http_get(host, self.port, path, key)

@@ -1,0 +1,76 @@
+"""The `fetch` role: models of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from agent_infra_core.errors import RefusedError
+
+# Formats that no engine here loads, left out where a repository has safetensors.
+_SUPERFLUOUS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "original/*")
+
+# Class of huggingface_hub's error, or of one that it descends from → what it means. The first that fits decides.
+HUB_FAILURES: Mapping[str, str] = {
+    "GatedRepoError": "it is gated: ask for access on its page, then set HF_TOKEN to a token of that account",
+    "RepositoryNotFoundError": "it does not exist or is private: correct model_path, or set HF_TOKEN",
+    "HFValidationError": "it is no id of the Hugging Face hub, such as org/model; correct model_path",
+    "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set; unset it for `pull`",
+    "HfHubHTTPError": "the hub refused; try later, or look at what it says",
+}
+HUB_UNREACHABLE = "the hub cannot be reached from here: check the network, https_proxy and HF_ENDPOINT"
+
+
+def is_hub_id(model_path: str) -> bool:
+    """Whether it has the form of a Hugging Face id, ``org/model``."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model_path) is not None
+
+
+def hub_cache(environment: Mapping[str, str]) -> Path:
+    """Where huggingface_hub keeps what it fetches."""
+    home = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME", "~"), ".cache")
+    base = environment.get("HF_HOME") or os.path.join(home, "huggingface")
+    return Path(environment.get("HF_HUB_CACHE") or os.path.join(base, "hub")).expanduser()
+
+
+def is_in_hub_cache(repository: str, environment: Mapping[str, str]) -> bool:
+    """Whether a model of the hub was fetched to where this environment looks for it."""
+    return any(hub_cache(environment).glob(f"models--{repository.replace('/', '--')}/snapshots/*"))
+
+
+def fetch_from_hub(repository: str) -> str:
+    """Fetch a model into the cache that engines here read (HF_HOME); its directory. RefusedError, with the fix."""
+    where = f"{repository} (on {socket.gethostname()})"
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise RefusedError(
+            f"{where}: huggingface_hub is not installed for {sys.executable}; it comes with vLLM, or pip install it"
+        ) from error
+    try:
+        files = huggingface_hub.HfApi().model_info(repository).siblings or []
+        has_safetensors = any(file.rfilename.endswith(".safetensors") for file in files)
+        ignored = list(_SUPERFLUOUS) if has_safetensors else None
+        return str(huggingface_hub.snapshot_download(repository, ignore_patterns=ignored))
+    except Exception as error:
+        raise RefusedError(f"{where}: {describe_hub_failure(error)}") from error
+
+
+def describe_hub_failure(error: BaseException) -> str:
+    """What an error of huggingface_hub, or of what it uses, means and what to do; then its own first line."""
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    words = next((line for line in str(error).splitlines() if line.strip()), "") or type(error).__name__
+    if any(isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT) for each in chain):
+        return f"the disk is full: free some space, or set HF_HOME to another disk ({words})"
+    names = {kind.__name__ for kind in type(error).__mro__}
+    meaning = next((meaning for name, meaning in HUB_FAILURES.items() if name in names), HUB_UNREACHABLE)
+    return f"{meaning} ({words})"

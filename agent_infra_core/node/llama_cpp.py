@@ -1,0 +1,58 @@
+"""The `llama-cpp` role: the embedded engine, llama.cpp's own server in this process."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from agent_infra_core.errors import AgentInfraError
+from agent_infra_core.host import is_free
+
+
+def _wait_for_termination() -> None:
+    """Return at SIGTERM or SIGINT. By a pipe: no lock that a signal's handler could find taken."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    os.read(read_end, 1)
+
+
+def run_llama_cpp(
+    model_path: str, name: str, host: str, port: int, slots: int, threads: int, context_tokens: int
+) -> int:
+    """The embedded engine: llama.cpp's own server in this process, until SIGTERM; returns the exit code.
+
+    ``context_tokens`` are each slot's; ``threads`` 0 means half of the processors. The key comes by
+    AGENT_INFRA_API_KEY. What goes wrong is printed, for `serve` to classify.
+    """
+    try:
+        with open(model_path, "rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise AgentInfraError(f"model file {model_path} cannot be read: {error.strerror}") from error
+    if magic != b"GGUF":
+        raise AgentInfraError(f"{model_path} is not a GGUF file")
+    if not is_free(port):
+        raise AgentInfraError(f"port {port}: address already in use")
+    import xllamacpp
+
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = model_path
+    parameters.model_alias = {name}
+    parameters.hostnames, parameters.port = [host], port
+    parameters.api_keys = [os.environ["AGENT_INFRA_API_KEY"]]
+    parameters.n_parallel, parameters.n_ctx = slots, context_tokens * slots  # the slots share n_ctx
+    parameters.cpuparams.n_threads = threads or max(1, len(os.sched_getaffinity(0)) // 2)
+    parameters.cpuparams_batch.n_threads = parameters.cpuparams.n_threads
+    parameters.endpoint_metrics = parameters.endpoint_slots = parameters.endpoint_props = True
+    parameters.n_threads_http = slots + 64  # each waiting turn holds one, and the health probe needs one too
+    parameters.cache_ram_mib = 256  # its default of 8192 is a laptop's whole memory
+    parameters.sse_ping_interval = 1  # its end waits for the next ping of every live stream
+    parameters.fit_params, parameters.ui, parameters.offline = False, False, True
+    parameters.verbosity = 2
+    server = xllamacpp.Server(parameters)  # returns once the model is loaded and the port listens
+    _wait_for_termination()
+    del server  # cuts the streams, then ends
+    return 0

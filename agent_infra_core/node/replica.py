@@ -1,0 +1,351 @@
+"""The `serve` role: keeps one engine running until told to stop, and its record true."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from agent_infra_core.errors import RefusedError
+from agent_infra_core.fleet.engines import ENGINES, Launch, check_engine_args
+from agent_infra_core.host import process_stamp, write_atomically
+from agent_infra_core.node.failures import HOPELESS_FAILURES, classify_failure
+from agent_infra_core.node.gpus import GpuSampler, sampled_gpus
+from agent_infra_core.node.guard import server_identity
+from agent_infra_core.node.health import EngineClient
+from agent_infra_core.node.hub import is_hub_id, is_in_hub_cache
+from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher, _open_log, reserve_port
+from agent_infra_core.node.telemetry import IdleWatch, LoadSampler, Telemetry
+from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, ServeSpec, spec_from_json
+
+LOAD_POLL_S = 0.1  # between looks at an engine that loads
+HEALTH_POLL_S = 5.0  # between looks at one that is ready
+DRAIN_SETTLE_S = 0.5  # an engine counts as idle after this long, for turns still on their way when draining was told
+IDLE_SETTLE_S = 3.0  # likewise when it drains by its own decision: the relay reads of it at its next look at the load
+END_MARGIN_S = 3.0  # of stop_grace, kept for the engine's own end
+MAX_RESTARTS = 3
+FORGIVEN_AFTER_S = 600.0  # healthy, and earlier restarts no longer count
+
+
+def engine_environment(spec: ServeSpec) -> dict[str, str]:
+    """What an engine's environment is, but for what its kind adds."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **spec.model.env}
+    if spec.gpu_ids:
+        # NVML counts in the order of the bus; CUDA by itself puts the fastest first.
+        environment.update(CUDA_VISIBLE_DEVICES=",".join(spec.gpu_ids), CUDA_DEVICE_ORDER="PCI_BUS_ID")
+    return environment
+
+
+def make_launch(spec: ServeSpec, key: str, port: int, environment: Mapping[str, str]) -> Launch:
+    """What a run of the engine is told; over several nodes with a port of this one at which they meet."""
+    master = ("", 0)
+    if spec.nodes > 1:
+        with socket.create_server(("", 0)) as probe:
+            master = (_told_host("0.0.0.0"), probe.getsockname()[1])  # noqa: S104 (where others find this node)
+    return Launch(
+        host=spec.bind_host,
+        port=port,
+        key=key,
+        python=sys.executable,
+        module=os.path.abspath(__file__),
+        python_path=environment.get("PYTHONPATH", ""),
+        stop_grace=spec.stop_grace,
+        nodes=spec.nodes,
+        master=master,
+        identity=server_identity(spec.replica, _node_name(spec), port),
+    )
+
+
+def _node_name(spec: ServeSpec) -> str:
+    """This node's name; in a job, Slurm's."""
+    return (spec.is_job and os.environ.get("SLURMD_NODENAME")) or socket.gethostname()
+
+
+def _told_host(bind_host: str) -> str:
+    """The address under which others find what listens on ``bind_host``; the job's script asks Slurm for the node's."""
+    is_wildcard = bind_host in ("", "0.0.0.0", "::")  # noqa: S104 (a comparison)
+    return (os.environ.get("AGENT_INFRA_ADDRESS") or socket.gethostname()) if is_wildcard else bind_host
+
+
+class Replica:
+    """Keeps one engine running until told to stop, and its record true. The main thread owns all but ``digest``."""
+
+    def __init__(self, spec: ServeSpec, key: str, watcher: Watcher, signals: StopSignals) -> None:
+        self._spec, self._key, self._watcher, self._signals = spec, key, watcher, signals
+        self._engine = ENGINES[spec.model.engine]
+        self._directory = Path(spec.run_directory)
+        self._log = self._directory / "logs" / f"{spec.replica}.log"
+        self._gpus = GpuSampler(sampled_gpus(spec, {**os.environ, **spec.model.env}))
+        self._load_sampler = LoadSampler(self._gpus)
+        self._is_written = False  # whether the file says what the record says
+        self._record = ReplicaRecord(
+            replica=spec.replica,
+            model=spec.model.name,
+            state="starting",
+            engine=spec.model.engine,
+            node=_node_name(spec),
+            pid=os.getpid(),
+            process=process_stamp(os.getpid()) or "",
+            host=_told_host(spec.bind_host),
+            job_id=os.environ.get("SLURM_JOB_ID") if spec.is_job else spec.job_id,
+            started_at=time.time(),
+            slots=self._engine.slots(spec.model),
+            gpus=self._gpus.sample(),
+            gpu_ids=spec.gpu_ids,
+        )
+
+    def run(self) -> int:
+        """The whole life of the replica; the exit code of `serve`."""
+        telemetry = Telemetry(
+            self._spec.bind_host, self._key, f"{self._record.replica}@{self._record.node}", self.digest
+        )
+        try:
+            self._update(telemetry_port=telemetry.port)
+            failure = self._run_engines()
+        except RefusedError as error:
+            failure = ReplicaFailure("unknown", str(error), "mend it, and start the replica again")
+        finally:
+            telemetry.close()
+            self._gpus.close()
+        if failure is None:
+            message = f"no turn for {self._spec.model.idle_shutdown_minutes:g} min" if self._record.is_idle else None
+            self._update(state="stopped", message=message, failure=None, port=None, telemetry_port=None)
+            return 0
+        self._note(f"failed ({failure.kind}): {failure.line}; {failure.hint}")
+        self._update(state="failed", message=None, failure=failure, port=None, telemetry_port=None)
+        return 1
+
+    def digest(self) -> Mapping[str, Any]:
+        """The body of ``GET /load``; called by any thread."""
+        return {"state": self._record.state, "slots": self._record.slots, **self._load_sampler.sample()}
+
+    def _run_engines(self) -> ReplicaFailure | None:
+        """Run the engine, again after a failure as often as is sensible; None when told to stop."""
+        restarts, base_port = 0, self._spec.model.base_port
+        while True:
+            reservation = reserve_port(base_port)
+            if reservation is None:
+                line = f"no port of the thousand from {base_port} on is free"
+                return ReplicaFailure("port_in_use", line, "set base_port to where some are")
+            with contextlib.closing(reservation):
+                failure = self._run_engine(reservation.port)
+            if failure is None:
+                return None
+            was_ready = self._record.state == "ready"
+            if was_ready and time.time() - (self._record.ready_at or 0) > FORGIVEN_AFTER_S:
+                restarts = 0
+            if restarts == MAX_RESTARTS or (failure.kind in HOPELESS_FAILURES and not was_ready):
+                return failure
+            if failure.kind == "port_in_use":
+                base_port = reservation.port + 1
+            pause = self._spec.restart_backoff * 5**restarts
+            restarts += 1
+            self._announce_restart(failure, f"restart {restarts} of {MAX_RESTARTS} in {pause:g} s")
+            if self._pause(pause):
+                return None
+
+    def _announce_restart(self, failure: ReplicaFailure, plan: str) -> None:
+        message = f"{failure.line}; {plan}"
+        self._note(message)
+        restarts = self._record.restarts + 1
+        self._update(state="starting", message=message, failure=failure, restarts=restarts, port=None, progress=None)
+
+    def _run_engine(self, port: int) -> ReplicaFailure | None:
+        """One run of the engine, from its start to its end; None when it was told to stop."""
+        spec = self._spec
+        environment = engine_environment(spec)
+        launch = make_launch(spec, self._key, port, environment)
+        self._lead(launch)
+        environment.update(self._engine.environment(launch))
+        argv = self._engine.argv(spec.model, launch)
+        self._note("starting: " + shlex.join(argv))
+        try:
+            process = EngineProcess(argv, environment, self._log, self._watcher)
+        except OSError as error:
+            hint = "give the program's full path in command, or install it on this node"
+            return ReplicaFailure("bad_argument", f"{argv[0]} cannot be started: {error.strerror}", hint)
+        client = self._load_sampler.client = EngineClient(
+            self._engine, spec.bind_host, port, self._key, launch.identity
+        )
+        try:
+            self._update(state="loading", port=port)
+            failure = self._load(process, client)
+            if failure is None and not self._signals.is_asked:
+                failure = self._stand_by(process, client)
+            if failure is None:
+                self._end(process, client)
+            return failure
+        finally:
+            self._load_sampler.client = None
+            self._lead(None)
+            process.kill()
+
+    def _lead(self, launch: Launch | None) -> None:
+        """Tell the ranks on the replica's other nodes of a run of the engine; None: of its end, which ends theirs."""
+        path = self._directory / "ranks" / f"{self._spec.replica}.json"
+        if self._spec.nodes > 1 and launch is not None:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            write_atomically(path, json.dumps({"master": launch.master, "port": launch.port, "at": time.time()}))
+        elif self._spec.nodes > 1:
+            path.unlink(missing_ok=True)
+
+    def _load(self, process: EngineProcess, client: EngineClient) -> ReplicaFailure | None:
+        """Wait until the engine is ready; None then, and when told to stop."""
+        deadline = time.monotonic() + self._spec.load_timeout
+        while not self._signals.is_asked:
+            exit_code = process.exit_code()
+            if exit_code is not None:
+                return classify_failure(process.log_tail(), exit_code)
+            self._read_progress(process)
+            if client.answers() and client.is_ours():
+                gpus = self._gpus.sample()
+                self._update(state="ready", ready_at=time.time(), progress=None, message=None, failure=None, gpus=gpus)
+                return None
+            if time.monotonic() > deadline:
+                return classify_failure(process.log_tail(), None)
+            self._signals.wait(LOAD_POLL_S)
+        return None
+
+    def _read_progress(self, process: EngineProcess) -> None:
+        if self._engine.progress and (steps := self._engine.progress.findall(process.log_tail())):
+            self._update(progress="/".join(steps[-1]))
+
+    def _stand_by(self, process: EngineProcess, client: EngineClient) -> ReplicaFailure | None:
+        """Watch a ready engine until it fails; None when told to stop, or when it was idle for too long."""
+        answered_at, idle = time.monotonic(), IdleWatch(self._spec.model.idle_shutdown_minutes, time.monotonic)
+        while not self._signals.is_asked:
+            exit_code = process.exit_code()
+            if exit_code is not None:
+                return classify_failure(process.log_tail(), exit_code)
+            self._update()
+            if idle.is_over(client.load):
+                self._note(f"no turn for {idle.limit_s / 60:g} min: it ends, as idle_shutdown_minutes says")
+                self._update(is_idle=True)
+                return None
+            if client.answers():
+                answered_at = time.monotonic()
+            elif time.monotonic() - answered_at > self._spec.hang_timeout:
+                line = f"alive, but no answer to GET {self._engine.health_path} for {self._spec.hang_timeout:g} s"
+                return ReplicaFailure("timed_out", line, "it hangs, and was killed; its log may tell where")
+            self._signals.wait(min(HEALTH_POLL_S, self._spec.hang_timeout / 4, idle.limit_s / 4))
+        return None
+
+    def _end(self, process: EngineProcess, client: EngineClient) -> None:
+        """Let the engine finish its turns, then end it; when told to, within stop_grace, at once when told again."""
+        deadline = time.monotonic() + self._spec.stop_grace
+        was_ready = self._record.state == "ready"
+        self._update(state="draining", message=None)
+        margin_s = min(END_MARGIN_S, self._spec.stop_grace / 2)
+        settle_s, idle_since = IDLE_SETTLE_S if self._record.is_idle else DRAIN_SETTLE_S, math.inf
+        while was_ready and self._engine.metrics and self._may_wait(process) and time.monotonic() < deadline - margin_s:
+            load = client.load()
+            if load is None or load.running or load.waiting:
+                idle_since = math.inf
+                if load and self._record.is_idle and not self._signals.is_asked:
+                    deadline = time.monotonic() + self._spec.stop_grace  # a turn that still came has all its time
+            elif time.monotonic() - (idle_since := min(idle_since, time.monotonic())) > settle_s:
+                break
+            self._signals.wait(LOAD_POLL_S)
+        process.terminate()
+        while time.monotonic() < deadline and self._may_wait(process):
+            self._signals.wait(LOAD_POLL_S)
+
+    def _may_wait(self, process: EngineProcess) -> bool:
+        return process.exit_code() is None and not self._signals.is_urgent
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait; True when told to stop meanwhile."""
+        deadline = time.monotonic() + seconds
+        while not self._signals.is_asked and (left := deadline - time.monotonic()) > 0:
+            self._signals.wait(left)
+        return self._signals.is_asked
+
+    def _update(self, **changes: Any) -> None:
+        """Change the record and write it, if need be. On a full disk the engine serves on; the next call retries."""
+        record = dataclasses.replace(self._record, **changes)
+        path = self._directory / "replicas" / f"{record.replica}.json"
+        if record != self._record or not self._is_written or not path.exists():
+            self._record, self._is_written = record, False
+            with contextlib.suppress(OSError):
+                write_atomically(path, json.dumps(dataclasses.asdict(record)))
+                self._is_written = True
+
+    def _note(self, line: str) -> None:
+        """A line of our own in the replica's log, if the disk takes it."""
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        with contextlib.suppress(OSError), open(_open_log(self._log), "a", encoding="utf-8") as file:
+            file.write(f"{stamp} agent-infra: {line}\n")
+
+
+def read_spec(run_directory: str, replica: str) -> tuple[ServeSpec, str]:
+    """What a replica is told, and the key; RefusedError where either cannot be read."""
+    path = Path(run_directory) / "specs" / f"{replica}.json"
+    try:
+        spec = spec_from_json(path.read_text(encoding="utf-8"))
+        key = Path(spec.key_file).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise RefusedError(f"{path}: cannot be served: {error}; start the replica again") from error
+    if not key:
+        raise RefusedError(f"{spec.key_file}: holds no key; delete it and start the deployment again")
+    return spec, key
+
+
+def probe_node(spec: ServeSpec) -> dict[str, Any]:
+    """What a replica would find here: ``{node, python, package, gpus, model, hub}``.
+
+    ``package`` is the version of the engine's package, ``model`` one of local, cached, remote and missing, ``hub``
+    whether the Hugging Face hub can be reached.
+    """
+    import importlib.metadata
+    import urllib.error
+    import urllib.request
+
+    environment, package = engine_environment(spec), ENGINES[spec.model.engine].package
+    version, hub = None, True
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version(package) if package else None
+    try:
+        endpoint = environment.get("HF_ENDPOINT") or "https://huggingface.co"
+        urllib.request.urlopen(endpoint, timeout=5.0).close()  # noqa: S310 (the user's own setting)
+    except urllib.error.HTTPError as error:
+        error.close()  # it answers
+    except (OSError, ValueError):
+        hub = False
+    sampler = GpuSampler(sampled_gpus(spec, environment))
+    names = [gpu.name for gpu in sampler.sample()] or [
+        f"device {name}" for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name
+    ]
+    sampler.close()
+    path = spec.model.model_path
+    if os.path.exists(path) or spec.model.engine == "command":
+        model = "local"
+    elif is_hub_id(path):
+        model = "cached" if is_in_hub_cache(path, environment) else "remote"
+    else:
+        model = "missing"
+    python = ".".join(str(part) for part in sys.version_info[:3])
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    return {"node": node, "python": python, "package": version, "gpus": names, "model": model, "hub": hub}
+
+
+def serve(run_directory: str, replica: str) -> int:
+    """Run one replica as specs/<replica>.json says, until SIGTERM; returns 0 when stopped, 1 when it failed.
+
+    Writes replicas/<replica>.json and logs/<replica>.log. RefusedError when it cannot be started at all.
+    """
+    spec, key = read_spec(run_directory, replica)
+    if spec.is_probe:
+        write_atomically(Path(run_directory) / "replicas" / f".{replica}.probe", json.dumps(probe_node(spec)))
+        return 0
+    check_engine_args(spec.model)
+    with contextlib.closing(Watcher()) as watcher:
+        return Replica(spec, key, watcher, StopSignals()).run()

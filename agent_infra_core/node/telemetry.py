@@ -1,0 +1,113 @@
+"""``GET /load``: a small digest of the engine's metrics and of NVML, on a port of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from agent_infra_core.host import PROBE_TIMEOUT_S
+from agent_infra_core.node.gpus import GpuSampler
+from agent_infra_core.node.guard import _KEY_NEEDED, CHALLENGE_PATH, _carries_key, _challenge_reply, _error_body
+from agent_infra_core.node.health import EngineClient
+from agent_infra_core.protocol import EngineLoad
+
+DIGEST_MAX_AGE_S = 0.5
+
+
+class Telemetry:
+    """Serves ``GET /load`` and the keyed challenge on a port of its own, in threads; owns them and the socket."""
+
+    def __init__(self, host: str, key: str, name: str, digest: Callable[[], Mapping[str, Any]]) -> None:
+        """``name``: <replica>@<node>, for which the challenge is answered."""
+        import http.server
+        import socketserver
+
+        self._key, self._name, self._digest = key, name, digest
+        body = {
+            "do_GET": lambda request: self._answer(request),
+            "log_message": lambda *_: None,
+            "timeout": 30,
+            "protocol_version": "HTTP/1.1",
+        }
+        handler = type("LoadHandler", (http.server.BaseHTTPRequestHandler,), body)
+        # Not an HTTPServer: that asks the resolver for the host's name first.
+        self._server = socketserver.ThreadingTCPServer((host, 0), handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="telemetry", daemon=True)
+        self._thread.start()
+
+    @property
+    def port(self) -> int:
+        return int(self._server.server_address[1])
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(5)
+
+    def _answer(self, request: Any) -> None:
+        path, _, query = request.path.partition("?")
+        if path == CHALLENGE_PATH:
+            status, body = _challenge_reply(self._key, f"{self._name}:{self.port}", query)
+        elif not _carries_key(request.headers.get("Authorization", ""), self._key):
+            status, body = 401, _KEY_NEEDED
+        elif path == "/load":
+            status, body = 200, json.dumps(self._digest()).encode()
+        else:
+            status, body = 404, _error_body("here is GET /load alone", "invalid_request_error", "not_found")
+        request.send_response(status)
+        request.send_header("Content-Type", "application/json")
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
+
+
+class IdleWatch:
+    """Whether an engine had no turn for ``minutes``, by its own counters; None: it may be idle for ever."""
+
+    def __init__(self, minutes: float | None, clock: Callable[[], float]) -> None:
+        self.limit_s = math.inf if minutes is None else minutes * 60
+        self._clock = clock
+        self._busy_at = clock()
+        self._totals: tuple[int | None, ...] = ()
+
+    def is_over(self, load: Callable[[], EngineLoad | None]) -> bool:
+        """Take in what the engine says now, if need be; what it does not say is taken for a turn."""
+        if self.limit_s == math.inf:
+            return False
+        now = load()
+        totals = (now.prompt_tokens, now.generation_tokens) if now else ()
+        if now is None or now.running != 0 or now.waiting != 0 or totals != self._totals:
+            self._busy_at = self._clock()
+        self._totals = totals
+        return self._clock() - self._busy_at >= self.limit_s
+
+
+class LoadSampler:
+    """The figures of the engine and of its GPUs, at most half a second old while the engine answers."""
+
+    def __init__(self, gpus: GpuSampler) -> None:
+        self.client: EngineClient | None = None  # of the engine that runs; set by the main thread
+        self._gpus = gpus
+        self._lock = threading.Lock()  # one thread at a time asks the engine and NVML
+        self._sampled: dict[str, Any] = {}
+        self._sampled_at = -math.inf  # monotonic s
+
+    def sample(self) -> Mapping[str, Any]:
+        """The fields of EngineLoad, ``gpus`` and ``at``; the last ones when the engine takes too long now."""
+        if self._lock.acquire(timeout=PROBE_TIMEOUT_S):
+            try:
+                if time.monotonic() - self._sampled_at > DIGEST_MAX_AGE_S:
+                    client = self.client
+                    load = (client.load() if client else None) or EngineLoad()
+                    gpus = [dataclasses.asdict(gpu) for gpu in self._gpus.sample()]
+                    self._sampled = {**dataclasses.asdict(load), "gpus": gpus, "at": time.time()}
+                    self._sampled_at = time.monotonic()
+            finally:
+                self._lock.release()
+        return self._sampled

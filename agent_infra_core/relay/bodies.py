@@ -1,0 +1,271 @@
+"""The fields of a body that routing and tracking need."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import zlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from agent_infra_core.http.events import AnswerDigest, conversation_key, message_print, sendable_text, spoken
+from agent_infra_core.protocol import MAX_FIGURE, TurnFinished, TurnStarted
+from agent_infra_core.relay.turn import Turn
+
+# What is read of a request's body beside its messages; the last two as they stand there.
+KNOWN_FIELDS = ("model", "stream", "stream_options", "prompt", "input", "tools", "system")
+_MESSAGES = b'{"messages":[0'  # in place of a beginning that is known: the 0 stands for its messages
+
+
+@dataclass(slots=True)
+class KnownBody:
+    """What a long body began with, up to and with its last message, and what was found there.
+
+    A conversation's next request repeats it and goes on; so only what is new has to be read. Exact: the beginning is
+    compared byte for byte, and it was read in full before.
+    """
+
+    start: memoryview
+    fields: dict[str, Any]  # those of KNOWN_FIELDS that stand before the messages
+    prints: bytes
+    follows: str | None
+    words: str  # of its last user message
+
+
+class ContinuedBody:
+    """The fields of a body that goes on from a known one; ``messages`` are those behind it."""
+
+    __slots__ = ("before", "messages", *KNOWN_FIELDS)
+    messages: list[Any]
+
+    def __init__(self, before: KnownBody, rest: Any, unset: Any) -> None:
+        first, *self.messages = rest.messages
+        if bytes(first) != b"0":
+            raise ValueError("there are two lists of messages")
+        self.before = before
+        for name in KNOWN_FIELDS:
+            value = getattr(rest, name)
+            setattr(self, name, before.fields[name] if value is unset else value)
+
+
+class KnownBodies:
+    """The last long body of each conversation; bounded in bytes, the longest unused goes first."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._bodies: OrderedDict[Any, KnownBody] = OrderedDict()
+        self.bytes = 0
+
+    def find(self, conversation: Any) -> KnownBody | None:
+        return self._bodies.get(conversation)
+
+    def keep(self, conversation: Any, known: KnownBody | None) -> None:
+        """Take ``known`` in place of what was kept; None: nothing."""
+        former = self._bodies.pop(conversation, None)
+        self.bytes += self._size(known) - self._size(former)
+        if known is not None:
+            self._bodies[conversation] = known
+        while self.bytes > self._limit:
+            self.bytes -= self._size(self._bodies.popitem(last=False)[1])
+
+    def _size(self, known: KnownBody | None) -> int:
+        return len(known.start.obj) if known is not None else 0  # type: ignore[arg-type]  # a body, as a whole
+
+
+class Codec:
+    """The JSON that is read or written for every request, by msgspec: typed, so that what is not needed is skipped."""
+
+    def __init__(self) -> None:
+        import msgspec
+
+        self.encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
+        # Events as they are encoded: made in C. What says nothing is said, too: a field that the controller's decoder
+        # misses costs it an exception.
+        self.turn_started, self.turn_finished = (
+            msgspec.defstruct(kind.__name__, [_encoded_field(item) for item in dataclasses.fields(kind)])
+            for kind in (TurnStarted, TurnFinished)
+        )
+        self.decode: Callable[[bytes], Any] = msgspec.json.Decoder().decode
+        self.convert: Callable[..., Any] = msgspec.convert
+        routed = [(name, Any, None) for name in ("model", "stream", "stream_options")]
+        words: list[Any] = [("messages", list[msgspec.Raw], ()), ("prompt", Any, None), ("input", Any, None)]
+        words += [(name, msgspec.Raw, msgspec.Raw(b"")) for name in ("tools", "system")]
+        call = msgspec.defstruct("Call", [("id", str, "")])
+        said = [("content", str | None, None), ("tool_calls", list[call] | None, None)]  # type: ignore[valid-type]
+        message = msgspec.defstruct("Message", said)
+        spoken_fields = [(name, Any, None) for name in ("role", "content", "tool_calls")]
+        self._message = msgspec.json.Decoder(msgspec.defstruct("AnyMessage", spoken_fields)).decode
+        choice = msgspec.defstruct(
+            "Choice",
+            [("finish_reason", str | None, None), ("message", message | None, None), ("text", str | None, None)],
+        )
+        count: Any = Annotated[int, msgspec.Meta(ge=0, le=int(MAX_FIGURE))] | None  # is_count(), in C
+        details = msgspec.defstruct("Details", [("cached_tokens", count, None)])
+        counts = [("prompt_tokens", count, None), ("completion_tokens", count, None)]
+        usage = msgspec.defstruct("Usage", [*counts, ("prompt_tokens_details", details | None, None)])
+        plain = [("choices", list[choice]), ("usage", usage)]  # type: ignore[valid-type]
+        self._plain_answer = msgspec.json.Decoder(msgspec.defstruct("PlainAnswer", plain)).decode
+        answered = [(name, Any, None) for name in ("usage", "choices", "stop_reason", "error", "content", "output")]
+        self._request = msgspec.json.Decoder(msgspec.defstruct("RoutedBody", routed)).decode
+        rest: list[Any] = [("messages", list[msgspec.Raw]), *((name, Any, msgspec.UNSET) for name in KNOWN_FIELDS[:-2])]
+        rest += [(name, msgspec.Raw | msgspec.UnsetType, msgspec.UNSET) for name in KNOWN_FIELDS[-2:]]
+        self._rest_of_request = msgspec.json.Decoder(msgspec.defstruct("RestOfBody", rest)).decode
+        self._unset, self._raw = msgspec.UNSET, msgspec.Raw
+        self._worded_request = msgspec.json.Decoder(msgspec.defstruct("WordedBody", routed + words)).decode
+        self._answer = msgspec.json.Decoder(msgspec.defstruct("AnswerBody", answered)).decode
+
+    def joined(self, packs: Iterable[bytes]) -> Any:
+        """A list of what was encoded already, as it is encoded: each of ``packs`` is items with commas between."""
+        return self._raw(b"[" + b",".join(packs) + b"]")
+
+    def request(self, body: bytes | bytearray, known: KnownBody | None = None) -> Any:
+        """A request's fields that routing needs (``model``, ``stream``, ``stream_options``), and those that its words
+        stand in where they have the usual types; None when the body is no JSON object. Where it goes on from
+        ``known``, ``messages`` are those that are new."""
+        if known is not None and body.startswith(known.start):
+            try:
+                return ContinuedBody(known, self._rest_of_request(_MESSAGES + body[len(known.start) :]), self._unset)
+            except (ValueError, RecursionError):
+                pass  # the common way tells what it is
+        try:
+            return self._worded_request(body)
+        except (ValueError, RecursionError):  # bad UTF-8 is no error of msgspec's own
+            pass
+        try:
+            return self._request(body)
+        except (ValueError, RecursionError):
+            return None
+
+    def known_body(self, fields: Any, body: bytes | bytearray, turn: Turn) -> KnownBody | None:
+        """What to keep of a body that was read, for the next one of its conversation; None where that is not sure.
+
+        It ends with the last message, which is looked for. That this is the very place is sure when what is before it
+        makes a whole request once it is closed.
+        """
+        before: KnownBody | None = getattr(fields, "before", None)
+        if not fields.messages:
+            return before
+        last, began = bytes(fields.messages[-1]), len(before.start) if before is not None else 0
+        end = body.rfind(last, began) + len(last)
+        opening, extra = (_MESSAGES, 1) if before is not None else (b"", 0)
+        try:
+            closed: Any = self._worded_request(opening + body[began:end] + b"]}")
+        except (ValueError, RecursionError):
+            return None
+        if len(closed.messages) != len(fields.messages) + extra:
+            return None
+        if before is not None:
+            values = before.fields
+        else:
+            values = {name: getattr(closed, name) for name in KNOWN_FIELDS}
+            values |= {name: bytes(values[name]) for name in KNOWN_FIELDS[-2:]}  # else they would hold what was read
+        return KnownBody(memoryview(body)[:end], values, turn.prints, turn.follows, turn.prompt)
+
+    def trace(self, fields: Any, is_named: bool) -> tuple[bytes, str | None]:
+        """``prints`` and ``follows`` of TurnStarted; a session that its client names is followed by nothing else."""
+        messages = getattr(fields, "messages", ())
+        before: KnownBody | None = getattr(fields, "before", None)
+        if before is None and not messages:
+            return b"", None
+        head = zlib.crc32(fields.system, zlib.crc32(fields.tools))
+        prints = array("I", (head, *map(zlib.crc32, messages))).tobytes()
+        if before is not None:
+            prints = prints[:4] + before.prints[4:] + prints[4:]
+        if is_named:
+            return prints, None
+        first = len(prints) // 4 - 1 - len(messages)  # number of the first of ``messages``
+        for index in range(len(messages) - 1, -1, -1):
+            raw = bytes(messages[index])
+            if b'"assistant"' in raw:
+                try:
+                    message: Any = self._message(raw)
+                except (ValueError, RecursionError):
+                    continue
+                if message.role == "assistant":
+                    answer = message_print(*spoken(message.content, message.tool_calls))
+                    return prints, conversation_key(prints[4 : 4 + 4 * (first + index)], answer)
+        return prints, before.follows if before is not None else ""
+
+    def last_words(self, fields: Any, limit: int) -> str:
+        """The start of the last user message, or of the prompt."""
+        for message in reversed(getattr(fields, "messages", ())):
+            if bytes(message).find(b'"user"') >= 0:  # cheaper than `in`
+                try:
+                    said: Any = self._message(message)
+                    return plain_text(said.content or self.decode(message))[:limit]
+                except (ValueError, RecursionError):  # skipped so far, now read for the first time
+                    continue
+        if (before := getattr(fields, "before", None)) is not None:
+            return str(before.words)
+        return plain_text(getattr(fields, "prompt", None) or getattr(fields, "input", None))[:limit]
+
+    def digest(self, body: bytes, wanted_text: int, traces: bool = False) -> AnswerDigest | None:
+        """What tracking keeps of a whole answer, with ``traces`` also its print; None where it is no JSON object."""
+        try:
+            return self._plain_digest(self._plain_answer(body), wanted_text, traces)
+        except (ValueError, IndexError, RecursionError):
+            pass
+        try:
+            answer: Any = self._answer(body)
+        except (ValueError, RecursionError):
+            return None
+        digest = AnswerDigest()
+        names = ("usage", "choices", "stop_reason", "error")
+        with contextlib.suppress(RecursionError):
+            digest.add({name: getattr(answer, name) for name in names})
+        if wanted_text or traces:
+            words: Any = answer.content or answer.output
+            said, calls = words, None
+            if isinstance(answer.choices, list) and answer.choices and isinstance(answer.choices[0], dict):
+                words = answer.choices[0].get("message") or answer.choices[0].get("text")
+                said, calls = (
+                    (words.get("content"), words.get("tool_calls")) if isinstance(words, dict) else (None, None)
+                )
+            digest.text = plain_text(words)[:wanted_text]
+            digest.print = message_print(*spoken(said, calls)) if traces else None
+        return digest
+
+    def _plain_digest(self, answer: Any, wanted_text: int, traces: bool) -> AnswerDigest:
+        """The digest of a completion of the common shape, which nearly all answers have."""
+        choice, usage, details = answer.choices[0], answer.usage, answer.usage.prompt_tokens_details
+        words = (choice.message.content if choice.message is not None else choice.text) or ""
+        calls = choice.message.tool_calls if traces and choice.message is not None else None
+        return AnswerDigest(
+            usage.prompt_tokens,
+            usage.completion_tokens,
+            details.cached_tokens if details is not None else None,
+            sendable_text(choice.finish_reason) if choice.finish_reason is not None else None,
+            None,
+            sendable_text(words[:wanted_text]),
+            message_print(words, [call.id for call in calls] if calls else ()) if traces else None,
+        )
+
+
+def _encoded_field(item: dataclasses.Field[Any]) -> Any:
+    """A dataclass's field as msgspec.defstruct takes it."""
+    import msgspec
+
+    if item.default_factory is not dataclasses.MISSING:
+        return item.name, Any, msgspec.field(default_factory=item.default_factory)
+    return (item.name, Any) if item.default is dataclasses.MISSING else (item.name, Any, item.default)
+
+
+def plain_text(content: Any, depth: int = 8) -> str:
+    """The words of a message or its content: a string, or the text of its parts, down to some depth."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, dict) and depth:
+        return plain_text(content.get("text") or content.get("content"), depth - 1)
+    if isinstance(content, list) and depth and not (content and isinstance(content[0], int)):
+        return " ".join(filter(None, (plain_text(part, depth - 1) for part in content[:20])))
+    return ""
+
+
+def _form_model(body: bytes | bytearray) -> str | None:
+    """The field ``model`` of a multipart form."""
+    match = re.search(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,200})\r\n', body)
+    return match[1].decode("utf-8", "replace") if match else None

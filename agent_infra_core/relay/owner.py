@@ -1,0 +1,104 @@
+"""Who is on the other end of a connection from this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import hmac
+import os
+import secrets
+import socket
+import struct
+from pathlib import Path
+from typing import Any
+
+from agent_infra_core.http.errors import RequestError
+from agent_infra_core.http.heads import RequestHead
+from agent_infra_core.protocol import Backend
+from agent_infra_core.relay.connection import ClientConnection, descriptor_trouble
+from agent_infra_core.relay.replicas import NO_DESCRIPTOR
+
+
+def _is_same_endpoint(one: Backend, other: Backend) -> bool:
+    """Whether two rows lead to one server: then connections and health carry over."""
+    return dataclasses.replace(one, state=other.state, slots=other.slots, node=other.node) == other
+
+
+def socket_owner(sock: Any, peer: tuple[Any, ...]) -> int | None:
+    """The user id that owns the other end of a loopback connection; None when it is elsewhere or cannot be told.
+
+    Asks the kernel (sock_diag); where that is not to be had, /proc/net/tcp. OSError without a free descriptor.
+    """
+    host = peer[0].removeprefix("::ffff:")
+    if not (host.startswith("127.") or host == "::1"):
+        return None
+    local = sock.getsockname()
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    source, target = (socket.inet_pton(family, end[0].removeprefix("::ffff:")) for end in (peer, local))
+    try:
+        return _ask_sock_diag(family, source, peer[1], target, local[1])
+    except OSError as error:
+        if error.errno in NO_DESCRIPTOR:
+            raise
+        return _search_proc_net(_proc_net_address(source, peer[1]), _proc_net_address(target, local[1]), family)
+
+
+def _ask_sock_diag(family: int, source: bytes, source_port: int, target: bytes, target_port: int) -> int | None:
+    """uid of the socket that is bound to ``source`` and connected to ``target`` (linux/inet_diag.h)."""
+    by_family, request_flag, no_cookie = 20, 1, b"\xff" * 8
+    body = struct.pack(">BBBBI", family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
+    body += struct.pack(">HH16s16sI", source_port, target_port, source, target, 0) + no_cookie
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, 4) as netlink:  # 4: NETLINK_SOCK_DIAG
+        netlink.settimeout(1.0)
+        netlink.send(struct.pack("=IHHII", 16 + len(body), by_family, request_flag, 1, 0) + body)
+        answer = netlink.recv(4096)
+    if len(answer) < 88 or struct.unpack_from("=H", answer, 4)[0] != by_family:
+        raise OSError("sock_diag did not answer")
+    uid, inode = struct.unpack_from("=II", answer, 16 + 64)
+    return uid if inode else None  # an orphaned socket counts as root's: it has no inode, and no owner to trust
+
+
+def _proc_net_address(address: bytes, port: int) -> str:
+    """As /proc/net/tcp writes it: words of four bytes in the machine's order."""
+    return "".join(f"{word:08X}" for word in struct.unpack(f"={len(address) // 4}I", address)) + f":{port:04X}"
+
+
+def _search_proc_net(source: str, target: str, family: int) -> int | None:
+    """The same from the kernel's table of all sockets."""
+    try:
+        table = Path("/proc/net/tcp6" if family == socket.AF_INET6 else "/proc/net/tcp").read_text().splitlines()
+    except OSError as error:
+        if error.errno in NO_DESCRIPTOR:
+            raise
+        return None
+    for columns in map(str.split, table[1:]):
+        if columns[1:3] == [source, target] and columns[9] != "0":
+            return int(columns[7])
+    return None
+
+
+class Doorkeeper:
+    """Lets this user's own processes pass, and everybody who has the key."""
+
+    def __init__(self) -> None:
+        self._key = secrets.token_hex(16).encode()
+
+    def set_key(self, key: str | None) -> None:
+        """Ask for ``key`` from now on; None: for one that nobody has."""
+        self._key = (key or secrets.token_hex(16)).encode()
+
+    def authorize(self, client: ClientConnection, request: RequestHead, authorization: bytes) -> None:
+        """RequestError 401 unless the client is this user (or root) on this machine, or sends the key."""
+        if client.is_trusted is None:
+            try:
+                client.is_trusted = socket_owner(client.sock, client.peer) in (0, os.getuid())
+            except OSError as trouble:
+                message = f"who calls cannot be told: {descriptor_trouble(trouble)}"
+                raise RequestError(503, message, retry_after_s=1) from None
+        if client.is_trusted:
+            return
+        scheme, _, sent = authorization.partition(b" ")
+        sent = sent.strip() if scheme.lower() == b"bearer" else request.fields.get(b"x-api-key", b"").strip()
+        if not hmac.compare_digest(sent, self._key):
+            raise RequestError(
+                401, "a key is needed: send the proxy's key as Authorization: Bearer", code="invalid_api_key"
+            )

@@ -1,0 +1,173 @@
+"""Turns that wait for a slot."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import time
+from typing import TYPE_CHECKING
+
+from agent_infra_core.http.errors import RequestError
+from agent_infra_core.relay.connection import ClientConnection
+from agent_infra_core.relay.events import PACKED_TURNS
+from agent_infra_core.relay.replicas import LiveReplica, explain_absence
+from agent_infra_core.relay.turn import ClientGone, Turn
+from agent_infra_core.routing.admission import AttainedService, queue_key
+from agent_infra_core.routing.strategies import ANYWHERE, RouteRequest, choose_backend
+
+if TYPE_CHECKING:
+    from agent_infra_core.relay.server import Relay
+
+PROXY_STOPPED = "the proxy was stopped"
+
+
+class Admission:
+    """Gives replicas' slots to turns. Owns the queue of every model and what sessions were served lately."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._queues: dict[str, list[tuple[float, int, Turn, ClientConnection]]] = {}  # heaps
+        self._attained = AttainedService()
+        self._unsettled: list[Turn] = []  # over, their sessions not charged yet
+        self._mean_service_s = 1.0
+        self._choices = 0
+        self.pending = 0
+
+    def take(self, model: str, tokens: int, now: float, route: RouteRequest = ANYWHERE) -> LiveReplica | None:
+        """A replica with a slot, now, for a prompt of about so many tokens; None while others wait: it would overtake
+        them. ``release`` is then due."""
+        return None if self._queues.get(model) else self._choose(model, tokens, now, route)
+
+    def acquire(self, turn: Turn, client: ClientConnection) -> LiveReplica:
+        """A replica with a slot for ``turn``, after waiting where that may help; raises RequestError, ClientGone."""
+        replica = turn.replica = self.take(turn.model, turn.tokens, time.monotonic(), turn.route)
+        if replica is not None:
+            return replica
+        self._settle_all()
+        attained_s = 0.0
+        if turn.session is not None and not turn.charged_s:
+            turn.charged_s = self._mean_service_s
+            attained_s = self._attained.charge(turn.session, turn.charged_s, turn.arrived)
+        key = queue_key(attained_s, turn.arrived, self._relay.settings.proxy.queue_timeout)
+        return self._wait(turn, client, key)
+
+    def release(self, turn: Turn) -> None:
+        """The turn's slot is free again."""
+        replica, turn.replica = turn.replica, None
+        if replica is not None:
+            replica.release()
+            if self._queues.get(turn.model):
+                self.dispatch(turn.model)
+
+    def settle(self, turn: Turn) -> None:
+        """Have the session of a turn that is over charged for what it really took, before anybody has to wait."""
+        self._unsettled.append(turn)
+        if len(self._unsettled) >= PACKED_TURNS:
+            self._settle_all()
+
+    def _settle_all(self) -> None:
+        """Correct what sessions were charged in advance; many at once cost half of one by one."""
+        for turn in self._unsettled:
+            took = max(0.0, turn.ended - turn.sent) if turn.sent and turn.ended else 0.0
+            if took:
+                self._mean_service_s += 0.05 * (took - self._mean_service_s)
+            if turn.session is not None and took != turn.charged_s:
+                self._attained.charge(turn.session, took - turn.charged_s, turn.over)
+        self._unsettled.clear()
+
+    def outlook(self, model: str, route: RouteRequest = ANYWHERE) -> str:
+        """What waiting may bring: ``slot`` (all are busy), ``loading`` (one is on its way), or ``nothing``.
+
+        What is on its way is known from the controller; while there is none, waiting has its bound.
+        """
+        pool = self._relay.pools.get(model, ())
+        if any(replica.accepts_work and replica.id not in route.excluded for replica in pool):
+            return "slot"
+        if model not in self._relay.loading:
+            return "nothing"
+        return "loading" if self._relay.control.is_connected else "slot"
+
+    def dispatch(self, model: str) -> None:
+        """Give free slots to those who wait, in their order."""
+        queue, passed_over = self._queues.get(model, []), []
+        while queue:
+            if (
+                choose_backend(self._relay.pools.get(model, ()), ANYWHERE, self._relay.strategy, time.monotonic())
+                is None
+            ):
+                break
+            entry = heapq.heappop(queue)
+            turn = entry[2]
+            turn.replica = self._choose(model, turn.tokens, time.monotonic(), turn.route)
+            if turn.replica is None:  # the free ones are those that it was at already
+                passed_over.append(entry)
+            else:
+                self.pending -= 1
+                self._relay.reactor.loop.run_callback(entry[3].wake)
+        for entry in passed_over:
+            heapq.heappush(queue, entry)
+
+    def sweep(self) -> None:
+        """Look at all queues again: a busy replica's time may be over, or the last one may be gone."""
+        for model, queue in self._queues.items():
+            if queue:
+                self.dispatch(model)
+                for entry in queue:
+                    if self.outlook(model, entry[2].route) == "nothing":
+                        self._relay.reactor.loop.run_callback(entry[3].wake)
+
+    def waiting(self) -> list[Turn]:
+        """All that wait, the longest first."""
+        return sorted((entry[2] for queue in self._queues.values() for entry in queue), key=lambda turn: turn.arrived)
+
+    def _choose(self, model: str, tokens: int, now: float, route: RouteRequest) -> LiveReplica | None:
+        relay = self._relay
+        replica = choose_backend(relay.pools.get(model, ()), route, relay.strategy, now)
+        if replica is not None:
+            self._choices += 1
+            replica.reserve(self._choices, tokens)
+        return replica
+
+    def _wait(self, turn: Turn, client: ClientConnection, key: float) -> LiveReplica:
+        settings = self._relay.settings.proxy
+        if self.outlook(turn.model, turn.route) != "nothing" and self.pending >= settings.max_queue and not turn.sent:
+            raise RequestError(429, f"{self.pending} requests wait already; try again later", retry_after_s=1)
+        self._choices += 1
+        entry = (key, self._choices, turn, client)
+        queue = self._queues.setdefault(turn.model, [])
+        heapq.heappush(queue, entry)
+        self.pending += 1
+        try:
+            self.dispatch(turn.model)  # those ahead may wait for replicas that this one need not wait for
+            return self._wait_for_slot(turn, client, settings.queue_timeout)
+        except BaseException:
+            self.release(turn)  # a slot may have come in the very moment of giving up
+            raise
+        finally:
+            if entry in queue:
+                queue.remove(entry)
+                heapq.heapify(queue)
+                self.pending -= 1
+
+    def _wait_for_slot(self, turn: Turn, client: ClientConnection, timeout_s: float) -> LiveReplica:
+        since, was_loading = turn.arrived, False
+        try:
+            while turn.replica is None:
+                if client.gone:
+                    raise ClientGone
+                if self._relay.is_over:
+                    raise RequestError(503, PROXY_STOPPED, closes=True)
+                outlook, now = self.outlook(turn.model, turn.route), time.monotonic()
+                if outlook == "nothing":
+                    why = explain_absence(self._relay.pools.get(turn.model, ())) + self._relay.control.remedy
+                    raise RequestError(503, f"no replica of {turn.model} is there to answer: {why}", retry_after_s=1)
+                if outlook == "loading" or was_loading:
+                    since, was_loading = now, outlook == "loading"
+                if now >= since + timeout_s:
+                    raise RequestError(503, f"no slot came free within {timeout_s:g} s", retry_after_s=1)
+                client.deadline = since + timeout_s
+                client.park()
+            return turn.replica
+        finally:
+            turn.queue_ms = (time.monotonic() - turn.arrived) * 1000.0
+            client.deadline = math.inf

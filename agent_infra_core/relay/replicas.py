@@ -1,0 +1,291 @@
+"""The replicas as the relay sees them: live figures, ejection, health probes."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from agent_infra_core.http.bodies import BodyDecoder
+from agent_infra_core.http.errors import WireError
+from agent_infra_core.http.heads import forwarded_head
+from agent_infra_core.protocol import Backend
+from agent_infra_core.relay.turn import RequestPlan
+from agent_infra_core.relay.upstream import Upstream
+from agent_infra_core.routing.strategies import RouteRank
+
+if TYPE_CHECKING:
+    from agent_infra_core.relay.server import Relay
+
+NO_DESCRIPTOR = errno.EMFILE, errno.ENFILE
+RECEIVE_BYTES = 64 << 10
+PROBE_S = 5.0
+EJECT_AFTER = 3  # transport errors in a row
+FIRST_EJECTION_S = 0.5  # doubled with each ejection in a row, up to the health check interval
+AWAY_STATES = ("draining", "stopped", "failed")  # that a replica's own digest tells: it takes no turn
+NAMED_ABSENT = 3  # replicas that a refusal names
+
+
+class LiveReplica:
+    """One backend as the relay sees it: its row, its connections, its load and its health. A routing view."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.id = backend.id
+        self.host = f"{backend.host}:{backend.port}".encode("ascii")
+        self.answer_line = b"x-agent-infra-backend: %b\r\n" % backend.id.encode("ascii", "replace")
+        self.in_flight = self.requests = self.errors = 0
+        self.last_chosen = 0
+        self.latency_ms: float | None = None
+        self.busy_until = 0.0
+        self.foreign_work = 0
+        self.gpu_utilization = self.kv_usage = self.kv_tokens = 0.0
+        self.load: Any = None
+        self.override: str | None = None  # what an operator asked for, until the table says the same
+        self.health = "up"  # up | trial (one turn at a time, after an ejection) | down
+        self.reason: str | None = None
+        self.failures = 0  # transport errors in a row
+        self.ejections = 0  # in a row
+        self.probe_failures = 0  # in a row
+        self.last_byte = 0.0
+        self.dead_until = 0.0  # a probe found nobody there; believed until then
+        self.idle: dict[Upstream, None] = {}  # the most recently used last
+        self.greenlets: list[Any] = []  # of its health and load, killed with it
+        self.look_at_once: Any = None  # event: probe now
+        self.accepts_work = True
+        self.is_gone = False  # from the table
+        self.capacity = backend.slots
+        self.rank: RouteRank | None = None  # so after every change of what it is made of, here as below
+        self.update(backend)
+
+    def update(self, backend: Backend) -> None:
+        """Take over a new row of the same replica, or a change of its state."""
+        self.backend = backend
+        if self.override == backend.state:
+            self.override = None
+        state = self.override or backend.state
+        load: Mapping[str, Any] = self.load if isinstance(self.load, dict) else {}
+        # Asleep, an engine answers its health probe and hangs every turn.
+        is_away = bool(load.get("is_sleeping")) or load.get("state") in AWAY_STATES
+        self.accepts_work = state == "ready" and self.health != "down" and not is_away
+        self.capacity = 1 if self.health == "trial" else backend.slots
+        self.rank = None
+
+    def set_health(self, health: str, reason: str | None) -> None:
+        self.health, self.reason = health, reason
+        self.update(self.backend)
+
+    def note_success(self, latency_ms: float, now: float) -> None:
+        """A turn got its whole answer from it."""
+        self.failures = 0
+        self.last_byte = now
+        self.latency_ms = (
+            latency_ms if self.latency_ms is None else self.latency_ms + 0.2 * (latency_ms - self.latency_ms)
+        )
+        self.rank = None
+        if self.health == "trial":
+            self.ejections = 0
+            self.set_health("up", None)
+
+    def note_failure(self, reason: str, is_dead: bool) -> None:
+        """A transport error; the last of several, or a proof of death, ejects it until a probe succeeds."""
+        self.errors += 1
+        self.failures += 1
+        if self.health != "down" and (is_dead or self.failures >= EJECT_AFTER or self.health == "trial"):
+            self.ejections += 1
+            self.set_health("down", reason)
+            if self.look_at_once is not None:
+                self.look_at_once.set()
+
+    def take_load(self, load: Any) -> None:
+        """Take over a /load digest; one with a figure that is none changes nothing, and raises what that does."""
+        digest: dict[str, Any] = load if isinstance(load, dict) else {}
+        work = int(digest.get("running") or 0) + int(digest.get("waiting") or 0)
+        kv_usage, kv_tokens = (float(digest.get(name) or 0.0) for name in ("kv_usage", "kv_capacity_tokens"))
+        gpus = [float(gpu.get("utilization") or 0.0) for gpu in digest.get("gpus") or () if isinstance(gpu, dict)]
+        self.load = digest or None
+        self.foreign_work = max(0, work - self.in_flight)
+        self.kv_usage, self.kv_tokens = kv_usage, kv_tokens
+        self.gpu_utilization = sum(gpus) / len(gpus) if gpus else 0.0
+        self.update(self.backend)
+
+    def reserve(self, choice: int, tokens: int) -> None:
+        """It is chosen. Promise room for a prompt at once: its own report comes too late for the next choice."""
+        self.rank, self.last_chosen = None, choice
+        self.in_flight += 1
+        self.requests += 1
+        if self.kv_tokens:
+            self.kv_usage += tokens / self.kv_tokens
+
+    def head(self, plan: RequestPlan, length: int) -> bytes:
+        """The head of a request as it is sent to it, with a body of ``length`` bytes."""
+        return forwarded_head(plan.request, plan.target, self.host, self.backend.key, length)
+
+    def release(self) -> None:
+        """A turn that it was chosen for is over."""
+        self.rank = None
+        self.in_flight -= 1
+
+    def forget(self, upstream: Upstream) -> None:
+        """Drop an idle connection."""
+        self.idle.pop(upstream, None)
+        upstream.close()
+
+    def close(self) -> None:
+        """It left the table: no more probes, no idle connections; turns that it has go on."""
+        self.is_gone = True
+        for greenlet in self.greenlets:
+            greenlet.kill(block=False)
+        while self.idle:
+            self.forget(next(iter(self.idle)))
+
+
+def why_away(replica: LiveReplica) -> str:
+    """Why a replica gets no turn, in words that follow its name."""
+    load: Mapping[str, Any] = replica.load or {}
+    if replica.health == "down":
+        return f"is down ({replica.reason})"
+    if load.get("is_sleeping"):
+        return "is asleep"
+    if load.get("state") in AWAY_STATES:  # by itself
+        return f"is {load['state']}"
+    if (replica.override or replica.backend.state) == "draining":
+        return f"is draining (POST /admin/backends/{replica.id}/undrain)"
+    return "was tried"
+
+
+def explain_absence(replicas: Sequence[LiveReplica]) -> str:
+    """Why none of a model's replicas can answer, and what to do; a few are named."""
+    words = [f"{replica.id} {why_away(replica)}" for replica in replicas[:NAMED_ABSENT]]
+    if len(replicas) > NAMED_ABSENT:
+        words.append(f"{len(replicas) - NAMED_ABSENT} more")
+    return ", ".join(words) or "none runs (`start` starts one)"
+
+
+def ejection_s(ejections: int, most_s: float) -> float:
+    """For how long a replica is left alone after so many ejections in a row."""
+    return min(FIRST_EJECTION_S * 2.0 ** min(ejections - 1, 16), most_s)
+
+
+class ReplicaWatch:
+    """Asks replicas how they are: health on the engine's port, load on its telemetry port."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+
+    def health(self, replica: LiveReplica) -> None:
+        """Probe for ever: each interval, and after an ejection sooner, backing off; a greenlet runs this."""
+        interval = self._relay.settings.proxy.health_check_interval
+        pause = 0.0
+        while True:
+            replica.look_at_once.wait(pause)
+            if replica.look_at_once.is_set():  # just ejected: give it the time that its ejections call for
+                replica.look_at_once.clear()
+                self._relay.log("warning", f"replica {replica.id} is out: {replica.reason}")
+                pause = ejection_s(replica.ejections, interval)
+                continue
+            interval = self._relay.settings.proxy.health_check_interval
+            try:
+                problem, is_proven = self._probe(replica)
+            except OSError:
+                pause = min(1.0, interval)
+                continue
+            if problem is None:
+                self._readmit(replica)
+                pause = interval
+            else:
+                self._note_problem(replica, problem, is_proven)
+                pause = min(1.0, interval)
+
+    def _readmit(self, replica: LiveReplica) -> None:
+        replica.probe_failures = 0
+        replica.dead_until = 0.0
+        if replica.health == "down":
+            replica.set_health("trial", f"on trial after: {replica.reason}")
+            self._relay.log("info", f"replica {replica.id} answers again and is tried")
+            self._relay.admission.dispatch(replica.backend.model)
+
+    def _note_problem(self, replica: LiveReplica, problem: str, is_proven: bool) -> None:
+        """A probe failed. Silence alone is no death while answers come: an engine may be too busy to say it is well."""
+        replica.probe_failures += 1
+        flows = [client.exchange for client in self._relay.connections if client.exchange is not None]
+        last_byte = max([replica.last_byte, *(flow.last_part for flow in flows if flow.replica is replica)])
+        is_moving = time.monotonic() - last_byte < self._relay.settings.proxy.health_check_interval
+        if replica.health != "down" and (is_proven or (replica.probe_failures >= 2 and not is_moving)):
+            replica.set_health("down", problem)
+            self._relay.log("warning", f"replica {replica.id} is out: {problem}")
+
+    def load(self, replica: LiveReplica) -> None:
+        """Poll its load for ever; a greenlet runs this. A poll that fails leaves the last figures for a while."""
+        missed = 0
+        while True:
+            backend = replica.backend
+            try:
+                status, body = self._get(backend.host, backend.telemetry_port or 0, b"/load", backend.key)
+                replica.take_load(self._relay.codec.decode(body) if status == 200 else None)
+                missed = 0
+            except (OSError, ValueError, TypeError, ArithmeticError, RecursionError, WireError) as error:
+                missed += getattr(error, "errno", None) not in NO_DESCRIPTOR
+                if missed == 5:
+                    replica.take_load(None)
+            self._relay.reactor.sleep(self._relay.settings.proxy.load_poll_interval)
+
+    def is_alive(self, replica: LiveReplica) -> bool:
+        """Whether it answers its health probe now, or cannot be asked; a death just found is believed for a moment."""
+        now = time.monotonic()
+        if now < replica.dead_until:
+            return False
+        try:
+            problem, _ = self._probe(replica)
+        except OSError:
+            return True
+        if problem is not None:
+            replica.dead_until = time.monotonic() + 0.5
+        return problem is None
+
+    def _probe(self, replica: LiveReplica) -> tuple[str | None, bool]:
+        """What is wrong with it (None: nothing), and whether that is proof of death rather than silence.
+
+        OSError without a free descriptor: that says nothing of the replica.
+        """
+        try:
+            status, _ = self._get(replica.backend.host, replica.backend.port, b"/health", None)
+        except TimeoutError:
+            return f"no answer to GET /health within {PROBE_S:g} s", False
+        except (OSError, WireError) as error:
+            if getattr(error, "errno", None) in NO_DESCRIPTOR:
+                raise
+            return f"health probe: {getattr(error, 'strerror', None) or error}", True
+        # A server without /health answers 404, and serves; an engine that died behind its server answers 5xx.
+        return (None, False) if 200 <= status < 500 else (f"GET /health says {status}", True)
+
+    def _get(self, host: str, port: int, path: bytes, key: str | None) -> tuple[int, bytes]:
+        """Status and body of one GET, on a connection of its own; OSError or WireError."""
+        authorization = b"authorization: Bearer %b\r\n" % key.encode("latin-1") if key else b""
+        deadline = time.monotonic() + PROBE_S
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as sock:
+            sock.settimeout(PROBE_S)
+            sock.connect((host, port))
+            head = b"GET %b HTTP/1.1\r\nhost: %b:%d\r\n%bconnection: close\r\n\r\n"
+            sock.sendall(head % (path, host.encode(), port, authorization))
+            received, status, decoder, pieces = b"", 0, None, list[bytes]()
+            while decoder is None or not decoder.is_over:
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
+                data = sock.recv(RECEIVE_BYTES)
+                if not data:
+                    if decoder is None or not decoder.is_until_close:
+                        raise ConnectionResetError(errno.ECONNRESET, "closed without an answer")
+                    break
+                if decoder is not None:
+                    decoder.feed(data, 0, pieces)
+                    continue
+                received += data
+                while decoder is None and (end := received.find(b"\r\n\r\n") + 4) >= 4:
+                    answer, length = self._relay.heads.answer(received, end)
+                    if answer.status >= 200:
+                        status, decoder = answer.status, BodyDecoder(length)
+                        decoder.feed(received, end, pieces)
+                    received = received[end:]  # behind an interim answer, the real one follows
+            return status, b"".join(pieces)

@@ -1,0 +1,331 @@
+"""The relay: accepts clients, keeps the replica table, ends in order."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import json
+import math
+import os
+import resource
+import secrets
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from agent_infra_core.protocol import FRAME_GAUGES, FRAME_STATS, FRAME_TABLE, Backend
+from agent_infra_core.relay.app import RelayApp
+from agent_infra_core.relay.bodies import Codec
+from agent_infra_core.relay.connection import ClientConnection, descriptor_trouble
+from agent_infra_core.relay.events import SHORTAGE_S, ControlChannel, TurnBook
+from agent_infra_core.relay.owner import Doorkeeper, _is_same_endpoint
+from agent_infra_core.relay.queue import PROXY_STOPPED, Admission
+from agent_infra_core.relay.replicas import LiveReplica, ReplicaWatch
+from agent_infra_core.relay.turn import Reactor, RelaySettings, WakePacing
+from agent_infra_core.relay.upstream import HeadReader
+from agent_infra_core.settings import HeadersConfig, ProxyConfig
+
+SWEEP_S = 0.1  # how late a deadline may be noticed, and how often the controller is told what happened
+LAST_FLUSH_S = 2.0  # for the last events, at the relay's end: its controller may take none
+
+
+class Relay:
+    """The data plane's process: its clients, replicas, counters, and what the controller said last."""
+
+    def __init__(self, socket_path: str, listener_fd: int) -> None:
+        from gevent.event import Event
+
+        self.reactor = Reactor()
+        self.codec = Codec()
+        self.heads, self.door = HeadReader(), Doorkeeper()
+        self.listener = self.reactor.new_socket(fileno=listener_fd)
+        self.listener.setblocking(False)
+        self.control = ControlChannel(self, socket_path, self.listener)
+        self.admission = Admission(self)
+        self.book = TurnBook(self)
+        self.app = RelayApp(self)
+        self.settings = RelaySettings(ProxyConfig(api_key=secrets.token_hex(16)), HeadersConfig())
+        self.strategy = self.settings.proxy.strategy
+        self.models: list[str] = []
+        self.loading: frozenset[str] = frozenset()
+        self.replicas: dict[str, LiveReplica] = {}
+        self.pools: dict[str, list[LiveReplica]] = {}
+        self.connections: set[ClientConnection] = set()
+        self.pacing = WakePacing(self.connections)
+        self.stats: tuple[bytes, float] | None = None  # the finished document, and when it came
+        self.stats_read = 0  # how often
+        self.buffered_bytes = 0
+        self.is_stopping = self.is_over = False  # over: the time to end is, too
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY)  # kept: it is read when there is no descriptor, too
+        self._stopped, self._has_news = Event(), Event()
+        self._new_event = Event
+        self._watchers: list[Any] = []
+        self._exit_code = 0
+        self.watch = ReplicaWatch(self)
+        self._reception = Reception(self)
+
+    # The controller's word.
+
+    def take_frame(self, kind: bytes, payload: bytes) -> None:
+        """Act on a frame; one that cannot be read changes nothing."""
+        if kind == FRAME_STATS:
+            self.stats = payload, time.monotonic()
+        elif kind == FRAME_TABLE:
+            try:
+                self._take_table(self.codec.decode(payload))
+            except (KeyError, TypeError, ValueError) as error:
+                self.log("error", f"the controller's table was not understood: {type(error).__name__}: {error}")
+
+    def _take_table(self, table: Mapping[str, Any]) -> None:
+        rows = [self.codec.convert(row, Backend) for row in table["backends"]]
+        if table.get("settings"):
+            self.settings = self.codec.convert(table["settings"], RelaySettings)
+            self.strategy = self.settings.proxy.strategy
+            self.door.set_key(self.settings.proxy.api_key)
+            self.heads.known_requests.clear()  # labels are read by names that may be others now
+            for client in self.connections:
+                client.authorization = None
+                client.head.forget()
+        self.models = list(table["models"])
+        self.loading = frozenset(table.get("loading") or ())
+        former, self.replicas = self.replicas, {}
+        for row in rows:
+            replica = former.get(row.id)
+            if replica is None or not _is_same_endpoint(replica.backend, row):
+                replica = self._add_replica(row)
+            else:
+                former.pop(row.id)
+                replica.update(row)
+            self.replicas[row.id] = replica
+        for replica in former.values():
+            replica.close()
+        self.pools = {}
+        for replica in self.replicas.values():
+            self.pools.setdefault(replica.backend.model, []).append(replica)
+        self.admission.sweep()
+        if table.get("settings"):
+            self._reception.open()
+
+    def _add_replica(self, row: Backend) -> LiveReplica:
+        replica = LiveReplica(row)
+        replica.look_at_once = self._new_event()
+        tasks = [self.watch.health]
+        if row.telemetry_port is not None:
+            tasks.append(self.watch.load)
+        replica.greenlets = [self.reactor.spawn(task, replica) for task in tasks]
+        for greenlet in replica.greenlets:
+            greenlet.link_exception(self._on_task_failed)
+        return replica
+
+    def has_room(self, length: int) -> bool:
+        """Whether a body of so many bytes is within both limits."""
+        settings = self.settings
+        return length <= settings.max_body_bytes and self.buffered_bytes + length <= settings.max_buffered_bytes
+
+    # The process.
+
+    def run(self) -> int:
+        """Serve until a signal ends it; the exit code."""
+        for number, action in ((signal.SIGTERM, self._on_signal), (signal.SIGINT, None)):
+            if action is None:
+                signal.signal(number, signal.SIG_IGN)  # Ctrl-C is the controller's; it reaches the whole process group
+                continue
+            watcher = self.reactor.loop.signal(number)
+            watcher.start(action)
+            self._watchers.append(watcher)
+        self._watchers.append(self.reactor.every(SWEEP_S, self._sweep))
+        self._watchers.append(self.reactor.before_waiting(self.pacing.pause))
+        tasks = (self.control.run, self._flush_events, self._send_gauges)
+        greenlets = [self.reactor.spawn(task) for task in tasks]
+        for greenlet in greenlets:
+            greenlet.link_exception(self._on_task_failed)
+        self._stopped.wait()
+        self.reactor.spawn(self.control.flush).join(LAST_FLUSH_S)
+        return self._exit_code
+
+    def _sweep(self) -> None:
+        now = time.monotonic()
+        for client in [client for client in self.connections if client.deadline <= now]:
+            client.wake()
+        self.admission.sweep()
+        if self.control.has_news:
+            self._has_news.set()
+        self._reception.sweep()
+
+    def _flush_events(self) -> None:
+        while True:
+            self._has_news.wait()
+            self._has_news.clear()
+            self.control.flush()
+
+    def _send_gauges(self) -> None:
+        while True:
+            self.control.send(FRAME_GAUGES, self.codec.encode(self.gauges()))
+            self.reactor.sleep(1.0)
+
+    def gauges(self) -> dict[str, Any]:
+        """What FRAME_GAUGES carries."""
+        backends = {
+            replica.id: {
+                "healthy": replica.health != "down",
+                "reason": replica.reason,
+                "in_flight": replica.in_flight,
+                "requests": replica.requests,
+                "errors": replica.errors,
+                "load": replica.load,
+            }
+            for replica in self.replicas.values()
+        }
+        return {
+            "at": time.time(),
+            "backends": backends,
+            "queue": self.book.queue_status(),
+            "counters": {
+                "requests": self.book.count,
+                **self.book.counters,
+                "events_dropped": self.control.events_dropped,
+            },
+            "rss_bytes": int(os.pread(self._statm, 100, 0).split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+            "connections": len(self.connections),
+            "stats_read": self.stats_read,
+        }
+
+    def _on_signal(self) -> None:
+        if self.is_stopping:
+            self.log("warning", "second signal: ended at once")
+            self._exit_code = 1
+            self._stopped.set()
+            return
+        self.is_stopping = True
+        self.reactor.spawn(self._stop).link_exception(self._on_task_failed)
+
+    def _stop(self) -> None:
+        """Accept nothing more, let the turns end that are on their way, up to the deadline; then go."""
+        self.log("info", f"stopping: {len(self.book.turns)} turns to finish")
+        self._reception.close()
+        deadline = time.monotonic() + self.settings.drain_seconds
+        while self.connections and time.monotonic() < deadline:
+            for client in [client for client in self.connections if client.is_idle]:
+                self.reactor.loop.run_callback(client.leave_idle)
+            self.reactor.sleep(0.05)
+        self.is_over = True
+        for client in list(self.connections):
+            self.reactor.loop.run_callback(client.cut, PROXY_STOPPED)
+        self.reactor.sleep(0.2 if self.connections else 0.0)
+        self._stopped.set()
+
+    def _on_task_failed(self, greenlet: Any) -> None:
+        self.log("error", f"a task of the relay failed: {greenlet.exception!r}; the relay ends, to be started again")
+        self._exit_code = 1
+        self._stopped.set()
+
+    def log_bug(self, what: str, error: Exception) -> None:
+        self.log("error", f"{what} failed: {type(error).__name__}: {error}", trace=traceback.format_exc())
+
+    def log(self, level: str, message: str, **details: Any) -> None:
+        """One line to standard error: text, or JSON. Nothing from a client's head goes here: it may hold a key."""
+        at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        if self.settings.log_format == "json":
+            line = json.dumps({"at": at, "level": level, "role": "relay", "message": message, **details})
+        else:
+            line = f"{at} {level} relay: {message}" + "".join(f"\n{detail}" for detail in details.values())
+        print(line, file=sys.stderr, flush=True)
+
+
+class Reception:
+    """Accepts clients while there are descriptors, for them and for what they ask; the others wait in the queue of the
+    listening socket."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._watcher: Any = None
+        self._shortage_told = -math.inf
+
+    def open(self) -> None:
+        """Accept from now on."""
+        if self._watcher is None and not self._relay.is_stopping:
+            self._watcher = self._relay.reactor.watch_reads(self._relay.listener, self._accept)
+
+    def close(self) -> None:
+        """Accept nobody any more."""
+        if self._watcher is not None:
+            self._watcher.stop()
+        self._relay.listener.close()
+
+    def sweep(self) -> None:
+        """Go on accepting when there are descriptors again."""
+        if self._watcher is None or self._watcher.active or self._relay.is_stopping:
+            return
+        with contextlib.suppress(OSError):
+            lowest = os.dup(self._relay.listener.fileno())
+            os.close(lowest)
+            if lowest < self._limit():
+                self._watcher.start(self._accept)
+
+    def _accept(self) -> None:
+        relay = self._relay
+        for _ in range(64):
+            try:
+                descriptor, peer = relay.listener._accept()  # accept() would make one of gevent's patched sockets
+            except BlockingIOError:
+                return
+            except ConnectionAbortedError:
+                continue
+            except OSError as error:
+                self._pause(error)
+                return
+            sock = relay.reactor.new_socket(relay.listener.family, socket.SOCK_STREAM, 0, fileno=descriptor)
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            client = ClientConnection(relay, sock, peer)
+            relay.connections.add(client)
+            relay.reactor.spawn(client.serve)
+            if descriptor >= self._limit():
+                self._pause(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+                return
+
+    def _limit(self) -> int:
+        """Clients get no descriptor from here on: who is accepted while none is left for replicas is not served."""
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4
+
+    def _pause(self, error: OSError) -> None:
+        """Look away until the next sweep: a listener with clients waiting stays readable."""
+        self._watcher.stop()
+        now = time.monotonic()
+        if now >= self._shortage_told + SHORTAGE_S:
+            self._shortage_told = now
+            self._relay.log("error", f"no connection can be accepted for now: {descriptor_trouble(error)}")
+
+
+def calm_collector() -> None:
+    """For a process that has started: what was imported is for ever, and need not be walked again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
+def release_free_memory() -> None:
+    """Give back what starting up has freed: compiling this file alone leaves 16 MB. Only glibc knows how."""
+    import ctypes
+
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def run_relay(socket_path: str, listener_fd: int) -> int:
+    """The relay's entry: serve on the inherited listening socket, controllers at ``socket_path``; its exit code."""
+    from gevent import monkey
+
+    monkey.patch_all()  # first of all, before any third-party import: they must see the patched library
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    relay = Relay(socket_path, listener_fd)
+    calm_collector()
+    release_free_memory()
+    return relay.run()

@@ -1,0 +1,261 @@
+"""Settings: frozen dataclasses with every key of the configuration, its default and what it may be."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+STRATEGY_NAMES = ("least_load", "round_robin", "least_connections", "least_latency")
+ENGINE_NAMES = ("vllm", "llama_cpp", "command")
+CLUSTER_TYPES = ("local", "slurm")
+CONTAINER_RUNTIMES = ("apptainer", "pyxis")
+TUNNEL_MODES = ("auto", "login", "node", "none")
+TUNNEL_DRIVERS = ("auto", "sshtunnel", "openssh")
+PACKAGED_MODEL = "smollm2-135m-instruct"
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+KEY_PATTERN = r"[\x21-\x7e]{8,}"
+HEADER_PATTERN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value may be: bounds (``above`` is exclusive), a choice, or a full-match pattern and its description."""
+
+    low: float | None = None
+    above: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] | None = None
+    pattern: str | None = None
+    allowed: str = ""
+
+    def describe(self) -> str:
+        """What is allowed, in words."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        if self.allowed:
+            return self.allowed
+        bounds = [
+            f"above {self.above:g}" if self.above is not None else "",
+            f"at least {self.low:g}" if self.low is not None else "",
+            f"at most {self.high:g}" if self.high is not None else "",
+        ]
+        return " and ".join(bound for bound in bounds if bound)
+
+    def accepts(self, value: Any) -> bool:
+        """Whether ``value``, already of the right type, is allowed; ``None`` always is (the type decides about it)."""
+        if value is None:
+            return True
+        if self.choices is not None:
+            return value in self.choices
+        if self.pattern is not None:
+            return isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
+        too_low = (self.low is not None and value < self.low) or (self.above is not None and value <= self.above)
+        return not too_low and not (self.high is not None and value > self.high)
+
+
+def _key(default: Any = dataclasses.MISSING, **rule: Any) -> Any:
+    """A dataclass field with the rule for its value; lists and mappings get a fresh default each."""
+    metadata = {"rule": Rule(**rule)} if rule else {}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ProxyConfig:
+    """The proxy that agents speak to."""
+
+    host: str = _key("127.0.0.1", pattern=r"\S+", allowed="an address to listen on, such as 127.0.0.1 or 0.0.0.0")
+    port: int = _key(5800, low=0, high=65535)  # 0 = any free port
+    strategy: str = _key("least_load", choices=STRATEGY_NAMES)
+    health_check_interval: float = _key(30.0, above=0)  # s
+    load_poll_interval: float = _key(1.0, above=0)  # s
+    request_timeout: float = _key(300.0, above=0)  # s without a byte from the replica
+    connect_timeout: float = _key(5.0, above=0)  # s
+    max_retries: int = _key(3, low=0, high=100)
+    max_queue: int = _key(1000, low=0)  # requests waiting for a slot
+    queue_timeout: float = _key(60.0, above=0)  # s
+    max_body_mb: float = _key(64.0, above=0)
+    max_buffered_mb: float = _key(512.0, above=0)
+    api_key: str | None = _key(None, pattern=KEY_PATTERN, allowed="at least 8 printable characters, no spaces")
+    capture_text: int = _key(200, low=0, high=100_000)  # characters of prompt and answer kept per turn
+    history: str | None = _key(None, pattern=r"\S(.*\S)?", allowed='"off" (in quotes), or the path of a file')
+
+
+@dataclass(frozen=True)
+class SshConfig:
+    """How the cluster's login host is reached; what is None comes from ssh_config, else from ssh's own defaults."""
+
+    # Not a dash first: ssh would take it for an option.
+    host: str = _key(pattern=r"[A-Za-z0-9_.:][\w.:-]*", allowed="a host's name or address, or an alias of ssh_config")
+    user: str | None = _key(None, pattern=r"[\w.@+][\w.@+-]*", allowed="a user's name there")
+    port: int | None = _key(None, low=1, high=65535)
+    identity_file: str | None = _key(None, pattern=r"\S(.*\S)?", allowed="the path of a private key")
+    config_file: str | None = _key(None, pattern=r"\S(.*\S)?", allowed="the path of an ssh_config")
+    known_hosts_file: str | None = _key(None, pattern=r"\S+", allowed="the path of a known_hosts file, without blanks")
+
+
+# What this program sets itself, or what would take its jobs out of its hands.
+RESERVED_DIRECTIVES = (
+    *("array", "chdir", "comment", "error", "export", "hold", "input", "job-name", "nodes", "ntasks"),
+    *("ntasks-per-node", "open-mode", "output", "parsable", "partition", "qos", "time", "test-only", "wait", "wrap"),
+)
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """A partition that replicas may run in; of several with room, the one of the highest priority is taken."""
+
+    name: str = _key(pattern=r"[\w.@+-]{1,64}", allowed="the name of a partition, as `sinfo` shows it")
+    qos: str | None = _key(None, pattern=r"[\w.@+-]{1,64}", allowed="the name of a QoS")
+    gpus_per_node: int = _key(4, low=1, high=1024)
+    priority: int = 1
+    gres: str = _key("gpu", pattern=r"[\w.-]+(:[\w.-]+)?", allowed="a GRES as name or name:type, such as gpu:h100")
+    time_limit: str | None = _key(
+        None,
+        pattern=r"\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}",
+        allowed='a time as sbatch takes it, in quotes (YAML reads 8:00:00 as a number): "8:00:00", "2-00:00:00"',
+    )
+    exclusive: bool = False  # whole nodes: one job holds as many replicas as fit
+    sbatch: Mapping[str, str | int | bool | None] = _key({})  # true: without a value; None takes one away
+
+
+@dataclass(frozen=True)
+class ContainerConfig:
+    """The container that engines run in."""
+
+    runtime: str = _key(choices=CONTAINER_RUNTIMES)
+    image: str = _key(pattern=r"\S+", allowed="a path or URL of an image, without blanks")
+
+
+@dataclass(frozen=True)
+class SlurmConfig:
+    """How replicas become Slurm jobs."""
+
+    partitions: tuple[PartitionConfig, ...] = ()
+    default_qos: str | None = _key(None, pattern=r"[\w.@+-]{1,64}", allowed="the name of a QoS")
+    work_dir: str = _key(
+        "~/.agent-infra",
+        pattern=r"(~|~?/[^\s%'\"\\$`]*)",
+        allowed="an absolute path or one below ~/, without blanks, quotes and %",
+    )
+    setup: tuple[str, ...] = ()  # shell lines before the engine
+    container: ContainerConfig | None = None
+    template: str | None = _key(None, pattern=r"\S(.*\S)?", allowed="the path of a template")
+    sbatch: Mapping[str, str | int | bool | None] = _key({})  # true: without a value; None takes one away
+    handover: bool = True  # replace a replica before its walltime ends
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where replicas run; ``name`` is the deployment: it names state, keys and replicas."""
+
+    type: str = _key("local", choices=CLUSTER_TYPES)
+    name: str = _key("default", pattern=NAME_PATTERN, allowed="letters, digits, '.', '_' and '-', at most 63")
+    ssh: SshConfig | None = None  # None: commands run here
+    tunnel: str = _key("auto", choices=TUNNEL_MODES)
+    tunnel_driver: str = _key("auto", choices=TUNNEL_DRIVERS)
+    poll_interval: float = _key(30.0, low=0.1)  # s between looks at the scheduler
+    slurm: SlurmConfig = SlurmConfig()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model: what clients call it, where its weights are, which engine serves it and how often."""
+
+    name: str = _key(pattern=NAME_PATTERN, allowed="letters, digits, '.', '_' and '-', at most 63")
+    model_path: str = _key(pattern=r"\S(.*\S)?", allowed="a Hugging Face id, a path, or " + PACKAGED_MODEL)
+    engine: str = _key("vllm", choices=ENGINE_NAMES)
+    command: tuple[str, ...] | None = None
+    base_port: int = _key(5900, low=1, high=65535)
+    replicas: int = _key(1, low=1, high=1000)
+    gpu_memory_utilization: float = _key(0.85, above=0, high=1)
+    tensor_parallel_size: int = _key(1, low=1)
+    pipeline_parallel_size: int = _key(1, low=1)
+    max_model_len: int | None = _key(None, low=1)
+    trust_remote_code: bool = False
+    engine_args: tuple[str, ...] = ()
+    env: Mapping[str, str] = _key({})
+    idle_shutdown_minutes: float | None = _key(None, above=0)  # without a turn; then the replica ends by itself
+
+
+@dataclass(frozen=True)
+class HeadersConfig:
+    """Names of the headers by which an agent says which session and task a request belongs to, and its timings."""
+
+    session: str = _key("X-Session-ID", pattern=HEADER_PATTERN, allowed="a header name")
+    task: str = _key("X-Task-ID", pattern=HEADER_PATTERN, allowed="a header name")
+    client: str = _key("X-Client-ID", pattern=HEADER_PATTERN, allowed="a header name")
+    timing_pre: str = _key("X-Timing-Pre-Ms", pattern=HEADER_PATTERN, allowed="a header name")
+    timing_post: str = _key("X-Timing-Post-Ms", pattern=HEADER_PATTERN, allowed="a header name")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole configuration, validated. ``models`` has at least one entry and no two of one name."""
+
+    models: tuple[ModelConfig, ...]
+    version: str = _key("1.0", choices=("1.0",))
+    proxy: ProxyConfig = ProxyConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    headers: HeadersConfig = HeadersConfig()
+
+
+# What `up` runs where there is no ./config.yaml. configs/local.yaml says the same (a test holds it).
+DEFAULT_CONFIG = Config(
+    models=(ModelConfig(name="smollm2", model_path=PACKAGED_MODEL, engine="llama_cpp"),),
+)
+
+
+def reached_host(host: str) -> str:
+    """The address by which this machine reaches what listens on ``host``."""
+    return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (the wildcard, named)
+
+
+def proxy_url(host: str, port: int) -> str:
+    """The URL by which this machine reaches a proxy that listens on ``host``."""
+    reached = reached_host(host)
+    return f"http://{f'[{reached}]' if ':' in reached else reached}:{port}"
+
+
+_SCALARS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "str": ("a string (in quotes, if it looks like a number)", lambda value: isinstance(value, str)),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "int": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    "float": (
+        "a number",
+        lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value),
+    ),
+    "tuple[str, ...]": ("a list of strings", lambda value: isinstance(value, list) and _are_strings(value)),
+    "Mapping[str, str]": (
+        "a mapping of names to strings",
+        lambda value: isinstance(value, dict) and _are_strings([*value, *value.values()]),
+    ),
+    "Mapping[str, str | int | bool | None]": (
+        "a mapping of sbatch's long options, without dashes before, to a line of text, a number, true or null",
+        lambda value: isinstance(value, dict) and all(map(_is_directive, value.items())),
+    ),
+}
+
+
+def _are_strings(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
+def _is_directive(item: tuple[Any, Any]) -> bool:
+    """Whether ``option: value`` fits on a line of a job script."""
+    name, value = item
+    is_value = value is None or value is True or (isinstance(value, int) and not isinstance(value, bool))
+    is_line = isinstance(value, str) and value.isprintable()
+    return bool(isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9-]*", name) and (is_value or is_line))
+
+
+def _shorten(value: Any) -> str:
+    """``value`` as JSON, at most 60 characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,355 @@
+"""paramiko: one login, checked on both sides, and commands over it."""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import shlex
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from agent_infra_core.host import CommandResult, HostUnreachableError
+from agent_infra_core.ssh.host_keys import _changed_host, _unknown_host, key_fingerprint, read_host_keys
+from agent_infra_core.ssh.routes import (
+    SSH_KEEPALIVE_S,
+    SSH_PATIENCE_S,
+    HostKeyError,
+    InteractiveLoginError,
+    Keyring,
+    LoginError,
+    SshRoute,
+    _paramiko,
+)
+
+
+def log_in(route: SshRoute, keyring: Keyring, ask: Callable[[str], str] | None, through: Any = None) -> Any:
+    """An authenticated paramiko.Transport to the host of ``route``, whose key was checked first.
+
+    ``through`` is a paramiko channel that leads there; ``ask`` asks the operator for a passphrase. Raises
+    HostUnreachableError, and LoginError where trying again cannot help.
+    """
+    paramiko = _paramiko()
+    sock = _dial(route) if through is None else through
+    transport = None
+    try:
+        transport = paramiko.Transport(sock)
+        transport.daemon = True
+        _shake_hands(transport, route)
+        _authenticate(transport, route, keyring, ask)
+        transport.set_keepalive(SSH_KEEPALIVE_S)
+        return transport
+    except BaseException:
+        close_connection(transport, sock)
+        raise
+
+
+def close_connection(transport: Any, sock: Any = None) -> None:
+    """Close a transport, or the ``sock`` that was to carry it; its ProxyCommand, which paramiko forgets, ends too.
+
+    Never fails: paramiko says good-bye to the other end, which a connection that is broken cannot be told.
+    """
+    if transport is not None:
+        sock = transport.sock
+        with contextlib.suppress(Exception):
+            transport.close()
+        if transport.is_alive():
+            transport.join(5.0)
+    with contextlib.suppress(Exception):
+        sock.close()
+    process = getattr(sock, "process", None)
+    if isinstance(process, subprocess.Popen):
+        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired, ValueError, OSError):  # a child of its own has its pipes
+            process.communicate(timeout=5.0)
+
+
+@contextlib.contextmanager
+def _broken_after(transport: Any, seconds: float) -> Iterator[None]:
+    """Close a connection that is still at the block by then: paramiko waits for a host that fell silent for ever."""
+    alarm = threading.Timer(max(0.1, seconds), close_connection, (transport,))
+    alarm.daemon = True
+    alarm.start()
+    try:
+        yield
+    finally:
+        alarm.cancel()
+
+
+def _dial(route: SshRoute) -> Any:
+    """A connection to the SSH port of a host, straight or by its ProxyCommand; HostUnreachableError."""
+    where = f"{route.host}:{route.port}"
+    if route.proxy_command:
+        try:
+            proxy = _paramiko().ProxyCommand(route.proxy_command)
+        except (OSError, ValueError) as error:
+            raise LoginError(f"ProxyCommand {route.proxy_command!r} of {route.alias} cannot be run: {error}") from error
+        # Its own signals a number, which may be another process's by then, or nobody's: an error in paramiko's thread.
+        proxy.close = proxy.process.kill
+        return proxy
+    try:
+        sock = socket.create_connection((route.host, route.port), timeout=SSH_PATIENCE_S)
+    except socket.gaierror as error:
+        fix = "check cluster.ssh.host, or HostName in ssh_config; is a VPN needed?"
+        raise HostUnreachableError(f"{route.host} is not known here ({error.strerror}); {fix}") from error
+    except ConnectionRefusedError as error:
+        raise HostUnreachableError(f"{where} refuses connections; check host and port; does its sshd run?") from error
+    except OSError as error:
+        reason = "no answer" if isinstance(error, TimeoutError) else error.strerror or str(error)
+        raise HostUnreachableError(
+            f"{where} cannot be reached: {reason}; is a VPN or a firewall in the way?"
+        ) from error
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer waits 40 ms for an acknowledgement
+    return sock
+
+
+def _shake_hands(transport: Any, route: SshRoute) -> None:
+    """Agree on keys with the host and make sure that it is the one that known_hosts knows."""
+    paramiko = _paramiko()
+    known = read_host_keys(route)
+    trusted = [(kind, key) for marker, kind, key in known if not marker]
+    revoked = [key for marker, _, key in known if marker == "@revoked"]
+    if trusted:
+        # Of several keys the host shows the one that is asked for: ask for those that can be checked.
+        kinds = {kind for kind, _ in trusted}
+        kinds |= {"rsa-sha2-512", "rsa-sha2-256"} if "ssh-rsa" in kinds else set()
+        security = transport.get_security_options()
+        security.key_types = [kind for kind in security.key_types if kind in kinds] or security.key_types
+    try:
+        transport.start_client(timeout=SSH_PATIENCE_S)
+    except paramiko.ssh_exception.IncompatiblePeer as error:
+        raise HostKeyError(
+            _changed_host(route, "none of the kinds that are known") if trusted else str(error)
+        ) from error
+    except (paramiko.SSHException, OSError, EOFError) as error:
+        by = f" by {route.proxy_command!r}" if route.proxy_command else ""
+        raise HostUnreachableError(
+            f"{route.alias} ({route.host}:{route.port}) speaks no SSH{by}: {str(error) or 'it hung up'}; "
+            "is it the right port, or does it refuse so many connections?"
+        ) from error
+    shown = transport.get_remote_server_key()
+    kind, key = shown.get_name(), shown.get_base64()
+    if key in revoked:
+        raise LoginError(f"host key {key_fingerprint(key)} of {route.key_name} is revoked; ask the administrators")
+    if (kind, key) not in trusted:
+        raise HostKeyError(
+            _changed_host(route, f"{kind} {key_fingerprint(key)}") if trusted else _unknown_host(route, kind, key)
+        )
+
+
+def _authenticate(transport: Any, route: SshRoute, keyring: Keyring, ask: Callable[[str], str] | None) -> None:
+    """Offer keys until one opens: first the one that did before, then the agent's, then those in files."""
+    paramiko = _paramiko()
+    tried: list[str] = []
+    for name, key in _offered_keys(route, keyring, ask, tried):
+        try:
+            further = transport.auth_publickey(route.user, key)
+        except paramiko.BadAuthenticationType as error:
+            further = error.allowed_types
+            if "publickey" not in further:
+                raise InteractiveLoginError(_interactive(route, further)) from error
+            continue
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            if transport.is_active():
+                continue
+            raise LoginError(
+                _denied(route, tried) + "; it hung up: perhaps too many keys, name one in identity_file"
+            ) from error
+        if not transport.is_authenticated():
+            raise InteractiveLoginError(_interactive(route, further))
+        keyring.accepted = name
+        return
+    try:
+        transport.auth_none(route.user)
+    except paramiko.BadAuthenticationType as error:
+        if {"password", "keyboard-interactive"} & set(error.allowed_types):
+            raise InteractiveLoginError(
+                _denied(route, tried) + "; " + _interactive(route, error.allowed_types)
+            ) from error
+        raise LoginError(_denied(route, tried)) from error
+    except (paramiko.SSHException, EOFError) as error:
+        raise LoginError(_denied(route, tried)) from error
+
+
+def _interactive(route: SshRoute, kinds: Iterable[str]) -> str:
+    return (
+        f"{route.alias} asks {route.user} for more than a key ({', '.join(kinds)}): a password or a one-time code; "
+        "set cluster.tunnel_driver to openssh, which asks once and keeps the connection"
+    )
+
+
+def _denied(route: SshRoute, tried: Sequence[str]) -> str:
+    where = f"{route.user}@{route.alias}"
+    if not tried:
+        files = ", ".join(route.identity_files)
+        return f"no SSH key for {where}: none in the agent, none in {files}; make one (ssh-keygen) or set identity_file"
+    return (
+        f"permission denied for {where}; tried {', '.join(tried)}. Is the user right, and the public key in "
+        "~/.ssh/authorized_keys there? Set cluster.ssh.user or identity_file"
+    )
+
+
+def _offered_keys(
+    route: SshRoute, keyring: Keyring, ask: Callable[[str], str] | None, tried: list[str]
+) -> Iterator[tuple[str, Any]]:
+    """(name, key) of all that may be offered, in order; ``tried`` takes their names for people."""
+    files = [Path(name).expanduser() for name in route.identity_files]
+    wanted = {words[1] for file in files for words in [_public_half(file)] if len(words) > 1}
+    with contextlib.ExitStack() as held_open:  # the agent signs as long as its keys are being tried
+        agent: list[Any] = []
+        with contextlib.suppress(_paramiko().SSHException, OSError):
+            link = _paramiko().Agent()
+            held_open.callback(link.close)
+            agent = [key for key in link.get_keys() if not route.identities_only or key.get_base64() in wanted]
+        offers: list[tuple[str, Any]] = [(key.get_base64(), key) for key in agent]
+        held = {name for name, _ in offers}
+        offers += [(str(file), None) for file in files if file.exists() and not held & set(_public_half(file))]
+        for name, key in sorted(offers, key=lambda offer: offer[0] != keyring.accepted):
+            tried.append(name if key is None else f"the agent's {key.get_name()} {key_fingerprint(name)}")
+            yield name, key or _load_key(name, keyring, ask)
+    named = [file for file in files if not file.exists()]
+    if route.identities_only and named and not tried:
+        raise LoginError(f"key file {named[0]} is not there; check identity_file")
+
+
+def _public_half(file: Path) -> list[str]:
+    """The words of the .pub file beside a private key; none where there is none."""
+    try:
+        return file.with_name(file.name + ".pub").read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return []
+
+
+def _load_key(name: str, keyring: Keyring, ask: Callable[[str], str] | None) -> Any:
+    """The private key in a file, with its passphrase if need be; LoginError."""
+    paramiko = _paramiko()
+    phrase = keyring.passphrases.get(name)
+    for attempt in range(4):
+        try:
+            key = paramiko.PKey.from_path(name, phrase.encode() if phrase else None)
+            if phrase:
+                keyring.passphrases[name] = phrase
+            return key
+        except TypeError as error:  # it has a passphrase, and none was given
+            if ask is None:
+                raise LoginError(
+                    f"key {name} needs a passphrase, and nobody can be asked; `ssh-add {shlex.quote(name)}` first"
+                ) from error
+        except (ValueError, OSError, paramiko.SSHException) as error:
+            if phrase is None or ask is None or attempt == 3:
+                fix = "wrong passphrase" if phrase else "is it a private key, and readable? Set identity_file"
+                raise LoginError(f"key {name} cannot be used: {fix}") from error
+        phrase = ask(f"{'wrong; ' if phrase else ''}passphrase for {name}: ")
+    raise LoginError(f"key {name}: wrong passphrase")
+
+
+class SshCommands:
+    """Commands on the login host by paramiko: one connection kept, a channel a command. A CommandRunner."""
+
+    def __init__(self, route: SshRoute, ask: Callable[[str], str] | None) -> None:
+        self.route, self.keyring = route, Keyring()
+        self._ask = ask
+        self._lock = threading.Lock()
+        self._transport: Any = None
+
+    def connect(self) -> Any:
+        """The connection, made anew where it broke; HostUnreachableError, LoginError."""
+        with self._lock:
+            if self._transport is not None and not self._transport.is_active():
+                close_connection(self._transport)
+                self._transport = None
+            if self._transport is None:
+                self._transport = log_in(self.route, self.keyring, self._ask)
+                self._ask = None  # later, nobody waits for a question
+            return self._transport
+
+    def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
+        deadline = time.monotonic() + timeout_s
+        channel = self._open_channel(deadline)
+        transport = channel.get_transport()
+        broken = (_paramiko().SSHException, EOFError, OSError)
+        try:
+            with _broken_after(transport, min(SSH_PATIENCE_S, deadline - time.monotonic())):
+                channel.exec_command(shlex.join(argv))
+            with _broken_after(transport, deadline - time.monotonic() + 1.0):
+                result = _converse(channel, stdin, deadline)
+            if result is None:
+                self._drop(transport)  # silent without being closed, it would hold up the next command too
+        except broken as error:
+            self._drop(transport)
+            raise HostUnreachableError(f"the connection to {self.route.alias} broke: {error}; try again") from error
+        finally:
+            with contextlib.suppress(*broken):
+                channel.close()
+        if result is None:
+            raise HostUnreachableError(
+                f"`{argv[0]}` on {self.route.alias} gave no answer within {timeout_s:g} s; is the network or host slow?"
+            )
+        return result
+
+    def _open_channel(self, deadline: float) -> Any:
+        """A session; a connection that turns out to be dead is made anew once."""
+        paramiko = _paramiko()
+        for attempt in (1, 2):
+            transport = self.connect()
+            try:
+                return transport.open_session(timeout=max(0.1, min(SSH_PATIENCE_S, deadline - time.monotonic())))
+            except (paramiko.SSHException, EOFError, OSError) as error:
+                self._drop(transport)
+                if attempt == 2 or isinstance(error, paramiko.ChannelException) or time.monotonic() > deadline:
+                    raise HostUnreachableError(f"{self.route.alias} opens no session: {error}; try again") from error
+        raise AssertionError
+
+    def _drop(self, transport: Any) -> None:
+        """Close a connection that broke, unless another command did already, and the one that is kept is newer."""
+        with self._lock:
+            if self._transport is transport and transport is not None:
+                close_connection(transport)
+                self._transport = None
+
+    def close(self) -> None:
+        with self._lock:
+            if self._transport is not None:
+                close_connection(self._transport)
+                self._transport = None
+
+
+def _converse(channel: Any, stdin: bytes, deadline: float) -> CommandResult | None:
+    """Feed a command and read it to its end; None at the deadline, OSError when the connection broke before."""
+    output, errors, left = bytearray(), bytearray(), memoryview(stdin)
+    channel.setblocking(False)
+    ready = select.poll()
+    ready.register(channel.fileno(), select.POLLIN)
+    if not left:
+        channel.shutdown_write()
+    while time.monotonic() < deadline:
+        moved = False
+        if left and channel.send_ready() and not channel.closed:
+            try:
+                left = left[channel.send(left[:32768]) :]
+            except OSError:  # it reads no more, which is its own affair
+                left = left[:0]
+            moved = True
+            if not left:
+                channel.shutdown_write()
+        while channel.recv_ready():
+            output += channel.recv(1 << 16)
+            moved = True
+        while channel.recv_stderr_ready():
+            errors += channel.recv_stderr(1 << 16)
+            moved = True
+        if moved:
+            continue
+        if channel.closed or (channel.eof_received and channel.exit_status_ready()):
+            if not channel.get_transport() or not channel.get_transport().is_active():
+                raise OSError("it was closed from there")
+            return CommandResult(channel.recv_exit_status(), bytes(output), bytes(errors))
+        if channel.eof_received:  # its end stays readable, so there is nothing to wait at
+            time.sleep(0.01)
+        else:
+            ready.poll(20 if left else 200)
+    return None

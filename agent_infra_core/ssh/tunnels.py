@@ -1,0 +1,506 @@
+"""The tunnels of a deployment, one a replica: opened, proven, watched and replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import secrets
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from agent_infra_core.fleet.engines import ENGINES
+from agent_infra_core.host import HostUnreachableError, http_get
+from agent_infra_core.node.guard import CHALLENGE_PATH, answer_challenge, server_identity
+from agent_infra_core.protocol import ReplicaRecord
+from agent_infra_core.settings import ClusterConfig, SshConfig
+from agent_infra_core.ssh.child import TunnelChild, hold_port
+from agent_infra_core.ssh.host_keys import node_keys
+from agent_infra_core.ssh.login import SshCommands
+from agent_infra_core.ssh.login_host import LoginHost
+from agent_infra_core.ssh.openssh import OpenSshCommands, OpenSshMaster
+from agent_infra_core.ssh.routes import SSH_PATIENCE_S, HostKeyError, Keyring, LoginError, SshRoute, ssh_route
+
+TUNNEL_PROBE_S = 1.0  # between two looks at a tunnel
+SUSPECT_AFTER_S = 5.0  # of silence
+REPLACED_AFTER_S = 15.0  # of silence
+TUNNEL_BACKOFF_S = (0.2, 30.0)  # before the first new attempt, and at most; doubled each time
+LOGINS_AT_ONCE = 4  # and so many more that failed repeatedly; sshd refuses some of more than ten (MaxStartups)
+FORGIVING_S = 60.0  # that turns wait for a tunnel which is being replaced, before its replica counts as away
+PORT_HELD_S = 10.0  # that a port of a tunnel which has ended is kept from others: the relay may still speak to it
+TUNNELS_CLOSE_S = 10.0  # that all tunnels together have to close
+
+
+@dataclass(frozen=True)
+class TunnelTarget:
+    """What a tunnel leads to; another one is another tunnel."""
+
+    replica: str
+    model: str
+    process: str  # stamp of its `serve`
+    restarts: int  # of its engine
+    node: str
+    host: str  # address that the engine listens on, as the node sees it
+    port: int
+    telemetry_port: int | None
+    is_guarded: bool  # whether the engine itself answers the keyed challenge
+    mode: str  # login | node | none
+
+    @property
+    def ends(self) -> list[tuple[str, int]]:
+        """Host and port of the engine and of `serve`, as seen from where the last SSH connection ends."""
+        host = "127.0.0.1" if self.mode == "node" else self.node if self.host in _WILDCARDS else self.host
+        return [(host, port) for port in (self.port, self.telemetry_port) if port is not None]
+
+    @property
+    def identities(self) -> list[str]:
+        """For whom the servers at the ends answer the keyed challenge."""
+        return [server_identity(self.replica, self.node, port) for _, port in self.ends]
+
+
+@dataclass(frozen=True)
+class TunnelState:
+    """How a tunnel does: ``up`` | ``connecting`` | ``suspect`` (silent for a while) | ``down`` (tried again later)."""
+
+    state: str
+    reconnects: int
+    reason: str | None
+    driver: str  # sshtunnel | openssh | direct
+    mode: str
+
+
+_WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 (a comparison)
+
+
+def tunnel_mode(wanted: str, has_login: bool, record: ReplicaRecord, here: str) -> tuple[str, str]:
+    """How requests reach a replica, login | node | none, and why; ``here`` is this machine's name."""
+    if wanted != "auto":
+        return wanted, "cluster.tunnel says so"
+    is_hidden = record.host.startswith("127.") or record.host in ("localhost", "::1")
+    if not has_login and record.node == here:
+        return "none", "they run on this machine"
+    if is_hidden:
+        return "node", "the engine listens on its node's loopback alone"
+    if has_login:
+        return "login", "the login host reaches the nodes"
+    return "none", "the nodes are reached from here"
+
+
+def proves_key(host: str, port: int, key: str, identity: str, engine_port: int | None = None) -> bool | None:
+    """Whether the server there shows that it is ``identity`` and knows ``key``, untold; None when it does not answer.
+
+    With ``engine_port`` it is `serve`, which also vouches that no other user listens on that port of its node.
+    """
+    nonce = os.urandom(16).hex()
+    suffix = "" if engine_port is None else f"&port={engine_port}"
+    status, body = http_get(host, port, f"{CHALLENGE_PATH}?nonce={nonce}{suffix}")
+    if status == 0:
+        return None
+    message = f"{nonce}:{identity}" + ("" if engine_port is None else f":{engine_port}")
+    return status == 200 and answer_challenge(key, message).encode() in body
+
+
+class Link(Protocol):
+    """An open way to a replica's ports; owned by one Tunnel."""
+
+    driver: str  # sshtunnel | openssh | direct
+    host: str
+    ports: tuple[int, ...]  # of the engine and, where there is one, of `serve`
+
+    def broke(self) -> str | None:
+        """Why the way is closed; None while it is open."""
+
+    def complaint(self) -> str | None:
+        """What is known about why nothing answers at its other end."""
+
+    def close(self, is_silent: bool = False) -> None:
+        """Close it, and with it every connection that goes through it; ``is_silent``: nothing came back for long."""
+
+
+class DirectLink:
+    """No tunnel: the replica's own address."""
+
+    driver = "direct"
+
+    def __init__(self, target: TunnelTarget) -> None:
+        """HostUnreachableError where the node's name is not known here; the relay asks no resolver."""
+        host, port = target.ends[0]
+        try:
+            self.host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
+        except OSError as error:
+            raise HostUnreachableError(
+                f"{host} is not known here ({error.strerror}); set cluster.ssh, or cluster.tunnel"
+            ) from error
+        self.ports = tuple(port for _, port in target.ends)
+
+    def broke(self) -> str | None:
+        return None
+
+    def complaint(self) -> str | None:
+        return None
+
+    def close(self, is_silent: bool = False) -> None:
+        pass
+
+
+class ChildLink:
+    """Ports that a `tunnel` process of the replica's own forwards (sshtunnel)."""
+
+    driver = "sshtunnel"
+    host = "127.0.0.1"
+
+    def __init__(self, child: TunnelChild, ports: tuple[int, ...], leave: Callable[[], None]) -> None:
+        """``leave`` is called once the ports are closed."""
+        self._child, self.ports, self._leave = child, ports, leave
+
+    def broke(self) -> str | None:
+        return None if self._child.is_alive else self._child.last_words() or "the tunnel process ended"
+
+    def complaint(self) -> str | None:
+        return None
+
+    def close(self, is_silent: bool = False) -> None:  # noqa: ARG002 (all of it ends anyway)
+        self._child.close()
+        self._leave()
+
+
+class MasterLink:
+    """Ports that OpenSSH forwards over the connection to a host, which other replicas may share."""
+
+    driver = "openssh"
+    host = "127.0.0.1"
+
+    def __init__(self, master: OpenSshMaster, targets: Sequence[tuple[str, int]], is_nodes: bool) -> None:
+        """``is_nodes``: the connection leads to the replica's own node, so that its silence is the connection's."""
+        self._master, self._targets, self._is_nodes = master, targets, is_nodes
+        self.ports: tuple[int, ...] = ()
+        try:
+            for target in targets:
+                self.ports += (master.forward(target),)
+        except BaseException:
+            self.close()
+            raise
+
+    def broke(self) -> str | None:
+        return None if self._master.is_alive else "the SSH connection was lost"
+
+    def complaint(self) -> str | None:
+        return self._master.complaint()
+
+    def close(self, is_silent: bool = False) -> None:
+        if is_silent and self._is_nodes:
+            self._master.close()
+        if self._master.is_alive:
+            for port, target in zip(self.ports, self._targets, strict=False):
+                self._master.cancel(port, target)
+
+
+class Tunnel:
+    """The way to one replica: opens it, proves whose server is at its end, watches and replaces it. Owns its thread."""
+
+    def __init__(
+        self,
+        target: TunnelTarget,
+        driver: str,
+        open_link: Callable[[TunnelTarget, Callable[[], bool]], Link],
+        key: str,
+        starts: tuple[threading.Semaphore, threading.Semaphore],
+    ) -> None:
+        """``open_link`` takes the target and whether to give up.  ``starts`` bounds how many log in at once, and how
+        many of those that failed repeatedly, so that nodes which are dead wait for each other alone.
+
+        ``driver`` is what is likely, until a link says its own.
+        """
+        self.target, self._open, self._key, self._starts = target, open_link, key, starts
+        self._stop = threading.Event()
+        self._backoff_s = 0.0
+        self.state = TunnelState("connecting", 0, None, driver, target.mode)  # replaced as a whole
+        self.ends: tuple[str, tuple[int, ...]] | None = None  # host and ports of this side, while it stands
+        self.lost_at = time.monotonic()  # since when there are no ends
+        self._thread = threading.Thread(target=self._run, name=f"tunnel {target.replica}", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Have the thread close everything; returns at once."""
+        self._stop.set()
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def _say(self, state: str, reason: str | None = None, reconnects: int = 0) -> None:
+        self.state = dataclasses.replace(
+            self.state, state=state, reason=reason, reconnects=self.state.reconnects + reconnects
+        )
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            reason = None
+            try:
+                reason = self._live()
+            except HostUnreachableError as error:
+                reason = str(error)
+            except Exception as error:  # noqa: BLE001  whatever it is: a tunnel is tried again, and says why it is not there
+                reason = f"{type(error).__name__}: {error}"
+            if self._stop.is_set():
+                return
+            self._say("down", reason, reconnects=1)
+            least, most = TUNNEL_BACKOFF_S
+            self._backoff_s = min(most, max(least, 2 * self._backoff_s))
+            # Spread: many tunnels that one cause has broken must not all log in at the same moment.
+            self._stop.wait(self._backoff_s * (1 + secrets.randbelow(1000) / 1000))
+            self._say("connecting", reason)
+
+    def _live(self) -> str:
+        """One life of the tunnel, from its opening to its end; why it ended."""
+        with self._starts[self._backoff_s > TUNNEL_BACKOFF_S[0]]:
+            link = self._open(self.target, self._stop.is_set)
+        is_silent = False
+        self.state = dataclasses.replace(self.state, driver=link.driver)
+        try:
+            self._prove(link)
+            if not self._stop.is_set():
+                self.ends = (link.host, link.ports)
+                self._say("up")
+            why = self._watch(link)
+            is_silent = why is None
+            return why or f"silent for {REPLACED_AFTER_S:g} s"
+        finally:
+            if self.ends is not None:
+                self.ends, self.lost_at = None, time.monotonic()
+            link.close(is_silent)
+
+    def _prove(self, link: Link) -> None:
+        """Return once the servers at the other end have shown that they know the key; HostUnreachableError."""
+        deadline = time.monotonic() + SSH_PATIENCE_S
+        while not self._stop.is_set():
+            answers = list(self._ask(link))
+            if all(answers):
+                return
+            if False in answers:
+                raise LoginError(
+                    f"another program's server answers on {self.target.node}:{self.target.port}; it gets neither key "
+                    "nor request. If nothing else explains it, tell the administrators"
+                )
+            broken = link.broke() or link.complaint()
+            if broken or time.monotonic() > deadline:
+                raise HostUnreachableError(broken or f"nothing answers on {self.target.node}:{self.target.port}")
+            self._stop.wait(0.2)
+
+    def _ask(self, link: Link) -> Iterator[bool | None]:
+        """The challenges of `serve` and, where it can answer, of the engine: at its start, and then `serve` alone."""
+        if len(link.ports) < 2 and not self.target.is_guarded:
+            yield False  # there is nobody to ask, and what proves nothing gets nothing
+        if len(link.ports) > 1:
+            vouched = None if self.target.is_guarded else self.target.port
+            yield proves_key(link.host, link.ports[1], self._key, self.target.identities[1], vouched)
+        if self.target.is_guarded:
+            yield proves_key(link.host, link.ports[0], self._key, self.target.identities[0])
+
+    def _watch(self, link: Link) -> str | None:
+        """Probe until the tunnel breaks; why, and None when it was silent for too long."""
+        probed = started = heard = time.monotonic()
+        while not self._stop.wait(0.2):
+            now = time.monotonic()
+            if broken := link.broke():
+                return broken
+            if now - probed < TUNNEL_PROBE_S:
+                continue
+            probed = now
+            # `serve` answers while its engine is busy, hangs or starts anew, so it tells of the way alone.
+            answer = proves_key(link.host, link.ports[-1], self._key, self.target.identities[-1], self.target.port)
+            if answer is False:
+                return "another program's server answers there"
+            if answer is not None:
+                heard = time.monotonic()
+                if self.state.state != "up":
+                    self._say("up")
+                if now - started > REPLACED_AFTER_S:
+                    self._backoff_s = 0.0
+            elif now - heard > REPLACED_AFTER_S:
+                return None
+            elif now - heard > SUSPECT_AFTER_S:
+                self._say("suspect", f"silent for {now - heard:.0f} s")
+        return "closed"
+
+
+class TunnelSet:
+    """The tunnels of a deployment's replicas, for as long as they run; owns them. Safe to use from several threads."""
+
+    def __init__(self, cluster: ClusterConfig, login: LoginHost | None, key: str) -> None:
+        """``login``: the host that commands run on, None where that is here; ``key``: the replicas'."""
+        self._cluster, self._login, self._key = cluster, login, key
+        self._lock = threading.Lock()
+        self._starts = threading.Semaphore(LOGINS_AT_ONCE), threading.Semaphore(LOGINS_AT_ONCE)
+        self._tunnels: dict[str, Tunnel] = {}
+        self._reasons: dict[str, str] = {}  # mode → why
+        self._node_keys: dict[str, tuple[tuple[str, str], ...]] = {}
+        self._left: deque[tuple[float, list[socket.socket]]] = deque()  # ports that were left: held until then
+        self._is_closed = False
+
+    def follow(self, records: Sequence[ReplicaRecord]) -> list[ReplicaRecord]:
+        """The same records with this side's ports; a replica whose tunnel does not stand is loading for a while.
+
+        Opens and closes tunnels as records come, change and go; waits for none.
+        """
+        wanted = {target.replica: target for record in records if (target := self._target(record))}
+        driver = self._login.driver if self._login is not None else "sshtunnel"
+        with self._lock:
+            while self._left and self._left[0][0] < time.monotonic():
+                self._close_oldest()
+            for replica in [name for name, tunnel in self._tunnels.items() if tunnel.target != wanted.get(name)]:
+                self._tunnels.pop(replica).stop()
+            for replica, target in wanted.items() if not self._is_closed else ():
+                if replica not in self._tunnels:
+                    kind = "direct" if target.mode == "none" else driver
+                    self._tunnels[replica] = Tunnel(target, kind, self.open_link, self._key, self._starts)
+            return [self._through(record) for record in records]
+
+    def states(self) -> dict[str, TunnelState]:
+        """How each replica's tunnel does; those that are reached without one are left out."""
+        with self._lock:
+            return {replica: tunnel.state for replica, tunnel in self._tunnels.items() if tunnel.target.mode != "none"}
+
+    def awaited(self) -> frozenset[str]:
+        """Models of which a replica may speak again in a moment: their turns wait for it rather than be refused."""
+        with self._lock:
+            return frozenset(t.target.model for t in self._tunnels.values() if t.state.state == "suspect")
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """The states as /stats shows them."""
+        return {replica: dataclasses.asdict(state) for replica, state in self.states().items()}
+
+    def describe(self) -> list[str]:
+        """Lines for the operator: what modes are in use and why, and with which driver."""
+        with self._lock:
+            lines = [f"tunnel {mode}: {reason}" for mode, reason in sorted(self._reasons.items())]
+        if self._login is not None and self._login.reason and self._reasons.keys() - {"none"}:
+            lines.append(f"driver {self._login.driver}: {self._login.reason}")
+        return lines
+
+    def close(self) -> None:
+        """Close all tunnels; one that is at a login does so when that ends, or this process does."""
+        with self._lock:
+            self._is_closed = True
+            tunnels, self._tunnels = list(self._tunnels.values()), {}
+        for tunnel in tunnels:
+            tunnel.stop()
+        deadline = time.monotonic() + TUNNELS_CLOSE_S
+        for tunnel in tunnels:
+            tunnel.join(max(0.0, deadline - time.monotonic()))
+        with self._lock:
+            while self._left:
+                self._close_oldest()
+
+    def _leave(self, held: list[socket.socket]) -> None:
+        """Keep the ports of a tunnel that ended from other users until the relay has heard of it."""
+        with self._lock:
+            self._left.append((time.monotonic() + PORT_HELD_S, held))
+            if self._is_closed:
+                self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        for held in self._left.popleft()[1]:
+            held.close()
+
+    def _target(self, record: ReplicaRecord) -> TunnelTarget | None:
+        """Where a replica that serves is to be reached; None for one that does not."""
+        if record.state not in ("ready", "draining") or record.port is None:
+            return None
+        mode, why = tunnel_mode(self._cluster.tunnel, self._login is not None, record, os.uname().nodename)
+        self._reasons[mode] = why
+        engine = ENGINES.get(record.engine)
+        return TunnelTarget(
+            replica=record.replica,
+            model=record.model,
+            process=record.process,
+            restarts=record.restarts,
+            node=record.node,
+            host=record.host,
+            port=record.port,
+            telemetry_port=record.telemetry_port,
+            is_guarded=engine is not None and engine.is_guarded,
+            mode=mode,
+        )
+
+    def _through(self, record: ReplicaRecord) -> ReplicaRecord:
+        tunnel = self._tunnels.get(record.replica)
+        if tunnel is None:
+            return record
+        ends, state = tunnel.ends, tunnel.state
+        message = f"tunnel {state.state}" + (f": {state.reason}" if state.reason else "")
+        if ends is not None:
+            host, ports = ends
+            record = dataclasses.replace(
+                record, host=host, port=ports[0], telemetry_port=ports[1] if len(ports) > 1 else None
+            )
+            # No new turns: one that another silent replica has lost already must not be sent into this silence.
+            if state.state == "suspect" and record.state == "ready":
+                record = dataclasses.replace(record, state="draining", message=message)
+            return record
+        # For a while turns may wait for it, as they do for a replica that loads; then they are told.
+        is_coming = record.state == "ready" and time.monotonic() - tunnel.lost_at < FORGIVING_S
+        return dataclasses.replace(
+            record, port=None, telemetry_port=None, message=message, state="loading" if is_coming else record.state
+        )
+
+    def open_link(self, target: TunnelTarget, should_stop: Callable[[], bool]) -> Link:
+        """Open the way to a replica; HostUnreachableError. Called by the tunnels' threads."""
+        if target.mode == "none":
+            return DirectLink(target)
+        deadline = time.monotonic() + 2 * SSH_PATIENCE_S
+        commands = self._login.commands() if self._login is not None else None
+        if isinstance(commands, OpenSshCommands):
+            commands.login.ensure(deadline, should_stop)
+            master = commands.login
+            if target.mode == "node":
+                master = commands.node(target.node)
+                try:
+                    master.ensure(deadline, should_stop)
+                except HostKeyError:  # installed anew, perhaps: the next attempt knows its new keys
+                    with contextlib.suppress(HostUnreachableError, OSError):
+                        commands.learn_keys(target.node)
+                    raise
+            return MasterLink(master, target.ends, is_nodes=target.mode == "node")
+        hops, keyring = self._hops(target, commands)
+        with contextlib.ExitStack() as undone:
+            held = [undone.enter_context(hold_port()) for _ in target.ends]
+            spec = {
+                "driver": "sshtunnel",
+                "hops": [dataclasses.asdict(hop) for hop in hops],
+                "keyring": dataclasses.asdict(keyring),
+                "local": [each.getsockname()[1] for each in held],
+                "remote": target.ends,
+            }
+            child = TunnelChild(spec, None)
+            undone.callback(child.close)
+            try:
+                link = ChildLink(child, child.wait_ready(deadline, should_stop), functools.partial(self._leave, held))
+            except HostKeyError:  # installed anew, perhaps: the next attempt asks for its keys
+                with self._lock:
+                    self._node_keys.pop(target.node, None)
+                raise
+            undone.pop_all()
+            return link
+
+    def _hops(self, target: TunnelTarget, login: SshCommands | None) -> tuple[list[SshRoute], Keyring]:
+        """The hosts that a tunnel goes through by paramiko, with the keys that they must show."""
+        if login is None:
+            if target.mode == "login":
+                raise LoginError("cluster.tunnel: login needs cluster.ssh, the host to go through")
+            return [ssh_route(SshConfig(host=target.node), target.node)], Keyring()
+        if self._login is None or target.mode == "login":
+            return [login.route], login.keyring
+        route = ssh_route(self._login.ssh, target.node)
+        with self._lock:
+            keys = self._node_keys.get(target.node)
+        if keys is None:
+            keys = node_keys(route, login)
+            with self._lock:
+                self._node_keys[target.node] = keys
+        return [login.route, dataclasses.replace(route, host_keys=keys)], login.keyring
