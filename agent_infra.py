@@ -46,7 +46,6 @@ from agent_infra_core.errors import (
 from agent_infra_core.fleet.cluster import LogFolder
 from agent_infra_core.fleet.doctor import examine
 from agent_infra_core.fleet.engines import check_engine_args
-from agent_infra_core.fleet.local import serve_command
 from agent_infra_core.fleet.state import (
     client_key,
     deployment_names,
@@ -59,12 +58,11 @@ from agent_infra_core.insight.export import export_turns, read_history
 from agent_infra_core.insight.history import HistoryFile, history_path
 from agent_infra_core.insight.report import Report
 from agent_infra_core.node.failures import describe_exit
-from agent_infra_core.node.hub import fetch_from_hub
-from agent_infra_core.node.llama_cpp import run_llama_cpp
-from agent_infra_core.node.ranks import run_rank, serve_together
-from agent_infra_core.node.replica import serve
+from agent_infra_core.node.roles import ROLES as NODE_ROLES
+from agent_infra_core.node.roles import add_roles
 from agent_infra_core.protocol import ReplicaRecord, record_from_json
-from agent_infra_core.relay.server import calm_collector, run_relay
+from agent_infra_core.relay.app import run_relay
+from agent_infra_core.relay.server import calm_collector
 from agent_infra_core.settings import (
     DEFAULT_CONFIG,
     NAME_PATTERN,
@@ -761,37 +759,6 @@ def _run_stop(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_serve(arguments: argparse.Namespace) -> int:
-    if len(arguments.replica) == 1:
-        return serve(arguments.run_dir, arguments.replica[0])
-    return serve_together(arguments.run_dir, arguments.replica, serve_command())
-
-
-def _run_rank(arguments: argparse.Namespace) -> int:
-    return run_rank(arguments.run_dir, arguments.replica)
-
-
-def _run_fetch(arguments: argparse.Namespace) -> int:
-    try:
-        outcome = {"path": fetch_from_hub(arguments.repository)}
-    except RefusedError as error:
-        outcome = {"error": str(error)}
-    _say(json.dumps(outcome))
-    return 0 if "path" in outcome else 2
-
-
-def _run_llama_cpp(arguments: argparse.Namespace) -> int:
-    return run_llama_cpp(
-        arguments.model_path,
-        arguments.name,
-        arguments.host,
-        arguments.port,
-        arguments.slots,
-        arguments.threads,
-        arguments.context_tokens,
-    )
-
-
 def _run_relay(arguments: argparse.Namespace) -> int:
     return run_relay(arguments.socket, arguments.listener_fd)
 
@@ -878,7 +845,7 @@ def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--history", metavar="FILE", help='where turns are kept; "off": nowhere')
 
 
-ROLES = ("serve", "fetch", "rank", "llama-cpp", "page", "relay", "tunnel")
+ROLES = (*NODE_ROLES, "page", "relay", "tunnel")
 
 
 def build_role_parser() -> argparse.ArgumentParser:
@@ -887,23 +854,7 @@ def build_role_parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog="agent_infra.py")
     verbs = parser.add_subparsers(required=True)
-    serve_parser = verbs.add_parser("serve")
-    serve_parser.add_argument("--run-dir", required=True)
-    serve_parser.add_argument("--replica", required=True, action="append")
-    serve_parser.set_defaults(run=_run_serve)
-    fetch_parser = verbs.add_parser("fetch")
-    fetch_parser.add_argument("repository")
-    fetch_parser.set_defaults(run=_run_fetch)
-    rank_parser = verbs.add_parser("rank")
-    rank_parser.add_argument("--run-dir", required=True)
-    rank_parser.add_argument("--replica", required=True)
-    rank_parser.set_defaults(run=_run_rank)
-    engine_parser = verbs.add_parser("llama-cpp")
-    for option in ("--model-path", "--name", "--host"):
-        engine_parser.add_argument(option, required=True)
-    for option in ("--port", "--slots", "--threads", "--context-tokens"):
-        engine_parser.add_argument(option, type=int, required=True)
-    engine_parser.set_defaults(run=_run_llama_cpp)
+    add_roles(verbs)
     page_parser = verbs.add_parser("page")
     page_parser.add_argument("--proxy", required=True)
     page_parser.add_argument("--port", type=_port, required=True)

@@ -10,6 +10,7 @@ import signal
 import socket
 import stat
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,25 @@ from typing import Protocol
 from agent_infra_core.errors import AgentInfraError, RefusedError
 
 PROBE_TIMEOUT_S = 2.0
+
+
+def program_home() -> Path:
+    """What the program runs from: the folder of agent_infra.py, or the archive node.pyz."""
+    return Path(os.path.abspath(__file__)).parents[1]
+
+
+def self_command(role: str) -> list[str]:
+    """The words that start this program in another role, with this Python, wherever it runs from."""
+    home = program_home()
+    return [sys.executable, str(home if home.is_file() else home / "agent_infra.py"), role]
+
+
+def resource(name: str) -> Path:
+    """A file or folder that comes with the program: beside agent_infra.py, or in an installed wheel's data."""
+    for folder in (program_home(), program_home() / "agent_infra_data"):
+        if (folder / name).exists():
+            return folder / name
+    raise RefusedError(f"{name} is not in {program_home()}; copy it there, or install the program again")
 
 
 def listener_owners(port: int) -> set[int]:

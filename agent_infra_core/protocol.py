@@ -10,12 +10,13 @@ import functools
 import json
 import math
 import operator
+import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeGuard
 
-from agent_infra_core.settings import _SCALARS, ModelConfig, _shorten
+from agent_infra_core.settings import _SCALARS, _shorten
 
 
 @dataclass(frozen=True)
@@ -321,6 +322,13 @@ def _bucket_middle(bucket: int) -> float:
     return float(2.0 ** ((bucket + 0.5) / BUCKETS_PER_OCTAVE))
 
 
+# Formats of what outlives a process. 0.1.0 wrote no number. Fields are added, never reused.
+RELAY_PROTOCOL = 1  # frames between controller and relay
+RECORD_FORMAT = 1  # a replica's record
+SPEC_FORMAT = 1  # what `serve` is told
+CONFIG_FORMAT = 1  # the saved configuration
+HANDOVER_FORMAT = 1  # which replica succeeds which
+
 REPLICA_STATES = ("pending", "starting", "loading", "ready", "draining", "stopped", "failed")
 
 
@@ -374,13 +382,50 @@ STOP_GRACE_S = 25.0  # that an engine has for its turns after SIGTERM; below Slu
 
 
 @dataclass(frozen=True)
+class EngineProbe:
+    """How a kind of engine is asked about itself."""
+
+    health_path: str = "/health"
+    healthy_below: int = 201  # it serves when its health probe answers with 200, or more up to here
+    metrics: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # EngineLoad field → names, summed
+    cache_info_metric: str | None = None  # its labels tell the size of the KV cache
+    sleep_metric: str | None = None
+    progress: str | None = None  # pattern of a log line while weights load; groups: done, total
+    is_guarded: bool = False  # EngineGuard stands before it: the key on every path, and the keyed challenge
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """How `serve` starts a model's engine, as the operator rendered it from its row of the engines' table.
+
+    In ``argv`` and ``rank_argv`` `serve` replaces ``{python}``, ``{program}`` (this program, for roles of its own),
+    ``{host}`` and ``{port}``, and for an engine on several nodes ``{master_host}``, ``{master_port}``, ``{node_rank}``.
+    """
+
+    name: str  # of the row
+    argv: tuple[str, ...]
+    rank_argv: tuple[str, ...] = ()  # of its headless part on each further node
+    key_variable: str = "AGENT_INFRA_API_KEY"  # of its environment
+    slots: int = 0  # turns that run at once; 0 = unknown
+    uses_gpus: bool = True
+    package: str | None = None  # that its Python must have
+    probe: EngineProbe = EngineProbe()
+
+
+@dataclass(frozen=True)
 class ServeSpec:
     """What `serve` is told, as JSON in <run directory>/specs/<replica>.json (0600)."""
 
     replica: str
-    model: ModelConfig
+    model: str  # its name
+    model_path: str
+    engine: EngineSpec
     run_directory: str
     key_file: str  # 0600: the key that every request to this replica must carry
+    base_port: int = 5900  # first port tried
+    env: Mapping[str, str] = field(default_factory=dict)  # of the engine, besides this process's own
+    idle_shutdown_minutes: float | None = None  # without a turn; then the replica ends by itself
+    gpus: int = 0  # that each of several replicas in one job gets; 0: CUDA_VISIBLE_DEVICES is left as it is
     bind_host: str = "127.0.0.1"
     gpu_ids: tuple[str, ...] = ()  # CUDA_VISIBLE_DEVICES; empty: left as it is
     job_id: str | None = None
@@ -391,6 +436,13 @@ class ServeSpec:
     nodes: int = 1  # that the replica spans: on the others, `rank` follows this one
     is_job: bool = False  # in a job of Slurm, whose environment tells its number and the node's name
     is_probe: bool = False  # `serve` only says what it sees here (see probe_node()), and ends
+    format: int = SPEC_FORMAT
+
+
+def fill_in(words: Iterable[str], values: Mapping[str, object]) -> list[str]:
+    """``words`` with each ``{name}`` of ``values`` replaced, in one pass; other braces stay."""
+    pattern = "|".join(re.escape(f"{{{name}}}") for name in values)
+    return [re.sub(pattern, lambda match: str(values[match[0][1:-1]]), word) for word in words]
 
 
 def record_from_json(text: str) -> ReplicaRecord:
@@ -410,12 +462,17 @@ def spec_from_json(text: str) -> ServeSpec:
     """The ServeSpec that ``json.dumps(dataclasses.asdict(spec))`` wrote; ValueError when it is none."""
     try:
         values = _known_fields(ServeSpec, json.loads(text))
-        model = _known_fields(ModelConfig, values["model"])
-        for name in ("command", "engine_args"):
-            model[name] = tuple(model[name]) if model.get(name) is not None else None
-        values["model"] = ModelConfig(**model)
-        values["gpu_ids"] = tuple(values.get("gpu_ids", ()))
-        return ServeSpec(**values)
+        if values.get("format") != SPEC_FORMAT:
+            raise ValueError("another version of agent_infra wrote this specification")
+        engine = _known_fields(EngineSpec, values["engine"])
+        probe = _known_fields(EngineProbe, engine["probe"])
+        probe["metrics"] = {name: tuple(names) for name, names in probe["metrics"].items()}
+        engine |= {
+            "probe": EngineProbe(**probe),
+            "argv": tuple(engine["argv"]),
+            "rank_argv": tuple(engine["rank_argv"]),
+        }
+        return ServeSpec(**{**values, "engine": EngineSpec(**engine), "gpu_ids": tuple(values["gpu_ids"])})
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"not a replica's specification: {error}") from error
 

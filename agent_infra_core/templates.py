@@ -11,6 +11,7 @@ from typing import Any
 from agent_infra_core import __version__
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.place import USR1_BEFORE_END_S, JobRequest, job_name
+from agent_infra_core.host import resource
 from agent_infra_core.settings import ContainerConfig, SlurmConfig, _shorten
 
 
@@ -83,9 +84,11 @@ def job_template(request: JobRequest) -> str:
     return "vllm_multinode.sbatch.j2" if request.nodes > 1 else "vllm.sbatch.j2"
 
 
-def render_job(request: JobRequest, slurm: SlurmConfig, folder: Path) -> str:
-    """The script of a job, by the templates in ``folder`` or the configuration's own; RefusedError."""
+def render_job(request: JobRequest, slurm: SlurmConfig) -> str:
+    """The script of a job, by the packaged templates or the configuration's own; RefusedError."""
     import jinja2
+
+    folder = resource("slurm_templates")
 
     own = Path(slurm.template).expanduser() if slurm.template else None
     loaders = [jinja2.FileSystemLoader(path) for path in ([own.parent] if own else []) + [folder]]
@@ -114,12 +117,3 @@ def render_job(request: JobRequest, slurm: SlurmConfig, folder: Path) -> str:
     if not script.startswith("#!"):
         raise RefusedError(f"the job template {name}: its first line must be #!, such as #!/bin/bash -l")
     return script
-
-
-def find_templates() -> Path:
-    """slurm_templates/: beside this file, else in the installed wheel's data; RefusedError where there is none."""
-    home = Path(__file__).resolve().parent
-    for folder in (home / "slurm_templates", home / "agent_infra_data" / "slurm_templates"):
-        if folder.is_dir():
-            return folder
-    raise RefusedError(f"slurm_templates/ is not beside {__file__}; copy that folder along with it")

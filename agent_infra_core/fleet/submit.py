@@ -54,7 +54,7 @@ for name in specs replicas logs jobs ranks; do mkdir -p "run/$name"; : > "run/$n
 if [ ! -s replica_key ]; then
   printf '%s\\n' "$key" > ".key.$$"; ln ".key.$$" replica_key 2> /dev/null || :; rm ".key.$$"
 fi
-if [ -e "$work/programs/$3/agent_infra.py" ]; then program=there; else program=missing; fi
+if [ -e "$work/programs/$3/node.pyz" ]; then program=there; else program=missing; fi
 printf '%s\\n' "$work" "$(cat replica_key)" "$program"
 """
 _WRITE_SCRIPT = 'umask 077; mkdir -p "${1%/*}" && cat > "$1.$$" && mv "$1.$$" "$1"'
@@ -118,8 +118,9 @@ class SlurmHost:
     HostUnreachableError: the host failed. SchedulerError: Slurm does not answer. RefusedError: it says no.
     """
 
-    def __init__(self, config: ClusterConfig, runner: CommandRunner) -> None:
-        self._config, self._runner = config, runner
+    def __init__(self, config: ClusterConfig, runner: CommandRunner, archive: Callable[[], bytes]) -> None:
+        """``archive`` is the program that runs in the jobs (node.pyz)."""
+        self._config, self._runner, self._archive = config, runner, archive
         self.work_dir = self.run_dir = self.root = ""  # absolute, known once installed
         self.program = ""
         self.key = ""
@@ -128,11 +129,11 @@ class SlurmHost:
         return self._runner.run(["sh", "-c", script, "sh", *words], stdin=stdin, timeout_s=timeout_s)
 
     def install(self, key: str) -> None:
-        """Make the deployment's directories, its key (``key``, where there is none yet) and this file's copy there.
+        """Make the deployment's directories, its key (``key``, where there is none yet) and the jobs' program there.
 
-        The copy's folder is named by its content, so that no running job's file is ever replaced. Safe to repeat.
+        The program's folder is named by its content, so that no running job's file is ever replaced. Safe to repeat.
         """
-        source = Path(__file__).read_bytes()
+        source = self._archive()
         digest = hashlib.sha256(source).hexdigest()[:16]
         words = (self._config.slurm.work_dir, self._config.name, digest)
         done = self.shell(_INSTALL_SCRIPT, *words, stdin=key.encode() + b"\n")
@@ -148,7 +149,7 @@ class SlurmHost:
                 f"{work_dir}/{words[1]}/replica_key on the cluster holds no key; delete it for a new one"
             )
         self.work_dir, self.root = work_dir, f"{work_dir}/{words[1]}"
-        self.run_dir, self.program = f"{self.root}/run", f"{work_dir}/programs/{digest}/agent_infra.py"
+        self.run_dir, self.program = f"{self.root}/run", f"{work_dir}/programs/{digest}/node.pyz"
         if program != "there":
             self.write(self.program, source)
         self.key = told_key

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.host import file_lock
+from agent_infra_core.host import file_lock, self_command
 from agent_infra_core.node.hub import is_hub_id
 from agent_infra_core.settings import PACKAGED_MODEL, ModelConfig
 
@@ -123,7 +123,7 @@ def pull_here(model: ModelConfig, environment: Mapping[str, str], report: Callab
     if os.path.exists(path) or not is_hub_id(path):
         return path
     fetching = subprocess.run(
-        [sys.executable, os.path.abspath(__file__), "fetch", path],
+        [*self_command("fetch"), path],
         env={**environment, **model.env},  # HF_HOME, HF_TOKEN
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,  # its progress goes to standard error, which is the terminal

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.fleet.engines import ENGINES
 from agent_infra_core.protocol import GpuSample, ServeSpec
 
 
@@ -88,7 +87,7 @@ class GpuSampler:
 
 def sampled_gpus(spec: ServeSpec, environment: Mapping[str, str]) -> tuple[str, ...] | None:
     """The ids of the GPUs that a replica may use; None: all of the machine."""
-    if not ENGINES[spec.model.engine].uses_gpus:
+    if not spec.engine.uses_gpus:
         return ()
     if spec.gpu_ids:
         return spec.gpu_ids

@@ -10,15 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from agent_infra_core.fleet.engines import Engine
 from agent_infra_core.host import http_get
 from agent_infra_core.node.guard import CHALLENGE_PATH, answer_challenge
-from agent_infra_core.protocol import EngineLoad
+from agent_infra_core.protocol import EngineLoad, EngineProbe
 
 _METRIC_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
-def read_engine_load(engine: Engine, text: str) -> EngineLoad:
+def read_engine_load(engine: EngineProbe, text: str) -> EngineLoad:
     """An engine's Prometheus page as an EngineLoad: summed over the engines of data parallelism, kv_usage averaged."""
     wanted = {name for names in engine.metrics.values() for name in names}
     wanted |= {name for name in (engine.cache_info_metric, engine.sleep_metric) if name}
@@ -61,7 +60,7 @@ METRICS_PATH = "/metrics"
 class EngineClient:
     """Asks one running engine about itself; every question has a deadline."""
 
-    engine: Engine
+    engine: EngineProbe
     host: str
     port: int
     key: str
@@ -69,7 +68,7 @@ class EngineClient:
 
     def answers(self) -> bool:
         """Whether its health probe says that it serves."""
-        return self.engine.is_healthy(self._get(self.engine.health_path)[0])
+        return 200 <= self._get(self.engine.health_path)[0] < self.engine.healthy_below
 
     def is_ours(self) -> bool:
         """Whether the server on the port knows the key, where its kind can show that it does."""

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent_infra_core.fleet.engines import ENGINES
-from agent_infra_core.host import write_atomically
+from agent_infra_core.host import self_command, write_atomically
 from agent_infra_core.node.gpus import allocate_gpus, gpu_pool, list_gpus
 from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher
-from agent_infra_core.node.replica import engine_environment, make_launch, read_spec
+from agent_infra_core.node.replica import make_launch, read_spec
 
 RANK_POLL_S = 0.5  # between looks of a rank at what its head does
 
@@ -56,15 +55,8 @@ class Rank:
                 self._process = self._start(json.loads(told), watcher)
 
     def _start(self, lead: Mapping[str, Any], watcher: Watcher) -> EngineProcess:
-        environment = engine_environment(self._spec)
-        launch = dataclasses.replace(
-            make_launch(self._spec, self._key, lead["port"], environment),
-            node_rank=self._number,
-            master=tuple(lead["master"]),
-        )
-        engine = ENGINES[self._spec.model.engine]
-        environment.update(engine.environment(launch))
-        return EngineProcess(engine.argv(self._spec.model, launch), environment, self._log, watcher)
+        launch = make_launch(self._spec, self._key, lead["port"], tuple(lead["master"]), self._number)
+        return EngineProcess(launch.argv, launch.environment, self._log, watcher)
 
     def _end(self) -> None:
         """A headless rank does not end by itself when its head does."""
@@ -87,22 +79,20 @@ def node_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
     return pool or tuple(word.strip() for word in (visible or "").split(",") if word.strip())
 
 
-def serve_together(run_directory: str, replicas: Sequence[str], command: Sequence[str]) -> int:
+def serve_together(run_directory: str, replicas: Sequence[str]) -> int:
     """Run several replicas in this job, a `serve` each, the node's GPUs shared out; returns when all have ended.
 
-    Signals go to all of them; one whose specification is removed is told to drain. ``command`` starts a `serve`.
+    Signals go to all of them; one whose specification is removed is told to drain.
     """
     folder, held = Path(run_directory), dict[str, str]()
     signals, children = StopSignals(), dict[str, subprocess.Popen[bytes]]()
     for replica in replicas:
         spec, _ = read_spec(run_directory, replica)
-        chosen = "CUDA_VISIBLE_DEVICES" in spec.model.env or not ENGINES[spec.model.engine].uses_gpus
-        wanted = spec.model.tensor_parallel_size * spec.model.pipeline_parallel_size
-        gpus = () if chosen else allocate_gpus(wanted, node_gpus(os.environ), held)
+        gpus = allocate_gpus(spec.gpus, node_gpus(os.environ), held) if spec.gpus else ()
         held.update(dict.fromkeys(gpus, replica))
         spec = dataclasses.replace(spec, gpu_ids=gpus)
         write_atomically(folder / "specs" / f"{replica}.json", json.dumps(dataclasses.asdict(spec)))
-        words = [*command, "--run-dir", run_directory, "--replica", replica]
+        words = [*self_command("serve"), "--run-dir", run_directory, "--replica", replica]
         children[replica] = subprocess.Popen(words, stdin=subprocess.DEVNULL)
     told, urgent = set[str](), False
     while any(child.poll() is None for child in children.values()):

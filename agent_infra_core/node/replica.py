@@ -7,17 +7,18 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shlex
 import socket
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.fleet.engines import ENGINES, Launch, check_engine_args
-from agent_infra_core.host import process_stamp, write_atomically
+from agent_infra_core.host import process_stamp, program_home, self_command, write_atomically
 from agent_infra_core.node.failures import HOPELESS_FAILURES, classify_failure
 from agent_infra_core.node.gpus import GpuSampler, sampled_gpus
 from agent_infra_core.node.guard import server_identity
@@ -25,7 +26,7 @@ from agent_infra_core.node.health import EngineClient
 from agent_infra_core.node.hub import is_hub_id, is_in_hub_cache
 from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher, _open_log, reserve_port
 from agent_infra_core.node.telemetry import IdleWatch, LoadSampler, Telemetry
-from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, ServeSpec, spec_from_json
+from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, ServeSpec, fill_in, spec_from_json
 
 LOAD_POLL_S = 0.1  # between looks at an engine that loads
 HEALTH_POLL_S = 5.0  # between looks at one that is ready
@@ -36,33 +37,47 @@ MAX_RESTARTS = 3
 FORGIVEN_AFTER_S = 600.0  # healthy, and earlier restarts no longer count
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One start of an engine."""
+
+    argv: list[str]
+    environment: dict[str, str]  # with the key, which is never in argv
+    port: int
+    identity: str  # for whom the engine answers the keyed challenge
+    master: tuple[str, int]  # address and port at which the nodes of a replica find each other
+
+
 def engine_environment(spec: ServeSpec) -> dict[str, str]:
-    """What an engine's environment is, but for what its kind adds."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **spec.model.env}
+    """What an engine's environment is, but for what each start adds."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **spec.env}
     if spec.gpu_ids:
         # NVML counts in the order of the bus; CUDA by itself puts the fastest first.
         environment.update(CUDA_VISIBLE_DEVICES=",".join(spec.gpu_ids), CUDA_DEVICE_ORDER="PCI_BUS_ID")
     return environment
 
 
-def make_launch(spec: ServeSpec, key: str, port: int, environment: Mapping[str, str]) -> Launch:
-    """What a run of the engine is told; over several nodes with a port of this one at which they meet."""
-    master = ("", 0)
-    if spec.nodes > 1:
-        with socket.create_server(("", 0)) as probe:
-            master = (_told_host("0.0.0.0"), probe.getsockname()[1])  # noqa: S104 (where others find this node)
-    return Launch(
-        host=spec.bind_host,
-        port=port,
-        key=key,
-        python=sys.executable,
-        module=os.path.abspath(__file__),
-        python_path=environment.get("PYTHONPATH", ""),
-        stop_grace=spec.stop_grace,
-        nodes=spec.nodes,
-        master=master,
-        identity=server_identity(spec.replica, _node_name(spec), port),
-    )
+def make_launch(
+    spec: ServeSpec, key: str, port: int, master: tuple[str, int] | None = None, node_rank: int = 0
+) -> Launch:
+    """One run of the engine; with ``master`` None, the head of several nodes finds a port for them to meet at."""
+    if master is None:
+        master = ("", 0)
+        if spec.nodes > 1:
+            with socket.create_server(("", 0)) as probe:
+                master = (_told_host("0.0.0.0"), probe.getsockname()[1])  # noqa: S104 (where others find this node)
+    environment, engine = engine_environment(spec), spec.engine
+    identity = server_identity(spec.replica, _node_name(spec), port)
+    environment[engine.key_variable] = key
+    if engine.probe.is_guarded:  # the engine imports the guard from here
+        paths = (str(program_home()), environment.get("PYTHONPATH", ""))
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        environment["AGENT_INFRA_IDENTITY"] = identity
+    python, program, _ = self_command("serve")
+    values = {"python": python, "program": program, "host": spec.bind_host, "port": port}
+    values |= {"master_host": master[0], "master_port": master[1], "node_rank": node_rank}
+    argv = fill_in(engine.rank_argv if node_rank else engine.argv, values)
+    return Launch(argv, environment, port, identity, master)
 
 
 def _node_name(spec: ServeSpec) -> str:
@@ -81,24 +96,24 @@ class Replica:
 
     def __init__(self, spec: ServeSpec, key: str, watcher: Watcher, signals: StopSignals) -> None:
         self._spec, self._key, self._watcher, self._signals = spec, key, watcher, signals
-        self._engine = ENGINES[spec.model.engine]
+        self._engine = spec.engine.probe
         self._directory = Path(spec.run_directory)
         self._log = self._directory / "logs" / f"{spec.replica}.log"
-        self._gpus = GpuSampler(sampled_gpus(spec, {**os.environ, **spec.model.env}))
+        self._gpus = GpuSampler(sampled_gpus(spec, {**os.environ, **spec.env}))
         self._load_sampler = LoadSampler(self._gpus)
         self._is_written = False  # whether the file says what the record says
         self._record = ReplicaRecord(
             replica=spec.replica,
-            model=spec.model.name,
+            model=spec.model,
             state="starting",
-            engine=spec.model.engine,
+            engine=spec.engine.name,
             node=_node_name(spec),
             pid=os.getpid(),
             process=process_stamp(os.getpid()) or "",
             host=_told_host(spec.bind_host),
             job_id=os.environ.get("SLURM_JOB_ID") if spec.is_job else spec.job_id,
             started_at=time.time(),
-            slots=self._engine.slots(spec.model),
+            slots=spec.engine.slots,
             gpus=self._gpus.sample(),
             gpu_ids=spec.gpu_ids,
         )
@@ -117,7 +132,7 @@ class Replica:
             telemetry.close()
             self._gpus.close()
         if failure is None:
-            message = f"no turn for {self._spec.model.idle_shutdown_minutes:g} min" if self._record.is_idle else None
+            message = f"no turn for {self._spec.idle_shutdown_minutes:g} min" if self._record.is_idle else None
             self._update(state="stopped", message=message, failure=None, port=None, telemetry_port=None)
             return 0
         self._note(f"failed ({failure.kind}): {failure.line}; {failure.hint}")
@@ -130,7 +145,7 @@ class Replica:
 
     def _run_engines(self) -> ReplicaFailure | None:
         """Run the engine, again after a failure as often as is sensible; None when told to stop."""
-        restarts, base_port = 0, self._spec.model.base_port
+        restarts, base_port = 0, self._spec.base_port
         while True:
             reservation = reserve_port(base_port)
             if reservation is None:
@@ -162,17 +177,14 @@ class Replica:
     def _run_engine(self, port: int) -> ReplicaFailure | None:
         """One run of the engine, from its start to its end; None when it was told to stop."""
         spec = self._spec
-        environment = engine_environment(spec)
-        launch = make_launch(spec, self._key, port, environment)
+        launch = make_launch(spec, self._key, port)
         self._lead(launch)
-        environment.update(self._engine.environment(launch))
-        argv = self._engine.argv(spec.model, launch)
-        self._note("starting: " + shlex.join(argv))
+        self._note("starting: " + shlex.join(launch.argv))
         try:
-            process = EngineProcess(argv, environment, self._log, self._watcher)
+            process = EngineProcess(launch.argv, launch.environment, self._log, self._watcher)
         except OSError as error:
             hint = "give the program's full path in command, or install it on this node"
-            return ReplicaFailure("bad_argument", f"{argv[0]} cannot be started: {error.strerror}", hint)
+            return ReplicaFailure("bad_argument", f"{launch.argv[0]} cannot be started: {error.strerror}", hint)
         client = self._load_sampler.client = EngineClient(
             self._engine, spec.bind_host, port, self._key, launch.identity
         )
@@ -216,12 +228,12 @@ class Replica:
         return None
 
     def _read_progress(self, process: EngineProcess) -> None:
-        if self._engine.progress and (steps := self._engine.progress.findall(process.log_tail())):
+        if self._engine.progress and (steps := re.findall(self._engine.progress, process.log_tail())):
             self._update(progress="/".join(steps[-1]))
 
     def _stand_by(self, process: EngineProcess, client: EngineClient) -> ReplicaFailure | None:
         """Watch a ready engine until it fails; None when told to stop, or when it was idle for too long."""
-        answered_at, idle = time.monotonic(), IdleWatch(self._spec.model.idle_shutdown_minutes, time.monotonic)
+        answered_at, idle = time.monotonic(), IdleWatch(self._spec.idle_shutdown_minutes, time.monotonic)
         while not self._signals.is_asked:
             exit_code = process.exit_code()
             if exit_code is not None:
@@ -309,7 +321,7 @@ def probe_node(spec: ServeSpec) -> dict[str, Any]:
     import urllib.error
     import urllib.request
 
-    environment, package = engine_environment(spec), ENGINES[spec.model.engine].package
+    environment, package = engine_environment(spec), spec.engine.package
     version, hub = None, True
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version(package) if package else None
@@ -325,8 +337,8 @@ def probe_node(spec: ServeSpec) -> dict[str, Any]:
         f"device {name}" for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name
     ]
     sampler.close()
-    path = spec.model.model_path
-    if os.path.exists(path) or spec.model.engine == "command":
+    path = spec.model_path
+    if os.path.exists(path) or spec.engine.name == "command":
         model = "local"
     elif is_hub_id(path):
         model = "cached" if is_in_hub_cache(path, environment) else "remote"
@@ -346,6 +358,5 @@ def serve(run_directory: str, replica: str) -> int:
     if spec.is_probe:
         write_atomically(Path(run_directory) / "replicas" / f".{replica}.probe", json.dumps(probe_node(spec)))
         return 0
-    check_engine_args(spec.model)
     with contextlib.closing(Watcher()) as watcher:
         return Replica(spec, key, watcher, StopSignals()).run()

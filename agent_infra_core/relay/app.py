@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
 from agent_infra_core import __version__
+from agent_infra_core.host import resource
 from agent_infra_core.http.errors import error_document, http_phrase
 from agent_infra_core.http.heads import INFERENCE_PATHS, RequestHead, split_inference_path
 from agent_infra_core.protocol import STATS_PREFIX
@@ -184,3 +185,19 @@ class RelayApp:
         if allowed:
             answer.headers["Allow"] = ", ".join(sorted(allowed))
         return answer
+
+
+def run_relay(socket_path: str, listener_fd: int) -> int:
+    """The relay's entry: serve on the inherited listening socket, controllers at ``socket_path``; its exit code."""
+    from gevent import monkey
+
+    monkey.patch_all()  # first of all, before any third-party import: they must see the patched library
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    from agent_infra_core.relay.server import Relay, calm_collector, release_free_memory
+
+    relay = Relay(socket_path, listener_fd, RelayApp)
+    calm_collector()
+    release_free_memory()
+    return relay.run()

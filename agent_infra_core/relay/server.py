@@ -15,11 +15,11 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
+from agent_infra_core.http.heads import RequestHead
 from agent_infra_core.protocol import FRAME_GAUGES, FRAME_STATS, FRAME_TABLE, Backend
-from agent_infra_core.relay.app import RelayApp
 from agent_infra_core.relay.bodies import Codec
 from agent_infra_core.relay.connection import ClientConnection, descriptor_trouble
 from agent_infra_core.relay.events import SHORTAGE_S, ControlChannel, TurnBook
@@ -34,10 +34,18 @@ SWEEP_S = 0.1  # how late a deadline may be noticed, and how often the controlle
 LAST_FLUSH_S = 2.0  # for the last events, at the relay's end: its controller may take none
 
 
+class HttpApp(Protocol):
+    """What answers requests that are not inference."""
+
+    def answer(self, request: RequestHead, path: bytes, query: bytes, body: bytes) -> bytes:
+        """The whole answer, ready to send."""
+
+
 class Relay:
     """The data plane's process: its clients, replicas, counters, and what the controller said last."""
 
-    def __init__(self, socket_path: str, listener_fd: int) -> None:
+    def __init__(self, socket_path: str, listener_fd: int, make_app: Callable[[Relay], HttpApp]) -> None:
+        """``make_app`` makes what answers all that is not inference."""
         from gevent.event import Event
 
         self.reactor = Reactor()
@@ -48,7 +56,7 @@ class Relay:
         self.control = ControlChannel(self, socket_path, self.listener)
         self.admission = Admission(self)
         self.book = TurnBook(self)
-        self.app = RelayApp(self)
+        self.app = make_app(self)
         self.settings = RelaySettings(ProxyConfig(api_key=secrets.token_hex(16)), HeadersConfig())
         self.strategy = self.settings.proxy.strategy
         self.models: list[str] = []
@@ -315,17 +323,3 @@ def release_free_memory() -> None:
 
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def run_relay(socket_path: str, listener_fd: int) -> int:
-    """The relay's entry: serve on the inherited listening socket, controllers at ``socket_path``; its exit code."""
-    from gevent import monkey
-
-    monkey.patch_all()  # first of all, before any third-party import: they must see the patched library
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    relay = Relay(socket_path, listener_fd)
-    calm_collector()
-    release_free_memory()
-    return relay.run()

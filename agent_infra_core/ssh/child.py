@@ -10,13 +10,12 @@ import select
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agent_infra_core.host import HostUnreachableError, LocalCommands
+from agent_infra_core.host import HostUnreachableError, LocalCommands, self_command
 from agent_infra_core.node.process import _open_log
 from agent_infra_core.ssh.host_keys import _changed_host, _unknown_host, scan_host_keys
 from agent_infra_core.ssh.routes import HostKeyError, InteractiveLoginError, LoginError, SshRoute, route_from_json
@@ -31,14 +30,12 @@ class TunnelChild:
 
     def __init__(self, spec: Mapping[str, Any], log: Path | None, has_terminal: bool = False) -> None:
         """Start it. With ``has_terminal`` ssh may ask the operator, and a Ctrl-C at that reaches it."""
-        folder, name = os.path.split(os.path.abspath(__file__))
         with open(log or os.devnull, "ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", name.removesuffix(".py"), "tunnel"],
+                self_command("tunnel"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                cwd=folder,
                 start_new_session=not has_terminal,
             )
         assert self._process.stdin is not None  # noqa: S101 (for the type checker)

@@ -11,11 +11,10 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from agent_infra_core.fleet.engines import ENGINES
 from agent_infra_core.host import HostUnreachableError, http_get
 from agent_infra_core.node.guard import CHALLENGE_PATH, answer_challenge, server_identity
 from agent_infra_core.protocol import ReplicaRecord
@@ -332,9 +331,12 @@ class Tunnel:
 class TunnelSet:
     """The tunnels of a deployment's replicas, for as long as they run; owns them. Safe to use from several threads."""
 
-    def __init__(self, cluster: ClusterConfig, login: LoginHost | None, key: str) -> None:
-        """``login``: the host that commands run on, None where that is here; ``key``: the replicas'."""
-        self._cluster, self._login, self._key = cluster, login, key
+    def __init__(self, cluster: ClusterConfig, login: LoginHost | None, key: str, guarded: Collection[str]) -> None:
+        """``login``: the host that commands run on, None where that is here; ``key``: the replicas'.
+
+        ``guarded`` are the engines that can show that they know the key.
+        """
+        self._cluster, self._login, self._key, self._guarded = cluster, login, key, guarded
         self._lock = threading.Lock()
         self._starts = threading.Semaphore(LOGINS_AT_ONCE), threading.Semaphore(LOGINS_AT_ONCE)
         self._tunnels: dict[str, Tunnel] = {}
@@ -414,7 +416,6 @@ class TunnelSet:
             return None
         mode, why = tunnel_mode(self._cluster.tunnel, self._login is not None, record, os.uname().nodename)
         self._reasons[mode] = why
-        engine = ENGINES.get(record.engine)
         return TunnelTarget(
             replica=record.replica,
             model=record.model,
@@ -424,7 +425,7 @@ class TunnelSet:
             host=record.host,
             port=record.port,
             telemetry_port=record.telemetry_port,
-            is_guarded=engine is not None and engine.is_guarded,
+            is_guarded=record.engine in self._guarded,
             mode=mode,
         )
 
