@@ -2,10 +2,13 @@
 """Agent Infra: GPU serving for multi-turn LLM agents.
 
 ``agent_infra.py up`` starts the replicas of a model, balances them behind one OpenAI-compatible streaming proxy and
-follows every session and turn."""
+follows every session and turn.  This file is the program as its user sees it; the engines behind it are in
+agent_infra_core/.  Each role loads only what it needs, inside the function that uses it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import collections
 import contextlib
@@ -23,18 +26,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import types
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
+from urllib.parse import unquote_to_bytes
 
 from agent_infra_core import __version__, client
 from agent_infra_core.client import SessionContext, attach
-from agent_infra_core.configuration import deployment_of, kept_config, load_config
-from agent_infra_core.control.controller import Controller
-from agent_infra_core.control.deployment import SCALE_DRAIN_S, ConnectionManager, Deployment, Scaling
-from agent_infra_core.control.link import DRAIN_S
-from agent_infra_core.control.lock import DeploymentLock, lock_holder
-from agent_infra_core.control.status import count_missing, describe_replica
 from agent_infra_core.errors import (
     PROGRAM_PACKAGES,
     AgentInfraError,
@@ -43,45 +42,1219 @@ from agent_infra_core.errors import (
     RefusedError,
     require_packages,
 )
-from agent_infra_core.fleet.cluster import LogFolder
-from agent_infra_core.fleet.doctor import examine
-from agent_infra_core.fleet.engines import check_engine_args
-from agent_infra_core.fleet.state import (
-    client_key,
-    deployment_names,
-    deployment_paths,
-    read_or_make_key,
-    read_relay_record,
+from agent_infra_core.host import (
+    HostUnreachableError,
+    LocalCommands,
+    allow_many_descriptors,
+    end_process,
+    is_listening,
+    resource,
+    self_command,
+    write_atomically,
 )
-from agent_infra_core.host import is_listening
-from agent_infra_core.insight.export import export_turns, read_history
-from agent_infra_core.insight.history import HistoryFile, history_path
-from agent_infra_core.insight.report import Report
-from agent_infra_core.node.failures import describe_exit
-from agent_infra_core.node.roles import ROLES as NODE_ROLES
-from agent_infra_core.node.roles import add_roles
-from agent_infra_core.protocol import ReplicaRecord, record_from_json
-from agent_infra_core.relay.app import run_relay
-from agent_infra_core.relay.server import calm_collector
+from agent_infra_core.protocol import STATS_PREFIX, ReplicaRecord, record_from_json
 from agent_infra_core.settings import (
+    _SCALARS,
     DEFAULT_CONFIG,
     NAME_PATTERN,
+    RESERVED_DIRECTIVES,
     STRATEGY_NAMES,
     ClusterConfig,
     Config,
+    ContainerConfig,
+    HeadersConfig,
     ModelConfig,
+    PartitionConfig,
     ProxyConfig,
+    Rule,
+    SlurmConfig,
+    SshConfig,
+    _shorten,
     proxy_url,
+    reached_host,
 )
-from agent_infra_core.ssh.forward import run_tunnel
 
 if TYPE_CHECKING:
-    import argparse
+    from agent_infra_core.control.controller import Controller
+    from agent_infra_core.control.handover import Handover
+    from agent_infra_core.control.status import ProxyClient
+    from agent_infra_core.fleet.cluster import Cluster
+    from agent_infra_core.fleet.place import JobRequest
+    from agent_infra_core.fleet.state import DeploymentPaths
+    from agent_infra_core.http.heads import RequestHead
+    from agent_infra_core.insight.history import HistoryFile
+    from agent_infra_core.relay.server import Relay
+    from agent_infra_core.ssh.login_host import LoginHost
 
 __all__ = ["AgentInfraError", "Config", "ConnectionManager", "SessionContext", "attach", "load_config"]
 
 # `from agent_infra.client import SessionContext` works the way `os` makes `os.path` importable.
 sys.modules[f"{__name__}.client"] = client
+
+
+# =====================================================================================================================
+# Configuration: YAML → marshmallow → the frozen dataclasses of settings.py.
+# =====================================================================================================================
+
+
+def load_config(path: str | os.PathLike[str] | None = None) -> Config:
+    """Read and validate a YAML configuration.
+
+    Without ``path``: ``./config.yaml`` where there is one, else the embedded default (the packaged model on this
+    machine).  ``${NAME}`` in a string is replaced by that environment variable.
+
+    Raises ConfigError, naming every wrong path, when the file cannot be read or does not say a valid configuration.
+    """
+    if path is None:
+        if not Path("config.yaml").exists():
+            return DEFAULT_CONFIG
+        path = "config.yaml"
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
+        raise ConfigError(f"{path}: cannot be read: {reason}; name a YAML file such as configs/example.yaml") from error
+    try:
+        return parse_config(text, os.environ)
+    except ConfigError as error:
+        raise ConfigError(f"{path}:{'' if str(error).startswith(chr(10)) else ' '}{error}") from None
+
+
+def deployment_of(path: str | os.PathLike[str] | None = None) -> str | None:
+    """The ``cluster.name`` of a configuration file that has errors; None where one of them may concern it."""
+    try:
+        document = _read_yaml(Path(path or "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ConfigError):
+        return None
+    document = _expand_environment(document, os.environ, "", [])
+    wrong = _schema_of(Config)().validate(document)
+    if wrong.keys() - {"version", "proxy", "models", "headers"}:  # in `cluster`, or a key that may be meant for it
+        return None
+    name: str = document.get("cluster", {}).get("name", DEFAULT_CONFIG.cluster.name)
+    return name
+
+
+def parse_config(text: str, environment: Mapping[str, str]) -> Config:
+    """The configuration that a YAML text says, with ``${NAME}`` taken from ``environment``; raises ConfigError."""
+    document = _read_yaml(text)
+    if not isinstance(document, dict):
+        raise ConfigError("a mapping of keys is needed, such as `models: [...]`; see configs/example.yaml")
+    problems: list[str] = []
+    return _validated(_expand_environment(document, environment, "", problems), problems)
+
+
+def config_from_json(text: str) -> Config:
+    """The configuration that ``json.dumps(dataclasses.asdict(config))`` wrote; ConfigError when it is none."""
+    try:
+        return _validated(json.loads(text), [])
+    except ValueError as error:
+        raise ConfigError(f"not a configuration: {error}") from error
+
+
+def _validated(document: Any, problems: list[str]) -> Config:
+    """The configuration that a document says, unless there are ``problems`` already; raises ConfigError."""
+    import marshmallow
+
+    try:
+        loaded = _schema_of(Config)().load(document)
+    except marshmallow.ValidationError as error:
+        problems += _describe_errors(error.messages, "", Config)
+        loaded = None
+    if loaded is not None and not problems:
+        config: Config = _build(Config, loaded)
+        problems = list(_contradictions(config))
+        if not problems:
+            return config
+    raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
+
+
+def _read_yaml(text: str) -> Any:
+    """The document in ``text``; a key that stands twice in one mapping is an error, which PyYAML alone lets pass."""
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if node is None:
+            return {}
+        _refuse_duplicates(node)
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError("not valid YAML: " + " ".join(str(error).split())) from error
+
+
+def _refuse_duplicates(node: Any) -> None:
+    """Raise ConfigError for the first key that a YAML mapping under ``node`` says twice."""
+    children = node.value if isinstance(node.value, list) else []
+    if node.id == "mapping":
+        seen: set[str] = set()
+        for key, _ in children:
+            if key.value in seen:
+                raise ConfigError(f"{key.value}: stands twice (again at line {key.start_mark.line + 1}); delete one")
+            seen.add(key.value if isinstance(key.value, str) else "")
+        children = [child for _, child in children]
+    for child in children:
+        _refuse_duplicates(child)
+
+
+def _expand_environment(value: Any, environment: Mapping[str, str], path: str, problems: list[str]) -> Any:
+    """``value`` with ``${NAME}`` replaced in all its strings; a variable that is not set is noted in ``problems``."""
+    if isinstance(value, dict):
+        return {key: _expand_environment(item, environment, _join(path, key), problems) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand_environment(item, environment, _join(path, i), problems) for i, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        if match[1] not in environment:
+            problems.append(f"{path}: the environment variable {match[1]} is not set; export it or write the value")
+        return environment.get(match[1], match[0])
+
+    return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", replace, value)
+
+
+def _join(path: str, key: object) -> str:
+    """``models`` + 0 → ``models[0]``; ``models[0]`` + ``name`` → ``models[0].name``."""
+    if isinstance(key, int):
+        return f"{path}[{key}]"
+    return f"{path}.{key}" if path else str(key)
+
+
+# The sections of the configuration by their annotation, and the scalar kinds: what one is called and how it is told.
+_SECTIONS: Mapping[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        *(ProxyConfig, SshConfig, PartitionConfig, ContainerConfig, SlurmConfig, ClusterConfig),
+        *(ModelConfig, HeadersConfig),
+    )
+}
+
+
+def _section_of(annotation: str) -> tuple[type | None, bool]:
+    """The section that ``X``, ``X | None`` or ``tuple[X, ...]`` names, and whether it is a list of them."""
+    plain = annotation.removesuffix(" | None")
+    element = plain.removeprefix("tuple[").removesuffix(", ...]")
+    return _SECTIONS.get(element), element != plain
+
+
+@functools.cache
+def _schema_of(kind: type) -> Any:
+    """The marshmallow schema class of a configuration dataclass, derived from its annotations and rules."""
+    import marshmallow
+
+    entries = {item.name: _field_of(item, marshmallow.fields) for item in dataclasses.fields(kind)}
+    entries["error_messages"] = {"unknown": _UNKNOWN_KEY, "type": "a mapping of keys is needed"}
+    return types.new_class(f"{kind.__name__}Schema", (marshmallow.Schema,), exec_body=lambda body: body.update(entries))
+
+
+_UNKNOWN_KEY = "unknown key"
+
+
+def _field_of(item: dataclasses.Field[Any], fields: Any) -> Any:
+    """The marshmallow field for one dataclass field: a section is a nested schema, a scalar is checked by its rule."""
+    annotation = str(item.type).removesuffix(" | None")
+    is_optional = annotation != str(item.type)
+    messages = {"required": "is required", "null": "may not be null; leave it out for its default"}
+    options: dict[str, Any] = {
+        "required": item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING,
+        "error_messages": messages,
+    }
+    section, is_list = _section_of(annotation)
+    if section is not None and is_list:
+        messages["invalid"] = "a list is needed, with one entry each"
+        return fields.List(fields.Nested(_schema_of(section)), **options)
+    if section is not None:
+        return fields.Nested(_schema_of(section), allow_none=is_optional, **options)
+    check = functools.partial(_check_scalar, annotation, item.metadata.get("rule", Rule()))
+    return fields.Raw(validate=check, allow_none=is_optional, **options)
+
+
+def _check_scalar(annotation: str, rule: Rule, value: Any) -> None:
+    """Raise marshmallow's ValidationError when ``value`` has the wrong type or breaks its rule."""
+    import marshmallow
+
+    words, is_kind = _SCALARS[annotation]
+    if is_kind(value) and rule.accepts(value):
+        return
+    described = rule.describe()
+    bounded = rule.choices is None and not rule.allowed and described
+    allowed = f"{words} {described}" if bounded else described or words
+    raise marshmallow.ValidationError(f"found {_shorten(value)}; allowed: {allowed}")
+
+
+def _describe_errors(messages: Any, path: str, kind: type | None) -> Iterator[str]:
+    """marshmallow's nested messages as lines ``path: message``; an unknown key names the nearest valid one."""
+    if isinstance(messages, list):
+        for message in messages:
+            yield f"{path}: {message}{_nearest_key(path, kind) if message == _UNKNOWN_KEY else ''}"
+        return
+    for key, below in messages.items():
+        if key == "_schema":
+            yield from _describe_errors(below, path, kind)
+            continue
+        annotation = next((str(f.type) for f in dataclasses.fields(kind or Config) if f.name == key), "")
+        inner = kind if isinstance(key, int) else _section_of(annotation)[0]
+        yield from _describe_errors(below, _join(path, key), inner if isinstance(below, dict) else kind)
+
+
+def _nearest_key(path: str, kind: type | None) -> str:
+    """``; did you mean strategy?`` for a key that nearly is one of ``kind``, else the list of its keys."""
+    import difflib
+
+    names = [item.name for item in dataclasses.fields(kind or Config)]
+    near = difflib.get_close_matches(path.rpartition(".")[2], names, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(sorted(names))}"
+
+
+def _build(kind: type, loaded: Mapping[str, Any]) -> Any:
+    """The frozen dataclass that validated keys say; lists become tuples, whole numbers become floats where due."""
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(kind):
+        if item.name not in loaded:
+            continue
+        value = loaded[item.name]
+        section, is_list = _section_of(str(item.type))
+        if value is None:
+            pass
+        elif section is not None:
+            value = tuple(_build(section, entry) for entry in value) if is_list else _build(section, value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif str(item.type).startswith("float"):
+            value = float(value)
+        values[item.name] = value
+    return kind(**values)
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """What is wrong with keys that are each valid: lines ``path: message``."""
+    if not config.models:
+        yield "models: at least one model is needed"
+    if config.cluster.type == "local":
+        for item in dataclasses.fields(ClusterConfig):
+            if item.name not in ("type", "name") and getattr(config.cluster, item.name) != item.default:
+                yield f"cluster.{item.name}: belongs to a cluster that is not here; delete it, or set cluster.type"
+    else:
+        yield from _slurm_contradictions(config.cluster.slurm)
+    for index, model in enumerate(config.models):
+        path = f"models[{index}]"
+        if model.name in [earlier.name for earlier in config.models[:index]]:
+            yield f"{path}.name: {model.name} stands twice; every model needs a name of its own"
+        if model.engine == "command" and not model.command:
+            yield f"{path}.command: is required with engine: command; an argv such as [my-server, --port, '{{port}}']"
+        if model.engine != "command" and model.command:
+            yield f"{path}.command: belongs to engine: command, not to {model.engine}; delete it or change engine"
+        if model.command and not any("{port}" in word for word in model.command):
+            yield f"{path}.command: {{port}} must stand in it, so that the server listens where it is looked for"
+
+
+def _slurm_contradictions(slurm: SlurmConfig) -> Iterator[str]:
+    """The same of cluster.slurm."""
+    if not slurm.partitions:
+        yield "cluster.slurm.partitions: at least one is needed, such as [{name: gpu}]; `sinfo` lists them"
+    for index, partition in enumerate(slurm.partitions):
+        if partition.name in [earlier.name for earlier in slurm.partitions[:index]]:
+            yield f"cluster.slurm.partitions[{index}].name: {partition.name} stands twice"
+    scopes = {"cluster.slurm.sbatch": slurm.sbatch}
+    scopes |= {f"cluster.slurm.partitions[{i}].sbatch": each.sbatch for i, each in enumerate(slurm.partitions)}
+    for path, directives in scopes.items():
+        for name in directives:
+            if name in RESERVED_DIRECTIVES:
+                yield f"{path}.{name}: is set by this program (see the keys of cluster.slurm and of its partitions)"
+
+
+def kept_config(paths: DeploymentPaths) -> Config | None:
+    """The configuration that the deployment was started with; None when nothing, or nothing readable, was kept."""
+    with contextlib.suppress(OSError, ConfigError):
+        return config_from_json(paths.config.read_text(encoding="utf-8"))
+    return None
+
+
+# =====================================================================================================================
+# Job scripts: what a job is → the script that sbatch is given, by Jinja2. Runs nothing.
+# =====================================================================================================================
+
+
+class ShellText(str):
+    """Text that goes into a job script as it stands: whoever makes it has quoted what needs to be."""
+
+    __slots__ = ()
+
+
+def shell_words(value: Any) -> str:
+    """A value as the shell reads it back: quoted, a list word for word; TypeError for what is no word."""
+    if isinstance(value, ShellText):
+        return value
+    if isinstance(value, (list, tuple)):
+        return " ".join(shell_words(item) for item in value)
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise TypeError(f"{_shorten(value)} is no word for the shell")
+    return shlex.quote(str(value))
+
+
+def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, str | int | bool]]:
+    """The options of sbatch: ours, then the configuration's, then the partition's; null takes one away."""
+    from agent_infra_core.fleet.place import USR1_BEFORE_END_S, job_name
+
+    partition = request.partition
+    options: dict[str, str | int | bool | None] = {
+        "job-name": job_name(request),
+        "partition": partition.name,
+        "qos": partition.qos or slurm.default_qos,
+        "time": partition.time_limit,
+        "nodes": request.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": request.cpus,
+        "gres": f"{partition.gres}:{request.gpus}" if request.gpus else None,
+        "exclusive": partition.exclusive or None,
+        "output": f"{request.run_dir}/logs/{request.replicas[0]}.log",
+        "open-mode": "append",  # else a requeue empties the log
+        "chdir": request.run_dir,
+        "signal": f"B:USR1@{USR1_BEFORE_END_S}",
+        "requeue": True,
+        "dependency": f"afterany:{request.after}" if request.after else None,
+        "export": "HOME,USER,LOGNAME,SHELL,PATH,LANG",  # everything would be copied else, secrets too
+        **slurm.sbatch,
+        **partition.sbatch,
+    }
+    return [(name, value) for name, value in options.items() if value is not None]
+
+
+def job_launchers(request: JobRequest, container: ContainerConfig | None) -> tuple[ShellText, ShellText]:
+    """The words before `serve`, and those before `rank` (which srun starts), as the shell reads them."""
+    if container is None:
+        bare = ShellText(f'"$python" {shlex.quote(request.program)}')
+        return bare, bare
+    folders = [request.work_dir]
+    if request.model.model_path.startswith("/"):
+        folders.append(os.path.dirname(request.model.model_path))
+    if container.runtime == "apptainer":
+        words = ["apptainer", "exec", *(["--nv"] if request.gpus else [])]
+        words += [word for folder in folders for word in ("--bind", folder)]
+        inside = ShellText(shlex.join([*words, container.image, "python3", request.program]))
+        return inside, inside
+    mounts = ",".join(f"{folder}:{folder}" for folder in folders)
+    words = [f"--container-image={container.image}", f"--container-mounts={mounts}", "python3", request.program]
+    head = ["srun", "--nodes=1", "--ntasks=1", "--relative=0", "--cpu-bind=none", *words]
+    return ShellText(shlex.join(head)), ShellText(shlex.join(words))
+
+
+def job_template(request: JobRequest) -> str:
+    """The template that fits a job, of those in slurm_templates/."""
+    if request.model.engine != "vllm":
+        return "engine.sbatch.j2"
+    return "vllm_multinode.sbatch.j2" if request.nodes > 1 else "vllm.sbatch.j2"
+
+
+def render_job(request: JobRequest, slurm: SlurmConfig) -> str:
+    """The script of a job, by the packaged templates or the configuration's own; RefusedError."""
+    import jinja2
+
+    folder = resource("slurm_templates")
+
+    own = Path(slurm.template).expanduser() if slurm.template else None
+    loaders = [jinja2.FileSystemLoader(path) for path in ([own.parent] if own else []) + [folder]]
+    environment = jinja2.Environment(  # noqa: S701  no HTML: every value is quoted for the shell by shell_words
+        loader=jinja2.ChoiceLoader(loaders),
+        undefined=jinja2.StrictUndefined,
+        finalize=shell_words,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["shell"] = ShellText
+    launcher, rank_launcher = job_launchers(request, slurm.container)
+    values = {item.name: getattr(request, item.name) for item in dataclasses.fields(request)}
+    values |= {"partition": request.partition.name, "directives": job_directives(request, slurm)}
+    values |= {"setup": slurm.setup, "container": slurm.container, "version": __version__}
+    name = own.name if own else job_template(request)
+    try:
+        script = environment.get_template(name).render(**values, launcher=launcher, rank_launcher=rank_launcher)
+    except jinja2.TemplateNotFound as error:
+        where = " or ".join(str(path) for loader in loaders for path in loader.searchpath)
+        raise RefusedError(f"the job template {error.name} is not in {where}") from error
+    except (jinja2.TemplateError, TypeError) as error:
+        line = getattr(error, "lineno", None)
+        raise RefusedError(f"the job template {name}{f', line {line}' if line else ''}: {error}") from error
+    if not script.startswith("#!"):
+        raise RefusedError(f"the job template {name}: its first line must be #!, such as #!/bin/bash -l")
+    return script
+
+
+# =====================================================================================================================
+# SSH forwarding: the `tunnel` role, a process that holds one SSH connection and its ports by sshtunnel.
+# =====================================================================================================================
+
+
+FORWARD_BACKLOG = 1024  # connections that wait in a tunnel's port: all agents may come at once
+
+
+def run_tunnel() -> int:
+    """The `tunnel` role: hold what the first line of stdin says until stdin ends; the exit code."""
+    from agent_infra_core.ssh.child import _end_with_parent, _hold_openssh, _tell
+    from agent_infra_core.ssh.routes import HostKeyError, InteractiveLoginError, LoginError
+
+    for number in (signal.SIGINT, signal.SIGHUP):  # the terminal's are for the parent, which ends this in its own time
+        signal.signal(number, signal.SIG_IGN)
+    with open(0, "rb", buffering=0, closefd=False) as pipe:
+        line = pipe.readline()
+    if not line:
+        return 0
+    spec = json.loads(line)
+    threading.Thread(target=_end_with_parent, name="lifeline", daemon=True).start()
+    try:
+        hold = _hold_openssh if spec["driver"] == "openssh" else _hold_sshtunnel
+        document = {"error": hold(spec)}
+    except HostUnreachableError as error:
+        kinds = {InteractiveLoginError: "interactive", HostKeyError: "host_key", LoginError: "login"}
+        kind = next((word for known, word in kinds.items() if isinstance(error, known)), "host")
+        document = {"error": str(error), "kind": kind}
+    except Exception as error:  # noqa: BLE001  whatever it is, the parent is told rather than left to guess
+        document = {"error": f"{type(error).__name__}: {error}", "kind": "host"}
+    with contextlib.suppress(OSError):
+        _tell(document)
+    # At once: threads of a library that hangs must not keep this process.
+    os._exit(1)
+
+
+def _hold_sshtunnel(spec: Mapping[str, Any]) -> str:
+    """Log in hop by hop, forward, and watch the connection; why it ended."""
+    from agent_infra_core.ssh.child import _tell
+    from agent_infra_core.ssh.login import log_in
+    from agent_infra_core.ssh.routes import Keyring, route_from_json
+
+    allow_many_descriptors()  # a stream takes three
+    keyring = Keyring(**spec["keyring"])
+    transport = None
+    for hop in spec["hops"]:
+        route = route_from_json(hop)
+        through = _open_through(transport, route.host, route.port) if transport is not None else None
+        transport = log_in(route, keyring, None, through)
+    remote = [(host, port) for host, port in spec["remote"]]
+    _open_through(transport, *remote[0]).close()  # that it may be forwarded to; sshtunnel does not ask
+    forwarder = _forward(transport, spec["local"], remote)
+    _tell({"ports": forwarder.local_bind_ports})
+    while transport is not None and transport.is_active():
+        time.sleep(0.2)
+    return "the SSH connection was lost"
+
+
+def _open_through(transport: Any, host: str, port: int) -> Any:
+    """A channel of an authenticated connection to a port that its host reaches; LoginError, HostUnreachableError."""
+    from agent_infra_core.ssh.child import forwarding_forbidden
+    from agent_infra_core.ssh.routes import SSH_PATIENCE_S, LoginError, _paramiko
+
+    paramiko = _paramiko()
+    try:
+        return transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=SSH_PATIENCE_S)
+    except paramiko.ChannelException as error:
+        if error.code == 1:
+            raise LoginError(forwarding_forbidden(f"{host}:{port}")) from error
+        raise HostUnreachableError(f"{host}:{port} cannot be reached through SSH: {error.text}") from error
+    except (paramiko.SSHException, EOFError, OSError) as error:
+        raise HostUnreachableError(f"no way through SSH to {host}:{port}: {error}") from error
+
+
+def _forward(transport: Any, local: Sequence[int], remote: Sequence[tuple[str, int]]) -> Any:
+    """An sshtunnel forwarder over an authenticated connection, from ``local`` ports, which are held, to ``remote``.
+
+    sshtunnel never looks at known_hosts, so the connection is made and checked here and put into it. Its own listens
+    on all addresses by default, queues 5 connections, and lets small answers wait 40 ms.
+    """
+    import logging
+
+    from agent_infra_core.ssh.child import _bind_held
+    from agent_infra_core.ssh.routes import _paramiko
+
+    paramiko = _paramiko()
+    import sshtunnel
+
+    logger = logging.getLogger("agent_infra.tunnel")
+    logger.addHandler(logging.NullHandler())
+    sshtunnel._ThreadingForwardServer.request_queue_size = FORWARD_BACKLOG
+    sshtunnel._ThreadingForwardServer.server_bind = _bind_held
+    forwarder = sshtunnel.SSHTunnelForwarder(
+        ("127.0.0.1", 22),  # neither it nor the password is used: the connection is there
+        ssh_config_file=None,
+        ssh_username="-",
+        ssh_password="-",  # noqa: S106 (see above)
+        allow_agent=False,
+        host_pkey_directories=[],
+        local_bind_addresses=[("127.0.0.1", port) for port in local],
+        remote_bind_addresses=list(remote),
+        logger=logger,
+    )
+    forwarder.daemon_forward_servers = forwarder.daemon_transport = True
+    forwarder._transport = transport
+    try:
+        forwarder.start()
+    except (sshtunnel.BaseSSHTunnelForwarderError, paramiko.SSHException, OSError) as error:
+        raise HostUnreachableError(f"no tunnel can be opened: {error}") from error
+    for server in forwarder._server_list:  # what it accepts inherits this
+        server.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return forwarder
+
+
+# =====================================================================================================================
+# The proxy: its Flask app, which answers all that is not inference, and its patched entry.
+# =====================================================================================================================
+
+
+STATS_FRESH_S = 1.5  # a /stats document that is older is asked for; while somebody reads them, one comes every second
+
+
+class RelayApp:
+    """The Flask app: all that is not inference. Called with requests that the relay has read already."""
+
+    def __init__(self, relay: Relay) -> None:
+        import flask
+        from werkzeug.exceptions import HTTPException
+        from werkzeug.routing import BaseConverter
+
+        class Anything(BaseConverter):
+            """What a client calls its session: whatever it likes, with slashes too."""
+
+            regex, part_isolating = ".+", False
+
+        self._relay, self._flask = relay, flask
+        self._wsgi = app = flask.Flask("agent_infra")
+        app.url_map.merge_slashes = False
+        app.url_map.converters["anything"] = Anything
+        for rule, methods, view in (
+            ("/", "GET", self._index),
+            ("/health", "GET", self._health),
+            ("/stats", "GET", self._stats),
+            ("/stats/sessions/<anything:session>", "GET", self._session),
+            ("/metrics", "GET", self._metrics),
+            ("/queue/status", "GET", self._queue_status),
+            ("/v1/models", "GET", self._models),
+            ("/<path:model>/v1/models", "GET", self._models),
+            ("/sessions/<anything:session>/end", "POST", self._end_session),
+            ("/admin/backends/<path:backend>/<any(drain, undrain):operation>", "POST", self._drain),
+        ):
+            app.add_url_rule(rule, view.__name__, view, methods=[methods])
+        app.register_error_handler(HTTPException, self._on_http_error)
+
+    def answer(self, request: RequestHead, path: bytes, query: bytes, body: bytes) -> bytes:
+        """The whole answer, ready to send."""
+        environ = {
+            "REQUEST_METHOD": request.method.decode("ascii"),
+            "SCRIPT_NAME": "",
+            "PATH_INFO": unquote_to_bytes(path).decode("latin-1"),
+            "QUERY_STRING": query.decode("latin-1"),
+            "CONTENT_LENGTH": str(len(body)),
+            "CONTENT_TYPE": request.fields.get(b"content-type", b"").decode("latin-1"),
+            "SERVER_NAME": "agent-infra",
+            "SERVER_PORT": "0",
+            "SERVER_PROTOCOL": "HTTP/1.1",
+            "REMOTE_ADDR": "",
+            "wsgi.version": (1, 0),
+            "wsgi.url_scheme": "http",
+            "wsgi.input": io.BytesIO(body),
+            "wsgi.errors": sys.stderr,
+            "wsgi.multithread": False,
+            "wsgi.multiprocess": False,
+            "wsgi.run_once": False,
+        }
+        started: list[Any] = []
+
+        def start_response(status: str, fields: list[tuple[str, str]], _error: Any = None) -> None:
+            started[:] = status, fields
+
+        parts: Any = self._wsgi(environ, start_response)  # type: ignore[arg-type]  # nobody here writes piecemeal
+        content = b"".join(parts)
+        if hasattr(parts, "close"):
+            parts.close()
+        status, fields = started
+        kept = [(name, value) for name, value in fields if name.lower() not in ("content-length", "connection")]
+        length = {name.lower(): value for name, value in fields}.get("content-length", len(content))  # HEAD: as of GET
+        lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in kept), f"content-length: {length}"]
+        if not request.keeps_alive:
+            lines.append("connection: close")
+        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (b"" if request.method == b"HEAD" else content)
+
+    def _index(self) -> Any:
+        from agent_infra_core.http.heads import INFERENCE_PATHS
+
+        paths = sorted(path.decode() for path in INFERENCE_PATHS)
+        rules = sorted(
+            f"{method} {rule.rule}"
+            for rule in self._wsgi.url_map.iter_rules()
+            for method in (rule.methods or set()) & {"GET", "POST"}
+            if rule.endpoint != "static"
+        )
+        return {
+            "name": "agent-infra",
+            "version": __version__,
+            "models": self._relay.models,
+            "inference": paths,
+            "also": rules,
+        }
+
+    def _health(self) -> Any:
+        relay = self._relay
+        ready = {name: sum(r.accepts_work for r in relay.pools.get(name, ())) for name in relay.models}
+        if not any(ready.values()) and relay.loading:
+            status = "starting"
+        elif all(ready.values()) and all(replica.health != "down" for replica in relay.replicas.values()):
+            status = "ok"
+        else:
+            status = "degraded"
+        return {"status": status, "models": {name: {"ready": count} for name, count in ready.items()}}
+
+    def _stats(self) -> Any:
+        relay = self._relay
+        relay.stats_read += 1
+        if relay.stats is None or time.monotonic() - relay.stats[1] > STATS_FRESH_S:
+            relay.control.questions.ask("stats")  # the document comes ahead of the answer
+        if relay.stats is None:
+            return self._unanswered()
+        document, at = relay.stats
+        age = b'{"snapshot_age_ms":%d,' % ((time.monotonic() - at) * 1000)
+        return self._flask.Response(age + document.removeprefix(STATS_PREFIX), mimetype="application/json")
+
+    def _metrics(self) -> Any:
+        return self._ask("metrics")
+
+    def _session(self, session: str) -> Any:
+        return self._ask("session", session=session[:256])
+
+    def _ask(self, op: str, **details: Any) -> Any:
+        """What the controller answers."""
+        answer = self._relay.control.questions.ask(op, **details)
+        if answer is None:
+            return self._unanswered()
+        return self._flask.Response(answer["body"], answer["status"], content_type=answer["type"])
+
+    def _unanswered(self) -> Any:
+        from agent_infra_core.relay.events import QUESTION_S
+
+        return self._error(503, f"no controller has answered within {QUESTION_S:g} s; `connect` starts one")
+
+    def _queue_status(self) -> Any:
+        return self._relay.book.queue_status()
+
+    def _models(self, model: str | None = None) -> Any:
+        names = [name for name in self._relay.models if model in (None, name)]
+        if model is not None and not names:
+            return self._error(404, f"the model {model[:100]!r} does not exist")
+        rows = [{"id": name, "object": "model", "created": 0, "owned_by": "agent-infra"} for name in names]
+        return {"object": "list", "data": rows}
+
+    def _end_session(self, session: str) -> Any:
+        self._relay.book.end_session(session[:256])
+        return {"session": session[:256], "noted": True}  # whether it lives is known to the controller alone
+
+    def _drain(self, backend: str, operation: str) -> Any:
+        replica = self._relay.replicas.get(backend)
+        if replica is None:
+            return self._error(
+                404, f"there is no backend {backend[:100]!r}; known: {', '.join(self._relay.replicas) or 'none'}"
+            )
+        replica.override = "draining" if operation == "drain" else "ready"
+        replica.update(replica.backend)
+        self._relay.control.add_request({"op": operation, "backend": backend})
+        return {"backend": backend, "op": operation, "in_flight": replica.in_flight}
+
+    def _error(self, status: int, message: str, is_anthropic: bool = False) -> Any:
+        from agent_infra_core.http.errors import error_document
+
+        document = error_document(status, message, None, is_anthropic)
+        return self._flask.Response(document, status, mimetype="application/json")
+
+    def _on_http_error(self, error: Any) -> Any:
+        from agent_infra_core.http.errors import http_phrase
+        from agent_infra_core.http.heads import split_inference_path
+
+        method, path = self._flask.request.method, self._flask.request.path
+        allowed = set(getattr(error, "valid_methods", None) or ())
+        if method != "POST" and split_inference_path(path.encode("utf-8", "replace")):  # those are none of Flask's
+            allowed = {"POST"}
+        fix = f"{'POST' if 'POST' in allowed else 'GET'} it" if allowed else "GET / lists what there is"
+        status = 405 if allowed else error.code or 500
+        answer = self._error(status, f"{http_phrase(status)}: {method} {path[:100]}; {fix}", "/v1/messages" in path)
+        if allowed:
+            answer.headers["Allow"] = ", ".join(sorted(allowed))
+        return answer
+
+
+def run_relay(socket_path: str, listener_fd: int) -> int:
+    """The relay's entry: serve on the inherited listening socket, controllers at ``socket_path``; its exit code."""
+    from gevent import monkey
+
+    from agent_infra_core.relay.server import Relay, calm_collector
+
+    monkey.patch_all()  # first of all, before any third-party import: they must see the patched library
+    allow_many_descriptors()
+    from agent_infra_core.relay.server import release_free_memory
+
+    relay = Relay(socket_path, listener_fd, RelayApp)
+    calm_collector()
+    release_free_memory()
+    return relay.run()
+
+
+# =====================================================================================================================
+# Deployment: start, connect, status, scale, stop; for the command line and, with asyncio, for programs.
+# =====================================================================================================================
+
+
+ENDING_S = 10.0  # for replicas to be gone that were ended at once
+SCALE_DRAIN_S = 300.0  # that a replica's turns have to end when `scale` takes it away
+STARTING_POLL_S = 5.0  # at most, between looks at replicas that somebody waits for
+LOAD_DEADLINE_S = 3600.0  # for a replica to be ready; `serve` has the same patience with its engine
+
+
+def make_cluster(
+    config: ClusterConfig,
+    paths: DeploymentPaths,
+    login: LoginHost | None,
+    environment: Mapping[str, str],
+    report: Callable[[str], None],
+) -> Cluster:
+    """The cluster that a configuration names; ``login`` is the host that it is used from, None where that is here."""
+    from agent_infra_core.bundle import build_node
+    from agent_infra_core.fleet.local import LocalCluster
+    from agent_infra_core.fleet.slurm import SlurmCluster
+
+    if config.type == "local":
+        return LocalCluster(paths, self_command("serve"), environment, report)
+    runner = login or LocalCommands(environment)
+    return SlurmCluster(config, paths, runner, environment, report, render_job=render_job, archive=build_node)
+
+
+@contextlib.contextmanager
+def ending_what_is_new(cluster: Cluster, models: Collection[str]) -> Iterator[None]:
+    """Where the block fails, the replicas of ``models`` that did not run before it are ended."""
+    from agent_infra_core.control.status import LIVE_STATES
+
+    before = {record.replica for record in cluster.replicas() if record.state in LIVE_STATES}
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(AgentInfraError, OSError):  # the first error is the one to tell
+            new = [r.replica for r in cluster.replicas() if r.model in models and r.replica not in before]
+            cluster.stop(new, now=True)
+            cluster.wait_stopped(new, time.monotonic() + ENDING_S)
+        raise
+
+
+class Deployment:
+    """A deployment from the operator's side: start its replicas, connect a proxy to them, show it, stop it."""
+
+    def __init__(
+        self,
+        config: Config,
+        report: Callable[[str], None],
+        environment: Mapping[str, str],
+        ask: Callable[[str], str] | None = None,
+    ) -> None:
+        """``report`` takes lines for the operator, ``ask`` asks for a secret (None: nobody is there to be asked).
+
+        Raises RefusedError when the state directory cannot be written.
+        """
+        from agent_infra_core.control.lock import DeploymentLock
+        from agent_infra_core.fleet.state import deployment_paths
+        from agent_infra_core.ssh.login_host import LoginHost
+
+        self.config, self.report, self.environment = config, report, environment
+        self.paths = deployment_paths(config.cluster.name, environment)
+        self.login: LoginHost | None = None
+        if config.cluster.ssh is not None:
+            self.login = LoginHost(config.cluster, environment, str(self.paths.root), ask)
+        self.cluster = make_cluster(config.cluster, self.paths, self.login, environment, report)
+        self._lock = DeploymentLock(self.paths)
+        self.controller: Controller | None = None
+        self._handover: Handover | None = None
+
+    def select_models(self, name: str | None = None, replicas: int | None = None) -> list[ModelConfig]:
+        """The models to start: all of them, or the one called ``name``; RefusedError when there is none."""
+        models = [model for model in self.config.models if name in (None, model.name)]
+        if not models:
+            known = ", ".join(model.name for model in self.config.models)
+            raise RefusedError(f"no model is called {name}; the configuration has {known}")
+        return [dataclasses.replace(model, replicas=replicas or model.replicas) for model in models]
+
+    def start(self, models: Sequence[ModelConfig]) -> list[ReplicaRecord]:
+        """Start what is missing of every model's replicas: all, or none that stays; all is checked before."""
+        from agent_infra_core.control.status import count_missing
+
+        prepared = [self.cluster.prepare(model) for model in models]
+        running, started = self.serving(), list[ReplicaRecord]()
+        self.want({model.name: model.replicas for model in models})
+        with ending_what_is_new(self.cluster, {model.name for model in models}):
+            for model in prepared:
+                if missing := count_missing(model, running, self.report):
+                    started += self.cluster.start_replicas(model, missing)
+        return started
+
+    def serving(self) -> list[ReplicaRecord]:
+        """The replicas that count towards the wanted number: of one that is being replaced and its successor, one."""
+        from agent_infra_core.control.handover import read_successions
+        from agent_infra_core.control.status import SERVING_STATES
+
+        records, successions = self.cluster.replicas(), read_successions(self.paths)
+        serving = {record.replica: record for record in records if record.state in SERVING_STATES}
+        doubles = {s.successor for old, s in successions.items() if old in serving and serving[old].job_id == s.job}
+        return [record for name, record in serving.items() if name not in doubles]
+
+    def wanted(self) -> dict[str, int]:
+        """Model → how many replicas shall run: what `start` or `scale` said last, else what the configuration says."""
+        told: Any = None
+        with contextlib.suppress(OSError, ValueError):
+            told = json.loads(self.paths.wanted.read_text(encoding="utf-8"))
+        counts = told if isinstance(told, dict) else {}
+        return {model.name: counts.get(model.name, model.replicas) for model in self.config.models}
+
+    def want(self, counts: Mapping[str, int]) -> None:
+        """Note how many replicas of these models shall run, and the configuration that says what they are."""
+        write_atomically(self.paths.wanted, json.dumps({**self.wanted(), **counts}))
+        self.keep_config()
+
+    def keep_config(self) -> None:
+        """Note the configuration for `stop`, which must work whatever becomes of its file."""
+        write_atomically(self.paths.config, json.dumps(dataclasses.asdict(self.config)))
+
+    def proxy(self) -> ProxyClient | None:
+        """The deployment's proxy, if one runs."""
+        from agent_infra_core.control.status import ProxyClient
+        from agent_infra_core.fleet.state import client_key, read_relay_record
+
+        relay = read_relay_record(self.paths)
+        if relay is None:
+            return None
+        return ProxyClient(reached_host(relay["host"]), relay["port"], client_key(self.config, self.paths))
+
+    def wait_ready(
+        self,
+        show: Callable[[Sequence[ReplicaRecord]], None],
+        should_stop: Callable[[], bool],
+        only: Collection[str] | None = None,
+    ) -> None:
+        """Show the replicas until each is ready or has failed; AgentInfraError when none of a model's is ready.
+
+        ``only`` these replicas, and then none of them may fail.
+        """
+        from agent_infra_core.control.status import explain_failure
+
+        deadline = time.monotonic() + LOAD_DEADLINE_S
+        while not should_stop():
+            records = [record for record in self.cluster.replicas() if only is None or record.replica in only]
+            show(records)
+            if all(record.state not in ("pending", "starting", "loading") for record in records):
+                break
+            if time.monotonic() > deadline:
+                raise AgentInfraError(f"not ready after {LOAD_DEADLINE_S:g} s; see `agent_infra.py logs`")
+            time.sleep(min(self.cluster.poll_s, STARTING_POLL_S))
+        else:
+            return
+        ready = {record.model for record in records if record.state == "ready"} if only is None else set()
+        failed = [record for record in records if record.failure is not None and record.model not in ready]
+        if failed:
+            raise AgentInfraError("; ".join(explain_failure(record, self.cluster) for record in failed))
+
+    def claim(self, verb: str) -> None:
+        """Become the deployment's controller, unless it is this one; RefusedError when another is."""
+        if not self._lock.is_held:
+            self._lock.acquire(verb)
+        if self.login is not None:
+            self.login.lead()
+
+    def connect(self, log_format: str = "text", expected: Sequence[ModelConfig] = ()) -> Controller:
+        """Start the controller and its relay; needs claim(). RefusedError when the port is taken.
+
+        Turns for ``expected`` models, which the caller is about to start, wait for them.
+        """
+        from agent_infra_core.control.controller import Controller
+        from agent_infra_core.control.handover import Handover
+        from agent_infra_core.fleet.engines import GUARDED_ENGINES
+        from agent_infra_core.fleet.slurm import SlurmCluster
+        from agent_infra_core.fleet.state import client_key
+        from agent_infra_core.ssh.tunnels import TunnelSet
+
+        keys = (client_key(self.config, self.paths), self.cluster.replica_key())
+        with contextlib.suppress(OSError):  # on a full disk it serves all the same
+            self.keep_config()
+        tunnels = None
+        if self.config.cluster.type != "local":
+            tunnels = TunnelSet(self.config.cluster, self.login, keys[1], GUARDED_ENGINES)
+        controller = Controller(
+            self.config,
+            self.paths,
+            self._look,
+            keys=keys,
+            log_format=log_format,
+            pause_s=self.cluster.poll_s,
+            tunnels=tunnels,
+        )
+        controller.expected = frozenset(model.name for model in expected)
+        if isinstance(self.cluster, SlurmCluster) and self.config.cluster.slurm.handover:
+            self._handover = Handover(self, self.cluster)
+        self.controller = controller
+        controller.start()
+        return controller
+
+    def _look(self) -> list[ReplicaRecord]:
+        """The replicas; those whose walltime nears its end are replaced on the way, once the controller runs."""
+        records = self.cluster.replicas()
+        if self._handover is not None and self.controller is not None and self.controller.is_running:
+            self._handover.follow(records)
+        return records
+
+    def disconnect(self, grace_s: float) -> None:
+        """Stop the controller and its relay, if this process runs them; turns in flight have ``grace_s`` to end."""
+        if self.controller is not None:
+            self.controller.stop(grace_s)
+            self.controller = None
+        self._lock.release()
+
+    def status(self) -> dict[str, Any]:
+        """``{deployment, models, replicas, proxy: {pid, host, port, controller} | None, …}``.
+
+        ``models`` are rows of summarize(), ``replicas`` ReplicaRecords, ``accounting`` is /stats's (None without a
+        proxy), ``handover`` maps a replica to its Succession, ``degraded`` are the reasons why this is not what was
+        wanted.
+        """
+        from agent_infra_core.control.handover import read_successions
+        from agent_infra_core.control.lock import lock_holder
+        from agent_infra_core.control.status import summarize, what_is_amiss
+        from agent_infra_core.fleet.state import read_relay_record
+
+        records = [r for r in self.cluster.replicas() if r.state != "stopped" or r.is_idle]
+        wanted = self.wanted()
+        relay, holder, proxy = read_relay_record(self.paths), lock_holder(self.paths.lock), self.proxy()
+        stats = proxy.stats() if proxy else {}
+        models = [summarize(name, wanted[name], records, stats.get("backends", ())) for name in wanted]
+        successions = read_successions(self.paths)
+        degraded = what_is_amiss(models, records)
+        if self.cluster.problem:
+            degraded.append(self.cluster.problem)
+        if relay is None:
+            degraded.append("no proxy runs; `connect` starts one")
+        elif holder is None:
+            degraded.append("the proxy runs without its controller; `connect` takes it over")
+        return {
+            "deployment": self.config.cluster.name,
+            "models": models,
+            "replicas": [dataclasses.asdict(record) for record in records],
+            "proxy": relay and {**relay, "controller": holder},
+            "accounting": stats.get("accounting"),
+            "handover": {replica: dataclasses.asdict(each) for replica, each in successions.items()},
+            "degraded": degraded,
+        }
+
+    def stop(self, now: bool = False) -> list[str]:
+        """End whatever of the deployment runs: its controller and relay, then its replicas. Names what was ended.
+
+        Turns in flight have DRAIN_S to end, none with ``now``.  Safe to call again; touches no other deployment.
+        Raises AgentInfraError when something still runs at the end.
+        """
+        from agent_infra_core.control.link import DRAIN_S, RELAY_END_S
+        from agent_infra_core.control.lock import end_controller
+        from agent_infra_core.control.status import LIVE_STATES
+        from agent_infra_core.fleet.state import read_relay_record
+
+        records = [r for r in self.cluster.replicas() if r.state in LIVE_STATES]
+        ended = [] if self._lock.is_held else end_controller(self.paths, now)
+        if self.controller is not None:
+            ended.append("proxy")
+        self.disconnect(0.0 if now else DRAIN_S)
+        relay = read_relay_record(self.paths)
+        if relay is not None:
+            end_process(relay["pid"], relay["process"], 0.0 if now else DRAIN_S + RELAY_END_S)
+            ended.append(f"proxy (pid {relay['pid']})")
+        for leftover in (self.paths.relay_record, self.paths.relay_socket):
+            leftover.unlink(missing_ok=True)
+        names = [record.replica for record in self.cluster.replicas()]
+        self.cluster.stop(names, now)
+        left = self.cluster.wait_stopped(names, time.monotonic() + DRAIN_S + 10.0)
+        if left and not now:
+            self.cluster.stop(left, now=True)
+            left = self.cluster.wait_stopped(left, time.monotonic() + ENDING_S)
+        if left:
+            raise AgentInfraError(f"{', '.join(left)} did not end; see `agent_infra.py logs`")
+        for leftover in (self.paths.wanted, self.paths.config, self.paths.handover):
+            leftover.unlink(missing_ok=True)
+        return ended + [record.replica + (f" (job {record.job_id})" if record.job_id else "") for record in records]
+
+
+class Scaling:
+    """Changes how many replicas of a model run: starts what is missing, drains what is too many, and ends it."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._cluster = deployment.cluster
+
+    def scale(self, name: str, replicas: int) -> tuple[list[ReplicaRecord], list[ReplicaRecord]]:
+        """Make ``replicas`` the wanted number of a model: start what is missing, choose what is to go (see retire()).
+
+        Returns the replicas that were started and those that are too many.
+        """
+        from agent_infra_core.control.handover import read_successions
+        from agent_infra_core.control.status import cheapest_to_end
+
+        [model] = self._deployment.select_models(name)
+        running = [record for record in self._deployment.serving() if record.model == name]
+        proxy = self._deployment.proxy()
+        rows = proxy.backends() if proxy else {}
+        surplus = cheapest_to_end(running, rows, max(0, len(running) - replicas))
+        for record in running:
+            if proxy and record not in surplus and rows.get(record.replica, {}).get("state") == "draining":
+                proxy.drain(record.replica, "undrain")  # an earlier `scale` was to take it away
+        if len(running) < replicas:
+            return self._deployment.start([dataclasses.replace(model, replicas=replicas)]), []
+        self._deployment.want({name: replicas})
+        leaving = {record.replica for record in surplus}
+        heirs = {each.successor for old, each in read_successions(self._deployment.paths).items() if old in leaving}
+        return [], surplus + [record for record in self._cluster.replicas() if record.replica in heirs]
+
+    def retire(self, records: Iterable[ReplicaRecord], grace_s: float, should_stop: Callable[[], bool]) -> list[str]:
+        """Drain replicas: no new turns; each ends when its last turn has ended, or when ``grace_s`` are over.
+
+        Returns the replicas that ended; those left when ``should_stop`` says so stay drained.
+        """
+        from agent_infra_core.control.link import DRAIN_S
+
+        waiting, ended = [record.replica for record in records], list[str]()
+        deadline = time.monotonic() + grace_s
+        turns: Mapping[str, int | None] = {}
+        while waiting and not should_stop():
+            proxy, is_late, before = self._deployment.proxy(), time.monotonic() >= deadline, turns
+            turns = {replica: proxy.drain(replica) if proxy else 0 for replica in waiting}
+            for replica, count in turns.items():
+                if count and (is_late or count != before.get(replica)):
+                    self._deployment.report(f"{replica}: {count} turns {'are cut' if is_late else 'still in flight'}")
+            idle = [replica for replica in waiting if is_late or turns[replica] == 0]
+            self._cluster.stop(idle, now=grace_s == 0)
+            ended += idle
+            waiting = [replica for replica in waiting if replica not in idle]
+            time.sleep(0.25 if waiting else 0.0)
+        left = self._cluster.wait_stopped(ended, time.monotonic() + DRAIN_S + 10.0)
+        if left:
+            raise AgentInfraError(f"{', '.join(left)} did not end; see `agent_infra.py logs`")
+        return ended
+
+
+class ConnectionManager:
+    """A deployment from Python, for asyncio: ``start``, ``connect``, ``status``, ``stop``, or ``async with`` for all.
+
+    Whatever blocks runs in a thread, so the event loop never waits.  One task uses a manager at a time.
+    """
+
+    def __init__(self, config: Config | str | os.PathLike[str] | None = None) -> None:
+        """``config``: a Config, the path of a YAML file, or None for ./config.yaml or the embedded default."""
+        self.config = config if isinstance(config, Config) else load_config(config)
+        self._deployment: Deployment | None = None
+        self._messages: list[str] = []
+
+    @property
+    def base_url(self) -> str:
+        """What an OpenAI client takes as ``base_url``, once connected."""
+        controller = self._deployment.controller if self._deployment else None
+        if controller is None:
+            raise AgentInfraError("not connected; await connect() first")
+        return f"{controller.url}/v1"
+
+    @property
+    def api_key(self) -> str:
+        """What an OpenAI client takes as ``api_key``."""
+        from agent_infra_core.fleet.state import client_key
+
+        return client_key(self.config, self._open().paths)
+
+    def _open(self) -> Deployment:
+        if self._deployment is None:
+            self._deployment = Deployment(self.config, self._messages.append, os.environ)
+        return self._deployment
+
+    async def start(self, model: str | None = None, replicas: int | None = None) -> None:
+        """Start the replicas that are missing and wait until they are ready; AgentInfraError says why one is not."""
+        import asyncio
+
+        deployment = self._open()
+        models = deployment.select_models(model, replicas)
+        stopping = threading.Event()
+        try:
+            await asyncio.to_thread(deployment.start, models)
+            await asyncio.to_thread(deployment.wait_ready, lambda _: None, stopping.is_set)
+        finally:
+            stopping.set()
+
+    async def connect(self) -> str:
+        """Start controller and proxy in the background of this process; returns ``base_url``."""
+        import asyncio
+
+        from agent_infra_core.control.lock import LIBRARY_HOLDER
+
+        deployment = self._open()
+        if deployment.controller is None:
+            deployment.claim(LIBRARY_HOLDER)
+            try:
+                await asyncio.to_thread(deployment.connect)
+            except BaseException:
+                deployment.disconnect(0.0)
+                raise
+        return self.base_url
+
+    async def status(self) -> dict[str, Any]:
+        """See Deployment.status."""
+        import asyncio
+
+        return await asyncio.to_thread(self._open().status)
+
+    async def stop(self, now: bool = False) -> list[str]:
+        """End proxy and replicas; names what was ended. Safe to call again."""
+        import asyncio
+
+        deployment = self._open()
+        ended = await asyncio.to_thread(deployment.stop, now)
+        if deployment.login is not None:  # what is asked of it later makes another connection
+            await asyncio.to_thread(deployment.login.close)
+        return ended
+
+    async def __aenter__(self) -> ConnectionManager:
+        import asyncio
+
+        stopping = threading.Event()
+        entering = asyncio.ensure_future(asyncio.to_thread(self._enter, stopping.is_set))
+        try:
+            await asyncio.shield(entering)
+        except asyncio.CancelledError:
+            stopping.set()  # and nothing goes on behind the back of who cancelled
+            [error] = await asyncio.gather(entering, return_exceptions=True)
+            if error is None:  # too late: it is left as it was entered
+                await self.stop(now=True)
+            raise
+        return self
+
+    def _enter(self, should_stop: Callable[[], bool]) -> None:
+        """Start and connect; where that fails, what it started is ended, and what ran before runs on."""
+        from agent_infra_core.control.lock import LIBRARY_HOLDER
+
+        deployment = self._open()
+        models = deployment.select_models()
+        deployment.claim(LIBRARY_HOLDER)  # ahead of all else: whom it is refused has nothing here to end
+        try:
+            with ending_what_is_new(deployment.cluster, {model.name for model in models}):
+                deployment.start(models)
+                deployment.wait_ready(lambda _: None, should_stop)
+                if should_stop():
+                    raise AgentInfraError("cancelled before the replicas were ready")
+                if deployment.controller is None:
+                    deployment.connect()
+        except BaseException:
+            deployment.disconnect(0.0)
+            if deployment.login is not None:
+                deployment.login.close()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+
+# =====================================================================================================================
+# Command line. What a verb does lives in the core.
+# =====================================================================================================================
 
 
 class ReplicaBoard:
@@ -106,6 +1279,8 @@ class ReplicaBoard:
 
     def show(self, records: Sequence[ReplicaRecord]) -> None:
         """Bring the board up to date."""
+        from agent_infra_core.control.status import describe_replica
+
         lines = {record.replica: describe_replica(record) for record in records}
         if self._live is not None:
             from rich.text import Text
@@ -174,6 +1349,9 @@ def _asker() -> Callable[[str], str] | None:
 
 
 def _run_start(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.control.status import count_missing
+    from agent_infra_core.fleet.engines import check_engine_args
+
     deployment = _deployment(arguments)
     models = deployment.select_models(arguments.model, arguments.replicas)
     if arguments.dry_run:
@@ -211,6 +1389,8 @@ def _greet(controller: Controller, deployment: Deployment) -> None:
 
 def _attend(controller: Controller, signals: OperatorSignals) -> None:
     """Wait until a signal comes, or the controller fails (then AgentInfraError)."""
+    from agent_infra_core.relay.server import calm_collector
+
     calm_collector()
     while not signals.came():
         if not controller.is_running:
@@ -225,6 +1405,8 @@ def run_detached(work: Callable[[Callable[[Path], None]], int]) -> int:
     takes what it says.  Returns 0 at that moment, the child's exit code when it ends before.  Call it before any
     thread is started.
     """
+    from agent_infra_core.node.failures import describe_exit
+
     ready, child_end = os.pipe()
     sys.stdout.flush()
     child = os.fork()
@@ -266,6 +1448,8 @@ def _run_connect(arguments: argparse.Namespace) -> int:
 
 def _connect(arguments: argparse.Namespace, detach: Callable[[Path], None] | None = None) -> int:
     """Run controller and proxy until a signal comes; ``detach`` leaves the terminal once they serve."""
+    from agent_infra_core.control.link import DRAIN_S
+
     deployment = _deployment(arguments)
     signals = OperatorSignals()
     deployment.claim("connect")
@@ -320,6 +1504,8 @@ def page_port(wanted: int | None) -> int:
 
 def page_environment(deployment: Deployment, token: str | None) -> dict[str, str]:
     """What the page is told that must not stand on a command line: its own key, and the proxy's."""
+    from agent_infra_core.fleet.state import read_or_make_key
+
     told = {"AGENT_INFRA_PAGE_KEY": read_or_make_key(deployment.paths.page_key)}
     return told if token is None else {**told, "AGENT_INFRA_TOKEN": token}
 
@@ -359,6 +1545,8 @@ class PageProcess:
     """The page beside a proxy, a child that ends with this process, however that ends; owns child and lifeline."""
 
     def __init__(self, deployment: Deployment, proxy: str) -> None:
+        from agent_infra_core.fleet.state import client_key
+
         port, key = page_port(None), client_key(deployment.config, deployment.paths)
         told = page_environment(deployment, key)
         self.url = f"http://127.0.0.1:{port}/?key={told['AGENT_INFRA_PAGE_KEY']}"
@@ -404,6 +1592,8 @@ def _run_page(arguments: argparse.Namespace) -> int:
 
 def _expected_proxy(deployment: Deployment) -> str:
     """The address of the deployment's proxy, or where it will be; RefusedError where nobody knows."""
+    from agent_infra_core.fleet.state import read_relay_record
+
     relay, settings = read_relay_record(deployment.paths), deployment.config.proxy
     if relay is not None:
         return proxy_url(relay["host"], relay["port"])
@@ -414,6 +1604,8 @@ def _expected_proxy(deployment: Deployment) -> str:
 
 
 def _run_dashboard(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.fleet.state import client_key
+
     deployment = _deployment(arguments)
     script, port = page_script(), page_port(arguments.page_port)
     proxy, token = arguments.proxy, None
@@ -470,6 +1662,10 @@ def _run_up(arguments: argparse.Namespace) -> int:
 
 
 def _run_proxy(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.control.controller import Controller
+    from agent_infra_core.control.lock import DeploymentLock
+    from agent_infra_core.fleet.state import client_key, deployment_paths
+
     records = [parse_backend(text, number) for number, text in enumerate(arguments.backend, start=1)]
     names = dict.fromkeys(record.model for record in records)
     config = Config(
@@ -523,6 +1719,8 @@ def parse_backend(text: str, number: int) -> ReplicaRecord:
 
 
 def _run_scale(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.control.lock import lock_holder
+
     deployment = _deployment(arguments)
     signals = OperatorSignals()
     if deployment.proxy() is None:
@@ -594,6 +1792,8 @@ def _show_status(status: Mapping[str, Any], clear: bool) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from agent_infra_core.control.status import describe_replica
+
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     if clear:
         console.clear()
@@ -620,6 +1820,8 @@ def _show_status(status: Mapping[str, Any], clear: bool) -> None:
 
 
 def _run_logs(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.fleet.cluster import LogFolder
+
     deployment = _deployment(arguments)
     known = deployment.cluster.logs.names()
     if deployment.paths.log("proxy").exists() and "proxy" not in known:
@@ -671,6 +1873,8 @@ def _run_pull(arguments: argparse.Namespace) -> int:
 
 
 def _run_doctor(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.fleet.doctor import examine
+
     findings = []
     for finding in examine(_deployment(arguments), arguments.job):
         findings.append(finding)
@@ -687,6 +1891,8 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
 
 def _config_to_stop(path: str | None) -> Config:
     """The configuration at ``path``; where that has errors, what the deployment was started with."""
+    from agent_infra_core.fleet.state import deployment_names, deployment_paths
+
     try:
         return load_config(path)
     except ConfigError as error:
@@ -702,6 +1908,8 @@ def _config_to_stop(path: str | None) -> Config:
 
 def _deployment_to_stop(arguments: argparse.Namespace) -> Deployment:
     """The deployment that `stop` means, as it was started: its configuration may have been changed or broken since."""
+    from agent_infra_core.fleet.state import deployment_names, deployment_paths
+
     if arguments.name is None:
         config = _config_to_stop(arguments.config)
     elif arguments.name in deployment_names(os.environ):
@@ -714,12 +1922,16 @@ def _deployment_to_stop(arguments: argparse.Namespace) -> Deployment:
 
 
 def _run_export(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.insight.export import export_turns
+
     with _history_of(arguments) as file, _output(arguments.output) as out:
         export_turns(file.turns(arguments.session, arguments.since) if file else (), arguments.format, out)
     return 0
 
 
 def _run_report(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.insight.report import Report
+
     with _history_of(arguments) as file, _output(arguments.output) as out:
         title = arguments.history or f"Deployment {load_config(arguments.config).cluster.name}"
         out.write(Report(file, title, arguments.since).text() if file else f"# {title}\n\nNo turns yet.\n")
@@ -728,6 +1940,10 @@ def _run_report(arguments: argparse.Namespace) -> int:
 
 def _history_of(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[HistoryFile | None]:
     """The history that a command line means; RefusedError when none is kept, or the file that it names is not there."""
+    from agent_infra_core.fleet.state import deployment_paths
+    from agent_infra_core.insight.export import read_history
+    from agent_infra_core.insight.history import history_path
+
     if arguments.history is not None:
         if not os.path.exists(arguments.history):
             raise RefusedError(f"--history {arguments.history}: there is no such file")
@@ -769,8 +1985,6 @@ def _run_tunnel(_: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line. Options stand after the verb."""
-    import argparse
-
     parser = argparse.ArgumentParser(
         prog="agent_infra.py", description="GPU serving for multi-turn LLM agents: start, connect, stop."
     )
@@ -845,12 +2059,12 @@ def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--history", metavar="FILE", help='where turns are kept; "off": nowhere')
 
 
-ROLES = (*NODE_ROLES, "page", "relay", "tunnel")
+ROLES = ("serve", "fetch", "rank", "llama-cpp", "page", "relay", "tunnel")
 
 
 def build_role_parser() -> argparse.ArgumentParser:
     """The command lines that the program uses on itself, a parser of their own: people are told of none of them."""
-    import argparse
+    from agent_infra_core.node.roles import add_roles
 
     parser = argparse.ArgumentParser(prog="agent_infra.py")
     verbs = parser.add_subparsers(required=True)
@@ -881,8 +2095,6 @@ def parse_command_line(words: Sequence[str]) -> argparse.Namespace:
 def _count(text: str) -> int:
     """argparse type: a whole number of at least 0."""
     if not text.isdecimal():
-        import argparse
-
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
@@ -902,8 +2114,6 @@ def _moment(text: str) -> float:
     try:
         return moment(text, time.time())
     except ValueError:
-        import argparse
-
         words = f"{text!r} is no time: write 30m, 2h, 3d (ago), or 2026-11-22 or 2026-11-22T16:30"
         raise argparse.ArgumentTypeError(words) from None
 
@@ -911,8 +2121,6 @@ def _moment(text: str) -> float:
 def _port(text: str) -> int:
     """argparse type: a TCP port, or 0 for any free one."""
     if _count(text) > 65535:
-        import argparse
-
         raise argparse.ArgumentTypeError(f"{text} is not a port (0 to 65535)")
     return int(text)
 
@@ -944,8 +2152,6 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 def _at_least_one(text: str) -> int:
     """argparse type: a whole number of at least 1."""
     if _count(text) < 1:
-        import argparse
-
         raise argparse.ArgumentTypeError("at least 1")
     return int(text)
 

@@ -1,4 +1,4 @@
-"""The program as one file: agent_infra.pyz, which unpacks itself once and runs from there, and node.pyz for the jobs."""
+"""The program as one file: agent_infra.pyz, which unpacks itself once and runs from there; and node.pyz, for jobs."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def run_unpacked() -> None:
         program = unpack(Path(sys.argv[0]), os.environ) / "agent_infra.py"
     except RefusedError as error:
         sys.exit(f"error: {error}")
-    os.execv(sys.executable, [sys.executable, *_interpreter_options(), str(program), *sys.argv[1:]])
+    os.execv(sys.executable, [sys.executable, *_interpreter_options(), str(program), *sys.argv[1:]])  # noqa: S606
 
 
 def _interpreter_options() -> list[str]:

@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from agent_infra_core.configuration import load_config
 from agent_infra_core.errors import AgentInfraError
 from agent_infra_core.settings import DEFAULT_CONFIG, Config, HeadersConfig, _shorten, proxy_url
 
@@ -110,6 +109,8 @@ class SessionContext:
 
         With ``proxy.port: 0`` the address is known to nobody beforehand, and ``close()`` has nobody to tell.
         """
+        from agent_infra import load_config  # the one look upwards: a program that reads no file needs no parser
+
         loaded = config if isinstance(config, Config) else load_config(config)
         proxy = loaded.proxy
         base_url = f"{proxy_url(proxy.host, proxy.port)}/v1" if proxy.port else None

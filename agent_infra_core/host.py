@@ -42,6 +42,14 @@ def resource(name: str) -> Path:
     raise RefusedError(f"{name} is not in {program_home()}; copy it there, or install the program again")
 
 
+def allow_many_descriptors() -> None:
+    """Raise this process's limit of open files as far as it goes without privileges."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def listener_owners(port: int) -> set[int]:
     """The users that listen on a TCP port of this machine."""
     owners = set()

@@ -19,11 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from testbed.slurm import missing_programs, slurm_bed  # noqa: E402
+from testbed.slurm import missing_programs, slurm_bed, slurm_cluster  # noqa: E402
 
-from agent_infra_core.fleet.slurm import SlurmCluster  # noqa: E402
 from agent_infra_core.fleet.state import deployment_paths  # noqa: E402
-from agent_infra_core.host import LocalCommands, write_atomically  # noqa: E402
+from agent_infra_core.host import write_atomically  # noqa: E402
 from agent_infra_core.protocol import GpuSample  # noqa: E402
 from agent_infra_core.settings import ClusterConfig, ModelConfig, PartitionConfig, SlurmConfig  # noqa: E402
 
@@ -46,8 +45,7 @@ def main() -> None:
         slurm = SlurmConfig((PartitionConfig("low"),), work_dir=str(bed.folder / "work"), setup=("exec sleep 600",))
         paths = deployment_paths("d", os.environ)
         config = ClusterConfig(type="slurm", name="d", tunnel="none", slurm=slurm)
-        runner = LocalCommands(bed.environment)
-        cluster = SlurmCluster(config, paths, runner, bed.environment, print)
+        cluster = slurm_cluster(config, paths, bed.environment)
         model = cluster.prepare(ModelConfig("m", "org/m"))
         cluster.start_replicas(model, count)
         time.sleep(5)  # Slurm starts what fits; a job's script removes what its replica said before

@@ -126,7 +126,7 @@ class Way:
             cluster = ClusterConfig(ssh=ssh, tunnel="login", tunnel_driver=name)
             self._login = LoginHost(cluster, os.environ, str(place.folder))
             self._login.lead()
-            tunnels = TunnelSet(cluster, self._login, "")
+            tunnels = TunnelSet(cluster, self._login, "", ())
             target = TunnelTarget("r", "m", "", 0, "n", "127.0.0.1", ends[0], ends[1], False, "login")
             before = set(descendants(os.getpid()))
             self._link = tunnels.open_link(target, lambda: False)

@@ -17,8 +17,9 @@ from typing import Any
 from patience import PATIENCE_S
 from program import MODULE, wait_for
 
+from agent_infra_core.fleet.engines import serve_spec
 from agent_infra_core.host import process_stamp
-from agent_infra_core.protocol import ReplicaRecord, ServeSpec, record_from_json
+from agent_infra_core.protocol import ReplicaRecord, record_from_json
 from agent_infra_core.settings import ModelConfig
 
 KEY = "replica-key-of-the-tests"
@@ -66,7 +67,7 @@ class Served:
         key_file = directory / "replica_key"
         key_file.write_text(KEY)
         model = dataclasses.replace(model, env={**model.env, "AGENT_INFRA_TEST_MARK": str(directory)})
-        written = ServeSpec(replica, model, str(directory), str(key_file), **spec)
+        written = serve_spec(replica, model, str(directory), str(key_file), **spec)
         (directory / "specs" / f"{replica}.json").write_text(json.dumps(dataclasses.asdict(written)))
         with open(directory / "serve.out", "ab") as output:
             self.process = subprocess.Popen(

@@ -150,6 +150,16 @@ class Controller:
         self.listener.close()
 
 
+# Gives names other values in every module that the relay loads, where they are constants of it or hide builtins.
+OVERRIDE = """
+import sys, agent_infra, agent_infra_core.relay.server
+def override(values):
+    for name, module in sys.modules.items():
+        if name.startswith("agent_infra_core."):
+            vars(module).update(values)
+override"""
+
+
 class RelayProcess:
     """A relay as a child process: ``with RelayProcess(tmp_path) as relay: relay.controller.send_table(...)``.
 
@@ -179,8 +189,7 @@ class RelayProcess:
         self.controller = self.connect()
 
     def start(self) -> subprocess.Popen[bytes]:
-        settings = "".join(f"agent_infra.{name} = {value!r};" for name, value in self.overrides.items())
-        code = f"{self.prelude}\nimport agent_infra, sys; {settings} "
+        code = f"{self.prelude}\n{OVERRIDE}({self.overrides!r})\n"
         code += "sys.exit(agent_infra.run_relay(sys.argv[1], int(sys.argv[2])))"
         descriptor = self.listener.fileno()
         with self.log_path.open("ab") as log:

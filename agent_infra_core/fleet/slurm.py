@@ -257,7 +257,7 @@ class SlurmCluster:
                 request.model,
                 request.run_dir,
                 f"{self.host.root}/replica_key",
-                bind_host,
+                bind_host=bind_host,
                 nodes=request.nodes,
                 is_job=True,
             )

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from agent_infra_core.errors import AgentInfraError, RefusedError
 from agent_infra_core.node.hub import fetch_from_hub
 from agent_infra_core.node.llama_cpp import run_llama_cpp
 from agent_infra_core.node.ranks import run_rank, serve_together
 from agent_infra_core.node.replica import serve
-
-if TYPE_CHECKING:
-    import argparse
-
-ROLES = ("serve", "fetch", "rank", "llama-cpp")
 
 
 def add_roles(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -73,8 +68,6 @@ def _run_llama_cpp(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a role of node.pyz; the exit code, 2 when refused."""
-    import argparse
-
     parser = argparse.ArgumentParser(prog="node.pyz")
     add_roles(parser.add_subparsers(required=True))
     arguments = parser.parse_args(argv)

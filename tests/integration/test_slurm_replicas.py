@@ -16,12 +16,11 @@ from node_testbed import STDLIB_ENGINE
 from patience import PATIENCE_S
 from program import is_listening, wait_for
 from testbed.ports import free_port
-from testbed.slurm import SlurmBed, missing_programs, slurm_bed
+from testbed.slurm import SlurmBed, missing_programs, slurm_bed, slurm_cluster
 from weights import packaged_gguf
 
 from agent_infra_core.fleet.slurm import SlurmCluster
 from agent_infra_core.fleet.state import deployment_paths
-from agent_infra_core.host import LocalCommands
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ClusterConfig, ModelConfig, PartitionConfig, SlurmConfig
 
@@ -49,7 +48,7 @@ def make(bed: SlurmBed) -> Iterator[Make]:
         )
         config = ClusterConfig(type="slurm", name="c", tunnel=tunnel, poll_interval=0.2, slurm=slurm)
         paths = deployment_paths("c", os.environ)
-        made.append(SlurmCluster(config, paths, LocalCommands(bed.environment), bed.environment, print))
+        made.append(slurm_cluster(config, paths, bed.environment))
         return made[-1]
 
     yield cluster

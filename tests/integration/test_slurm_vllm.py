@@ -13,12 +13,12 @@ import pytest
 from patience import PATIENCE_S
 from program import is_listening, wait_for
 from testbed.ports import free_port
-from testbed.slurm import SlurmBed, missing_programs, slurm_bed
+from testbed.slurm import SlurmBed, missing_programs, slurm_bed, slurm_cluster
 from testbed.vllm import tiny_model, tiny_weights, vllm_python
 
 from agent_infra_core.fleet.slurm import SlurmCluster
 from agent_infra_core.fleet.state import deployment_paths
-from agent_infra_core.host import LocalCommands, process_stamp
+from agent_infra_core.host import process_stamp
 from agent_infra_core.settings import ClusterConfig, PartitionConfig, SlurmConfig
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ def cluster(bed: SlurmBed) -> SlurmCluster:
     )
     config = ClusterConfig(type="slurm", name="c", tunnel="none", poll_interval=1.0, slurm=slurm)
     paths = deployment_paths("c", os.environ)
-    return SlurmCluster(config, paths, LocalCommands(bed.environment), bed.environment, print)
+    return slurm_cluster(config, paths, bed.environment)
 
 
 def test_a_vllm_of_two_ranks_answers_and_its_headless_rank_is_gone_after_stop(

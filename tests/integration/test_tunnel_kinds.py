@@ -25,6 +25,7 @@ from testbed.ports import free_port
 from testbed.sshd import SSHD, SshServer, descendants, make_key, public_key
 
 import agent_infra
+from agent_infra_core.fleet.engines import GUARDED_ENGINES
 from agent_infra_core.host import HostUnreachableError, http_get, process_stamp
 from agent_infra_core.node.guard import server_identity
 from agent_infra_core.protocol import ReplicaRecord
@@ -66,7 +67,7 @@ class Cluster:
         cluster = ClusterConfig(ssh=ssh, tunnel=mode, tunnel_driver=driver)
         self.hosts.append(LoginHost(cluster, os.environ, str(self.folder)))
         self.hosts[-1].lead()
-        self.sets.append(TunnelSet(cluster, self.hosts[-1], key))
+        self.sets.append(TunnelSet(cluster, self.hosts[-1], key, GUARDED_ENGINES))
         return self.sets[-1]
 
     def close(self) -> None:
@@ -400,13 +401,17 @@ def test_turns_wait_for_a_lost_tunnel_for_a_while_and_then_are_told(
 
 PARENT = """
 import dataclasses, json, os, sys, time
-import agent_infra as ai
+from agent_infra_core.fleet.engines import GUARDED_ENGINES
+from agent_infra_core.protocol import record_from_json
+from agent_infra_core.settings import ClusterConfig, SshConfig
+from agent_infra_core.ssh.login_host import LoginHost
+from agent_infra_core.ssh.tunnels import TunnelSet
 document = json.loads(sys.stdin.readline())
-cluster = ai.ClusterConfig(ssh=ai.SshConfig(**document["ssh"]), tunnel="node", tunnel_driver=document["driver"])
-host = ai.LoginHost(cluster, os.environ, document["name"])
+cluster = ClusterConfig(ssh=SshConfig(**document["ssh"]), tunnel="node", tunnel_driver=document["driver"])
+host = LoginHost(cluster, os.environ, document["name"])
 host.lead()
-tunnels = ai.TunnelSet(cluster, host, document["key"])
-record = ai.record_from_json(document["record"])
+tunnels = TunnelSet(cluster, host, document["key"], GUARDED_ENGINES)
+record = record_from_json(document["record"])
 while tunnels.follow([record])[0].port is None:
     time.sleep(0.05)
 print("up", flush=True)
@@ -462,7 +467,7 @@ def test_a_passphrase_reaches_the_tunnel_by_its_pipe_alone(cluster: Cluster, tmp
 
     host = LoginHost(config, os.environ, str(tmp_path), answer)
     cluster.hosts.append(host)
-    cluster.sets.append(TunnelSet(config, host, KEY))
+    cluster.sets.append(TunnelSet(config, host, KEY, GUARDED_ENGINES))
     assert answers(follow_until_up(cluster.sets[-1], record))
     assert len(asked) == 1
     children = [pid for pid in descendants(os.getpid()) if b"tunnel" in Path(f"/proc/{pid}/cmdline").read_bytes()]

@@ -316,8 +316,9 @@ def test_a_login_that_wants_more_than_a_key_names_the_driver_that_can(tmp_path: 
 
 ONE_TIME = """
 import getpass, os, sys
-import agent_infra as ai
-host = ai.LoginHost(ai.ClusterConfig(ssh=ai.SshConfig(*sys.argv[2:])), os.environ, sys.argv[1], getpass.getpass)
+from agent_infra_core.settings import ClusterConfig, SshConfig
+from agent_infra_core.ssh.login_host import LoginHost
+host = LoginHost(ClusterConfig(ssh=SshConfig(*sys.argv[2:])), os.environ, sys.argv[1], getpass.getpass)
 host.lead()
 for word in ("first", "second"):
     sys.stdout.write(host.run(["echo", "answer", word]).output.decode())

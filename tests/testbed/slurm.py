@@ -15,12 +15,17 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from patience import PATIENCE_S
 from testbed.ports import free_port
+
+from agent_infra import make_cluster
+from agent_infra_core.fleet.slurm import SlurmCluster
+from agent_infra_core.fleet.state import DeploymentPaths
+from agent_infra_core.settings import ClusterConfig
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 LOW_AND_HIGH = (
@@ -275,3 +280,10 @@ def slurm_bed(nodes: int = 2, gpus: int = 4, **options: object) -> Iterator[Slur
         yield bed
     finally:
         bed.close()
+
+
+def slurm_cluster(config: ClusterConfig, paths: DeploymentPaths, environment: Mapping[str, str]) -> SlurmCluster:
+    """The cluster as `start` makes it."""
+    cluster = make_cluster(config, paths, None, environment, print)
+    assert isinstance(cluster, SlurmCluster)
+    return cluster

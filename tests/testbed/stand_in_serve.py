@@ -25,9 +25,9 @@ if "AGENT_INFRA_TEST_DIES" in os.environ:
 def tell(state: str) -> None:
     record = ReplicaRecord(
         replica=replica,
-        model=spec.model.name,
+        model=spec.model,
         state=state,
-        engine=spec.model.engine,
+        engine=spec.engine.name,
         node=os.uname().nodename,
         pid=os.getpid(),
         process=process_stamp(os.getpid()) or "",

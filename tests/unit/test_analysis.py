@@ -553,9 +553,11 @@ def test_models_and_gpu_types_are_told_apart() -> None:
 
 def test_numpy_is_loaded_when_there_is_traffic_and_not_before() -> None:
     program = (
-        "import sys, random, agent_infra as ai\n"
-        "analysis = ai.CapacityAnalysis(lambda: 0.0, random.Random())\n"
-        "analysis.sample(ai.FleetSample(0.0, 'm', None, {'r': 0}))\n"
+        "import sys, random\n"
+        "from agent_infra_core.insight.analysis import CapacityAnalysis\n"
+        "from agent_infra_core.insight.measure import FleetSample\n"
+        "analysis = CapacityAnalysis(lambda: 0.0, random.Random())\n"
+        "analysis.sample(FleetSample(0.0, 'm', None, {'r': 0}))\n"
         "assert analysis.document() == []\n"
         "sys.exit('numpy' in sys.modules)"
     )

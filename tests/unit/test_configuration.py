@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import agent_infra
-from agent_infra_core.configuration import deployment_of, load_config, parse_config
+from agent_infra import deployment_of, load_config, parse_config
 from agent_infra_core.errors import ConfigError
 from agent_infra_core.settings import DEFAULT_CONFIG, Config
 

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
+import socket
 from pathlib import Path
 
 import pytest
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.fleet.engines import ENGINES, Launch, check_engine_args
+from agent_infra_core.fleet.engines import ENGINES, JobShape, check_engine_args, render_engine, serve_spec
+from agent_infra_core.host import program_home
 from agent_infra_core.node.failures import FAILURE_SIGNS, classify_failure
 from agent_infra_core.node.health import read_engine_load
+from agent_infra_core.node.replica import make_launch
+from agent_infra_core.protocol import fill_in
 from agent_infra_core.settings import ENGINE_NAMES, ModelConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-LAUNCH = Launch(
-    host="127.0.0.1",
-    port=5901,
-    key="secret-key",
-    python="/env/bin/python",
-    module="/opt/agent_infra.py",
-    python_path="/site",
-    stop_grace=25.0,
-)
+SHAPE = JobShape()
+FIRST_WORDS = {"python": "/env/bin/python", "program": "/opt/node.pyz", "host": "127.0.0.1", "port": 5901}
 LLAMA_METRICS = """\
 # HELP llamacpp:prompt_tokens_total Number of prompt tokens processed.
 # TYPE llamacpp:prompt_tokens_total counter
@@ -56,35 +52,35 @@ def test_vllm_is_started_with_every_key_of_its_model() -> None:
         trust_remote_code=True,
         engine_args=("--dtype", "bfloat16"),
     )
-    assert ENGINES["vllm"].argv(model, LAUNCH) == [
+    assert fill_in(render_engine(model).argv, FIRST_WORDS) == [
         *("/env/bin/python", "-m", "vllm.entrypoints.cli.main", "serve", "org/model"),
         *("--host", "127.0.0.1", "--port", "5901", "--served-model-name", "chat"),
         *("--gpu-memory-utilization", "0.9", "--tensor-parallel-size", "2", "--pipeline-parallel-size", "3"),
         *("--max-model-len", "4096", "--trust-remote-code", "--shutdown-timeout", "20"),
         *("--enable-prompt-tokens-details", "--enable-force-include-usage"),
-        *("--middleware", "agent_infra.EngineGuard", "--max-num-seqs", "256", "--dtype", "bfloat16"),
+        *("--middleware", "agent_infra_core.node.guard.EngineGuard", "--max-num-seqs", "256", "--dtype", "bfloat16"),
     ]
 
 
 def test_vllm_ends_its_turns_before_the_scheduler_kills_it() -> None:
-    argv = ENGINES["vllm"].argv(ModelConfig(name="chat", model_path="org/model"), LAUNCH)
-    assert 0 < int(option(argv, "--shutdown-timeout")) < LAUNCH.stop_grace
+    argv = ENGINES["vllm"].argv(ModelConfig(name="chat", model_path="org/model"), SHAPE)
+    assert 0 < int(option(argv, "--shutdown-timeout")) < SHAPE.stop_grace
 
 
 def test_vllm_finds_the_guard_and_keeps_the_python_path_that_it_had() -> None:
-    environment = ENGINES["vllm"].environment(dataclasses.replace(LAUNCH, identity="m-1@n1:5900"))
-    assert environment == {
-        "VLLM_API_KEY": "secret-key",
-        "PYTHONPATH": "/opt:/site",
-        "AGENT_INFRA_IDENTITY": "m-1@n1:5900",
-    }
+    model = ModelConfig(name="chat", model_path="org/model", env={"PYTHONPATH": "/site"})
+    launch = make_launch(serve_spec("m-1", model, "/run", "/key"), "secret-key", 5900)
+    assert launch.environment["VLLM_API_KEY"] == "secret-key"
+    assert launch.environment["PYTHONPATH"] == f"{program_home()}:/site"
+    assert launch.environment["AGENT_INFRA_IDENTITY"] == launch.identity == f"m-1@{socket.gethostname()}:5900"
 
 
 @pytest.mark.parametrize("engine", ENGINE_NAMES)
 def test_the_key_is_in_the_environment_and_never_on_the_command_line(engine: str) -> None:
     model = ModelConfig(name="chat", model_path="/w/model.gguf", engine=engine, command=("server", "{port}"))
-    assert LAUNCH.key in ENGINES[engine].environment(LAUNCH).values()
-    assert not any(LAUNCH.key in word for word in ENGINES[engine].argv(model, LAUNCH))
+    launch = make_launch(serve_spec("m-1", model, "/run", "/key"), "secret-key", 5900)
+    assert "secret-key" in launch.environment.values()
+    assert not any("secret-key" in word for word in launch.argv)
 
 
 @pytest.mark.parametrize(
@@ -104,13 +100,13 @@ def test_vllm_has_the_slots_of_its_arguments(engine_args: tuple[str, ...], slots
 
 
 def test_progress_of_loading_is_read_from_the_progress_bar() -> None:
-    pattern = ENGINES["vllm"].progress
+    pattern = ENGINES["vllm"].probe.progress
     assert pattern is not None
     bar = (
         "Loading safetensors checkpoint shards:   0% Completed | 0/9 [00:00<?, ?it/s]\r\n"
         "Loading safetensors checkpoint shards:  56% Completed | 5/9 [00:01<00:01,  3.01it/s]\r\n"
     )
-    assert pattern.findall(bar)[-1] == ("5", "9")
+    assert re.findall(pattern, bar)[-1] == ("5", "9")
 
 
 @pytest.mark.parametrize("word", ["--port", "--port=1", "--api-key", "--served_model_name", "--host"])
@@ -127,8 +123,8 @@ def test_llama_cpp_is_told_its_slots_threads_and_context() -> None:
         max_model_len=1024,
         engine_args=("--max-num-seqs=2", "--threads", "3"),
     )
-    argv = ENGINES["llama_cpp"].argv(model, LAUNCH)
-    assert argv[:3] == ["/env/bin/python", "/opt/agent_infra.py", "llama-cpp"]
+    argv = fill_in(render_engine(model).argv, FIRST_WORDS)
+    assert argv[:3] == ["/env/bin/python", "/opt/node.pyz", "llama-cpp"]
     assert (option(argv, "--slots"), option(argv, "--threads"), option(argv, "--context-tokens")) == ("2", "3", "1024")
     assert ENGINES["llama_cpp"].slots(model) == 2
 
@@ -155,7 +151,7 @@ def test_a_command_gets_path_port_and_name_where_it_asks_for_them() -> None:
     command = ("server", "--listen=:{port}", "--weights", "{model_path}", "{name}", "{other}")
     model = ModelConfig("chat", "/w/m", engine="command", command=command)
     argv = ["server", "--listen=:5901", "--weights", "/w/m", "chat", "{other}"]
-    assert ENGINES["command"].argv(model, LAUNCH) == argv
+    assert fill_in(render_engine(model).argv, FIRST_WORDS) == argv
 
 
 def test_engine_args_beside_a_command_are_refused() -> None:
@@ -166,11 +162,11 @@ def test_engine_args_beside_a_command_are_refused() -> None:
 
 @pytest.mark.parametrize(("status", "is_healthy"), [(0, False), (200, True), (404, True), (500, False), (503, False)])
 def test_a_command_without_a_health_path_is_healthy_once_it_answers(status: int, is_healthy: bool) -> None:
-    assert ENGINES["command"].is_healthy(status) is is_healthy
+    assert (200 <= status < ENGINES["command"].probe.healthy_below) is is_healthy
 
 
 def test_vllms_page_is_read() -> None:
-    load = read_engine_load(ENGINES["vllm"], (GOLDEN / "vllm_metrics.txt").read_text())
+    load = read_engine_load(ENGINES["vllm"].probe, (GOLDEN / "vllm_metrics.txt").read_text())
     assert (load.running, load.waiting, load.kv_usage, load.preemptions) == (0, 0, 0.0, 0)
     assert (load.prefix_queries, load.prefix_hits) == (737, 0)
     assert (load.prompt_tokens, load.generation_tokens) == (737, 5052)
@@ -182,7 +178,7 @@ def test_data_parallel_engines_are_summed_and_their_cache_use_averaged() -> None
     page = (GOLDEN / "vllm_metrics.txt").read_text()
     second = page.replace('engine="0"', 'engine="1"')
     second = re.sub(r"(kv_cache_usage_perc{.*}) 0.0", r"\1 0.5", second)
-    load = read_engine_load(ENGINES["vllm"], page + second)
+    load = read_engine_load(ENGINES["vllm"].probe, page + second)
     assert load.generation_tokens == 2 * 5052
     assert load.kv_capacity_tokens == 2 * 4194304
     assert load.kv_usage == 0.25
@@ -190,16 +186,16 @@ def test_data_parallel_engines_are_summed_and_their_cache_use_averaged() -> None
 
 def test_one_sleeping_engine_makes_the_replica_sleep() -> None:
     page = 'vllm:engine_sleep_state{engine="%d",sleep_state="awake"} %d.0\n'
-    assert read_engine_load(ENGINES["vllm"], page % (0, 1) + page % (1, 0)).is_sleeping is True
+    assert read_engine_load(ENGINES["vllm"].probe, page % (0, 1) + page % (1, 0)).is_sleeping is True
 
 
 def test_an_older_vllm_tells_its_cache_in_blocks() -> None:
     page = 'vllm:cache_config_info{block_size="16",num_gpu_blocks="1000",engine="0"} 1.0\n'
-    assert read_engine_load(ENGINES["vllm"], page).kv_capacity_tokens == 16000
+    assert read_engine_load(ENGINES["vllm"].probe, page).kv_capacity_tokens == 16000
 
 
 def test_the_embedded_engines_page_is_read_and_cached_tokens_count_as_prompt() -> None:
-    load = read_engine_load(ENGINES["llama_cpp"], LLAMA_METRICS)
+    load = read_engine_load(ENGINES["llama_cpp"].probe, LLAMA_METRICS)
     assert (load.running, load.waiting) == (3, 2)
     assert (load.prompt_tokens, load.prefix_queries, load.prefix_hits) == (2000, 2000, 800)
     assert load.generation_tokens == 640
@@ -209,7 +205,7 @@ def test_the_embedded_engines_page_is_read_and_cached_tokens_count_as_prompt() -
 
 @pytest.mark.parametrize("page", ["", "<html>", "vllm:num_requests_running NaN\n", "vllm:num_requests_running\n"])
 def test_a_page_that_tells_nothing_gives_no_figures(page: str) -> None:
-    assert read_engine_load(ENGINES["vllm"], page).running is None
+    assert read_engine_load(ENGINES["vllm"].probe, page).running is None
 
 
 FAILURES = [

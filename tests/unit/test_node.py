@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
+from agent_infra_core.fleet.engines import serve_spec
 from agent_infra_core.node.gpus import sampled_gpus
 from agent_infra_core.node.guard import EngineGuard, answer_challenge
 from agent_infra_core.protocol import (
     GpuSample,
     ReplicaFailure,
     ReplicaRecord,
-    ServeSpec,
     record_from_json,
     spec_from_json,
 )
@@ -130,7 +130,7 @@ def test_what_is_no_record_is_a_value_error(text: str) -> None:
 
 def test_a_specification_survives_its_json() -> None:
     model = ModelConfig("m", "p", engine_args=("--x", "1"), command=("a", "{port}"), env={"A": "b"}, max_model_len=5)
-    spec = ServeSpec("r", model, "/run", "/key", gpu_ids=("GPU-1",), stop_grace=3.0)
+    spec = serve_spec("r", model, "/run", "/key", gpu_ids=("GPU-1",), stop_grace=3.0)
     assert spec_from_json(json.dumps(dataclasses.asdict(spec))) == spec
 
 
@@ -147,5 +147,5 @@ def test_a_specification_survives_its_json() -> None:
 def test_only_the_gpus_that_were_handed_out_are_sampled(
     engine: str, gpu_ids: tuple[str, ...], environment: dict[str, str], expected: tuple[str, ...] | None
 ) -> None:
-    spec = ServeSpec("r", ModelConfig("m", "p", engine=engine), "/run", "/key", gpu_ids=gpu_ids)
+    spec = serve_spec("r", ModelConfig("m", "p", engine=engine), "/run", "/key", gpu_ids=gpu_ids)
     assert sampled_gpus(spec, environment) == expected

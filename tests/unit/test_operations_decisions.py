@@ -11,8 +11,14 @@ from typing import Any
 
 import pytest
 
-from agent_infra import describe_accounting, describe_model, describe_succession
-from agent_infra_core.configuration import config_from_json, kept_config, load_config
+from agent_infra import (
+    config_from_json,
+    describe_accounting,
+    describe_model,
+    describe_succession,
+    kept_config,
+    load_config,
+)
 from agent_infra_core.control.discovery import Discovery
 from agent_infra_core.control.status import cheapest_to_end, summarize, what_is_amiss
 from agent_infra_core.errors import ConfigError, RefusedError

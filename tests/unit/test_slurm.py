@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from patience import PATIENCE_S
 
 import agent_infra
+from agent_infra import job_directives, render_job, shell_words
 from agent_infra_core import __version__
 from agent_infra_core.control.status import describe_replica
 from agent_infra_core.errors import RefusedError
@@ -38,7 +39,6 @@ from agent_infra_core.fleet.place import (
 )
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ContainerConfig, ModelConfig, PartitionConfig, SlurmConfig
-from agent_infra_core.templates import job_directives, render_job, shell_words
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEMPLATES = Path(agent_infra.__file__).parent / "slurm_templates"
@@ -409,7 +409,7 @@ REQUEST = JobRequest("d", VLLM, ("m-1",), GPU, "/h/w", "/h/w/d/run", "/h/w/progr
 def test_the_script_is_the_golden_one_and_the_shell_can_read_it(
     name: str, request_: JobRequest, slurm: SlurmConfig, pytestconfig: pytest.Config
 ) -> None:
-    script = render_job(request_, slurm, TEMPLATES)
+    script = render_job(request_, slurm)
     golden = GOLDEN / f"{name}.sbatch"
     assert script.replace(__version__, "VERSION") == golden.read_text()
     subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=PATIENCE_S)
@@ -424,7 +424,7 @@ def test_a_partitions_options_win_and_null_takes_one_away() -> None:
 
 def own(tmp_path: Path, text: str) -> str:
     (tmp_path / "mine.j2").write_text(text)
-    return render_job(REQUEST, SlurmConfig(template=str(tmp_path / "mine.j2")), TEMPLATES)
+    return render_job(REQUEST, SlurmConfig(template=str(tmp_path / "mine.j2")))
 
 
 def test_a_template_of_ones_own_quotes_by_itself_and_may_extend_ours(tmp_path: Path) -> None:
