@@ -32,7 +32,19 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
-from agent_infra_core import __version__, client
+from agent_infra_core.bundle import write_program
+from agent_infra_core.protocol import CONFIG_FORMAT
+
+try:
+    from agent_infra_core import __version__, client
+except ModuleNotFoundError as error:
+    if __name__ != "__main__" or error.name != "agent_infra_core":
+        raise
+    raise SystemExit(
+        f"{__file__} lacks its folder agent_infra_core/; copy that too, or run `python agent_infra.py bundle` where "
+        "both are and copy the one file that it writes, agent_infra.pyz"
+    ) from error
+from agent_infra_core.client import ClientError as ClientError
 from agent_infra_core.client import SessionContext, attach
 from agent_infra_core.errors import (
     PROGRAM_PACKAGES,
@@ -144,9 +156,12 @@ def parse_config(text: str, environment: Mapping[str, str]) -> Config:
 
 
 def config_from_json(text: str) -> Config:
-    """The configuration that ``json.dumps(dataclasses.asdict(config))`` wrote; ConfigError when it is none."""
+    """The configuration that Deployment.keep_config() wrote, of whichever version; ConfigError when it is none."""
     try:
-        return _validated(json.loads(text), [])
+        document = json.loads(text)
+        if isinstance(document, dict):
+            document.pop("format", None)
+        return _validated(document, [])
     except ValueError as error:
         raise ConfigError(f"not a configuration: {error}") from error
 
@@ -913,7 +928,7 @@ class Deployment:
 
     def keep_config(self) -> None:
         """Note the configuration for `stop`, which must work whatever becomes of its file."""
-        write_atomically(self.paths.config, json.dumps(dataclasses.asdict(self.config)))
+        write_atomically(self.paths.config, json.dumps({"format": CONFIG_FORMAT, **dataclasses.asdict(self.config)}))
 
     def proxy(self) -> ProxyClient | None:
         """The deployment's proxy, if one runs."""
@@ -1975,6 +1990,12 @@ def _run_stop(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_bundle(arguments: argparse.Namespace) -> int:
+    target = write_program(resource, Path(arguments.output))
+    _say(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB); run it with a Python that has the packages installed")
+    return 0
+
+
 def _run_relay(arguments: argparse.Namespace) -> int:
     return run_relay(arguments.socket, arguments.listener_fd)
 
@@ -2043,6 +2064,8 @@ def _add_looking_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("--port", dest="page_port", type=_port, metavar="P", help=f"default: from {PAGE_PORT} on")
     added.add_argument("--token-file", metavar="FILE", help="holds the key of that proxy; or AGENT_INFRA_TOKEN does")
     _add_history_verbs(verb)
+    added = verb("bundle", _run_bundle, "write the program as one file that can be copied")
+    added.add_argument("--output", metavar="FILE", default="agent_infra.pyz", help="default %(default)s")
 
 
 def _add_proxy_options(parser: argparse.ArgumentParser) -> None:

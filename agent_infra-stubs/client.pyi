@@ -1,4 +1,4 @@
-from agent_infra import SessionContext as SessionContext
-from agent_infra import attach as attach
+from agent_infra_core.client import SessionContext as SessionContext
+from agent_infra_core.client import attach as attach
 
 __all__ = ["SessionContext", "attach"]

@@ -18,6 +18,8 @@ from typing import Any
 from agent_infra_core.errors import AgentInfraError
 from agent_infra_core.settings import DEFAULT_CONFIG, Config, HeadersConfig, _shorten, proxy_url
 
+__all__ = ["SessionContext", "attach"]
+
 
 class ClientError(AgentInfraError, ValueError):
     """What an agent asked of its session cannot be done; the message says what is allowed."""

@@ -66,7 +66,7 @@ class Backend:
 FRAME_TABLE = b"T"  # controller → relay
 FRAME_STATS = b"S"  # controller → relay: the finished bytes of GET /stats, which begin with STATS_PREFIX
 STATS_PREFIX = b'{"snapshot_age_ms":0,'  # the relay puts the document's age there
-FRAME_HELLO = b"H"  # relay → controller, first of all: {"pid", "port", "started_at"}; carries the listening socket
+FRAME_HELLO = b"H"  # relay → controller, first: {"protocol", "pid", "port", "started_at"}, and the listening socket
 FRAME_EVENTS = b"E"  # relay → controller: EventBatch in Tracking
 FRAME_GAUGES = b"G"  # relay → controller, once a second: see Gauges in Tracking
 FRAME_REQUEST = b"R"  # relay → controller: what somebody asked for over HTTP: {"op": "drain"|"undrain", "backend"}, or
@@ -376,6 +376,7 @@ class ReplicaRecord:
     pending_reason: str | None = None  # the scheduler's own word, such as QOSMaxJobsPerUserLimit
     partition: str | None = None  # that its job was submitted to
     starts_at: float | None = None  # s since the epoch; when Slurm expects a job that waits to start
+    format: int = RECORD_FORMAT
 
 
 STOP_GRACE_S = 25.0  # that an engine has for its turns after SIGTERM; below Slurm's KillWait of 30 s
@@ -448,7 +449,7 @@ def fill_in(words: Iterable[str], values: Mapping[str, object]) -> list[str]:
 def record_from_json(text: str) -> ReplicaRecord:
     """The record that `serve` wrote; keys of a newer version are left out. ValueError when it is none."""
     try:
-        values = _known_fields(ReplicaRecord, json.loads(text))
+        values = {"format": 0, **_known_fields(ReplicaRecord, json.loads(text))}
         values["gpus"] = tuple(GpuSample(**_known_fields(GpuSample, gpu)) for gpu in values.get("gpus", ()))
         values["gpu_ids"] = tuple(values.get("gpu_ids", ()))
         if values.get("failure"):

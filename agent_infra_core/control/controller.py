@@ -167,6 +167,9 @@ class Controller:
     def start(self) -> None:
         """Take over or start the relay, then keep everything in step in a thread until stop()."""
         self.relay.open()
+        if self.relay.retired is not None:
+            words = f"the relay (pid {self.relay.retired}) is of another version: it finishes its turns, and ends"
+            self._log(f"{words}; they are missing from the history. A new one serves from now on", "warning")
         self._books.open()
         self.discovery.start()
         self._thread.start()

@@ -14,7 +14,7 @@ import time
 from agent_infra_core.errors import SERVING_PACKAGES, AgentInfraError, require_packages
 from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
 from agent_infra_core.host import end_process, listen_on, process_stamp, self_command, unix_address, write_atomically
-from agent_infra_core.protocol import FRAME_HELLO, FrameReader, encode_frame
+from agent_infra_core.protocol import FRAME_HELLO, RELAY_PROTOCOL, FrameReader, encode_frame
 
 RELAY_START_S = 15.0  # for a relay to import gevent and Flask and open its control socket
 RELAY_SILENCE_S = 15.0  # it reports every second; silent for so long, it is hung and is replaced
@@ -37,6 +37,8 @@ class RelayLink:
         self._frames = FrameReader()
         self._early: list[tuple[bytes, bytes]] = []  # frames that came with the hello
         self.pid = 0
+        self.retired: int | None = None  # pid of a relay of another version, which finishes its turns
+        self._protocol = RELAY_PROTOCOL  # that the connected relay speaks
         self._stamp: str | None = None
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -45,12 +47,16 @@ class RelayLink:
         require_packages(SERVING_PACKAGES)  # it would end at once, and say so in its log alone
         if self._adopt():
             return
-        self._listener = listen_on(self._host, self.port)
+        if self._listener is None:
+            self._listener = listen_on(self._host, self.port)
         self.port = self._listener.getsockname()[1]
         self.spawn()
 
     def _adopt(self) -> bool:
-        """Connect to a relay that still serves this address; end one that serves another."""
+        """Connect to a relay that still serves this address; end one that serves another.
+
+        One that speaks another protocol finishes its turns and ends; its listening socket is kept for the next.
+        """
         left = read_relay_record(self._paths)
         if left is None:
             return False
@@ -58,9 +64,20 @@ class RelayLink:
             with contextlib.suppress(RelayGoneError):
                 self.port = left["port"]
                 self._greet(time.monotonic() + 2.0)
-                return True
+                if self._protocol == RELAY_PROTOCOL:
+                    return True
+                self._retire()
+                return False
         end_process(left["pid"], left["process"], DRAIN_S + RELAY_END_S)
         return False
+
+    def _retire(self) -> None:
+        """Let a relay of another version finish its turns, which nobody here can follow."""
+        control, self._control, self._stamp = self._control, None, None
+        os.kill(self.pid, signal.SIGTERM)
+        if control is not None:
+            control.close()
+        self.retired = self.pid
 
     def spawn(self) -> None:
         """Start a relay on the listening socket and wait until it says hello; RelayGoneError when it does not."""
@@ -117,7 +134,8 @@ class RelayLink:
         else:
             received.close()
         self._early = frames[1:]
-        self._control, self.pid = control, int(json.loads(frames[0][1])["pid"])
+        hello = json.loads(frames[0][1])
+        self._control, self.pid, self._protocol = control, int(hello["pid"]), hello.get("protocol", 0)
         self._stamp = process_stamp(self.pid)
         record = {"pid": self.pid, "process": self._stamp, "host": self._host, "port": self.port}
         with contextlib.suppress(OSError):  # on a full disk it serves all the same

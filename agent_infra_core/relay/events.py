@@ -21,6 +21,7 @@ from agent_infra_core.protocol import (
     FRAME_EVENTS,
     FRAME_HELLO,
     FRAME_REQUEST,
+    RELAY_PROTOCOL,
     EventBatch,
     FrameReader,
     SessionEnded,
@@ -88,7 +89,12 @@ class ControlChannel:
             if former is not None:
                 with contextlib.suppress(OSError):
                     former.shutdown(socket.SHUT_RDWR)
-            hello = {"pid": os.getpid(), "port": self._listener.getsockname()[1], "started_at": started_at}
+            hello = {
+                "protocol": RELAY_PROTOCOL,
+                "pid": os.getpid(),
+                "port": self._listener.getsockname()[1],
+                "started_at": started_at,
+            }
             try:
                 frame = encode_frame(FRAME_HELLO, json.dumps(hello).encode())
                 socket.send_fds(controller, [frame], [self._listener.fileno()])
