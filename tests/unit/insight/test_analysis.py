@@ -26,7 +26,7 @@ from agent_infra_core.insight.tracker import Tracker
 from agent_infra_core.insight.turns import TurnRecord
 from agent_infra_core.protocol import TurnFinished, TurnStarted
 
-GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 WORKED = CapacityModel(replicas=4, base_s=1.875, per_request_s=0.269, think_s=10.0)
 PLANTED = (1.875, 0.269)
 

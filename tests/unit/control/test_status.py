@@ -31,7 +31,7 @@ from agent_infra_core.node.telemetry import IdleWatch
 from agent_infra_core.protocol import EngineLoad, ReplicaRecord
 from agent_infra_core.settings import Config, ModelConfig
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def replica(name: str, state: str = "ready", **fields: Any) -> ReplicaRecord:

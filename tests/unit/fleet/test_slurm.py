@@ -40,8 +40,7 @@ from agent_infra_core.fleet.place import (
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ContainerConfig, ModelConfig, PartitionConfig, SlurmConfig
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-TEMPLATES = Path(agent_infra.__file__).parent / "slurm_templates"
+GOLDEN = Path(__file__).parents[2] / "golden"
 VLLM = ModelConfig("m", "org/m")
 GPU = PartitionConfig("gpu")
 NOW = 1_800_000_000.0

@@ -27,7 +27,7 @@ from agent_infra_core.protocol import (
     TurnStarted,
 )
 
-GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 START = 1_795_360_000.0
 TASKS = ["django-11099", "flask-4992", "sympy-20590", "astropy-6938"]
 

@@ -17,7 +17,7 @@ from agent_infra_core.node.replica import make_launch
 from agent_infra_core.protocol import fill_in
 from agent_infra_core.settings import ENGINE_NAMES, ModelConfig
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 SHAPE = JobShape()
 FIRST_WORDS = {"python": "/env/bin/python", "program": "/opt/node.pyz", "host": "127.0.0.1", "port": 5901}
 LLAMA_METRICS = """\
