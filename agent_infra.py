@@ -34,6 +34,7 @@ from urllib.parse import unquote_to_bytes
 
 from agent_infra_core.bundle import write_program
 from agent_infra_core.protocol import CONFIG_FORMAT
+from agent_infra_core.settings import shorten
 
 try:
     from agent_infra_core import __version__, client
@@ -66,10 +67,10 @@ from agent_infra_core.host import (
 )
 from agent_infra_core.protocol import STATS_PREFIX, ReplicaRecord, record_from_json
 from agent_infra_core.settings import (
-    _SCALARS,
     DEFAULT_CONFIG,
     NAME_PATTERN,
     RESERVED_DIRECTIVES,
+    SCALAR_KINDS,
     STRATEGY_NAMES,
     ClusterConfig,
     Config,
@@ -81,7 +82,6 @@ from agent_infra_core.settings import (
     Rule,
     SlurmConfig,
     SshConfig,
-    _shorten,
     proxy_url,
     reached_host,
 )
@@ -288,13 +288,13 @@ def _check_scalar(annotation: str, rule: Rule, value: Any) -> None:
     """Raise marshmallow's ValidationError when ``value`` has the wrong type or breaks its rule."""
     import marshmallow
 
-    words, is_kind = _SCALARS[annotation]
+    words, is_kind = SCALAR_KINDS[annotation]
     if is_kind(value) and rule.accepts(value):
         return
     described = rule.describe()
     bounded = rule.choices is None and not rule.allowed and described
     allowed = f"{words} {described}" if bounded else described or words
-    raise marshmallow.ValidationError(f"found {_shorten(value)}; allowed: {allowed}")
+    raise marshmallow.ValidationError(f"found {shorten(value)}; allowed: {allowed}")
 
 
 def _describe_errors(messages: Any, path: str, kind: type | None) -> Iterator[str]:
@@ -403,7 +403,7 @@ def shell_words(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(shell_words(item) for item in value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise TypeError(f"{_shorten(value)} is no word for the shell")
+        raise TypeError(f"{shorten(value)} is no word for the shell")
     return shlex.quote(str(value))
 
 
@@ -506,7 +506,7 @@ FORWARD_BACKLOG = 1024  # connections that wait in a tunnel's port: all agents m
 
 def run_tunnel() -> int:
     """The `tunnel` role: hold what the first line of stdin says until stdin ends; the exit code."""
-    from agent_infra_core.ssh.child import _end_with_parent, _hold_openssh, _tell
+    from agent_infra_core.ssh.child import end_with_parent, hold_openssh, tell_parent
     from agent_infra_core.ssh.routes import HostKeyError, InteractiveLoginError, LoginError
 
     for number in (signal.SIGINT, signal.SIGHUP):  # the terminal's are for the parent, which ends this in its own time
@@ -516,9 +516,9 @@ def run_tunnel() -> int:
     if not line:
         return 0
     spec = json.loads(line)
-    threading.Thread(target=_end_with_parent, name="lifeline", daemon=True).start()
+    threading.Thread(target=end_with_parent, name="lifeline", daemon=True).start()
     try:
-        hold = _hold_openssh if spec["driver"] == "openssh" else _hold_sshtunnel
+        hold = hold_openssh if spec["driver"] == "openssh" else _hold_sshtunnel
         document = {"error": hold(spec)}
     except HostUnreachableError as error:
         kinds = {InteractiveLoginError: "interactive", HostKeyError: "host_key", LoginError: "login"}
@@ -527,14 +527,14 @@ def run_tunnel() -> int:
     except Exception as error:  # noqa: BLE001  whatever it is, the parent is told rather than left to guess
         document = {"error": f"{type(error).__name__}: {error}", "kind": "host"}
     with contextlib.suppress(OSError):
-        _tell(document)
+        tell_parent(document)
     # At once: threads of a library that hangs must not keep this process.
     os._exit(1)
 
 
 def _hold_sshtunnel(spec: Mapping[str, Any]) -> str:
     """Log in hop by hop, forward, and watch the connection; why it ended."""
-    from agent_infra_core.ssh.child import _tell
+    from agent_infra_core.ssh.child import tell_parent
     from agent_infra_core.ssh.login import log_in
     from agent_infra_core.ssh.routes import Keyring, route_from_json
 
@@ -548,7 +548,7 @@ def _hold_sshtunnel(spec: Mapping[str, Any]) -> str:
     remote = [(host, port) for host, port in spec["remote"]]
     _open_through(transport, *remote[0]).close()  # that it may be forwarded to; sshtunnel does not ask
     forwarder = _forward(transport, spec["local"], remote)
-    _tell({"ports": forwarder.local_bind_ports})
+    tell_parent({"ports": forwarder.local_bind_ports})
     while transport is not None and transport.is_active():
         time.sleep(0.2)
     return "the SSH connection was lost"
@@ -557,9 +557,9 @@ def _hold_sshtunnel(spec: Mapping[str, Any]) -> str:
 def _open_through(transport: Any, host: str, port: int) -> Any:
     """A channel of an authenticated connection to a port that its host reaches; LoginError, HostUnreachableError."""
     from agent_infra_core.ssh.child import forwarding_forbidden
-    from agent_infra_core.ssh.routes import SSH_PATIENCE_S, LoginError, _paramiko
+    from agent_infra_core.ssh.routes import SSH_PATIENCE_S, LoginError, load_paramiko
 
-    paramiko = _paramiko()
+    paramiko = load_paramiko()
     try:
         return transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=SSH_PATIENCE_S)
     except paramiko.ChannelException as error:
@@ -578,16 +578,16 @@ def _forward(transport: Any, local: Sequence[int], remote: Sequence[tuple[str, i
     """
     import logging
 
-    from agent_infra_core.ssh.child import _bind_held
-    from agent_infra_core.ssh.routes import _paramiko
+    from agent_infra_core.ssh.child import bind_held
+    from agent_infra_core.ssh.routes import load_paramiko
 
-    paramiko = _paramiko()
+    paramiko = load_paramiko()
     import sshtunnel
 
     logger = logging.getLogger("agent_infra.tunnel")
     logger.addHandler(logging.NullHandler())
     sshtunnel._ThreadingForwardServer.request_queue_size = FORWARD_BACKLOG
-    sshtunnel._ThreadingForwardServer.server_bind = _bind_held
+    sshtunnel._ThreadingForwardServer.server_bind = bind_held
     forwarder = sshtunnel.SSHTunnelForwarder(
         ("127.0.0.1", 22),  # neither it nor the password is used: the connection is there
         ssh_config_file=None,

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from agent_infra_core.errors import AgentInfraError
-from agent_infra_core.settings import DEFAULT_CONFIG, Config, HeadersConfig, _shorten, proxy_url
+from agent_infra_core.settings import DEFAULT_CONFIG, Config, HeadersConfig, proxy_url, shorten
 
 __all__ = ["SessionContext", "attach"]
 
@@ -34,7 +34,7 @@ def _checked_header(what: str, value: str) -> str:
     if isinstance(value, str) and re.fullmatch(_HEADER_VALUE, value):
         return value
     allowed = "1 to 200 printable ASCII characters, with no blank at the ends"
-    raise ClientError(f"{what}: {_shorten(value)} cannot be sent as a header; allowed: {allowed}")
+    raise ClientError(f"{what}: {shorten(value)} cannot be sent as a header; allowed: {allowed}")
 
 
 def describe_client() -> str:
@@ -81,7 +81,7 @@ class SessionContext:
         import uuid
 
         if base_url is not None and not re.match(r"https?://[^/\s]", base_url):
-            raise ClientError(f"base_url: found {_shorten(base_url)}; allowed: a URL such as http://127.0.0.1:5800/v1")
+            raise ClientError(f"base_url: found {shorten(base_url)}; allowed: a URL such as http://127.0.0.1:5800/v1")
         self.session_id = _checked_header("session_id", str(uuid.uuid4()) if session_id is None else session_id)
         self._headers = headers
         self._identity = {
@@ -132,7 +132,7 @@ class SessionContext:
             except TypeError:  # no number at all
                 is_allowed = False
             if not is_allowed:
-                raise ClientError(f"{name}: found {_shorten(value)}; allowed: milliseconds, 0 or more")
+                raise ClientError(f"{name}: found {shorten(value)}; allowed: milliseconds, 0 or more")
             with self._lock:
                 self._timings_ms[name] = float(value)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeGuard
 
-from agent_infra_core.settings import _SCALARS, _shorten
+from agent_infra_core.settings import SCALAR_KINDS, shorten
 
 
 @dataclass(frozen=True)
@@ -449,11 +449,11 @@ def fill_in(words: Iterable[str], values: Mapping[str, object]) -> list[str]:
 def record_from_json(text: str) -> ReplicaRecord:
     """The record that `serve` wrote; keys of a newer version are left out. ValueError when it is none."""
     try:
-        values = {"format": 0, **_known_fields(ReplicaRecord, json.loads(text))}
-        values["gpus"] = tuple(GpuSample(**_known_fields(GpuSample, gpu)) for gpu in values.get("gpus", ()))
+        values = {"format": 0, **known_fields(ReplicaRecord, json.loads(text))}
+        values["gpus"] = tuple(GpuSample(**known_fields(GpuSample, gpu)) for gpu in values.get("gpus", ()))
         values["gpu_ids"] = tuple(values.get("gpu_ids", ()))
         if values.get("failure"):
-            values["failure"] = ReplicaFailure(**_known_fields(ReplicaFailure, values["failure"]))
+            values["failure"] = ReplicaFailure(**known_fields(ReplicaFailure, values["failure"]))
         return ReplicaRecord(**values)
     except (TypeError, AttributeError) as error:
         raise ValueError(f"not a replica record: {error}") from error
@@ -462,11 +462,11 @@ def record_from_json(text: str) -> ReplicaRecord:
 def spec_from_json(text: str) -> ServeSpec:
     """The ServeSpec that ``json.dumps(dataclasses.asdict(spec))`` wrote; ValueError when it is none."""
     try:
-        values = _known_fields(ServeSpec, json.loads(text))
+        values = known_fields(ServeSpec, json.loads(text))
         if values.get("format") != SPEC_FORMAT:
             raise ValueError("another version of agent_infra wrote this specification")
-        engine = _known_fields(EngineSpec, values["engine"])
-        probe = _known_fields(EngineProbe, engine["probe"])
+        engine = known_fields(EngineSpec, values["engine"])
+        probe = known_fields(EngineProbe, engine["probe"])
         probe["metrics"] = {name: tuple(names) for name, names in probe["metrics"].items()}
         engine |= {
             "probe": EngineProbe(**probe),
@@ -478,7 +478,7 @@ def spec_from_json(text: str) -> ServeSpec:
         raise ValueError(f"not a replica's specification: {error}") from error
 
 
-def _known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return {item.name: values[item.name] for item in dataclasses.fields(kind) if item.name in values}
 
 
@@ -491,7 +491,7 @@ def decode_record(replica: str, text: str) -> ReplicaRecord:
         record = record_from_json(text)
         _check_types(record)
         if record.state not in REPLICA_STATES:
-            raise ValueError(f"state: {_shorten(record.state)} is unknown to this version")
+            raise ValueError(f"state: {shorten(record.state)} is unknown to this version")
     except (ValueError, RecursionError) as error:
         reason = f"its record cannot be read: {error}"
         hint = "stop it and start it again; was it started by another version of agent_infra?"
@@ -526,6 +526,6 @@ def _check_types(record: Any) -> None:
             for gpu in value:
                 _check_types(gpu)
         elif value is not None or not optional:
-            _, is_kind = _SCALARS.get(annotation, ("", lambda _: False))
+            _, is_kind = SCALAR_KINDS.get(annotation, ("", lambda _: False))
             if not is_kind(list(value) if isinstance(value, tuple) else value):
-                raise ValueError(f"{item.name}: found {_shorten(value)}")
+                raise ValueError(f"{item.name}: found {shorten(value)}")

@@ -223,7 +223,7 @@ def proxy_url(host: str, port: int) -> str:
     return f"http://{f'[{reached}]' if ':' in reached else reached}:{port}"
 
 
-_SCALARS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+SCALAR_KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "str": ("a string (in quotes, if it looks like a number)", lambda value: isinstance(value, str)),
     "bool": ("true or false", lambda value: isinstance(value, bool)),
     "int": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
@@ -255,7 +255,7 @@ def _is_directive(item: tuple[Any, Any]) -> bool:
     return bool(isinstance(name, str) and re.fullmatch(r"[a-z][a-z0-9-]*", name) and (is_value or is_line))
 
 
-def _shorten(value: Any) -> str:
+def shorten(value: Any) -> str:
     """``value`` as JSON, at most 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

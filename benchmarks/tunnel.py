@@ -260,7 +260,7 @@ class Bench:
             "|---|---|---|---|---|---|",
         ]
         for metric, by_way in self.samples.items():
-            medians = [_rounded(statistics.median(by_way[name])) for name in WAYS]
+            medians = [rounded(statistics.median(by_way[name])) for name in WAYS]
             ratios = []
             for name in WAYS[1:]:
                 pairs = [a / b for a, b in zip(by_way[name], by_way["direct"], strict=True) if b]
@@ -273,7 +273,7 @@ def _length(head: bytes) -> int:
     return int(head.lower().partition(b"content-length:")[2].split()[0])
 
 
-def _rounded(value: float) -> str:
+def rounded(value: float) -> str:
     return f"{value:.0f}" if value >= 20 else f"{value:.2g}"
 
 

@@ -18,7 +18,7 @@ from agent_infra_core.insight.analysis import CapacityAnalysis
 from agent_infra_core.insight.history import RESTORED_S, History, HistoryBatch, HistoryFile, history_path, verdict_row
 from agent_infra_core.insight.measure import fleet_samples
 from agent_infra_core.insight.metrics import StatsMetrics, TurnMetrics, metrics_text
-from agent_infra_core.insight.replicas import ReplicaTime, _as_mapping, replica_use
+from agent_infra_core.insight.replicas import ReplicaTime, as_mapping, replica_use
 from agent_infra_core.insight.tracker import Tracker
 from agent_infra_core.insight.turns import TurnRecord
 from agent_infra_core.protocol import ReplicaRecord, SessionEnded, TurnEvent
@@ -201,10 +201,10 @@ class Bookkeeper:
 
     def sample(self, records: Iterable[ReplicaRecord], gauges: Mapping[str, Any]) -> None:
         """The replicas as they are now, once a second; ``gauges`` as Tracker.sample takes them."""
-        backends = _as_mapping(gauges.get("backends"))
+        backends = as_mapping(gauges.get("backends"))
         uses, started = [], {}
         for record in records:
-            in_flight = _as_mapping(backends.get(record.replica)).get("in_flight")
+            in_flight = as_mapping(backends.get(record.replica)).get("in_flight")
             if (use := replica_use(record, in_flight, self._asked_gpus.get(record.model, 0))) is not None:
                 uses.append(use)
                 started[record.replica] = record.started_at

@@ -19,7 +19,7 @@ from agent_infra_core.fleet.place import HANDOVER_RESERVE_S
 from agent_infra_core.fleet.slurm import SlurmCluster
 from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.host import write_atomically
-from agent_infra_core.protocol import HANDOVER_FORMAT, ReplicaRecord, _known_fields
+from agent_infra_core.protocol import HANDOVER_FORMAT, ReplicaRecord, known_fields
 from agent_infra_core.settings import ModelConfig
 
 HANDOVER_MARGIN = 1.5  # times what a replica was seen to need until it was ready
@@ -111,7 +111,7 @@ def read_successions(paths: DeploymentPaths) -> dict[str, Succession]:
     """Replica → what replaces it, as a controller noted it."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         told = json.loads(paths.handover.read_text(encoding="utf-8"))
-        return {name: Succession(**_known_fields(Succession, each)) for name, each in told.items() if name != "format"}
+        return {name: Succession(**known_fields(Succession, each)) for name, each in told.items() if name != "format"}
     return {}
 
 

@@ -88,7 +88,7 @@ class Cluster(Protocol):
 
 KEPT_LOGS = 20
 LOG_BYTES = 16 << 20  # a log longer than this when its replica starts anew is set aside as .log.old
-_LOCK_WAIT_S = 30.0
+LOCK_WAIT_S = 30.0
 
 
 def surplus_logs(logs: Iterable[Path], replicas: Iterable[str]) -> list[Path]:

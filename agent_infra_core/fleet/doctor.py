@@ -19,7 +19,7 @@ from agent_infra_core.fleet.parse import count_gres, describe_span, parse_partit
 from agent_infra_core.fleet.place import HANDOVER_RESERVE_S
 from agent_infra_core.fleet.slurm import SlurmCluster, SlurmExamination
 from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
-from agent_infra_core.fleet.submit import _words_of
+from agent_infra_core.fleet.submit import failure_text
 from agent_infra_core.fleet.weights import has_packaged_model, model_cache, resolve_model_path
 from agent_infra_core.host import is_free, listen_on
 from agent_infra_core.node.gpus import gpu_pool, list_gpus
@@ -225,7 +225,7 @@ def _check_slurm(deployment: Deployment) -> Iterator[Finding]:
     if any(" UP" in line for line in said):
         yield Finding("ok", "; ".join(said))
         return
-    words = "; ".join([*said, _words_of(done)] if done.errors else said)
+    words = "; ".join([*said, failure_text(done)] if done.errors else said)
     fix = "wait, or tell the administrators"
     if "configuration" in words:  # neither a slurm.conf nor a server that would give one
         fix = "set cluster.ssh to the cluster's login host, or SLURM_CONF to its slurm.conf"

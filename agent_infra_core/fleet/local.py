@@ -15,18 +15,18 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.fleet.cluster import _LOCK_WAIT_S, LOG_BYTES, LogFolder, Logs, surplus_logs
+from agent_infra_core.fleet.cluster import LOCK_WAIT_S, LOG_BYTES, LogFolder, Logs, surplus_logs
 from agent_infra_core.fleet.engines import ENGINES, check_engine_args, plain_command, serve_spec
 from agent_infra_core.fleet.state import (
     DeploymentPaths,
-    _as_lost,
-    _replica_order,
+    as_lost,
     free_replica_id,
     is_alive,
     is_elsewhere,
     is_gone,
     read_or_make_key,
     read_record,
+    replica_order,
 )
 from agent_infra_core.fleet.weights import fetch_packaged_model, model_cache, pull_here, resolve_model_path
 from agent_infra_core.host import create_atomically, file_lock, is_listening, last_line, process_stamp, write_atomically
@@ -149,12 +149,12 @@ class LocalCluster:
         return record
 
     def _locked(self) -> contextlib.AbstractContextManager[None]:
-        return file_lock(self._paths.root.parent / ".start.lock", _LOCK_WAIT_S)
+        return file_lock(self._paths.root.parent / ".start.lock", LOCK_WAIT_S)
 
     def _records(self) -> list[ReplicaRecord]:
         """Every record, as it was written."""
         records = [read_record(path) for path in (self._paths.run / "replicas").glob("*.json")]
-        return sorted((record for record in records if record), key=_replica_order)
+        return sorted((record for record in records if record), key=replica_order)
 
     def _judge(self, record: ReplicaRecord) -> ReplicaRecord:
         """The record, set to failed where its `serve` is gone without having said so."""
@@ -166,7 +166,7 @@ class LocalCluster:
         record = read_record(self._paths.record(record.replica)) or dataclasses.replace(record, state="stopped")
         if record.state in ("stopped", "failed") or is_alive(record):
             return record
-        return _as_lost(record, last_line(self._paths.log(record.replica)))
+        return as_lost(record, last_line(self._paths.log(record.replica)))
 
     @functools.cached_property
     def _gpus(self) -> tuple[str, ...]:

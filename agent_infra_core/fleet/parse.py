@@ -9,8 +9,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from agent_infra_core.node.health import _number
-from agent_infra_core.settings import _shorten
+from agent_infra_core.node.health import parse_number
+from agent_infra_core.settings import shorten
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def parse_squeue(text: str, nonce: str) -> list[SlurmJob]:
     for entry in text.split(f"@{nonce}job@")[1:]:
         fields = entry.split(f"@{nonce}@")
         if len(fields) != len(_SQUEUE_FIELDS) + 1:
-            raise ValueError(f"squeue printed {_shorten(entry)}")
+            raise ValueError(f"squeue printed {shorten(entry)}")
         number, state, reason, submitted, start, left, partition, node, *rest = (item.strip() for item in fields[:-1])
         node = "" if node in ("n/a", "N/A", "(null)", "None assigned") else node
         times = (_slurm_time(submitted), _slurm_time(start), _slurm_span(left))
@@ -177,7 +177,7 @@ class Submission:
 def parse_submission(text: str) -> Submission | None:
     """None for what is no note of ours."""
     words = text.split()
-    if len(words) != 5 or not words[0].isdecimal() or _number(words[4]) is None:
+    if len(words) != 5 or not words[0].isdecimal() or parse_number(words[4]) is None:
         return None
     return Submission(words[0], words[1], words[2], words[3], float(words[4]))
 

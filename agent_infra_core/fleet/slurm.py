@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.fleet.cluster import _LOCK_WAIT_S, Logs
+from agent_infra_core.fleet.cluster import LOCK_WAIT_S, Logs
 from agent_infra_core.fleet.engines import check_engine_args, serve_spec
 from agent_infra_core.fleet.explain import diagnose_job, judge_replica, unjudged_record
 from agent_infra_core.fleet.parse import ENDED_JOB_STATES, WAITING_JOB_STATES, SlurmJob, Submission, parse_submission
 from agent_infra_core.fleet.place import JobRequest, engine_bind_host, job_replicas, place_replicas, replica_shape
-from agent_infra_core.fleet.state import DeploymentPaths, _replica_order, free_replica_id, read_or_make_key
-from agent_infra_core.fleet.submit import QueueAnswer, SchedulerError, SlurmHost, _words_of
+from agent_infra_core.fleet.state import DeploymentPaths, free_replica_id, read_or_make_key, replica_order
+from agent_infra_core.fleet.submit import QueueAnswer, SchedulerError, SlurmHost, failure_text
 from agent_infra_core.fleet.weights import FETCH_THERE_S, fetch_packaged_model, fetched_path, model_cache
 from agent_infra_core.host import CommandResult, CommandRunner, file_lock
 from agent_infra_core.node.hub import is_hub_id
@@ -96,7 +96,7 @@ class SlurmCluster:
     def start_replicas(self, model: ModelConfig, count: int, after: str | None = None) -> list[ReplicaRecord]:
         """Submit jobs for ``count`` replicas of a prepared model, to start once the job ``after`` has ended."""
         self._install()
-        with file_lock(self._paths.root.parent / ".start.lock", _LOCK_WAIT_S):
+        with file_lock(self._paths.root.parent / ".start.lock", LOCK_WAIT_S):
             records = self.replicas()
             if self.problem:
                 raise SchedulerError(f"{self.problem}; try again, nothing was submitted")
@@ -127,7 +127,7 @@ class SlurmCluster:
             record = view.records.get(replica)
             found = judge_replica(replica, told, job_of.get(replica), record, clock)
             judged.append(self._steady(found) if found else self._bury(replica, told, record))
-        return sorted(judged, key=_replica_order)
+        return sorted(judged, key=replica_order)
 
     def stop(self, replicas: Iterable[str], now: bool = False) -> None:
         wanted = set(replicas)
@@ -293,7 +293,7 @@ class SlurmExamination:
         """What Slurm says to a job of this model, which is not submitted; RefusedError where it says no."""
         script = self._render_job(self._request(model), self._config.slurm)
         done = self._host.shell("export LC_ALL=C; exec sbatch --test-only", stdin=script.encode())
-        return _words_of(self._host.asked(done))
+        return failure_text(self._host.asked(done))
 
     def probe(self, model: ModelConfig, timeout_s: float) -> tuple[dict[str, Any] | None, str]:
         """What probe_node() says in a small job for this model; None, and why, when none came within ``timeout_s``."""

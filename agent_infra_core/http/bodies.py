@@ -100,7 +100,7 @@ def encode_chunk(payload: bytes) -> bytes:
 
 
 LAST_CHUNK = b"0\r\n\r\n"
-_CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})\r\n")
+CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})\r\n")
 
 
 @functools.lru_cache(4096)

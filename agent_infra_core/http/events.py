@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from agent_infra_core.http.bodies import _CHUNK_SIZE, LAST_CHUNK, BodyDecoder, chunk_opening, encode_chunk
+from agent_infra_core.http.bodies import CHUNK_SIZE, LAST_CHUNK, BodyDecoder, chunk_opening, encode_chunk
 from agent_infra_core.protocol import is_count
 
 MAX_TRACED_BYTES = 1 << 20  # a body or an answer longer than this does not say what conversation it belongs to
@@ -30,7 +30,7 @@ def holds_whole_events(data: bytes) -> bool:
         return data.endswith(b"\n\n\r\n")
     at = 0
     while at < len(data):
-        line = _CHUNK_SIZE.match(data, at)
+        line = CHUNK_SIZE.match(data, at)
         if line is None:
             return False
         at = line.end() + int(line[1], 16) + 2

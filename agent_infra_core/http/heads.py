@@ -30,8 +30,8 @@ _HOP_BY_HOP = frozenset(
 )
 
 # Accept-Encoding goes because a compressed stream could not be watched; the keys because they are the client's.
-_NOT_FORWARDED = _HOP_BY_HOP | frozenset(b"host expect accept-encoding authorization x-api-key api-key cookie".split())
-_NOT_RETURNED = _HOP_BY_HOP | frozenset(b"server x-request-id set-cookie".split())
+NOT_FORWARDED = _HOP_BY_HOP | frozenset(b"host expect accept-encoding authorization x-api-key api-key cookie".split())
+NOT_RETURNED = _HOP_BY_HOP | frozenset(b"server x-request-id set-cookie".split())
 _ONLY_ONCE = frozenset(b"content-length transfer-encoding host expect authorization".split())
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/1\.([01])")
 _ABSOLUTE_TARGET = re.compile(rb"(?i:http)://[^/?#@]+(?=[/?]|\Z)")

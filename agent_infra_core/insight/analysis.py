@@ -9,8 +9,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from agent_infra_core.insight.capacity import LEAST_TURNS, Basis, Estimate, Outlook, _percent, capacity_models
-from agent_infra_core.insight.fit import ServiceFit, ThinkFit, _regress, fit_service, fit_think
+from agent_infra_core.insight.capacity import LEAST_TURNS, Basis, Estimate, Outlook, capacity_models, percent
+from agent_infra_core.insight.fit import ServiceFit, ThinkFit, fit_service, fit_think, regress
 from agent_infra_core.insight.measure import (
     FleetSample,
     Measured,
@@ -93,7 +93,7 @@ class FleetAnalysis:
         gone, self._turns = self._turns, [turn for turn in self._turns if turn.end >= before]
         rows, beginnings, replica = measure(gone, self._start, before)
         if len(rows.seconds) >= LEAST_TURNS:
-            _regress(rows, beginnings, replica)
+            regress(rows, beginnings, replica)
             for row in zip(*dataclasses.astuple(rows), strict=True):
                 load = math.floor(2 * math.log2(max(1.0, row[3])))
                 self._remembered.setdefault(load, deque(maxlen=REMEMBERED)).append(row)
@@ -193,7 +193,7 @@ class FleetAnalysis:
             return "no agent is active" if self.replicas else "no replica serves"
         if law["holds"] is False:
             return (
-                f"Little's law is off by {_percent(abs(law['error']))}: {law['agents_computed']:.4g} agents by the "
+                f"Little's law is off by {percent(abs(law['error']))}: {law['agents_computed']:.4g} agents by the "
                 f"turns, {law['agents_sampled']:.4g} counted; turns are missing, or agents share sessions"
             )
         return fit.reason if fit else None

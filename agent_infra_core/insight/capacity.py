@@ -121,7 +121,7 @@ class Estimate:
     reason: str | None = None
 
 
-def _significant(value: Any) -> float | None:
+def significant(value: Any) -> float | None:
     """To four digits, for people and for JSON; None for what is not finite."""
     number = float(value)
     return float(f"{number:.4g}") if math.isfinite(number) else None
@@ -136,14 +136,14 @@ def estimate(unit: str, basis: Basis, value: Figure, draws: Figure = None, reaso
     if reason is not None or value is None:
         return Estimate(None, None, None, unit, basis, reason or "not known")
     spread = np.atleast_1d(value if draws is None else draws)
-    low, high = (_significant(bound) for bound in np.quantile(spread, [(1 - SURE) / 2, (1 + SURE) / 2]))
+    low, high = (significant(bound) for bound in np.quantile(spread, [(1 - SURE) / 2, (1 + SURE) / 2]))
     if high is None or not math.isfinite(value) or abs(high) > 1e6 * (1 + abs(low or 0)):
         few = "the load was too light to tell how a replica slows down under more"
         return Estimate(None, low, None, unit, basis, few)
     if basis.turns < POINT_TURNS:
         few = f"{basis.turns} of {POINT_TURNS} turns: a range, no point yet"
         return Estimate(None, low, high, unit, basis, few)
-    return Estimate(_significant(value), low, high, unit, basis)
+    return Estimate(significant(value), low, high, unit, basis)
 
 
 @dataclass(frozen=True)
@@ -249,11 +249,11 @@ class Outlook:
         ]
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def _in_words(what: Mapping[str, Any], with_range: bool = False) -> str:
+def in_words(what: Mapping[str, Any], with_range: bool = False) -> str:
     """``+1 replica → +38 % turns/h [31, 44]``; empty where nothing is known of it."""
     change: Estimate = what["change"]
     if change.low is None or change.high is None:

@@ -46,7 +46,7 @@ def _design(rows: Measured, in_flight: Array) -> Array:
     return np.stack([np.ones(len(size)), size - 1, size * in_flight, rows.began, size * rows.excess], axis=1)
 
 
-def _regress(rows: Measured, beginnings: list[Beginnings], replica: Array) -> tuple[Array, Array, Array]:
+def regress(rows: Measured, beginnings: list[Beginnings], replica: Array) -> tuple[Array, Array, Array]:
     """``(design, weights, coefficients)`` of the last of a few passes, since each pass needs the one before.
 
     Weighted by 1/R², because errors are in proportion; what is off by more than five deviations (of the median, times
@@ -82,7 +82,7 @@ def resample_counts(blocks: int, rng: Any) -> Array:
     return rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=RESAMPLES).astype(float)
 
 
-def _widening(blocks: int, unknowns: int) -> float:
+def interval_widening(blocks: int, unknowns: int) -> float:
     """By how much resampled deviations fall short of the truth's: few blocks (Student's t instead of the normal)."""
     free = max(1.0, blocks - unknowns)
     return math.sqrt(blocks / max(1.0, blocks - 1)) * (1 + 0.93 / free)
@@ -100,7 +100,7 @@ def fit_service(rows: Measured, beginnings: list[Beginnings], replica: Array, rn
     import numpy as np
 
     low, high = np.quantile(rows.in_flight, [0.05, 0.95])
-    design, weight, found = _regress(rows, beginnings, replica)
+    design, weight, found = regress(rows, beginnings, replica)
     _, block = np.unique(rows.block, return_inverse=True)
     blocks = int(block.max()) + 1
     moments = np.zeros((blocks, 5, 5))
@@ -111,7 +111,7 @@ def fit_service(rows: Measured, beginnings: list[Beginnings], replica: Array, rn
     sums = counts @ np.stack([np.bincount(block), np.bincount(block, rows.seconds)], axis=1)
     left = np.tensordot(counts, moments, 1)
     drawn = (np.linalg.pinv(left, rcond=1e-9, hermitian=True) @ (counts @ totals)[:, :, None])[:, :, 0]
-    drawn = found + _widening(blocks, 5) * (drawn - found)
+    drawn = found + interval_widening(blocks, 5) * (drawn - found)
     is_alone = bool(high <= 1.2)
     reason = None
     if not is_alone and high - low < 0.25 + 0.05 * high:
@@ -246,7 +246,7 @@ def fit_think(
     observing = sum(min(pre, think) for pre, think in known) / max(FAINT, sum(think for _, think in known))
     return ThinkFit(
         mean_s=float(means[0]),
-        draws=means[0] + _widening(len(clusters), 1) * (means[1:] - means[0]),
+        draws=means[0] + interval_widening(len(clusters), 1) * (means[1:] - means[0]),
         turns=int(sum(is_over)),
         observing_share=observing if known else 1.0,
         left=left,

@@ -590,6 +590,6 @@ def put_aside(path: Path, now: float) -> Path:
     return aside
 
 
-def _ratio(one: float | None, other: float | None) -> float | None:
+def ratio(one: float | None, other: float | None) -> float | None:
     """A quotient, or None where there is none."""
     return one / other if one is not None and other else None

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agent_infra_core.insight.capacity import FAINT, RESAMPLES, Array, _significant
-from agent_infra_core.insight.fit import _widening, resample_counts
-from agent_infra_core.insight.turns import TurnRecord, _is_figure, generates
+from agent_infra_core.insight.capacity import FAINT, RESAMPLES, Array, significant
+from agent_infra_core.insight.fit import interval_widening, resample_counts
+from agent_infra_core.insight.turns import TurnRecord, generates, is_finite_number
 
 LITTLE_TOLERANCE = 0.15
 MIX_RATIO = 1.4  # by which the typical turn must change, and
@@ -64,7 +64,7 @@ def _fleet_sample(
     unhealthy = [row for row in rows if row["state"] == "failed" or (row["state"] == "ready" and row not in ready)]
 
     def known(name: str) -> list[Any]:
-        return [row["engine"][name] for row in ready if _is_figure(row["engine"].get(name))]
+        return [row["engine"][name] for row in ready if is_finite_number(row["engine"].get(name))]
 
     slots = [row["slots"] for row in ready if row["slots"]]
     usage = known("kv_usage")
@@ -258,7 +258,7 @@ def operating(
     done = [turn for turn in turns if turn.is_completed and since <= turn.end <= until]
     length = max(until - since, FAINT)
     counts, _ = np.histogram([turn.end for turn in done], bins=16, range=(since, since + length))
-    error = _widening(16, 1) * float(np.std(counts, ddof=1)) / 4 / max(1.0, float(np.mean(counts)))
+    error = interval_widening(16, 1) * float(np.std(counts, ddof=1)) / 4 / max(1.0, float(np.mean(counts)))
     per_s = len(done) / length
     looks = [sample for sample in samples if since <= sample.at <= until]
     agents = [sample.active_agents for sample in looks if sample.active_agents is not None]
@@ -291,8 +291,8 @@ def littles_law(here: Operating, think_s: float | None) -> dict[str, Any]:
     is_judged = error is not None and here.window_s >= 2 * cycle_s
     tolerance = LITTLE_TOLERANCE + 1.64 * float(np.std(here.per_s_draws)) / max(here.per_s, FAINT)
     return {
-        "agents_sampled": None if here.agents is None else _significant(here.agents),
-        "agents_computed": _significant(computed),
+        "agents_sampled": None if here.agents is None else significant(here.agents),
+        "agents_computed": significant(computed),
         "error": None if error is None else round(error, 4),
         "holds": abs(error or 0.0) <= tolerance if is_judged else None,
     }

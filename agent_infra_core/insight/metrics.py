@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from agent_infra_core import __version__
-from agent_infra_core.insight.history import _ratio
-from agent_infra_core.insight.replicas import ReplicaUse, _as_mapping
+from agent_infra_core.insight.history import ratio
+from agent_infra_core.insight.replicas import ReplicaUse, as_mapping
 from agent_infra_core.insight.turns import TurnRecord
 from agent_infra_core.protocol import Histogram
 
@@ -125,9 +125,9 @@ _BACKEND_GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = 
     "in_flight": ("Turns with it.", lambda row: row["inflight"]),
     "slots": ("Turns that it can work on at once.", lambda row: row["slots"]),
     "kv_cache_usage_ratio": ("Used share of its KV cache.", lambda row: row["engine"]["kv_usage"]),
-    "gpu_memory_used_bytes": ("Used memory of its GPUs.", lambda row: _as_mapping(row["gpu"]).get("memory_used")),
-    "gpu_memory_bytes": ("Memory of its GPUs.", lambda row: _as_mapping(row["gpu"]).get("memory_total")),
-    "gpu_utilization_ratio": ("Of its GPUs.", lambda row: _ratio(_as_mapping(row["gpu"]).get("utilization"), 100)),
+    "gpu_memory_used_bytes": ("Used memory of its GPUs.", lambda row: as_mapping(row["gpu"]).get("memory_used")),
+    "gpu_memory_bytes": ("Memory of its GPUs.", lambda row: as_mapping(row["gpu"]).get("memory_total")),
+    "gpu_utilization_ratio": ("Of its GPUs.", lambda row: ratio(as_mapping(row["gpu"]).get("utilization"), 100)),
 }
 _GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "start_time_seconds": ("When the controller started.", lambda stats: stats["now"] - stats["uptime_seconds"]),

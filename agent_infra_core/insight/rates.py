@@ -6,7 +6,7 @@ import collections
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from agent_infra_core.insight.turns import _rounded
+from agent_infra_core.insight.turns import rounded
 from agent_infra_core.protocol import Histogram
 
 HISTORY_POINTS = 300
@@ -55,9 +55,9 @@ class RecentHistogram:
         return merged
 
 
-def _percentiles(durations: Histogram, *percents: int) -> dict[str, float | None]:
+def percentiles(durations: Histogram, *percents: int) -> dict[str, float | None]:
     """``{"p50": ms, …}``; None where nothing was counted."""
-    return {f"p{percent}": _rounded(durations.percentile(percent / 100)) for percent in percents}
+    return {f"p{percent}": rounded(durations.percentile(percent / 100)) for percent in percents}
 
 
 class Pipeline:
@@ -82,9 +82,9 @@ class Pipeline:
         for part, durations in recent.items():
             shared = part in self.SHARED and total_ms > 0
             document[part] = {
-                "mean_ms": _rounded(durations.mean_ms),
-                "p50_ms": _rounded(durations.percentile(0.5)),
-                "p95_ms": _rounded(durations.percentile(0.95)),
+                "mean_ms": rounded(durations.mean_ms),
+                "p50_ms": rounded(durations.percentile(0.5)),
+                "p95_ms": rounded(durations.percentile(0.95)),
                 "share": round(durations.sum_ms / total_ms, 4) if shared else None,
             }
         return document
@@ -138,7 +138,7 @@ class Timeline:
                 "in_flight": queue["in_flight"],
                 "pending": queue["pending"],
                 "active_sessions": active_sessions,
-                "latency_ms": _percentiles(wait, 50, 95),
+                "latency_ms": percentiles(wait, 50, 95),
             }
         )
 

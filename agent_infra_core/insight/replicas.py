@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from agent_infra_core.insight.rates import RecentHistogram, _percentiles
-from agent_infra_core.insight.turns import OpenTurn, _is_figure
+from agent_infra_core.insight.rates import RecentHistogram, percentiles
+from agent_infra_core.insight.turns import OpenTurn, is_finite_number
 from agent_infra_core.protocol import Backend, TurnFinished, is_count
 
 BACKEND_HISTORY_POINTS = 60  # of each backend: its turns in flight, at the same steps
@@ -46,8 +46,8 @@ class RelayReport:
 
     def read(self, gauges: Mapping[str, Any]) -> None:
         """Take what Tracker.sample() gets."""
-        self.gauges = _as_mapping(_finite(gauges))
-        self._counters.read(_as_mapping(self.gauges.get("counters")))
+        self.gauges = as_mapping(finite(gauges))
+        self._counters.read(as_mapping(self.gauges.get("counters")))
 
     def restart(self) -> None:
         """The next gauges come from a new relay."""
@@ -58,16 +58,18 @@ class RelayReport:
     @property
     def backends(self) -> Mapping[str, Mapping[str, Any]]:
         """The gauge of each backend."""
-        return {name: _as_mapping(gauge) for name, gauge in _as_mapping(self.gauges.get("backends")).items()}
+        return {name: as_mapping(gauge) for name, gauge in as_mapping(self.gauges.get("backends")).items()}
 
     def kv_capacity(self) -> dict[str, float]:
         """Backend → tokens that its cache holds, where that is known."""
-        told = {name: _as_mapping(gauge.get("load")) for name, gauge in self.backends.items()}
-        return {name: tokens for name, load in told.items() if _is_figure(tokens := load.get("kv_capacity_tokens"))}
+        told = {name: as_mapping(gauge.get("load")) for name, gauge in self.backends.items()}
+        return {
+            name: tokens for name, load in told.items() if is_finite_number(tokens := load.get("kv_capacity_tokens"))
+        }
 
     def queue(self, turns: Mapping[str, OpenTurn]) -> dict[str, Any]:
         """``queue`` of /stats; ``turns`` know the sessions that their clients did not name."""
-        queue = _as_mapping(self.gauges.get("queue"))
+        queue = as_mapping(self.gauges.get("queue"))
         waiting = queue.get("waiting")
         rows = [row for row in waiting[:LISTED_WAITING] if isinstance(row, dict)] if isinstance(waiting, list) else []
         for row in rows:
@@ -106,16 +108,16 @@ class BackendFigures:
                 self.gap.slice().add_buckets(event.gaps)
 
 
-def _as_mapping(value: Any) -> Mapping[str, Any]:
+def as_mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """A JSON value with None in the place of NaN and the infinities, which Python reads but JSON does not have."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -128,10 +130,10 @@ _ENGINE_FIGURES = (
 
 def _replica_row(record: Mapping[str, Any], backend: Backend | None, gauge: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of one backend from its record, the replica table and the relay's gauge; any may be missing."""
-    load = _as_mapping(gauge.get("load"))
+    load = as_mapping(gauge.get("load"))
     failure = record.get("failure")
     is_draining = backend is not None and backend.state == "draining"
-    told = (_as_mapping(failure).get("line"), gauge.get("reason"), record.get("message"), record.get("progress"))
+    told = (as_mapping(failure).get("line"), gauge.get("reason"), record.get("message"), record.get("progress"))
     return {
         "id": record["replica"] if record else backend.id if backend else None,
         "model": record["model"] if record else backend.model if backend else None,
@@ -157,12 +159,12 @@ def _replica_row(record: Mapping[str, Any], backend: Backend | None, gauge: Mapp
 
 def _gpu_summary(gpus: Any) -> dict[str, Any] | None:
     """A replica's GPUs as one: mean utilisation, summed memory (bytes) and power, the hottest; None without GPUs."""
-    samples = [_as_mapping(gpu) for gpu in gpus] if isinstance(gpus, (list, tuple)) else []
+    samples = [as_mapping(gpu) for gpu in gpus] if isinstance(gpus, (list, tuple)) else []
     if not samples:
         return None
 
     def combine(name: str, how: Callable[[list[float]], float]) -> float | None:
-        known = [sample[name] for sample in samples if _is_figure(sample.get(name))]
+        known = [sample[name] for sample in samples if is_finite_number(sample.get(name))]
         return how(known) if known else None
 
     return {
@@ -205,11 +207,11 @@ class BackendTable:
         self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend], gauges: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
         """What each backend is that has a record or is routed to; the figures of all others are forgotten."""
-        known = {record["replica"]: _finite(record) for record in records}
+        known = {record["replica"]: finite(record) for record in records}
         routed = {backend.id: backend for backend in table}
         self._figures = {name: self.figures(name) for name in {**known, **routed}}
         return [
-            _replica_row(known.get(name, {}), routed.get(name), _as_mapping(gauges.get(name))) for name in self._figures
+            _replica_row(known.get(name, {}), routed.get(name), as_mapping(gauges.get(name))) for name in self._figures
         ]
 
     def measured(self, backend: str) -> dict[str, Any]:
@@ -217,9 +219,9 @@ class BackendTable:
         figures = self.figures(backend)
         return {
             **figures.counters.sums,
-            "latency_ms": _percentiles(figures.latency.read(), 50, 95, 99),
-            "ttft_ms": _percentiles(figures.ttft.read(), 50, 95, 99),
-            "gap_ms": _percentiles(figures.gap.read(), 50, 95, 99),
+            "latency_ms": percentiles(figures.latency.read(), 50, 95, 99),
+            "ttft_ms": percentiles(figures.ttft.read(), 50, 95, 99),
+            "gap_ms": percentiles(figures.gap.read(), 50, 95, 99),
             "inflight_history": list(figures.in_flight),
         }
 
@@ -311,10 +313,10 @@ class ReplicaTime:
         return {
             "since": self.since,
             **_hours_row(self._sums),
-            "by_model": [{"model": name, **_hours_row(sums)} for name, sums in _grouped(self._sums, "model").items()],
+            "by_model": [{"model": name, **_hours_row(sums)} for name, sums in grouped(self._sums, "model").items()],
             "by_replica": [
                 {"replica": name, "model": next(iter(sums)).model, **_hours_row(sums)}
-                for name, sums in _grouped(self._sums, "replica").items()
+                for name, sums in grouped(self._sums, "replica").items()
                 if name in self._present
             ][:LISTED_REPLICAS],
         }
@@ -325,17 +327,17 @@ class ReplicaTime:
 
 
 def _hours_row(sums: Mapping[ReplicaUse, float]) -> dict[str, Any]:
-    return {"gpu_hours": _hours(sums, of_gpus=True), "replica_hours": _hours(sums, of_gpus=False)}
+    return {"gpu_hours": hours_by_state(sums, of_gpus=True), "replica_hours": hours_by_state(sums, of_gpus=False)}
 
 
-def _grouped(sums: Mapping[ReplicaUse, float], by: str) -> dict[str, dict[ReplicaUse, float]]:
+def grouped(sums: Mapping[ReplicaUse, float], by: str) -> dict[str, dict[ReplicaUse, float]]:
     groups: dict[str, dict[ReplicaUse, float]] = {}
     for use, seconds in sums.items():
         groups.setdefault(getattr(use, by), {})[use] = seconds
     return groups
 
 
-def _hours(sums: Mapping[ReplicaUse, float], of_gpus: bool) -> dict[str, float]:
+def hours_by_state(sums: Mapping[ReplicaUse, float], of_gpus: bool) -> dict[str, float]:
     """Hours by state: of GPUs, or of replicas whether they have one or not."""
     hours = dict.fromkeys(REPLICA_STATES_HELD, 0.0)
     for use, seconds in sums.items():

@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from agent_infra_core.insight.history import VERDICT_COLUMNS, HistoryFile, _ratio
-from agent_infra_core.insight.replicas import REPLICA_STATES_HELD, _grouped, _hours
+from agent_infra_core.insight.history import VERDICT_COLUMNS, HistoryFile, ratio
+from agent_infra_core.insight.replicas import REPLICA_STATES_HELD, grouped, hours_by_state
 
 REPORT_PARTS = {
     "pre": "observing",
@@ -147,16 +147,16 @@ class Report:
             return []
         lines = ["## Replicas and GPUs", ""]
         rows = []
-        for model, of_model in _grouped(sums, "model").items():
+        for model, of_model in grouped(sums, "model").items():
             kinds = ", ".join(sorted({use.gpu_type for use in of_model} - {""})) or "none"
-            rows.append((f"{model}: GPUs ({kinds})", *_hours(of_model, of_gpus=True).values()))
-            rows.append((f"{model}: replicas", *_hours(of_model, of_gpus=False).values()))
+            rows.append((f"{model}: GPUs ({kinds})", *hours_by_state(of_model, of_gpus=True).values()))
+            rows.append((f"{model}: replicas", *hours_by_state(of_model, of_gpus=False).values()))
         lines += _table(("hours", *(state.replace("_", ", ") for state in REPLICA_STATES_HELD)), rows)
         held = {use: seconds for use, seconds in sums.items() if use.state != "pending"}
         gpu_s = sum(seconds * use.gpus for use, seconds in held.items())
         what, total_s = ("GPU-seconds", gpu_s) if gpu_s else ("replica-seconds", sum(held.values()))
         per = (("completed turn", self._completed), ("session", self._sessions), ("task", self._tasks))
-        costs = [(f"{what} per {unit}", _ratio(total_s, count)) for unit, count in per if count]
+        costs = [(f"{what} per {unit}", ratio(total_s, count)) for unit, count in per if count]
         return lines + (_table(("loading and ready", "all"), costs) if costs else [])
 
     def _verdicts(self) -> list[str]:
@@ -208,11 +208,11 @@ class Report:
 
 def _rate(amount: float | None, seconds: float) -> float | None:
     """Per second; None over less than REPORT_RATE_S, where it would say nothing."""
-    return _ratio(amount, seconds) if seconds >= REPORT_RATE_S else None
+    return ratio(amount, seconds) if seconds >= REPORT_RATE_S else None
 
 
 def _share(part: float | None, whole: float | None) -> str | None:
-    share = _ratio(part, whole)
+    share = ratio(part, whole)
     return None if share is None else f"{share:.1%}"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from agent_infra_core.insight.rates import RECENT_S
-from agent_infra_core.insight.turns import HeldContext, TurnRecord, _plus, generates
+from agent_infra_core.insight.turns import HeldContext, TurnRecord, add_known, generates
 from agent_infra_core.protocol import TurnStarted
 
 LISTED_SESSIONS = 200  # in /stats: those heard of last
@@ -84,9 +84,9 @@ class Session:
         if think_ms is not None:
             self.thinks += 1
             self.longest_think_ms = max(0.95 * self.longest_think_ms, think_ms)
-        self.pre_ms = _plus(self.pre_ms, pre_ms)
-        self.post_ms = _plus(self.post_ms, post_ms)
-        self.unaccounted_ms = _plus(self.unaccounted_ms, unaccounted_ms)
+        self.pre_ms = add_known(self.pre_ms, pre_ms)
+        self.post_ms = add_known(self.post_ms, post_ms)
+        self.unaccounted_ms = add_known(self.unaccounted_ms, unaccounted_ms)
 
     def finish(self, record: TurnRecord, at: float, prints: bytes = b"") -> None:
         """Add what a finished turn says, but for its think time; ``prints`` are those of its request."""
@@ -95,8 +95,8 @@ class Session:
         self.last_turn, self.last_end = record.turn, max(at, self.last_end or at)
         self._note_repeat(record, prints)
         self.backend = record.backend or self.backend
-        self.wait_ms = _plus(self.wait_ms, record.queue_ms)
-        self.inference_ms = _plus(self.inference_ms, record.inference_ms)
+        self.wait_ms = add_known(self.wait_ms, record.queue_ms)
+        self.inference_ms = add_known(self.inference_ms, record.inference_ms)
         self.tokens_in += record.prompt_tokens or 0
         self.tokens_out += record.completion_tokens or 0
         if record.cache_miss is not None:

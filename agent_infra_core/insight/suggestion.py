@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agent_infra_core.insight.capacity import FAINT, RESAMPLES, Array, Estimate, Outlook, _percent, estimate
+from agent_infra_core.insight.capacity import FAINT, RESAMPLES, Array, Estimate, Outlook, estimate, percent
 from agent_infra_core.insight.fit import ThinkFit
 from agent_infra_core.insight.measure import ObservedTurn
 
@@ -53,7 +53,7 @@ def suggest(outlook: Outlook) -> dict[str, Any]:
         for m in (model, draws)
     ]
     limits: list[tuple[float, Array, str | None, str]] = [
-        (float(busy[0]), busy[1], "utilisation", f"the GPUs would be {_percent(GOOD_UTILISATION)} busy."),
+        (float(busy[0]), busy[1], "utilisation", f"the GPUs would be {percent(GOOD_UTILISATION)} busy."),
         (most, np.full(RESAMPLES, most), None, "more would be beyond twice the load seen. Then look again."),
     ]
     if outlook.kv is not None:

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from agent_infra_core.insight.alerts import Watchdog
 from agent_infra_core.insight.rates import RATE_S, Pipeline, RecentHistogram, Throughput, Timeline
-from agent_infra_core.insight.replicas import BackendTable, RelayReport, _finite
+from agent_infra_core.insight.replicas import BackendTable, RelayReport, finite
 from agent_infra_core.insight.sessions import (
     LISTED_SESSIONS,
     Conversations,
@@ -19,7 +19,7 @@ from agent_infra_core.insight.sessions import (
     split_client,
     split_think_time,
 )
-from agent_infra_core.insight.turns import OpenTurn, TurnLedger, TurnLog, TurnRecord, _record_of, _rounded
+from agent_infra_core.insight.turns import OpenTurn, TurnLedger, TurnLog, TurnRecord, finished_record, rounded
 from agent_infra_core.protocol import Backend, SessionEnded, TurnEvent, TurnFinished, TurnStarted, is_count
 
 # Bounds of what is kept. Nothing here grows with the number of turns, nor beyond these with that of sessions.
@@ -35,7 +35,7 @@ def encode_stats(document: Mapping[str, Any]) -> bytes:
     try:
         return _encode_json(document)
     except (ValueError, TypeError, OverflowError):  # half a character, a key that is no string, and the like
-        return json.dumps(_finite(document), separators=(",", ":")).encode()
+        return json.dumps(finite(document), separators=(",", ":")).encode()
 
 
 def _encode_json(value: Any) -> bytes:
@@ -86,11 +86,11 @@ def _session_row(session: Session, state: str) -> dict[str, Any]:
         "errors": session.errors,
         "last_seen": session.last_seen,
         "idle_since": session.last_end if state in ("idle", "ended") else None,
-        "pre_ms": _rounded(session.pre_ms),
-        "wait_ms": _rounded(session.wait_ms),
-        "inference_ms": _rounded(session.inference_ms),
-        "post_ms": _rounded(session.post_ms),
-        "unaccounted_ms": _rounded(session.unaccounted_ms),
+        "pre_ms": rounded(session.pre_ms),
+        "wait_ms": rounded(session.wait_ms),
+        "inference_ms": rounded(session.inference_ms),
+        "post_ms": rounded(session.post_ms),
+        "unaccounted_ms": rounded(session.unaccounted_ms),
         "context_tokens": session.context_tokens,
         "prompt_tokens": session.prompt_tokens,
         "cached_tokens": session.cached_tokens,
@@ -378,7 +378,7 @@ class Tracker:
             if not is_first:
                 return
         done.append(event)
-        record = _record_of(event, turn)
+        record = finished_record(event, turn)
         if turn is not None and turn.session is not None:
             turn.session.finish(record, at, turn.started.prints)
             self._sessions.touch(turn.session, at)

@@ -21,16 +21,16 @@ MISS_TOKENS = 64  # fewer tokens missing from the cache are none: engines keep w
 MISS_SHARE = 0.1  # likewise, of what was expected
 
 
-def _is_figure(value: Any) -> TypeGuard[float]:
+def is_finite_number(value: Any) -> TypeGuard[float]:
     """A finite number that a time, a duration or a count can be; NaN fails the comparison."""
     return type(value) in (int, float) and 0 <= value <= MAX_FIGURE
 
 
-def _rounded(ms: float | None) -> float | None:
+def rounded(ms: float | None) -> float | None:
     return None if ms is None else round(ms, 2)
 
 
-def _plus(total: float | None, value: float | None) -> float | None:
+def add_known(total: float | None, value: float | None) -> float | None:
     """A sum in which None is "not known": None until something is."""
     return total if value is None else (total or 0.0) + value
 
@@ -78,7 +78,7 @@ class TurnRecord:
         """As it stands in /stats: a field each, durations rounded."""
         row = {name: getattr(self, name) for name in self.__slots__}
         for name in _DURATIONS:
-            row[name] = _rounded(row[name])
+            row[name] = rounded(row[name])
         return row
 
 
@@ -207,7 +207,7 @@ class TurnLedger:
 _UNKNOWN_START = TurnStarted("", 0.0, "", "")
 
 
-def _record_of(event: TurnFinished, turn: OpenTurn | None) -> TurnRecord:
+def finished_record(event: TurnFinished, turn: OpenTurn | None) -> TurnRecord:
     """What is kept of a turn that finished."""
     held = session = None
     think_ms = pre_ms = unaccounted_ms = None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agent_infra_core.insight.capacity import RESAMPLES, SURE, Outlook, _in_words, _percent
+from agent_infra_core.insight.capacity import RESAMPLES, SURE, Outlook, in_words, percent
 from agent_infra_core.insight.measure import FleetSample
 from agent_infra_core.insight.suggestion import GOOD_KV_SHARE
 
@@ -45,22 +45,22 @@ def verdict_sentence(
         said = f"GPU-bound ({sure}): throughput follows GPU capacity with elasticity {shares[2]:.2f}."
         if math.isfinite(model.slots) and float(model.in_flight(agents)) >= model.slots:
             said = f"GPU-bound ({sure}): all {model.slots:.0f} slots of each replica are taken, turns queue."
-        effects = [_in_words(replica, True), _in_words(more)]
+        effects = [in_words(replica, True), in_words(more)]
     elif name == "AGENT-BOUND":
         said = f"Agent-bound ({sure}): agents think for {model.think_s:.3g} s a turn, "
         said += f"the GPUs answer in {float(model.answer_s(agents)):.3g} s."
-        effects = [_in_words(observing, True), _in_words(more), _in_words(replica)]
+        effects = [in_words(observing, True), in_words(more), in_words(replica)]
     elif name == "LATENCY-BOUND":
         said = f"Latency-bound ({sure}): even an idle replica takes {model.base_s:.3g} s for a turn, "
         said += f"agents think for {model.think_s:.3g} s. Shorter answers or a faster GPU would help."
-        effects = [_in_words(more, True), _in_words(replica)]
+        effects = [in_words(more, True), in_words(replica)]
     else:
-        agent, base, crowding = (_percent(share) for share in shares)
+        agent, base, crowding = (percent(share) for share in shares)
         said = (
             f"Balanced: throughput follows the agents' think time ({agent}), the latency of an idle replica ({base}) "
         )
         said += f"and GPU capacity ({crowding}); no one is the largest for sure."
-        effects = [_in_words(replica, True), _in_words(observing), _in_words(more)]
+        effects = [in_words(replica, True), in_words(observing), in_words(more)]
     known = "; ".join(effect for effect in effects if effect)
     return f"{said} {known[0].upper()}{known[1:]}." if known else said
 

@@ -24,35 +24,35 @@ def server_identity(replica: str, node: str, port: int) -> str:
     return f"{replica}@{node}:{port}"
 
 
-def _challenge_reply(key: str, identity: str, query: str) -> tuple[int, bytes]:
+def challenge_reply(key: str, identity: str, query: str) -> tuple[int, bytes]:
     """Status and JSON body of ``GET /agent-infra/challenge?nonce=HEX``: the answer to ``HEX:identity``.
 
     With ``&port=N`` the answer (to ``HEX:identity:N``) also says that nobody but this user and root listens there.
     """
     match = re.fullmatch(r"nonce=([0-9a-fA-F]{16,128})(?:&port=(\d{1,5}))?", query)
     if match is None:
-        return 400, _error_body("nonce must be 16 to 128 hexadecimal digits", "invalid_request_error", None)
+        return 400, error_body("nonce must be 16 to 128 hexadecimal digits", "invalid_request_error", None)
     nonce = f"{match[1]}:{identity}"
     if match[2]:
         if not listener_owners(int(match[2])) <= {0, os.getuid()}:
-            return 409, _error_body("another user listens there", "invalid_request_error", "foreign_server")
+            return 409, error_body("another user listens there", "invalid_request_error", "foreign_server")
         nonce += f":{match[2]}"
     return 200, json.dumps({"answer": answer_challenge(key, nonce)}).encode()
 
 
-def _error_body(message: str, kind: str, code: str | None) -> bytes:
+def error_body(message: str, kind: str, code: str | None) -> bytes:
     """An error as OpenAI's API shapes it."""
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
 
 
-def _carries_key(authorization: str, key: str) -> bool:
+def carries_key(authorization: str, key: str) -> bool:
     """Whether an Authorization header's value holds ``key``, in constant time; no key at all opens nothing."""
     scheme, _, token = authorization.partition(" ")
     matches = hmac.compare_digest(token.strip().encode("utf-8", "replace"), key.encode())
     return bool(key) and scheme.lower() == "bearer" and matches
 
 
-_KEY_NEEDED = _error_body("the replica's key is needed", "authentication_error", "invalid_api_key")
+KEY_NEEDED = error_body("the replica's key is needed", "authentication_error", "invalid_api_key")
 
 
 class EngineGuard:
@@ -73,9 +73,9 @@ class EngineGuard:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            status, body = 401, _KEY_NEEDED
+            status, body = 401, KEY_NEEDED
             if scope["path"] == CHALLENGE_PATH and scope["method"] == "GET" and self._key:
-                status, body = _challenge_reply(self._key, self._identity, scope["query_string"].decode("latin-1"))
+                status, body = challenge_reply(self._key, self._identity, scope["query_string"].decode("latin-1"))
             headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
             await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": body})
@@ -84,4 +84,4 @@ class EngineGuard:
         if scope["type"] == "http" and scope["path"] == CHALLENGE_PATH:
             return False
         sent = [value for name, value in scope["headers"] if name == b"authorization"]
-        return len(sent) == 1 and _carries_key(sent[0].decode("latin-1"), self._key)
+        return len(sent) == 1 and carries_key(sent[0].decode("latin-1"), self._key)

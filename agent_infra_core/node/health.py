@@ -25,7 +25,7 @@ def read_engine_load(engine: EngineProbe, text: str) -> EngineLoad:
     for line in text.splitlines():
         name = re.split(r"[ {]", line, maxsplit=1)[0]
         if name in wanted:
-            value = _number(line.rpartition(" ")[2])
+            value = parse_number(line.rpartition(" ")[2])
             if value is not None:
                 samples.setdefault(name, []).append((dict(_METRIC_LABEL.findall(line)), value))
     loads: dict[str, Any] = {}
@@ -38,7 +38,7 @@ def read_engine_load(engine: EngineProbe, text: str) -> EngineLoad:
     return EngineLoad(**loads, kv_capacity_tokens=sum(caches) or None, is_sleeping=not all(awake) if awake else None)
 
 
-def _number(text: str) -> float | None:
+def parse_number(text: str) -> float | None:
     with contextlib.suppress(ValueError):
         value = float(text)
         return value if math.isfinite(value) else None

@@ -132,7 +132,7 @@ class StopSignals:
         self._terminations += number != signal.SIGUSR1
 
 
-def _open_log(path: Path) -> int:
+def open_log(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
 
@@ -142,7 +142,7 @@ class EngineProcess:
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str], log: Path, watcher: Watcher) -> None:
         """Start it; OSError when its program cannot be started."""
         self._log, self._watcher = log, watcher
-        with open(_open_log(log), "ab") as output:
+        with open(open_log(log), "ab") as output:
             self._log_start = output.seek(0, os.SEEK_END)
             self._process = subprocess.Popen(
                 argv,

@@ -24,7 +24,7 @@ from agent_infra_core.node.gpus import GpuSampler, sampled_gpus
 from agent_infra_core.node.guard import server_identity
 from agent_infra_core.node.health import EngineClient
 from agent_infra_core.node.hub import is_hub_id, is_in_hub_cache
-from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher, _open_log, reserve_port
+from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher, open_log, reserve_port
 from agent_infra_core.node.telemetry import IdleWatch, LoadSampler, Telemetry
 from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, ServeSpec, fill_in, spec_from_json
 
@@ -294,7 +294,7 @@ class Replica:
     def _note(self, line: str) -> None:
         """A line of our own in the replica's log, if the disk takes it."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        with contextlib.suppress(OSError), open(_open_log(self._log), "a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), open(open_log(self._log), "a", encoding="utf-8") as file:
             file.write(f"{stamp} agent-infra: {line}\n")
 
 

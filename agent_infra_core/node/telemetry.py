@@ -12,7 +12,7 @@ from typing import Any
 
 from agent_infra_core.host import PROBE_TIMEOUT_S
 from agent_infra_core.node.gpus import GpuSampler
-from agent_infra_core.node.guard import _KEY_NEEDED, CHALLENGE_PATH, _carries_key, _challenge_reply, _error_body
+from agent_infra_core.node.guard import CHALLENGE_PATH, KEY_NEEDED, carries_key, challenge_reply, error_body
 from agent_infra_core.node.health import EngineClient
 from agent_infra_core.protocol import EngineLoad
 
@@ -53,13 +53,13 @@ class Telemetry:
     def _answer(self, request: Any) -> None:
         path, _, query = request.path.partition("?")
         if path == CHALLENGE_PATH:
-            status, body = _challenge_reply(self._key, f"{self._name}:{self.port}", query)
-        elif not _carries_key(request.headers.get("Authorization", ""), self._key):
-            status, body = 401, _KEY_NEEDED
+            status, body = challenge_reply(self._key, f"{self._name}:{self.port}", query)
+        elif not carries_key(request.headers.get("Authorization", ""), self._key):
+            status, body = 401, KEY_NEEDED
         elif path == "/load":
             status, body = 200, json.dumps(self._digest()).encode()
         else:
-            status, body = 404, _error_body("here is GET /load alone", "invalid_request_error", "not_found")
+            status, body = 404, error_body("here is GET /load alone", "invalid_request_error", "not_found")
         request.send_response(status)
         request.send_header("Content-Type", "application/json")
         request.send_header("Content-Length", str(len(body)))

@@ -265,7 +265,7 @@ def plain_text(content: Any, depth: int = 8) -> str:
     return ""
 
 
-def _form_model(body: bytes | bytearray) -> str | None:
+def form_model(body: bytes | bytearray) -> str | None:
     """The field ``model`` of a multipart form."""
     match = re.search(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,200})\r\n', body)
     return match[1].decode("utf-8", "replace") if match else None

@@ -29,7 +29,7 @@ from agent_infra_core.protocol import (
     TurnSent,
     encode_frame,
 )
-from agent_infra_core.relay.bodies import KnownBodies, _form_model
+from agent_infra_core.relay.bodies import KnownBodies, form_model
 from agent_infra_core.relay.delivery import LONG_BODY_BYTES, RETRY_SHARE
 from agent_infra_core.relay.turn import Reactor, RequestPlan, Turn
 
@@ -249,7 +249,7 @@ class TurnBook:
             fields = self._relay.codec.request(body, known)
             if fields is None:
                 raise RequestError(400, "the body is not a JSON object")
-        return fields, self._model_of(plan.model, _form_model(body) if fields is None else fields.model)
+        return fields, self._model_of(plan.model, form_model(body) if fields is None else fields.model)
 
     def open(self, plan: RequestPlan, fields: Any, model: str, size: int, now: float) -> Turn:
         """A turn for a request whose body, of ``size`` bytes, was read; ``finish`` is then due."""

@@ -18,7 +18,7 @@ from agent_infra_core.relay.connection import ClientConnection, descriptor_troub
 from agent_infra_core.relay.replicas import NO_DESCRIPTOR
 
 
-def _is_same_endpoint(one: Backend, other: Backend) -> bool:
+def is_same_endpoint(one: Backend, other: Backend) -> bool:
     """Whether two rows lead to one server: then connections and health carry over."""
     return dataclasses.replace(one, state=other.state, slots=other.slots, node=other.node) == other
 

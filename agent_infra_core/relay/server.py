@@ -23,7 +23,7 @@ from agent_infra_core.protocol import FRAME_GAUGES, FRAME_STATS, FRAME_TABLE, Ba
 from agent_infra_core.relay.bodies import Codec
 from agent_infra_core.relay.connection import ClientConnection, descriptor_trouble
 from agent_infra_core.relay.events import SHORTAGE_S, ControlChannel, TurnBook
-from agent_infra_core.relay.owner import Doorkeeper, _is_same_endpoint
+from agent_infra_core.relay.owner import Doorkeeper, is_same_endpoint
 from agent_infra_core.relay.queue import PROXY_STOPPED, Admission
 from agent_infra_core.relay.replicas import LiveReplica, ReplicaWatch
 from agent_infra_core.relay.turn import Reactor, RelaySettings, WakePacing
@@ -104,7 +104,7 @@ class Relay:
         former, self.replicas = self.replicas, {}
         for row in rows:
             replica = former.get(row.id)
-            if replica is None or not _is_same_endpoint(replica.backend, row):
+            if replica is None or not is_same_endpoint(replica.backend, row):
                 replica = self._add_replica(row)
             else:
                 former.pop(row.id)

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from agent_infra_core.http.heads import (
-    _NOT_FORWARDED,
-    _NOT_RETURNED,
+    NOT_FORWARDED,
+    NOT_RETURNED,
     AnswerHead,
     HeaderLines,
     HeadMemory,
@@ -32,7 +32,7 @@ class HeadReader:
     """Reads heads; those that come again and again are read in full once."""
 
     def __init__(self) -> None:
-        self._request_lines, self._answer_lines = HeaderLines(_NOT_FORWARDED), HeaderLines(_NOT_RETURNED)
+        self._request_lines, self._answer_lines = HeaderLines(NOT_FORWARDED), HeaderLines(NOT_RETURNED)
         self.known_requests, self.known_answers = HeadMemory(has_secrets=True), HeadMemory(has_secrets=False)
 
     def plan(

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from agent_infra_core.host import HostUnreachableError, LocalCommands, self_command
-from agent_infra_core.node.process import _open_log
-from agent_infra_core.ssh.host_keys import _changed_host, _unknown_host, scan_host_keys
+from agent_infra_core.node.process import open_log
+from agent_infra_core.ssh.host_keys import explain_changed_host, explain_unknown_host, scan_host_keys
 from agent_infra_core.ssh.routes import HostKeyError, InteractiveLoginError, LoginError, SshRoute, route_from_json
 
 
@@ -87,7 +87,7 @@ class TunnelChild:
             self._process.wait()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Wait for the end of stdin, and be gone: whatever the other threads are at, and however the parent ended."""
     try:
         os.read(0, 1)
@@ -95,7 +95,7 @@ def _end_with_parent() -> None:
         os._exit(0)
 
 
-def _tell(document: Mapping[str, Any]) -> None:
+def tell_parent(document: Mapping[str, Any]) -> None:
     os.write(1, json.dumps(document).encode() + b"\n")
 
 
@@ -118,27 +118,27 @@ def hold_port() -> socket.socket:
     return held
 
 
-def _bind_held(server: Any) -> None:
+def bind_held(server: Any) -> None:
     """In place of a socketserver's ``server_bind``, to listen on a port that another process holds."""
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     server.socket.bind(server.server_address)
     server.server_address = server.socket.getsockname()
 
 
-def _hold_openssh(spec: Mapping[str, Any]) -> str:
+def hold_openssh(spec: Mapping[str, Any]) -> str:
     """Run an ssh that is a ControlMaster until it ends, which is always an error: HostUnreachableError, LoginError."""
     control, route = Path(spec["socket"]), route_from_json(spec["route"])
     log = control.with_suffix(".log")  # what ssh says meanwhile, for the parent to read
     for leftover in (control, log):  # of a master that was killed
         leftover.unlink(missing_ok=True)
-    with open(_open_log(log), "ab") as errors:
+    with open(open_log(log), "ab") as errors:
         process = subprocess.Popen(
             spec["argv"], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, preexec_fn=_die_along
         )
         is_told = False
         while process.poll() is None:
             if not is_told and control.exists():
-                _tell({"ports": []})
+                tell_parent({"ports": []})
                 is_told = True
             if os.fstat(errors.fileno()).st_size > 1 << 20:  # a line for each connection that was refused
                 errors.truncate(0)
@@ -186,11 +186,11 @@ def explain_openssh(
     """What an ssh that gave up said on stderr, as an error that carries the fix; ``scan`` asks a host for its keys."""
     if "REMOTE HOST IDENTIFICATION HAS CHANGED" in said:
         shown = re.search(r"SHA256:\S+", said)
-        return HostKeyError(_changed_host(route, shown[0].rstrip(".") if shown else "a new one"))
+        return HostKeyError(explain_changed_host(route, shown[0].rstrip(".") if shown else "a new one"))
     if re.search(r"No \S+ host key is known|Host key verification failed", said):
         keys = scan(route)
         if keys:
-            return HostKeyError(_unknown_host(route, *keys[0]))
+            return HostKeyError(explain_unknown_host(route, *keys[0]))
         return HostKeyError(
             f"host key of {route.key_name} is not known; compare what `ssh {route.alias}` shows with what the "
             f"cluster's administrators publish, and let it add the key to {route.known_hosts[0]}"

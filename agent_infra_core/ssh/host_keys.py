@@ -66,7 +66,7 @@ def key_fingerprint(key: str) -> str:
     return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
 
-def _unknown_host(route: SshRoute, kind: str, key: str) -> str:
+def explain_unknown_host(route: SshRoute, kind: str, key: str) -> str:
     """What to do about a host that known_hosts does not know."""
     file = Path(route.known_hosts[0]).expanduser()
     return (
@@ -76,7 +76,7 @@ def _unknown_host(route: SshRoute, kind: str, key: str) -> str:
     )
 
 
-def _changed_host(route: SshRoute, shown: str) -> str:
+def explain_changed_host(route: SshRoute, shown: str) -> str:
     """What to do about a host whose key is not the one that known_hosts has."""
     forget = " && ".join(
         f"ssh-keygen -R {shlex.quote(route.key_name)} -f {shlex.quote(str(path))}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agent_infra_core.host import CommandResult, HostUnreachableError
-from agent_infra_core.ssh.host_keys import _changed_host, _unknown_host, key_fingerprint, read_host_keys
+from agent_infra_core.ssh.host_keys import explain_changed_host, explain_unknown_host, key_fingerprint, read_host_keys
 from agent_infra_core.ssh.routes import (
     SSH_KEEPALIVE_S,
     SSH_PATIENCE_S,
@@ -23,7 +23,7 @@ from agent_infra_core.ssh.routes import (
     Keyring,
     LoginError,
     SshRoute,
-    _paramiko,
+    load_paramiko,
 )
 
 
@@ -33,7 +33,7 @@ def log_in(route: SshRoute, keyring: Keyring, ask: Callable[[str], str] | None, 
     ``through`` is a paramiko channel that leads there; ``ask`` asks the operator for a passphrase. Raises
     HostUnreachableError, and LoginError where trying again cannot help.
     """
-    paramiko = _paramiko()
+    paramiko = load_paramiko()
     sock = _dial(route) if through is None else through
     transport = None
     try:
@@ -85,7 +85,7 @@ def _dial(route: SshRoute) -> Any:
     where = f"{route.host}:{route.port}"
     if route.proxy_command:
         try:
-            proxy = _paramiko().ProxyCommand(route.proxy_command)
+            proxy = load_paramiko().ProxyCommand(route.proxy_command)
         except (OSError, ValueError) as error:
             raise LoginError(f"ProxyCommand {route.proxy_command!r} of {route.alias} cannot be run: {error}") from error
         # Its own signals a number, which may be another process's by then, or nobody's: an error in paramiko's thread.
@@ -109,7 +109,7 @@ def _dial(route: SshRoute) -> Any:
 
 def _shake_hands(transport: Any, route: SshRoute) -> None:
     """Agree on keys with the host and make sure that it is the one that known_hosts knows."""
-    paramiko = _paramiko()
+    paramiko = load_paramiko()
     known = read_host_keys(route)
     trusted = [(kind, key) for marker, kind, key in known if not marker]
     revoked = [key for marker, _, key in known if marker == "@revoked"]
@@ -123,7 +123,7 @@ def _shake_hands(transport: Any, route: SshRoute) -> None:
         transport.start_client(timeout=SSH_PATIENCE_S)
     except paramiko.ssh_exception.IncompatiblePeer as error:
         raise HostKeyError(
-            _changed_host(route, "none of the kinds that are known") if trusted else str(error)
+            explain_changed_host(route, "none of the kinds that are known") if trusted else str(error)
         ) from error
     except (paramiko.SSHException, OSError, EOFError) as error:
         by = f" by {route.proxy_command!r}" if route.proxy_command else ""
@@ -137,13 +137,15 @@ def _shake_hands(transport: Any, route: SshRoute) -> None:
         raise LoginError(f"host key {key_fingerprint(key)} of {route.key_name} is revoked; ask the administrators")
     if (kind, key) not in trusted:
         raise HostKeyError(
-            _changed_host(route, f"{kind} {key_fingerprint(key)}") if trusted else _unknown_host(route, kind, key)
+            explain_changed_host(route, f"{kind} {key_fingerprint(key)}")
+            if trusted
+            else explain_unknown_host(route, kind, key)
         )
 
 
 def _authenticate(transport: Any, route: SshRoute, keyring: Keyring, ask: Callable[[str], str] | None) -> None:
     """Offer keys until one opens: first the one that did before, then the agent's, then those in files."""
-    paramiko = _paramiko()
+    paramiko = load_paramiko()
     tried: list[str] = []
     for name, key in _offered_keys(route, keyring, ask, tried):
         try:
@@ -201,8 +203,8 @@ def _offered_keys(
     wanted = {words[1] for file in files for words in [_public_half(file)] if len(words) > 1}
     with contextlib.ExitStack() as held_open:  # the agent signs as long as its keys are being tried
         agent: list[Any] = []
-        with contextlib.suppress(_paramiko().SSHException, OSError):
-            link = _paramiko().Agent()
+        with contextlib.suppress(load_paramiko().SSHException, OSError):
+            link = load_paramiko().Agent()
             held_open.callback(link.close)
             agent = [key for key in link.get_keys() if not route.identities_only or key.get_base64() in wanted]
         offers: list[tuple[str, Any]] = [(key.get_base64(), key) for key in agent]
@@ -226,7 +228,7 @@ def _public_half(file: Path) -> list[str]:
 
 def _load_key(name: str, keyring: Keyring, ask: Callable[[str], str] | None) -> Any:
     """The private key in a file, with its passphrase if need be; LoginError."""
-    paramiko = _paramiko()
+    paramiko = load_paramiko()
     phrase = keyring.passphrases.get(name)
     for attempt in range(4):
         try:
@@ -271,7 +273,7 @@ class SshCommands:
         deadline = time.monotonic() + timeout_s
         channel = self._open_channel(deadline)
         transport = channel.get_transport()
-        broken = (_paramiko().SSHException, EOFError, OSError)
+        broken = (load_paramiko().SSHException, EOFError, OSError)
         try:
             with _broken_after(transport, min(SSH_PATIENCE_S, deadline - time.monotonic())):
                 channel.exec_command(shlex.join(argv))
@@ -293,7 +295,7 @@ class SshCommands:
 
     def _open_channel(self, deadline: float) -> Any:
         """A session; a connection that turns out to be dead is made anew once."""
-        paramiko = _paramiko()
+        paramiko = load_paramiko()
         for attempt in (1, 2):
             transport = self.connect()
             try:

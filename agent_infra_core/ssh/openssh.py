@@ -31,9 +31,9 @@ from agent_infra_core.ssh.routes import (
     SSH_PATIENCE_S,
     LoginError,
     SshRoute,
-    _route_of,
-    _ssh_options,
+    make_route,
     read_ssh_config,
+    ssh_options,
 )
 
 # What only OpenSSH does, as keys of ssh_config with the values that do not ask for it.
@@ -53,11 +53,11 @@ def why_openssh(ssh: SshConfig) -> str | None:
     word = re.search(r"(?im)^\s*(include|match)\b", text)
     if word:
         return f"{path} says {word[1].capitalize()}"
-    options = _ssh_options(text, ssh.host)
+    options = ssh_options(text, ssh.host)
     asked = next((key for key, plain in _OPENSSH_ONLY.items() if options.get(key, plain[0]) not in plain), None)
     if asked:
         return f"{path} says {asked} for {ssh.host}"
-    route = _route_of(ssh, ssh.host, options)
+    route = make_route(ssh, ssh.host, options)
     if any(marker == "@cert-authority" for marker, _, _ in read_host_keys(route)):
         return f"known_hosts has a certificate authority for {ssh.host}"
     return None
@@ -280,4 +280,4 @@ def openssh_route(ssh: SshConfig, alias: str, runner: CommandRunner) -> SshRoute
     )
     options["identityfile"] = [str(options.get("identityfile", ""))]
     options["proxycommand"] = options.pop("proxyjump", None) or options.get("proxycommand", "none")
-    return _route_of(ssh, alias, options)
+    return make_route(ssh, alias, options)

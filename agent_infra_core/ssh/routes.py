@@ -66,9 +66,9 @@ def read_ssh_config(ssh: SshConfig) -> tuple[str, str]:
         raise LoginError(f"cluster.ssh.config_file: {path} cannot be read: {error.strerror}") from error
 
 
-def _ssh_options(text: str, alias: str) -> Mapping[str, Any]:
+def ssh_options(text: str, alias: str) -> Mapping[str, Any]:
     """What an ssh_config says of a host: keys in lower case."""
-    paramiko = _paramiko()
+    paramiko = load_paramiko()
     try:
         options: Mapping[str, Any] = paramiko.SSHConfig.from_text(text).lookup(alias)
         return options
@@ -78,10 +78,10 @@ def _ssh_options(text: str, alias: str) -> Mapping[str, Any]:
 
 def ssh_route(ssh: SshConfig, alias: str) -> SshRoute:
     """How ``alias``, the login host or a node behind it, is reached without OpenSSH; LoginError."""
-    return _route_of(ssh, alias, _ssh_options(read_ssh_config(ssh)[1], alias))
+    return make_route(ssh, alias, ssh_options(read_ssh_config(ssh)[1], alias))
 
 
-def _route_of(ssh: SshConfig, alias: str, options: Mapping[str, Any]) -> SshRoute:
+def make_route(ssh: SshConfig, alias: str, options: Mapping[str, Any]) -> SshRoute:
     """The route that a configuration and the options of an ssh_config (one string or list each) say."""
     import getpass
 
@@ -106,7 +106,7 @@ def _route_of(ssh: SshConfig, alias: str, options: Mapping[str, Any]) -> SshRout
     )
 
 
-def _paramiko() -> Any:
+def load_paramiko() -> Any:
     """paramiko, without its import's warnings about old ciphers, and without its own lines on stderr."""
     import logging
     import warnings

@@ -23,11 +23,11 @@ from agent_infra_core.http.bodies import (
 from agent_infra_core.http.errors import WireError
 from agent_infra_core.http.events import MAX_LESSONS, NO_DIGEST, EventStream, event_document, holds_whole_events
 from agent_infra_core.http.heads import (
-    _NOT_FORWARDED,
     INFERENCE_PATHS,
     MAX_KNOWN_HEAD_BYTES,
     MAX_KNOWN_HEADS,
     MAX_REQUEST_LINE_BYTES,
+    NOT_FORWARDED,
     HeaderLines,
     RepeatedHead,
     RequestHead,
@@ -50,7 +50,7 @@ cuts = st.lists(st.integers(min_value=0, max_value=400), max_size=8)
 tokens = st.from_regex(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,12}", fullmatch=True)
 values = st.from_regex(rb"[\x21-\x7e\x80-\xff]([\t\x20-\x7e\x80-\xff]{0,20}[\x21-\x7e\x80-\xff])?", fullmatch=True)
 
-LINES = HeaderLines(_NOT_FORWARDED)
+LINES = HeaderLines(NOT_FORWARDED)
 
 
 def split(data: bytes, at: list[int]) -> Iterator[bytes]:

@@ -21,7 +21,7 @@ from agent_infra_core.ssh.child import TunnelChild, explain_openssh
 from agent_infra_core.ssh.host_keys import known_host_keys
 from agent_infra_core.ssh.login import SshCommands
 from agent_infra_core.ssh.openssh import why_openssh
-from agent_infra_core.ssh.routes import LoginError, SshRoute, _paramiko, ssh_route
+from agent_infra_core.ssh.routes import LoginError, SshRoute, load_paramiko, ssh_route
 from agent_infra_core.ssh.tunnels import tunnel_mode
 
 ROUTE = SshRoute("login", "10.0.0.1", 22, "me", "10.0.0.1", ("~/.ssh/known_hosts",))
@@ -158,7 +158,7 @@ def test_the_configuration_wins_over_ssh_config_and_that_over_defaults(tmp_path:
 @pytest.mark.parametrize("silent", ["before it takes a command", "while it is sent to", "and cannot be told good-bye"])
 def test_a_host_that_falls_silent_holds_nobody_up(silent: str) -> None:
     """No thread may fail by it either: pytest would tell."""
-    paramiko = _paramiko()
+    paramiko = load_paramiko()
     is_over = threading.Event()
 
     class Silent(paramiko.ServerInterface):  # type: ignore[misc, name-defined]
