@@ -12,16 +12,9 @@ import pytest
 from former import FORMER, place_former_state
 from freeze import FROZEN, Files
 
-from agent_infra import (
-    ROLES,
-    ReplicaRecord,
-    ServeSpec,
-    Succession,
-    config_from_json,
-    main,
-    record_from_json,
-    spec_from_json,
-)
+from agent_infra import ROLES, config_from_json, main
+from agent_infra_core.control.handover import Succession
+from agent_infra_core.protocol import ReplicaRecord, record_from_json, spec_from_json
 
 REMEDY = "PYTHONPATH=.:tests:benchmarks python tests/freeze.py"
 VERBS = json.loads((FROZEN / "command_line.json").read_text())["verbs"]
@@ -88,13 +81,14 @@ def written_by_0_1_0(name: str) -> Any:
 def test_the_record_of_a_replica_of_0_1_0_is_read_and_would_be_written_again_as_it_is() -> None:
     record = record_from_json((KEPT / "run/replicas/m-1.json").read_text())
     assert (record.replica, record.state, type(record)) == ("m-1", "ready", ReplicaRecord)
-    assert json.loads(json.dumps(dataclasses.asdict(record))) == written_by_0_1_0("run/replicas/m-1.json")
+    was = written_by_0_1_0("run/replicas/m-1.json")
+    assert json.loads(json.dumps(dataclasses.asdict(record))) == {**was, "format": 0}  # 0.1.0 wrote no number
 
 
-def test_what_0_1_0_told_a_replica_is_read_and_would_be_written_again_as_it_is() -> None:
-    spec = spec_from_json((KEPT / "run/specs/m-1.json").read_text())
-    assert (spec.replica, spec.model.engine, type(spec)) == ("m-1", "command", ServeSpec)
-    assert json.loads(json.dumps(dataclasses.asdict(spec))) == written_by_0_1_0("run/specs/m-1.json")
+def test_what_0_1_0_told_a_replica_is_refused_by_a_serve_that_could_not_follow_it() -> None:
+    """The jobs and processes of 0.1.0 read it with their own program, which stays where it is."""
+    with pytest.raises(ValueError, match="another version of agent_infra wrote this specification"):
+        spec_from_json((KEPT / "run/specs/m-1.json").read_text())
 
 
 def test_a_record_of_a_newer_version_is_read_without_what_is_not_known_of_it() -> None:
