@@ -32,10 +32,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
-from agent_infra_core.bundle import write_program
-from agent_infra_core.protocol import CONFIG_FORMAT
-from agent_infra_core.settings import shorten
-
+if __name__ == "__main__" and os.path.dirname(os.path.abspath(__file__)) not in sys.path:
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -I and -P leave it out
 try:
     from agent_infra_core import __version__, client
 except ModuleNotFoundError as error:
@@ -65,7 +63,7 @@ from agent_infra_core.host import (
     self_command,
     write_atomically,
 )
-from agent_infra_core.protocol import STATS_PREFIX, ReplicaRecord, record_from_json
+from agent_infra_core.protocol import CONFIG_FORMAT, STATS_PREFIX, ReplicaRecord, record_from_json
 from agent_infra_core.settings import (
     DEFAULT_CONFIG,
     NAME_PATTERN,
@@ -84,6 +82,7 @@ from agent_infra_core.settings import (
     SshConfig,
     proxy_url,
     reached_host,
+    shorten,
 )
 
 if TYPE_CHECKING:
@@ -1991,6 +1990,8 @@ def _run_stop(arguments: argparse.Namespace) -> int:
 
 
 def _run_bundle(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.bundle import write_program
+
     target = write_program(resource, Path(arguments.output))
     _say(f"wrote {target} ({target.stat().st_size / 1e6:.1f} MB); run it with a Python that has the packages installed")
     return 0

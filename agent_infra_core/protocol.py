@@ -324,6 +324,7 @@ def _bucket_middle(bucket: int) -> float:
 
 # Formats of what outlives a process. 0.1.0 wrote no number. Fields are added, never reused.
 RELAY_PROTOCOL = 1  # frames between controller and relay
+SPOKEN_PROTOCOLS = (0, RELAY_PROTOCOL)  # that a controller understands: 0.1.0's frames are the same
 RECORD_FORMAT = 1  # a replica's record
 SPEC_FORMAT = 1  # what `serve` is told
 CONFIG_FORMAT = 1  # the saved configuration

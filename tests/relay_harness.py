@@ -155,7 +155,7 @@ OVERRIDE = """
 import sys, agent_infra, agent_infra_core.relay.server
 def override(values):
     for name, module in sys.modules.items():
-        if name.startswith("agent_infra_core."):
+        if name.partition(".")[0] in ("agent_infra", "agent_infra_core"):
             vars(module).update(values)
 override"""
 

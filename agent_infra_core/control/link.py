@@ -14,7 +14,7 @@ import time
 from agent_infra_core.errors import SERVING_PACKAGES, AgentInfraError, require_packages
 from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
 from agent_infra_core.host import end_process, listen_on, process_stamp, self_command, unix_address, write_atomically
-from agent_infra_core.protocol import FRAME_HELLO, RELAY_PROTOCOL, FrameReader, encode_frame
+from agent_infra_core.protocol import FRAME_HELLO, SPOKEN_PROTOCOLS, FrameReader, encode_frame
 
 RELAY_START_S = 15.0  # for a relay to import gevent and Flask and open its control socket
 RELAY_SILENCE_S = 15.0  # it reports every second; silent for so long, it is hung and is replaced
@@ -38,7 +38,7 @@ class RelayLink:
         self._early: list[tuple[bytes, bytes]] = []  # frames that came with the hello
         self.pid = 0
         self.retired: int | None = None  # pid of a relay of another version, which finishes its turns
-        self._protocol = RELAY_PROTOCOL  # that the connected relay speaks
+        self._protocol = 0  # that the connected relay speaks
         self._stamp: str | None = None
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -64,7 +64,7 @@ class RelayLink:
             with contextlib.suppress(RelayGoneError):
                 self.port = left["port"]
                 self._greet(time.monotonic() + 2.0)
-                if self._protocol == RELAY_PROTOCOL:
+                if self._protocol in SPOKEN_PROTOCOLS:
                     return True
                 self._retire()
                 return False

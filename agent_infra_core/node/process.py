@@ -103,33 +103,43 @@ def _watch(read_end: int) -> NoReturn:
 
 
 class StopSignals:
-    """What `serve` was told by signals; owns the pipe by which any signal ends the main loop's wait."""
+    """What `serve` was told by signals; owns the pipe into which Python writes the number of each that arrives.
+
+    Counted there, two that come in one moment are two. Only the main thread uses it.
+    """
 
     def __init__(self) -> None:
-        self.is_asked = False  # to drain and stop
+        self._asked = 0  # to drain and stop, by any signal
         self._terminations = 0
         self._read_end, self._write_end = os.pipe()
         for end in (self._read_end, self._write_end):
             os.set_blocking(end, False)
         signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._on_stop)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+
+    @property
+    def is_asked(self) -> bool:
+        """Told to drain and stop."""
+        self._count()
+        return self._asked > 0
 
     @property
     def is_urgent(self) -> bool:
         """Told to end a second time: at once."""
+        self._count()
         return self._terminations > 1
 
     def wait(self, timeout: float) -> None:
         """Return after ``timeout`` seconds, or as soon as a signal arrives."""
         if select.select([self._read_end], [], [], timeout)[0]:
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._read_end, 4096)
+            self._count()
 
-    def _on_stop(self, number: int, _: object) -> None:
-        self.is_asked = True
-        self._terminations += number != signal.SIGUSR1
+    def _count(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(self._read_end, 4096):
+                self._asked += number != signal.SIGCHLD
+                self._terminations += number in (signal.SIGTERM, signal.SIGINT)
 
 
 def open_log(path: Path) -> int:

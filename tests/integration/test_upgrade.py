@@ -196,6 +196,8 @@ def test_a_deployment_of_0_1_0_is_gone_on_with_and_writes_what_it_wrote(tmp_path
         run_kept(app)
         app.chat("Today", model="m")
         for kept in KEPT.rglob("*.json"):
+            if kept.parent.name == "specs":  # those are read by the program that wrote them alone
+                continue
             written = app.state / "agent-infra" / "former" / kept.relative_to(KEPT)
             former, today = (shape(json.loads(path.read_text())) for path in (kept, written))
             assert {path for path in former if "[" not in path} <= set(today), written
