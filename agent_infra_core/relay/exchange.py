@@ -25,87 +25,25 @@ RACE_S = 1.0  # in which a replica's close, that crossed with a request, is know
 GAPS_AT_ONCE = 64  # of a stream, that wait to be counted
 
 
-class Outlet:
-    """The client's end of an exchange: sends without blocking, and pauses the replica while the client is slow."""
+class Exchange:
+    """One attempt: a request sent to one replica, its answer moved to the client by callbacks, which never block.
 
-    _write_watcher: Any = None
-    backlog: Any = None  # what the client's socket did not take yet
-    pending_head = b""  # goes out with the first bytes of the body
+    ``result`` says how it ended: ``answered`` (whole, in ``body``, nothing sent to the client yet) · ``streamed`` (the
+    client has it all) · ``cut`` (broke off, the client was told by an error event) · ``torn`` (broke off, only closing
+    can tell the client) · ``lost`` (the replica went before the client got anything) · ``timeout`` (it was silent
+    likewise) · ``failed`` (a bug of ours, likewise) · ``stopped`` (the proxy ends, likewise) · ``gone`` (the client
+    left).
+    """
+
+    upstream: Any = None  # Upstream, once one is had
+    is_sent = False  # the whole request; else it is the first ``_sent`` bytes
+    _sent = 0
     result: str | None = None
     listener: Any = None  # what the replica's bytes wake
-    client: ClientConnection
-    upstream: Any
-    timeout_s: float
+    backlog: Any = None  # what the client's socket did not take yet
+    pending_head = b""  # goes out with the first bytes of the body
+    _write_watcher: Any = None
     _came: Any = ()  # when a stream's parts came, since the last one that was counted
-
-    @property
-    def last_part(self) -> float:
-        """When the last part of a stream came; 0: none has."""
-        return self._came[-1] if self._came else 0.0
-
-    def is_late(self) -> bool:
-        """Whether nothing has moved for too long. Parts of a stream put the deadline off only when it is asked for."""
-        if self._came:
-            self.client.deadline = max(self.client.deadline, self.last_part + self.timeout_s)
-        return time.monotonic() >= self.client.deadline
-
-    def send(self, out: bytes, result: str | None) -> None:
-        """Send to the client; ``result`` ends the exchange once all of it is sent. A slow client pauses the replica."""
-        if self.pending_head:
-            out, self.pending_head = self.pending_head + out, b""
-        try:
-            sent = self.client.sock.send(out)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self.client.gone = True
-            return self.end("gone")
-        if sent == len(out):
-            return self.end(result) if result else None
-        self.backlog = memoryview(out)[sent:]
-        self.upstream.watcher.stop()
-        self._write_watcher = self.client.relay.reactor.loop.io(self.client.sock.fileno(), 2)
-        self._write_watcher.start(self._on_writable, result)
-        return None
-
-    def _on_writable(self, result: str | None) -> None:
-        try:
-            self._send_backlog(result)
-        except Exception as error:  # noqa: BLE001 - a bug ends this turn, at once, and never the relay
-            self.client.relay.log_bug("an answer", error)
-            self.end("torn")
-
-    def _send_backlog(self, result: str | None) -> None:
-        try:
-            sent = self.client.sock.send(self.backlog)
-        except BlockingIOError:
-            return None
-        except OSError:
-            self.client.gone = True
-            return self.end("gone")
-        self.client.deadline = time.monotonic() + self.timeout_s
-        self.backlog = self.backlog[sent:]
-        if self.backlog:
-            return None
-        self.stop_writing()
-        self.upstream.watcher.start(self.listener)  # also behind the last bytes: an idle connection is watched, too
-        return self.end(result) if result else None
-
-    def stop_writing(self) -> None:
-        self.backlog = None
-        if self._write_watcher is not None:
-            self._write_watcher.stop()
-            self._write_watcher.close()
-            self._write_watcher = None
-
-    def end(self, result: str) -> None:
-        self.result = result
-        self.client.wake()
-
-
-class AnswerFlow(Outlet):
-    """A replica's answer on its way to the client, moved by event-loop callbacks, which never block."""
-
     error = ""
     received = False  # any byte of an answer
     _has_excess = False  # bytes behind the answer's end
@@ -119,11 +57,118 @@ class AnswerFlow(Outlet):
     is_raw = False
     _size = 0
     _pieces: list[bytes]
-    _relay: Relay
-    _turn: Turn
     _to_chunks = True  # as an HTTP/1.1 client takes it; what an older one gets ends with the connection
     ends_by_closing = False
     express: Callable[[Any, bytes], bool] | None = None  # takes a whole answer that comes at once, where it can
+
+    def __init__(
+        self,
+        relay: Relay,
+        client: ClientConnection,
+        turn: Turn,
+        replica: LiveReplica,
+        message: tuple[bytes, bytes | bytearray],
+    ) -> None:
+        """``message`` is the request as it is sent: head and body."""
+        self._relay, self.client, self._turn = relay, client, turn
+        self.replica, self._message = replica, message
+        self.timeout_s = relay.settings.proxy.request_timeout
+        if client.version != 1:
+            self._to_chunks, self.ends_by_closing = False, True
+
+    def _begin(self, now: float) -> bool:
+        """Send on an idle connection; False where there is none."""
+        if not self.replica.idle:
+            return False
+        self._open(self.replica.idle.popitem()[0], now)
+        return True
+
+    def run(self) -> str:
+        """Send and relay; TransportError when the replica could not be reached and got nothing of the request.
+
+        For the client's own greenlet, also of an exchange that a callback has begun.
+        """
+        turn = self._turn
+        # A request that was sent before goes out on a new connection, on which no replica's close can cross with it.
+        if self.upstream is None and (turn.deaths or not self._begin(time.monotonic())):
+            self._open(self._connect(), time.monotonic())
+            return self._follow()
+        result = self._follow()
+        is_no_race = self.received or (self.is_sent and time.monotonic() > turn.sent + RACE_S)
+        if result != "lost" or is_no_race:
+            return result
+        # The replica closed the idle connection under us, or died of this very request: a new connection tells.
+        try:
+            upstream = self._connect()
+        except TransportError as error:
+            self.error = str(error)
+            return "lost"
+        self._open(upstream, time.monotonic())
+        return self._follow()
+
+    def _connect(self) -> Upstream:
+        sock = self.client.connect(self.replica.backend.host, self.replica.backend.port)
+        return Upstream(self.replica, sock, RepeatedHead(self._relay.heads.known_answers), self._relay.reactor)
+
+    def _open(self, upstream: Upstream, now: float) -> None:
+        self.take_over(upstream, upstream.send(*self._message), now)
+
+    def take_over(self, upstream: Upstream, sent: int, now: float) -> None:
+        """Go on with a connection on which the first ``sent`` bytes of the request went."""
+        head, body = self._message
+        self._sent, self.is_sent = sent, sent == len(head) + len(body)
+        self.upstream = upstream
+        upstream.watcher.callback = self.listener = self.on_readable
+        self.result = None
+        self.client.deadline = now + self.timeout_s
+        self.client.exchange = self
+
+    def _follow(self) -> str:
+        """Park until the exchange is over."""
+        client, upstream = self.client, self.upstream
+        if upstream is None:
+            raise TransportError("nothing was sent")
+        try:
+            if not self.is_sent:
+                self.is_sent = upstream.send_rest(self._message, self._sent, self)
+            while self.result is None:
+                if client.gone:
+                    self.result = "gone"
+                elif self.is_late():
+                    self._time_out()
+                else:
+                    client.park()
+        finally:
+            self.close()
+        return self.result or "gone"
+
+    def close(self) -> None:
+        """Give the connection back, or close it where it cannot serve again."""
+        self.client.exchange = self.listener = self.express = None  # circles, that would keep the body
+        if self._write_watcher is not None:
+            self.stop_writing()
+        if self._came:
+            self._count_gaps()
+        upstream = self.upstream
+        if upstream is not None and self.result in ("answered", "streamed") and self._is_reusable():
+            upstream.rest()
+        elif upstream is not None:
+            upstream.close()
+
+    def _is_reusable(self) -> bool:
+        has_excess = self.events.has_excess if self.events is not None else self._has_excess
+        if not self.is_sent or self.head is None or not self.head.is_reusable or has_excess:
+            return False
+        return self._decoder is None or not self._decoder.is_until_close
+
+    def _time_out(self) -> None:
+        if self.backlog is not None:  # it is the client that does not take its answer
+            self.client.gone = True
+            self.result = "gone"
+            return
+        self.fail(f"the replica was silent for {self.timeout_s:g} s", result="timeout")
+
+    # The replica's answer.
 
     def on_readable(self) -> None:
         """The replica's socket has bytes, or its end."""
@@ -306,124 +351,68 @@ class AnswerFlow(Outlet):
         else:
             self.send(out + self.events.failure(error_event(error, self._turn.is_anthropic)), "cut")
 
+    # The client's end: it is sent to without blocking, and the replica is paused while it is slow.
 
-class Exchange(AnswerFlow):
-    """One attempt: a request sent to one replica, its answer moved to the client by event-loop callbacks.
+    @property
+    def last_part(self) -> float:
+        """When the last part of a stream came; 0: none has."""
+        return self._came[-1] if self._came else 0.0
 
-    ``result`` says how it ended: ``answered`` (whole, in ``body``, nothing sent to the client yet) · ``streamed`` (the
-    client has it all) · ``cut`` (broke off, the client was told by an error event) · ``torn`` (broke off, only closing
-    can tell the client) · ``lost`` (the replica went before the client got anything) · ``timeout`` (it was silent
-    likewise) · ``failed`` (a bug of ours, likewise) · ``stopped`` (the proxy ends, likewise) · ``gone`` (the client
-    left).
-    """
-
-    upstream: Upstream | None = None
-    is_sent = False  # the whole request; else it is the first ``_sent`` bytes
-    _sent = 0
-
-    def __init__(
-        self,
-        relay: Relay,
-        client: ClientConnection,
-        turn: Turn,
-        replica: LiveReplica,
-        message: tuple[bytes, bytes | bytearray],
-    ) -> None:
-        """``message`` is the request as it is sent: head and body."""
-        self._relay, self.client, self._turn = relay, client, turn
-        self.replica, self._message = replica, message
-        self.timeout_s = relay.settings.proxy.request_timeout
-        if client.version != 1:
-            self._to_chunks, self.ends_by_closing = False, True
-
-    def _begin(self, now: float) -> bool:
-        """Send on an idle connection; False where there is none."""
-        if not self.replica.idle:
-            return False
-        self._open(self.replica.idle.popitem()[0], now)
-        return True
-
-    def run(self) -> str:
-        """Send and relay; TransportError when the replica could not be reached and got nothing of the request.
-
-        For the client's own greenlet, also of an exchange that a callback has begun.
-        """
-        turn = self._turn
-        # A request that was sent before goes out on a new connection, on which no replica's close can cross with it.
-        if self.upstream is None and (turn.deaths or not self._begin(time.monotonic())):
-            self._open(self._connect(), time.monotonic())
-            return self._follow()
-        result = self._follow()
-        is_no_race = self.received or (self.is_sent and time.monotonic() > turn.sent + RACE_S)
-        if result != "lost" or is_no_race:
-            return result
-        # The replica closed the idle connection under us, or died of this very request: a new connection tells.
-        try:
-            upstream = self._connect()
-        except TransportError as error:
-            self.error = str(error)
-            return "lost"
-        self._open(upstream, time.monotonic())
-        return self._follow()
-
-    def _connect(self) -> Upstream:
-        sock = self.client.connect(self.replica.backend.host, self.replica.backend.port)
-        return Upstream(self.replica, sock, RepeatedHead(self._relay.heads.known_answers), self._relay.reactor)
-
-    def _open(self, upstream: Upstream, now: float) -> None:
-        self.take_over(upstream, upstream.send(*self._message), now)
-
-    def take_over(self, upstream: Upstream, sent: int, now: float) -> None:
-        """Go on with a connection on which the first ``sent`` bytes of the request went."""
-        head, body = self._message
-        self._sent, self.is_sent = sent, sent == len(head) + len(body)
-        self.upstream = upstream
-        upstream.watcher.callback = self.listener = self.on_readable
-        self.result = None
-        self.client.deadline = now + self.timeout_s
-        self.client.exchange = self
-
-    def _follow(self) -> str:
-        """Park until the exchange is over."""
-        client, upstream = self.client, self.upstream
-        if upstream is None:
-            raise TransportError("nothing was sent")
-        try:
-            if not self.is_sent:
-                self.is_sent = upstream.send_rest(self._message, self._sent, self)
-            while self.result is None:
-                if client.gone:
-                    self.result = "gone"
-                elif self.is_late():
-                    self._time_out()
-                else:
-                    client.park()
-        finally:
-            self.close()
-        return self.result or "gone"
-
-    def close(self) -> None:
-        """Give the connection back, or close it where it cannot serve again."""
-        self.client.exchange = self.listener = self.express = None  # circles, that would keep the body
-        if self._write_watcher is not None:
-            self.stop_writing()
+    def is_late(self) -> bool:
+        """Whether nothing has moved for too long. Parts of a stream put the deadline off only when it is asked for."""
         if self._came:
-            self._count_gaps()
-        upstream = self.upstream
-        if upstream is not None and self.result in ("answered", "streamed") and self._is_reusable():
-            upstream.rest()
-        elif upstream is not None:
-            upstream.close()
+            self.client.deadline = max(self.client.deadline, self.last_part + self.timeout_s)
+        return time.monotonic() >= self.client.deadline
 
-    def _is_reusable(self) -> bool:
-        has_excess = self.events.has_excess if self.events is not None else self._has_excess
-        if not self.is_sent or self.head is None or not self.head.is_reusable or has_excess:
-            return False
-        return self._decoder is None or not self._decoder.is_until_close
-
-    def _time_out(self) -> None:
-        if self.backlog is not None:  # it is the client that does not take its answer
+    def send(self, out: bytes, result: str | None) -> None:
+        """Send to the client; ``result`` ends the exchange once all of it is sent. A slow client pauses the replica."""
+        if self.pending_head:
+            out, self.pending_head = self.pending_head + out, b""
+        try:
+            sent = self.client.sock.send(out)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
             self.client.gone = True
-            self.result = "gone"
-            return
-        self.fail(f"the replica was silent for {self.timeout_s:g} s", result="timeout")
+            return self.end("gone")
+        if sent == len(out):
+            return self.end(result) if result else None
+        self.backlog = memoryview(out)[sent:]
+        self.upstream.watcher.stop()
+        self._write_watcher = self.client.relay.reactor.loop.io(self.client.sock.fileno(), 2)
+        self._write_watcher.start(self._on_writable, result)
+        return None
+
+    def _on_writable(self, result: str | None) -> None:
+        try:
+            self._send_backlog(result)
+        except Exception as error:  # noqa: BLE001 - a bug ends this turn, at once, and never the relay
+            self.client.relay.log_bug("an answer", error)
+            self.end("torn")
+
+    def _send_backlog(self, result: str | None) -> None:
+        try:
+            sent = self.client.sock.send(self.backlog)
+        except BlockingIOError:
+            return None
+        except OSError:
+            self.client.gone = True
+            return self.end("gone")
+        self.client.deadline = time.monotonic() + self.timeout_s
+        self.backlog = self.backlog[sent:]
+        if self.backlog:
+            return None
+        self.stop_writing()
+        self.upstream.watcher.start(self.listener)  # also behind the last bytes: an idle connection is watched, too
+        return self.end(result) if result else None
+
+    def stop_writing(self) -> None:
+        self.backlog = None
+        if self._write_watcher is not None:
+            self._write_watcher.stop()
+            self._write_watcher.close()
+            self._write_watcher = None
+
+    def end(self, result: str) -> None:
+        self.result = result
+        self.client.wake()
