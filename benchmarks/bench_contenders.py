@@ -73,31 +73,36 @@ http {{
 
 
 # The program with nothing noted of a turn: no excerpt, no prints, no figures of an answer, no gaps, no events. What is
-# left is what relaying costs; for this benchmark alone. It has the program's name, by which that starts its relay.
+# left is what relaying costs; for this benchmark alone. It starts its relay by itself, so that that is like it.
 UNTRACKED_PROGRAM = """
-import sys, types
-from pathlib import Path
+import sys
 
-space = vars(sys.modules.setdefault("agent_infra", types.ModuleType("agent_infra")))
-space["__file__"] = __file__
-exec(compile(Path({program!r}).read_text(), __file__, "exec"), space)
+sys.path.insert(0, {folder!r})
+from agent_infra_core import host
+
+host.self_command = lambda role: [sys.executable, __file__, role]
+import agent_infra
+from agent_infra_core.http.events import AnswerDigest, EventStream
+from agent_infra_core.protocol import Histogram
+from agent_infra_core.relay.bodies import Codec
+from agent_infra_core.relay.events import ControlChannel, TurnBook
 
 def forget(book, turn, now):
     if book.turns.pop(turn.id, None) is not None:
         turn.over = now
         book._relay.admission.settle(turn)  # what a session has had is asked by the queue, tracked or not
 
-def relay_only(stream, *arguments, make=space["EventStream"].__init__, **options):
+def relay_only(stream, *arguments, make=EventStream.__init__, **options):
     make(stream, *arguments, **{{**options, "wanted_text": 0, "traces": False}})
 
-space["TurnBook"].read_words = lambda book, turn, body, peer: None
-space["TurnBook"].finish = forget
-space["Codec"].digest = lambda codec, body, wanted_text, traces=False: None
-space["EventStream"].__init__ = relay_only
-space["EventStream"].digest = lambda stream: space["AnswerDigest"]()
-space["ControlChannel"].has_news = False
-space["Histogram"].add = lambda histogram, *durations_ms: None
-sys.exit(space["main"]())
+TurnBook.read_words = lambda book, turn, body, peer: None
+TurnBook.finish = forget
+Codec.digest = lambda codec, body, wanted_text, traces=False: None
+EventStream.__init__ = relay_only
+EventStream.digest = lambda stream: AnswerDigest()
+ControlChannel.has_news = False
+Histogram.add = lambda histogram, *durations_ms: None
+sys.exit(agent_infra.main())
 """
 
 
@@ -167,7 +172,7 @@ def start_agent_infra(place: Place) -> Child:
 def start_untracked(place: Place) -> Child:
     """The same without tracking, to see what that costs."""
     program = place.folder / "agent_infra.py"
-    program.write_text(UNTRACKED_PROGRAM.format(program=str(place.program)))
+    program.write_text(UNTRACKED_PROGRAM.format(folder=str(place.program.parent)))
     return _start_program(place, program)
 
 
