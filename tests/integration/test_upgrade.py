@@ -119,7 +119,10 @@ def test_today_s_connect_takes_over_from_one_of_0_1_0_that_was_killed(app: Progr
     relay = app.find("relay")
     assert is_former(app, relay)
     wait_for(lambda: kept_prompts(app) == ["Before"], "the turn in the history")
-    os.kill(app.find("connect"), signal.SIGKILL)
+    controller = app.find("connect")
+    os.kill(controller, signal.SIGKILL)
+    # What the relay tells one that is dying is lost.
+    wait_for(lambda: controller not in dict(app.processes()), "the controller's end")
     assert ask(app, "Between") == "smollm2-1"  # its relay serves on
     assert app.run("scale", "smollm2", "2").returncode == 0
     connect(app, 2)
