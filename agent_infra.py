@@ -2,7 +2,7 @@
 """Agent Infra: GPU serving for multi-turn LLM agents.
 
 ``agent_infra.py up`` starts the replicas of a model, balances them behind one OpenAI-compatible streaming proxy and
-follows every session and turn.  This file is the program as its user sees it; the engines behind it are in
+follows every session and turn.  This file is the program as its user sees it; the core behind it is
 agent_infra_core/.  Each role loads only what it needs, inside the function that uses it.
 """
 

@@ -1,4 +1,4 @@
-"""Agent Infra: the engines behind agent_infra.py."""
+"""The core of Agent Infra, behind agent_infra.py. CONTRIBUTING.md says what each room holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The program as one file: agent_infra.pyz, which unpacks itself once and runs from there; and node.pyz, for jobs."""
+"""Builds agent_infra.pyz, the program as one file, which unpacks itself once; and node.pyz, which runs in jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""This machine: files that are written whole, locks, processes, ports and commands."""
+"""This machine: atomic and private files, locks, processes, ports, commands, and where the program runs from."""
 
 from __future__ import annotations
 

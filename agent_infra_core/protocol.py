@@ -1,4 +1,4 @@
-"""What the processes of a deployment tell each other: frames, table rows, turn events, replica reports."""
+"""What the processes of a deployment tell each other: frames, turn events, records, specifications, formats."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ FRAME_TABLE = b"T"  # controller → relay
 FRAME_STATS = b"S"  # controller → relay: the finished bytes of GET /stats, which begin with STATS_PREFIX
 STATS_PREFIX = b'{"snapshot_age_ms":0,'  # the relay puts the document's age there
 FRAME_HELLO = b"H"  # relay → controller, first: {"protocol", "pid", "port", "started_at"}, and the listening socket
-FRAME_EVENTS = b"E"  # relay → controller: EventBatch in Tracking
-FRAME_GAUGES = b"G"  # relay → controller, once a second: see Gauges in Tracking
+FRAME_EVENTS = b"E"  # relay → controller: EventBatch
+FRAME_GAUGES = b"G"  # relay → controller, once a second: see Relay.gauges()
 FRAME_REQUEST = b"R"  # relay → controller: what somebody asked for over HTTP: {"op": "drain"|"undrain", "backend"}, or
 
 # {"op": "metrics", "id"}, {"op": "session", "id", "session"} and {"op": "stats", "id"}, to which comes a FRAME_ANSWER;
@@ -400,8 +400,8 @@ class EngineProbe:
 class EngineSpec:
     """How `serve` starts a model's engine, as the operator rendered it from its row of the engines' table.
 
-    In ``argv`` and ``rank_argv`` `serve` replaces ``{python}``, ``{program}`` (this program, for roles of its own),
-    ``{host}`` and ``{port}``, and for an engine on several nodes ``{master_host}``, ``{master_port}``, ``{node_rank}``.
+    In ``argv`` and ``rank_argv`` `serve` replaces ``{python}``, ``{program}`` (agent_infra.py or node.pyz), ``{host}``
+    and ``{port}``, and for an engine on several nodes ``{master_host}``, ``{master_port}`` and ``{node_rank}``.
     """
 
     name: str  # of the row

@@ -4,7 +4,7 @@ from openai import OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 from quickstart import API_KEY, BASE_URL, RULES, NumberGame, explained
 
-from agent_infra_core.client import attach
+from agent_infra import attach
 
 client = OpenAI(base_url=BASE_URL, api_key=API_KEY)
 game = NumberGame()

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from openai import APIConnectionError, APIError, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 
-from agent_infra_core.client import SessionContext
+from agent_infra import SessionContext
 
 BASE_URL = os.environ.get("OPENAI_BASE_URL", "http://127.0.0.1:5800/v1")
 API_KEY = os.environ.get("OPENAI_API_KEY", "unused")

@@ -163,7 +163,7 @@ override"""
 class RelayProcess:
     """A relay as a child process: ``with RelayProcess(tmp_path) as relay: relay.controller.send_table(...)``.
 
-    ``overrides`` replace constants of the module in the child, so that deadlines of minutes can be tested in seconds.
+    ``overrides`` replace constants of the program in the child, so that deadlines of minutes can be tested in seconds.
     ``prelude``: Python that the child runs first, with the tests' folder on its path.
     ``may_have_bugs``: they break something, and a traceback in its log is no failure.
     """

@@ -1,4 +1,4 @@
-"""What is kept of the turns: tracker, history, metrics, and the analysis in a thread of its own."""
+"""Feeds turns to the tracker, the history and the metrics, and runs the analysis in a thread of its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The control plane of one deployment: relay, replica table, tracker and /stats, kept in step."""
+"""The controller of one deployment: keeps the relay, the replica table, the tracker and /stats in step."""
 
 from __future__ import annotations
 

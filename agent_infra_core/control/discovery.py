@@ -1,4 +1,4 @@
-"""Looks at the replicas, and makes the relay's table of them."""
+"""Polls the cluster for replicas, and builds the relay's replica table."""
 
 from __future__ import annotations
 

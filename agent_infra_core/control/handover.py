@@ -1,4 +1,4 @@
-"""Handover: a replica is replaced before the walltime of its job ends. Planned (pure), and carried out."""
+"""Handover: replaces a replica before the walltime of its job ends. The plan (pure), and what carries it out."""
 
 from __future__ import annotations
 

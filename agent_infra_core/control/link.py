@@ -1,4 +1,4 @@
-"""The relay as the controller sees it: started, spoken to, replaced."""
+"""The controller's side of the relay: starts it, talks to it, takes one over, replaces a dead one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The right to be a deployment's controller."""
+"""The lock that makes one process a deployment's controller, and how `stop` ends that process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `status` says: rows, reasons, the running proxy's answers, and which replica is the cheapest to end."""
+"""What `status` shows: replicas in words, reasons, the running proxy; and which replica `scale` ends first."""
 
 from __future__ import annotations
 

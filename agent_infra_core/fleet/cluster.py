@@ -1,4 +1,4 @@
-"""What every kind of cluster can do, and the logs of its replicas."""
+"""The interface of a cluster, which local.py and slurm.py implement, and the logs of its replicas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be known before anything is started. Add a check by adding a row to CHECKS."""
+"""The checks of `doctor`. Add a check by adding a row to CHECKS."""
 
 from __future__ import annotations
 
@@ -305,7 +305,7 @@ def _check_accounts(deployment: Deployment) -> Iterator[Finding]:
 
 def _check_work_dir(deployment: Deployment) -> Iterator[Finding]:
     cluster = _slurm(deployment)
-    cluster.replica_key()  # makes the directories, and copies this file there
+    cluster.replica_key()  # makes the directories, and copies node.pyz there
     done = cluster.host.shell('df -Pk "$1" | tail -n 1; stat -f -c %T "$1"', cluster.host.work_dir)
     line, _, kind = done.output.decode("utf-8", "replace").strip().partition("\n")
     free = int(line.split()[3]) * 1024 if len(line.split()) > 3 and line.split()[3].isdecimal() else None

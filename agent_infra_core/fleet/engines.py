@@ -186,7 +186,7 @@ ENGINES: Mapping[str, Engine] = {
             },
         ),
         uses_gpus=False,
-        may_face_network=True,  # llama.cpp's server: tests/integration/test_slurm_security.py holds it
+        may_face_network=True,  # llama.cpp asks for the key: see test_slurm_replicas.py
     ),
     "command": Engine(
         argv=_command_argv,

@@ -1,4 +1,4 @@
-"""Why a job waits, and why it ended. Pure."""
+"""Why a job is pending, and why a job ended, in words. Pure."""
 
 from __future__ import annotations
 

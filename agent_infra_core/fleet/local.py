@@ -1,4 +1,4 @@
-"""Replicas on this machine."""
+"""Replicas as processes on this machine."""
 
 from __future__ import annotations
 

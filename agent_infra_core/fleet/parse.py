@@ -1,4 +1,4 @@
-"""What Slurm's commands print, as plain values. Pure."""
+"""Parses the output of Slurm's commands. Pure."""
 
 from __future__ import annotations
 

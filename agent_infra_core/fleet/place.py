@@ -1,4 +1,4 @@
-"""What a Slurm job of ours is, and which partition it goes to. Pure."""
+"""What a Slurm job asks for, and which partition it goes to. Pure."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class JobRequest:
     partition: PartitionConfig
     work_dir: str  # absolute, on the cluster
     run_dir: str
-    program: str  # this file's copy there
+    program: str  # path of node.pyz there
     nodes: int = 1
     gpus: int = 0  # on each node
     cpus: int | None = None  # on each node; None: the partition's default

@@ -1,4 +1,4 @@
-"""Replicas as Slurm jobs."""
+"""Replicas as Slurm jobs: started, listed, drained, stopped; and their logs."""
 
 from __future__ import annotations
 

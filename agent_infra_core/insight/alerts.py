@@ -1,4 +1,4 @@
-"""Sessions that are silent, repeating, thrashing or oversized. Pure."""
+"""The watchdog: finds sessions that are silent, repeating, thrashing or oversized. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The analysis of every model, as /stats shows it. Pure."""
+"""The analysis of every model, as /stats shows it: puts fit, verdict and suggestion together. Pure."""
 
 from __future__ import annotations
 

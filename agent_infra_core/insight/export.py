@@ -1,4 +1,4 @@
-"""Turns of the history as CSV or JSON lines."""
+"""The `export` verb: turns of the history as CSV or JSON lines."""
 
 from __future__ import annotations
 

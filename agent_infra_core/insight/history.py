@@ -1,4 +1,4 @@
-"""The SQLite file of finished turns: schema, migrations, and what keeps it while turns end."""
+"""The SQLite file of finished turns: schema, migrations, and the thread that writes to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each turn met on its replica, and whether the measurements may be fitted. Pure."""
+"""What each turn met on its replica, measured for the fit, and whether it may be fitted. Pure."""
 
 from __future__ import annotations
 

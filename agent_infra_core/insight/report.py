@@ -1,4 +1,4 @@
-"""A run in Markdown."""
+"""The `report` verb: a run in Markdown, from the history."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sessions: who they are, what they hold, when they end. Pure."""
+"""The table of sessions: whose a turn is, what context it left on a replica, when a session ends. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns, from their start to their record, and why their tokens were not cached. Pure."""
+"""Turns: from the first event to the finished record, and why tokens were not cached. Pure."""
 
 from __future__ import annotations
 

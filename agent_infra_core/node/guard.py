@@ -1,4 +1,4 @@
-"""The key on every path of an engine, and the challenge that proves who listens on a port."""
+"""Checks the key on every path of an engine, and answers the challenge that proves who listens on a port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Asks a running engine whether it serves, who it is, and how loaded it is."""
+"""Asks a running engine whether it serves, whether it is ours, and how loaded it is."""
 
 from __future__ import annotations
 

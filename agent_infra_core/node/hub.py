@@ -1,4 +1,4 @@
-"""The `fetch` role: models of the Hugging Face hub."""
+"""The `fetch` role: downloads a model from the Hugging Face hub."""
 
 from __future__ import annotations
 

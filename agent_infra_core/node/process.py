@@ -1,4 +1,4 @@
-"""The engine as a process group that never outlives `serve`, the signals that `serve` gets, and engines' ports."""
+"""The engine's process group, which never outlives `serve`; signals to `serve`; free ports for engines."""
 
 from __future__ import annotations
 

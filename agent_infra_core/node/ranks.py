@@ -1,4 +1,4 @@
-"""Parts of a job beside its first replica: headless ranks on other nodes, and further replicas on this one."""
+"""The `rank` role: the part of an engine on a further node. And `serve` for several replicas in one job."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `serve` role: keeps one engine running until told to stop, and its record true."""
+"""The `serve` role: starts one engine, restarts it when it crashes or hangs, and keeps its record up to date."""
 
 from __future__ import annotations
 

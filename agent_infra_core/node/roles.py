@@ -1,4 +1,4 @@
-"""The command lines of the roles that run where the engines are; all of node.pyz."""
+"""The command lines of the roles that run beside the engine, and the main program of node.pyz."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``GET /load``: a small digest of the engine's metrics and of NVML, on a port of its own."""
+"""``GET /load`` of `serve`: a small digest of the engine's metrics and of NVML, on a port of its own."""
 
 from __future__ import annotations
 

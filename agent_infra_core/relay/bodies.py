@@ -1,4 +1,4 @@
-"""The fields of a body that routing and tracking need."""
+"""Reads the fields of a body that routing and tracking need; remembers each conversation's last long body."""
 
 from __future__ import annotations
 

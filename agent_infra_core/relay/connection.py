@@ -1,4 +1,4 @@
-"""A client's connection: requests are read from it and answered on it."""
+"""A client's connection: reads its requests, waits for it, and sends it bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A turn's way to a replica: choose, send, try again, refuse."""
+"""A turn's way to a replica: chooses one, sends, retries, refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the relay tells the controller: open turns, events, gauges, over the control socket."""
+"""Reports turns to the controller: the book of open turns, the batches of events, the control socket."""
 
 from __future__ import annotations
 

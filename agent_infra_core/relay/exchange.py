@@ -1,4 +1,4 @@
-"""One request at a replica: sent, answered, moved to the client."""
+"""One request at one replica: moves the answer to the client, and ends a stream that breaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is on the other end of a connection from this machine."""
+"""Checks a client's key; programs of the same user on this machine need none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns that wait for a slot."""
+"""Turns that wait for a replica's slot."""
 
 from __future__ import annotations
 

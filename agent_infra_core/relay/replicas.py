@@ -1,4 +1,4 @@
-"""The replicas as the relay sees them: live figures, ejection, health probes."""
+"""The relay's replicas: load, slots, ejection after failures, health probes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The relay: accepts clients, keeps the replica table, ends in order."""
+"""The relay process: accepts clients, takes the replica table, sends gauges, shuts down in order."""
 
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ def calm_collector() -> None:
 
 
 def release_free_memory() -> None:
-    """Give back what starting up has freed: compiling this file alone leaves 16 MB. Only glibc knows how."""
+    """Give back what starting up has freed: compiling alone leaves 16 MB. Only glibc knows how."""
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError):

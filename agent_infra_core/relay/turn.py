@@ -1,4 +1,4 @@
-"""A turn in flight, what is asked for, and the loop that it runs in."""
+"""The state of a turn in flight, what its request asked for, and the event loop that it runs in."""
 
 from __future__ import annotations
 

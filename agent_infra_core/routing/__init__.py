@@ -1,0 +1,1 @@
+"""Which replica serves a turn, and which turn goes next. Pure."""

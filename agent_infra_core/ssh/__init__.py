@@ -1,0 +1,1 @@
+"""SSH to a cluster: logging in, host keys, and tunnels that are watched and replaced."""

@@ -1,4 +1,4 @@
-"""paramiko: one login, checked on both sides, and commands over it."""
+"""Logs in to a host with paramiko, checks its key, and runs commands over the connection."""
 
 from __future__ import annotations
 

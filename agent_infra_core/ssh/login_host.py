@@ -1,4 +1,4 @@
-"""The login host, by whichever driver its configuration asks for."""
+"""The login host: runs commands there by the driver that its configuration asks for."""
 
 from __future__ import annotations
 

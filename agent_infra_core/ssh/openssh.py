@@ -1,4 +1,4 @@
-"""OpenSSH: one master a host, over which commands and ports go."""
+"""The driver `openssh`: one master connection per host, for commands and ports."""
 
 from __future__ import annotations
 

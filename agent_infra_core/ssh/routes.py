@@ -1,4 +1,4 @@
-"""How a host is reached: the configuration, ssh_config, and the errors of a login."""
+"""How a host is reached: the configuration, ssh_config, and what can go wrong with a login."""
 
 from __future__ import annotations
 

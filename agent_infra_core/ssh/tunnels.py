@@ -1,4 +1,4 @@
-"""The tunnels of a deployment, one a replica: opened, proven, watched and replaced."""
+"""The tunnels of a deployment, one per replica: opened, proven, watched, and replaced when one goes silent."""
 
 from __future__ import annotations
 

@@ -271,7 +271,7 @@ def test_an_up_that_the_scheduler_does_not_answer_leaves_no_relay(app: Program, 
     assert app.processes() == []
 
 
-# --- A program that imports the module, and enters a deployment.
+# --- A program that imports agent_infra, and enters a deployment.
 
 
 ENTERING = """

@@ -109,7 +109,7 @@ def answers(record: ReplicaRecord) -> bool:
 
 
 def proves(*words: Any) -> bool:
-    """agent_infra.proves_key, asked until somebody answers."""
+    """proves_key(), asked until somebody answers."""
     said: list[bool | None] = []
 
     def ask() -> bool:
