@@ -228,6 +228,11 @@ def test_the_readme_names_no_flag_that_does_not_exist() -> None:
     assert sorted(flags - options_of_the_command_line() - {"--help", "--version"}) == []
 
 
+def test_the_contributors_guide_names_every_file_of_the_core() -> None:
+    named = set(re.findall(r"\w+\.py", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert sorted({path.name for path in FILES} - {"__init__.py"} - named) == []
+
+
 def test_requirements_txt_says_what_pyproject_says() -> None:
     declared = re.search(r"\ndependencies = \[\n(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S)
     assert declared is not None
