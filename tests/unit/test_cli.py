@@ -126,7 +126,7 @@ def test_an_unknown_verb_is_answered_with_the_verbs_that_are_for_people(capsys: 
     said = capsys.readouterr().err
     assert re.findall(r"[a-z-]+", said.partition("choose from")[2]) == [
         *("up", "start", "connect", "scale", "stop", "pull", "doctor", "status", "logs", "dashboard"),
-        *("export", "report", "proxy"),
+        *("export", "report", "bundle", "proxy"),
     ]
 
 
