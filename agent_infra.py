@@ -32,16 +32,16 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
-if __name__ == "__main__" and os.path.dirname(os.path.abspath(__file__)) not in sys.path:
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # python -I and -P leave it out
+if __name__ == "__main__" and os.path.dirname(os.path.realpath(__file__)) not in sys.path:
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I and -P leave it out
 try:
     from agent_infra_core import __version__, client
 except ModuleNotFoundError as error:
     if __name__ != "__main__" or error.name != "agent_infra_core":
         raise
     raise SystemExit(
-        f"{__file__} lacks its folder agent_infra_core/; copy that too, or run `python agent_infra.py bundle` where "
-        "both are and copy the one file that it writes, agent_infra.pyz"
+        f"error: {__file__} lacks its folder agent_infra_core/; copy that too, or run `python agent_infra.py bundle` "
+        "where both are and copy the one file that it writes, agent_infra.pyz"
     ) from error
 from agent_infra_core.client import ClientError as ClientError
 from agent_infra_core.client import SessionContext, attach
@@ -1564,7 +1564,7 @@ class PageProcess:
         port, key = page_port(None), client_key(deployment.config, deployment.paths)
         told = page_environment(deployment, key)
         self.url = f"http://127.0.0.1:{port}/?key={told['AGENT_INFRA_PAGE_KEY']}"
-        command = [sys.executable, os.path.abspath(__file__), "page", "--proxy", proxy, "--port", str(port)]
+        command = [*self_command("page"), "--proxy", proxy, "--port", str(port)]
         log = os.open(deployment.paths.log("page"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             self._process = subprocess.Popen(

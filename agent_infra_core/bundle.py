@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
-import shutil
 import stat
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from agent_infra_core.errors import RefusedError
 
+# A folder stands for its Python files. The others are named one by one: users keep files of their own beside them.
 PROGRAM_FILES = (
+    ".streamlit/config.toml",
     "agent_infra.py",
-    "streamlit_dashboard.py",
     "agent_infra_core",
-    "slurm_templates",
-    "configs",
-    ".streamlit",
+    "configs/example.yaml",
+    "configs/local.yaml",
+    "configs/slurm.yaml",
+    "slurm_templates/engine.sbatch.j2",
+    "slurm_templates/job.sbatch.j2",
+    "slurm_templates/vllm.sbatch.j2",
+    "slurm_templates/vllm_multinode.sbatch.j2",
+    "streamlit_dashboard.py",
 )
 NODE_FILES = ("__init__.py", "errors.py", "settings.py", "host.py", "protocol.py", "node")  # of agent_infra_core
 
@@ -48,11 +55,10 @@ def build_node() -> bytes:
 
 
 def _read_tree(path: Path, name: str) -> dict[str, bytes]:
-    """The file at ``path``, or all below it, by their names in the archive."""
+    """The file at ``path``, or all Python files below it, by their names in the archive."""
     if path.is_file():
         return {name: path.read_bytes()}
-    files = (each for each in path.rglob("*") if each.is_file() and "__pycache__" not in each.parts)
-    return {f"{name}/{each.relative_to(path).as_posix()}": each.read_bytes() for each in files}
+    return {f"{name}/{each.relative_to(path).as_posix()}": each.read_bytes() for each in path.rglob("*.py")}
 
 
 def _zip(files: Mapping[str, bytes]) -> bytes:
@@ -66,70 +72,67 @@ def _zip(files: Mapping[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
+def write_program(find: Callable[[str], Path], target: Path) -> Path:
+    """Write agent_infra.pyz to ``target``, whole; what runs from an older one has its own unpacked copy."""
+    content = build_program(find)
+    if target.exists() and not target.is_file():  # a directory, or /dev/stdout, which root could replace
+        raise RefusedError(f"{target} is no regular file; name another one with --output")
+    try:
+        _write_whole(target, content, 0o755)
+    except OSError as error:
+        raise RefusedError(f"{target} cannot be written: {error.strerror}; name another file with --output") from error
+    return target
+
+
 def run_unpacked() -> None:
     """The main program of agent_infra.pyz: unpack it, unless that was done, and become the agent_infra.py in there."""
+    umask = os.umask(0o077)  # for the folders above too
     try:
-        program = unpack(Path(sys.argv[0]), os.environ) / "agent_infra.py"
+        folder = unpack(Path(os.path.abspath(__file__)).parents[1], os.environ)
     except RefusedError as error:
-        sys.exit(f"error: {error}")
-    os.execv(sys.executable, [sys.executable, *_interpreter_options(), str(program), *sys.argv[1:]])  # noqa: S606
-
-
-def _interpreter_options() -> list[str]:
-    """The options that Python was started with and that its children do not get by themselves."""
-    options = [f"-X{name}" if value is True else f"-X{name}={value}" for name, value in sys._xoptions.items()]
-    options += [f"-W{each}" for each in sys.warnoptions]
-    flags = {"I": sys.flags.isolated, "S": sys.flags.no_site, "B": sys.flags.dont_write_bytecode}
-    return options + [f"-{letter}" for letter, is_set in flags.items() if is_set]
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    os.umask(umask)
+    options = sys.orig_argv[1 : -len(sys.argv)]  # Python's own, such as -X dev
+    os.execv(sys.executable, [sys.executable, *options, str(folder / "agent_infra.py"), *sys.argv[1:]])  # noqa: S606
 
 
 def unpack(archive: Path, environment: Mapping[str, str]) -> Path:
     """The folder with the content of ``archive``, made on first use and checked on every other; RefusedError.
 
-    It is named by the archive's SHA-256 and lies in the state directory, or below the temporary directory where that
+    It is named by the archive's SHA-256 and lies in the state directory, or in the temporary directory where that
     cannot be written. Only its owner may enter it.
     """
-    content = archive.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
+    try:
+        content = archive.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(content)) as opened:
+            files = {name: opened.read(name) for name in opened.namelist()}
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise RefusedError(f"{archive} cannot be read ({error}); copy it again") from error
     problems = []
     for home in _homes(environment):
+        folder = home / hashlib.sha256(content).hexdigest()
         try:
-            home.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _check_owner(home)
-            return _unpacked(content, home / digest)
+            for each in (home, folder):
+                each.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _check_owner(each)
+            for name, text in files.items():
+                _mend(folder / name, text)
         except OSError as error:
-            problems.append(f"{home}: {error.strerror or error}")
-    raise RefusedError(f"{archive} cannot be unpacked ({'; '.join(problems)}); free some space, or set XDG_STATE_HOME")
+            problems.append(f"{home}: {error.strerror}")
+        else:
+            return folder
+    told = "; ".join(problems) or "there is neither a home directory nor a temporary one"
+    raise RefusedError(f"{archive} cannot be unpacked ({told}); free some space, or set XDG_STATE_HOME elsewhere")
 
 
 def _homes(environment: Mapping[str, str]) -> Iterator[Path]:
     """Where archives may be unpacked, in order of preference. No deployment's name begins with a dot."""
     base = environment.get("XDG_STATE_HOME") or os.path.join(environment.get("HOME", "~"), ".local", "state")
-    yield Path(base).expanduser().absolute() / "agent-infra" / ".programs"
-    yield Path(tempfile.gettempdir()) / f"agent-infra-{os.getuid()}" / "programs"
-
-
-def _unpacked(content: bytes, folder: Path) -> Path:
-    """``folder`` with what ``content`` holds, whole or not at all, however many processes want it at once."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
-    if folder.is_dir():
-        _check_owner(folder)
-        if _is_intact(folder, files):
-            return folder
-        shutil.rmtree(folder)
-    scratch = Path(tempfile.mkdtemp(prefix=".unpacking-", dir=folder.parent))  # 0700
-    try:
-        for name, text in files.items():
-            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-            (scratch / name).write_bytes(text)
-        scratch.rename(folder)
-    except OSError:
-        if not (folder.is_dir() and _is_intact(folder, files)):  # else another process was quicker
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+    with contextlib.suppress(RuntimeError):  # no HOME, and no such user
+        yield Path(base).expanduser().absolute() / "agent-infra" / ".programs"
+    with contextlib.suppress(FileNotFoundError):  # none can be written
+        yield Path(tempfile.gettempdir()) / f"agent-infra-programs-{os.getuid()}"
 
 
 def _check_owner(folder: Path) -> None:
@@ -139,21 +142,23 @@ def _check_owner(folder: Path) -> None:
         raise RefusedError(f"{folder} is not a directory of yours alone; remove it, or set XDG_STATE_HOME or TMPDIR")
 
 
-def _is_intact(folder: Path, files: Mapping[str, bytes]) -> bool:
-    try:
-        return all((folder / name).read_bytes() == text for name, text in files.items())
-    except OSError:
-        return False
+def _mend(path: Path, content: bytes) -> None:
+    """Make sure that ``path`` holds this; others may do the same at the same time, or run from it."""
+    with contextlib.suppress(OSError):
+        if path.read_bytes() == content:
+            return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_whole(path, content, 0o600)
 
 
-def write_program(find: Callable[[str], Path], target: Path) -> Path:
-    """Write agent_infra.pyz to ``target``, whole; a running program that was unpacked from an older one is unharmed."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+def _write_whole(path: Path, content: bytes, mode: int) -> None:
+    """Replace a file so that nobody ever sees a part of it; OSError."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        temporary.write_bytes(build_program(find))
-        temporary.chmod(0o755)
-        temporary.replace(target)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RefusedError(f"{target} cannot be written: {error.strerror}; name another file with --output") from error
-    return target
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -21,11 +21,12 @@ from typing import Protocol
 from agent_infra_core.errors import AgentInfraError, RefusedError
 
 PROBE_TIMEOUT_S = 2.0
+_PROGRAM_HOME = Path(os.path.abspath(__file__)).parents[1]  # now: __file__ is relative in an archive that was named so
 
 
 def program_home() -> Path:
     """What the program runs from: the folder of agent_infra.py, or the archive node.pyz."""
-    return Path(os.path.abspath(__file__)).parents[1]
+    return _PROGRAM_HOME
 
 
 def self_command(role: str) -> list[str]:
