@@ -317,7 +317,12 @@ JOBS: Mapping[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def job_script(slurm: dict[str, Any], model: dict[str, Any], cluster: dict[str, Any]) -> str:
+def job_script(
+    slurm: dict[str, Any],
+    model: dict[str, Any],
+    cluster: dict[str, Any],
+    run: Callable[..., tuple[int, str, str]] = run,
+) -> str:
     """What `start --dry-run` prints of a configuration."""
     with machine() as folder:
         (folder / "mine.j2").write_text(OWN_TEMPLATE)

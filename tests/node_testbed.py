@@ -25,6 +25,9 @@ from agent_infra_core.settings import ModelConfig
 KEY = "replica-key-of-the-tests"
 # A server that any Python runs: OpenAI's chat path, /health, and what its environment and argv say.
 STDLIB_ENGINE = Path(__file__).parent / "testbed" / "stdlib_engine.py"
+# The oldest and the newest Python that is supported, where pyenv has them here; else the one at hand.
+PYENV = [Path("/root/.pyenv/versions") / version / "bin" / "python" for version in ("3.10.13", "3.13.0")]
+PYTHONS = [str(python) for python in PYENV if python.exists()] or [sys.executable]
 
 
 def engine_pids(directory: Path) -> list[int]:
@@ -57,6 +60,7 @@ class Served:
         model: ModelConfig,
         *,
         python: tuple[str, ...] = (sys.executable,),
+        program: Path = MODULE,
         environment: Mapping[str, str] | None = None,
         replica: str = "replica-0",
         **spec: Any,
@@ -71,7 +75,7 @@ class Served:
         (directory / "specs" / f"{replica}.json").write_text(json.dumps(dataclasses.asdict(written)))
         with open(directory / "serve.out", "ab") as output:
             self.process = subprocess.Popen(
-                [*python, str(MODULE), "serve", "--run-dir", str(directory), "--replica", replica],
+                [*python, str(program), "serve", "--run-dir", str(directory), "--replica", replica],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -137,13 +137,13 @@ class Running:
 class Program:
     """The command line over one configuration file, in one state directory."""
 
-    def __init__(self, folder: Path, **config: Any) -> None:
+    def __init__(self, folder: Path, *, module: Path = MODULE, **config: Any) -> None:
         self.folder = folder
         self.state = folder / "state"
         self.port = free_port()
         self.environment = {**os.environ, "XDG_STATE_HOME": str(self.state), "PYTHONUNBUFFERED": "1"}
         self.config = folder / "config.yaml"
-        self.module = MODULE
+        self.module = module
         self.running: list[Running] = []
         self.configure(**config)
 
@@ -171,7 +171,7 @@ class Program:
         self.config.write_text(json.dumps(document))
 
     def command(self, *words: str) -> list[str]:
-        options = [] if words[0] in ("proxy", "--help", "--version") else ["--config", str(self.config)]
+        options = [] if words[0] in ("bundle", "proxy", "--help", "--version") else ["--config", str(self.config)]
         return [sys.executable, str(self.module), words[0], *options, *words[1:]]
 
     def run(self, *words: str, seconds: float = 120.0) -> subprocess.CompletedProcess[str]:

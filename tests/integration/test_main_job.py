@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -294,17 +293,6 @@ def test_a_state_directory_that_cannot_be_written_is_refused(app: Program) -> No
     assert done.returncode == 2
     assert "cannot be written" in done.stderr
     assert "XDG_STATE_HOME" in done.stderr
-
-
-def test_the_module_alone_in_an_empty_folder_runs_up(app: Program) -> None:
-    lone = app.folder / "empty"
-    lone.mkdir()
-    app.module = Path(shutil.copy(MODULE, lone))
-    app.folder = lone
-    app.command = lambda *words: [sys.executable, str(app.module), *words, "--port", str(app.port)]  # type: ignore[method-assign]
-    up = bring_up(app)
-    assert app.chat("Hello")[0]["choices"]
-    assert up.end() == 0
 
 
 def test_up_that_cannot_load_its_model_says_why_and_leaves_nothing(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from node_testbed import KEY, STDLIB_ENGINE, Served, children, engine_pids
+from node_testbed import KEY, PYTHONS, STDLIB_ENGINE, Served, children, engine_pids
 from patience import PATIENCE_S
 from program import wait_for
 from testbed.ports import free_port
@@ -31,9 +31,6 @@ from agent_infra_core.node.guard import answer_challenge
 from agent_infra_core.node.process import reserve_port
 from agent_infra_core.settings import ModelConfig
 
-# The oldest and the newest Python that is supported, where pyenv has them here; else the one at hand.
-PYENV = [Path("/root/.pyenv/versions") / version / "bin" / "python" for version in ("3.10.13", "3.13.0")]
-PYTHONS = [str(python) for python in PYENV if python.exists()] or [sys.executable]
 Serve = Callable[..., Served]
 
 
