@@ -293,8 +293,9 @@ def test_a_full_disk_is_told_in_one_line_with_what_to_do(copied: Program) -> Non
     )
 
 
-def test_python_s_own_options_are_passed_on(copied: Program) -> None:
-    command = [sys.executable, "-I", "-X", "importtime", "-W", "error", str(copied.module), "--version"]
+@pytest.mark.parametrize("python", PYTHONS)
+def test_python_s_own_options_are_passed_on(copied: Program, python: str) -> None:
+    command = [python, "-I", "-X", "importtime", "-W", "error", str(copied.module), "--version"]
     done = subprocess.run(command, env=copied.environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stdout) == (0, f"agent-infra {__version__}\n")
     assert "agent_infra_core.client" in done.stderr  # which only the unpacked program imports
