@@ -33,9 +33,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from agent_infra import build_parser, build_role_parser, main
 from agent_infra_core.control.handover import Succession
+from agent_infra_core.insight.gpu_hours import ReplicaUse
 from agent_infra_core.insight.history import HistoryFile
 from agent_infra_core.insight.metrics import StatsMetrics, TurnMetrics, metrics_text
-from agent_infra_core.insight.replicas import ReplicaUse
 from agent_infra_core.insight.turns import TurnRecord
 from agent_infra_core.protocol import ReplicaRecord, ServeSpec
 

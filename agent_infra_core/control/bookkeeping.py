@@ -15,10 +15,11 @@ from agent_infra_core.control.discovery import STOP_S
 from agent_infra_core.fleet.engines import ENGINES
 from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.insight.analysis import CapacityAnalysis
+from agent_infra_core.insight.gpu_hours import ReplicaTime, replica_use
 from agent_infra_core.insight.history import RESTORED_S, History, HistoryBatch, HistoryFile, history_path, verdict_row
 from agent_infra_core.insight.measure import fleet_samples
 from agent_infra_core.insight.metrics import StatsMetrics, TurnMetrics, metrics_text
-from agent_infra_core.insight.replicas import ReplicaTime, as_mapping, replica_use
+from agent_infra_core.insight.replicas import as_mapping
 from agent_infra_core.insight.tracker import Tracker
 from agent_infra_core.insight.turns import TurnRecord
 from agent_infra_core.protocol import ReplicaRecord, SessionEnded, TurnEvent

@@ -115,7 +115,7 @@ def read_successions(paths: DeploymentPaths) -> dict[str, Succession]:
     return {}
 
 
-class Deployment(Protocol):
+class ReplacedDeployment(Protocol):
     """The deployment whose replicas are replaced."""
 
     @property
@@ -133,7 +133,7 @@ class Handover:
     Its steps are taken where the replicas are looked at, after each look, so that they never act on an older one.
     """
 
-    def __init__(self, deployment: Deployment, cluster: SlurmCluster) -> None:
+    def __init__(self, deployment: ReplacedDeployment, cluster: SlurmCluster) -> None:
         self._deployment, self._cluster = deployment, cluster
         self._log = deployment.report
         self._successions = read_successions(deployment.paths)

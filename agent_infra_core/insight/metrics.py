@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from agent_infra_core import __version__
+from agent_infra_core.insight.gpu_hours import ReplicaUse
 from agent_infra_core.insight.history import ratio
-from agent_infra_core.insight.replicas import ReplicaUse, as_mapping
+from agent_infra_core.insight.replicas import as_mapping
 from agent_infra_core.insight.turns import TurnRecord
 from agent_infra_core.protocol import Histogram
 

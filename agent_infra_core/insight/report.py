@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from agent_infra_core.insight.gpu_hours import REPLICA_STATES_HELD, grouped, hours_by_state
 from agent_infra_core.insight.history import VERDICT_COLUMNS, HistoryFile, ratio
-from agent_infra_core.insight.replicas import REPLICA_STATES_HELD, grouped, hours_by_state
 
 REPORT_PARTS = {
     "pre": "observing",

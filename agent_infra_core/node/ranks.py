@@ -1,19 +1,14 @@
-"""The `rank` role: the part of an engine on a further node. And `serve` for several replicas in one job."""
+"""The `rank` role: the headless part of an engine on each further node of a replica."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
-import signal
-import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from agent_infra_core.host import self_command, write_atomically
-from agent_infra_core.node.gpus import allocate_gpus, gpu_pool, list_gpus
 from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher
 from agent_infra_core.node.replica import make_launch, read_spec
 
@@ -70,40 +65,3 @@ def run_rank(run_directory: str, replica: str) -> int:
     rank = Rank(run_directory, replica, int(os.environ.get("SLURM_PROCID", "0")) + 1)
     with contextlib.closing(Watcher()) as watcher:
         return rank.run(watcher, StopSignals())
-
-
-def node_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """The GPUs that this job may use; where nvidia-smi does not tell, those that Slurm names."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    pool = gpu_pool(list_gpus(environment), visible)
-    return pool or tuple(word.strip() for word in (visible or "").split(",") if word.strip())
-
-
-def serve_together(run_directory: str, replicas: Sequence[str]) -> int:
-    """Run several replicas in this job, a `serve` each, the node's GPUs shared out; returns when all have ended.
-
-    Signals go to all of them; one whose specification is removed is told to drain.
-    """
-    folder, held = Path(run_directory), dict[str, str]()
-    signals, children = StopSignals(), dict[str, subprocess.Popen[bytes]]()
-    for replica in replicas:
-        spec, _ = read_spec(run_directory, replica)
-        gpus = allocate_gpus(spec.gpus, node_gpus(os.environ), held) if spec.gpus else ()
-        held.update(dict.fromkeys(gpus, replica))
-        spec = dataclasses.replace(spec, gpu_ids=gpus)
-        write_atomically(folder / "specs" / f"{replica}.json", json.dumps(dataclasses.asdict(spec)))
-        words = [*self_command("serve"), "--run-dir", run_directory, "--replica", replica]
-        children[replica] = subprocess.Popen(words, stdin=subprocess.DEVNULL)
-    told, urgent = set[str](), False
-    while any(child.poll() is None for child in children.values()):
-        for replica, child in children.items():
-            is_wanted = not signals.is_asked and (folder / "specs" / f"{replica}.json").exists()
-            if child.poll() is None and ((not is_wanted and replica not in told) or (signals.is_urgent and not urgent)):
-                told.add(replica)
-                child.send_signal(signal.SIGTERM)
-        urgent = signals.is_urgent
-        signals.wait(TOGETHER_POLL_S)
-    return max((child.returncode for child in children.values()), default=0)
-
-
-TOGETHER_POLL_S = 1.0  # between looks at what became of the replicas of one job

@@ -22,10 +22,10 @@ from agent_infra_core.host import process_stamp, program_home, self_command, wri
 from agent_infra_core.node.failures import HOPELESS_FAILURES, classify_failure
 from agent_infra_core.node.gpus import GpuSampler, sampled_gpus
 from agent_infra_core.node.guard import server_identity
-from agent_infra_core.node.health import EngineClient
+from agent_infra_core.node.health import EngineClient, IdleWatch
 from agent_infra_core.node.hub import is_hub_id, is_in_hub_cache
 from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher, open_log, reserve_port
-from agent_infra_core.node.telemetry import IdleWatch, LoadSampler, Telemetry
+from agent_infra_core.node.telemetry import LoadSampler, Telemetry
 from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, ServeSpec, fill_in, spec_from_json
 
 LOAD_POLL_S = 0.1  # between looks at an engine that loads

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from agent_infra_core.errors import AgentInfraError, RefusedError
 from agent_infra_core.node.hub import fetch_from_hub
 from agent_infra_core.node.llama_cpp import run_llama_cpp
-from agent_infra_core.node.ranks import run_rank, serve_together
+from agent_infra_core.node.ranks import run_rank
 from agent_infra_core.node.replica import serve
+from agent_infra_core.node.together import serve_together
 
 
 def add_roles(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -67,27 +67,6 @@ class Telemetry:
         request.wfile.write(body)
 
 
-class IdleWatch:
-    """Whether an engine had no turn for ``minutes``, by its own counters; None: it may be idle for ever."""
-
-    def __init__(self, minutes: float | None, clock: Callable[[], float]) -> None:
-        self.limit_s = math.inf if minutes is None else minutes * 60
-        self._clock = clock
-        self._busy_at = clock()
-        self._totals: tuple[int | None, ...] = ()
-
-    def is_over(self, load: Callable[[], EngineLoad | None]) -> bool:
-        """Take in what the engine says now, if need be; what it does not say is taken for a turn."""
-        if self.limit_s == math.inf:
-            return False
-        now = load()
-        totals = (now.prompt_tokens, now.generation_tokens) if now else ()
-        if now is None or now.running != 0 or now.waiting != 0 or totals != self._totals:
-            self._busy_at = self._clock()
-        self._totals = totals
-        return self._clock() - self._busy_at >= self.limit_s
-
-
 class LoadSampler:
     """The figures of the engine and of its GPUs, at most half a second old while the engine answers."""
 

@@ -25,8 +25,8 @@ from agent_infra_core.control.status import describe_replica
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.place import JobRequest
 from agent_infra_core.fleet.slurm import SlurmCluster
+from agent_infra_core.fleet.slurm_host import SchedulerError
 from agent_infra_core.fleet.state import deployment_paths
-from agent_infra_core.fleet.submit import SchedulerError
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ClusterConfig, ContainerConfig, ModelConfig, PartitionConfig, SlurmConfig
 

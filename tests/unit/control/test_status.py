@@ -26,8 +26,8 @@ from agent_infra_core.fleet.doctor import CHECKS, judge_probe
 from agent_infra_core.fleet.engines import check_engine_args
 from agent_infra_core.fleet.parse import describe_span, slurm_limit_s
 from agent_infra_core.fleet.weights import fetched_path
+from agent_infra_core.node.health import IdleWatch
 from agent_infra_core.node.hub import describe_hub_failure, is_hub_id
-from agent_infra_core.node.telemetry import IdleWatch
 from agent_infra_core.protocol import EngineLoad, ReplicaRecord
 from agent_infra_core.settings import Config, ModelConfig
 

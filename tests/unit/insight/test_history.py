@@ -29,6 +29,7 @@ from agent_infra import main, moment
 from agent_infra_core.control.bookkeeping import Bookkeeper
 from agent_infra_core.fleet.state import DeploymentPaths, deployment_paths
 from agent_infra_core.insight.export import export_turns
+from agent_infra_core.insight.gpu_hours import NEW_REPLICA_S, ReplicaTime, ReplicaUse, replica_use
 from agent_infra_core.insight.history import (
     _HISTORY_MARK,
     _MIGRATIONS,
@@ -44,7 +45,6 @@ from agent_infra_core.insight.history import (
     verdict_row,
 )
 from agent_infra_core.insight.rates import HISTORY_POINTS, Timeline
-from agent_infra_core.insight.replicas import NEW_REPLICA_S, ReplicaTime, ReplicaUse, replica_use
 from agent_infra_core.insight.report import Report
 from agent_infra_core.insight.tracker import Tracker
 from agent_infra_core.insight.turns import TurnRecord

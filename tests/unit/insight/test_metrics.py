@@ -11,8 +11,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import agent_infra
 from agent_infra_core import __version__
+from agent_infra_core.insight.gpu_hours import ReplicaUse
 from agent_infra_core.insight.metrics import StatsMetrics, TurnMetrics, metrics_text
-from agent_infra_core.insight.replicas import ReplicaUse
 from agent_infra_core.insight.tracker import Tracker
 from agent_infra_core.insight.turns import TurnRecord
 
