@@ -36,54 +36,56 @@ if __name__ == "__main__" and os.path.dirname(os.path.realpath(__file__)) not in
     sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I and -P leave it out
 try:
     from agent_infra_core import __version__, client
-except ModuleNotFoundError as error:
-    if __name__ != "__main__" or error.name != "agent_infra_core":
+    from agent_infra_core.client import ClientError as ClientError
+    from agent_infra_core.client import SessionContext, attach
+    from agent_infra_core.errors import (
+        PROGRAM_PACKAGES,
+        AgentInfraError,
+        ConfigError,
+        NotInstalledError,
+        RefusedError,
+        require_packages,
+    )
+    from agent_infra_core.host import (
+        HostUnreachableError,
+        LocalCommands,
+        allow_many_descriptors,
+        calm_collector,
+        end_process,
+        is_listening,
+        release_free_memory,
+        resource,
+        self_command,
+        write_atomically,
+    )
+    from agent_infra_core.protocol import CONFIG_FORMAT, STATS_PREFIX, ReplicaRecord, record_from_json
+    from agent_infra_core.settings import (
+        DEFAULT_CONFIG,
+        NAME_PATTERN,
+        RESERVED_DIRECTIVES,
+        SCALAR_KINDS,
+        STRATEGY_NAMES,
+        ClusterConfig,
+        Config,
+        ContainerConfig,
+        HeadersConfig,
+        ModelConfig,
+        PartitionConfig,
+        ProxyConfig,
+        Rule,
+        SlurmConfig,
+        SshConfig,
+        proxy_url,
+        reached_host,
+        shorten,
+    )
+except ImportError as error:
+    if __name__ != "__main__" or not (error.name or "").startswith("agent_infra_core"):
         raise
     raise SystemExit(
-        f"error: {__file__} lacks its folder agent_infra_core/; copy that too, or run `python agent_infra.py bundle` "
-        "where both are and copy the one file that it writes, agent_infra.pyz"
+        f"error: {__file__} lacks its folder agent_infra_core/, or that is another version's ({error}); copy both, or "
+        "run `python agent_infra.py bundle` where both are and copy the one file that it writes, agent_infra.pyz"
     ) from error
-from agent_infra_core.client import ClientError as ClientError
-from agent_infra_core.client import SessionContext, attach
-from agent_infra_core.errors import (
-    PROGRAM_PACKAGES,
-    AgentInfraError,
-    ConfigError,
-    NotInstalledError,
-    RefusedError,
-    require_packages,
-)
-from agent_infra_core.host import (
-    HostUnreachableError,
-    LocalCommands,
-    allow_many_descriptors,
-    end_process,
-    is_listening,
-    resource,
-    self_command,
-    write_atomically,
-)
-from agent_infra_core.protocol import CONFIG_FORMAT, STATS_PREFIX, ReplicaRecord, record_from_json
-from agent_infra_core.settings import (
-    DEFAULT_CONFIG,
-    NAME_PATTERN,
-    RESERVED_DIRECTIVES,
-    SCALAR_KINDS,
-    STRATEGY_NAMES,
-    ClusterConfig,
-    Config,
-    ContainerConfig,
-    HeadersConfig,
-    ModelConfig,
-    PartitionConfig,
-    ProxyConfig,
-    Rule,
-    SlurmConfig,
-    SshConfig,
-    proxy_url,
-    reached_host,
-    shorten,
-)
 
 if TYPE_CHECKING:
     from agent_infra_core.control.controller import Controller
@@ -796,12 +798,10 @@ def run_relay(socket_path: str, listener_fd: int) -> int:
     """The relay's entry: serve on the inherited listening socket, controllers at ``socket_path``; its exit code."""
     from gevent import monkey
 
-    from agent_infra_core.relay.server import Relay, calm_collector
+    monkey.patch_all()  # first of all: whatever is imported from here on must see the patched library
+    from agent_infra_core.relay.server import Relay
 
-    monkey.patch_all()  # first of all, before any third-party import: they must see the patched library
     allow_many_descriptors()
-    from agent_infra_core.relay.server import release_free_memory
-
     relay = Relay(socket_path, listener_fd, RelayApp)
     calm_collector()
     release_free_memory()
@@ -1247,7 +1247,7 @@ class ConnectionManager:
 
         deployment = self._open()
         models = deployment.select_models()
-        deployment.claim(LIBRARY_HOLDER)  # ahead of all else: whom it is refused has nothing here to end
+        deployment.claim(LIBRARY_HOLDER)  # first: if refused, nothing has been started that must be stopped
         try:
             with ending_what_is_new(deployment.cluster, {model.name for model in models}):
                 deployment.start(models)
@@ -1403,8 +1403,6 @@ def _greet(controller: Controller, deployment: Deployment) -> None:
 
 def _attend(controller: Controller, signals: OperatorSignals) -> None:
     """Wait until a signal comes, or the controller fails (then AgentInfraError)."""
-    from agent_infra_core.relay.server import calm_collector
-
     calm_collector()
     while not signals.came():
         if not controller.is_running:
@@ -2106,7 +2104,7 @@ def build_role_parser() -> argparse.ArgumentParser:
 
 
 def parse_command_line(words: Sequence[str]) -> argparse.Namespace:
-    """What a command line says; SystemExit, with a usage message, where it says nothing that there is."""
+    """Parse the command line; SystemExit, with a usage message, when it is invalid."""
     first = words[0] if words else ""
     if first in ROLES:
         return build_role_parser().parse_args(words)

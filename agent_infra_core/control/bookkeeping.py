@@ -234,7 +234,7 @@ class Bookkeeper:
         return {"history": history, "accounting": self._replica_time.document(), "analysis": self._analyst.document}
 
     def close(self, takes_rest: bool = True) -> None:
-        """Write what is left. Nothing is taken or sampled any more; if it may be, nothing more is taken here."""
+        """Write what is left; ``takes_rest`` unless the controller's thread may still be using the tracker."""
         self._analyst.stop()
         if takes_rest:
             self._tracker.relay_restarted()  # turns that are still open end with it

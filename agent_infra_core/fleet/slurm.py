@@ -100,7 +100,7 @@ class SlurmCluster:
             records = self.replicas()
             if self.problem:
                 raise SchedulerError(f"{self.problem}; try again, nothing was submitted")
-            # Of a failure that this process did not cause somebody was told already.
+            # Failures from earlier processes have already been reported.
             old_news = {r.replica for r in records if r.state == "failed"} - self._started
             gone = [r.replica for r in records if r.state == "stopped" or r.replica in old_news]
             self.host.forget(gone)

@@ -112,7 +112,7 @@ class HistoryBatch:
     text_bytes: int = 0  # of the turns, about
 
     def add(self, later: HistoryBatch) -> collections.Counter[str]:
-        """Add what came later, up to HISTORY_BACKLOG_BYTES and _ROWS; of what, the oldest, how many were dropped."""
+        """Merge a later batch up to the limits of a backlog; how many of each kind were dropped, oldest first."""
         self.turns += later.turns
         self.text_bytes += later.text_bytes
         self.posts.update(later.posts)

@@ -59,7 +59,7 @@ class Session:
     alerts: dict[str, float] = field(default_factory=dict)  # kind → since, s since the epoch
 
     def is_open(self, arrival: float) -> bool:
-        """Whether a turn was open at ``arrival``: one that is over by now was, where its end is told first."""
+        """Whether a turn was open at ``arrival``; true also for one that ended after it but was reported first."""
         return bool(self.open_turns) or (self.last_end is not None and arrival < self.last_end - BESIDE_S)
 
     def think_time_ms(self, arrival: float) -> float | None:
@@ -206,7 +206,7 @@ class SessionTable:
             self.end(session.id)
 
     def settle(self, now: float, ended: Iterable[str]) -> None:
-        """What was before is restored, and these had ``ended``: nothing of that has happened since the start."""
+        """Finish a restore: these sessions had ``ended``; the counters begin at 0."""
         self.expire(now)
         for name in ended:
             self.end(name)

@@ -181,7 +181,7 @@ class TurnLedger:
             self._finished.popitem(last=False)
 
     def forget_lost(self, now: float) -> None:
-        """Forget turns whose finish seems lost. One that comes after all is counted, but for no session."""
+        """Forget turns whose finish seems lost. A finish that arrives later is counted, but for no session."""
         while self.open:
             oldest = next(iter(self.open.values())).started
             if len(self.open) <= MAX_OPEN_TURNS and oldest.at > now - MAX_TURN_S:
@@ -258,7 +258,7 @@ class TurnLog:
     def learn_post(self, turn: str, post_ms: float | None) -> float | None:
         """Note how long the agent acted on a turn's answer; None where that is known already.
 
-        It is with a start that the relay tells a new controller again, for a turn that was open all the time.
+        True when the relay announces a turn again, to a new controller, that was open all the time.
         """
         if not turn or post_ms is None:
             return post_ms

@@ -105,7 +105,7 @@ def _watch(read_end: int) -> NoReturn:
 class StopSignals:
     """What `serve` was told by signals; owns the pipe into which Python writes the number of each that arrives.
 
-    Counted there, two that come in one moment are two. Only the main thread uses it.
+    Counted in the pipe, two signals at the same moment count as two. Only the main thread uses it.
     """
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ from agent_infra_core.relay.connection import ClientConnection
 from agent_infra_core.relay.events import PACKED_TURNS
 from agent_infra_core.relay.replicas import LiveReplica, explain_absence
 from agent_infra_core.relay.turn import ClientGone, Turn
-from agent_infra_core.routing.admission import AttainedService, queue_key
+from agent_infra_core.routing.queue_order import AttainedService, queue_key
 from agent_infra_core.routing.strategies import ANYWHERE, RouteRequest, choose_backend
 
 if TYPE_CHECKING:

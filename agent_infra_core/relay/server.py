@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import json
 import math
 import os
@@ -20,10 +19,10 @@ from typing import Any, Protocol
 
 from agent_infra_core.http.heads import RequestHead
 from agent_infra_core.protocol import FRAME_GAUGES, FRAME_STATS, FRAME_TABLE, Backend
+from agent_infra_core.relay.access import Doorkeeper, is_same_endpoint
 from agent_infra_core.relay.bodies import Codec
 from agent_infra_core.relay.connection import ClientConnection, descriptor_trouble
 from agent_infra_core.relay.events import SHORTAGE_S, ControlChannel, TurnBook
-from agent_infra_core.relay.owner import Doorkeeper, is_same_endpoint
 from agent_infra_core.relay.queue import PROXY_STOPPED, Admission
 from agent_infra_core.relay.replicas import LiveReplica, ReplicaWatch
 from agent_infra_core.relay.turn import Reactor, RelaySettings, WakePacing
@@ -308,18 +307,3 @@ class Reception:
         if now >= self._shortage_told + SHORTAGE_S:
             self._shortage_told = now
             self._relay.log("error", f"no connection can be accepted for now: {descriptor_trouble(error)}")
-
-
-def calm_collector() -> None:
-    """For a process that has started: what was imported is for ever, and need not be walked again and again."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
-
-
-def release_free_memory() -> None:
-    """Give back what starting up has freed: compiling alone leaves 16 MB. Only glibc knows how."""
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

@@ -440,7 +440,7 @@ class TunnelSet:
             record = dataclasses.replace(
                 record, host=host, port=ports[0], telemetry_port=ports[1] if len(ports) > 1 else None
             )
-            # No new turns: one that another silent replica has lost already must not be sent into this silence.
+            # No new turns here: a turn already lost to one silent replica must not be lost to another.
             if state.state == "suspect" and record.state == "ready":
                 record = dataclasses.replace(record, state="draining", message=message)
             return record

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from agent_infra_core.protocol import Backend
 from agent_infra_core.relay.replicas import LiveReplica, ejection_s
-from agent_infra_core.routing.admission import AttainedService, queue_key
+from agent_infra_core.routing.queue_order import AttainedService, queue_key
 from agent_infra_core.routing.strategies import ANYWHERE, STRATEGIES, RouteRank, RouteRequest, choose_backend
 from agent_infra_core.settings import STRATEGY_NAMES
 
