@@ -142,6 +142,12 @@ def test_files_and_functions_stay_small() -> None:
     assert large == []
 
 
+def test_no_two_test_files_have_one_name() -> None:
+    """pytest imports them by their names alone."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_the_sections_of_the_program_stand_in_the_designs_order() -> None:
     lines = SOURCE.read_text(encoding="utf-8").splitlines()
     found = [

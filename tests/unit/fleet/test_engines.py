@@ -11,8 +11,6 @@ import pytest
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.engines import ENGINES, JobShape, check_engine_args, render_engine, serve_spec
 from agent_infra_core.host import program_home
-from agent_infra_core.node.failures import FAILURE_SIGNS, classify_failure
-from agent_infra_core.node.health import read_engine_load
 from agent_infra_core.node.replica import make_launch
 from agent_infra_core.protocol import fill_in
 from agent_infra_core.settings import ENGINE_NAMES, ModelConfig
@@ -20,17 +18,6 @@ from agent_infra_core.settings import ENGINE_NAMES, ModelConfig
 GOLDEN = Path(__file__).parents[2] / "golden"
 SHAPE = JobShape()
 FIRST_WORDS = {"python": "/env/bin/python", "program": "/opt/node.pyz", "host": "127.0.0.1", "port": 5901}
-LLAMA_METRICS = """\
-# HELP llamacpp:prompt_tokens_total Number of prompt tokens processed.
-# TYPE llamacpp:prompt_tokens_total counter
-llamacpp:prompt_tokens_total 1200
-llamacpp:prompt_tokens_cached_total 800
-llamacpp:prompt_seconds_total 4.217
-llamacpp:tokens_predicted_total 640
-llamacpp:predicted_tokens_seconds 99.5
-llamacpp:requests_processing 3
-llamacpp:requests_deferred 2
-"""
 
 
 def option(argv: list[str], name: str) -> str:
@@ -163,115 +150,3 @@ def test_engine_args_beside_a_command_are_refused() -> None:
 @pytest.mark.parametrize(("status", "is_healthy"), [(0, False), (200, True), (404, True), (500, False), (503, False)])
 def test_a_command_without_a_health_path_is_healthy_once_it_answers(status: int, is_healthy: bool) -> None:
     assert (200 <= status < ENGINES["command"].probe.healthy_below) is is_healthy
-
-
-def test_vllms_page_is_read() -> None:
-    load = read_engine_load(ENGINES["vllm"].probe, (GOLDEN / "vllm_metrics.txt").read_text())
-    assert (load.running, load.waiting, load.kv_usage, load.preemptions) == (0, 0, 0.0, 0)
-    assert (load.prefix_queries, load.prefix_hits) == (737, 0)
-    assert (load.prompt_tokens, load.generation_tokens) == (737, 5052)
-    assert load.kv_capacity_tokens == 4194304
-    assert load.is_sleeping is False
-
-
-def test_data_parallel_engines_are_summed_and_their_cache_use_averaged() -> None:
-    page = (GOLDEN / "vllm_metrics.txt").read_text()
-    second = page.replace('engine="0"', 'engine="1"')
-    second = re.sub(r"(kv_cache_usage_perc{.*}) 0.0", r"\1 0.5", second)
-    load = read_engine_load(ENGINES["vllm"].probe, page + second)
-    assert load.generation_tokens == 2 * 5052
-    assert load.kv_capacity_tokens == 2 * 4194304
-    assert load.kv_usage == 0.25
-
-
-def test_one_sleeping_engine_makes_the_replica_sleep() -> None:
-    page = 'vllm:engine_sleep_state{engine="%d",sleep_state="awake"} %d.0\n'
-    assert read_engine_load(ENGINES["vllm"].probe, page % (0, 1) + page % (1, 0)).is_sleeping is True
-
-
-def test_an_older_vllm_tells_its_cache_in_blocks() -> None:
-    page = 'vllm:cache_config_info{block_size="16",num_gpu_blocks="1000",engine="0"} 1.0\n'
-    assert read_engine_load(ENGINES["vllm"].probe, page).kv_capacity_tokens == 16000
-
-
-def test_the_embedded_engines_page_is_read_and_cached_tokens_count_as_prompt() -> None:
-    load = read_engine_load(ENGINES["llama_cpp"].probe, LLAMA_METRICS)
-    assert (load.running, load.waiting) == (3, 2)
-    assert (load.prompt_tokens, load.prefix_queries, load.prefix_hits) == (2000, 2000, 800)
-    assert load.generation_tokens == 640
-    assert load.kv_usage is None
-    assert load.is_sleeping is None
-
-
-@pytest.mark.parametrize("page", ["", "<html>", "vllm:num_requests_running NaN\n", "vllm:num_requests_running\n"])
-def test_a_page_that_tells_nothing_gives_no_figures(page: str) -> None:
-    assert read_engine_load(ENGINES["vllm"].probe, page).running is None
-
-
-FAILURES = [
-    ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", 1, "out_of_memory"),
-    (
-        "ValueError: Free memory on device (3.1/79.2 GiB) on startup is less than desired GPU memory utilization",
-        1,
-        "out_of_memory",
-    ),
-    (
-        "ValueError: 16.0 GiB KV cache is needed, which is larger than the available KV cache memory (9 GiB).",
-        1,
-        "out_of_memory",
-    ),
-    ("terminate called after throwing an instance of 'std::bad_alloc'", -6, "out_of_memory"),
-    (
-        "OSError: org/nope is not a local folder and is not a valid model identifier listed on 'https://x'",
-        1,
-        "model_not_found",
-    ),
-    ("agent-infra: /tmp/x.bin is not a GGUF file", 2, "model_not_found"),
-    ("agent-infra: model file /tmp/x.gguf cannot be read: No such file or directory", 1, "model_not_found"),
-    ("huggingface_hub.errors.GatedRepoError: 401 Client Error.", 1, "gated_model"),
-    ("Access to model meta-llama/L is restricted and you are not in the authorized list.", 1, "gated_model"),
-    ("huggingface_hub.errors.LocalEntryNotFoundError: Cannot find the requested files in the disk cache", 1, "offline"),
-    ("socket.gaierror: [Errno -3] Temporary failure in name resolution", 1, "offline"),
-    ("OSError: [Errno 122] Disk quota exceeded: '/home/u/.cache'", 1, "quota"),
-    ("OSError: [Errno 28] No space left on device", 1, "quota"),
-    (
-        "OSError: [Errno 98] error while attempting to bind on address ('127.0.0.1', 5900): address already in use",
-        1,
-        "port_in_use",
-    ),
-    ("vllm serve: error: unrecognized arguments: --nonsense", 2, "bad_argument"),
-    ("ValueError: User-specified max_model_len (99999) is greater than the derived max_model_len", 1, "bad_argument"),
-    ("Please pass the argument `trust_remote_code=True` to allow custom code to be run.", 1, "bad_argument"),
-    ("/usr/bin/python: No module named vllm", 1, "bad_argument"),
-    ("RuntimeError: No CUDA GPUs are available", 1, "node_failure"),
-    ("CUDA error: uncorrectable ECC error encountered", 1, "node_failure"),
-    ("loading", -4, "node_failure"),
-    ("loading", None, "timed_out"),
-    ("something odd", 1, "unknown"),
-    ("", -9, "unknown"),
-]
-
-
-@pytest.mark.parametrize(("line", "exit_code", "kind"), FAILURES)
-def test_a_failure_is_classed_by_its_decisive_line(line: str, exit_code: int | None, kind: str) -> None:
-    failure = classify_failure(f"INFO starting\n{line}\nINFO last words\n" if line else "", exit_code)
-    assert failure.kind == kind
-    assert failure.hint
-
-
-def test_every_class_is_shown_by_an_example() -> None:
-    assert {sign.kind for sign in FAILURE_SIGNS} <= {kind for _, _, kind in FAILURES}
-
-
-def test_the_decisive_line_is_told_and_not_the_traceback_around_it() -> None:
-    log = "Traceback:\n  File x\ntorch.OutOfMemoryError: CUDA out of memory.\nRuntimeError: Engine core failed.\n"
-    assert classify_failure(log, 1).line == "torch.OutOfMemoryError: CUDA out of memory."
-
-
-def test_an_option_error_in_the_log_counts_only_with_its_exit_code() -> None:
-    assert classify_failure("client: error: unrecognized arguments: -x\n", -11).kind == "unknown"
-
-
-def test_a_lone_signal_is_no_evidence_of_a_class() -> None:
-    failure = classify_failure("all is well\n", -9)
-    assert (failure.kind, failure.line) == ("unknown", "ended by signal 9")

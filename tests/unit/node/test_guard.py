@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import hashlib
 import hmac
 import json
@@ -11,17 +10,7 @@ from typing import Any
 
 import pytest
 
-from agent_infra_core.fleet.engines import serve_spec
-from agent_infra_core.node.gpus import sampled_gpus
 from agent_infra_core.node.guard import EngineGuard, answer_challenge
-from agent_infra_core.protocol import (
-    GpuSample,
-    ReplicaFailure,
-    ReplicaRecord,
-    record_from_json,
-    spec_from_json,
-)
-from agent_infra_core.settings import ModelConfig
 
 KEY = "the-replica-key"
 NONCE = "00112233445566778899aabbccddeeff"
@@ -99,53 +88,3 @@ def test_a_websocket_without_the_key_is_closed() -> None:
 
 def test_lifespan_passes_the_guard() -> None:
     assert ask("", type="lifespan") == [{"type": "reached", "path": ""}]
-
-
-def test_a_record_survives_its_json() -> None:
-    record = ReplicaRecord(
-        replica="r",
-        model="m",
-        state="failed",
-        engine="vllm",
-        node="n",
-        pid=1,
-        process="p",
-        failure=ReplicaFailure("offline", "line", "hint"),
-        gpus=(GpuSample("H100", None, 1, 2, 3.0, None),),
-        gpu_ids=("0", "1"),
-    )
-    assert record_from_json(json.dumps(dataclasses.asdict(record))) == record
-
-
-def test_a_record_of_a_newer_version_is_read_without_what_it_adds() -> None:
-    values = {"replica": "r", "model": "m", "state": "ready", "engine": "vllm", "node": "n", "pid": 1, "process": "p"}
-    assert record_from_json(json.dumps({**values, "novelty": 1})).state == "ready"
-
-
-@pytest.mark.parametrize("text", ["", "[]", "null", '{"replica": "r"}', "{"])
-def test_what_is_no_record_is_a_value_error(text: str) -> None:
-    with pytest.raises(ValueError, match=r".+"):
-        record_from_json(text)
-
-
-def test_a_specification_survives_its_json() -> None:
-    model = ModelConfig("m", "p", engine_args=("--x", "1"), command=("a", "{port}"), env={"A": "b"}, max_model_len=5)
-    spec = serve_spec("r", model, "/run", "/key", gpu_ids=("GPU-1",), stop_grace=3.0)
-    assert spec_from_json(json.dumps(dataclasses.asdict(spec))) == spec
-
-
-@pytest.mark.parametrize(
-    ("engine", "gpu_ids", "environment", "expected"),
-    [
-        ("vllm", ("2",), {"CUDA_VISIBLE_DEVICES": "0,1"}, ("2",)),
-        ("vllm", (), {"CUDA_VISIBLE_DEVICES": "0, GPU-x"}, ("0", "GPU-x")),
-        ("vllm", (), {"CUDA_VISIBLE_DEVICES": ""}, ()),
-        ("vllm", (), {}, None),
-        ("llama_cpp", (), {}, ()),
-    ],
-)
-def test_only_the_gpus_that_were_handed_out_are_sampled(
-    engine: str, gpu_ids: tuple[str, ...], environment: dict[str, str], expected: tuple[str, ...] | None
-) -> None:
-    spec = serve_spec("r", ModelConfig("m", "p", engine=engine), "/run", "/key", gpu_ids=gpu_ids)
-    assert sampled_gpus(spec, environment) == expected
