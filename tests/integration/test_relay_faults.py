@@ -440,8 +440,10 @@ def test_an_answer_of_events_that_has_none_is_over_at_once(relay: RelayProcess) 
 
 
 def test_an_error_of_a_replica_that_died_of_it_counts_once(relay: RelayProcess) -> None:
-    with FakeEngine(status=500, health=503) as engine, Client(relay.port) as client:
+    with FakeEngine(status=500) as engine, Client(relay.port) as client:
         relay.controller.send_table([backend(1, engine.port)], proxy={"health_check_interval": 3600.0})
+        engine.wait_for("probes", 1)  # it is well when it gets the turn, and the next look finds it dead
+        engine.call({"status": 500, "health": 503})
         assert client.chat().status == 503
         told = wait_for(lambda: [g for g in relay.controller.gauges if g["counters"]["requests"] == 1])[-1]
     assert told["backends"]["r1"]["errors"] == 1
