@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import re
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
 from patience import PATIENCE_S
 
 import agent_infra
@@ -28,6 +30,18 @@ SOURCE = Path(agent_infra.__file__)
 ROOT = SOURCE.parent
 CORE = ROOT / "agent_infra_core"
 FILES = sorted(CORE.rglob("*.py"))
+DOCUMENTATION = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Heading in docs/configuration.md → the settings that its table has.
+KINDS = {
+    "proxy": ProxyConfig,
+    "cluster": ClusterConfig,
+    "ssh": SshConfig,
+    "slurm": SlurmConfig,
+    "partitions": PartitionConfig,
+    "container": ContainerConfig,
+    "models": ModelConfig,
+    "headers": HeadersConfig,
+}
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [SOURCE, *FILES]}
 
 # Which rooms of the core each room may import from, besides itself. Nobody imports agent_infra, but for one function.
@@ -195,43 +209,111 @@ def test_a_bare_python_without_site_packages_imports_the_module() -> None:
     subprocess.run([sys.executable, "-I", "-S", "-c", program], check=True, timeout=PATIENCE_S)
 
 
-def options_of_the_command_line() -> set[str]:
-    """Every verb and option that --help shows to people."""
-    import argparse
-
+def parsers_of_the_verbs() -> dict[str, argparse.ArgumentParser]:
+    """The verbs that --help shows to people."""
     parser = agent_infra.build_parser()
     verbs = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    shown = {choice.dest for choice in verbs._choices_actions}
-    found = set(shown)
-    for name in shown:
-        for action in verbs.choices[name]._actions:
-            found.update(option for option in action.option_strings if option.startswith("--") and option != "--help")
-    return found
+    return {choice.dest: verbs.choices[choice.dest] for choice in verbs._choices_actions}
 
 
-def test_the_readme_names_every_verb_flag_and_key() -> None:
-    readme = (ROOT / "README.md").read_text()
-    words = set(re.findall(r"`([^`\n]+)`", readme))
+def options_of_the_command_line() -> set[str]:
+    """Every verb and long option that --help shows to people."""
+    parsers = parsers_of_the_verbs()
+    options = {option for parser in parsers.values() for action in parser._actions for option in action.option_strings}
+    return {*parsers, *(option for option in options if option.startswith("--") and option != "--help")}
+
+
+def documentation() -> str:
+    return "\n".join(page.read_text(encoding="utf-8") for page in DOCUMENTATION)
+
+
+def sections(page: str) -> dict[str, str]:
+    """Heading → the text below it, up to the next heading of any level."""
+    parts = re.split(r"^#+ (.+)\n", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.M)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def table(section: str) -> list[list[str]]:
+    """The cells of every row of a section's tables, without their heads."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    rules = [number for number, row in enumerate(rows) if set(row[0]) == {"-"}]
+    return [row for number, row in enumerate(rows) if number not in rules and number + 1 not in rules]
+
+
+def test_the_documentation_names_every_verb_flag_and_key() -> None:
+    words = set(re.findall(r"`([^`\n]+)`", documentation()))
     spoken = set(re.findall(r"--[a-z][a-z-]+|[a-z_]+", " ".join(words)))
     assert sorted(options_of_the_command_line() - spoken) == []
-    for kind in (
-        ProxyConfig,
-        SshConfig,
-        PartitionConfig,
-        ContainerConfig,
-        SlurmConfig,
-        ClusterConfig,
-        ModelConfig,
-        HeadersConfig,
-    ):
+    for kind in KINDS.values():
         assert sorted({item.name for item in dataclasses.fields(kind)} - spoken) == [], kind.__name__
 
 
-def test_the_readme_names_no_flag_that_does_not_exist() -> None:
-    readme = (ROOT / "README.md").read_text()
-    commands = re.findall(r"agent_infra\.py [^`\n]*", readme)
-    flags = {flag for command in commands for flag in re.findall(r"(--[a-z][a-z-]+)", command)}
-    assert sorted(flags - options_of_the_command_line() - {"--help", "--version"}) == []
+def test_the_documentation_names_no_verb_and_no_flag_that_does_not_exist() -> None:
+    commands = re.findall(r"agent_infra\.pyz? ([^`\n]*)", documentation())
+    used = {word for command in commands for word in re.findall(r"^[a-z]+|--[a-z][a-z-]+", command.partition("#")[0])}
+    assert sorted(used - options_of_the_command_line() - {"--help", "--version"}) == []
+
+
+def test_every_verb_has_a_section_with_exactly_its_options() -> None:
+    documented = sections("commands.md")
+    for name, parser in parsers_of_the_verbs().items():
+        options = {option for action in parser._actions for option in action.option_strings}
+        rows = {option for row in table(documented[name]) for option in re.findall(r"`(--?[a-z-]+)", row[0])}
+        assert rows == options - {"-h", "--help", "--config"}, name
+        assert ("--config" in options) == (name not in ("proxy", "bundle")), name
+    assert sorted(set(documented) - {"Commands"}) == sorted(parsers_of_the_verbs())
+
+
+def test_every_key_stands_in_its_table_with_its_default() -> None:
+    documented = sections("configuration.md")
+    for heading, kind in KINDS.items():
+        rows = {row[0].strip("`"): row[1].strip("`") for row in table(documented[heading])}
+        assert list(rows) == [item.name for item in dataclasses.fields(kind)], heading
+        for item in dataclasses.fields(kind):
+            default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+            if item.name == "partitions":  # the only key that has a default and may not keep it
+                default = dataclasses.MISSING
+            if dataclasses.is_dataclass(default):
+                assert rows[item.name] == ""
+            elif default is dataclasses.MISSING:
+                assert rows[item.name] == "required", item.name
+            else:
+                plain = list(default) if isinstance(default, tuple) else default
+                assert yaml.safe_load(rows[item.name]) == plain, item.name
+
+
+def test_the_readme_and_the_pages_stay_short() -> None:
+    lengths = {page.name: len(page.read_text(encoding="utf-8").splitlines()) for page in DOCUMENTATION}
+    assert lengths.pop("README.md") <= 250
+    assert {name: lines for name, lines in lengths.items() if lines > 300} == {}
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(page), flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def without_blocks(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def test_every_relative_link_leads_somewhere() -> None:
+    broken = []
+    for page in [*DOCUMENTATION, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md"))]:
+        for link in re.findall(r"\]\(([^)\s]+)\)", without_blocks(page)):
+            path, _, anchor = link.partition("#")
+            target = page.parent / path if path else page
+            if "://" in link:
+                continue
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                broken.append(f"{page.relative_to(ROOT)}: {link}")
+    assert broken == []
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    linked = set(re.findall(r"\]\(docs/([^)#\s]+\.md)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert linked == {page.name for page in DOCUMENTATION} - {"README.md"}
 
 
 def test_the_contributors_guide_names_every_file_of_the_core() -> None:
