@@ -1,1 +1,1 @@
-"""What is known of sessions, turns and replicas, and what follows from it. Pure, except for the history."""
+"""Figures, records and analysis of sessions, turns and replicas. Pure, except for the history."""

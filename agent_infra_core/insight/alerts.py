@@ -7,27 +7,27 @@ from typing import Any
 
 from agent_infra_core.insight.sessions import Session, split_client
 
-WATCH_INTERVAL_S = 5.0  # between two looks of the watchdog
+WATCH_INTERVAL_S = 5.0  # between checks
 LISTED_ALERTS = 50
-LEAST_THINKS = 5  # think times of a session before its silence can be unusual
-SILENT_S = 60.0  # silence that is never unusual
-SILENT_FACTOR = 5.0  # silence is unusual beyond this many times the session's longest think time
-REPEATED_TURNS = 4  # identical turns in a row
-RUNAWAY_TOKENS = 8_000  # a context that never is one that ran away
-RUNAWAY_FACTOR = 4.0  # a context that did is this many times the median of its model's sessions
-LEAST_CONTEXTS = 8  # sessions of a model that make a median
-THRASHING_MOVES = 4  # changes of the replica within the last 8 turns
+LEAST_THINKS = 5  # a session with fewer think times is never reported as silent
+SILENT_S = 60.0  # shorter silences are never reported
+SILENT_FACTOR = 5.0  # times the session's longest think time; a longer silence is reported
+REPEATED_TURNS = 4  # identical turns in a row that are reported
+RUNAWAY_TOKENS = 8_000  # smaller contexts are never reported as runaway
+RUNAWAY_FACTOR = 4.0  # times the median context of the model's sessions; a larger context is reported
+LEAST_CONTEXTS = 8  # sessions of a model needed for a median
+THRASHING_MOVES = 4  # changes of replica within the last 8 turns that are reported
 
 
 class Watchdog:
-    """Which sessions someone should look at, and why. Looks at all of them every WATCH_INTERVAL_S."""
+    """Lists sessions that need attention, with the reason. Checks all sessions every WATCH_INTERVAL_S."""
 
     def __init__(self) -> None:
         self._due = 0.0
-        self.rows: list[dict[str, Any]] = []  # the LISTED_ALERTS latest, latest first
+        self.rows: list[dict[str, Any]] = []  # the latest LISTED_ALERTS, newest first
 
     def look(self, sessions: Iterable[Session], now: float, kv_capacity: Mapping[str, float]) -> None:
-        """Look if it is time to. ``kv_capacity`` is replica → tokens that its cache holds."""
+        """Check the sessions if a check is due. ``kv_capacity`` maps a replica to its cache size in tokens."""
         if self._due - WATCH_INTERVAL_S <= now < self._due:
             return
         self._due = now + WATCH_INTERVAL_S
@@ -61,7 +61,7 @@ class Watchdog:
 
 
 def is_inconspicuous(session: Session, now: float) -> bool:
-    """Whether nothing can be wrong with a session; most are so, and this costs little."""
+    """Whether a session needs no further check. A cheap test that most sessions pass."""
     return (
         (session.last_end is None or now - session.last_end <= SILENT_S)
         and session.repeats < REPEATED_TURNS
@@ -73,9 +73,10 @@ def is_inconspicuous(session: Session, now: float) -> bool:
 def alerts_of(
     session: Session, now: float, usual_context: float | None, kv_capacity: float | None
 ) -> list[tuple[str, float, str]]:
-    """What is wrong with a session: ``(kind, since, sentence)`` each.
+    """Problems of a session, as a list of ``(kind, since, sentence)``.
 
-    ``usual_context`` is the median of its model's sessions, ``kv_capacity`` what its replica's cache holds, in tokens.
+    ``usual_context`` is the median context of its model's sessions, ``kv_capacity`` the size of its replica's cache,
+    both in tokens.
     """
     found = []
     context, silent_s = session.context_tokens or 0, now - (session.last_end or now)

@@ -1,4 +1,4 @@
-"""The analysis of every model, as /stats shows it: puts fit, verdict and suggestion together. Pure."""
+"""The ``analysis`` of every model in /stats: combines fit, verdict and suggestion. Pure."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ from agent_infra_core.insight.suggestion import cost, figures, suggest
 from agent_infra_core.insight.turns import TurnRecord
 from agent_infra_core.insight.verdict import find_flags, judge
 
-# Bounds of what is kept for each model and GPU type; a turn is about 0.3 KB.
-MAX_FIT_TURNS = 8000  # beyond, or older than MAX_FIT_AGE_S: the oldest quarter goes, all but REMEMBERED of each load
-MAX_FIT_AGE_S = 6 * 3600.0
-REMEMBERED = 100  # turns of each load (a factor of √2 in flight) that outlive the others: A is known from light load
-MAX_SAMPLES = 900  # of the fleet, one a second
-MAX_INBOX = 10_000  # turns that wait for the next document
-MAX_ANALYSED = 32  # models and GPU types; the one silent for longest goes
-OPERATING_S = 300.0  # what "now" is taken over: this, or five cycles of an agent where they take longer
-SETTLED_CHANGE = 5  # samples that a new number of replicas must last
+# Memory limits per model and GPU type. A turn takes about 0.3 KB.
+MAX_FIT_TURNS = 8000  # above this, the oldest quarter is dropped, except REMEMBERED turns per load
+MAX_FIT_AGE_S = 6 * 3600.0  # older turns are dropped, with the same exception
+REMEMBERED = 100  # turns kept per load (a factor of √2 in turns in flight), since only light load determines A
+MAX_SAMPLES = 900  # of the fleet, one per second
+MAX_INBOX = 10_000  # items that wait for the next document()
+MAX_ANALYSED = 32  # pairs of model and GPU type; above this, the longest silent pair is dropped
+OPERATING_S = 300.0  # window of the current figures, or five cycles of an agent if they take longer
+SETTLED_CHANGE = 5  # consecutive samples that must agree on a new number of replicas
 
 
 class FleetAnalysis:
-    """The capacity model of one model on one GPU type: its turns and samples, and since when they are alike.
+    """Turns and fleet samples of one model on one GPU type, since its workload or number of replicas last changed.
 
-    Everything is bounded: MAX_FIT_TURNS turns, MAX_SAMPLES samples, REMEMBERED turns for each load.
+    Keeps at most MAX_FIT_TURNS turns, MAX_SAMPLES samples, and REMEMBERED turns per load.
     """
 
     def __init__(self, model: str, gpu: str | None) -> None:
         self.model, self.gpu = model, gpu
         self._turns: list[ObservedTurn] = []
-        self._complete_from = 0.0  # turns that began earlier may have met others that are not known
+        self._complete_from = 0.0  # turns that began earlier may have overlapped with turns missing from _turns
         self._samples: deque[FleetSample] = deque(maxlen=MAX_SAMPLES)
         self._remembered: dict[int, deque[tuple[float, ...]]] = {}  # load → rows of Measured
-        self._since = 0.0  # when it started anew
-        self._why = ""  # because of what
-        self._flagged: dict[str, float] = {}  # flag → since when
+        self._since = 0.0  # time of the last restart of the fit
+        self._why = ""  # reason for that restart
+        self._flagged: dict[str, float] = {}  # flag → time it was raised
         self._replicas: int | None = None
         self.think: ThinkFit | None = None
 
     def sample(self, sample: FleetSample) -> None:
-        """Take a look at the fleet; another number of replicas, once it lasts, starts the fit anew."""
+        """Add a sample. Restart the fit if the number of replicas has changed for SETTLED_CHANGE samples."""
         self._samples.append(sample)
         if self._replicas is None:
-            self._replicas = len(sample.in_flight) or None  # a fleet that starts is no change
+            self._replicas = len(sample.in_flight) or None  # the first replicas aren't a change
         latest = list(self._samples)[-SETTLED_CHANGE:]
         counts = {len(look.in_flight) for look in latest}
         if len(latest) == SETTLED_CHANGE and len(counts) == 1 and counts != {self._replicas or 0}:
@@ -73,13 +73,13 @@ class FleetAnalysis:
     def _restart(self, at: float, why: str) -> None:
         self._since, self._why = max(self._since, at), why
         self._remembered.clear()
-        # Turns that reached into the new time stay: the ones after met them.
+        # Keep turns that ended after the restart: later turns overlapped with them.
         self._turns = [turn for turn in self._turns if turn.end >= at]
         while self._samples and self._samples[0].at < at:
             self._samples.popleft()
 
     def take(self, turns: Iterable[ObservedTurn], now: float) -> None:
-        """Add finished turns; forget the oldest, but for some of each load."""
+        """Add finished turns and drop the oldest, except REMEMBERED turns per load."""
         fresh = [turn for turn in turns if turn.end >= self._since]
         if not self._turns and fresh:
             self._complete_from = max(self._complete_from, min(turn.end for turn in fresh))
@@ -104,7 +104,7 @@ class FleetAnalysis:
         return max(self._since, self._complete_from)
 
     def _with_remembered(self, rows: Measured) -> Measured:
-        """The rows, and after them those of turns long gone, ten of one load a block."""
+        """``rows`` followed by the remembered rows, in blocks of ten rows of the same load."""
         import numpy as np
 
         kept = [
@@ -118,7 +118,7 @@ class FleetAnalysis:
         return Measured(*(np.concatenate(pair) for pair in columns))
 
     def document(self, now: float, ended: Mapping[str, float], rng: Any) -> dict[str, Any]:
-        """This model's entry of /stats' `analysis`, at time ``now``."""
+        """This model's entry of ``analysis`` in /stats, at time ``now``."""
         change = mix_change([turn for turn in self._turns if turn.begin >= self._start])
         if change is not None:
             self._restart(change[0], f"the {change[1]} changed")
@@ -143,10 +143,10 @@ class FleetAnalysis:
         }
 
     def _outlook(self, now: float, ended: Mapping[str, float], rng: Any) -> Outlook:
-        """Everything that is known now."""
+        """Fit the model and collect all figures for the document."""
         start, last = self._start, self._samples[-1] if self._samples else None
         recent = [turn.seconds for turn in self._turns[-500:]]
-        # Turns in flight are not known before they end: what began later than this may still change.
+        # Turns are recorded when they end, so figures on turns that began after this may still change.
         settled = now - min(120.0, 1.1 * max(recent, default=0.0))
         self.think = fit_think(self._turns, start, settled, ended, rng)
         think_s = self.think.mean_s if self.think else None
@@ -180,13 +180,13 @@ class FleetAnalysis:
 
     @property
     def replicas(self) -> int:
-        """That serve now, as far as anybody looked."""
+        """Number of serving replicas in the latest sample; without samples, replicas that appear in the turns."""
         if self._samples:
             return len(self._samples[-1].in_flight)
         return len({turn.replica for turn in self._turns})
 
     def _refusal(self, fit: ServiceFit | None, agents: float | None, law: Mapping[str, Any]) -> str | None:
-        """Why nothing is told that rests on the fit; None where it may."""
+        """Why figures that depend on the fit are withheld; None if they may be reported."""
         if self.think is None:
             return "think times are not known: no session had two turns (name them: attach() or X-Session-ID)"
         if not self.replicas or not agents:
@@ -200,7 +200,7 @@ class FleetAnalysis:
 
 
 def _plain(value: Any) -> Any:
-    """With estimates as the dictionaries that the document has."""
+    """``value`` with every Estimate converted to a dictionary."""
     if isinstance(value, Estimate):
         return dataclasses.asdict(value)
     if isinstance(value, dict):
@@ -209,10 +209,11 @@ def _plain(value: Any) -> Any:
 
 
 class CapacityAnalysis:
-    """What holds each model on each GPU type back.  Finished turns and fleet samples in, /stats' `analysis` out.
+    """Finds what limits each model on each GPU type: ``analysis`` of /stats, from finished turns and fleet samples.
 
-    ``add``, ``end`` and ``sample`` only note what they are given, from any one thread; ``document`` does the work, in
-    any one thread too. ``clock`` is seconds since the epoch; ``dice``, seeded, make the resampling repeatable.
+    ``add``, ``end`` and ``sample`` only queue their arguments and may be called from any one thread. ``document`` does
+    the work, also in any one thread. ``clock`` returns seconds since the epoch. A seeded ``dice`` makes the resampling
+    repeatable.
     """
 
     def __init__(self, clock: Callable[[], float], dice: random.Random) -> None:
@@ -220,33 +221,33 @@ class CapacityAnalysis:
         self._inbox: deque[TurnRecord | FleetSample | tuple[str, float]] = deque(maxlen=MAX_INBOX)
         self._fleets: OrderedDict[tuple[str, str | None], FleetAnalysis] = OrderedDict()
         self._homes: OrderedDict[str, tuple[str, str | None]] = OrderedDict()  # replica → model and GPU type
-        self._ended: OrderedDict[str, float] = OrderedDict()  # sessions that said so
+        self._ended: OrderedDict[str, float] = OrderedDict()  # session → time its agent ended it
 
     def add(self, record: TurnRecord) -> None:
-        """Take a finished turn."""
+        """Add a finished turn."""
         self._inbox.append(record)
 
     def end(self, session: str, at: float) -> None:
-        """Note that an agent said that its session is over."""
+        """Record that an agent ended its session."""
         self._inbox.append((session, at))
 
     def sample(self, sample: FleetSample) -> None:
-        """Take a look at a fleet; once a second."""
+        """Add a fleet sample; call once a second."""
         self._inbox.append(sample)
 
     def presence(self, model: str, gpu: str | None, silent_s: float) -> float:
-        """How probable it is that a session so long silent still thinks; before think times are known, a guess."""
+        """Probability that a silent session is still thinking. A guess until think times are known."""
         fleet = self._fleets.get((model, gpu))
         think = fleet.think if fleet is not None else None
         return think.presence(silent_s) if think is not None else float(silent_s < 60)
 
     def document(self) -> list[dict[str, Any]]:
-        """One entry for each model and GPU type that had a turn, as docs/stats.schema.json says."""
+        """One entry per model and GPU type that had a turn, as described in docs/stats.schema.json."""
         now = self._clock()
         self._sort_inbox(now)
         fleets = [fleet for fleet in self._fleets.values() if fleet.has_turns]
         if not fleets:
-            return []  # without traffic numpy is not even loaded
+            return []  # don't load numpy without traffic
         import numpy as np
 
         rng = np.random.default_rng(self._dice.getrandbits(64))
@@ -266,7 +267,7 @@ class CapacityAnalysis:
         for item in arrived:
             if isinstance(item, TurnRecord) and (turn := observed_turn(item)) is not None:
                 if turn.session is not None and turn.arrived > self._ended.get(turn.session, math.inf):
-                    del self._ended[turn.session]  # it went on
+                    del self._ended[turn.session]  # the session was resumed
                 home = self._homes.get(turn.replica)
                 if home is not None or not self._homes:
                     turns.setdefault(home or (item.model or "", None), []).append(turn)

@@ -1,4 +1,4 @@
-"""The capacity model: throughput and waits of N agents on k replicas, with their confidence. Pure."""
+"""The capacity model: throughput and waits of N agents on k replicas, with confidence intervals. Pure."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ if TYPE_CHECKING:
     from agent_infra_core.insight.fit import ServiceFit, ThinkFit
     from agent_infra_core.insight.measure import Operating
 
-LEAST_TURNS = 30  # below: no number; from POINT_TURNS on a point with its interval, between them the interval alone
+LEAST_TURNS = 30  # with fewer turns, no figures are reported; below POINT_TURNS, only intervals
 POINT_TURNS = 300
 RESAMPLES = 300
-SURE = 0.9  # share of the resampled fits that a verdict needs, and the probability that an interval holds
-GROWTH_LIMIT = 2.0  # nothing is told of more in flight than so many times what was seen
+SURE = 0.9  # share of resampled fits needed for a verdict, and confidence level of intervals
+GROWTH_LIMIT = 2.0  # no predictions above this many times the highest number of turns in flight seen
 MAX_CURVE_POINTS = 60
-FAINT = 1e-9  # for a denominator that may be zero
-Figure = Any  # a float, or an array with one for each resampled fit
-Array = Any  # a numpy array: naming the type would load numpy
+FAINT = 1e-9  # lower bound for denominators that may be zero
+Figure = Any  # a float, or an array with one value per resampled fit
+Array = Any  # a numpy array; naming the type would import numpy
 
 
 @dataclass(frozen=True)
 class CapacityModel:
     """A closed queueing network: N agents think for Z seconds, then wait for one of k replicas.
 
-    A replica with n turns in flight answers each in R(n) = A + B·n seconds: continuous batching, where a step costs a
-    fixed part and a part per sequence; beyond its slots turns queue.  With the interactive response time law
+    A replica with n turns in flight answers each in R(n) = A + B·n seconds, because a step of continuous batching has
+    a fixed cost and a cost per sequence. Turns beyond its slots queue. Together with the interactive response time law
     N = X·(Z + R) (Denning & Buzen 1978, "The Operational Analysis of Queueing Network Models"; Lazowska et al. 1984,
     "Quantitative System Performance", ch. 3) and Little's law n = X·R / k (Little 1961) this is a quadratic in n.
-    Means stand for distributions; n counts the turn itself, whose own share B is lost when it runs alone: X is too
-    high by B / (Z + A + B) at most.  Any of the figures may be an array of draws.
+    The model replaces distributions by their means. n includes the turn itself. A turn that runs alone loses part of
+    its own share B, so X is too high by at most B / (Z + A + B). Any field may be an array of draws.
     """
 
     replicas: Figure  # k
@@ -48,26 +48,26 @@ class CapacityModel:
         crowd = agents / self.replicas
         slack = self.think_s + self.base_s - crowd * self.per_request_s
         root = (slack**2 + 4 * self.base_s * self.per_request_s * crowd) ** 0.5
-        # The same, times (q + √…) above and below: holds for B = 0 too.
+        # Numerator and denominator are multiplied by (q + √…), which also works for B = 0.
         return np.minimum(2 * self.base_s * crowd / np.maximum(slack + root, FAINT), self.slots)
 
     def answer_s(self, agents: Figure) -> Figure:
-        """R(n): seconds that a turn spends on its replica."""
+        """R(n): time a turn spends on its replica, in seconds."""
         return self.base_s + self.per_request_s * self.in_flight(agents)
 
     def throughput(self, agents: Figure) -> Figure:
-        """X in turns a second: k·n / (A + B·n)."""
+        """X = k·n / (A + B·n), in turns per second."""
         return self.replicas * self.in_flight(agents) / self.answer_s(agents)
 
     def utilisation(self, agents: Figure) -> Figure:
-        """ρ = B·X / k: how far a replica is from the most turns a second that it could ever do, 1 / B."""
+        """ρ = B·X / k: throughput of a replica as a fraction of its maximum, 1 / B turns per second."""
         return self.per_request_s * self.throughput(agents) / self.replicas
 
     def shares(self, agents: Figure) -> tuple[Figure, Figure, Figure]:
-        """Elasticities of X: ``(agent, base latency, contention)``, by which percentage X rises for 1 % less of each.
+        """Elasticities of X: ``(agent, base latency, contention)``, the rise of X in % for 1 % less of each.
 
         d ln X / d ln of Z, A and 1/k, from X = N / (Z + R) and R = A / (1 − ρ): with D = Z + R + R·ρ/(1 − ρ) they are
-        Z/D, R/D and the rest, and sum to 1.  When the slots are full, X follows the replicas alone.
+        Z/D, R/D and the rest, and sum to 1.  When the slots are full, X depends only on the replicas.
         """
         import numpy as np
 
@@ -80,18 +80,18 @@ class CapacityModel:
 
     @property
     def knee(self) -> Figure:
-        """N* = k·(Z + A + B) / B, where the asymptotes N / (Z + A + B) and k / B of X meet."""
+        """N* = k·(Z + A + B) / B, where the asymptotes of X, N / (Z + A + B) and k / B, meet."""
         import numpy as np
 
         return self.replicas * (self.think_s + self.base_s + self.per_request_s) / np.maximum(self.per_request_s, FAINT)
 
     def agents_at(self, in_flight: Figure) -> Figure:
-        """N with so many in flight on each replica: k·n·(Z + A + B·n) / (A + B·n)."""
+        """N that puts n turns in flight on each replica: k·n·(Z + A + B·n) / (A + B·n)."""
         answer = self.base_s + self.per_request_s * in_flight
         return self.replicas * in_flight * (self.think_s + answer) / answer
 
     def agents_at_utilisation(self, utilisation: float) -> Figure:
-        """N(ρ) = (kρ/B)·(Z + A/(1 − ρ))."""
+        """N at utilisation ρ: (kρ/B)·(Z + A/(1 − ρ))."""
         import numpy as np
 
         rate = self.replicas * utilisation / np.maximum(self.per_request_s, FAINT)
@@ -100,7 +100,7 @@ class CapacityModel:
 
 @dataclass(frozen=True)
 class Basis:
-    """What an estimate rests on."""
+    """The data behind an estimate."""
 
     turns: int
     window_s: float
@@ -108,9 +108,9 @@ class Basis:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, the interval that holds it with 90 % probability, what both rest on; or why there is none.
+    """A value with its 90 % confidence interval and the data behind it, or the reason why it is missing.
 
-    With a reason: no value, and an interval only where as much is known.
+    With a reason, ``value`` is None; ``low`` and ``high`` are set as far as they are known.
     """
 
     value: float | None
@@ -122,13 +122,13 @@ class Estimate:
 
 
 def significant(value: Any) -> float | None:
-    """To four digits, for people and for JSON; None for what is not finite."""
+    """Round to four significant digits, for display and JSON; None if not finite."""
     number = float(value)
     return float(f"{number:.4g}") if math.isfinite(number) else None
 
 
 def estimate(unit: str, basis: Basis, value: Figure, draws: Figure = None, reason: str | None = None) -> Estimate:
-    """An estimate from its value and its resampled values; the rules of how many turns allow what are here."""
+    """Make an estimate from a value and its resampled values, as far as the number of turns allows."""
     import numpy as np
 
     if reason is None and basis.turns < LEAST_TURNS:
@@ -148,7 +148,7 @@ def estimate(unit: str, basis: Basis, value: Figure, draws: Figure = None, reaso
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is known of one model on one GPU type at one moment; all that the document's entry is made of."""
+    """All data on one model on one GPU type at one moment, from which its ``analysis`` entry is made."""
 
     model: CapacityModel
     draws: CapacityModel
@@ -157,34 +157,34 @@ class Outlook:
     here: Operating
     agents: float  # N, sampled or computed
     basis: Basis
-    reason: str | None  # why nothing may be told that rests on the fit
-    few: str | None  # why nothing may be told at all
+    reason: str | None  # why figures that depend on the fit are withheld
+    few: str | None  # why all figures are withheld
     kv: tuple[float, Array] | None
 
     def told(self, unit: str, figure: Callable[[CapacityModel], Figure], reason: str | None = None) -> Estimate:
-        """A figure of the model."""
+        """Estimate a figure that depends on the fit. A ``reason`` withholds it."""
         reason = self.few or self.reason or reason
         if reason is not None:
             return estimate(unit, self.basis, None, reason=reason)
         return estimate(unit, self.basis, float(figure(self.model)), figure(self.draws))
 
     def measured(self, unit: str, value: float | None, draws: Figure, reason: str) -> Estimate:
-        """A figure that does not rest on the fit; ``reason`` is why there is none, where there is none."""
+        """Estimate a figure that doesn't depend on the fit. ``reason`` explains a missing ``value``."""
         why = self.few or (reason if value is None else None)
         return estimate(unit, self.basis, value, draws, why)
 
     @property
     def most_in_flight(self) -> float:
-        """On a replica, of which anything may be told."""
+        """Highest number of turns in flight on a replica for which predictions are made."""
         return GROWTH_LIMIT * self.fit.most_in_flight if self.fit else 0.0
 
     @property
     def most_agents(self) -> float:
-        """N of which anything may be told."""
+        """Highest N for which predictions are made."""
         return max(self.agents, float(self.model.agents_at(self.most_in_flight)))
 
     def beyond(self, agents: float) -> str | None:
-        """Why nothing is told of so many agents; None where it may."""
+        """Why no prediction is made for this many agents; None if one is."""
         if self.fit is not None and self.fit.is_alone and agents > self.agents:
             return "no replica ever served two turns at once, so it cannot be told how one slows down"
         if agents > self.most_agents * 1.0001:
@@ -193,13 +193,13 @@ class Outlook:
 
     @property
     def evicting(self) -> str | None:
-        """Why nothing is told of any other load; None where contexts fit into the KV cache."""
+        """Why no prediction is made for any other load; None if contexts fit into the KV cache."""
         if self.kv is None or self.agents <= self.kv[0]:
             return None
         return "contexts are evicted at this load, and how replicas do when others fit, the fit cannot tell"
 
     def what_if(self, name: str, change: Callable[[CapacityModel], CapacityModel], agents: float) -> dict[str, Any]:
-        """Throughput when the system changes, and by how much that is more (as a fraction)."""
+        """Throughput after a change to the system, and the gain as a fraction."""
         reason = self.evicting or self.beyond(agents)
         if reason is None and self.kv is not None and self.agents < agents and agents > self.kv[0]:
             reason = f"the contexts of {agents:.0f} agents would not fit into the KV cache"
@@ -229,7 +229,7 @@ class Outlook:
         ]
 
     def curve(self) -> list[dict[str, Any]]:
-        """X(N), as far as may be told, and no further than is of use."""
+        """Points of X(N), up to the highest N that can be predicted and is of interest."""
         import numpy as np
 
         if (
@@ -254,7 +254,7 @@ def percent(value: float) -> str:
 
 
 def in_words(what: Mapping[str, Any], with_range: bool = False) -> str:
-    """``+1 replica → +38 % turns/h [31, 44]``; empty where nothing is known of it."""
+    """``+1 replica → +38 % turns/h [31, 44]``; empty if the change is unknown."""
     change: Estimate = what["change"]
     if change.low is None or change.high is None:
         return ""
@@ -270,7 +270,7 @@ def in_words(what: Mapping[str, Any], with_range: bool = False) -> str:
 def capacity_models(
     replicas: int, fit: ServiceFit | None, think: ThinkFit | None, slots: int | None
 ) -> tuple[CapacityModel, CapacityModel]:
-    """The model of the estimates, and the one of their draws; without a fit, one that nobody may ask."""
+    """The models of the estimates and of their draws. Without a fit, A and B are placeholders: don't use them."""
     import numpy as np
 
     zeros = np.zeros(RESAMPLES)

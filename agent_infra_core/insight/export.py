@@ -15,9 +15,9 @@ from agent_infra_core.insight.turns import TurnRecord
 
 @contextlib.contextmanager
 def read_history(path: Path) -> Iterator[HistoryFile | None]:
-    """A history to read, while a controller writes it or not; None where there is none yet.
+    """Open a history for reading, even while a controller writes to it; None if the file doesn't exist.
 
-    One of an older version is brought up to date first. Raises RefusedError, with the fix, where it cannot be read.
+    Migrates a file of an older version first. Raises RefusedError, with the fix, if the file can't be read.
     """
     import sqlite3
 
@@ -40,7 +40,7 @@ def read_history(path: Path) -> Iterator[HistoryFile | None]:
 
 
 def csv_cell(value: Any) -> Any:
-    """A value as CSV shows it: what a spreadsheet would take for a formula gets an apostrophe, which it hides."""
+    """A value as a CSV cell. Text that looks like a formula gets an apostrophe, which spreadsheets hide."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
@@ -49,10 +49,10 @@ def csv_cell(value: Any) -> Any:
 
 
 def export_turns(turns: Iterable[TurnRecord], form: str, out: IO[str]) -> None:
-    """Write turns as ``csv`` (a line of names first) or ``jsonl``, one by one."""
+    """Write turns one by one, as ``csv`` with a header row or as ``jsonl``."""
     import csv
 
-    writer = csv.writer(out)  # with the line ends of RFC 4180: else a carriage return in a text would end its line
+    writer = csv.writer(out)  # CRLF line ends (RFC 4180); with others, a carriage return in a text would end the row
     if form == "csv":
         writer.writerow(TURN_COLUMNS)
     for turn in turns:

@@ -13,22 +13,22 @@ from agent_infra_core.insight.capacity import FAINT, RESAMPLES, Array
 if TYPE_CHECKING:
     from agent_infra_core.insight.measure import Beginnings, Measured, ObservedTurn
 
-MAX_SILENCES = 1200  # think times that Z is fitted to; of more, every second, third, … session's are taken
+MAX_SILENCES = 1200  # think times used to fit Z; with more, only every second, third, … session is used
 
 
 @dataclass
 class ServiceFit:
-    """R(n) = A + B·n: the estimate and its resampled draws, in seconds."""
+    """R(n) = A + B·n: the estimates of A and B and their resampled draws, in seconds."""
 
     base_s: float
     per_request_s: float
     base_draws: Array
     per_request_draws: Array
     turns: int
-    most_in_flight: float  # that turns met, but for the highest hundredth
-    least_in_flight: float  # but for the lowest twentieth
-    is_alone: bool  # no replica ever served two at once, so that nothing is known of B
-    reason: str | None = None  # why B cannot be told
+    most_in_flight: float  # 99th percentile of the turns in flight
+    least_in_flight: float  # 5th percentile of the turns in flight
+    is_alone: bool  # no replica ever served two turns at once, so B is unknown
+    reason: str | None = None  # why B can't be determined
 
 
 def _solve(design: Array, seconds: Array, weight: Array) -> Array:
@@ -39,7 +39,7 @@ def _solve(design: Array, seconds: Array, weight: Array) -> Array:
 
 
 def _design(rows: Measured, in_flight: Array) -> Array:
-    """The regressors: 1, answer's length, in flight x length, turns that began, excess context x length."""
+    """The regressors: 1, answer length, in flight x length, turns that began, excess context x length."""
     import numpy as np
 
     size = rows.size
@@ -47,12 +47,13 @@ def _design(rows: Measured, in_flight: Array) -> Array:
 
 
 def regress(rows: Measured, beginnings: list[Beginnings], replica: Array) -> tuple[Array, Array, Array]:
-    """``(design, weights, coefficients)`` of the last of a few passes, since each pass needs the one before.
+    """``(design, weights, coefficients)`` of the last of four passes; each pass needs the result of the one before.
 
-    Weighted by 1/R², because errors are in proportion; what is off by more than five deviations (of the median, times
-    1.48) is trimmed. Two regressors depend on the fit: the speed at which the turn moved weights the in-flight count
-    (to second order), and turns are counted that began in the time it should have taken: the time it took would count
-    a turn's own bad luck as its cause. ``replica`` numbers the first rows; further ones are remembered as they were.
+    Weights are 1/R², because errors are proportional to R. Rows off by more than five deviations (1.48 times the
+    median absolute deviation) are dropped. Two regressors depend on the fit. The in-flight count is weighted by the
+    speed at which the turn progressed (to second order). Turns that began are counted over the time that the turn
+    should have taken, since the time it did take would count a turn's own bad luck as its cause. ``replica`` numbers
+    the first rows; the rows after them are remembered ones, which don't change.
     """
     import numpy as np
 
@@ -76,26 +77,26 @@ def regress(rows: Measured, beginnings: list[Beginnings], replica: Array) -> tup
 
 
 def resample_counts(blocks: int, rng: Any) -> Array:
-    """How often each block is drawn in each of the RESAMPLES resamplings."""
+    """How often each block is drawn in each of RESAMPLES resamplings."""
     import numpy as np
 
     return rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=RESAMPLES).astype(float)
 
 
 def interval_widening(blocks: int, unknowns: int) -> float:
-    """By how much resampled deviations fall short of the truth's: few blocks (Student's t instead of the normal)."""
+    """Factor that corrects resampled deviations, which are too small for few blocks (Student's t, not normal)."""
     free = max(1.0, blocks - unknowns)
     return math.sqrt(blocks / max(1.0, blocks - 1)) * (1 + 0.93 / free)
 
 
 def fit_service(rows: Measured, beginnings: list[Beginnings], replica: Array, rng: Any) -> ServiceFit:
-    """Regress turns' seconds on what was in flight; resample blocks of turns for the draws.
+    """Regress the turns' durations on the turns in flight; draws come from resampled blocks of turns.
 
-    Blocks, because turns are correlated: Künsch 1989, "The jackknife and the bootstrap for general stationary
-    observations"; Cameron, Gelbach & Miller 2008 for clusters. B is the cost of a turn's presence (regressors in
-    flight) and of its beginning (each turn in flight sees as many begin as are in flight, on average), which differ:
-    one is decoding, the other prefilling. The excess context takes up what long neighbours cost, which else would
-    look like the effect of many, since whoever is slow is also many.
+    Blocks are used because turns are correlated: Künsch 1989, "The jackknife and the bootstrap for general stationary
+    observations"; Cameron, Gelbach & Miller 2008 for clusters. B is the cost of a turn's presence (the in-flight
+    regressor) plus the cost of its beginning (on average, each turn in flight sees as many begin as are in flight).
+    These differ: one is decoding, the other prefilling. The excess-context regressor absorbs the cost of long
+    neighbours. Without it, this cost would look like an effect of many neighbours, because slow turns pile up.
     """
     import numpy as np
 
@@ -136,25 +137,25 @@ def fit_service(rows: Measured, beginnings: list[Beginnings], replica: Array, rn
 
 @dataclass
 class ThinkFit:
-    """Z: mean think time and its resampled draws, in seconds; what is presumed of a session that is silent."""
+    """Z: mean think time and its resampled draws, in seconds, and what to expect of a silent session."""
 
     mean_s: float
     draws: Array
     turns: int
-    observing_share: float  # of the think time: pre
-    left: float  # share of the silences that never end: the session was left without a word
-    durations: Sequence[float]  # ascending, and
-    surviving: Sequence[float]  # the share of the others that last longer than each
+    observing_share: float  # share of ``pre`` in the think time
+    left: float  # share of silences that never end because the session was abandoned
+    durations: Sequence[float]  # ascending
+    surviving: Sequence[float]  # share of the other silences that last longer than each duration
 
     def presence(self, silent_s: float) -> float:
-        """How probable it is that a session silent for so long thinks, and has not been left for good."""
+        """Probability that a session silent for this long is thinking and hasn't been abandoned."""
         index = bisect.bisect_right(self.durations, silent_s) - 1
         lasting = (1 - self.left) * (self.surviving[index] if index >= 0 else 1.0)
         return lasting / (lasting + self.left)
 
 
 def every_nth(turns: Sequence[ObservedTurn]) -> Iterable[str]:
-    """As many of the sessions as MAX_SILENCES turns have."""
+    """Names of every n-th session; together they have about MAX_SILENCES turns."""
     names = sorted({turn.session for turn in turns if turn.session is not None})
     return names[:: math.ceil(len(turns) / MAX_SILENCES) or 1]
 
@@ -162,9 +163,9 @@ def every_nth(turns: Sequence[ObservedTurn]) -> Iterable[str]:
 def silences(
     turns: Sequence[ObservedTurn], since: float, until: float, ended: Mapping[str, float]
 ) -> tuple[list[float], list[bool], list[str]]:
-    """``(seconds, is over, session)`` of every think time that began in [since, until], cut where it was not over.
+    """``(seconds, is over, session)`` lists of think times that began in [since, until].
 
-    Those that go on count as far as they went: without them a short window would hold short thinking only.
+    Think times that aren't over count up to ``until``. Without them, a short window would have only short think times.
     """
     seconds, is_over, sessions = [], [], []
     last: dict[str, tuple[float, float]] = {}  # session → end of its latest turn, arrival of the one after
@@ -187,9 +188,10 @@ def silences(
 
 
 def _returning(durations: Array, over: Array, counts: Array) -> tuple[Array, float]:
-    """How probable it is that each silence will end, for each row of counts (of every silence); the share that won't.
+    """Probability that each silence will end, for each row of ``counts``, and the share of silences that won't.
 
-    A cure model (Berkson & Gage 1952) with exponential thinking, fitted by expectation and maximisation.
+    A cure model (Berkson & Gage 1952) with exponential think times, fitted by expectation maximisation. ``counts`` has
+    a column for each silence.
     """
     import numpy as np
 
@@ -214,8 +216,9 @@ def fit_think(
 ) -> ThinkFit | None:
     """Mean think time after Kaplan & Meier (1958, "Nonparametric estimation from incomplete observations").
 
-    Silences that last to the end of what is seen never end, by presumption: those sessions were left. Resampled by
-    session, since an agent's think times are alike; few and long sessions in stretches of ten.
+    A silence that lasts to the end of the data may never end; it is weighted by the probability that it does.
+    Resampling is by session, since an agent's think times are similar; with fewer than 20 sessions, by stretches of
+    ten think times. None with fewer than two complete think times.
     """
     import numpy as np
 
@@ -240,7 +243,7 @@ def fit_think(
     surviving = np.cumprod(1 - ending, axis=1)
     drop = np.hstack([np.ones((len(counts), 1)), surviving[:, :-1]]) * ending
     exposure = (weight @ durations) / np.maximum(weight @ over, 1.0)
-    # What lasts longer than all that was seen goes on like an exponential of the mean.
+    # Beyond the longest duration observed, think times are assumed to be exponential with the mean.
     means = drop @ durations + surviving[:, -1] * (durations[-1] + exposure)
     known = [(turn.pre_s, turn.think_s) for turn in turns if turn.pre_s is not None and turn.think_s]
     observing = sum(min(pre, think) for pre, think in known) / max(FAINT, sum(think for _, think in known))

@@ -1,4 +1,4 @@
-"""How long replicas were held and used: GPU-hours by state. Pure."""
+"""GPU-hours and replica-hours by state. Pure."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from agent_infra_core.protocol import is_count
 LISTED_REPLICAS = 200
 
 
-REPLICA_TIME_STEP_S = 300  # by which replica time is summed; of days gone by for a week, by the day
+REPLICA_TIME_STEP_S = 300  # bin size of replica time; the history merges bins older than a week into days
 
 
-NEW_REPLICA_S = 5.0  # that a replica gets which the last sample had not, and which does not say when it started
+NEW_REPLICA_S = 5.0  # credited to a replica that is new in a sample and has no known start time
 
 
 REPLICA_STATES_HELD = ("pending", "loading", "ready_busy", "ready_idle")
 
 
 class ReplicaView(Protocol):
-    """What accounting asks of a replica: its record."""
+    """The fields of a replica's record that accounting uses."""
 
     @property
     def replica(self) -> str: ...
@@ -29,25 +29,26 @@ class ReplicaView(Protocol):
     @property
     def state(self) -> str: ...
     @property
-    def gpus(self) -> Sequence[Any]: ...  # each with a name
+    def gpus(self) -> Sequence[Any]: ...  # each has a name
     @property
     def gpu_ids(self) -> Sequence[str]: ...
 
 
 class ReplicaUse(NamedTuple):
-    """What a replica holds, and in which of REPLICA_STATES_HELD."""
+    """The GPUs of a replica, and its state, one of REPLICA_STATES_HELD."""
 
     replica: str
     model: str
-    gpu_type: str  # "" where there is no GPU, or none that tells
+    gpu_type: str  # "" without a GPU or if its type is unknown
     gpus: int
     state: str
 
 
 def replica_use(record: ReplicaView, in_flight: Any, asked_gpus: int = 0) -> ReplicaUse | None:
-    """What a replica holds now; None for one that has ended. Without a word on its turns it is idle.
+    """The current use of a replica; None if it has ended. If ``in_flight`` is unknown, the replica counts as idle.
 
-    ``asked_gpus`` are those that its job asked for, which a record tells only once it runs, and of one node alone.
+    ``asked_gpus`` is the number of GPUs its job requested. The record lists GPUs only once the replica runs, and only
+    those of one node.
     """
     phase = {"pending": "pending", "starting": "loading", "loading": "loading"}.get(record.state)
     if phase is None and record.state not in ("ready", "draining"):
@@ -59,9 +60,9 @@ def replica_use(record: ReplicaView, in_flight: Any, asked_gpus: int = 0) -> Rep
 
 
 class ReplicaTime:
-    """How long each replica was in which state: all of it, and what was not taken yet, in steps of time.
+    """Time that replicas spent in each state: in total, and by time step since the last take().
 
-    Only the time that is sampled counts: a deployment without a controller is not seen.
+    Only sampled time counts; time without a running controller is missing.
     """
 
     def __init__(self, clock: Callable[[], float], steady_clock: Callable[[], float]) -> None:
@@ -73,13 +74,13 @@ class ReplicaTime:
         self._present: frozenset[str] = frozenset()  # replicas of the last sample
 
     def sample(self, uses: Collection[ReplicaUse], started: Mapping[str, float]) -> None:
-        """The replicas were like this since the last sample, or since they ``started``; 0 where that is not known."""
+        """Count the time since the last sample, or since a replica ``started`` (0 if unknown), for these uses."""
         now, steady_now = self._clock(), self._steady_clock()
         passed, self._sampled_at = steady_now - self._sampled_at, steady_now
         step = int(now // REPLICA_TIME_STEP_S) * REPLICA_TIME_STEP_S
         known, self._present = self._present, frozenset(use.replica for use in uses)
         for use in uses:
-            seconds = passed  # many, where no gauges came for a while
+            seconds = passed  # large after a gap in the gauges
             if use.replica not in known:
                 at = started.get(use.replica)
                 seconds = min(passed, max(0.0, now - at) if at else NEW_REPLICA_S)
@@ -87,17 +88,17 @@ class ReplicaTime:
             self._untaken[use, step] = self._untaken.get((use, step), 0.0) + seconds
 
     def take(self) -> dict[tuple[ReplicaUse, int], float]:
-        """Seconds by use and step of time, since the last call."""
+        """Seconds by use and time step since the last call."""
         taken, self._untaken = self._untaken, {}
         return taken
 
     def restore(self, sums: Mapping[ReplicaUse, float], since: float) -> None:
-        """Go on where an earlier controller was."""
+        """Continue from the sums of an earlier controller."""
         self._sums.update(sums)
         self.since = since
 
     def document(self) -> dict[str, Any]:
-        """``accounting`` of /stats: hours by state, of GPUs and of replicas, in all, by model and by replica."""
+        """``accounting`` of /stats: GPU-hours and replica-hours by state, in total, by model and by replica."""
         return {
             "since": self.since,
             **_hours_row(self._sums),
@@ -110,7 +111,7 @@ class ReplicaTime:
         }
 
     def seconds(self) -> Mapping[ReplicaUse, float]:
-        """All of it."""
+        """Total seconds by use."""
         return self._sums
 
 
@@ -126,7 +127,7 @@ def grouped(sums: Mapping[ReplicaUse, float], by: str) -> dict[str, dict[Replica
 
 
 def hours_by_state(sums: Mapping[ReplicaUse, float], of_gpus: bool) -> dict[str, float]:
-    """Hours by state: of GPUs, or of replicas whether they have one or not."""
+    """Hours by state: GPU-hours if ``of_gpus``, otherwise replica-hours, including replicas without a GPU."""
     hours = dict.fromkeys(REPLICA_STATES_HELD, 0.0)
     for use, seconds in sums.items():
         hours[use.state] += seconds * (use.gpus if of_gpus else 1) / 3600

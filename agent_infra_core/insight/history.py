@@ -24,20 +24,20 @@ from agent_infra_core.insight.gpu_hours import REPLICA_TIME_STEP_S, ReplicaUse
 from agent_infra_core.insight.rates import HISTORY_POINTS
 from agent_infra_core.insight.turns import TurnRecord
 
-HISTORY_BYTES = 1 << 30  # of the file; beyond, the oldest turns go
-HISTORY_INTERVAL_S = 1.0  # between two batches, so what a kill -9 loses at most; five times as long after a failure
-HISTORY_BACKLOG_BYTES = 32 << 20  # of turns that wait while the file cannot be written; beyond, the oldest is lost
-HISTORY_BACKLOG_ROWS = 20_000  # of each of the small tables that wait likewise
-HISTORY_BUSY_S = 2.0  # that a write waits for another program's lock
-HISTORY_CLOSE_S = 10.0  # that the last batch has, at the end
-HISTORY_RETRY_S = 0.1  # between two tries to write it
-HISTORY_CHUNK = 1000  # turns that one query reads: a reader must not hold a lock for long, nor the file in memory
+HISTORY_BYTES = 1 << 30  # maximum size of the file; above it, the oldest turns are removed
+HISTORY_INTERVAL_S = 1.0  # between batches, so the most a kill -9 can lose; five times as long after a failure
+HISTORY_BACKLOG_BYTES = 32 << 20  # maximum size of turns waiting while the file can't be written; the oldest is dropped
+HISTORY_BACKLOG_ROWS = 20_000  # the same for each small table, in rows
+HISTORY_BUSY_S = 2.0  # time a write waits for another program's lock
+HISTORY_CLOSE_S = 10.0  # time to write the last batch on close
+HISTORY_RETRY_S = 0.1  # between attempts to write it
+HISTORY_CHUNK = 1000  # turns per query, so that readers hold locks briefly and don't load the whole file
 RESTORED_S = 6 * 3600.0
-MAX_VERDICTS = 100_000  # kept, one a minute and model: two months of one model
+MAX_VERDICTS = 100_000  # one per minute and model: two months of one model
 REPLICA_TIME_FINE_S = 8 * 86400
-_HISTORY_MARK = 0x41494E46  # PRAGMA application_id: by which a file is known for one of ours
+_HISTORY_MARK = 0x41494E46  # PRAGMA application_id, which identifies a history file
 
-# The steps from each version of the schema (PRAGMA user_version) to the next. One that was released never changes.
+# Steps from each schema version (PRAGMA user_version) to the next. Never change a released step.
 _MIGRATIONS = (
     """
     CREATE TABLE turns (id INTEGER PRIMARY KEY, turn TEXT NOT NULL UNIQUE, finished_at REAL NOT NULL,
@@ -61,31 +61,31 @@ _MIGRATIONS = (
     "CREATE TABLE ended (session TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID",
 )
 TURN_COLUMNS = tuple(item.name for item in dataclasses.fields(TurnRecord))
-_TRUTHS = tuple(TURN_COLUMNS.index(name) for name in ("stream", "tokens_estimated"))  # columns that SQLite has as 0, 1
+_TRUTHS = tuple(TURN_COLUMNS.index(name) for name in ("stream", "tokens_estimated"))  # columns stored as 0 or 1
 _turn_values = operator.attrgetter(*TURN_COLUMNS)
 
-# File systems of one machine, where SQLite's write-ahead log, which needs shared memory, is safe. Any other is taken
-# for a network's (nfs, lustre, gpfs, beegfs, cifs, fuse, …), where only the rollback journal is.
+# Local file systems. SQLite's write-ahead log needs shared memory and is safe only there. Any other is assumed to be a
+# network file system (nfs, lustre, gpfs, beegfs, cifs, fuse, …), where only the rollback journal is safe.
 _LOCAL_FILE_SYSTEMS = frozenset(
     ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay", "f2fs", "bcachefs", "jfs", "nilfs2")
 )
 
 
 def history_path(setting: str | None, default: Path) -> Path | None:
-    """The file that ``proxy.history`` means; None when it is off."""
+    """The file set by ``proxy.history``; None if it is off."""
     if setting == "off":
         return None
     return default if setting is None else Path(setting).expanduser().absolute()
 
 
 def is_local(path: Path, mounts: str) -> bool:
-    """Whether a file lies on a disk of this machine, by the text of /proc/self/mountinfo; False when in doubt."""
+    """Whether a file is on a local disk. ``mounts`` is the text of /proc/self/mountinfo. False if in doubt."""
     kinds: dict[str, str] = {}
     for line in mounts.splitlines():
         before, _, after = line.partition(" - ")
         fields = before.split()
         if len(fields) > 4 and after:
-            # Blanks and the like stand as octal numbers; of two mounts on one place the later one is seen.
+            # Spaces and such are octal escapes. Of two mounts at the same place, the later one is visible.
             place = re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), fields[4])
             kinds[place] = after.split()[0]
     for folder in (path, *path.parents):
@@ -95,24 +95,24 @@ def is_local(path: Path, mounts: str) -> bool:
 
 
 class HistoryRefusedError(RefusedError):
-    """A file is not to be touched: it is of a newer version, or no history at all."""
+    """The file must not be touched: it has a newer schema, or isn't a history."""
 
 
 @dataclass
 class HistoryBatch:
-    """What waits to be written, all of it in one transaction."""
+    """Data to be written in one transaction."""
 
     turns: deque[TurnRecord] = field(default_factory=deque)
-    posts: dict[str, float] = field(default_factory=dict)  # turn → post_ms, of turns that were written before
-    totals: dict[str, int] = field(default_factory=dict)  # what is to be added
-    replica_time: dict[tuple[ReplicaUse, int], float] = field(default_factory=dict)  # (use, step) → seconds to be added
+    posts: dict[str, float] = field(default_factory=dict)  # turn → post_ms, for turns written earlier
+    totals: dict[str, int] = field(default_factory=dict)  # amounts to add
+    replica_time: dict[tuple[ReplicaUse, int], float] = field(default_factory=dict)  # (use, step) → seconds to add
     verdicts: list[tuple[Any, ...]] = field(default_factory=list)  # rows of VERDICT_COLUMNS
-    points: list[dict[str, Any]] = field(default_factory=list)  # of throughput.history in /stats; the latest are kept
-    ended: dict[str, float] = field(default_factory=dict)  # session → when its agent said that it is over
-    text_bytes: int = 0  # of the turns, about
+    points: list[dict[str, Any]] = field(default_factory=list)  # of throughput.history; only the latest are kept
+    ended: dict[str, float] = field(default_factory=dict)  # session → time its agent ended it
+    text_bytes: int = 0  # approximate size of the turns
 
     def add(self, later: HistoryBatch) -> collections.Counter[str]:
-        """Merge a later batch up to the limits of a backlog; how many of each kind were dropped, oldest first."""
+        """Merge a later batch, up to the backlog limits. Returns the number of (oldest) rows dropped of each kind."""
         self.turns += later.turns
         self.text_bytes += later.text_bytes
         self.posts.update(later.posts)
@@ -146,7 +146,7 @@ class HistoryBatch:
 
 
 def _record_bytes(record: TurnRecord) -> int:
-    """About what a record takes in memory."""
+    """Approximate size of a record in memory."""
     return 1000 + len(record.prompt) + len(record.answer)
 
 
@@ -157,7 +157,7 @@ VERDICT_COLUMNS = (
 
 
 def verdict_row(entry: Mapping[str, Any], at: float) -> tuple[Any, ...]:
-    """VERDICT_COLUMNS of one entry of /stats's ``analysis``."""
+    """The VERDICT_COLUMNS of one ``analysis`` entry of /stats."""
     verdict, operating = entry["verdict"], entry["operating"]
     return (
         *(at, entry["model"], entry["gpu"], verdict["name"], verdict["confidence"], verdict["sentence"]),
@@ -182,26 +182,26 @@ _ADD_REPLICA_TIME = (
 
 
 def share_of_day(since: float, begun: float) -> float:
-    """How much of a day's replica time is of ``since`` and later, where nothing was sampled before ``begun``."""
+    """Share of its day's replica time at or after ``since``, given that sampling started at ``begun``."""
     end = since // 86400 * 86400 + 86400
     return (end - since) / (end - max(end - 86400, min(begun, since)))
 
 
 class HistoryFile:
-    """One connection to a history file, made and brought up to date where it is opened to be written.
+    """One connection to a history file. Opening it for writing creates or migrates the file.
 
-    Of one thread at a time.  All methods raise sqlite3.Error and OSError as they come, HistoryRefusedError for a file
-    that is not to be touched.
+    For one thread at a time. All methods let sqlite3.Error and OSError through, and raise HistoryRefusedError for a
+    file that must not be touched.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         import sqlite3
 
         self._path = path
-        self.refused: list[str] = []  # what SQLite said of each row that write() left out, the last time
+        self.refused: list[str] = []  # SQLite's error for each row that the last write() left out
         if not read_only and not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            # By hand, for its mode. Never where it exists: to close a file drops this process's locks on it.
+            # Create it here to set its mode. Don't open an existing file: closing it drops this process's locks on it.
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         self._connection = sqlite3.connect(
@@ -209,7 +209,7 @@ class HistoryFile:
             uri=True,
             timeout=HISTORY_BUSY_S,
             isolation_level=None,
-            check_same_thread=False,  # opened by the controller, to restore; then the writer's
+            check_same_thread=False,  # opened by the controller to restore, then used by the writer thread
         )
         try:
             self._check()
@@ -236,13 +236,13 @@ class HistoryFile:
             mounts = ""
         local = is_local(self._path.resolve(), mounts)
         self._value(f"PRAGMA journal_mode = {'wal' if local else 'truncate'}")
-        # A log that is not flushed at each batch survives any end of a process; only a power cut may cost batches.
+        # A log that isn't flushed after each batch survives the death of the process; a power cut may lose batches.
         self._value(f"PRAGMA synchronous = {'normal' if local else 'full'}")
         if self._value("PRAGMA user_version") < len(_MIGRATIONS):
             self._migrate()
 
     def _migrate(self) -> None:
-        with self._transaction():  # in which the version is read again: another program may have been quicker
+        with self._transaction():  # re-read the version inside it: another program may have migrated already
             for step in _MIGRATIONS[self._value("PRAGMA user_version") :]:
                 for statement in step.split(";"):
                     self._connection.execute(statement)
@@ -250,16 +250,16 @@ class HistoryFile:
             self._connection.execute(f"PRAGMA application_id = {_HISTORY_MARK}")
 
     def is_current(self) -> bool:
-        """Whether it is of this version; one that is read only may be older."""
+        """Whether the schema is current; a file opened read-only may be older."""
         return bool(self._value("PRAGMA user_version") == len(_MIGRATIONS))
 
     def close(self) -> None:
         self._connection.close()
 
     def write(self, batch: HistoryBatch) -> int:
-        """Write all of it, or nothing; how many turns are new. One that is there already stays as it is.
+        """Write all of the batch or nothing. Returns the number of new turns; existing turns aren't changed.
 
-        Rows that SQLite cannot hold are left out, or they would keep out all others for ever; see ``refused``.
+        Rows that SQLite can't store are left out, because they would block all others forever; see ``refused``.
         """
         self.refused.clear()
         with self._transaction():
@@ -275,10 +275,10 @@ class HistoryFile:
         return added
 
     def _put(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> int:
-        """Write rows, one by one where SQLite cannot hold one of them; how many rows of the file it changed."""
+        """Write rows, one by one if SQLite can't store one of them. Returns the number of rows changed."""
         import sqlite3
 
-        # A number of more than 64 bits, half a surrogate pair, nothing where something must be, a text of a gigabyte.
+        # An integer over 64 bits, a lone surrogate, NULL in a NOT NULL column, a text of a gigabyte.
         unwritable = (OverflowError, UnicodeEncodeError, sqlite3.IntegrityError, sqlite3.DataError)
         if not rows:
             return 0
@@ -297,7 +297,7 @@ class HistoryFile:
         return changed
 
     def trim(self, max_bytes: int, turns: int) -> int:
-        """Where the file is larger than ``max_bytes``, remove the oldest ``turns``; how many went."""
+        """If the file is larger than ``max_bytes``, remove the oldest ``turns`` turns. Returns the number removed."""
         pages = self._value("PRAGMA page_count") - self._value("PRAGMA freelist_count")
         if pages * self._value("PRAGMA page_size") <= max_bytes:
             return 0
@@ -305,7 +305,7 @@ class HistoryFile:
         return self._connection.execute(f"DELETE FROM turns WHERE id <= ({last})", (turns,)).rowcount
 
     def tidy(self, now: float) -> None:
-        """Keep the small tables small."""
+        """Remove old rows of the small tables."""
         with self._transaction():
             oldest = (self._value("SELECT max(id) FROM verdicts") or 0) - MAX_VERDICTS
             self._connection.execute("DELETE FROM verdicts WHERE id <= ?", (oldest,))
@@ -315,7 +315,7 @@ class HistoryFile:
             self._sum_up_days(int((now - REPLICA_TIME_FINE_S) // 86400) * 86400)
 
     def _sum_up_days(self, before: int) -> None:
-        """Put the replica time of days gone by into one row a day."""
+        """Merge the replica time before ``before`` into one row per day."""
         self._connection.execute(
             "INSERT INTO replica_time (replica, model, gpu_type, gpus, state, at, seconds) "
             "SELECT replica, model, gpu_type, gpus, state, at - at % 86400, sum(seconds) FROM replica_time "
@@ -340,15 +340,15 @@ class HistoryFile:
         return row[0] if row else None
 
     def query(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        """All rows of a query that has few."""
+        """All rows of a query; for small results."""
         return self._connection.execute(query, values).fetchall()
 
     def since(self) -> float:
-        """When the file was begun."""
+        """When the file was created, in s since the epoch."""
         return float(self._value("SELECT value FROM about WHERE name = 'since'"))
 
     def totals(self) -> dict[str, int]:
-        """The deployment's totals by name, also of turns that were removed since."""
+        """The deployment's totals by name, including turns removed since."""
         return dict(self.query("SELECT name, value FROM totals"))
 
     def points(self) -> list[dict[str, Any]]:
@@ -357,17 +357,17 @@ class HistoryFile:
         return [json.loads(figures) for (figures,) in reversed(rows)]
 
     def ended_sessions(self) -> dict[str, float]:
-        """Session → when its agent said that it is over, of the last RESTORED_S and perhaps longer."""
+        """Session → time its agent ended it, for at least the last RESTORED_S."""
         return dict(self.query("SELECT session, at FROM ended ORDER BY at"))
 
     def count_turns(self) -> int:
         return int(self._value("SELECT count(*) FROM turns"))
 
     def replica_seconds(self, since: float = 0.0) -> dict[ReplicaUse, float]:
-        """Replica time, from the step of time that holds ``since``; of a day that was summed up, in proportion."""
+        """Replica time from the time step that contains ``since``. A day merged into one row counts in proportion."""
         day = int(since // 86400) * 86400
         if self._value("SELECT 1 FROM replica_time WHERE at > ? AND at < ?", day, day + 86400):
-            day = -1  # it has its steps
+            day = -1  # the day isn't merged yet
         share = share_of_day(since, self.since())
         rows = self.query(
             "SELECT replica, model, gpu_type, gpus, state, sum(seconds * CASE at WHEN ? THEN ? ELSE 1 END) "
@@ -377,12 +377,12 @@ class HistoryFile:
         return {ReplicaUse(*row[:5]): row[5] for row in rows}
 
     def latest_turns(self, limit: int, since: float) -> Iterator[TurnRecord]:
-        """The ``limit`` turns that were written last, of those that finished after ``since``, oldest first."""
+        """Those of the last ``limit`` turns written that finished at ``since`` or later, oldest first."""
         newest = self._value("SELECT max(id) FROM turns") or 0
         return self.turns(since=since, after=newest - limit)
 
     def turns(self, session: str | None = None, since: float = 0.0, after: int = 0) -> Iterator[TurnRecord]:
-        """Turns as they were written, row by row; no lock is held between two chunks of them."""
+        """Turns in the order they were written. No lock is held between chunks."""
         where = "id > ? AND finished_at >= ?" + (" AND session = ?" if session is not None else "")
         query = f"SELECT id, {', '.join(TURN_COLUMNS)} FROM turns WHERE {where} ORDER BY id LIMIT {HISTORY_CHUNK}"
         values = [since] if session is None else [since, session]
@@ -395,9 +395,9 @@ class HistoryFile:
 
 
 class History:
-    """Keeps a deployment's history in a file that a thread of its own writes, so that nobody waits for a disk.
+    """Writes a deployment's history file in a separate thread, so callers never wait for the disk.
 
-    What cannot be written waits in memory, up to HISTORY_BACKLOG_BYTES; the log is told when that begins and ends.
+    Data that can't be written waits in memory, up to HISTORY_BACKLOG_BYTES. The log reports when this starts and ends.
     """
 
     def __init__(
@@ -413,21 +413,21 @@ class History:
         self.path = path
         self._log, self._clock = log, clock
         self._interval_s, self._max_bytes = interval_s, max_bytes
-        self._lock = threading.Lock()  # of _pending and _lost
+        self._lock = threading.Lock()  # guards _pending and _lost
         self._pending = HistoryBatch()
-        self._lost: collections.Counter[str] = collections.Counter()  # what had no room, since it was last written
+        self._lost: collections.Counter[str] = collections.Counter()  # rows dropped since the last successful write
         self._file: HistoryFile | None = None
-        self._opened_as: list[tuple[Path, tuple[int, int]]] = []  # what it and its journals were, when it was opened
-        self._turns: int | None = None  # in the file; None: not known
+        self._opened_as: list[tuple[Path, tuple[int, int]]] = []  # file and journals, when it was opened
+        self._turns: int | None = None  # turns in the file; None if unknown
         self._tidied_on = 0.0
         self._problem: str | None = None
-        self._may_pass = False  # the problem, by the next try
+        self._may_pass = False  # whether the problem may be gone at the next attempt
         self._stop = threading.Event()
-        self._close_by = math.inf  # by time.monotonic(); from close() on
+        self._close_by = math.inf  # deadline by time.monotonic(), set by close()
         self._thread = threading.Thread(target=self._run, name="history", daemon=True)
 
     def open(self, restore: Callable[[HistoryFile], None]) -> None:
-        """Let ``restore`` read what an earlier controller wrote, then write in a thread, until close()."""
+        """Call ``restore`` to read what an earlier controller wrote, then write in a thread until close()."""
         try:
             restore(self._opened())
         except Exception as error:  # noqa: BLE001  whatever it is: it is served without history rather than not at all
@@ -435,7 +435,7 @@ class History:
         self._thread.start()
 
     def add(self, batch: HistoryBatch) -> None:
-        """Have it written with the next batch."""
+        """Queue ``batch`` to be written."""
         batch.text_bytes = sum(map(_record_bytes, batch.turns))
         with self._lock:
             self._lost += self._pending.add(batch)
@@ -446,7 +446,7 @@ class History:
         return {"path": str(self.path), "state": state, "reason": self._problem, "turns": self._turns}
 
     def close(self) -> None:
-        """Write the last batch, as far as it can be within HISTORY_CLOSE_S."""
+        """Write the last batch, for at most HISTORY_CLOSE_S."""
         self._close_by = time.monotonic() + HISTORY_CLOSE_S
         self._stop.set()
         if self._thread.is_alive():
@@ -459,11 +459,11 @@ class History:
             self._log(f"the history lacks {_amounts(left)}: {self._problem or 'the disk is too slow'}", "warning")
 
     def _run(self) -> None:
-        """The thread. No error ends it: what fails is tried again."""
+        """The thread's main loop. Errors don't end it; failed writes are retried."""
         while not self._stop.wait(self._interval_s * (1 if self._problem is None else 5)):
             self._flush()
         self._flush()
-        # Another program's lock may outlast one try. None is begun that may go on when nobody waits for it any more.
+        # Another program's lock may outlast one attempt. Don't start an attempt that could run past the deadline.
         while self._pending and self._may_pass and time.monotonic() + 1.5 * HISTORY_BUSY_S < self._close_by:
             time.sleep(HISTORY_RETRY_S)
             self._flush()
@@ -479,11 +479,11 @@ class History:
         return self._file
 
     def _is_elsewhere(self) -> bool:
-        """Whether the path leads to another file than the one that is open, or to none: SQLite would not notice."""
+        """Whether the path no longer leads to the open file. SQLite wouldn't notice."""
         return _identity(self.path) not in dict(self._opened_as).values()
 
     def _let_go(self) -> None:
-        """Close the file. The journals of one that left its place go: they would be taken for its successor's."""
+        """Close the file. If it was moved or removed, delete its journals, or SQLite would apply them to a new file."""
         file, self._file = self._file, None
         if file is None:
             return
@@ -491,9 +491,9 @@ class History:
             (path, opened), *journals = self._opened_as
             if _identity(path) != opened:
                 with contextlib.suppress(Exception):
-                    file.query("PRAGMA wal_checkpoint(TRUNCATE)")  # it may have been moved, and be read where it is now
+                    file.query("PRAGMA wal_checkpoint(TRUNCATE)")  # it may have been moved and be read there
                 for journal, identity in journals:
-                    if _identity(journal) == identity:  # else it came with the other file
+                    if _identity(journal) == identity:  # otherwise it belongs to the new file
                         journal.unlink()
         with contextlib.suppress(Exception):
             file.close()
@@ -535,7 +535,7 @@ class History:
         self._problem = None
 
     def _fail(self, error: Exception, consequence: str = "") -> None:
-        """Note why the file cannot be read or written; a damaged one is put aside, so that a new one can begin."""
+        """Record why the file can't be read or written. A damaged file is renamed and replaced by a new one."""
         self._let_go()
         self._turns = None
         self._may_pass = isinstance(error, FileNotFoundError) or "locked" in str(error)
@@ -554,17 +554,17 @@ def _amounts(counts: Mapping[str, int]) -> str:
 
 
 def is_damaged(error: Exception) -> bool:
-    """Whether SQLite says that a file is no database, or one that does not hold together."""
+    """Whether SQLite reports that a file isn't a database or is corrupt."""
     import sqlite3
 
-    return type(error) is sqlite3.DatabaseError  # whatever else can be wrong has a class below this one
+    return type(error) is sqlite3.DatabaseError  # all other errors are subclasses of it
 
 
-_JOURNALS = ("-wal", "-shm", "-journal")  # what SQLite appends to a file's name for those that belong to it
+_JOURNALS = ("-wal", "-shm", "-journal")  # suffixes of the files that SQLite keeps beside a database
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """By which a file is known for the same whatever its name; None where there is none."""
+    """Device and inode of a file, which stay the same when it is renamed; None if it doesn't exist."""
     try:
         status = path.stat()
     except FileNotFoundError:
@@ -573,7 +573,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _files_of(path: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
-    """A database and those of its journals that there are, each with its identity."""
+    """A database and its existing journals, each with its identity."""
     for suffix in ("", *_JOURNALS):
         each = path.with_name(path.name + suffix)
         if (identity := _identity(each)) is not None:
@@ -581,7 +581,7 @@ def _files_of(path: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
 
 
 def put_aside(path: Path, now: float) -> Path:
-    """Rename a history, with the journals that belong to it; its new name."""
+    """Rename a history and its journals. Returns the new path."""
     aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S', time.localtime(now))}")
     path.rename(aside)
     for suffix in _JOURNALS:
@@ -591,5 +591,5 @@ def put_aside(path: Path, now: float) -> Path:
 
 
 def ratio(one: float | None, other: float | None) -> float | None:
-    """A quotient, or None where there is none."""
+    """``one / other``; None if either is None or ``other`` is 0."""
     return one / other if one is not None and other else None

@@ -1,4 +1,4 @@
-"""What each turn met on its replica, measured for the fit, and whether it may be fitted. Pure."""
+"""Measures the load that each turn met on its replica, and checks whether it can be fitted. Pure."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from agent_infra_core.insight.fit import interval_widening, resample_counts
 from agent_infra_core.insight.turns import TurnRecord, generates, is_finite_number
 
 LITTLE_TOLERANCE = 0.15
-MIX_RATIO = 1.4  # by which the typical turn must change, and
-HIT_CHANGE = 0.15  # the cached share of prompts, for a fit to start anew
+MIX_RATIO = 1.4  # change of the typical turn that restarts the fit, as a factor
+HIT_CHANGE = 0.15  # change of the cached share of prompts that restarts the fit
 
 
 @dataclass(frozen=True)
 class FleetSample:
-    """What one look at the replicas of a model on a GPU type saw, independent of any turn's record."""
+    """One sample of the replicas of a model on a GPU type, independent of the turn records."""
 
     at: float
     model: str
     gpu: str | None
-    in_flight: Mapping[str, int]  # of each replica that serves
-    active_agents: float | None = None  # sessions that wait or think
-    slots: int | None = None  # of one replica
-    kv_capacity_tokens: int | None = None  # of one replica
+    in_flight: Mapping[str, int]  # per serving replica
+    active_agents: float | None = None  # sessions that are waiting or thinking
+    slots: int | None = None  # per replica
+    kv_capacity_tokens: int | None = None  # per replica
     kv_usage: float | None = None  # mean, 0 to 1
-    preemptions: int | None = None  # of all replicas, since they started
+    preemptions: int | None = None  # of all replicas since they started
     unhealthy: tuple[str, ...] = ()
     gpus_per_replica: int = 1
 
@@ -39,10 +39,10 @@ def fleet_samples(
     sessions: Iterable[tuple[str, str | None, int, float]],
     presence: Callable[[str, str | None, float], float],
 ) -> list[FleetSample]:
-    """What ``backends`` of /stats say of each model on each GPU type, ``at`` that moment.
+    """One sample per model and GPU type at time ``at``, from the rows of ``backends`` in /stats.
 
-    ``sessions`` are ``(model, replica, turns open, seconds silent)`` as Tracker.silences gives them; a silent one
-    counts with the probability that ``presence(model, GPU type, seconds)`` gives it.
+    ``sessions`` has a ``(model, replica, turns open, seconds silent)`` for each session, as from Tracker.silences. A
+    silent session counts as ``presence(model, GPU type, seconds)``, the probability that it is still active.
     """
     fleets: dict[tuple[str, str | None], list[Mapping[str, Any]]] = {}
     homes: dict[str | None, tuple[str, str | None]] = {}
@@ -85,7 +85,7 @@ def _fleet_sample(
 
 @dataclass(slots=True)
 class ObservedTurn:
-    """Of a turn's record what the fit needs. Times in s since the epoch; ``begin`` is when its replica got it."""
+    """The part of a turn record used by the fit. Times are s since the epoch; at ``begin`` the replica got the turn."""
 
     begin: float
     end: float
@@ -110,7 +110,7 @@ class ObservedTurn:
 
 
 def observed_turn(record: TurnRecord) -> ObservedTurn | None:
-    """What a record says of its replica's work; None where it was never sent to one, or was no generation."""
+    """The part of a record used by the fit; None if the turn was never sent to a replica or isn't a generation."""
     if record.backend is None or not record.inference_ms or not generates(record.path):
         return None
     return ObservedTurn(
@@ -130,7 +130,7 @@ def observed_turn(record: TurnRecord) -> ObservedTurn | None:
 
 
 def _known(values: Iterable[float | None], fallback: float = 1.0) -> Array:
-    """An array in which what is not known is the mean of what is."""
+    """An array with unknown values replaced by the mean of the known ones."""
     import numpy as np
 
     array = np.array([math.nan if value is None else value for value in values], dtype=float)
@@ -139,7 +139,7 @@ def _known(values: Iterable[float | None], fallback: float = 1.0) -> Array:
 
 
 class Beginnings:
-    """When turns began on a replica and what prefilling each was, in units of the mean turn's."""
+    """When turns began on a replica, and the prefill work of each, in units of the mean turn's."""
 
     def __init__(self, begin: Array, work: Array) -> None:
         import numpy as np
@@ -149,7 +149,7 @@ class Beginnings:
         self._work = np.concatenate([[0.0], np.cumsum(work[order])])
 
     def between(self, first: Array, last: Array) -> Array:
-        """The work of those that began in [first, last]."""
+        """The prefill work of turns that began in [first, last]."""
         import numpy as np
 
         upto = self._work[np.searchsorted(self._begin, last, side="right")]
@@ -158,11 +158,12 @@ class Beginnings:
 
 @dataclass
 class Measured:
-    """What turns met, an array each, in the order of ``turns``: all were alone at 1.0 in flight.
+    """The load that turns met, as arrays with one value per turn.
 
-    ``in_flight`` is exact: the number of turns on the replica, from when each began and ended, averaged over the
-    turn's own time, ``variance`` is its variance in that time. So the regressor has no sampling error, which would
-    bias B towards zero. ``excess``: contexts in flight beyond so many mean ones.
+    ``in_flight`` is the number of turns on the replica, averaged over the turn's own time; it is 1.0 for a turn that
+    was alone. ``variance`` is its variance over that time. Both are exact, computed from when each turn began and
+    ended, so the regressor has no sampling error, which would bias B towards zero. ``excess`` is the context in flight
+    beyond that of as many mean turns.
     """
 
     begin: Array
@@ -171,12 +172,12 @@ class Measured:
     in_flight: Array
     variance: Array
     excess: Array
-    began: Array  # turns that began on the replica in this one's time
-    block: Array  # number of the replica and stretch of time that the turn belongs to
+    began: Array  # turns that began on the replica during this turn
+    block: Array  # number of the block: a replica and a stretch of time
 
 
 def _averages(begin: Array, end: Array, excess: Array) -> tuple[Array, Array, Array]:
-    """In flight, its variance and the excess context, each averaged over every turn's own time, on one replica."""
+    """Turns in flight, their variance and the excess context on one replica, averaged over each turn's own time."""
     import numpy as np
 
     times = np.concatenate([begin, end])
@@ -195,9 +196,10 @@ def _averages(begin: Array, end: Array, excess: Array) -> tuple[Array, Array, Ar
 
 
 def measure(turns: Sequence[ObservedTurn], since: float, until: float) -> tuple[Measured, list[Beginnings], Array]:
-    """What the completed turns met that began in [since, until]; the beginnings on each replica, and which is whose.
+    """Measure the completed turns that began in [since, until].
 
-    ``turns`` must hold everything that was in flight in that time.
+    Returns the measured load, the beginnings on each replica, and each turn's index into these. ``turns`` must contain
+    every turn that was in flight in that time.
     """
     import numpy as np
 
@@ -223,7 +225,7 @@ def measure(turns: Sequence[ObservedTurn], since: float, until: float) -> tuple[
     seconds = end - begin
     typical_s = seconds[wanted].mean() if wanted.any() else 1.0
     span_s = np.ptp(begin[wanted]) if wanted.any() else 0.0
-    # Turns that overlap share what slowed them down: a block is at least a turn long, and there are some 80 of them.
+    # Overlapping turns share what slowed them down, so a block is at least one turn long. Aim for about 80 blocks.
     stretch = np.floor((begin - since) / max(typical_s, span_s * len(names) / 80))
     block = stretch * len(names) + replica
     columns = (begin, seconds, output, mean, variance, excess, np.ones(len(turns)), block)
@@ -232,17 +234,17 @@ def measure(turns: Sequence[ObservedTurn], since: float, until: float) -> tuple[
 
 @dataclass(frozen=True)
 class Operating:
-    """Where the run is, as measured: over [since, until], s since the epoch."""
+    """The measured state of a run over [since, until], in s since the epoch."""
 
     since: float
     until: float
     turns: int  # completed
     per_s: float  # X
     per_s_draws: Array
-    wait_s: float  # mean of queue and inference
-    agents: float | None  # N, sampled; None where nobody sampled it
+    wait_s: float  # mean of queue + inference
+    agents: float | None  # N, sampled; None without samples
     agents_draws: Array
-    in_flight: float | None  # on each replica, sampled
+    in_flight: float | None  # per replica, sampled
 
     @property
     def window_s(self) -> float:
@@ -252,7 +254,7 @@ class Operating:
 def operating(
     turns: Sequence[ObservedTurn], samples: Sequence[FleetSample], since: float, until: float, rng: Any
 ) -> Operating:
-    """Measured over [since, until]; X's draws come from the counts of 16 stretches of that time (batch means)."""
+    """Measure a run over [since, until]. X's draws come from counts in 16 equal parts of that time (batch means)."""
     import numpy as np
 
     done = [turn for turn in turns if turn.is_completed and since <= turn.end <= until]
@@ -277,9 +279,9 @@ def operating(
 
 
 def littles_law(here: Operating, think_s: float | None) -> dict[str, Any]:
-    """N as sampled beside N = X·(Z + R) from the turns; ``holds`` is None where that cannot be judged yet.
+    """Compare the sampled N with N = X·(Z + R) from the turns. ``holds`` is None while there is too little data.
 
-    Off by more than LITTLE_TOLERANCE is off by so much beyond what X's own sampling error explains, 19 times of 20.
+    The tolerance is LITTLE_TOLERANCE plus the sampling error of X, which 19 of 20 samples stay below.
     """
     import numpy as np
 
@@ -299,9 +301,9 @@ def littles_law(here: Operating, think_s: float | None) -> dict[str, Any]:
 
 
 def change_point(values: Sequence[float], least: float) -> int | None:
-    """Where a series changed its mean by more than ``least``, or None: the likeliest split (CUSUM, Page 1954).
+    """Index at which the mean of a series changed by more than ``least``, or None (CUSUM, Page 1954).
 
-    Both sides have 50 values or more, and the step stands out by 6 standard errors.
+    This is the most likely split with at least 50 values on both sides and a step of more than 6 standard errors.
     """
     import numpy as np
 
@@ -320,7 +322,7 @@ def change_point(values: Sequence[float], least: float) -> int | None:
 
 
 def mix_change(turns: Sequence[ObservedTurn]) -> tuple[float, str] | None:
-    """When the prompt mix or the hit rate changed last, and which; None where they did not."""
+    """When the prompt mix or the hit rate last changed, and which of the two; None if neither did."""
     done = [turn for turn in turns if turn.is_completed and turn.prompt and turn.output]
     found = []
     for least, what, figure in (
@@ -335,7 +337,7 @@ def mix_change(turns: Sequence[ObservedTurn]) -> tuple[float, str] | None:
 
 
 def context_limit(turns: Sequence[ObservedTurn], kv_tokens: float, rng: Any) -> tuple[float, Array] | None:
-    """N_kv and its draws: kv_tokens over the mean context that a session holds, while it thinks too."""
+    """N_kv and its draws: ``kv_tokens`` divided by a session's mean context, which it keeps while it thinks."""
     import numpy as np
 
     held = [(turn.session or "", turn.prompt + (turn.output or 0)) for turn in turns if turn.prompt]

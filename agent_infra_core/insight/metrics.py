@@ -16,11 +16,9 @@ from agent_infra_core.insight.turns import TurnRecord
 from agent_infra_core.protocol import Histogram
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-MAX_METRIC_SERIES = (
-    2000  # of turns by model, backend and outcome; beyond, the one that was quiet for longest is dropped
-)
+MAX_METRIC_SERIES = 2000  # of turns by model, backend and outcome; above this, the longest unused is dropped
 
-# Upper bounds of the histograms' buckets, in octaves of a millisecond: 1 ms to 17 minutes, where Histogram's end too.
+# Upper bounds of the histogram buckets, in octaves of a millisecond: 1 ms to 17 minutes, like those of Histogram.
 METRIC_OCTAVES = range(21)
 METRIC_PARTS = {
     "pre": "Time an agent observed before a turn.",
@@ -41,15 +39,15 @@ METRIC_SUMS = {
 
 
 class TurnMetrics:
-    """Counters and histograms of turns since this process started, by model; none by session."""
+    """Counters and histograms of turns since this process started, by model; none per session."""
 
     def __init__(self) -> None:
         self._turns: OrderedDict[tuple[str, str, str], int] = OrderedDict()
         self._sums: dict[tuple[str, str], int] = {}  # (name, model) → sum
-        self._durations: dict[tuple[str, str], Histogram] = {}  # (part, model) → durations; post is of all models
+        self._durations: dict[tuple[str, str], Histogram] = {}  # (part, model) → durations; post covers all models
 
     def add(self, *records: TurnRecord) -> None:
-        """Count finished turns; many at once cost a fraction of one by one."""
+        """Count finished turns. One call with many is much cheaper than many calls."""
         by_model: dict[str, list[TurnRecord]] = {}
         series: collections.Counter[tuple[str, str, str]] = collections.Counter()
         for record in records:
@@ -83,7 +81,7 @@ class TurnMetrics:
                 self._histogram(part, model).add(*durations)
 
     def add_post(self, ms: float) -> None:
-        """Count the time that an agent acted on an answer."""
+        """Count the time an agent acted on an answer, in ms."""
         self._histogram("post", "").add(ms)
 
     def _histogram(self, part: str, model: str) -> Histogram:
@@ -92,7 +90,7 @@ class TurnMetrics:
         return self._durations[part, model]
 
     def families(self) -> Iterator[Any]:
-        """As prometheus_client takes it."""
+        """Metric families for prometheus_client."""
         from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
         turns = CounterMetricFamily("agent_infra_turns", "Finished turns.", labels=("model", "backend", "outcome"))
@@ -115,12 +113,12 @@ class TurnMetrics:
 
 
 def _cumulative(durations: Histogram) -> list[tuple[str, float]]:
-    """A histogram's buckets: (upper bound in seconds, how many are below it)."""
+    """A histogram's cumulative buckets: ``(upper bound in seconds, count below it)``."""
     bounds = [(str(2.0**octave / 1000), float(durations.count_below(octave))) for octave in METRIC_OCTAVES]
     return [*bounds, ("+Inf", float(durations.count))]
 
 
-# Of a backend's row in /stats: name → text and what it is there; None is not told.
+# Gauges of a backend's row in /stats: name → help text and getter. None values are left out.
 _BACKEND_GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "up": ("Whether it is ready and healthy.", lambda row: row["state"] == "ready" and row["healthy"] is not False),
     "in_flight": ("Turns with it.", lambda row: row["inflight"]),
@@ -142,7 +140,7 @@ _GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "history_turns": ("Turns in the history.", lambda stats: stats["history"]["turns"]),
 }
 
-# Of an entry of the analysis: the same.
+# The same for an entry of the analysis.
 _ANALYSIS_GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "suggested_agents": ("Agents to run in parallel.", lambda entry: entry["suggestion"]["agents"]["value"]),
     "utilisation_ratio": ("Of the replicas, by the model.", lambda entry: entry["operating"]["utilisation"]["value"]),
@@ -150,7 +148,7 @@ _ANALYSIS_GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] =
 
 
 class StatsMetrics:
-    """The state that a /stats document tells, and replica time, as prometheus_client takes it."""
+    """The state in a /stats document, and replica time, as metric families for prometheus_client."""
 
     def __init__(self, stats: Mapping[str, Any], replica_seconds: Mapping[ReplicaUse, float]) -> None:
         self._stats, self._replica_seconds = stats, replica_seconds
@@ -191,7 +189,7 @@ class StatsMetrics:
 
 
 class _Families:
-    """What prometheus_client calls a collector."""
+    """A prometheus_client collector."""
 
     def __init__(self, *sources: TurnMetrics | StatsMetrics) -> None:
         self._sources = sources

@@ -1,4 +1,4 @@
-"""Throughput, and the time that turns spend in each stage of the pipeline. Pure."""
+"""Throughput, and the time turns spend in each stage of the pipeline. Pure."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from agent_infra_core.protocol import Histogram
 
 HISTORY_POINTS = 300
 HISTORY_STEP_S = 2.0
-RECENT_S = 300.0  # what "recent" means for percentiles, shares and active sessions
-RATE_S = 60.0  # what rates are taken over
-LEAST_RATE_S = 5.0  # below this much time a rate is not told
+RECENT_S = 300.0  # window of recent percentiles, shares and active sessions
+RATE_S = 60.0  # window of rates
+LEAST_RATE_S = 5.0  # no rates are reported for less time
 
 
 class RecentHistogram:
-    """A histogram of the last ``window_s`` seconds, to within a tenth of that: ten slices, the oldest is dropped."""
+    """A histogram of the last ``window_s`` seconds, to within a tenth of that: it drops the oldest of ten slices."""
 
     _SLICES = 10
 
     def __init__(self, clock: Callable[[], float], window_s: float = RECENT_S) -> None:
         self._clock = clock
         self._slice_s = window_s / self._SLICES
-        self._number = 0  # of the slice that is being filled
-        self._from = self._until = 0.0  # its time
+        self._number = 0  # of the current slice
+        self._from = self._until = 0.0  # its start and end
         self._slice = Histogram()
         self._older: list[tuple[int, Histogram]] = []  # (slice number, its durations)
 
     def slice(self) -> Histogram:
-        """What to add a duration to that ends now."""
+        """The histogram for durations that end now."""
         now = self._clock()
         if not self._from <= now < self._until:
             number = int(now // self._slice_s)
-            # Slices of the future go too: the clock was set back.
+            # Drop slices from the future too: the clock was set back.
             ended = [*self._older, (self._number, self._slice)]
             self._older = [entry for entry in ended if number - self._SLICES < entry[0] < number]
             self._number, self._slice = number, Histogram()
@@ -47,7 +47,7 @@ class RecentHistogram:
             self.slice().add(*durations_ms)
 
     def read(self) -> Histogram:
-        """Everything that was added lately."""
+        """All durations within the window."""
         merged = Histogram()
         merged.merge(self.slice())
         for _, durations in self._older:
@@ -56,12 +56,12 @@ class RecentHistogram:
 
 
 def percentiles(durations: Histogram, *percents: int) -> dict[str, float | None]:
-    """``{"p50": ms, …}``; None where nothing was counted."""
+    """``{"p50": ms, …}``; values are None if nothing was counted."""
     return {f"p{percent}": rounded(durations.percentile(percent / 100)) for percent in percents}
 
 
 class Pipeline:
-    """Where the time of recent turns went. Shares are of the time of all of SHARED together; *ttft* is in inference."""
+    """Where recent turns spent their time. Shares are of the total of all parts in SHARED; inference includes ttft."""
 
     PARTS = ("pre", "queue", "ttft", "inference", "post", "unaccounted")
     SHARED = ("pre", "queue", "inference", "post", "unaccounted")
@@ -70,12 +70,12 @@ class Pipeline:
         self._parts = {part: RecentHistogram(clock) for part in self.PARTS}
 
     def add(self, **durations_ms: Iterable[float | None]) -> None:
-        """Add durations by part; None is "not known" and leaves no trace."""
+        """Add durations by part; None (unknown) is ignored."""
         for part, durations in durations_ms.items():
             self._parts[part].add(*[ms for ms in durations if ms is not None])
 
     def document(self) -> dict[str, dict[str, float | None]]:
-        """``{part: {mean_ms, p50_ms, p95_ms, share}}``; share is 0 to 1, and None for ttft and without traffic."""
+        """``{part: {mean_ms, p50_ms, p95_ms, share}}``; share is 0 to 1, or None for ttft and without traffic."""
         recent = {part: durations.read() for part, durations in self._parts.items()}
         total_ms = sum(recent[part].sum_ms for part in self.SHARED)
         document: dict[str, dict[str, float | None]] = {}
@@ -91,21 +91,21 @@ class Pipeline:
 
 
 class Throughput:
-    """Rates over the last RATE_S seconds from readings of ever-growing ``totals``, taken about once a second."""
+    """Rates over the last RATE_S seconds, from about one reading per second of ``totals``, which only grow."""
 
     def __init__(self, totals: Mapping[str, int]) -> None:
         self._totals = totals
         self._readings: collections.deque[tuple[float, int, int]] = collections.deque(maxlen=300)
 
     def read(self, now: float) -> None:
-        """Note the totals of this moment."""
+        """Record the current totals."""
         if self._readings and now < self._readings[-1][0]:
             self._readings.clear()  # the clock was set back
         self._readings.append((now, self._totals["completed"], self._totals["tokens_out"]))
 
     def rates(self, now: float) -> dict[str, float | None]:
-        """``{turns_per_minute, tokens_per_second}`` (completed turns, tokens of answers); None before LEAST_RATE_S."""
-        while self._readings and self._readings[0][0] < now - RATE_S - 0.5:  # a reading comes each second, or so
+        """``{turns_per_minute, tokens_per_second}`` of completed turns and answer tokens; None before LEAST_RATE_S."""
+        while self._readings and self._readings[0][0] < now - RATE_S - 0.5:  # readings are about a second apart
             self._readings.popleft()
         at, completed_then, tokens_then = self._readings[0] if self._readings else (now, 0, 0)
         if now - at < LEAST_RATE_S:
@@ -117,7 +117,7 @@ class Throughput:
 
 
 class Timeline:
-    """``throughput.history`` of /stats: a point each HISTORY_STEP_S, the latest HISTORY_POINTS."""
+    """``throughput.history`` of /stats: one point every HISTORY_STEP_S, up to HISTORY_POINTS."""
 
     NAMES = ("at", "turns_per_minute", "tokens_per_second", "in_flight", "pending", "active_sessions", "latency_ms")
 
@@ -143,9 +143,9 @@ class Timeline:
         )
 
     def after(self, at: float) -> list[dict[str, Any]]:
-        """The points that were noted after ``at``."""
+        """The points later than ``at``."""
         return [point for point in self.points if point["at"] > at]
 
     def restore(self, points: Iterable[Mapping[str, Any]]) -> None:
-        """Go on from points, oldest first; what another version has in them is left out."""
+        """Continue from earlier points, oldest first. Unknown fields are dropped."""
         self.points.extend({name: point.get(name) for name in self.NAMES} for point in points)

@@ -11,19 +11,19 @@ from agent_infra_core.insight.rates import RecentHistogram, percentiles
 from agent_infra_core.insight.turns import OpenTurn, is_finite_number
 from agent_infra_core.protocol import Backend, TurnFinished, is_count
 
-BACKEND_HISTORY_POINTS = 60  # of each backend: its turns in flight, at the same steps
+BACKEND_HISTORY_POINTS = 60  # per backend: turns in flight, at the same times as the points of Timeline
 LISTED_WAITING = 50
 
 
 class RelayCounters:
-    """Counters that start at zero with each relay, summed over all relays; a sum never falls."""
+    """Counters that each relay starts at zero, summed over all relays. Sums never decrease."""
 
     def __init__(self, *names: str) -> None:
         self.sums = dict.fromkeys(names, 0)
         self._last = dict.fromkeys(names, 0)
 
     def read(self, readings: Mapping[str, Any]) -> None:
-        """Take the relay's present counts. One below the last reading comes from a relay that started since."""
+        """Add the relay's current counts. A count below the last reading means that a new relay has started."""
         for name, last in self._last.items():
             count = readings.get(name)
             if is_count(count):
@@ -36,7 +36,7 @@ class RelayCounters:
 
 
 class RelayReport:
-    """What the relay says of itself once a second; what is missing there or cannot be is not known."""
+    """The relay's report about itself, once a second. Missing and invalid values count as unknown."""
 
     def __init__(self) -> None:
         self.gauges: Mapping[str, Any] = {}
@@ -44,7 +44,7 @@ class RelayReport:
         self._restarts = 0
 
     def read(self, gauges: Mapping[str, Any]) -> None:
-        """Take what Tracker.sample() gets."""
+        """Read the gauges passed to Tracker.sample()."""
         self.gauges = as_mapping(finite(gauges))
         self._counters.read(as_mapping(self.gauges.get("counters")))
 
@@ -56,18 +56,18 @@ class RelayReport:
 
     @property
     def backends(self) -> Mapping[str, Mapping[str, Any]]:
-        """The gauge of each backend."""
+        """Gauges by backend."""
         return {name: as_mapping(gauge) for name, gauge in as_mapping(self.gauges.get("backends")).items()}
 
     def kv_capacity(self) -> dict[str, float]:
-        """Backend → tokens that its cache holds, where that is known."""
+        """Backend → size of its cache in tokens, if known."""
         told = {name: as_mapping(gauge.get("load")) for name, gauge in self.backends.items()}
         return {
             name: tokens for name, load in told.items() if is_finite_number(tokens := load.get("kv_capacity_tokens"))
         }
 
     def queue(self, turns: Mapping[str, OpenTurn]) -> dict[str, Any]:
-        """``queue`` of /stats; ``turns`` know the sessions that their clients did not name."""
+        """``queue`` of /stats. ``turns`` supplies the sessions of turns whose client named none."""
         queue = as_mapping(self.gauges.get("queue"))
         waiting = queue.get("waiting")
         rows = [row for row in waiting[:LISTED_WAITING] if isinstance(row, dict)] if isinstance(waiting, list) else []
@@ -88,17 +88,17 @@ class RelayReport:
 
 
 class BackendFigures:
-    """What was measured of one backend: turns sent to it, summed over relays, and its recent latencies."""
+    """Measurements of one backend: turns sent to it, summed over relays, and its recent latencies."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.counters = RelayCounters("requests", "errors")
-        self.latency = RecentHistogram(clock)  # sent → last byte, of completed turns
+        self.latency = RecentHistogram(clock)  # from sending to the last byte, completed turns only
         self.ttft = RecentHistogram(clock)
         self.gap = RecentHistogram(clock)  # between chunks of a stream
         self.in_flight: deque[int | None] = deque(maxlen=BACKEND_HISTORY_POINTS)
 
     def finish(self, events: Sequence[TurnFinished]) -> None:
-        """Add turns that this backend ended."""
+        """Add turns that finished on this backend."""
         latencies = [event.inference_ms for event in events if event.outcome == "completed"]
         self.latency.add(*[ms for ms in latencies if ms is not None])
         self.ttft.add(*[event.ttft_ms for event in events if event.ttft_ms is not None])
@@ -112,7 +112,7 @@ def as_mapping(value: Any) -> Mapping[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """A JSON value with None in the place of NaN and the infinities, which Python reads but JSON does not have."""
+    """A JSON value with NaN and infinities replaced by None. Python's parser accepts them, but they aren't JSON."""
     if isinstance(value, Mapping):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -120,7 +120,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# Of a replica's load digest (GET /load of `serve`): what the document tells of the engine.
+# Fields of a replica's load digest (GET /load of `serve`) that appear under ``engine`` in /stats.
 _ENGINE_FIGURES = (
     *("state", "running", "waiting", "kv_usage", "kv_capacity_tokens", "prefix_queries", "prefix_hits"),
     *("preemptions", "prompt_tokens", "generation_tokens", "at"),
@@ -128,7 +128,7 @@ _ENGINE_FIGURES = (
 
 
 def _replica_row(record: Mapping[str, Any], backend: Backend | None, gauge: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of one backend from its record, the replica table and the relay's gauge; any may be missing."""
+    """The row of one backend, from its record, the replica table and the relay's gauge; any may be missing."""
     load = as_mapping(gauge.get("load"))
     failure = record.get("failure")
     is_draining = backend is not None and backend.state == "draining"
@@ -157,7 +157,7 @@ def _replica_row(record: Mapping[str, Any], backend: Backend | None, gauge: Mapp
 
 
 def _gpu_summary(gpus: Any) -> dict[str, Any] | None:
-    """A replica's GPUs as one: mean utilisation, summed memory (bytes) and power, the hottest; None without GPUs."""
+    """A replica's GPUs combined: mean utilisation, total memory (bytes) and power, top temperature; None if none."""
     samples = [as_mapping(gpu) for gpu in gpus] if isinstance(gpus, (list, tuple)) else []
     if not samples:
         return None
@@ -178,20 +178,20 @@ def _gpu_summary(gpus: Any) -> dict[str, Any] | None:
 
 
 class BackendTable:
-    """The figures of every backend that was heard of since the last ``replicas``."""
+    """Figures of all backends that appeared since the last call of ``replicas``."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._figures: dict[str, BackendFigures] = {}
 
     def figures(self, backend: str) -> BackendFigures:
-        """The figures of one backend, empty ones where it is new."""
+        """The figures of one backend; empty if it is new."""
         if backend not in self._figures:
             self._figures[backend] = BackendFigures(self._clock)
         return self._figures[backend]
 
     def sample(self, gauges: Mapping[str, Any], is_due: bool) -> None:
-        """Take the relay's gauges; ``is_due`` notes a point of their course too."""
+        """Read the relay's gauges. With ``is_due``, also add a point to each backend's history."""
         for backend, gauge in gauges.items():
             figures = self.figures(backend)
             figures.counters.read(gauge)
@@ -205,7 +205,7 @@ class BackendTable:
     def replicas(
         self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend], gauges: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
-        """What each backend is that has a record or is routed to; the figures of all others are forgotten."""
+        """One row per backend that has a record or is in the table. Figures of all others are dropped."""
         known = {record["replica"]: finite(record) for record in records}
         routed = {backend.id: backend for backend in table}
         self._figures = {name: self.figures(name) for name in {**known, **routed}}
@@ -214,7 +214,7 @@ class BackendTable:
         ]
 
     def measured(self, backend: str) -> dict[str, Any]:
-        """The figures of one backend."""
+        """The measurements of one backend, as in /stats."""
         figures = self.figures(backend)
         return {
             **figures.counters.sums,

@@ -1,4 +1,4 @@
-"""The `report` verb: a run in Markdown, from the history."""
+"""The `report` verb: a Markdown report of a run, from the history."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ REPORT_PARTS = {
     "post": "acting",
     "unaccounted": "think time that the agent did not report",
 }
-REPORT_ROWS = 24  # of throughput over time
+REPORT_ROWS = 24  # in the table of throughput over time, at most
 REPORT_RATE_S = 30.0
-REPORT_VERDICTS = 100  # the latest
+REPORT_VERDICTS = 100  # only the latest
 _REPORT_STEPS_S = (60, 300, 900, 3600, 4 * 3600, 86400, 7 * 86400)
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """A Markdown table; text first, figures to the right."""
+    """A Markdown table; all columns but the first are right-aligned."""
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     return lines + ["| " + " | ".join(map(_words, row)) + " |" for row in rows] + [""]
 
 
 def _words(value: Any) -> str:
-    """A figure or text as a table's cell; None is a dash."""
+    """Format a figure or text as a table cell; None is a dash."""
     if value is None:
         return "–"
     if isinstance(value, float):
@@ -48,7 +48,7 @@ def _at(moment: float, form: str = "%Y-%m-%d %H:%M") -> str:
 
 
 class Report:
-    """A run in Markdown: the turns of a history that finished at ``since`` or later, and what happened meanwhile."""
+    """A Markdown report of the turns that finished at ``since`` or later, and of replica time and verdicts since."""
 
     def __init__(self, file: HistoryFile, title: str, since: float) -> None:
         self._file, self._title, self._since = file, title, since
@@ -58,7 +58,7 @@ class Report:
         )
         self._replicas_since = since
         [[row, oldest]] = file.query("SELECT min(id), min(finished_at) FROM turns")
-        # Ids begin at 1, and the oldest turns are the first to go. What their replicas took is nobody's here.
+        # Ids start at 1, and the oldest turns are removed first. Leave out replica time from before the first one left.
         self._is_trimmed = row is not None and row > 1 and oldest > since
         if self._is_trimmed:
             self._first = self._replicas_since = oldest
@@ -70,7 +70,7 @@ class Report:
         return self._rows(columns)[0]
 
     def text(self) -> str:
-        """All of it."""
+        """The whole report."""
         parts = [self._summary(), self._replica_time(), self._verdicts()]
         if self._turns:
             parts[1:1] = [self._throughput(), self._durations()]
@@ -184,7 +184,7 @@ class Report:
 
     def _waste(self) -> list[str]:
         in_vain = "outcome IN ('aborted', 'cut', 'error')"
-        is_miss = "cache_miss IS NOT NULL"  # a few tokens less are none: engines cache whole blocks
+        is_miss = "cache_miss IS NOT NULL"  # a few missing tokens don't count: engines cache whole blocks
         spent = f"sum(({in_vain}) * (coalesce(prompt_tokens, 0) + coalesce(completion_tokens, 0)))"
         retried, again, vain, vain_ms, vain_tokens, misses, prefilled, tokens_in = self._row(
             f"coalesce(sum(retries > 0), 0), sum(retries * prompt_tokens), coalesce(sum({in_vain}), 0), "
@@ -202,12 +202,12 @@ class Report:
             lines += [f"Inference in vain: {_words(vain_ms / 1000)} s.", ""]
         reasons: collections.Counter[str] = collections.Counter()
         for reason, count in self._rows("cache_miss, count(*)", "AND cache_miss IS NOT NULL GROUP BY 1"):
-            reasons[re.split(r" from | message ", reason)[0]] += count  # without the names of replicas, and numbers
+            reasons[re.split(r" from | message ", reason)[0]] += count  # without replica names and message numbers
         return lines + (_table(("why not in the cache", "turns"), reasons.most_common(10)) if reasons else [])
 
 
 def _rate(amount: float | None, seconds: float) -> float | None:
-    """Per second; None over less than REPORT_RATE_S, where it would say nothing."""
+    """``amount`` per second; None for less than REPORT_RATE_S, which is too short to be meaningful."""
     return ratio(amount, seconds) if seconds >= REPORT_RATE_S else None
 
 

@@ -1,4 +1,4 @@
-"""The table of sessions: whose a turn is, what context it left on a replica, when a session ends. Pure."""
+"""The table of sessions: which session a turn belongs to, the context it left on a replica, when it ends. Pure."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from agent_infra_core.insight.rates import RECENT_S
 from agent_infra_core.insight.turns import HeldContext, TurnRecord, add_known, generates
 from agent_infra_core.protocol import TurnStarted
 
-LISTED_SESSIONS = 200  # in /stats: those heard of last
-LISTED_ENDED = 50  # beside those, of the sessions that are over
-BESIDE_S = 0.01  # a turn that arrives longer before another's end was open beside it; less is the clocks' noise
-MAX_CONVERSATIONS = 50_000  # answers by which a session that its client does not name is found
-KEPT_PRINTS = 257  # of a session's last request: of what stands before the messages, and of the first 256
+LISTED_SESSIONS = 200  # in /stats: the most recently active
+LISTED_ENDED = 50  # and this many ended sessions
+BESIDE_S = 0.01  # turns that overlap by more than this were open together; less is clock noise
+MAX_CONVERSATIONS = 50_000  # answers kept to find the session of turns whose client names none
+KEPT_PRINTS = 257  # of a session's last request: one for the part before the messages, 256 for the first messages
 
 
 @dataclass(slots=True)
 class Session:
-    """What is known of a live session; about 1 KB, whatever the number of its turns. Sums are over its turns."""
+    """A session; takes about 1 KB, however many turns it has. Sums are over its turns."""
 
     id: str
     task: str | None
@@ -28,48 +28,48 @@ class Session:
     model: str
     last_seen: float  # s since the epoch
     backend: str | None = None
-    turns: int = 0  # finished, whatever became of them
+    turns: int = 0  # finished, with any outcome
     errors: int = 0
     open_turns: int = 0
     last_turn: str = ""  # the one that finished last
-    last_end: float | None = None  # s since the epoch: when that was
+    last_end: float | None = None  # when that was, in s since the epoch
     pre_ms: float | None = None
     wait_ms: float | None = None
     inference_ms: float | None = None
     post_ms: float | None = None
     unaccounted_ms: float | None = None
-    thinks: int = 0  # think times known
-    longest_think_ms: float = 0.0  # fading: an early one does not count for ever
-    context_tokens: int | None = None  # prompt and answer of the last turn that generated and told
+    thinks: int = 0  # number of known think times
+    longest_think_ms: float = 0.0  # decays, so that an early one doesn't count forever
+    context_tokens: int | None = None  # prompt and answer of the last generation that reported tokens
     prompt_tokens: int | None = None  # of the same turn, like the next four
     cached_tokens: int | None = None
-    held_by: str | None = None  # the replica that should have its context in the cache
-    held_model: str = ""  # which another model's turn cannot use
-    prints: bytes = b""  # of the request of that turn, KEPT_PRINTS at most
+    held_by: str | None = None  # replica that should have the context in its cache
+    held_model: str = ""  # turns of another model can't use the context
+    prints: bytes = b""  # of that turn's request, at most KEPT_PRINTS
     cache_misses: int = 0
     last_miss: str | None = None
-    last_backend: str | None = None  # that finished a turn which generated
+    last_backend: str | None = None  # of the last generation
     last_model: str = ""  # of the same turn
-    moves: int = 0  # changes of the replica, from one turn to the next of the same model
-    recent_moves: int = 0  # whether each of the last 8 turns was one, in bits
+    moves: int = 0  # changes of replica between consecutive turns of the same model
+    recent_moves: int = 0  # bit mask: which of the last 8 turns were moves
     tokens_in: int = 0
     tokens_out: int = 0
-    signature: int = 0  # of the last turn; likewise turns have likewise signatures
-    repeats: int = 1  # turns in a row with this signature
+    signature: int = 0  # of the last turn; identical turns have the same signature
+    repeats: int = 1  # consecutive turns with this signature
     alerts: dict[str, float] = field(default_factory=dict)  # kind → since, s since the epoch
 
     def is_open(self, arrival: float) -> bool:
-        """Whether a turn was open at ``arrival``; true also for one that ended after it but was reported first."""
+        """Whether a turn was open at ``arrival``, including one that ended later but has been reported already."""
         return bool(self.open_turns) or (self.last_end is not None and arrival < self.last_end - BESIDE_S)
 
     def think_time_ms(self, arrival: float) -> float | None:
-        """From the previous answer's end to ``arrival``; None for a first turn, or while another one is open."""
+        """Time from the previous answer's end to ``arrival``; None for a first turn or while another turn is open."""
         if self.last_end is None or self.is_open(arrival):
             return None
         return max(0.0, arrival - self.last_end) * 1000
 
     def held(self, started: TurnStarted, arrival: float) -> HeldContext | None:
-        """What should be cached for a turn that starts; None when it is not known, or changes at this moment."""
+        """The context that should be cached for a starting turn; None if unknown or while another turn is open."""
         if self.context_tokens is None or self.prompt_tokens is None or self.is_open(arrival):
             return None
         if started.model != self.held_model or not generates(started.path):
@@ -80,7 +80,7 @@ class Session:
     def think(
         self, think_ms: float | None, pre_ms: float | None, post_ms: float | None, unaccounted_ms: float | None
     ) -> None:
-        """Add what is known of the time around an answer."""
+        """Add the known times around an answer."""
         if think_ms is not None:
             self.thinks += 1
             self.longest_think_ms = max(0.95 * self.longest_think_ms, think_ms)
@@ -89,7 +89,7 @@ class Session:
         self.unaccounted_ms = add_known(self.unaccounted_ms, unaccounted_ms)
 
     def finish(self, record: TurnRecord, at: float, prints: bytes = b"") -> None:
-        """Add what a finished turn says, but for its think time; ``prints`` are those of its request."""
+        """Add a finished turn, except for its think time. ``prints`` are those of its request."""
         self.turns += 1
         self.errors += record.outcome in ("error", "cut")
         self.last_turn, self.last_end = record.turn, max(at, self.last_end or at)
@@ -106,7 +106,7 @@ class Session:
             self._note_context(record, prints)
 
     def _note_context(self, record: TurnRecord, prints: bytes) -> None:
-        """Where a turn generated, and what it left there."""
+        """Record where a turn was generated and the context it left there."""
         model = record.model or ""
         if record.backend is not None:
             is_move = model == self.last_model and self.last_backend not in (None, record.backend)
@@ -127,7 +127,7 @@ class Session:
 
 
 def split_client(client: str | None) -> tuple[str | None, str | None]:
-    """``(id, command)`` of what a client calls itself: ``id`` or ``id command…``, as describe_client() says it."""
+    """Split a client's name into ``(id, command)``: ``id`` or ``id command…``, as made by describe_client()."""
     name, _, command = (client or "").strip().partition(" ")
     return name or None, command.strip() or None
 
@@ -135,9 +135,9 @@ def split_client(client: str | None) -> tuple[str | None, str | None]:
 def split_think_time(
     gap_ms: float | None, pre_ms: float | None, post_ms: float | None
 ) -> tuple[float | None, float | None]:
-    """``(pre, unaccounted)`` of a turn, in ms, from the think time before it and what its client reported of that.
+    """``(pre, unaccounted)`` of a turn, in ms, from the think time before it and the client's reported times.
 
-    A gap of which the client reported nothing is pre as a whole, and nothing of it is unaccounted for.
+    If the client reported nothing, the whole gap is pre, and nothing is unaccounted for.
     """
     if pre_ms is None and post_ms is None:
         return gap_ms, None
@@ -147,9 +147,9 @@ def split_think_time(
 
 
 class SessionTable:
-    """The live sessions, the one heard of last at the end; at most ``max_live``, none idle for ``idle_s`` or more.
+    """The live sessions, most recently active last: at most ``max_live``, none idle for ``idle_s`` or longer.
 
-    Of those that are over, the LISTED_ENDED latest are kept for people to look at.
+    Also keeps the LISTED_ENDED latest ended sessions for display.
     """
 
     def __init__(self, max_live: int, idle_s: float) -> None:
@@ -157,8 +157,8 @@ class SessionTable:
         self._idle_s = idle_s
         self._live: collections.OrderedDict[str, Session] = collections.OrderedDict()
         self._over: collections.OrderedDict[str, Session] = collections.OrderedDict()
-        self.ended = 0  # by the agent or by idleness
-        self.evicted = 0  # for want of room
+        self.ended = 0  # by the agent or because they were idle
+        self.evicted = 0  # because the table was full
 
     def __len__(self) -> int:
         return len(self._live)
@@ -167,9 +167,9 @@ class SessionTable:
         return iter(self._live.values())
 
     def open(self, name: str | None, turn: TurnStarted | TurnRecord, at: float) -> Session | None:
-        """The session ``name``, that a turn belongs to, made where it is new; None for a turn of no session.
+        """The session ``name`` of a turn, created if it is new; None for a turn without a session.
 
-        Such a turn is a session of its own, and over with its answer: it is counted everywhere but here.
+        A turn without a session is a session of its own that ends with its answer. It is counted everywhere but here.
         """
         if not name:
             return None
@@ -185,13 +185,13 @@ class SessionTable:
         return session
 
     def touch(self, session: Session, at: float) -> None:
-        """``session`` was heard of."""
+        """Mark ``session`` as active at ``at``."""
         session.last_seen = max(at, session.last_seen)
-        if self._live.get(session.id) is session:  # else it has ended since, and its last turn is still running
+        if self._live.get(session.id) is session:  # otherwise it has ended, but its last turn is still running
             self._live.move_to_end(session.id)
 
     def end(self, name: str) -> None:
-        """This session is over; it goes on where it was if the agent takes it up again soon."""
+        """End a session. If the agent resumes it soon, it continues where it was."""
         session = self._live.pop(name, None)
         if session is not None:
             self.ended += 1
@@ -200,24 +200,24 @@ class SessionTable:
                 self._over.popitem(last=False)
 
     def expire(self, now: float) -> None:
-        """End the sessions that are idle for too long."""
+        """End the sessions that have been idle too long."""
         silent = itertools.takewhile(lambda session: session.last_seen <= now - self._idle_s, self._live.values())
         for session in [session for session in silent if not session.open_turns]:
             self.end(session.id)
 
     def settle(self, now: float, ended: Iterable[str]) -> None:
-        """Finish a restore: these sessions had ``ended``; the counters begin at 0."""
+        """Finish a restore: end the sessions in ``ended`` and reset the counters."""
         self.expire(now)
         for name in ended:
             self.end(name)
         self.ended = self.evicted = 0
 
     def latest(self, limit: int) -> list[Session]:
-        """The live sessions heard of last, latest first."""
+        """The most recently active live sessions, latest first."""
         return list(itertools.islice(reversed(self._live.values()), limit))
 
     def find(self, name: str) -> tuple[Session | None, bool]:
-        """The session ``name``, and whether it is over."""
+        """The session ``name``, and whether it has ended."""
         return (self._live.get(name) or self._over.get(name)), name not in self._live
 
     def latest_ended(self) -> list[Session]:
@@ -225,7 +225,7 @@ class SessionTable:
         return list(reversed(self._over.values()))
 
     def silences(self, now: float) -> Iterator[tuple[str, str | None, int, float]]:
-        """Tracker.silences."""
+        """See Tracker.silences."""
         for session in self:
             last = session.last_end if session.last_end is not None else session.last_seen
             yield session.model, session.backend, session.open_turns, max(0.0, now - last)
@@ -241,23 +241,23 @@ class SessionTable:
         }
 
     def count_active(self, now: float) -> int:
-        """How many sessions have a turn in flight or were heard of in the last RECENT_S seconds."""
+        """Number of sessions with a turn in flight or activity in the last RECENT_S seconds."""
         return sum(1 for session in self if session.open_turns or session.last_seen > now - RECENT_S)
 
 
 class Conversations:
-    """Finds the session of a turn whose client names none: the one that gave the answer which the turn goes on from.
+    """Finds the session of a turn whose client names none: the session whose answer the turn continues.
 
-    Exact matches only. An answer that a turn goes on from is nobody else's while that turn is open, nor once it is
-    completed; so several turns from one answer at a time are sessions of their own, and so is a turn from an answer
-    that several sessions gave. Bounded: MAX_CONVERSATIONS answers, the longest unused is forgotten.
+    Exact matches only. While a turn that continues an answer is open, and once it is completed, no other turn can
+    match that answer. So turns that continue one answer at the same time are sessions of their own, and so is a turn
+    that continues an answer given in several sessions. Keeps MAX_CONVERSATIONS answers; the longest unused is dropped.
     """
 
     def __init__(self) -> None:
         self._sessions: collections.OrderedDict[str, str | None] = collections.OrderedDict()  # None: several gave it
 
     def session_of(self, turn: TurnStarted) -> str | None:
-        """The session of a turn that starts, a new one where none is found; None where there is nothing to go by."""
+        """The session of a starting turn, a new one if there is no match; None if the turn continues nothing."""
         if turn.session or turn.follows is None:
             return turn.session
         if (found := self._sessions.get(turn.follows)) is None:
@@ -266,14 +266,14 @@ class Conversations:
         return found
 
     def answered(self, key: str, session: str) -> None:
-        """A session gave, or gave again, the answer that ``key`` stands for."""
+        """Record that ``session`` gave the answer with this ``key``, perhaps again."""
         self._sessions[key] = session if self._sessions.get(key, session) == session else None
         self._sessions.move_to_end(key)
         if len(self._sessions) > MAX_CONVERSATIONS:
             self._sessions.popitem(last=False)
 
     def finish(self, started: TurnStarted, key: str | None, session: str) -> None:
-        """A turn that was followed is over; one without an answer leaves the one before for another try."""
+        """Record the end of a turn. If it has no answer, the answer it continued can be matched again."""
         if key is not None:
             self.answered(key, session)
         elif started.follows and session != f"auto-{started.turn}":

@@ -17,9 +17,10 @@ GOOD_KV_SHARE = 0.9
 def turns_of_each(
     turns: Sequence[ObservedTurn], name: str, think: ThinkFit, ended: Mapping[str, float], now: float
 ) -> tuple[float, float] | None:
-    """``(turns, how many ended)`` of the sessions or tasks: turns over ends, right also where most still run.
+    """``(turns per session or task, number that ended)``; None if fewer than five ended.
 
-    How many ended is an expectation: of one that is silent it is only probable.
+    Dividing turns by ends is right even while most are still running. The number that ended is an expected value,
+    because a silent one has only probably ended.
     """
     last: dict[str, ObservedTurn] = {}
     named = 0
@@ -33,8 +34,10 @@ def turns_of_each(
 
 
 def suggest(outlook: Outlook) -> dict[str, Any]:
-    """How many agents to run: the least of what keeps GPUs at GOOD_UTILISATION, contexts in the cache, and the fit's
-    word good."""
+    """How many agents to run: the lowest of three limits.
+
+    These are GOOD_UTILISATION of the GPUs, contexts that fit into the KV cache, and the range of the fit's predictions.
+    """
     import numpy as np
 
     nothing = outlook.few or outlook.reason
@@ -71,7 +74,7 @@ def suggest(outlook: Outlook) -> dict[str, Any]:
 
 
 def figures(outlook: Outlook) -> dict[str, Any]:
-    """An entry's `fit`, `operating` and `limits`."""
+    """``fit``, ``operating`` and ``limits`` of an entry of ``analysis``."""
     model, draws, here = outlook.model, outlook.draws, outlook.here
     thinking = "no session had two turns"
     alone = outlook.beyond(math.inf) if outlook.fit and outlook.fit.is_alone else None
@@ -118,7 +121,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
 def cost(
     outlook: Outlook, gpus: int, turns: Sequence[ObservedTurn], ended: Mapping[str, float], rng: Any
 ) -> dict[str, Estimate]:
-    """``gpus`` seconds of GPU for X turns: GPU-seconds a turn, a session, a task."""
+    """GPU-seconds per turn, session and task: in each second, ``gpus`` GPUs do X turns."""
     here, think = outlook.here, outlook.think
     each = {
         "gpu_seconds_per_turn": outlook.measured(

@@ -1,4 +1,4 @@
-"""Turns, sessions and replicas in one place, and the /stats document. The clock is an argument; no I/O."""
+"""Tracks turns, sessions and replicas, and makes the /stats document. The clock is an argument; no I/O."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from agent_infra_core.insight.sessions import (
 from agent_infra_core.insight.turns import OpenTurn, TurnLedger, TurnLog, TurnRecord, finished_record, rounded
 from agent_infra_core.protocol import Backend, SessionEnded, TurnEvent, TurnFinished, TurnStarted, is_count
 
-# Bounds of what is kept. Nothing here grows with the number of turns, nor beyond these with that of sessions.
-MAX_LIVE_SESSIONS = 20_000  # beyond: the one that was silent for longest is forgotten
+# Memory limits. Memory doesn't grow with the number of turns, nor with the number of sessions above these limits.
+MAX_LIVE_SESSIONS = 20_000  # above this, the longest silent session is dropped
 SESSION_IDLE_S = 1800.0  # a session silent for this long is over
 RECENT_TURNS = 100  # in /stats
 LISTED_TURNS = 200  # of one session
-SCHEMA_VERSION = 2  # of /stats, as docs/stats.schema.json has it
+SCHEMA_VERSION = 2  # of /stats, described in docs/stats.schema.json
 
 
 def encode_stats(document: Mapping[str, Any]) -> bytes:
-    """The /stats document as it is sent: without blanks, by C code, since the controller does this every second."""
+    """Encode the /stats document as compact JSON. Uses C code, since the controller does this every second."""
     try:
         return _encode_json(document)
-    except (ValueError, TypeError, OverflowError):  # half a character, a key that is no string, and the like
+    except (ValueError, TypeError, OverflowError):  # a lone surrogate, a key that isn't a string, and so on
         return json.dumps(finite(document), separators=(",", ":")).encode()
 
 
@@ -56,7 +56,7 @@ _TOTALS = (
     *("requests", "completed", "errors", "aborted", "rejected", "retries"),
     *("tokens_in", "tokens_out", "cached_tokens"),
 )
-_SUMMED = {  # total → what it is the sum of
+_SUMMED = {  # total → field that it sums
     "retries": operator.attrgetter("retries"),
     "tokens_in": operator.attrgetter("prompt_tokens"),
     "tokens_out": operator.attrgetter("completion_tokens"),
@@ -65,7 +65,7 @@ _SUMMED = {  # total → what it is the sum of
 
 
 def _client_rows(live: Sequence[Session], ended: Sequence[Session], phases: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Sessions by client, in their order."""
+    """Session rows grouped by client, in the order of the sessions."""
     rows: dict[str | None, dict[str, Any]] = {}
     states = [phases.get(session.id, "idle") for session in live] + ["ended"] * len(ended)
     for session, state in zip((*live, *ended), states, strict=True):
@@ -104,7 +104,7 @@ def _session_row(session: Session, state: str) -> dict[str, Any]:
 
 
 def _model_rows(backends: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The models and what serves them."""
+    """One row per model, with its replicas, slots and turns in flight."""
     models: dict[str, list[Mapping[str, Any]]] = {}
     for row in backends:
         models.setdefault(row["model"], []).append(row)
@@ -121,22 +121,22 @@ def _model_rows(backends: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _sum_known(values: Iterable[int | None]) -> int | None:
-    """The sum of what is known; None when nothing is."""
+    """The sum of the known values; None if there are none."""
     known = [value for value in values if is_count(value)]
     return sum(known) if known else None
 
 
 class TurnFigures:
-    """What is measured of turns."""
+    """Measurements of turns: totals, pipeline, waits and backends."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.totals = dict.fromkeys(_TOTALS, 0)
         self.pipeline = Pipeline(clock)
-        self.wait = RecentHistogram(clock, RATE_S)  # queue and inference of completed turns: what an agent waits
+        self.wait = RecentHistogram(clock, RATE_S)  # queue + inference of completed turns: how long an agent waits
         self.backends = BackendTable(clock)
 
     def add(self, begun: Sequence[OpenTurn], done: Sequence[TurnFinished]) -> None:
-        """Count turns that begin, and turns that are over."""
+        """Count turns that started and turns that finished."""
         self.pipeline.add(
             pre=[turn.pre_ms for turn in begun],
             post=[turn.started.post_ms for turn in begun],
@@ -163,18 +163,18 @@ class TurnFigures:
 
 
 class StatsDocument(TypedDict):
-    """The body of GET /stats; docs/stats.schema.json says what every field means.
+    """The body of GET /stats; docs/stats.schema.json describes every field.
 
-    Times are s since the epoch; None (null) is "not known"; no figure is ever NaN.
+    Times are s since the epoch; None (null) means unknown; no figure is NaN.
     """
 
-    snapshot_age_ms: int  # stays the first key: the relay writes the age over it, in the finished bytes
+    snapshot_age_ms: int  # must stay the first key: the relay overwrites the age in the encoded bytes
     schema_version: int
     now: float
     uptime_seconds: float  # of the controller
     strategy: str
-    totals: dict[str, int]  # of all time that is remembered; requests = completed + errors + aborted + rejected
-    throughput: dict[str, Any]  # rates over the last minute; history[]: one point each HISTORY_STEP_S
+    totals: dict[str, int]  # all-time sums; requests = completed + errors + aborted + rejected
+    throughput: dict[str, Any]  # rates over the last minute; history[]: one point every HISTORY_STEP_S
     models: list[dict[str, Any]]
     backends: list[dict[str, Any]]
     queue: dict[str, Any]
@@ -182,17 +182,17 @@ class StatsDocument(TypedDict):
     clients: list[dict[str, Any]]  # the listed sessions by client; their *_ms and tokens_* are sums over their turns
     recent_turns: list[dict[str, Any]]  # finished, latest first
     pipeline: dict[str, dict[str, float | None]]
-    watchdog: list[dict[str, Any]]  # sessions that someone should look at, and why
-    analysis: list[dict[str, Any]]  # what holds each model back; like the next two, the controller puts it in
+    watchdog: list[dict[str, Any]]  # sessions that need attention, and why
+    analysis: list[dict[str, Any]]  # what limits each model; set by the controller, like the next two
     accounting: dict[str, Any] | None  # GPU-hours
-    history: dict[str, Any] | None  # what becomes of the turns on disk
-    relay: dict[str, Any]  # counts over all relays, at the socket; events_dropped: turns that totals lack
+    history: dict[str, Any] | None  # state of the history on disk
+    relay: dict[str, Any]  # counted at the socket, over all relays; events_dropped: turns missing from totals
 
 
 class Tracker:
-    """What the controller knows of turns and sessions: turn events and gauges in, the /stats document out.
+    """The controller's state of turns and sessions: takes turn events and gauges, makes the /stats document.
 
-    One thread at a time. ``clock`` is seconds since the epoch, the same as the relay's.
+    For one thread at a time. ``clock`` returns seconds since the epoch, like the relay's clock.
     """
 
     def __init__(
@@ -214,9 +214,9 @@ class Tracker:
         self._relay = RelayReport()
 
     def observe(self, *events: TurnEvent) -> None:
-        """Take events of the relay, in order. One that comes twice, or after its turn's finish, changes nothing.
+        """Process relay events, in order. Duplicates, and events after their turn's finish, are ignored.
 
-        Many at once cost half of one by one.
+        One call with many events costs half as much as many calls.
         """
         now = self._clock()
         begun: list[OpenTurn] = []
@@ -238,11 +238,11 @@ class Tracker:
             self._figures.add(begun, done)
 
     def sample(self, gauges: Mapping[str, Any]) -> None:
-        """Take the relay's gauges (FRAME_GAUGES), once a second; what is missing or cannot be is not known.
+        """Process the relay's gauges (FRAME_GAUGES), once a second. Missing and invalid values count as unknown.
 
         ``{"at", "backends": {id: {"healthy", "reason", "in_flight", "requests", "errors", "load": digest | None}},
         "queue": {"pending", "in_flight", "oldest_ms", "waiting": [...]}, "counters": {...}, "rss_bytes",
-        "connections", "stats_read": how often /stats was}``.
+        "connections", "stats_read": number of reads of /stats}``.
         """
         now = self._clock()
         self._relay.read(gauges)
@@ -257,7 +257,7 @@ class Tracker:
             self.timeline.note(now, self._throughput.rates(now), self._relay.queue({}), active, wait)
 
     def relay_restarted(self) -> None:
-        """The relay died and another takes its place: its open turns are over, its counters start at zero."""
+        """Handle a relay that died and was replaced: its open turns are cut, its counters restart at zero."""
         now = self._clock()
         cut = []
         for name, turn in self._turns.open.items():
@@ -270,7 +270,7 @@ class Tracker:
 
     @property
     def totals(self) -> Mapping[str, int]:
-        """``totals`` of /stats, as they are now."""
+        """The current ``totals`` of /stats."""
         return self._figures.totals
 
     def silences(self) -> Iterator[tuple[str, str | None, int, float]]:
@@ -278,17 +278,18 @@ class Tracker:
         return self._sessions.silences(self._clock())
 
     def take_records(self) -> tuple[list[TurnRecord], dict[str, float]]:
-        """The turns that finished since the last call, and turn → post_ms, learnt since, of those given out before."""
+        """The turns finished since the last call, and turn → post_ms learned since then for turns returned earlier."""
         return self._log.take()
 
     def restore(self, records: Iterable[TurnRecord], totals: Mapping[str, Any], ended: Iterable[str] = ()) -> None:
-        """Go on where an earlier tracker was; before any event.
+        """Continue where an earlier tracker stopped. Call it before any event.
 
-        ``records`` are its latest turns, oldest first: what they say of their sessions is what is known of these.
-        ``totals`` are its totals by name; what is no count is left out. ``ended`` are sessions, read after ``records``.
+        ``records`` are its latest turns, oldest first; sessions are rebuilt from them. ``totals`` are its totals by
+        name; values that aren't counts are ignored. ``ended`` are sessions that have ended; it is read after
+        ``records``.
         """
         self._figures.totals.update({name: totals[name] for name in self._figures.totals if is_count(totals.get(name))})
-        answers: dict[str, str] = {}  # session → the key of its last answer: from those before it has gone on
+        answers: dict[str, str] = {}  # session → key of its last answer; it has already continued the earlier ones
         for record in records:
             is_first, _ = self._turns.close(record.turn)
             if not is_first:
@@ -308,15 +309,15 @@ class Tracker:
         self._sessions.settle(self._clock(), ended)
 
     def replicas(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend]) -> list[dict[str, Any]]:
-        """``backends`` of /stats as they are now, but for what was measured of their turns.
+        """The current ``backends`` of /stats, without the measurements of their turns.
 
-        ``records`` are the replicas' records as `serve` writes them (ReplicaRecord, as JSON); ``table`` is what the
-        relay routes by, so also backends without a record. What was measured of any other backend is forgotten.
+        ``records`` are the replicas' records as `serve` writes them (ReplicaRecord, as JSON). ``table`` is the relay's
+        replica table, which may have backends without a record. Measurements of all other backends are dropped.
         """
         return self._figures.backends.replicas(records, table, self._relay.backends)
 
     def snapshot(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend], strategy: str) -> StatsDocument:
-        """The /stats document of this moment; ``records`` and ``table`` as ``replicas`` takes them."""
+        """The current /stats document; ``records`` and ``table`` as for ``replicas``."""
         now = self._clock()
         sessions = collections.Counter(session.backend for session in self._sessions)
         rows = self.replicas(records, table)
@@ -346,7 +347,7 @@ class Tracker:
         )
 
     def session(self, name: str) -> dict[str, Any] | None:
-        """The body of GET /stats/sessions/{id}; None for a session that is not known (any more)."""
+        """The body of GET /stats/sessions/{id}; None if the session is unknown or was dropped."""
         session, is_over = self._sessions.find(name)
         if session is None:
             return None
@@ -387,7 +388,7 @@ class Tracker:
         self._log.add(record)
 
     def _begin(self, event: TurnStarted, at: float) -> OpenTurn:
-        """A turn that starts, with what is known of the time before it."""
+        """Open a turn, with the known times before it."""
         session = self._sessions.open(self._conversations.session_of(event), event, at)
         if session is None:
             pre_ms, unaccounted_ms = split_think_time(None, event.pre_ms, event.post_ms)

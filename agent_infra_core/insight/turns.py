@@ -1,4 +1,4 @@
-"""Turns: from the first event to the finished record, and why tokens were not cached. Pure."""
+"""Turns from the first event to the finished record, and why tokens weren't cached. Pure."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from agent_infra_core.protocol import MAX_FIGURE, TurnAnswering, TurnFinished, T
 if TYPE_CHECKING:
     from agent_infra_core.insight.sessions import Session
 
-MAX_OPEN_TURNS = 50_000  # beyond, and after MAX_TURN_S: the oldest is forgotten (its finish still counts in totals)
+MAX_OPEN_TURNS = 50_000  # above this, and after MAX_TURN_S, the oldest is dropped (its finish still counts in totals)
 MAX_TURN_S = 6 * 3600.0
-FINISHED_TURNS_REMEMBERED = 10_000  # ids by which a second finish, or a start after it, is known for what it is
-KEPT_TURNS = 5_000  # records of finished turns, about 1 KB each, for a look at one session
-MAX_UNTAKEN_TURNS = 20_000  # records that wait for take_records(); beyond: the oldest is dropped
-MISS_TOKENS = 64  # fewer tokens missing from the cache are none: engines keep whole blocks, and templates add words
-MISS_SHARE = 0.1  # likewise, of what was expected
+FINISHED_TURNS_REMEMBERED = 10_000  # ids kept to recognise a second finish, or a start after the finish
+KEPT_TURNS = 5_000  # records of finished turns, about 1 KB each, for the details of a session
+MAX_UNTAKEN_TURNS = 20_000  # records that wait for take_records(); above this, the oldest is dropped
+MISS_TOKENS = 64  # fewer missing tokens aren't a miss: engines cache whole blocks, and templates add text
+MISS_SHARE = 0.1  # the same, as a share of the expected tokens
 
 
 def is_finite_number(value: Any) -> TypeGuard[float]:
-    """A finite number that a time, a duration or a count can be; NaN fails the comparison."""
+    """Whether ``value`` is a number valid as a time, duration or count. NaN fails the comparison."""
     return type(value) in (int, float) and 0 <= value <= MAX_FIGURE
 
 
@@ -31,15 +31,15 @@ def rounded(ms: float | None) -> float | None:
 
 
 def add_known(total: float | None, value: float | None) -> float | None:
-    """A sum in which None is "not known": None until something is."""
+    """``total + value``, where None means unknown; None if both are unknown."""
     return total if value is None else (total or 0.0) + value
 
 
 @dataclass(slots=True)
 class TurnRecord:
-    """One finished turn, all that is kept of it. Times are s since the epoch; None is "not known".
+    """The record of one finished turn. Times are s since the epoch; None means unknown.
 
-    ``post_ms`` comes with the session's next request. What comes from the turn's start is None where that was lost.
+    ``post_ms`` arrives with the session's next request. Fields from the turn's start are None if the start was lost.
     """
 
     turn: str
@@ -66,16 +66,16 @@ class TurnRecord:
     completion_tokens: int | None = None
     cached_tokens: int | None = None
     expected_cached_tokens: int | None = None
-    cache_miss: str | None = None  # why fewer were cached than expected, in words
+    cache_miss: str | None = None  # why fewer tokens were cached than expected, as text
     tokens_estimated: bool = False
     finish_reason: str | None = None
     error: str | None = None
     prompt: str = ""
     answer: str = ""
-    key: str | None = None  # conversation_key up to and with this answer
+    key: str | None = None  # conversation_key up to and including this answer
 
     def row(self) -> dict[str, Any]:
-        """As it stands in /stats: a field each, durations rounded."""
+        """The row in /stats: all fields, durations rounded."""
         row = {name: getattr(self, name) for name in self.__slots__}
         for name in _DURATIONS:
             row[name] = rounded(row[name])
@@ -87,21 +87,21 @@ _DURATIONS = tuple(name for name in TurnRecord.__slots__ if name.endswith("_ms")
 
 @dataclass(slots=True)
 class HeldContext:
-    """What a replica should have in its cache for a session's next turn."""
+    """The context a replica should have in its cache for a session's next turn."""
 
     backend: str | None
     prompt_tokens: int  # of the last prompt
-    tokens: int  # of the last prompt and its answer, but for the answer's last: it was sampled, never computed
-    prints: bytes  # of the last request, KEPT_PRINTS at most
+    tokens: int  # of the last prompt and answer, minus the last token, which was sampled but not computed
+    prints: bytes  # of the last request, at most KEPT_PRINTS
 
 
 def generates(path: str | None) -> bool:
-    """Whether a turn on this path goes on with a context; embeddings, rerank, tokenize and so on have none."""
+    """Whether turns on this path continue a context; embeddings, rerank, tokenize and so on don't."""
     return (path or "completions").endswith(("completions", "responses", "messages"))
 
 
 def changed_message(before: bytes, now: bytes) -> str | None:
-    """The first message of the request before that is another one now, in words; from the prints of both."""
+    """Describe the first message that differs between two requests, given the prints of both; None if none does."""
     length = min(len(before), len(now))
     if before[:length] == now[:length]:
         return None
@@ -110,7 +110,7 @@ def changed_message(before: bytes, now: bytes) -> str | None:
 
 
 def explain_miss(record: TurnRecord, held: HeldContext, prints: bytes) -> str | None:
-    """Why fewer tokens of a turn were cached than expected, in words; None when not notably fewer were.
+    """Why fewer tokens of a turn were cached than expected, as text; None if not notably fewer were.
 
     ``prints`` are those of the turn's request.
     """
@@ -128,7 +128,7 @@ def explain_miss(record: TurnRecord, held: HeldContext, prints: bytes) -> str | 
 
 @dataclass(slots=True)
 class OpenTurn:
-    """What is known of a turn before it has finished."""
+    """A turn that hasn't finished."""
 
     started: TurnStarted
     session: Session | None
@@ -142,7 +142,7 @@ class OpenTurn:
     ttft_ms: float | None = None
 
     def advance(self, event: TurnSent | TurnAnswering) -> None:
-        """It was sent to a replica, or is being answered."""
+        """Apply an event: the turn was sent to a replica, or its answer has started."""
         if isinstance(event, TurnSent):
             self.phase, self.backend, self.queue_ms, self.ttft_ms = "prefill", event.backend, event.queue_ms, None
         else:
@@ -152,14 +152,14 @@ class OpenTurn:
 
 
 class TurnLedger:
-    """Which turns are open, and which finished lately: so that each is counted once, in whatever order events come."""
+    """Open and recently finished turns. Ensures that each turn is counted once, in whatever order events arrive."""
 
     def __init__(self) -> None:
         self.open: collections.OrderedDict[str, OpenTurn] = collections.OrderedDict()
         self._finished: collections.OrderedDict[str, None] = collections.OrderedDict()
 
     def knows(self, turn: str) -> bool:
-        """Whether this turn is open or finished already: then its start is none."""
+        """Whether this turn is open or has finished; if so, ignore its start."""
         return turn in self.open or turn in self._finished
 
     def add(self, turn: OpenTurn) -> None:
@@ -168,20 +168,20 @@ class TurnLedger:
             turn.session.open_turns += 1
 
     def close(self, turn: str) -> tuple[bool, OpenTurn | None]:
-        """Whether this is the turn's first finish, and the open turn (None where its start never came)."""
+        """Finish a turn. Returns whether this is its first finish, and the open turn (None if its start never came)."""
         if turn in self._finished:
             return False, None
         self.note(turn)
         return True, self._take(turn)
 
     def note(self, turn: str) -> None:
-        """A turn that was not known has finished."""
+        """Remember that a turn has finished."""
         self._finished[turn] = None
         if len(self._finished) > FINISHED_TURNS_REMEMBERED:
             self._finished.popitem(last=False)
 
     def forget_lost(self, now: float) -> None:
-        """Forget turns whose finish seems lost. A finish that arrives later is counted, but for no session."""
+        """Drop turns whose finish seems lost. A finish that arrives later is counted, but for no session."""
         while self.open:
             oldest = next(iter(self.open.values())).started
             if len(self.open) <= MAX_OPEN_TURNS and oldest.at > now - MAX_TURN_S:
@@ -189,7 +189,7 @@ class TurnLedger:
             self._take(oldest.turn)
 
     def phases(self) -> dict[str, str]:
-        """Session → how far its furthest open turn is."""
+        """Session → phase of its most advanced open turn."""
         order = ("waiting", "prefill", "decoding")
         found: dict[str, str] = {}
         for turn in self.open.values():
@@ -208,7 +208,7 @@ _UNKNOWN_START = TurnStarted("", 0.0, "", "")
 
 
 def finished_record(event: TurnFinished, turn: OpenTurn | None) -> TurnRecord:
-    """What is kept of a turn that finished."""
+    """The record of a finished turn."""
     held = session = None
     think_ms = pre_ms = unaccounted_ms = None
     if turn is None:
@@ -216,7 +216,7 @@ def finished_record(event: TurnFinished, turn: OpenTurn | None) -> TurnRecord:
     else:
         started, session, held = turn.started, turn.session, turn.held
         think_ms, pre_ms, unaccounted_ms = turn.think_ms, turn.pre_ms, turn.unaccounted_ms
-    # By position, which costs half as much: in the order of the fields.
+    # Positional arguments cost half as much. They are in the order of the fields.
     # fmt: off
     record = TurnRecord(
         event.turn, event.at, event.outcome, event.status, session.id if session is not None else None,
@@ -228,14 +228,14 @@ def finished_record(event: TurnFinished, turn: OpenTurn | None) -> TurnRecord:
     )
     # fmt: on
     if held is not None and record.prompt_tokens is not None:
-        # An engine computes the last token of every prompt, for what comes after it.
+        # An engine always computes the last token of a prompt, to get the token after it.
         record.expected_cached_tokens = max(0, min(held.tokens, record.prompt_tokens - 1))
         record.cache_miss = explain_miss(record, held, started.prints)
     return record
 
 
 class TurnLog:
-    """The records of the turns that finished last: to look at, and for those who keep them, to whom each goes once."""
+    """Records of the latest finished turns: kept for display, and handed out once by take()."""
 
     def __init__(self) -> None:
         self._kept: collections.OrderedDict[str, TurnRecord] = collections.OrderedDict()
@@ -243,22 +243,22 @@ class TurnLog:
         self._posts: dict[str, float] = {}
 
     def add(self, record: TurnRecord) -> None:
-        """A turn finished."""
+        """Add the record of a finished turn."""
         self.keep(record)
         self._untaken[record.turn] = record
         if len(self._untaken) > MAX_UNTAKEN_TURNS:
             self._untaken.popitem(last=False)
 
     def keep(self, record: TurnRecord) -> None:
-        """Have a record to look at, and for nothing else."""
+        """Keep a record for display only."""
         self._kept[record.turn] = record
         if len(self._kept) > KEPT_TURNS:
             self._kept.popitem(last=False)
 
     def learn_post(self, turn: str, post_ms: float | None) -> float | None:
-        """Note how long the agent acted on a turn's answer; None where that is known already.
+        """Record how long the agent acted on a turn's answer, in ms. Returns None if that is known already.
 
-        True when the relay announces a turn again, to a new controller, that was open all the time.
+        It is known already when the relay announces an open turn again, to a new controller.
         """
         if not turn or post_ms is None:
             return post_ms
@@ -279,6 +279,6 @@ class TurnLog:
         return taken
 
     def latest(self, limit: int, session: str | None = None) -> list[TurnRecord]:
-        """The turns that finished last, of one session or of all, latest first."""
+        """The latest finished turns, of one session or of all, latest first."""
         records = (record for record in reversed(self._kept.values()) if session in (None, record.session))
         return list(itertools.islice(records, limit))

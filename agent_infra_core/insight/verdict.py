@@ -1,4 +1,4 @@
-"""What limits a run: GPUs, latency or the agent, in a verdict and a sentence. Pure."""
+"""The verdict on what limits a run: GPUs, latency or the agents. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from agent_infra_core.insight.suggestion import GOOD_KV_SHARE
 
 
 def judge(outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The verdict: which share is largest, in at least SURE of the resampled fits; else BALANCED."""
+    """The verdict names the largest share if it leads in at least SURE of the resampled fits; otherwise BALANCED."""
     import numpy as np
 
     names = ("agent", "base_latency", "contention")
@@ -37,7 +37,7 @@ def judge(outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]]) -> dict[str, 
 def verdict_sentence(
     name: str, confidence: float, shares: Sequence[float], outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]]
 ) -> str:
-    """The verdict in words that a researcher acts on: what holds the run back, and what each change would bring."""
+    """The verdict as text for researchers: what limits the run, and the effect of each change."""
     sure = "over 99 % sure" if confidence > 0.99 else f"{math.floor(100 * confidence)} % sure"
     replica, observing, more, _ = what_ifs
     model, agents = outlook.model, outlook.agents
@@ -66,7 +66,7 @@ def verdict_sentence(
 
 
 def find_flags(outlook: Outlook, samples: Sequence[FleetSample]) -> dict[str, str]:
-    """What else is wrong: flag → what to say of it."""
+    """Further problems: flag → sentence."""
     found = {}
     looks = [sample for sample in samples if sample.at >= outlook.here.since]
     if outlook.kv is not None and outlook.few is None and outlook.agents > outlook.kv[0]:
