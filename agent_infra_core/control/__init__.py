@@ -1,1 +1,1 @@
-"""The control plane: everything that may block, so that the relay never does."""
+"""The control plane: does everything that may block, so the relay never has to."""

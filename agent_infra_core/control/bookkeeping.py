@@ -1,4 +1,4 @@
-"""Feeds turns to the tracker, the history and the metrics, and runs the analysis in a thread of its own."""
+"""Feeds turns to the tracker, the history and the metrics, and runs the analysis in its own thread."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from agent_infra_core.insight.turns import TurnRecord
 from agent_infra_core.protocol import ReplicaRecord, SessionEnded, TurnEvent
 from agent_infra_core.settings import Config
 
-RESTORED_TURNS = 50_000  # that a new controller reads again, of the last RESTORED_S: about a second's work
+RESTORED_TURNS = 50_000  # turns a new controller restores, from the last RESTORED_S; takes about a second
 VERDICT_INTERVAL_S = 60.0
-FIGURES_WRITE_S = 10.0  # between two writings of replica time and of what throughput.history shows
+FIGURES_WRITE_S = 10.0  # between writes of replica time and of the points of throughput.history
 ANALYSIS_INTERVAL_S = 5.0
-ANALYSIS_PAUSE_S = 30.0  # the longest, also where a fit is dear or no turn has ended
-UNWATCHED_PAUSE_S = 60.0  # the same while nobody reads /stats
-ANALYSIS_SHARE = 0.005  # of a core; 8,000 turns take a tenth of a second, so about 20 s go by between two fits
+ANALYSIS_PAUSE_S = 30.0  # longest pause, for expensive fits or when no turn has ended
+UNWATCHED_PAUSE_S = 60.0  # pause while nobody reads /stats
+ANALYSIS_SHARE = 0.005  # of a core; a fit of 8,000 turns takes 0.1 s, so fits are about 20 s apart
 
 
 def _without_resumed(ended: dict[str, float], turns: Iterable[TurnRecord]) -> Iterator[TurnRecord]:
-    """The turns; on the way the sessions that went on after their end are taken out of ``ended``."""
+    """Yield the turns, and remove sessions that continued after their end from ``ended``."""
     for record in turns:
-        # By its start: a turn that was open at the end finishes after it, and takes nothing up again.
+        # Use the turn's start: a turn that was open when the session ended finishes later, but doesn't resume it.
         at = record.finished_at if record.started_at is None else record.started_at
         if record.session is not None and at > ended.get(record.session, math.inf):
             del ended[record.session]
@@ -45,10 +45,10 @@ def _without_resumed(ended: dict[str, float], turns: Iterable[TurnRecord]) -> It
 
 
 class Analyst:
-    """Computes the analysis every ANALYSIS_INTERVAL_S, in a thread of its own: nobody waits for a fit.
+    """Computes the analysis every ANALYSIS_INTERVAL_S in its own thread, so nobody waits for a fit.
 
-    One that takes long is computed more rarely, so that it takes ANALYSIS_SHARE of a core and no more; and so is one
-    that nobody reads, or for which no turn has ended since the last.
+    The interval is longer if a fit is slow, to use at most ANALYSIS_SHARE of a core. It is also longer while nobody
+    reads the analysis or no turn has ended since the last one.
     """
 
     def __init__(self, tracker: Tracker, log: Callable[[str, str], None]) -> None:
@@ -56,18 +56,18 @@ class Analyst:
         self._tracker, self._log = tracker, log
         self._analysis = CapacityAnalysis(time.time, random.Random())  # noqa: S311  dice, not keys
         self._stop = threading.Event()
-        self._change = threading.Event()  # of _stop or _is_watched
+        self._change = threading.Event()  # _stop or _is_watched has changed
         self._is_watched = False
         self._thread = threading.Thread(target=self._run, name="analysis", daemon=True)
-        self._told: str | None = None  # the error that the log has
-        self._has_news = False  # set by whoever adds to the analysis, taken back by the thread
-        self.document: list[dict[str, Any]] = []  # of /stats; replaced as a whole, so that readers need no lock
+        self._told: str | None = None  # the error logged last
+        self._has_news = False  # set when data is added, cleared by the thread
+        self.document: list[dict[str, Any]] = []  # ``analysis`` of /stats; replaced as a whole, so readers need no lock
 
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, or leave it behind in a computation that nobody will look at."""
+        """End the thread. If it is still computing after STOP_S, abandon it."""
         self._stop.set()
         self._change.set()
         if self._thread.is_alive():
@@ -80,17 +80,17 @@ class Analyst:
             self._has_news = True
 
     def end_session(self, session: str, at: float) -> None:
-        """Note that an agent said so."""
+        """Record that an agent ended its session."""
         self._analysis.end(session, at)
         self._has_news = True
 
     def sample(self, replicas: Iterable[Mapping[str, Any]]) -> None:
-        """Take what Tracker.replicas says, once a second."""
+        """Sample the fleets from the rows of Tracker.replicas; call once a second."""
         for sample in fleet_samples(time.time(), replicas, self._tracker.silences(), self._analysis.presence):
             self._analysis.sample(sample)
 
     def watch(self, is_watched: bool) -> None:
-        """Note whether somebody reads what it finds; whoever begins to need not wait for the end of a long rest."""
+        """Set whether somebody reads the analysis. A new reader needn't wait for a long pause to end."""
         if is_watched != self._is_watched:
             self._is_watched = is_watched
             self._change.set()
@@ -102,18 +102,18 @@ class Analyst:
                 self._change.wait(rest_s)
                 self._change.clear()
                 continue
-            if self._has_news or time.monotonic() >= due:  # else all is as it was, but for where its windows end
+            if self._has_news or time.monotonic() >= due:  # otherwise only the ends of the time windows would change
                 self._has_news, due = False, time.monotonic() + ANALYSIS_PAUSE_S
                 pause_s = min(max(ANALYSIS_INTERVAL_S, self._compute() / ANALYSIS_SHARE), ANALYSIS_PAUSE_S)
             ended = time.monotonic()
 
     def _compute(self) -> float:
-        """Replace ``document``; the seconds that it took, of CPU."""
+        """Replace ``document``. Returns the CPU time used, in seconds."""
         began = time.thread_time()
         try:
             self.document, self._told = self._analysis.document(), None
         except Exception as error:  # noqa: BLE001  an analysis that fails must not end the next
-            self.document = []  # rather nothing than what was true some time ago
+            self.document = []  # no data is better than old data
             if self._told != repr(error):
                 self._log(f"there is no analysis: {traceback.format_exc().strip()}", "error")
             self._told = repr(error)
@@ -121,7 +121,7 @@ class Analyst:
 
 
 class Bookkeeper:
-    """What becomes of the tracker's turns and the replicas' time: kept beyond the controller's life, and analysed."""
+    """Passes turns and replica time to the history, which outlives the controller, and to metrics and analysis."""
 
     def __init__(
         self, config: Config, paths: DeploymentPaths, tracker: Tracker, log: Callable[[str, str], None]
@@ -139,12 +139,12 @@ class Bookkeeper:
         self._figures_due = 0.0
         self._told_totals = dict(tracker.totals)
         self._verdicts_due = 0.0
-        self._told_until = 0.0  # the points of throughput.history up to then
+        self._told_until = 0.0  # points of throughput.history up to this time have been written
         self._analyst = Analyst(tracker, log)
         self._metrics = TurnMetrics()
 
     def open(self) -> None:
-        """Give tracker and analysis what an earlier controller kept; before any event."""
+        """Restore tracker and analysis from an earlier controller. Call it before any event."""
         if self._history is not None:
             self._history.open(self._restore)
         self._analyst.start()
@@ -158,7 +158,7 @@ class Bookkeeper:
             for session, at in ended.items():
                 self._analyst.end_session(session, at)
             self._tracker.timeline.restore(file.points())
-        finally:  # also where it broke off: what was restored must not be added again
+        finally:  # even if it failed halfway: restored data must not be added again
             self._told_totals = dict(self._tracker.totals)
             self._told_until = time.time()
 
@@ -168,7 +168,7 @@ class Bookkeeper:
             yield record
 
     def take(self) -> None:
-        """Hand on the turns that finished since the last call: into the history, the metrics, the analysis."""
+        """Pass the turns finished since the last call to the history, the metrics and the analysis."""
         turns, posts = self._tracker.take_records()
         new = {name: total - self._told_totals[name] for name, total in self._tracker.totals.items()}
         if turns or posts or any(new.values()):
@@ -181,7 +181,7 @@ class Bookkeeper:
         self._analyst.take(turns)
 
     def observe(self, *events: TurnEvent) -> None:
-        """Take events of the relay, in order."""
+        """Process relay events, in order."""
         self._tracker.observe(*events)
         for event in events:
             if isinstance(event, SessionEnded):
@@ -190,18 +190,18 @@ class Bookkeeper:
                     self._history.add(HistoryBatch(ended={event.session: event.at}))
 
     def _keep_verdicts(self, entries: Sequence[Mapping[str, Any]], now: float) -> None:
-        """Once a minute."""
+        """Write the verdicts to the history, once a minute."""
         if self._history is None or not entries or now < self._verdicts_due:
             return
         self._verdicts_due = now + VERDICT_INTERVAL_S
         self._history.add(HistoryBatch(verdicts=[verdict_row(entry, now) for entry in entries]))
 
     def metrics(self, stats: Mapping[str, Any]) -> bytes:
-        """The body of GET /metrics, beside what ``stats``, a /stats document, says."""
+        """The body of GET /metrics, which includes figures from ``stats``, a /stats document."""
         return metrics_text(self._metrics, StatsMetrics(stats, self._replica_time.seconds()))
 
     def sample(self, records: Iterable[ReplicaRecord], gauges: Mapping[str, Any]) -> None:
-        """The replicas as they are now, once a second; ``gauges`` as Tracker.sample takes them."""
+        """Account for the current replicas; call once a second. ``gauges`` are as for Tracker.sample."""
         backends = as_mapping(gauges.get("backends"))
         uses, started = [], {}
         for record in records:
@@ -222,22 +222,22 @@ class Bookkeeper:
             self._history.add(HistoryBatch(replica_time=taken, points=points))
 
     def analyse(self, replicas: Iterable[Mapping[str, Any]], is_watched: bool) -> None:
-        """Take what Tracker.replicas says, once a second, and whether somebody reads what becomes of it."""
+        """Feed the rows of Tracker.replicas to the analysis; call once a second. ``is_watched``: whether it is read."""
         self._analyst.watch(is_watched)
         self._analyst.sample(replicas)
         self._keep_verdicts(self._analyst.document, time.time())
 
     def document(self) -> dict[str, Any]:
-        """What /stats says of it: ``history``, ``accounting`` and ``analysis``."""
+        """``history``, ``accounting`` and ``analysis`` of /stats."""
         off = {"path": None, "state": "off", "reason": None, "turns": None}
         history = self._history.document() if self._history is not None else off
         return {"history": history, "accounting": self._replica_time.document(), "analysis": self._analyst.document}
 
     def close(self, takes_rest: bool = True) -> None:
-        """Write what is left; ``takes_rest`` unless the controller's thread may still be using the tracker."""
+        """Write the remaining data. Clear ``takes_rest`` if the controller's thread may still use the tracker."""
         self._analyst.stop()
         if takes_rest:
-            self._tracker.relay_restarted()  # turns that are still open end with it
+            self._tracker.relay_restarted()  # closes the turns that are still open
             self.take()
             self._write_figures()
         if self._history is not None:

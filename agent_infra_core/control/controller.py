@@ -43,11 +43,11 @@ from agent_infra_core.settings import Config, proxy_url
 from agent_infra_core.ssh.tunnels import TunnelSet
 
 SNAPSHOT_INTERVAL_S = 1.0
-WATCHED_S = 10.0  # that /stats documents are made ahead after one was read
+WATCHED_S = 10.0  # time after a read of /stats in which new documents are made ahead
 
 
 class StatsMaker:
-    """Makes the /stats document and has it sent: every second while somebody reads it, else when one is asked for."""
+    """Makes the /stats document and sends it: every second while somebody reads it, otherwise on request."""
 
     def __init__(
         self, tracker: Tracker, books: Bookkeeper, strategy: str, send: Callable[[bytes, bytes], None]
@@ -55,12 +55,12 @@ class StatsMaker:
         """``send`` takes a frame's kind and its payload."""
         self._tracker, self._books, self._strategy, self._send = tracker, books, strategy, send
         self._document: Mapping[str, Any] = {}
-        self._due = 0.0  # until then the document is new enough
+        self._due = 0.0  # until then the document is fresh
         self._watched_until = 0.0
-        self._reads = 0  # as the relay counts them
+        self._reads = 0  # the relay's count
 
     def note_reads(self, reads: int) -> None:
-        """How often /stats was read, at the relay's count, which begins anew with each relay."""
+        """Update the relay's count of /stats reads, which restarts at zero with each relay."""
         if reads > self._reads:
             self._watched_until = time.monotonic() + WATCHED_S
         self._reads = reads
@@ -70,14 +70,17 @@ class StatsMaker:
         self._due = 0.0
 
     def look(self, records: Sequence[Mapping[str, Any]], table: Sequence[Backend]) -> None:
-        """Once a second; ``records`` and ``table`` as Tracker.replicas takes them."""
+        """Make a document if somebody reads /stats, and feed the analysis. Call it once a second.
+
+        ``records`` and ``table`` are as for Tracker.replicas.
+        """
         if is_watched := time.monotonic() < self._watched_until:
             self._make(records, table)
         replicas = self._document["backends"] if is_watched else self._tracker.replicas(records, table)
         self._books.analyse(replicas, is_watched)
 
     def fresh(self, records: Sequence[Mapping[str, Any]], table: Sequence[Backend]) -> Mapping[str, Any]:
-        """The document, which the relay has then: no older than a second."""
+        """A document no older than a second; the relay has the same one."""
         if time.monotonic() >= self._due:
             self._make(records, table)
         return self._document
@@ -95,7 +98,7 @@ class ControllerLog:
     def __init__(self, path: Path, form: str) -> None:
         """``form`` is text or json."""
         self._path, self._form = path, form
-        self._told: dict[str, str] = {}  # replica → what was said of it last
+        self._told: dict[str, str] = {}  # replica → its state as logged last
 
     def say(self, message: str, level: str = "info") -> None:
         at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -105,7 +108,7 @@ class ControllerLog:
         append_line(self._path, line)
 
     def note_changes(self, records: Sequence[ReplicaRecord]) -> None:
-        """Say which replicas changed, and to what."""
+        """Log which replicas changed, and their new state."""
         told = {record.replica: describe_replica(record) for record in records}
         for replica, words in told.items():
             if self._told.get(replica) != words:
@@ -116,7 +119,7 @@ class ControllerLog:
 
 
 class Controller:
-    """The control plane of one deployment: keeps relay, replica table and tracker in step, in one thread of its own."""
+    """The control plane of one deployment: keeps relay, replica table and tracker in step, in its own thread."""
 
     def __init__(
         self,
@@ -129,7 +132,7 @@ class Controller:
         pause_s: float = DISCOVERY_INTERVAL_S,
         tunnels: TunnelSet | None = None,
     ) -> None:
-        """``look`` finds the replicas, ``tunnels`` lead to them; ``keys`` are the clients' key and the replicas'."""
+        """``look`` lists the replicas, ``tunnels`` lead to them; ``keys`` are the clients' and the replicas' key."""
         self._config, self._paths, self.tunnels = config, paths, tunnels
         client_key, self._replica_key = keys
         self._settings = {
@@ -146,22 +149,22 @@ class Controller:
         self._tracker = Tracker(time.time)
         self._books = Bookkeeper(config, paths, self._tracker, self._log)
         self._stats = StatsMaker(self._tracker, self._books, config.proxy.strategy, self.relay.send)
-        self.expected: frozenset[str] = frozenset()  # models about to be started; replaced as a whole
+        self.expected: frozenset[str] = frozenset()  # models about to get replicas; replaced as a whole
         self._drained: frozenset[str] = frozenset()
         self._known: dict[str, tuple[str | None, str]] = {}  # replica → its job and process
-        self._looked: Sequence[ReplicaRecord] | None = None  # discovery's records that the relay was told of
-        self._records: Sequence[ReplicaRecord] = ()  # the same, with this side's ends of the tunnels
-        self._seen: tuple[Any, ...] = (None, None, None)  # what _sent_table was made of
+        self._looked: Sequence[ReplicaRecord] | None = None  # discovery's records in the table sent last
+        self._records: Sequence[ReplicaRecord] = ()  # the same, with the local ends of the tunnels
+        self._seen: tuple[Any, ...] = (None, None, None)  # inputs of _sent_table
         self._sent_table: Any = None
         self._stop = threading.Event()
-        self._ending = threading.Event()  # set by the thread that drains: a relay that ends now is meant to
+        self._ending = threading.Event()  # set by stop(): the relay is expected to exit
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._heard_at = 0.0
         self.failure: BaseException | None = None
 
     @property
     def url(self) -> str:
-        """The proxy's address as a client on this machine types it."""
+        """The proxy's address for clients on this machine."""
         return proxy_url(self._config.proxy.host, self.relay.port)
 
     def start(self) -> None:
@@ -179,25 +182,25 @@ class Controller:
         return self._thread.is_alive()
 
     def refresh(self, deadline_s: float = 5.0) -> None:
-        """Look at the replicas now, and return once the relay was told what is to be seen."""
+        """Poll the replicas now, and return when the relay has the result or after ``deadline_s``."""
         self.discovery.look()
         deadline = time.monotonic() + deadline_s
         while self._looked is not self.discovery.records and self.is_running and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def stop(self, grace_s: float = DRAIN_S) -> None:
-        """Let turns in flight end (``grace_s`` at most), end the relay and the threads. Safe to call again."""
+        """Wait up to ``grace_s`` for turns in flight, then end the relay and the threads. Safe to call again."""
         if self._thread.is_alive() and grace_s > 0:
             self._ending.set()
             self.relay.terminate()
-            # Longer than the relay's own patience: at its end it still tells the clients of the turns that it cuts.
+            # Longer than the relay's own grace period, after which it still answers the clients whose turns it cuts.
             self._thread.join(timeout=grace_s + RELAY_END_S)
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=STOP_S)
         if is_stuck := self._thread.is_alive():
             self._ending.set()
-            self.relay.close()  # it ends what the thread may be waiting for, and the thread by that
+            self.relay.close()  # ends what the thread may be waiting for, and so the thread
             self._thread.join(timeout=STOP_S)
             if is_stuck := self._thread.is_alive():
                 lost = "the history lacks the turns and the replica time that it has not handed on"
@@ -209,7 +212,7 @@ class Controller:
             self.tunnels.close()
 
     def _run(self) -> None:
-        """The thread: never ends by an error of the relay, which is replaced, only by stop()."""
+        """The thread's main loop. A relay that fails is replaced; only stop() ends the loop."""
         try:
             sample_due = 0.0
             self._heard_at = time.monotonic()
@@ -230,7 +233,7 @@ class Controller:
             raise
 
     def _exchange(self, timeout: float) -> None:
-        """Send the table if it changed, take in what the relay says."""
+        """Send the table if it changed, and process the relay's frames."""
         looked = self.discovery.records
         records = self.tunnels.follow(looked) if self.tunnels is not None else looked
         if self._looked is not looked or records != self._records:
@@ -254,7 +257,7 @@ class Controller:
             raise RelayGoneError(f"the relay (pid {self.relay.pid}) said nothing for {RELAY_SILENCE_S:g} s")
 
     def _hear(self, frames: Iterable[tuple[bytes, bytes]]) -> None:
-        """Take in what the relay says."""
+        """Process the relay's frames."""
         for kind, payload in frames:
             self._heard_at = time.monotonic()
             try:
@@ -265,13 +268,13 @@ class Controller:
                 self._log(f"a frame {kind!r} of the relay cannot be taken, and is left out: {error!r}")
 
     def _forget_drained(self, records: Sequence[ReplicaRecord]) -> None:
-        """A replica that is gone, or was started anew under its name, is drained no longer."""
+        """A replica that is gone or was restarted under the same name is no longer drained."""
         known = {record.replica: (record.job_id, record.process) for record in records}
         self._drained = frozenset(name for name in self._drained & known.keys() if known[name] == self._known.get(name))
         self._known = known
 
     def _take(self, kind: bytes, payload: bytes) -> None:
-        """One frame of the relay."""
+        """Process one frame of the relay."""
         if kind == FRAME_EVENTS:
             self._books.observe(*decode_events(payload))
         elif kind == FRAME_GAUGES:
@@ -283,7 +286,7 @@ class Controller:
             self._do(json.loads(payload))
 
     def _do(self, request: Mapping[str, Any]) -> None:
-        """What somebody asked for over HTTP."""
+        """Serve a request that the relay got over HTTP."""
         if request["op"] in ("stats", "metrics"):
             stats = self._stats.fresh(*self._replicas())
             body = self._books.metrics(stats).decode() if request["op"] == "metrics" else ""
@@ -303,9 +306,9 @@ class Controller:
         self.relay.send(FRAME_ANSWER, json.dumps(answer).encode())
 
     def _replace_relay(self, why: RelayGoneError) -> None:
-        """Speak to the relay anew if it still answers, since it serves; else start another, at once.
+        """Reconnect to the relay if it still answers, since it is serving; otherwise start another at once.
 
-        One that cannot be started is tried again, at a bounded rate, until stop().
+        If starting fails, the caller tries again at a bounded rate until stop().
         """
         self._sent_table = None
         self._stats.relay_replaced()
@@ -317,13 +320,13 @@ class Controller:
             try:
                 self.relay.spawn()
             except (RelayGoneError, OSError, ValueError) as error:
-                # OSError: no process or no descriptor is to be had now. ValueError: close() came in between.
+                # OSError: no process or descriptor is available. ValueError: close() was called meanwhile.
                 self._log(str(error))
                 self._stop.wait(RELAY_RETRY_S)
         self._heard_at = time.monotonic()
 
     def _replicas(self) -> tuple[list[dict[str, Any]], list[Backend]]:
-        """As the tracker takes them."""
+        """Records and table, in the form the tracker takes."""
         tunnels = self.tunnels.rows() if self.tunnels is not None else {}
         records = [{**dataclasses.asdict(record), "tunnel": tunnels.get(record.replica)} for record in self._records]
         return records, [Backend(**row) for row in self._sent_table["backends"]]

@@ -11,13 +11,13 @@ from agent_infra_core.errors import AgentInfraError
 from agent_infra_core.protocol import Backend, ReplicaRecord
 
 DISCOVERY_INTERVAL_S = 0.5
-STOP_S = 10.0  # that each thread of the controller has to end
+STOP_S = 10.0  # time each thread of the controller has to end
 
 
 class Discovery:
-    """Looks at the replicas every ``interval_s``, in a thread of its own, because a look may block.
+    """Polls the replicas every ``interval_s`` in its own thread, because a poll may block.
 
-    ``warn`` is told when looks begin to fail, and when they fail for another reason.
+    ``warn`` is called when polls start to fail, and when the reason changes.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class Discovery:
         self._look, self._interval_s, self._warn = look, interval_s, warn
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="discovery", daemon=True)
-        self.records: Sequence[ReplicaRecord] = ()  # replaced as a whole, so that readers need no lock
+        self.records: Sequence[ReplicaRecord] = ()  # replaced as a whole, so readers need no lock
         self.error: str | None = None
 
     def start(self) -> None:
@@ -34,7 +34,7 @@ class Discovery:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread, or leave it behind in a look that takes long: whatever that finds, nobody acts on it."""
+        """End the thread. If its poll is still running after STOP_S, abandon it; nobody uses its result."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=STOP_S)
@@ -44,7 +44,7 @@ class Discovery:
                 )
 
     def look(self) -> None:
-        """One look; what goes wrong is kept in ``error`` and leaves the last records standing."""
+        """Poll once. On failure, set ``error`` and keep the last records."""
         try:
             self.records, self.error = self._look(), None
         except Exception as error:  # noqa: BLE001  a look that fails must not end discovery
@@ -65,9 +65,9 @@ def replica_table(
     drained: frozenset[str] = frozenset(),
     expected: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
-    """The payload of FRAME_TABLE but for the settings: who can serve what, and which models are still loading.
+    """The payload of FRAME_TABLE without the settings: the models, their backends, and which models are loading.
 
-    ``drained`` are replicas that an operator drained, ``expected`` models whose replicas are about to be started.
+    ``drained`` are replicas drained by an operator, ``expected`` are models whose replicas are about to be started.
     """
     backends, loading = [], set(expected)
     for record in records:

@@ -1,4 +1,4 @@
-"""Handover: replaces a replica before the walltime of its job ends. The plan (pure), and what carries it out."""
+"""Handover: replaces a replica before the walltime of its job ends. The plan is pure; Handover executes it."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ from agent_infra_core.host import write_atomically
 from agent_infra_core.protocol import HANDOVER_FORMAT, ReplicaRecord, known_fields
 from agent_infra_core.settings import ModelConfig
 
-HANDOVER_MARGIN = 1.5  # times what a replica was seen to need until it was ready
-HANDOVER_LIFE_SHARE = 0.75  # of the walltime, at most: else long queues would have every replica replaced at once
-HANDOVER_ATTEMPTS = 3  # successors that fail, before it is given up
-HANDOVER_RETRY_S = 60.0  # between the first and the second of these, at least; doubled each time
+HANDOVER_MARGIN = 1.5  # times the longest start-up time seen
+HANDOVER_LIFE_SHARE = 0.75  # maximum share of the walltime, or long queues would replace every replica at once
+HANDOVER_ATTEMPTS = 3  # failed successors before giving up
+HANDOVER_RETRY_S = 60.0  # minimum time between the first two attempts; doubles each time
 
-# Reasons for which a successor waits until its predecessor has ended, because the two count against one limit.
+# Pending reasons that keep a successor waiting until its predecessor ends, because both count against one limit.
 _LIMIT_REASON = re.compile(r"(QOS|Assoc)(Max|Grp)\w*|Max\w*Per(User|Account)\w*|Licenses")
 
 
 @dataclass(frozen=True)
 class Succession:
-    """A replica that is being replaced; handover.json keeps these by the name of the replica."""
+    """The replacement of a replica; handover.json maps replicas to these."""
 
-    job: str | None  # the replica's: another job of its name is another replica
+    job: str | None  # the replica's; the same name with another job is another replica
     successor: str
-    is_after: bool = False  # the successor starts when the replica has ended, for a limit does not allow both
+    is_after: bool = False  # the successor starts after the replica has ended, since a limit forbids both
     attempts: int = 1
-    note: str = ""  # for `status`
-    at: float = 0.0  # when that was submitted, or was to be (s since the epoch)
+    note: str = ""  # shown by `status`
+    at: float = 0.0  # when the successor was submitted, or submission failed (s since the epoch)
 
 
 @dataclass(frozen=True)
 class HandoverStep:
-    """What is to be done next about one replica."""
+    """The next step of one replica's handover."""
 
-    action: str  # submit | give up | postpone (a limit does not allow both) | drain (and end once idle) | forget
+    action: str  # submit | give up | postpone (a limit forbids both) | drain (and stop once idle) | forget
     replica: str
     reason: str  # for the log
 
 
 def handover_lead_s(record: ReplicaRecord, records: Iterable[ReplicaRecord], now: float) -> float:
-    """How long before the end of its walltime a replica's successor is to be submitted.
+    """How long before the end of a replica's walltime its successor must be submitted, in seconds.
 
-    From the longest wait in the queue and the longest loading time that its model's replicas had.
+    Based on the longest queue wait and the longest loading time of its model's replicas.
     """
     peers = [peer for peer in records if peer.model == record.model]
     wait_s = max((peer.queue_wait_s or 0.0 for peer in peers), default=0.0)
@@ -67,9 +67,9 @@ def handover_lead_s(record: ReplicaRecord, records: Iterable[ReplicaRecord], now
 def plan_handover(
     records: Sequence[ReplicaRecord], successions: Mapping[str, Succession], now: float
 ) -> list[HandoverStep]:
-    """The next step for every replica whose walltime nears its end, or that is being replaced already.
+    """The next step for every replica whose walltime is about to end or that is already being replaced.
 
-    ``now`` is s since the epoch.  Steps may come again at the next look, until they have had their effect.
+    ``now`` is s since the epoch. A step may be returned again until it has taken effect.
     """
     known = {record.replica: record for record in records}
     steps = [_succession_step(known, replica, succession, now) for replica, succession in successions.items()]
@@ -86,7 +86,7 @@ def plan_handover(
 def _succession_step(
     known: Mapping[str, ReplicaRecord], replica: str, succession: Succession, now: float
 ) -> HandoverStep | None:
-    """What is next for a replica that has a successor; None: to wait."""
+    """The next step for a replica that has a successor; None to wait."""
     old, new = known.get(replica), known.get(succession.successor)
     if old is None or old.job_id != succession.job or old.state in ("stopped", "failed"):
         return HandoverStep("forget", replica, f"{replica} has ended, {succession.successor} takes its place")
@@ -97,7 +97,7 @@ def _succession_step(
         if succession.attempts >= HANDOVER_ATTEMPTS:
             return HandoverStep("give up", replica, f"{why}; it was the last of {HANDOVER_ATTEMPTS} attempts")
         if now < succession.at + HANDOVER_RETRY_S * 2 ** (succession.attempts - 1):
-            return None  # what made it fail, a bad node or a limit, may take a while to pass
+            return None  # the cause, such as a bad node or a limit, may take a while to go away
         return HandoverStep("submit", replica, f"{why}; another is submitted")
     if new.state == "ready":
         return HandoverStep("drain", replica, f"{new.replica} is ready and takes over from {replica}")
@@ -108,7 +108,7 @@ def _succession_step(
 
 
 def read_successions(paths: DeploymentPaths) -> dict[str, Succession]:
-    """Replica → what replaces it, as a controller noted it."""
+    """Replica → its Succession, as saved by a controller; empty if there is none."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         told = json.loads(paths.handover.read_text(encoding="utf-8"))
         return {name: Succession(**known_fields(Succession, each)) for name, each in told.items() if name != "format"}
@@ -116,7 +116,7 @@ def read_successions(paths: DeploymentPaths) -> dict[str, Succession]:
 
 
 class ReplacedDeployment(Protocol):
-    """The deployment whose replicas are replaced."""
+    """The parts of a deployment that Handover uses."""
 
     @property
     def paths(self) -> DeploymentPaths: ...
@@ -128,9 +128,9 @@ class ReplacedDeployment(Protocol):
 
 
 class Handover:
-    """Replaces replicas before the walltime of their jobs ends; handover.json says what is under way.
+    """Replaces replicas before the walltime of their jobs ends. handover.json lists handovers in progress.
 
-    Its steps are taken where the replicas are looked at, after each look, so that they never act on an older one.
+    Steps run right after each poll of the replicas, so they never act on old data.
     """
 
     def __init__(self, deployment: ReplacedDeployment, cluster: SlurmCluster) -> None:
@@ -138,11 +138,11 @@ class Handover:
         self._log = deployment.report
         self._successions = read_successions(deployment.paths)
         self._lock = threading.Lock()
-        self._told: dict[str, tuple[str, Succession | None]] = {}  # replica → the step that the log told of, on what
-        self._problem: str | None = None  # the error that the log told of
+        self._told: dict[str, tuple[str, Succession | None]] = {}  # replica → the step logged last, and its state
+        self._problem: str | None = None  # the error logged last
 
     def follow(self, records: Sequence[ReplicaRecord]) -> None:
-        """Take the next steps, if need be; nothing while Slurm does not answer."""
+        """Take the next steps, if any. Does nothing while Slurm doesn't respond."""
         if not self._cluster.problem and self._lock.acquire(blocking=False):
             try:
                 self._follow({record.replica: record for record in records})
@@ -173,7 +173,7 @@ class Handover:
                 self._forget(step.replica, known)
 
     def _submit(self, olds: Sequence[ReplicaRecord], after: str | None = None) -> None:
-        """Submit successors of replicas that one job holds; where that fails, later, or once they have ended."""
+        """Submit successors for replicas that share a job. If that fails, retry later or after they have ended."""
         [model] = self._deployment.select_models(olds[0].model)
         former = [self._successions.get(old.replica) for old in olds]
         attempts = [
@@ -184,7 +184,7 @@ class Handover:
         try:
             prepared = self._cluster.prepare(dataclasses.replace(model, replicas=len(olds)))
             names = [record.replica for record in self._cluster.start_replicas(prepared, len(olds), after=after)]
-        except (AgentInfraError, OSError) as error:  # an attempt all the same: the job may be there
+        except (AgentInfraError, OSError) as error:  # counts as an attempt: the job may have been submitted
             note = f"cannot be submitted yet: {error}"
             self._log(f"handover: the successor of {olds[0].replica} {note}")
         for old, name, count in zip(olds, names, attempts, strict=True):
@@ -197,13 +197,13 @@ class Handover:
         self._submit([old], after=old.job_id)
 
     def _drain(self, replica: str) -> None:
-        """No new turns for it; once it has none any more, it ends."""
+        """Send the replica no new turns, and stop it once it has none left."""
         proxy = self._deployment.proxy()
         if proxy is not None and proxy.drain(replica) == 0:
             self._cluster.stop([replica])
 
     def _forget(self, replica: str, known: Mapping[str, ReplicaRecord]) -> None:
-        """The replica has ended. Where nothing was submitted to replace it, that is possible now."""
+        """Clean up a replica that has ended. If no successor was submitted, start one now if it is still wanted."""
         succession = self._successions[replica]
         old = known.get(replica)
         if old is not None and old.job_id == succession.job:
@@ -223,5 +223,5 @@ class Handover:
             self._successions[replica] = succession
         successions = {name: dataclasses.asdict(each) for name, each in self._successions.items()}
         document = {"format": HANDOVER_FORMAT, **successions}
-        with contextlib.suppress(OSError):  # on a full disk the next controller may submit one too many
+        with contextlib.suppress(OSError):  # on a full disk: the next controller may submit an extra successor
             write_atomically(self._deployment.paths.handover, json.dumps(document))

@@ -1,4 +1,4 @@
-"""The controller's side of the relay: starts it, talks to it, takes one over, replaces a dead one."""
+"""The controller's side of the relay: starts it, talks to it, adopts a running one, replaces a dead one."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
 from agent_infra_core.host import end_process, listen_on, process_stamp, self_command, unix_address, write_atomically
 from agent_infra_core.protocol import FRAME_HELLO, SPOKEN_PROTOCOLS, FrameReader, encode_frame
 
-RELAY_START_S = 15.0  # for a relay to import gevent and Flask and open its control socket
-RELAY_SILENCE_S = 15.0  # it reports every second; silent for so long, it is hung and is replaced
-RELAY_END_S = 5.0  # for a relay to end in order once its turns are over, or their time is
-RELAY_RETRY_S = 2.0  # between two starts of a relay that dies at once
-DRAIN_S = 30.0  # that turns in flight have to end before a relay or a replica is stopped
+RELAY_START_S = 15.0  # time a relay has to import gevent and Flask and open its control socket
+RELAY_SILENCE_S = 15.0  # it reports every second; after this much silence it is replaced as hung
+RELAY_END_S = 5.0  # time a relay has to exit after its turns end or run out of time
+RELAY_RETRY_S = 2.0  # between starts of a relay that dies at once
+DRAIN_S = 30.0  # time turns in flight have to end before a relay or replica is stopped
 
 
 class RelayGoneError(AgentInfraError):
@@ -28,23 +28,23 @@ class RelayGoneError(AgentInfraError):
 
 
 class RelayLink:
-    """The relay process and the control socket to it; owns both, and the listening socket, which outlives any relay."""
+    """Owns the relay process, its control socket, and the listening socket, which outlives any relay."""
 
     def __init__(self, paths: DeploymentPaths, host: str, port: int) -> None:
         self._paths, self._host, self.port = paths, host, port
         self._listener: socket.socket | None = None
         self._control: socket.socket | None = None
         self._frames = FrameReader()
-        self._early: list[tuple[bytes, bytes]] = []  # frames that came with the hello
+        self._early: list[tuple[bytes, bytes]] = []  # frames received with the hello
         self.pid = 0
-        self.retired: int | None = None  # pid of a relay of another version, which finishes its turns
-        self._protocol = 0  # that the connected relay speaks
+        self.retired: int | None = None  # pid of a relay of another version that is finishing its turns
+        self._protocol = 0  # spoken by the connected relay
         self._stamp: str | None = None
         self._child: subprocess.Popen[bytes] | None = None
 
     def open(self) -> None:
-        """Take over the relay that an earlier controller left behind, or else listen and start one."""
-        require_packages(SERVING_PACKAGES)  # it would end at once, and say so in its log alone
+        """Adopt the relay left by an earlier controller, or listen and start one."""
+        require_packages(SERVING_PACKAGES)  # without them it would exit at once and report it only in its log
         if self._adopt():
             return
         if self._listener is None:
@@ -53,9 +53,9 @@ class RelayLink:
         self.spawn()
 
     def _adopt(self) -> bool:
-        """Connect to a relay that still serves this address; end one that serves another.
+        """Connect to a relay that still serves this address; end one that serves another address.
 
-        One that speaks another protocol finishes its turns and ends; its listening socket is kept for the next.
+        A relay with another protocol finishes its turns and exits; its listening socket is kept for the next relay.
         """
         left = read_relay_record(self._paths)
         if left is None:
@@ -72,7 +72,7 @@ class RelayLink:
         return False
 
     def _retire(self) -> None:
-        """Let a relay of another version finish its turns, which nobody here can follow."""
+        """Let a relay of another version finish its turns. Its events can't be read."""
         control, self._control, self._stamp = self._control, None, None
         os.kill(self.pid, signal.SIGTERM)
         if control is not None:
@@ -80,7 +80,7 @@ class RelayLink:
         self.retired = self.pid
 
     def spawn(self) -> None:
-        """Start a relay on the listening socket and wait until it says hello; RelayGoneError when it does not."""
+        """Start a relay on the listening socket and wait for its hello. RelayGoneError if none comes."""
         listener = self._listener
         if listener is None:
             raise RelayGoneError("there is no listening socket; open() comes first")
@@ -138,11 +138,11 @@ class RelayLink:
         self._control, self.pid, self._protocol = control, int(hello["pid"]), hello.get("protocol", 0)
         self._stamp = process_stamp(self.pid)
         record = {"pid": self.pid, "process": self._stamp, "host": self._host, "port": self.port}
-        with contextlib.suppress(OSError):  # on a full disk it serves all the same
+        with contextlib.suppress(OSError):  # on a full disk: it serves anyway
             write_atomically(self._paths.relay_record, json.dumps(record))
 
     def reconnect(self) -> bool:
-        """Open a new control connection to the relay that runs; whether it answered."""
+        """Open a new control connection to the running relay. Returns whether it answered."""
         control = self._control
         if control is None or process_stamp(self.pid) != self._stamp:
             return False
@@ -154,7 +154,7 @@ class RelayLink:
         return False
 
     def send(self, kind: bytes, payload: bytes) -> None:
-        """Send a frame; RelayGoneError when the relay takes none."""
+        """Send a frame. RelayGoneError if the connection is gone."""
         control = self._control  # close() may come from another thread
         try:
             if control is None:
@@ -164,7 +164,7 @@ class RelayLink:
             raise RelayGoneError(f"the relay (pid {self.pid}) is gone: {error}") from error
 
     def receive(self, timeout: float) -> list[tuple[bytes, bytes]]:
-        """The frames that arrive within ``timeout`` seconds, perhaps none; RelayGoneError at the end of the stream."""
+        """Frames that arrive within ``timeout`` seconds, perhaps none. RelayGoneError at the end of the stream."""
         control = self._control
         if control is None:
             raise RelayGoneError("the relay is not connected")
@@ -182,7 +182,7 @@ class RelayLink:
             raise RelayGoneError(f"the relay (pid {self.pid}) is gone: {error}") from error
 
     def rest(self) -> list[tuple[bytes, bytes]]:
-        """The frames that came and were not received yet, also of a relay that is gone."""
+        """Frames that have arrived but weren't received yet, even from a relay that is gone."""
         frames, self._early = self._early, []
         control = self._control
         with contextlib.suppress(OSError, ValueError):
@@ -194,7 +194,7 @@ class RelayLink:
         return frames
 
     def abandon(self) -> None:
-        """Close the control socket and make sure that the relay's process is gone."""
+        """Close the control socket and make sure the relay's process is gone."""
         control, self._control = self._control, None
         stamp, self._stamp = self._stamp, None
         child, self._child = self._child, None
@@ -207,15 +207,15 @@ class RelayLink:
             child.wait()
 
     def terminate(self) -> None:
-        """Accept no more, and ask the relay to finish what is in flight and exit; called again, to exit at once."""
+        """Stop listening and ask the relay to finish its turns and exit. A second call makes it exit at once."""
         if self._listener is not None:
-            self._listener.close()  # else connections would wait in it for a relay that never comes
+            self._listener.close()  # otherwise connections would queue for a relay that never comes
             self._listener = None
         if self._stamp is not None and process_stamp(self.pid) == self._stamp:
             os.kill(self.pid, signal.SIGTERM)
 
     def close(self) -> None:
-        """End the relay, close the sockets, remove what names them."""
+        """End the relay, close the sockets, and remove the relay's record and socket file."""
         self.abandon()
         if self._listener is not None:
             self._listener.close()

@@ -16,18 +16,18 @@ from agent_infra_core.errors import AgentInfraError, RefusedError
 from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.host import end_process, process_stamp
 
-LIBRARY_HOLDER = "ConnectionManager"  # in the lock: not a process of ours, so not one to be ended
+LIBRARY_HOLDER = "ConnectionManager"  # verb of a holder that isn't our process, so it must not be ended
 
 
 class DeploymentLock:
-    """The right to be a deployment's controller: an flock that the kernel gives back when its holder dies."""
+    """The lock held by a deployment's controller: an flock, which the kernel releases when its holder dies."""
 
     def __init__(self, paths: DeploymentPaths) -> None:
         self._path = paths.lock
         self._file: int | None = None
 
     def acquire(self, verb: str) -> None:
-        """Take the lock; RefusedError, naming who has it, when another controller runs."""
+        """Take the lock. RefusedError, naming the holder, if another controller is running."""
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,11 +44,11 @@ class DeploymentLock:
 
     @property
     def is_held(self) -> bool:
-        """Whether this object has the lock."""
+        """Whether this object holds the lock."""
         return self._file is not None
 
     def release(self) -> None:
-        """Give the lock back, if it is held."""
+        """Release the lock if it is held."""
         if self._file is not None:
             os.ftruncate(self._file, 0)
             os.close(self._file)
@@ -56,7 +56,7 @@ class DeploymentLock:
 
 
 def lock_holder(path: Path) -> dict[str, Any] | None:
-    """``{pid, verb}`` of the process that holds a deployment's lock; None when nobody does."""
+    """``{pid, verb}`` of the process that holds a deployment's lock; None if it is free."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except OSError:
@@ -74,7 +74,7 @@ def lock_holder(path: Path) -> dict[str, Any] | None:
 
 
 def end_controller(paths: DeploymentPaths, now: bool) -> list[str]:
-    """End the process that holds the deployment's lock, by its own orderly way; by force when that fails."""
+    """End the process that holds the deployment's lock: ask it to shut down, and kill it if that fails."""
     holder = lock_holder(paths.lock)
     if holder is None:
         return []

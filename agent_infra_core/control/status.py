@@ -1,4 +1,4 @@
-"""What `status` shows: replicas in words, reasons, the running proxy; and which replica `scale` ends first."""
+"""What `status` shows: replicas, reasons and the running proxy; and which replicas `scale` ends first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from agent_infra_core.settings import ModelConfig
 
 
 def describe_replica(record: ReplicaRecord) -> str:
-    """A replica's state in words: ``LOADING 5/9``, ``READY 127.0.0.1:5901``, ``FAILED out_of_memory: …``."""
+    """A replica's state as text: ``LOADING 5/9``, ``READY 127.0.0.1:5901``, ``FAILED out_of_memory: …``."""
     words = record.state.upper()
     if record.state == "pending":
         start = time.strftime("est. %H:%M", time.localtime(record.starts_at)) if record.starts_at else ""
@@ -40,21 +40,21 @@ def describe_replica(record: ReplicaRecord) -> str:
     return words
 
 
-SERVING_STATES = ("pending", "starting", "loading", "ready")  # what counts towards a model's wanted replicas
+SERVING_STATES = ("pending", "starting", "loading", "ready")  # states that count towards a model's wanted replicas
 LIVE_STATES = (*SERVING_STATES, "draining")
-STATS_OLD_S = 10.0  # a /stats document that is older says nothing of now: its controller is gone, or hangs
+STATS_OLD_S = 10.0  # an older /stats document is out of date: its controller is gone or hangs
 
 
 @dataclass(frozen=True)
 class ProxyClient:
-    """The deployment's running proxy, asked over its own HTTP interface with the clients' key."""
+    """A client of the deployment's running proxy, over HTTP with the clients' key."""
 
     host: str
     port: int
     key: str
 
     def get(self, path: str) -> dict[str, Any]:
-        """The JSON document at ``path``; empty when there is none within a few seconds."""
+        """The JSON document at ``path``; empty if there is none within 5 seconds."""
         status, body = http_get(self.host, self.port, path, self.key, timeout_s=5.0)
         with contextlib.suppress(ValueError):
             document = json.loads(body) if status == 200 else {}
@@ -62,7 +62,7 @@ class ProxyClient:
         return {}
 
     def stats(self) -> dict[str, Any]:
-        """The /stats document; empty when there is none, or none that is new enough to go by."""
+        """The /stats document; empty if there is none or it is out of date."""
         document = self.get("/stats")
         return document if document.get("snapshot_age_ms", 0) <= 1000 * STATS_OLD_S else {}
 
@@ -71,7 +71,7 @@ class ProxyClient:
         return {row["id"]: row for row in self.stats().get("backends", ())}
 
     def drain(self, replica: str, operation: str = "drain") -> int | None:
-        """Let a replica have no new turns (or again: ``undrain``); how many it has now, None when nobody answered."""
+        """Drain (or ``undrain``) a replica. Returns its number of turns in flight; None if the proxy doesn't answer."""
         path = f"/admin/backends/{replica}/{operation}"
         status, body = http_get(self.host, self.port, path, self.key, method="POST", timeout_s=5.0)
         if status != 200:
@@ -82,9 +82,9 @@ class ProxyClient:
 def cheapest_to_end(
     records: Iterable[ReplicaRecord], rows: Mapping[str, Mapping[str, Any]], count: int
 ) -> list[ReplicaRecord]:
-    """Which ``count`` replicas to take away: such as serve nobody yet, then those with the fewest turns and sessions.
+    """The ``count`` replicas to remove: first those not yet serving, then those with the fewest turns and sessions.
 
-    ``rows`` are the proxy's, by replica; one that drains already goes first, and of equals the latest started.
+    ``rows`` maps replicas to the proxy's rows. A draining replica goes first; among equals, the latest started.
     """
 
     def cost(record: ReplicaRecord) -> tuple[int, bool, int, int, float]:
@@ -97,7 +97,7 @@ def cheapest_to_end(
 
 
 def count_missing(model: ModelConfig, serving: Iterable[ReplicaRecord], report: Callable[[str], None]) -> int:
-    """How many replicas of a model are to be started; ``report`` is told how many of it serve already."""
+    """Number of replicas of a model to start. Reports how many are already running."""
     present = sum(record.model == model.name for record in serving)
     if present:
         report(f"{model.name}: {present} of {model.replicas} replicas run already")
@@ -109,8 +109,8 @@ def summarize(
 ) -> dict[str, Any]:
     """A model's row in `status`: ``{name, wanted, running, ready, idle, in_flight, sessions}``.
 
-    ``idle`` replicas ended by themselves, as configured.  ``rows`` are /stats's backends; without them turns in flight
-    and sessions are not known (None).
+    ``idle`` replicas shut down because they were idle, as configured. ``rows`` are the backends of /stats; without
+    them, turns in flight and sessions are None (unknown).
     """
     states = collections.Counter(
         "idle" if record.is_idle and record.state == "stopped" else record.state
@@ -132,14 +132,14 @@ def summarize(
 
 
 def explain_state(record: ReplicaRecord) -> str:
-    """What describe_replica() leaves out: what to do about a failure, what a job waits for."""
+    """What describe_replica() leaves out: the fix for a failure, or why a job is waiting."""
     if record.failure is not None:
         return f"; {record.failure.hint}"
     return f": {record.message}" if record.state == "pending" and record.message else ""
 
 
 def what_is_amiss(models: Sequence[Mapping[str, Any]], records: Sequence[ReplicaRecord]) -> list[str]:
-    """Why replicas are not as they were wanted; ``models`` are rows of summarize()."""
+    """Why replicas aren't as wanted. ``models`` are rows of summarize()."""
     short = {row["name"] for row in models if row["ready"] + row["idle"] < row["wanted"]}
     reasons = [
         f"{record.replica} is {describe_replica(record)}" + explain_state(record)
@@ -156,7 +156,7 @@ def what_is_amiss(models: Sequence[Mapping[str, Any]], records: Sequence[Replica
 
 
 def explain_failure(record: ReplicaRecord, cluster: Cluster) -> str:
-    """What became of a replica, the line that says why, and what to do."""
+    """A failed replica with the reason, the fix and the path of its log."""
     failure = record.failure
     reason = f"{failure.kind}: {failure.line}; {failure.hint}" if failure else record.message or "it stopped"
     return f"{record.replica} failed: {reason} (log: {cluster.logs.where(record.replica)})"
