@@ -1,1 +1,1 @@
-"""Replicas on this machine or on a Slurm cluster: what they run, where they go, how they start and end."""
+"""Replicas on this machine or on a Slurm cluster: engines, placement, start and stop."""

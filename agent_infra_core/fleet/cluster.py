@@ -13,16 +13,16 @@ from agent_infra_core.settings import ModelConfig
 
 
 class Logs(Protocol):
-    """The logs of a deployment's replicas, former ones too."""
+    """The logs of a deployment's replicas, including former ones."""
 
     def read(self, name: str, start: int, limit: int) -> tuple[bytes, int]:
-        """Up to ``limit`` bytes of a log from ``start`` on (negative: from its end), and where they end."""
+        """Up to ``limit`` bytes of a log from ``start`` (negative: from its end), and the position after them."""
 
     def names(self) -> list[str]:
-        """The replicas that have one."""
+        """The replicas that have a log."""
 
     def where(self, name: str) -> str:
-        """Where a log is, for people."""
+        """The location of a log, for display."""
 
 
 class LogFolder:
@@ -50,49 +50,49 @@ class LogFolder:
 class Cluster(Protocol):
     """Where the replicas of one deployment run. They outlive this object, and another process may have started them.
 
-    ``replicas`` is all that is asked again and again; it answers about every replica at once, so that a scheduler
-    gets one call a poll, however many there are.
+    Only ``replicas`` is polled. It returns all replicas at once, so a scheduler gets one call per poll, however many
+    replicas there are.
     """
 
     logs: Logs
-    poll_s: float  # between looks at the replicas
-    problem: str | None  # what keeps replicas() from telling the whole truth now
+    poll_s: float  # between polls of the replicas
+    problem: str | None  # why the result of replicas() may be out of date
 
     def prepare(self, model: ModelConfig) -> ModelConfig:
-        """Check and fetch what can be before anything starts; the model as replicas are to be told. RefusedError."""
+        """Check a model and fetch its files before anything starts. Returns the model to start. RefusedError."""
 
     def start(self, model: ModelConfig) -> ReplicaRecord:
-        """Start one replica of a prepared model; returns as soon as it is on its way. RefusedError, OSError."""
+        """Start one replica of a prepared model, without waiting until it is ready. RefusedError, OSError."""
 
     def replicas(self) -> list[ReplicaRecord]:
-        """Every replica of the deployment that was not cleaned away, in order of model and number."""
+        """Every replica of the deployment that wasn't cleaned up, in order of model and number."""
 
     def stop(self, replicas: Iterable[str], now: bool = False) -> None:
-        """Ask replicas to drain and end, or (``now``) end them at once. One that is gone is cleaned away."""
+        """Ask replicas to drain and exit, or (``now``) end them at once. Replicas that are gone are cleaned up."""
 
     def wait_stopped(self, replicas: Iterable[str], deadline: float) -> list[str]:
-        """Wait until replicas are gone, and clean them away; those still there at ``deadline`` (monotonic s)."""
+        """Wait until replicas are gone, and clean them up. Returns those still there at ``deadline`` (monotonic s)."""
 
     def start_replicas(self, model: ModelConfig, count: int) -> list[ReplicaRecord]:
-        """Start several, where it is cheapest to do so at once."""
+        """Start several replicas, together if that is cheaper."""
 
     def plan(self, model: ModelConfig, count: int) -> list[str]:
-        """What start_replicas() would run or submit now: command lines, or whole scripts."""
+        """The command lines or scripts that start_replicas() would run or submit now."""
 
     def replica_key(self) -> str:
         """The key that every request to a replica must carry."""
 
     def pull(self, model: ModelConfig) -> str:
-        """Fetch a model's weights to where its replicas read them; where they are. RefusedError with the fix."""
+        """Fetch a model's weights to where its replicas read them. Returns their path. RefusedError with the fix."""
 
 
 KEPT_LOGS = 20
-LOG_BYTES = 16 << 20  # a log longer than this when its replica starts anew is set aside as .log.old
+LOG_BYTES = 16 << 20  # a longer log is renamed to .log.old when its replica restarts
 LOCK_WAIT_S = 30.0
 
 
 def surplus_logs(logs: Iterable[Path], replicas: Iterable[str]) -> list[Path]:
-    """The logs of former replicas but for the KEPT_LOGS newest; other logs (the relay's) are not counted."""
+    """The logs of former replicas, except the KEPT_LOGS newest. Other logs (the relay's) aren't included."""
     here = set(replicas)
     former = [log for log in logs if (name := log.name.partition(".log")[0]) not in here and re.search(r"-\d+$", name)]
     return sorted(former, key=lambda log: log.stat().st_mtime, reverse=True)[KEPT_LOGS:]

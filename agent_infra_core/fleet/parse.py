@@ -15,16 +15,16 @@ from agent_infra_core.settings import shorten
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A job as squeue tells of it. Times are s since the epoch, by the cluster's clock."""
+    """A job as reported by squeue. Times are s since the epoch, by the cluster's clock."""
 
     id: str
     state: str  # PENDING, RUNNING, COMPLETED, …
-    reason: str  # why it waits or ended; "None" without one
-    submitted_at: float | None  # last, with a requeue
-    starts_at: float | None  # it started, or Slurm expects it to
+    reason: str  # why it is waiting or ended; "None" without a reason
+    submitted_at: float | None  # the last time, if it was requeued
+    starts_at: float | None  # actual or expected start
     time_left_s: float | None
     partition: str
-    node: str  # that its script runs on; empty before it does
+    node: str  # where its script runs; empty until it starts
     work_dir: str
     name: str
 
@@ -38,12 +38,12 @@ _SQUEUE_FIELDS = ("%A", "%T", "%r", "%V", "%S", "%L", "%P", "%B", "%Z", "%j")  #
 
 
 def squeue_format(nonce: str) -> str:
-    """What squeue is to print of a job: a mark before the job, another after every field, so that no name can lie."""
+    """squeue's output format: marks before each job and after each field, which no job name can forge."""
     return f"@{nonce}job@" + "".join(f"{item}@{nonce}@" for item in _SQUEUE_FIELDS)
 
 
 def parse_squeue(text: str, nonce: str) -> list[SlurmJob]:
-    """The jobs that squeue printed in that format; names may hold anything, also newlines. ValueError when cut off."""
+    """The jobs that squeue printed in that format. Names may contain anything, even newlines. ValueError if cut off."""
     jobs = []
     for entry in text.split(f"@{nonce}job@")[1:]:
         fields = entry.split(f"@{nonce}@")
@@ -76,18 +76,18 @@ def _slurm_span(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class SlurmNode:
-    """A node as `scontrol --details show node` tells of it."""
+    """A node as reported by `scontrol --details show node`."""
 
     name: str
     partitions: tuple[str, ...]
-    is_usable: bool  # neither down, drained, reserved nor planned for another job
-    is_idle: bool  # no job runs there
+    is_usable: bool  # not down, drained, reserved or planned for another job
+    is_idle: bool  # no job is running there
     free_cpus: int
-    gres: Mapping[str, int]  # name:type (or name) → how many
+    gres: Mapping[str, int]  # name:type (or name) → number
     used: Mapping[str, int]
 
     def free(self, gres: str) -> int:
-        """How many of ``gres`` (a name counts all types) are idle; 0 when the node takes no job."""
+        """Number of idle ``gres`` (a name counts all types); 0 if the node can't take a job."""
         if not self.is_usable or self.free_cpus < 1:
             return 0
         return max(0, count_gres(self.gres, gres) - count_gres(self.used, gres))
@@ -98,7 +98,7 @@ def count_gres(counts: Mapping[str, int], wanted: str) -> int:
 
 
 def parse_gres(text: str) -> dict[str, int]:
-    """``gpu:h100:4(S:0),gpu:a100:2(IDX:0-1)`` as {gpu:h100: 4, gpu:a100: 2}; ``gpu`` alone is one."""
+    """Parse ``gpu:h100:4(S:0),gpu:a100:2(IDX:0-1)`` into {gpu:h100: 4, gpu:a100: 2}; ``gpu`` alone counts as one."""
     counts: dict[str, int] = {}
     for entry in re.sub(r"\([^)]*\)", "", text).split(","):
         match = re.fullmatch(r"([\w.-]+(?::[A-Za-z_][\w.-]*|:[\w.-]*[A-Za-z_][\w.-]*)?)(?::(\d+)([KkMm]?))?", entry)
@@ -119,7 +119,7 @@ def parse_nodes(text: str) -> list[SlurmNode]:
     for line in text.splitlines():
         values: dict[str, str] = {}
         for name, value in re.findall(r"(?:^| )([A-Za-z]\w*)=(\S*)", line):
-            values.setdefault(name, value)  # a Reason or Comment, which could hold anything, comes last
+            values.setdefault(name, value)  # Reason and Comment, which may contain anything, come last
         if "NodeName" not in values:
             continue
         state = values.get("State", "")
@@ -141,15 +141,15 @@ def parse_nodes(text: str) -> list[SlurmNode]:
 
 @dataclass(frozen=True)
 class JobEnd:
-    """How a job ended, by `scontrol show job` or sacct."""
+    """How a job ended, from `scontrol show job` or sacct."""
 
     state: str
-    exit_code: int  # of its script; negative: ended by that signal
+    exit_code: int  # of its script; negative: the signal that ended it
     reason: str = ""
 
 
 def parse_job_end(text: str) -> JobEnd | None:
-    """What `scontrol --oneliner show job` or `sacct -Pno State,ExitCode,Reason` tells of a job; None while it runs."""
+    """Parse `scontrol --oneliner show job` or `sacct -Pno State,ExitCode,Reason`; None if the job hasn't ended."""
     state = re.search(r"\bJobState=(\w+)", text)
     code = re.search(r"\bExitCode=(\d+):(\d+)", text)
     reason = re.search(r"\bReason=(\S+)", text)
@@ -165,7 +165,7 @@ def parse_job_end(text: str) -> JobEnd | None:
 
 @dataclass(frozen=True)
 class Submission:
-    """What is noted of a replica when its job is submitted: jobs/<replica> in the run directory."""
+    """A note written when a replica's job is submitted: jobs/<replica> in the run directory."""
 
     job_id: str
     partition: str
@@ -175,7 +175,7 @@ class Submission:
 
 
 def parse_submission(text: str) -> Submission | None:
-    """None for what is no note of ours."""
+    """Parse such a note; None if ``text`` isn't one."""
     words = text.split()
     if len(words) != 5 or not words[0].isdecimal() or parse_number(words[4]) is None:
         return None
@@ -189,7 +189,7 @@ def parse_partitions(text: str) -> dict[str, dict[str, str]]:
 
 
 def slurm_limit_s(text: str) -> float:
-    """A time limit as sbatch takes it or scontrol prints it, in s: minutes, h:m:s, d-h and so on; inf for none."""
+    """A time limit of sbatch or scontrol in seconds. Takes minutes, h:m:s, d-h and so on; anything else is inf."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if match is None:
         return math.inf
@@ -204,7 +204,7 @@ def slurm_limit_s(text: str) -> float:
 
 
 def describe_span(seconds: float) -> str:
-    """A span of time in words for people: ``2 h``, ``90 min``, ``45 s``, ``no limit``."""
+    """A span of time as text: ``2 h``, ``90 min``, ``45 s``, ``no limit``."""
     if seconds == math.inf:
         return "no limit"
     for unit, size in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):

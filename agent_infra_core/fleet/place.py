@@ -1,4 +1,4 @@
-"""What a Slurm job asks for, and which partition it goes to. Pure."""
+"""What a Slurm job requests, and which partition it goes to. Pure."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from agent_infra_core.settings import ModelConfig, PartitionConfig
 
 @dataclass(frozen=True)
 class JobRequest:
-    """One job to be submitted."""
+    """One job to submit."""
 
     deployment: str
     model: ModelConfig
-    replicas: tuple[str, ...]  # that it holds: <model>-<number>
+    replicas: tuple[str, ...]  # its replicas: <model>-<number>
     partition: PartitionConfig
     work_dir: str  # absolute, on the cluster
     run_dir: str
-    program: str  # path of node.pyz there
+    program: str  # path of node.pyz on the cluster
     nodes: int = 1
-    gpus: int = 0  # on each node
-    cpus: int | None = None  # on each node; None: the partition's default
-    after: str | None = None  # a job that has to end before
+    gpus: int = 0  # per node
+    cpus: int | None = None  # per node; None: the partition's default
+    after: str | None = None  # a job that must end first
 
 
 JOB_NAME_HEAD = "agent-infra:"
-USR1_BEFORE_END_S = 90  # before walltime, by Slurm's clock, which may be a minute early: longer than a drain takes
+USR1_BEFORE_END_S = 90  # before walltime; Slurm may be a minute early. Longer than a drain takes
 
 
 def job_name(request: JobRequest) -> str:
-    """``agent-infra:<deployment>:<model>:<number>[+<number>…]``; none of them can hold a colon or a plus."""
+    """``agent-infra:<deployment>:<model>:<number>[+<number>…]``; none of the parts can contain a colon or a plus."""
     numbers = "+".join(replica.rpartition("-")[2] for replica in request.replicas)
     return f"{JOB_NAME_HEAD}{request.deployment}:{request.model.name}:{numbers}"
 
 
 def job_replicas(name: str, deployment: str) -> tuple[str, list[str]] | None:
-    """The model and the replicas that a job's name tells; None for a job that is not of this deployment."""
+    """The model and replicas in a job's name; None for a job of another deployment."""
     parts = name.split(":")
     if len(parts) != 4 or parts[0] + ":" != JOB_NAME_HEAD or parts[1] != deployment:
         return None
@@ -48,16 +48,16 @@ def job_replicas(name: str, deployment: str) -> tuple[str, list[str]] | None:
 
 @dataclass(frozen=True)
 class ReplicaShape:
-    """What one replica asks for in a partition."""
+    """What one replica requests in a partition."""
 
     nodes: int
-    gpus: int  # on each node; 0: it uses none
-    cpus: int | None  # on each node; None: the partition's default
-    per_job: int  # replicas that one job holds: 1, and in an exclusive partition as many as its node fits
+    gpus: int  # per node; 0: uses none
+    cpus: int | None  # per node; None: the partition's default
+    per_job: int  # replicas per job: 1, or in an exclusive partition as many as fit on a node
 
 
 def replica_shape(model: ModelConfig, partition: PartitionConfig) -> ReplicaShape:
-    """RefusedError where a replica of the model does not fit the partition."""
+    """The shape of a model's replica in a partition. RefusedError if it doesn't fit."""
     engine = ENGINES[model.engine]
     total = model.tensor_parallel_size * model.pipeline_parallel_size
     if not engine.uses_gpus:
@@ -82,10 +82,10 @@ def replica_shape(model: ModelConfig, partition: PartitionConfig) -> ReplicaShap
 def place_replicas(
     count: int, model: ModelConfig, partitions: Sequence[PartitionConfig], nodes: Sequence[SlurmNode]
 ) -> list[tuple[PartitionConfig, int]]:
-    """Jobs for ``count`` replicas, each a partition and how many replicas it holds.
+    """Jobs for ``count`` replicas, each with its partition and number of replicas.
 
-    Idle places are filled in order of the partitions' priority; what finds none waits in the preferred partition.
-    RefusedError when the model fits no partition.
+    Idle places are filled in order of partition priority; the remaining jobs wait in the preferred partition.
+    RefusedError if the model fits no partition.
     """
     fitting, problem = [], None
     for partition in sorted(partitions, key=lambda each: -each.priority):
@@ -96,7 +96,7 @@ def place_replicas(
     if not fitting:
         raise problem or RefusedError("cluster.slurm.partitions: at least one is needed")
     placed: list[tuple[PartitionConfig, int]] = []
-    taken: dict[str, int] = {}  # node → replicas that this call puts there
+    taken: dict[str, int] = {}  # node → replicas placed there by this call
     left = count
     for partition, shape in fitting:
         for _ in range(_idle_places(partition, shape, nodes, taken, -(-left // shape.per_job))):
@@ -112,8 +112,8 @@ def place_replicas(
 def _idle_places(
     partition: PartitionConfig, shape: ReplicaShape, nodes: Sequence[SlurmNode], taken: dict[str, int], wanted: int
 ) -> int:
-    """How many jobs of this shape, at most ``wanted``, would start at once; the nodes they take are noted."""
-    rooms = []  # a node for each job, or part of a job, that it has room for
+    """Number of jobs of this shape, up to ``wanted``, that would start at once. Adds their nodes to ``taken``."""
+    rooms = []  # a node appears once for each job, or part of a job, that fits on it
     for node in nodes:
         if partition.name not in node.partitions:
             continue
@@ -134,9 +134,9 @@ def _idle_places(
 
 
 def engine_bind_host(model: ModelConfig, tunnel: str) -> str:
-    """The address that a model's engine may listen on in a job; RefusedError where it could not be reached there.
+    """The address that a model's engine listens on in a job. RefusedError if it couldn't be reached there.
 
-    A node is shared: an engine that does not ask for the key on every path stays on its loopback.
+    Nodes are shared, so an engine that doesn't require the key on every path listens only on loopback.
     """
     if ENGINES[model.engine].may_face_network and tunnel != "node":
         return "0.0.0.0"  # noqa: S104  the key is asked for on every path
@@ -148,4 +148,4 @@ def engine_bind_host(model: ModelConfig, tunnel: str) -> str:
     return "127.0.0.1"
 
 
-HANDOVER_RESERVE_S = 180.0  # for the old one's turns to end before Slurm tells it to, a minute early perhaps
+HANDOVER_RESERVE_S = 180.0  # for the old replica's turns to end before Slurm's signal, which may be a minute early

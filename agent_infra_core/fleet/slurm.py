@@ -1,4 +1,4 @@
-"""Replicas as Slurm jobs: started, listed, drained, stopped; and their logs."""
+"""Replicas as Slurm jobs: start, list, drain and stop them, and read their logs."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from agent_infra_core.settings import PACKAGED_MODEL, ClusterConfig, ModelConfig
 
 @dataclass(frozen=True)
 class QueueView:
-    """What one look at the cluster shows."""
+    """The result of one poll of the cluster."""
 
-    jobs: list[tuple[SlurmJob, set[str]]]  # the deployment's, with the replicas that each holds
+    jobs: list[tuple[SlurmJob, set[str]]]  # the deployment's jobs, each with its replicas
     told: dict[str, Submission]
-    records: dict[str, ReplicaRecord]  # as the replicas wrote them
-    clock: float  # the cluster's, s since the epoch
-    problem: str | None  # why Slurm does not answer: there are no jobs then
+    records: dict[str, ReplicaRecord]  # as written by the replicas
+    clock: float  # of the cluster, s since the epoch
+    problem: str | None  # why Slurm doesn't respond; ``jobs`` is empty then
 
 
 def view_queue(answer: QueueAnswer, deployment: str) -> QueueView:
-    """What one look shows, put together."""
+    """Combine jobs, notes and records of one poll."""
     told = {replica: each for replica, text in answer.notes.items() if (each := parse_submission(text))}
     held: list[tuple[SlurmJob, set[str]]] = []
     for job in answer.jobs:
@@ -54,10 +54,10 @@ def view_queue(answer: QueueAnswer, deployment: str) -> QueueView:
 
 
 class SlurmCluster:
-    """Replicas as jobs of a Slurm cluster: a job each, or as many as a node fits in an exclusive partition.
+    """Replicas as jobs of a Slurm cluster: one per job, or as many as fit on a node in an exclusive partition.
 
-    What was submitted is noted beside the replicas' own records on the cluster, so that any machine of the user can
-    take over. Slurm says which jobs there are, the records what their replicas do.
+    Notes on submitted jobs are kept on the cluster beside the replicas' records, so any of the user's machines can take
+    over. Slurm reports which jobs exist, the records report the state of their replicas.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class SlurmCluster:
         render_job: Callable[[JobRequest, SlurmConfig], str],
         archive: Callable[[], bytes],
     ) -> None:
-        """``render_job`` makes a job's script, ``archive`` the program that runs in it (node.pyz)."""
+        """``render_job`` makes a job's script, ``archive`` makes the program that runs in it (node.pyz)."""
         self._config, self._paths, self._environment, self._report = config, paths, environment, report
         self.render_job = render_job
         self.host = SlurmHost(config, runner, archive)
         self.logs: Logs = SlurmLogs(self)
-        self._ends: dict[str, float] = {}  # replica → when its job ends, as told first: Slurm tells whole seconds
+        self._ends: dict[str, float] = {}  # replica → first reported end of its job; Slurm reports whole seconds
         self._started: set[str] = set()
         self.problem: str | None = None
         self.poll_s = config.poll_interval
@@ -94,7 +94,7 @@ class SlurmCluster:
         return self.start_replicas(model, 1)[0]
 
     def start_replicas(self, model: ModelConfig, count: int, after: str | None = None) -> list[ReplicaRecord]:
-        """Submit jobs for ``count`` replicas of a prepared model, to start once the job ``after`` has ended."""
+        """Submit jobs for ``count`` replicas of a prepared model, to start after the job ``after`` has ended."""
         self._install()
         with file_lock(self._paths.root.parent / ".start.lock", LOCK_WAIT_S):
             records = self.replicas()
@@ -135,7 +135,7 @@ class SlurmCluster:
         whole = [job.id for job, held in jobs if held <= wanted and job.state not in ENDED_JOB_STATES]
         if whole:
             self.host.cancel(whole, now)
-        # A job that holds other replicas too stays: its supervisor ends those whose specification is gone.
+        # A job with other replicas keeps running: its supervisor ends the replicas whose specification is gone.
         parts = sorted({replica for _, held in jobs if not held <= wanted for replica in held & wanted})
         if parts:
             self.host.shell('cd "$1/specs" && shift && rm -f "$@"', self.host.run_dir, *(f"{r}.json" for r in parts))
@@ -149,14 +149,14 @@ class SlurmCluster:
                 if not left or is_late:
                     self.host.forget(wanted - left)
                     return sorted(left)
-                self.stop(left)  # a job that started only now was not told yet; told twice, a replica drains on
+                self.stop(left)  # for jobs that have only just started; a replica that is already draining ignores it
             except SchedulerError:
                 if is_late:
                     raise
             time.sleep(min(2.0, self.poll_s))
 
     def _still_there(self, wanted: set[str]) -> set[str]:
-        """Those whose job is in the queue; of a job that goes on for others, those that did not say that they ended."""
+        """Replicas whose job hasn't ended; if the job continues for others, those without a record of their end."""
         view, left = self._answered(), set[str]()
         over = {r for r, record in view.records.items() if record.state in ("stopped", "failed")}
         for job, held in view.jobs:
@@ -191,7 +191,7 @@ class SlurmCluster:
         return view
 
     def _steady(self, record: ReplicaRecord) -> ReplicaRecord:
-        """The record with the end of its job as it was told first, as long as that is about the same."""
+        """The record with the first reported end of its job, unless that has changed by more than 5 s."""
         if record.ends_at is None:
             return record
         before = self._ends.get(record.replica)
@@ -200,9 +200,9 @@ class SlurmCluster:
         return dataclasses.replace(record, ends_at=before)
 
     def _bury(self, replica: str, told: Submission, record: ReplicaRecord | None) -> ReplicaRecord:
-        """The record of a replica whose job ended without its own last word: why, as far as there is evidence.
+        """The final record of a replica whose job ended without one, with the reason as far as it can be found.
 
-        Written to its place on the cluster, so that the question is asked once.
+        It is written to the cluster, so Slurm is asked only once.
         """
         end, is_active, log = self.host.explain(told.job_id, replica)
         if is_active:
@@ -225,7 +225,7 @@ class SlurmCluster:
         return buried
 
     def _plan(self, model: ModelConfig, count: int, taken: set[str]) -> list[JobRequest]:
-        """The jobs that ``count`` more replicas need now."""
+        """The jobs needed for ``count`` more replicas."""
         requests = []
         for partition, held in place_replicas(count, model, self._config.slurm.partitions, self.host.nodes()):
             replicas = []
@@ -283,20 +283,23 @@ cd "$1" && rm -f "specs/$2.json" "specs/.$2" "replicas/.$2.probe" "logs/$2.log";
 
 
 class SlurmExamination:
-    """What `doctor` and `pull` do on a Slurm cluster, besides what SlurmCluster does every day."""
+    """Operations on a Slurm cluster that only `doctor` and `pull` need."""
 
     def __init__(self, cluster: SlurmCluster, config: ClusterConfig) -> None:
-        cluster.replica_key()  # installed, the host knows its directories
+        cluster.replica_key()  # installs; after that, the host knows its directories
         self._host, self._config, self._render_job = cluster.host, config, cluster.render_job
 
     def try_out(self, model: ModelConfig) -> str:
-        """What Slurm says to a job of this model, which is not submitted; RefusedError where it says no."""
+        """Test a job of this model without submitting it. Returns Slurm's answer. RefusedError if Slurm rejects it."""
         script = self._render_job(self._request(model), self._config.slurm)
         done = self._host.shell("export LC_ALL=C; exec sbatch --test-only", stdin=script.encode())
         return failure_text(self._host.asked(done))
 
     def probe(self, model: ModelConfig, timeout_s: float) -> tuple[dict[str, Any] | None, str]:
-        """What probe_node() says in a small job for this model; None, and why, when none came within ``timeout_s``."""
+        """Run probe_node() in a small job for this model.
+
+        Returns its report, or None and the reason if none arrives within ``timeout_s``.
+        """
         request = self._request(model)
         [name] = request.replicas
         spec = serve_spec(name, model, request.run_dir, f"{self._host.root}/replica_key", is_job=True, is_probe=True)
@@ -312,7 +315,7 @@ class SlurmExamination:
                     return json.loads(output), ""
                 state, _, log = output.strip().partition("\n")
                 is_over = state.split(" ")[0] not in (*WAITING_JOB_STATES, "RUNNING", "CONFIGURING", "COMPLETING")
-                if (is_over and was_over) or time.monotonic() > deadline:  # it may have ended between two questions
+                if (is_over and was_over) or time.monotonic() > deadline:  # it may have ended between the two commands
                     waits = f"its job {job} is {state or 'gone'}" + ("" if is_over else f" after {timeout_s:g} s")
                     return None, f"{waits}; {log.strip()[-500:] or 'its log is empty'}"
                 was_over = is_over
@@ -321,17 +324,17 @@ class SlurmExamination:
             self._host.shell(_FORGET_PROBE_SCRIPT, request.run_dir, name, job)
 
     def fetch(self, model: ModelConfig) -> str:
-        """Fetch a model of the hub with the engine's Python on the login host, into the cache that it reads there."""
+        """Fetch a hub model on the login host with the engine's Python, into the cache that the engine reads."""
         lines = [*self._config.slurm.setup]
         lines += [f"export {name}={shlex.quote(value)}" for name, value in model.env.items()]
         words = shlex.join([self._host.program, "fetch", model.model_path])
         lines.append(f'exec "${{AGENT_INFRA_PYTHON:-python3}}" {words}')
-        # On standard input: the environment may hold a token.
+        # Sent on standard input, since the environment may contain a token.
         done = self._host.shell("exec bash -l -s", stdin="\n".join(lines).encode(), timeout_s=FETCH_THERE_S)
         return fetched_path(model, done.output, done.status)
 
     def _request(self, model: ModelConfig) -> JobRequest:
-        """A short job in the preferred partition; its name is that of no replica."""
+        """A short job in the preferred partition. Its name isn't that of any replica."""
         partition = max(self._config.slurm.partitions, key=lambda each: each.priority)
         shape = replica_shape(model, partition)
         return JobRequest(
@@ -370,5 +373,5 @@ class SlurmLogs:
         return f"{self._cluster.host.run_dir}/logs/{name}.log on the cluster"
 
     def _shell(self, script: str, *words: str) -> CommandResult:
-        self._cluster.replica_key()  # installed, the host knows its run directory
+        self._cluster.replica_key()  # installs; after that, the host knows its run directory
         return self._cluster.host.shell(script, self._cluster.host.run_dir, *words)

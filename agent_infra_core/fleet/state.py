@@ -19,13 +19,13 @@ from agent_infra_core.settings import KEY_PATTERN, Config
 
 @dataclass(frozen=True)
 class DeploymentPaths:
-    """Where a deployment keeps its state: <state home>/agent-infra/<deployment>, 0700."""
+    """Paths of a deployment's state: <state home>/agent-infra/<deployment>, 0700."""
 
     root: Path
 
     @property
     def lock(self) -> Path:
-        """flock'ed by the process that is the deployment's controller, for as long as it lives; holds its pid."""
+        """Locked with flock by the deployment's controller as long as it lives; contains its pid."""
         return self.root / "controller.lock"
 
     @property
@@ -34,12 +34,12 @@ class DeploymentPaths:
 
     @property
     def relay_record(self) -> Path:
-        """JSON {pid, process, host, port}: what `status` and `stop` find the relay by."""
+        """JSON {pid, process, host, port}, by which `status` and `stop` find the relay."""
         return self.root / "relay.json"
 
     @property
     def history(self) -> Path:
-        """The SQLite file of finished turns, unless proxy.history says another."""
+        """The SQLite file of finished turns, unless proxy.history sets another."""
         return self.root / "history.db"
 
     @property
@@ -52,35 +52,35 @@ class DeploymentPaths:
 
     @property
     def page_key(self) -> Path:
-        """What the page asks of whoever opens it: loopback ports are open to every user of the machine."""
+        """The key needed to open the page, because every user of the machine can reach loopback ports."""
         return self.root / "page_key"
 
     @property
     def config(self) -> Path:
-        """The configuration that what runs was started with: `stop` needs no other."""
+        """The configuration the deployment was started with, so `stop` needs no other."""
         return self.root / "config.json"
 
     @property
     def wanted(self) -> Path:
-        """JSON {model: number of replicas that shall run}, where `start` or `scale` said it."""
+        """JSON {model: number of replicas wanted}, as set by `start` or `scale`."""
         return self.root / "wanted.json"
 
     @property
     def handover(self) -> Path:
-        """JSON {replica: Succession}: replicas that are being replaced before their walltime ends."""
+        """JSON {replica: Succession} of replicas being replaced before their walltime ends."""
         return self.root / "handover.json"
 
     @property
     def run(self) -> Path:
-        """The run directory: specs/, replicas/, logs/. With Slurm it lies on the cluster's shared file system."""
+        """The run directory: specs/, replicas/, logs/. With Slurm it is on the cluster's shared file system."""
         return self.root / "run"
 
     def spec(self, replica: str) -> Path:
-        """What `serve` is told: a ServeSpec; written by the cluster, removed with the replica."""
+        """The ServeSpec read by `serve`; written by the cluster, removed with the replica."""
         return self.run / "specs" / f"{replica}.json"
 
     def record(self, replica: str) -> Path:
-        """What `serve` reports: a ReplicaRecord."""
+        """The ReplicaRecord written by `serve`."""
         return self.run / "replicas" / f"{replica}.json"
 
     def log(self, name: str) -> Path:
@@ -88,18 +88,18 @@ class DeploymentPaths:
 
 
 def state_home(environment: Mapping[str, str]) -> Path:
-    """Where all deployments keep their state (XDG base directory specification)."""
+    """The state directory of all deployments (XDG base directory specification)."""
     base = environment.get("XDG_STATE_HOME") or os.path.join(environment.get("HOME", "~"), ".local", "state")
     return Path(base).expanduser().absolute() / "agent-infra"
 
 
 def deployment_names(environment: Mapping[str, str]) -> list[str]:
-    """The deployments of this user that have any state here."""
+    """The names of this user's deployments that have state on this machine."""
     return sorted(path.parent.name for path in state_home(environment).glob("*/run"))
 
 
 def deployment_paths(name: str, environment: Mapping[str, str]) -> DeploymentPaths:
-    """The deployment's directories, made 0700 where they are missing; RefusedError where that cannot be."""
+    """The deployment's paths. Creates missing directories with mode 0700. RefusedError if they can't be written."""
     paths = DeploymentPaths(state_home(environment) / name)
     try:
         for directory in (paths.root, paths.run / "specs", paths.run / "replicas", paths.run / "logs"):
@@ -116,9 +116,9 @@ def deployment_paths(name: str, environment: Mapping[str, str]) -> DeploymentPat
 
 
 def read_or_make_key(path: Path) -> str:
-    """The secret in ``path``, made on first use; processes that race for it all get the same one.
+    """The secret in ``path``, created on first use. Processes that race to create it all get the same one.
 
-    Raises RefusedError where the file holds no usable key.
+    Raises RefusedError if the file has no valid key.
     """
     if not path.exists():
         import secrets
@@ -131,7 +131,7 @@ def read_or_make_key(path: Path) -> str:
 
 
 def read_record(path: Path) -> ReplicaRecord | None:
-    """The record in ``path``; None where there is no such file (any more)."""
+    """The record in ``path``; None if the file doesn't exist."""
     try:
         return decode_record(path.stem, path.read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
@@ -141,21 +141,22 @@ def read_record(path: Path) -> ReplicaRecord | None:
 
 
 def is_alive(record: ReplicaRecord) -> bool:
-    """Whether this very `serve` runs on this machine; False for a process that merely has its number."""
+    """Whether this `serve` is running on this machine; False for another process with the same pid."""
     return process_stamp(record.pid) == record.process
 
 
 def is_elsewhere(record: ReplicaRecord) -> bool:
-    """Whether the record comes from another machine (a home directory may be shared): not ours to judge or to end.
+    """Whether the record is from another machine, since home directories may be shared.
 
-    The node's name alone does not tell: a laptop gets a new one from every network.
+    Its replica can't be judged or ended from this machine. The node's name alone isn't enough to tell: a laptop gets a
+    new one from every network.
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return record.node not in ("", os.uname().nodename) and not record.process.startswith(f"{boot}:")
 
 
 def is_gone(record: ReplicaRecord) -> bool:
-    """Whether what the record tells of has ended for certain."""
+    """Whether the record's `serve` has certainly ended."""
     return not is_alive(record) and not is_elsewhere(record)
 
 
@@ -174,21 +175,21 @@ def replica_order(record: ReplicaRecord) -> tuple[str, int, str]:
 
 
 def as_lost(record: ReplicaRecord, line: str) -> ReplicaRecord:
-    """The record of a replica whose `serve` is gone without a last word, saying what that means."""
+    """The failed record of a replica whose `serve` is gone without a final report; ``line`` is the last of its log."""
     boot = (process_stamp(os.getpid()) or "").partition(":")[0]
-    if record.process and record.process.partition(":")[0] != boot:  # "": it was gone before its stamp was taken
+    if record.process and record.process.partition(":")[0] != boot:  # "" if it was gone before its stamp was taken
         kind, message = "node_failure", f"{record.node} was restarted while it ran"
         hint = "start it again"
     else:
         kind, message = "unknown", f"its `serve` (pid {record.pid}) ended without a word: killed, or out of memory"
         hint = "start it again; its log and the kernel's (dmesg) may say more"
-    # What `serve` noted while all was well decides nothing; a line that it did not write itself may.
+    # A line that `serve` logged in normal operation doesn't explain the failure; any other line may.
     decisive = line if line and " agent-infra: " not in line and not line.startswith("--- ") else message
     return dataclasses.replace(record, state="failed", message=message, failure=ReplicaFailure(kind, decisive, hint))
 
 
 def read_relay_record(paths: DeploymentPaths) -> dict[str, Any] | None:
-    """What the controller noted of the deployment's relay, if that very process still runs."""
+    """The controller's record of the deployment's relay; None unless that process is still running."""
     try:
         record: dict[str, Any] = json.loads(paths.relay_record.read_text(encoding="utf-8"))
         return record if process_stamp(record["pid"]) == record["process"] else None
@@ -197,5 +198,5 @@ def read_relay_record(paths: DeploymentPaths) -> dict[str, Any] | None:
 
 
 def client_key(config: Config, paths: DeploymentPaths) -> str:
-    """The key that clients must send: the configuration's, else one made once and kept in the state directory."""
+    """The key that clients must send: from the configuration, or else created once in the state directory."""
     return config.proxy.api_key or read_or_make_key(paths.client_key)

