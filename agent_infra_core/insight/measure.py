@@ -281,7 +281,7 @@ def operating(
 def littles_law(here: Operating, think_s: float | None) -> dict[str, Any]:
     """Compare the sampled N with N = X·(Z + R) from the turns. ``holds`` is None while there is too little data.
 
-    The tolerance is LITTLE_TOLERANCE plus the sampling error of X, which 19 of 20 samples stay below.
+    The tolerance is LITTLE_TOLERANCE plus 1.64 standard errors of X, a bound that 19 of 20 samples stay within.
     """
     import numpy as np
 
