@@ -234,7 +234,7 @@ class Bookkeeper:
         return {"history": history, "accounting": self._replica_time.document(), "analysis": self._analyst.document}
 
     def close(self, takes_rest: bool = True) -> None:
-        """Write the remaining data. Clear ``takes_rest`` if the controller's thread may still use the tracker."""
+        """Write the remaining data. Pass ``takes_rest=False`` if the controller's thread may still use the tracker."""
         self._analyst.stop()
         if takes_rest:
             self._tracker.relay_restarted()  # closes the turns that are still open
