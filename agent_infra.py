@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Agent Infra: GPU serving for multi-turn LLM agents.
 
-``agent_infra.py up`` starts the replicas of a model, balances them behind one OpenAI-compatible streaming proxy and
-follows every session and turn.  This file is the program as its user sees it; the core behind it is
-agent_infra_core/.  Each role loads only what it needs, inside the function that uses it.
+``agent_infra.py up`` starts the replicas of a model, balances requests across them behind one OpenAI-compatible
+streaming proxy and tracks every session and turn.  This file holds the parts that a user sees; agent_infra_core/ holds
+the rest.  Functions import what only they need, so each role loads as little as possible.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
 if __name__ == "__main__" and os.path.dirname(os.path.realpath(__file__)) not in sys.path:
-    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I and -P leave it out
+    sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I and -P don't add it
 try:
     from agent_infra_core import __version__, client
     from agent_infra_core.client import ClientError as ClientError
@@ -101,7 +101,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AgentInfraError", "Config", "ConnectionManager", "SessionContext", "attach", "load_config"]
 
-# `from agent_infra.client import SessionContext` works the way `os` makes `os.path` importable.
+# Makes `from agent_infra.client import SessionContext` work, as `os` does for `os.path`.
 sys.modules[f"{__name__}.client"] = client
 
 
@@ -113,10 +113,10 @@ sys.modules[f"{__name__}.client"] = client
 def load_config(path: str | os.PathLike[str] | None = None) -> Config:
     """Read and validate a YAML configuration.
 
-    Without ``path``: ``./config.yaml`` where there is one, else the embedded default (the packaged model on this
+    ``path`` defaults to ``./config.yaml`` if it exists, else to the embedded default (the packaged model on this
     machine).  ``${NAME}`` in a string is replaced by that environment variable.
 
-    Raises ConfigError, naming every wrong path, when the file cannot be read or does not say a valid configuration.
+    Raises ConfigError when the file cannot be read or is invalid; the message names every invalid key.
     """
     if path is None:
         if not Path("config.yaml").exists():
@@ -134,21 +134,21 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
 
 
 def deployment_of(path: str | os.PathLike[str] | None = None) -> str | None:
-    """The ``cluster.name`` of a configuration file that has errors; None where one of them may concern it."""
+    """Return ``cluster.name`` from a configuration file that has errors; None if an error may affect the name."""
     try:
         document = _read_yaml(Path(path or "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ConfigError):
         return None
     document = _expand_environment(document, os.environ, "", [])
     wrong = _schema_of(Config)().validate(document)
-    if wrong.keys() - {"version", "proxy", "models", "headers"}:  # in `cluster`, or a key that may be meant for it
+    if wrong.keys() - {"version", "proxy", "models", "headers"}:  # in `cluster`, or perhaps a misspelling of it
         return None
     name: str = document.get("cluster", {}).get("name", DEFAULT_CONFIG.cluster.name)
     return name
 
 
 def parse_config(text: str, environment: Mapping[str, str]) -> Config:
-    """The configuration that a YAML text says, with ``${NAME}`` taken from ``environment``; raises ConfigError."""
+    """Parse and validate a YAML text, with ``${NAME}`` taken from ``environment``. Raises ConfigError."""
     document = _read_yaml(text)
     if not isinstance(document, dict):
         raise ConfigError("a mapping of keys is needed, such as `models: [...]`; see configs/example.yaml")
@@ -157,7 +157,7 @@ def parse_config(text: str, environment: Mapping[str, str]) -> Config:
 
 
 def config_from_json(text: str) -> Config:
-    """The configuration that Deployment.keep_config() wrote, of whichever version; ConfigError when it is none."""
+    """Parse what Deployment.keep_config() of any version wrote. Raises ConfigError when it isn't a configuration."""
     try:
         document = json.loads(text)
         if isinstance(document, dict):
@@ -168,7 +168,7 @@ def config_from_json(text: str) -> Config:
 
 
 def _validated(document: Any, problems: list[str]) -> Config:
-    """The configuration that a document says, unless there are ``problems`` already; raises ConfigError."""
+    """Build the configuration from a document. Raises ConfigError for its errors and for ``problems`` found before."""
     import marshmallow
 
     try:
@@ -185,7 +185,7 @@ def _validated(document: Any, problems: list[str]) -> Config:
 
 
 def _read_yaml(text: str) -> Any:
-    """The document in ``text``; a key that stands twice in one mapping is an error, which PyYAML alone lets pass."""
+    """Parse ``text``. Raises ConfigError, also for a duplicate key in a mapping, which PyYAML accepts."""
     import yaml
 
     try:
@@ -199,7 +199,7 @@ def _read_yaml(text: str) -> Any:
 
 
 def _refuse_duplicates(node: Any) -> None:
-    """Raise ConfigError for the first key that a YAML mapping under ``node`` says twice."""
+    """Raise ConfigError for the first duplicate key in any YAML mapping under ``node``."""
     children = node.value if isinstance(node.value, list) else []
     if node.id == "mapping":
         seen: set[str] = set()
@@ -213,7 +213,7 @@ def _refuse_duplicates(node: Any) -> None:
 
 
 def _expand_environment(value: Any, environment: Mapping[str, str], path: str, problems: list[str]) -> Any:
-    """``value`` with ``${NAME}`` replaced in all its strings; a variable that is not set is noted in ``problems``."""
+    """Return ``value`` with ``${NAME}`` replaced in all strings; adds unset variables to ``problems``."""
     if isinstance(value, dict):
         return {key: _expand_environment(item, environment, _join(path, key), problems) for key, item in value.items()}
     if isinstance(value, list):
@@ -236,7 +236,7 @@ def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-# The sections of the configuration by their annotation, and the scalar kinds: what one is called and how it is told.
+# The sections of the configuration, by their annotation.
 _SECTIONS: Mapping[str, type] = {
     kind.__name__: kind
     for kind in (
@@ -247,7 +247,7 @@ _SECTIONS: Mapping[str, type] = {
 
 
 def _section_of(annotation: str) -> tuple[type | None, bool]:
-    """The section that ``X``, ``X | None`` or ``tuple[X, ...]`` names, and whether it is a list of them."""
+    """Return the section that ``X``, ``X | None`` or ``tuple[X, ...]`` names, and whether it is a list of sections."""
     plain = annotation.removesuffix(" | None")
     element = plain.removeprefix("tuple[").removesuffix(", ...]")
     return _SECTIONS.get(element), element != plain
@@ -255,7 +255,7 @@ def _section_of(annotation: str) -> tuple[type | None, bool]:
 
 @functools.cache
 def _schema_of(kind: type) -> Any:
-    """The marshmallow schema class of a configuration dataclass, derived from its annotations and rules."""
+    """Return the marshmallow schema class for a configuration dataclass, built from its annotations and rules."""
     import marshmallow
 
     entries = {item.name: _field_of(item, marshmallow.fields) for item in dataclasses.fields(kind)}
@@ -267,7 +267,7 @@ _UNKNOWN_KEY = "unknown key"
 
 
 def _field_of(item: dataclasses.Field[Any], fields: Any) -> Any:
-    """The marshmallow field for one dataclass field: a section is a nested schema, a scalar is checked by its rule."""
+    """Return the marshmallow field for a dataclass field: a nested schema for a section, a rule check for a scalar."""
     annotation = str(item.type).removesuffix(" | None")
     is_optional = annotation != str(item.type)
     messages = {"required": "is required", "null": "may not be null; leave it out for its default"}
@@ -299,7 +299,7 @@ def _check_scalar(annotation: str, rule: Rule, value: Any) -> None:
 
 
 def _describe_errors(messages: Any, path: str, kind: type | None) -> Iterator[str]:
-    """marshmallow's nested messages as lines ``path: message``; an unknown key names the nearest valid one."""
+    """Yield marshmallow's nested messages as lines ``path: message``; for an unknown key, suggest the nearest one."""
     if isinstance(messages, list):
         for message in messages:
             yield f"{path}: {message}{_nearest_key(path, kind) if message == _UNKNOWN_KEY else ''}"
@@ -314,7 +314,7 @@ def _describe_errors(messages: Any, path: str, kind: type | None) -> Iterator[st
 
 
 def _nearest_key(path: str, kind: type | None) -> str:
-    """``; did you mean strategy?`` for a key that nearly is one of ``kind``, else the list of its keys."""
+    """Return ``; did you mean strategy?`` if a key of ``kind`` is similar, else the list of its keys."""
     import difflib
 
     names = [item.name for item in dataclasses.fields(kind or Config)]
@@ -323,7 +323,7 @@ def _nearest_key(path: str, kind: type | None) -> str:
 
 
 def _build(kind: type, loaded: Mapping[str, Any]) -> Any:
-    """The frozen dataclass that validated keys say; lists become tuples, whole numbers become floats where due."""
+    """Build a frozen dataclass from validated keys; lists become tuples, and float fields get floats."""
     values: dict[str, Any] = {}
     for item in dataclasses.fields(kind):
         if item.name not in loaded:
@@ -343,7 +343,7 @@ def _build(kind: type, loaded: Mapping[str, Any]) -> Any:
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    """What is wrong with keys that are each valid: lines ``path: message``."""
+    """Yield a line ``path: message`` for each conflict between keys that are valid on their own."""
     if not config.models:
         yield "models: at least one model is needed"
     if config.cluster.type == "local":
@@ -365,7 +365,7 @@ def _contradictions(config: Config) -> Iterator[str]:
 
 
 def _slurm_contradictions(slurm: SlurmConfig) -> Iterator[str]:
-    """The same of cluster.slurm."""
+    """Yield the conflicts in cluster.slurm, as _contradictions() does."""
     if not slurm.partitions:
         yield "cluster.slurm.partitions: at least one is needed, such as [{name: gpu}]; `sinfo` lists them"
     for index, partition in enumerate(slurm.partitions):
@@ -380,25 +380,25 @@ def _slurm_contradictions(slurm: SlurmConfig) -> Iterator[str]:
 
 
 def kept_config(paths: DeploymentPaths) -> Config | None:
-    """The configuration that the deployment was started with; None when nothing, or nothing readable, was kept."""
+    """Return the configuration that the deployment was started with; None if it is missing or unreadable."""
     with contextlib.suppress(OSError, ConfigError):
         return config_from_json(paths.config.read_text(encoding="utf-8"))
     return None
 
 
 # =====================================================================================================================
-# Job scripts: what a job is → the script that sbatch is given, by Jinja2. Runs nothing.
+# Job scripts: renders a JobRequest into the script for sbatch, with Jinja2. Runs nothing.
 # =====================================================================================================================
 
 
 class ShellText(str):
-    """Text that goes into a job script as it stands: whoever makes it has quoted what needs to be."""
+    """Text that goes into a job script unchanged; it must already be quoted for the shell."""
 
     __slots__ = ()
 
 
 def shell_words(value: Any) -> str:
-    """A value as the shell reads it back: quoted, a list word for word; TypeError for what is no word."""
+    """Quote a value, or each item of a list, for the shell. Raises TypeError for a mapping, a boolean or None."""
     if isinstance(value, ShellText):
         return value
     if isinstance(value, (list, tuple)):
@@ -409,7 +409,7 @@ def shell_words(value: Any) -> str:
 
 
 def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, str | int | bool]]:
-    """The options of sbatch: ours, then the configuration's, then the partition's; null takes one away."""
+    """Return sbatch's options: ours, overridden by cluster.slurm.sbatch, then by the partition's; null removes one."""
     from agent_infra_core.fleet.place import USR1_BEFORE_END_S, job_name
 
     partition = request.partition
@@ -424,12 +424,12 @@ def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, s
         "gres": f"{partition.gres}:{request.gpus}" if request.gpus else None,
         "exclusive": partition.exclusive or None,
         "output": f"{request.run_dir}/logs/{request.replicas[0]}.log",
-        "open-mode": "append",  # else a requeue empties the log
+        "open-mode": "append",  # otherwise a requeue empties the log
         "chdir": request.run_dir,
         "signal": f"B:USR1@{USR1_BEFORE_END_S}",
         "requeue": True,
         "dependency": f"afterany:{request.after}" if request.after else None,
-        "export": "HOME,USER,LOGNAME,SHELL,PATH,LANG",  # everything would be copied else, secrets too
+        "export": "HOME,USER,LOGNAME,SHELL,PATH,LANG",  # by default sbatch copies every variable, secrets included
         **slurm.sbatch,
         **partition.sbatch,
     }
@@ -437,7 +437,7 @@ def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, s
 
 
 def job_launchers(request: JobRequest, container: ContainerConfig | None) -> tuple[ShellText, ShellText]:
-    """The words before `serve`, and those before `rank` (which srun starts), as the shell reads them."""
+    """Return the shell command before `serve`, and the one before `rank` (which srun starts)."""
     if container is None:
         bare = ShellText(f'"$python" {shlex.quote(request.program)}')
         return bare, bare
@@ -456,14 +456,14 @@ def job_launchers(request: JobRequest, container: ContainerConfig | None) -> tup
 
 
 def job_template(request: JobRequest) -> str:
-    """The template that fits a job, of those in slurm_templates/."""
+    """Return the name of the template in slurm_templates/ for a job."""
     if request.model.engine != "vllm":
         return "engine.sbatch.j2"
     return "vllm_multinode.sbatch.j2" if request.nodes > 1 else "vllm.sbatch.j2"
 
 
 def render_job(request: JobRequest, slurm: SlurmConfig) -> str:
-    """The script of a job, by the packaged templates or the configuration's own; RefusedError."""
+    """Render a job's script from a packaged template or from cluster.slurm.template. Raises RefusedError."""
     import jinja2
 
     folder = resource("slurm_templates")
@@ -498,19 +498,19 @@ def render_job(request: JobRequest, slurm: SlurmConfig) -> str:
 
 
 # =====================================================================================================================
-# SSH forwarding: the `tunnel` role, a process that holds one SSH connection and its ports by sshtunnel.
+# SSH forwarding: the `tunnel` role, a process that keeps one SSH connection open and forwards ports over it.
 # =====================================================================================================================
 
 
-FORWARD_BACKLOG = 1024  # connections that wait in a tunnel's port: all agents may come at once
+FORWARD_BACKLOG = 1024  # connections waiting to be accepted on a tunnel's port: all agents may connect at once
 
 
 def run_tunnel() -> int:
-    """The `tunnel` role: hold what the first line of stdin says until stdin ends; the exit code."""
+    """Run the `tunnel` role: open the tunnel that stdin's first line describes, until stdin ends. Returns exit code."""
     from agent_infra_core.ssh.child import end_with_parent, hold_openssh, tell_parent
     from agent_infra_core.ssh.routes import HostKeyError, InteractiveLoginError, LoginError
 
-    for number in (signal.SIGINT, signal.SIGHUP):  # the terminal's are for the parent, which ends this in its own time
+    for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to the parent too, which ends this process
         signal.signal(number, signal.SIG_IGN)
     with open(0, "rb", buffering=0, closefd=False) as pipe:
         line = pipe.readline()
@@ -529,17 +529,17 @@ def run_tunnel() -> int:
         document = {"error": f"{type(error).__name__}: {error}", "kind": "host"}
     with contextlib.suppress(OSError):
         tell_parent(document)
-    # At once: threads of a library that hangs must not keep this process.
+    # Exit immediately: a hung library thread must not keep this process alive.
     os._exit(1)
 
 
 def _hold_sshtunnel(spec: Mapping[str, Any]) -> str:
-    """Log in hop by hop, forward, and watch the connection; why it ended."""
+    """Log in hop by hop, forward the ports and watch the connection. Returns the reason why it ended."""
     from agent_infra_core.ssh.child import tell_parent
     from agent_infra_core.ssh.login import log_in
     from agent_infra_core.ssh.routes import Keyring, route_from_json
 
-    allow_many_descriptors()  # a stream takes three
+    allow_many_descriptors()  # each stream takes three
     keyring = Keyring(**spec["keyring"])
     transport = None
     for hop in spec["hops"]:
@@ -547,7 +547,7 @@ def _hold_sshtunnel(spec: Mapping[str, Any]) -> str:
         through = _open_through(transport, route.host, route.port) if transport is not None else None
         transport = log_in(route, keyring, None, through)
     remote = [(host, port) for host, port in spec["remote"]]
-    _open_through(transport, *remote[0]).close()  # that it may be forwarded to; sshtunnel does not ask
+    _open_through(transport, *remote[0]).close()  # checks that forwarding is allowed; sshtunnel doesn't
     forwarder = _forward(transport, spec["local"], remote)
     tell_parent({"ports": forwarder.local_bind_ports})
     while transport is not None and transport.is_active():
@@ -556,7 +556,7 @@ def _hold_sshtunnel(spec: Mapping[str, Any]) -> str:
 
 
 def _open_through(transport: Any, host: str, port: int) -> Any:
-    """A channel of an authenticated connection to a port that its host reaches; LoginError, HostUnreachableError."""
+    """Open a channel to a port behind an authenticated connection. Raises LoginError or HostUnreachableError."""
     from agent_infra_core.ssh.child import forwarding_forbidden
     from agent_infra_core.ssh.routes import SSH_PATIENCE_S, LoginError, load_paramiko
 
@@ -572,10 +572,10 @@ def _open_through(transport: Any, host: str, port: int) -> Any:
 
 
 def _forward(transport: Any, local: Sequence[int], remote: Sequence[tuple[str, int]]) -> Any:
-    """An sshtunnel forwarder over an authenticated connection, from ``local`` ports, which are held, to ``remote``.
+    """Start an sshtunnel forwarder over an authenticated connection, from reserved ``local`` ports to ``remote``.
 
-    sshtunnel never looks at known_hosts, so the connection is made and checked here and put into it. Its own listens
-    on all addresses by default, queues 5 connections, and lets small answers wait 40 ms.
+    sshtunnel never checks known_hosts, so it gets a connection that we opened and checked. Its defaults are also
+    wrong for us: it listens on all addresses, queues 5 connections, and delays small answers by 40 ms.
     """
     import logging
 
@@ -590,7 +590,7 @@ def _forward(transport: Any, local: Sequence[int], remote: Sequence[tuple[str, i
     sshtunnel._ThreadingForwardServer.request_queue_size = FORWARD_BACKLOG
     sshtunnel._ThreadingForwardServer.server_bind = bind_held
     forwarder = sshtunnel.SSHTunnelForwarder(
-        ("127.0.0.1", 22),  # neither it nor the password is used: the connection is there
+        ("127.0.0.1", 22),  # unused, like the password: the connection is already open
         ssh_config_file=None,
         ssh_username="-",
         ssh_password="-",  # noqa: S106 (see above)
@@ -606,21 +606,21 @@ def _forward(transport: Any, local: Sequence[int], remote: Sequence[tuple[str, i
         forwarder.start()
     except (sshtunnel.BaseSSHTunnelForwarderError, paramiko.SSHException, OSError) as error:
         raise HostUnreachableError(f"no tunnel can be opened: {error}") from error
-    for server in forwarder._server_list:  # what it accepts inherits this
+    for server in forwarder._server_list:  # accepted sockets inherit this
         server.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return forwarder
 
 
 # =====================================================================================================================
-# The proxy: its Flask app, which answers all that is not inference, and its patched entry.
+# The proxy: the Flask app for everything but inference, and the relay's entry, which applies gevent's patches.
 # =====================================================================================================================
 
 
-STATS_FRESH_S = 1.5  # a /stats document that is older is asked for; while somebody reads them, one comes every second
+STATS_FRESH_S = 1.5  # an older /stats document is requested again; while clients read /stats, one comes every second
 
 
 class RelayApp:
-    """The Flask app: all that is not inference. Called with requests that the relay has read already."""
+    """The Flask app for everything but inference. The relay calls it with requests that it has already read."""
 
     def __init__(self, relay: Relay) -> None:
         import flask
@@ -628,7 +628,7 @@ class RelayApp:
         from werkzeug.routing import BaseConverter
 
         class Anything(BaseConverter):
-            """What a client calls its session: whatever it likes, with slashes too."""
+            """A client's session id: any text, slashes included."""
 
             regex, part_isolating = ".+", False
 
@@ -652,7 +652,7 @@ class RelayApp:
         app.register_error_handler(HTTPException, self._on_http_error)
 
     def answer(self, request: RequestHead, path: bytes, query: bytes, body: bytes) -> bytes:
-        """The whole answer, ready to send."""
+        """Return the whole HTTP answer, ready to send."""
         environ = {
             "REQUEST_METHOD": request.method.decode("ascii"),
             "SCRIPT_NAME": "",
@@ -683,7 +683,7 @@ class RelayApp:
             parts.close()
         status, fields = started
         kept = [(name, value) for name, value in fields if name.lower() not in ("content-length", "connection")]
-        length = {name.lower(): value for name, value in fields}.get("content-length", len(content))  # HEAD: as of GET
+        length = {name.lower(): value for name, value in fields}.get("content-length", len(content))  # HEAD: as GET
         lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in kept), f"content-length: {length}"]
         if not request.keeps_alive:
             lines.append("connection: close")
@@ -722,7 +722,7 @@ class RelayApp:
         relay = self._relay
         relay.stats_read += 1
         if relay.stats is None or time.monotonic() - relay.stats[1] > STATS_FRESH_S:
-            relay.control.questions.ask("stats")  # the document comes ahead of the answer
+            relay.control.questions.ask("stats")  # the document arrives before the answer
         if relay.stats is None:
             return self._unanswered()
         document, at = relay.stats
@@ -736,7 +736,7 @@ class RelayApp:
         return self._ask("session", session=session[:256])
 
     def _ask(self, op: str, **details: Any) -> Any:
-        """What the controller answers."""
+        """Ask the controller and return its answer."""
         answer = self._relay.control.questions.ask(op, **details)
         if answer is None:
             return self._unanswered()
@@ -759,7 +759,7 @@ class RelayApp:
 
     def _end_session(self, session: str) -> Any:
         self._relay.book.end_session(session[:256])
-        return {"session": session[:256], "noted": True}  # whether it lives is known to the controller alone
+        return {"session": session[:256], "noted": True}  # only the controller knows whether the session exists
 
     def _drain(self, backend: str, operation: str) -> Any:
         replica = self._relay.replicas.get(backend)
@@ -784,7 +784,7 @@ class RelayApp:
 
         method, path = self._flask.request.method, self._flask.request.path
         allowed = set(getattr(error, "valid_methods", None) or ())
-        if method != "POST" and split_inference_path(path.encode("utf-8", "replace")):  # those are none of Flask's
+        if method != "POST" and split_inference_path(path.encode("utf-8", "replace")):  # not a Flask route
             allowed = {"POST"}
         fix = f"{'POST' if 'POST' in allowed else 'GET'} it" if allowed else "GET / lists what there is"
         status = 405 if allowed else error.code or 500
@@ -795,10 +795,10 @@ class RelayApp:
 
 
 def run_relay(socket_path: str, listener_fd: int) -> int:
-    """The relay's entry: serve on the inherited listening socket, controllers at ``socket_path``; its exit code."""
+    """Run the relay on an inherited listening socket; controllers connect at ``socket_path``. Returns the exit code."""
     from gevent import monkey
 
-    monkey.patch_all()  # first of all: whatever is imported from here on must see the patched library
+    monkey.patch_all()  # before the imports below, which must see the patched library
     from agent_infra_core.relay.server import Relay
 
     allow_many_descriptors()
@@ -809,14 +809,14 @@ def run_relay(socket_path: str, listener_fd: int) -> int:
 
 
 # =====================================================================================================================
-# Deployment: start, connect, status, scale, stop; for the command line and, with asyncio, for programs.
+# Deployment: start, connect, status, scale and stop, for the command line and (with asyncio) for programs.
 # =====================================================================================================================
 
 
-ENDING_S = 10.0  # for replicas to be gone that were ended at once
-SCALE_DRAIN_S = 300.0  # that a replica's turns have to end when `scale` takes it away
-STARTING_POLL_S = 5.0  # at most, between looks at replicas that somebody waits for
-LOAD_DEADLINE_S = 3600.0  # for a replica to be ready; `serve` has the same patience with its engine
+ENDING_S = 10.0  # time for replicas to disappear after a stop without grace
+SCALE_DRAIN_S = 300.0  # time for a replica's turns to finish when `scale` removes it
+STARTING_POLL_S = 5.0  # longest interval between checks while a command waits for replicas
+LOAD_DEADLINE_S = 3600.0  # time for a replica to become ready; `serve` gives its engine as long
 
 
 def make_cluster(
@@ -826,7 +826,7 @@ def make_cluster(
     environment: Mapping[str, str],
     report: Callable[[str], None],
 ) -> Cluster:
-    """The cluster that a configuration names; ``login`` is the host that it is used from, None where that is here."""
+    """Return the configured cluster; commands run on ``login``, or on this machine if None."""
     from agent_infra_core.bundle import build_node
     from agent_infra_core.fleet.local import LocalCluster
     from agent_infra_core.fleet.slurm import SlurmCluster
@@ -839,14 +839,14 @@ def make_cluster(
 
 @contextlib.contextmanager
 def ending_what_is_new(cluster: Cluster, models: Collection[str]) -> Iterator[None]:
-    """Where the block fails, the replicas of ``models`` that did not run before it are ended."""
+    """If the block raises, end the replicas of ``models`` that did not run before it."""
     from agent_infra_core.control.status import LIVE_STATES
 
     before = {record.replica for record in cluster.replicas() if record.state in LIVE_STATES}
     try:
         yield
     except BaseException:
-        with contextlib.suppress(AgentInfraError, OSError):  # the first error is the one to tell
+        with contextlib.suppress(AgentInfraError, OSError):  # report the first error, not these
             new = [r.replica for r in cluster.replicas() if r.model in models and r.replica not in before]
             cluster.stop(new, now=True)
             cluster.wait_stopped(new, time.monotonic() + ENDING_S)
@@ -854,7 +854,7 @@ def ending_what_is_new(cluster: Cluster, models: Collection[str]) -> Iterator[No
 
 
 class Deployment:
-    """A deployment from the operator's side: start its replicas, connect a proxy to them, show it, stop it."""
+    """A deployment as the operator sees it: starts replicas, connects a proxy to them, reports status, stops all."""
 
     def __init__(
         self,
@@ -863,7 +863,7 @@ class Deployment:
         environment: Mapping[str, str],
         ask: Callable[[str], str] | None = None,
     ) -> None:
-        """``report`` takes lines for the operator, ``ask`` asks for a secret (None: nobody is there to be asked).
+        """``report`` takes lines for the operator; ``ask`` prompts for a secret (None: nobody can be asked).
 
         Raises RefusedError when the state directory cannot be written.
         """
@@ -882,7 +882,7 @@ class Deployment:
         self._handover: Handover | None = None
 
     def select_models(self, name: str | None = None, replicas: int | None = None) -> list[ModelConfig]:
-        """The models to start: all of them, or the one called ``name``; RefusedError when there is none."""
+        """Return all models, or only the one called ``name``. Raises RefusedError when there is no such model."""
         models = [model for model in self.config.models if name in (None, model.name)]
         if not models:
             known = ", ".join(model.name for model in self.config.models)
@@ -890,7 +890,7 @@ class Deployment:
         return [dataclasses.replace(model, replicas=replicas or model.replicas) for model in models]
 
     def start(self, models: Sequence[ModelConfig]) -> list[ReplicaRecord]:
-        """Start what is missing of every model's replicas: all, or none that stays; all is checked before."""
+        """Start every model's missing replicas, after checking all models. If one fails, end those just started."""
         from agent_infra_core.control.status import count_missing
 
         prepared = [self.cluster.prepare(model) for model in models]
@@ -903,7 +903,7 @@ class Deployment:
         return started
 
     def serving(self) -> list[ReplicaRecord]:
-        """The replicas that count towards the wanted number: of one that is being replaced and its successor, one."""
+        """Return the replicas that count towards the wanted number; a replica and its successor count as one."""
         from agent_infra_core.control.handover import read_successions
         from agent_infra_core.control.status import SERVING_STATES
 
@@ -913,7 +913,7 @@ class Deployment:
         return [record for name, record in serving.items() if name not in doubles]
 
     def wanted(self) -> dict[str, int]:
-        """Model → how many replicas shall run: what `start` or `scale` said last, else what the configuration says."""
+        """Return the wanted number of replicas per model: from the last `start` or `scale`, else the configuration."""
         told: Any = None
         with contextlib.suppress(OSError, ValueError):
             told = json.loads(self.paths.wanted.read_text(encoding="utf-8"))
@@ -921,16 +921,16 @@ class Deployment:
         return {model.name: counts.get(model.name, model.replicas) for model in self.config.models}
 
     def want(self, counts: Mapping[str, int]) -> None:
-        """Note how many replicas of these models shall run, and the configuration that says what they are."""
+        """Save how many replicas of these models are wanted, and the configuration."""
         write_atomically(self.paths.wanted, json.dumps({**self.wanted(), **counts}))
         self.keep_config()
 
     def keep_config(self) -> None:
-        """Note the configuration for `stop`, which must work whatever becomes of its file."""
+        """Save the configuration for `stop`, which must work even if the file is changed or deleted."""
         write_atomically(self.paths.config, json.dumps({"format": CONFIG_FORMAT, **dataclasses.asdict(self.config)}))
 
     def proxy(self) -> ProxyClient | None:
-        """The deployment's proxy, if one runs."""
+        """Return a client for the deployment's proxy; None if no proxy runs."""
         from agent_infra_core.control.status import ProxyClient
         from agent_infra_core.fleet.state import client_key, read_relay_record
 
@@ -945,9 +945,9 @@ class Deployment:
         should_stop: Callable[[], bool],
         only: Collection[str] | None = None,
     ) -> None:
-        """Show the replicas until each is ready or has failed; AgentInfraError when none of a model's is ready.
+        """Show the replicas until each is ready or failed. Raises AgentInfraError if a model has no ready replica.
 
-        ``only`` these replicas, and then none of them may fail.
+        With ``only``, wait for these replicas alone; then any failure raises AgentInfraError.
         """
         from agent_infra_core.control.status import explain_failure
 
@@ -968,16 +968,16 @@ class Deployment:
             raise AgentInfraError("; ".join(explain_failure(record, self.cluster) for record in failed))
 
     def claim(self, verb: str) -> None:
-        """Become the deployment's controller, unless it is this one; RefusedError when another is."""
+        """Make this process the deployment's controller. RefusedError when another process already is."""
         if not self._lock.is_held:
             self._lock.acquire(verb)
         if self.login is not None:
             self.login.lead()
 
     def connect(self, log_format: str = "text", expected: Sequence[ModelConfig] = ()) -> Controller:
-        """Start the controller and its relay; needs claim(). RefusedError when the port is taken.
+        """Start the controller and its relay; call claim() first. Raises RefusedError when the port is taken.
 
-        Turns for ``expected`` models, which the caller is about to start, wait for them.
+        Turns for ``expected`` models, which the caller is about to start, wait until they are ready.
         """
         from agent_infra_core.control.controller import Controller
         from agent_infra_core.control.handover import Handover
@@ -987,7 +987,7 @@ class Deployment:
         from agent_infra_core.ssh.tunnels import TunnelSet
 
         keys = (client_key(self.config, self.paths), self.cluster.replica_key())
-        with contextlib.suppress(OSError):  # on a full disk it serves all the same
+        with contextlib.suppress(OSError):  # a full disk doesn't stop the proxy
             self.keep_config()
         tunnels = None
         if self.config.cluster.type != "local":
@@ -1009,25 +1009,25 @@ class Deployment:
         return controller
 
     def _look(self) -> list[ReplicaRecord]:
-        """The replicas; those whose walltime nears its end are replaced on the way, once the controller runs."""
+        """Return the replicas. While the controller runs, also replace those whose walltime is about to end."""
         records = self.cluster.replicas()
         if self._handover is not None and self.controller is not None and self.controller.is_running:
             self._handover.follow(records)
         return records
 
     def disconnect(self, grace_s: float) -> None:
-        """Stop the controller and its relay, if this process runs them; turns in flight have ``grace_s`` to end."""
+        """Stop the controller and relay if this process runs them; turns in flight have ``grace_s`` to finish."""
         if self.controller is not None:
             self.controller.stop(grace_s)
             self.controller = None
         self._lock.release()
 
     def status(self) -> dict[str, Any]:
-        """``{deployment, models, replicas, proxy: {pid, host, port, controller} | None, …}``.
+        """Return ``{deployment, models, replicas, proxy: {pid, host, port, controller} | None, …}``.
 
-        ``models`` are rows of summarize(), ``replicas`` ReplicaRecords, ``accounting`` is /stats's (None without a
-        proxy), ``handover`` maps a replica to its Succession, ``degraded`` are the reasons why this is not what was
-        wanted.
+        ``models`` holds rows of summarize(), ``replicas`` ReplicaRecords, ``accounting`` the part of /stats (None
+        without a proxy); ``handover`` maps a replica to its Succession; ``degraded`` lists what differs from the
+        wanted state.
         """
         from agent_infra_core.control.handover import read_successions
         from agent_infra_core.control.lock import lock_holder
@@ -1058,10 +1058,10 @@ class Deployment:
         }
 
     def stop(self, now: bool = False) -> list[str]:
-        """End whatever of the deployment runs: its controller and relay, then its replicas. Names what was ended.
+        """End the deployment's controller and relay, then its replicas. Returns the names of what it ended.
 
-        Turns in flight have DRAIN_S to end, none with ``now``.  Safe to call again; touches no other deployment.
-        Raises AgentInfraError when something still runs at the end.
+        Turns in flight have DRAIN_S to finish, or no time with ``now``.  Safe to call again; never touches other
+        deployments.  Raises AgentInfraError when something still runs at the end.
         """
         from agent_infra_core.control.link import DRAIN_S, RELAY_END_S
         from agent_infra_core.control.lock import end_controller
@@ -1093,16 +1093,16 @@ class Deployment:
 
 
 class Scaling:
-    """Changes how many replicas of a model run: starts what is missing, drains what is too many, and ends it."""
+    """Changes how many replicas of a model run: starts missing ones, or drains and ends surplus ones."""
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
         self._cluster = deployment.cluster
 
     def scale(self, name: str, replicas: int) -> tuple[list[ReplicaRecord], list[ReplicaRecord]]:
-        """Make ``replicas`` the wanted number of a model: start what is missing, choose what is to go (see retire()).
+        """Set the wanted number of a model's replicas: start missing ones, or choose those to end (see retire()).
 
-        Returns the replicas that were started and those that are too many.
+        Returns the replicas that it started and the surplus ones.
         """
         from agent_infra_core.control.handover import read_successions
         from agent_infra_core.control.status import cheapest_to_end
@@ -1114,7 +1114,7 @@ class Scaling:
         surplus = cheapest_to_end(running, rows, max(0, len(running) - replicas))
         for record in running:
             if proxy and record not in surplus and rows.get(record.replica, {}).get("state") == "draining":
-                proxy.drain(record.replica, "undrain")  # an earlier `scale` was to take it away
+                proxy.drain(record.replica, "undrain")  # an earlier `scale` wanted to remove it
         if len(running) < replicas:
             return self._deployment.start([dataclasses.replace(model, replicas=replicas)]), []
         self._deployment.want({name: replicas})
@@ -1123,9 +1123,9 @@ class Scaling:
         return [], surplus + [record for record in self._cluster.replicas() if record.replica in heirs]
 
     def retire(self, records: Iterable[ReplicaRecord], grace_s: float, should_stop: Callable[[], bool]) -> list[str]:
-        """Drain replicas: no new turns; each ends when its last turn has ended, or when ``grace_s`` are over.
+        """Drain replicas: they get no new turns, and each ends after its last turn or after ``grace_s``.
 
-        Returns the replicas that ended; those left when ``should_stop`` says so stay drained.
+        Returns the replicas that ended. Those that still run when ``should_stop`` returns true stay drained.
         """
         from agent_infra_core.control.link import DRAIN_S
 
@@ -1150,9 +1150,9 @@ class Scaling:
 
 
 class ConnectionManager:
-    """A deployment from Python, for asyncio: ``start``, ``connect``, ``status``, ``stop``, or ``async with`` for all.
+    """Runs a deployment from asyncio: ``start``, ``connect``, ``status`` and ``stop``, or ``async with`` for all.
 
-    Whatever blocks runs in a thread, so the event loop never waits.  One task uses a manager at a time.
+    Blocking work runs in a thread, so it never blocks the event loop.  Use a manager from one task at a time.
     """
 
     def __init__(self, config: Config | str | os.PathLike[str] | None = None) -> None:
@@ -1163,7 +1163,7 @@ class ConnectionManager:
 
     @property
     def base_url(self) -> str:
-        """What an OpenAI client takes as ``base_url``, once connected."""
+        """``base_url`` for an OpenAI client. Raises AgentInfraError before connect()."""
         controller = self._deployment.controller if self._deployment else None
         if controller is None:
             raise AgentInfraError("not connected; await connect() first")
@@ -1171,7 +1171,7 @@ class ConnectionManager:
 
     @property
     def api_key(self) -> str:
-        """What an OpenAI client takes as ``api_key``."""
+        """``api_key`` for an OpenAI client."""
         from agent_infra_core.fleet.state import client_key
 
         return client_key(self.config, self._open().paths)
@@ -1182,7 +1182,7 @@ class ConnectionManager:
         return self._deployment
 
     async def start(self, model: str | None = None, replicas: int | None = None) -> None:
-        """Start the replicas that are missing and wait until they are ready; AgentInfraError says why one is not."""
+        """Start the missing replicas and wait until they are ready. Raises AgentInfraError with the reason if not."""
         import asyncio
 
         deployment = self._open()
@@ -1195,7 +1195,7 @@ class ConnectionManager:
             stopping.set()
 
     async def connect(self) -> str:
-        """Start controller and proxy in the background of this process; returns ``base_url``."""
+        """Start controller and proxy in the background of this process. Returns ``base_url``."""
         import asyncio
 
         from agent_infra_core.control.lock import LIBRARY_HOLDER
@@ -1217,12 +1217,12 @@ class ConnectionManager:
         return await asyncio.to_thread(self._open().status)
 
     async def stop(self, now: bool = False) -> list[str]:
-        """End proxy and replicas; names what was ended. Safe to call again."""
+        """End the proxy and replicas. Returns the names of what it ended. Safe to call again."""
         import asyncio
 
         deployment = self._open()
         ended = await asyncio.to_thread(deployment.stop, now)
-        if deployment.login is not None:  # what is asked of it later makes another connection
+        if deployment.login is not None:  # a later call connects again
             await asyncio.to_thread(deployment.login.close)
         return ended
 
@@ -1234,20 +1234,20 @@ class ConnectionManager:
         try:
             await asyncio.shield(entering)
         except asyncio.CancelledError:
-            stopping.set()  # and nothing goes on behind the back of who cancelled
+            stopping.set()  # and wait: no work may go on after the cancellation
             [error] = await asyncio.gather(entering, return_exceptions=True)
-            if error is None:  # too late: it is left as it was entered
+            if error is None:  # it had already finished: undo it
                 await self.stop(now=True)
             raise
         return self
 
     def _enter(self, should_stop: Callable[[], bool]) -> None:
-        """Start and connect; where that fails, what it started is ended, and what ran before runs on."""
+        """Start and connect. If that fails, end what it started; replicas that ran before keep running."""
         from agent_infra_core.control.lock import LIBRARY_HOLDER
 
         deployment = self._open()
         models = deployment.select_models()
-        deployment.claim(LIBRARY_HOLDER)  # first: if refused, nothing has been started that must be stopped
+        deployment.claim(LIBRARY_HOLDER)  # first: if this is refused, nothing needs to be stopped
         try:
             with ending_what_is_new(deployment.cluster, {model.name for model in models}):
                 deployment.start(models)
@@ -1267,16 +1267,16 @@ class ConnectionManager:
 
 
 # =====================================================================================================================
-# Command line. What a verb does lives in the core.
+# Command line. The core does the work of each verb.
 # =====================================================================================================================
 
 
 class ReplicaBoard:
-    """Shows replicas as they come up: one live line each on a terminal, else one line per change."""
+    """Shows replicas while they start: one live line each on a terminal, else one line per change."""
 
     def __init__(self) -> None:
         self._shown: dict[str, str] = {}
-        self._trails: dict[str, dict[str, str]] = {}  # replica → state → what it was last shown as in that state
+        self._trails: dict[str, dict[str, str]] = {}  # replica → state → the last line shown for it
         self._live: Any = None
 
     def __enter__(self) -> ReplicaBoard:
@@ -1292,7 +1292,7 @@ class ReplicaBoard:
             self._live.__exit__(*details)
 
     def show(self, records: Sequence[ReplicaRecord]) -> None:
-        """Bring the board up to date."""
+        """Update the board."""
         from agent_infra_core.control.status import describe_replica
 
         lines = {record.replica: describe_replica(record) for record in records}
@@ -1308,7 +1308,7 @@ class ReplicaBoard:
         self._shown = lines
 
     def _trail(self, record: ReplicaRecord, line: str) -> str:
-        """``PENDING (Resources, est. 14:32) → RUNNING gpu07 → LOADING 5/9 → READY 10.0.0.7:5901``."""
+        """Return ``PENDING (Resources, est. 14:32) → RUNNING gpu07 → LOADING 5/9 → READY 10.0.0.7:5901``."""
         trail = self._trails.setdefault(record.replica, {})
         if record.state == "pending":
             trail.clear()  # it was requeued
@@ -1318,7 +1318,7 @@ class ReplicaBoard:
 
 
 class OperatorSignals:
-    """SIGINT, SIGTERM and SIGHUP as a flag to wait for; a second one ends turns in flight at once."""
+    """Counts SIGINT, SIGTERM and SIGHUP; the second one calls ``on_second``, which ends turns in flight at once."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -1340,7 +1340,7 @@ def _say(line: str) -> None:
 
 
 def _deployment(arguments: argparse.Namespace) -> Deployment:
-    """The deployment that a command line means."""
+    """Return the deployment that the command line names."""
     config = load_config(arguments.config)
     if getattr(arguments, "port", None) is not None:
         config = dataclasses.replace(config, proxy=dataclasses.replace(config.proxy, port=arguments.port))
@@ -1348,7 +1348,7 @@ def _deployment(arguments: argparse.Namespace) -> Deployment:
 
 
 def _opened(config: Config) -> Deployment:
-    """A deployment whose connection to the cluster's host is closed when this process ends, however its command did."""
+    """Open a deployment; its connection to the login host is closed when this process exits, even after an error."""
     deployment = Deployment(config, _say, os.environ, _asker())
     if deployment.login is not None:
         atexit.register(deployment.login.close)
@@ -1356,7 +1356,7 @@ def _opened(config: Config) -> Deployment:
 
 
 def _asker() -> Callable[[str], str] | None:
-    """Asks the operator for a secret; None where nobody sits at a terminal."""
+    """Return a function that prompts for a secret; None if stdin isn't a terminal."""
     import getpass
 
     return getpass.getpass if sys.stdin.isatty() else None
@@ -1389,7 +1389,7 @@ def _run_start(arguments: argparse.Namespace) -> int:
 
 
 def _greet(controller: Controller, deployment: Deployment) -> None:
-    """What the operator needs in order to point an agent at the proxy."""
+    """Print what the operator needs to connect an agent to the proxy."""
     _say(f"proxy  {controller.url}  ({deployment.config.proxy.strategy})")
     _say(f"stats  {controller.url}/stats")
     for line in controller.tunnels.describe() if controller.tunnels is not None else ():
@@ -1402,7 +1402,7 @@ def _greet(controller: Controller, deployment: Deployment) -> None:
 
 
 def _attend(controller: Controller, signals: OperatorSignals) -> None:
-    """Wait until a signal comes, or the controller fails (then AgentInfraError)."""
+    """Wait for a signal. Raises AgentInfraError if the controller fails."""
     calm_collector()
     while not signals.came():
         if not controller.is_running:
@@ -1411,11 +1411,11 @@ def _attend(controller: Controller, signals: OperatorSignals) -> None:
 
 
 def run_detached(work: Callable[[Callable[[Path], None]], int]) -> int:
-    """Run ``work`` in a child process that keeps this terminal until it calls what it is given, with the path of a log.
+    """Run ``work(detach)`` in a child process that keeps the terminal until it calls ``detach(log)``.
 
-    Until then prompts, messages and errors appear here; from then on it lives on without the terminal, and the log
-    takes what it says.  Returns 0 at that moment, the child's exit code when it ends before.  Call it before any
-    thread is started.
+    Until then, prompts, messages and errors appear on the terminal.  After that the child runs without the terminal
+    and writes to the file ``log``.  Returns 0 when the child detaches, or its exit code if it ends first.  Call it
+    before starting any thread.
     """
     from agent_infra_core.node.failures import describe_exit
 
@@ -1426,7 +1426,7 @@ def run_detached(work: Callable[[Callable[[Path], None]], int]) -> int:
         os.close(ready)
         return work(functools.partial(_leave_terminal, child_end))
     os.close(child_end)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the child too; it decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the child too, which decides
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: os.kill(child, number))
     with open(ready, "rb") as pipe:
@@ -1439,7 +1439,7 @@ def run_detached(work: Callable[[Callable[[Path], None]], int]) -> int:
 
 
 def _leave_terminal(report: int, log: Path) -> None:
-    """Detach this process for good and say so through the pipe ``report``."""
+    """Detach this process from the terminal for good and report it through the pipe ``report``."""
     os.setsid()
     sys.stdout.flush()
     null, output = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -1447,7 +1447,7 @@ def _leave_terminal(report: int, log: Path) -> None:
         os.dup2(source, target)
     os.close(null)
     os.close(output)
-    with contextlib.suppress(BrokenPipeError):  # whoever waited is gone; the proxy serves
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone; the proxy runs anyway
         os.write(report, b"1")
     os.close(report)
 
@@ -1459,7 +1459,7 @@ def _run_connect(arguments: argparse.Namespace) -> int:
 
 
 def _connect(arguments: argparse.Namespace, detach: Callable[[Path], None] | None = None) -> int:
-    """Run controller and proxy until a signal comes; ``detach`` leaves the terminal once they serve."""
+    """Run controller and proxy until a signal arrives; call ``detach`` once they serve."""
     from agent_infra_core.control.link import DRAIN_S
 
     deployment = _deployment(arguments)
@@ -1488,7 +1488,7 @@ PAGE_STOP_S = 5.0
 
 
 def page_script() -> Path:
-    """The page's program; RefusedError when it or what it runs on is not there."""
+    """Return the path of the page's script. Raises RefusedError when it or a package it needs is missing."""
     import importlib.util
 
     script = Path(__file__).resolve().with_name("streamlit_dashboard.py")
@@ -1501,7 +1501,7 @@ def page_script() -> Path:
 
 
 def page_port(wanted: int | None) -> int:
-    """``wanted``, or the first free port from PAGE_PORT on; RefusedError when it is taken."""
+    """Return ``wanted`` (0: any free port), or the first free port from PAGE_PORT on. RefusedError if it is taken."""
     if wanted == 0:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -1515,7 +1515,7 @@ def page_port(wanted: int | None) -> int:
 
 
 def page_environment(deployment: Deployment, token: str | None) -> dict[str, str]:
-    """What the page is told that must not stand on a command line: its own key, and the proxy's."""
+    """Return the variables with the page's key and the proxy's key, which must not appear on a command line."""
     from agent_infra_core.fleet.state import read_or_make_key
 
     told = {"AGENT_INFRA_PAGE_KEY": read_or_make_key(deployment.paths.page_key)}
@@ -1523,16 +1523,16 @@ def page_environment(deployment: Deployment, token: str | None) -> dict[str, str
 
 
 def _import_ahead() -> None:
-    """Load what the page's program loads, so that its first viewer, for whom Streamlit starts it, need not wait."""
+    """Import the page's packages now: Streamlit runs the page only for its first viewer, who would have to wait."""
     import importlib
 
     for name in ("requests", "pandas", "altair"):
-        with contextlib.suppress(ImportError):  # whoever needs it says so
+        with contextlib.suppress(ImportError):  # the page reports it
             importlib.import_module(name)
 
 
 def serve_page(script: Path, port: int, proxy: str, token_file: str | None) -> int:
-    """Streamlit with the page in this process, until a signal ends it."""
+    """Run Streamlit with the page in this process until a signal ends it."""
     from streamlit.web import cli
 
     _import_ahead()
@@ -1548,13 +1548,13 @@ def serve_page(script: Path, port: int, proxy: str, token_file: str | None) -> i
     told = ["--proxy", proxy] + (["--token-file", os.path.abspath(token_file)] if token_file else [])
     bases = [base for base in (script.parent, script.parent / "agent_infra_data") if (base / ".streamlit").is_dir()]
     if bases:
-        os.chdir(bases[0])  # where Streamlit looks for its settings, the page's colours among them
+        os.chdir(bases[0])  # Streamlit reads its settings there, such as the page's colours
     cli.main(["run", str(script), *flags, "--", *told], prog_name="streamlit", standalone_mode=False)
     return 0
 
 
 class PageProcess:
-    """The page beside a proxy, a child that ends with this process, however that ends; owns child and lifeline."""
+    """Runs the page in a child process, which ends when this process does, even if killed. Owns the child's stdin."""
 
     def __init__(self, deployment: Deployment, proxy: str) -> None:
         from agent_infra_core.fleet.state import client_key
@@ -1589,21 +1589,21 @@ class PageProcess:
 
 
 def _end_with_input() -> None:
-    """Wait until the standard input ends, which is when the parent does; then end this process."""
-    with contextlib.suppress(OSError):  # nor can be read any more
+    """Wait for the end of standard input, which means that the parent is gone; then end this process."""
+    with contextlib.suppress(OSError):  # an unreadable one counts as ended
         while os.read(0, 4096):
             pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _run_page(arguments: argparse.Namespace) -> int:
-    """The role behind `up --dashboard`."""
+    """Run the `page` role, which `up --dashboard` starts."""
     threading.Thread(target=_end_with_input, name="lifeline", daemon=True).start()
     return serve_page(page_script(), arguments.port, arguments.proxy, None)
 
 
 def _expected_proxy(deployment: Deployment) -> str:
-    """The address of the deployment's proxy, or where it will be; RefusedError where nobody knows."""
+    """Return the URL of the deployment's proxy, running or not. Raises RefusedError if it cannot be known."""
     from agent_infra_core.fleet.state import read_relay_record
 
     relay, settings = read_relay_record(deployment.paths), deployment.config.proxy
@@ -1646,7 +1646,8 @@ def _run_up(arguments: argparse.Namespace) -> int:
         signals.on_second = controller.relay.terminate
         deployment.start(models)
     except BaseException:
-        # What ran before runs on, but no relay without its controller. A scheduler that is silent is no refusal.
+        # Replicas that ran before keep running, but a relay must not stay without its controller. Not only for
+        # RefusedError: the scheduler may have failed to answer.
         deployment.disconnect(0.0)
         raise
     try:
@@ -1663,7 +1664,7 @@ def _run_up(arguments: argparse.Namespace) -> int:
             _say("Ctrl-C stops it all")
             _attend(controller, signals)
     finally:
-        with contextlib.suppress(OSError):  # the terminal may be gone; what runs must end all the same
+        with contextlib.suppress(OSError):  # the terminal may be gone; stop everything anyway
             _say("stopping")
         if page is not None:
             page.close()
@@ -1709,7 +1710,7 @@ def _run_proxy(arguments: argparse.Namespace) -> int:
 
 
 def parse_backend(text: str, number: int) -> ReplicaRecord:
-    """``MODEL=HOST:PORT`` as a replica that is ready; RefusedError when it is not of that form."""
+    """Parse ``MODEL=HOST:PORT`` into the record of a ready replica. Raises RefusedError when it is invalid."""
     match = re.fullmatch(rf"({NAME_PATTERN})=(\[[^\]]+\]|[^:]+):(\d{{1,5}})", text)
     if match is None or not 0 < int(match[3]) < 65536:
         raise RefusedError(f"--backend {text}: MODEL=HOST:PORT is needed, such as my_model=127.0.0.1:8000")
@@ -1769,7 +1770,7 @@ def _run_status(arguments: argparse.Namespace) -> int:
 
 
 def describe_model(row: Mapping[str, Any]) -> str:
-    """A model's row of the status in words."""
+    """Describe a model's row of the status in a line."""
     words = [f"{row['ready']} of {row['wanted']} ready"]
     words += [f"{row['idle']} ended for want of turns"] if row["idle"] else []
     if row["sessions"] is not None:
@@ -1780,7 +1781,7 @@ def describe_model(row: Mapping[str, Any]) -> str:
 
 
 def describe_succession(replica: str, row: Mapping[str, Any]) -> str:
-    """What becomes of a replica whose walltime nears its end, in words."""
+    """Describe in a line how a replica whose walltime is about to end is replaced."""
     if not row["successor"]:
         return f"the successor of {replica} {row['note']}; there will be a gap"
     gap = ": there will be a gap while it loads" if row["is_after"] else ""
@@ -1788,7 +1789,7 @@ def describe_succession(replica: str, row: Mapping[str, Any]) -> str:
 
 
 def describe_accounting(accounting: Mapping[str, Any] | None) -> str | None:
-    """GPU-hours in words; None where no GPU was held."""
+    """Describe the GPU-hours in a line; None if no GPU was used."""
     hours: Mapping[str, float] = (accounting or {}).get("gpu_hours", {})
     total = sum(hours.values())
     if accounting is None or total <= 0:
@@ -1799,7 +1800,7 @@ def describe_accounting(accounting: Mapping[str, Any] | None) -> str | None:
 
 
 def _show_status(status: Mapping[str, Any], clear: bool) -> None:
-    """The status for people: a table of the replicas, the proxy, and what is not as it should be."""
+    """Print the status: a table of the replicas, the models, the proxy, and what is degraded."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -1846,7 +1847,7 @@ def _run_logs(arguments: argparse.Namespace) -> int:
         raise RefusedError(f"no log of {missing[0]}; there are: {', '.join(known)}")
 
     def read(name: str, start: int, limit: int) -> tuple[bytes, int]:
-        here = LogFolder(deployment.paths.run / "logs")  # the proxy's, wherever the replicas are
+        here = LogFolder(deployment.paths.run / "logs")  # the proxy's log is always on this machine
         return (here if name == "proxy" else deployment.cluster.logs).read(name, start, limit)
 
     follow_logs(names, read, arguments.lines, arguments.follow, _say)
@@ -1860,7 +1861,7 @@ def follow_logs(
     follow: bool,
     say: Callable[[str], None],
 ) -> None:
-    """The last ``lines`` of each log, named where there are several, then (``follow``) whatever is added, for ever."""
+    """Print the last ``lines`` of each log, with its name if there are several; with ``follow``, new lines for ever."""
     prefix = {name: f"{name}: " if len(names) > 1 else "" for name in names}
     offsets: dict[str, int] = {}
     while True:
@@ -1902,7 +1903,7 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def _config_to_stop(path: str | None) -> Config:
-    """The configuration at ``path``; where that has errors, what the deployment was started with."""
+    """Load the configuration at ``path``; if it has errors, return the one that the deployment was started with."""
     from agent_infra_core.fleet.state import deployment_names, deployment_paths
 
     try:
@@ -1919,7 +1920,7 @@ def _config_to_stop(path: str | None) -> Config:
 
 
 def _deployment_to_stop(arguments: argparse.Namespace) -> Deployment:
-    """The deployment that `stop` means, as it was started: its configuration may have been changed or broken since."""
+    """Return the deployment to stop, with the configuration it was started with: the file may have changed since."""
     from agent_infra_core.fleet.state import deployment_names, deployment_paths
 
     if arguments.name is None:
@@ -1951,7 +1952,7 @@ def _run_report(arguments: argparse.Namespace) -> int:
 
 
 def _history_of(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[HistoryFile | None]:
-    """The history that a command line means; RefusedError when none is kept, or the file that it names is not there."""
+    """Open the history that the command line names. Raises RefusedError when it is off or the file doesn't exist."""
     from agent_infra_core.fleet.state import deployment_paths
     from agent_infra_core.insight.export import read_history
     from agent_infra_core.insight.history import history_path
@@ -1969,15 +1970,15 @@ def _history_of(arguments: argparse.Namespace) -> contextlib.AbstractContextMana
 
 @contextlib.contextmanager
 def _output(path: str | None) -> Iterator[IO[str]]:
-    """Where a command writes: a file of this user alone, since prompts are in it, or standard output."""
+    """Open a command's output: a file with mode 0600, since it holds prompts, or standard output."""
     if path is not None:
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
             yield file
     else:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(encoding="utf-8")  # as the file: what is kept is not changed for a terminal's sake
+            sys.stdout.reconfigure(encoding="utf-8")  # like the file: the text must not depend on the terminal
         yield sys.stdout
-        sys.stdout.flush()  # here, where a reader that has gone is no error
+        sys.stdout.flush()  # now, while main() still handles a closed pipe
 
 
 def _run_stop(arguments: argparse.Namespace) -> int:
@@ -2004,7 +2005,7 @@ def _run_tunnel(_: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line. Options stand after the verb."""
+    """Return the parser of the command line. Options come after the verb."""
     parser = argparse.ArgumentParser(
         prog="agent_infra.py", description="GPU serving for multi-turn LLM agents: start, connect, stop."
     )
@@ -2026,7 +2027,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_running_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """The verbs that start and end something."""
+    """Add the verbs that start or stop something."""
     added = verb("up", _run_up, "start replicas and proxy; Ctrl-C stops it all", "config", "model", "port", "log")
     added.add_argument("--dashboard", action="store_true", help="serve the page too")
     added = verb("start", _run_start, "start the replicas that are missing", "config", "model")
@@ -2045,7 +2046,7 @@ def _add_running_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _add_looking_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    """The verbs that leave alone what runs."""
+    """Add the verbs that don't change what runs."""
     added = verb("pull", _run_pull, "fetch the models to where the replicas read them", "config")
     added.add_argument("--model", metavar="NAME", help="only this model of the configuration")
     added = verb("doctor", _run_doctor, "check what can be checked before anything is started", "config")
@@ -2085,7 +2086,7 @@ ROLES = ("serve", "fetch", "rank", "llama-cpp", "page", "relay", "tunnel")
 
 
 def build_role_parser() -> argparse.ArgumentParser:
-    """The command lines that the program uses on itself, a parser of their own: people are told of none of them."""
+    """Return the parser of the internal roles: only the program itself uses them, so --help doesn't list them."""
     from agent_infra_core.node.roles import add_roles
 
     parser = argparse.ArgumentParser(prog="agent_infra.py")
@@ -2104,7 +2105,7 @@ def build_role_parser() -> argparse.ArgumentParser:
 
 
 def parse_command_line(words: Sequence[str]) -> argparse.Namespace:
-    """Parse the command line; SystemExit, with a usage message, when it is invalid."""
+    """Parse the command line. Raises SystemExit, after a usage message, when it is invalid."""
     first = words[0] if words else ""
     if first in ROLES:
         return build_role_parser().parse_args(words)
@@ -2122,7 +2123,7 @@ def _count(text: str) -> int:
 
 
 def moment(text: str, now: float) -> float:
-    """Seconds since the epoch of ``2h`` (ago; s, m, h, d, w), or of a date or time of this place; else ValueError."""
+    """Parse ``2h`` (ago; s, m, h, d or w), or a local date or time, into seconds since the epoch; or ValueError."""
     import datetime
 
     ago = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
@@ -2132,7 +2133,7 @@ def moment(text: str, now: float) -> float:
 
 
 def _moment(text: str) -> float:
-    """argparse type: see moment."""
+    """argparse type: see moment()."""
     try:
         return moment(text, time.time())
     except ValueError:
@@ -2196,7 +2197,7 @@ _SHARED_OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
 
 
 def _explain_missing(error: ModuleNotFoundError) -> NotInstalledError:
-    """What to do about a package that is not there, and all others that are not; raises ``error`` where it is none."""
+    """Return an error that lists all missing packages; re-raises ``error`` if it isn't about a missing package."""
     name = (error.name or "").partition(".")[0]
     if not name or name in sys.stdlib_module_names:
         raise error
@@ -2204,13 +2205,13 @@ def _explain_missing(error: ModuleNotFoundError) -> NotInstalledError:
         require_packages(PROGRAM_PACKAGES if name in PROGRAM_PACKAGES else (name,))
     except NotInstalledError as explained:
         return explained
-    raise error  # it is there, and a part of it is not
+    raise error  # the package is installed, but a part of it is missing
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0 ok, 1 failed, 2 refused, 3 degraded, 130 interrupted."""
+    """Run a command line. Returns the exit code: 0 ok, 1 failed, 2 refused, 3 degraded, 130 interrupted."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: one that cannot show a × is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")  # like stderr: a terminal that can't show × must not fail
     arguments = parse_command_line(sys.argv[1:] if argv is None else argv)
     try:
         code: int = arguments.run(arguments)
@@ -2224,7 +2225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter fails at exit
         return 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
