@@ -1,4 +1,4 @@
-"""The core of Agent Infra, behind agent_infra.py. CONTRIBUTING.md says what each room holds."""
+"""The core of Agent Infra, behind agent_infra.py. CONTRIBUTING.md describes each package."""
 
 from __future__ import annotations
 
