@@ -1,4 +1,4 @@
-"""Builds agent_infra.pyz, the program as one file, which unpacks itself once; and node.pyz, which runs in jobs."""
+"""Builds agent_infra.pyz, the program as one self-unpacking file, and node.pyz, which runs in jobs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from agent_infra_core.errors import RefusedError
 
-# A folder stands for its Python files. The others are named one by one: users keep files of their own beside them.
+# A folder means its Python files. Other files are listed one by one, because users keep their own files beside them.
 PROGRAM_FILES = (
     ".streamlit/config.toml",
     "agent_infra.py",
@@ -30,16 +30,16 @@ PROGRAM_FILES = (
     "slurm_templates/vllm_multinode.sbatch.j2",
     "streamlit_dashboard.py",
 )
-NODE_FILES = ("__init__.py", "errors.py", "settings.py", "host.py", "protocol.py", "node")  # of agent_infra_core
+NODE_FILES = ("__init__.py", "errors.py", "settings.py", "host.py", "protocol.py", "node")  # in agent_infra_core
 
 _PROGRAM_MAIN = "from agent_infra_core.bundle import run_unpacked\n\nrun_unpacked()\n"
 _NODE_MAIN = "import sys\n\nfrom agent_infra_core.node.roles import main\n\nsys.exit(main())\n"
 _SHEBANG = b"#!/usr/bin/env python3\n"
-_DATE = (1980, 1, 1, 0, 0, 0)  # of every file: the same content gives the same bytes
+_DATE = (1980, 1, 1, 0, 0, 0)  # for every file, so that the same content gives the same bytes
 
 
 def build_program(find: Callable[[str], Path]) -> bytes:
-    """agent_infra.pyz; ``find`` tells where a file or folder of the program is, and raises RefusedError otherwise."""
+    """Build agent_infra.pyz; ``find`` locates a file or folder of the program, or raises RefusedError."""
     files: dict[str, bytes] = {"__main__.py": _PROGRAM_MAIN.encode()}
     for name in PROGRAM_FILES:
         files |= _read_tree(find(name), name)
@@ -47,7 +47,7 @@ def build_program(find: Callable[[str], Path]) -> bytes:
 
 
 def build_node() -> bytes:
-    """node.pyz: what runs inside a job, by the standard library alone."""
+    """Build node.pyz, which runs inside jobs and needs only the standard library."""
     files: dict[str, bytes] = {"__main__.py": _NODE_MAIN.encode()}
     for name in NODE_FILES:
         files |= _read_tree(Path(__file__).with_name(name), f"agent_infra_core/{name}")
@@ -55,7 +55,7 @@ def build_node() -> bytes:
 
 
 def _read_tree(path: Path, name: str) -> dict[str, bytes]:
-    """The file at ``path``, or all Python files below it, by their names in the archive."""
+    """Read the file at ``path``, or all Python files below it; keys are the names in the archive."""
     if path.is_file():
         return {name: path.read_bytes()}
     return {f"{name}/{each.relative_to(path).as_posix()}": each.read_bytes() for each in path.rglob("*.py")}
@@ -73,9 +73,9 @@ def _zip(files: Mapping[str, bytes]) -> bytes:
 
 
 def write_program(find: Callable[[str], Path], target: Path) -> Path:
-    """Write agent_infra.pyz to ``target``, whole; what runs from an older one has its own unpacked copy."""
+    """Write agent_infra.pyz to ``target`` atomically; programs that run from an older one use an unpacked copy."""
     content = build_program(find)
-    if target.exists() and not target.is_file():  # a directory, or /dev/stdout, which root could replace
+    if target.exists() and not target.is_file():  # a directory, or /dev/stdout, which root would replace
         raise RefusedError(f"{target} is no regular file; name another one with --output")
     try:
         _write_whole(target, content, 0o755)
@@ -85,8 +85,8 @@ def write_program(find: Callable[[str], Path], target: Path) -> Path:
 
 
 def run_unpacked() -> None:
-    """The main program of agent_infra.pyz: unpack it, unless that was done, and become the agent_infra.py in there."""
-    umask = os.umask(0o077)  # for the folders above too
+    """Run agent_infra.pyz: unpack it on first use, then replace this process with the unpacked agent_infra.py."""
+    umask = os.umask(0o077)  # for parent folders too
     try:
         folder = unpack(Path(os.path.abspath(__file__)).parents[1], os.environ)
     except RefusedError as error:
@@ -98,10 +98,10 @@ def run_unpacked() -> None:
 
 
 def unpack(archive: Path, environment: Mapping[str, str]) -> Path:
-    """The folder with the content of ``archive``, made on first use and checked on every other; RefusedError.
+    """Unpack ``archive`` on first use, check and repair the copy on later uses, and return its folder.
 
-    It is named by the archive's SHA-256 and lies in the state directory, or in the temporary directory where that
-    cannot be written. Only its owner may enter it.
+    The folder is named after the archive's SHA-256 and is in the state directory, or in the temporary directory if
+    that isn't writable. Only its owner may enter it. Raises RefusedError.
     """
     try:
         content = archive.read_bytes()
@@ -127,23 +127,23 @@ def unpack(archive: Path, environment: Mapping[str, str]) -> Path:
 
 
 def _homes(environment: Mapping[str, str]) -> Iterator[Path]:
-    """Where archives may be unpacked, in order of preference. No deployment's name begins with a dot."""
+    """Yield the folders to unpack archives in, by preference. Names of deployments never start with a dot."""
     base = environment.get("XDG_STATE_HOME") or os.path.join(environment.get("HOME", "~"), ".local", "state")
-    with contextlib.suppress(RuntimeError):  # no HOME, and no such user
+    with contextlib.suppress(RuntimeError):  # neither HOME nor a passwd entry
         yield Path(base).expanduser().absolute() / "agent-infra" / ".programs"
-    with contextlib.suppress(FileNotFoundError):  # none can be written
+    with contextlib.suppress(FileNotFoundError):  # no writable temporary directory
         yield Path(tempfile.gettempdir()) / f"agent-infra-programs-{os.getuid()}"
 
 
 def _check_owner(folder: Path) -> None:
-    """RefusedError unless ``folder`` is a directory of this user that no other can write to."""
+    """Raise RefusedError unless ``folder`` is a directory that this user owns and nobody else can write to."""
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise RefusedError(f"{folder} is not a directory of yours alone; remove it, or set XDG_STATE_HOME or TMPDIR")
 
 
 def _mend(path: Path, content: bytes) -> None:
-    """Make sure that ``path`` holds this; others may do the same at the same time, or run from it."""
+    """Make sure that ``path`` has this content; other processes may do the same at the same time, or run from it."""
     with contextlib.suppress(OSError):
         if path.read_bytes() == content:
             return
@@ -152,7 +152,7 @@ def _mend(path: Path, content: bytes) -> None:
 
 
 def _write_whole(path: Path, content: bytes, mode: int) -> None:
-    """Replace a file so that nobody ever sees a part of it; OSError."""
+    """Replace a file atomically. Raises OSError."""
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with open(descriptor, "wb") as file:

@@ -1,6 +1,6 @@
-"""What an agent imports: SessionContext and attach.
+"""The API for agents: SessionContext and attach.
 
-Standard library only, and it never patches the host process."""
+Uses the standard library only and never patches the agent's process."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ __all__ = ["SessionContext", "attach"]
 
 
 class ClientError(AgentInfraError, ValueError):
-    """What an agent asked of its session cannot be done; the message says what is allowed."""
+    """A session got an invalid argument or an unsupported client; the message says what is allowed."""
 
 
-# Printable ASCII, no blank at the ends: no CR or LF reaches the wire, and every HTTP library can encode it.
+# Printable ASCII without blanks at the ends: no CR or LF reaches the wire, and every HTTP library can encode it.
 _HEADER_VALUE = r"[!-~]([ -~]{0,198}[!-~])?"
 
 
 def _checked_header(what: str, value: str) -> str:
-    """``value`` if it can be sent as a header, else ClientError."""
+    """Return ``value``. Raises ClientError if it can't be sent as a header."""
     if isinstance(value, str) and re.fullmatch(_HEADER_VALUE, value):
         return value
     allowed = "1 to 200 printable ASCII characters, with no blank at the ends"
@@ -38,16 +38,16 @@ def _checked_header(what: str, value: str) -> str:
 
 
 def describe_client() -> str:
-    """Who this process is, as ``X-Client-ID`` says it: ``user@host:pid command``, at most 200 ASCII characters.
+    """Return the value of ``X-Client-ID`` for this process: ``user@host:pid command``, at most 200 ASCII characters.
 
-    The part before the first blank identifies the process; the command is there for people.
+    The part before the first blank identifies the process; the command is for people.
     """
     import getpass
     import platform
 
     try:
         user = getpass.getuser()
-    except (KeyError, OSError, ImportError):  # a container's uid without a passwd entry; the kind depends on the Python
+    except (KeyError, OSError, ImportError):  # a uid without a passwd entry; the error type depends on the Python
         user = str(os.getuid()) if hasattr(os, "getuid") else "unknown"
     identity = f"{user}@{platform.node()}:{os.getpid()}".replace(" ", "_")
     command = os.path.basename(sys.argv[0] if sys.argv else "") or "python"
@@ -55,17 +55,17 @@ def describe_client() -> str:
 
 
 class SessionContext:
-    """One session of an agent: the headers that say whose turn a request is, and how long the agent observed and acted.
+    """One session of an agent: headers that identify its requests and report the agent's time between turns.
 
-    *post* is acting on the previous answer, *pre* is observing before the next request; both travel with that next
-    request, once.  ``get_headers()`` therefore spends them: call it once a request and hand the result to the SDK as
-    ``extra_headers``, which sends the same headers again when it retries.
+    *post* is time spent acting on the previous answer, *pre* is time spent observing before the next request.  The
+    next request carries both, once: ``get_headers()`` resets them.  Call it once per request and pass the result to
+    the SDK as ``extra_headers``; the SDK sends the same headers again when it retries.
 
-    Ids are 1 to 200 printable ASCII characters (ClientError otherwise); ``session_id`` defaults to a fresh UUID and
-    ``client_id`` to ``user@host:pid command``.  ``base_url`` is the URL that the OpenAI client got; with it ``close()``
-    can tell the proxy that the session is over.
+    Ids are 1 to 200 printable ASCII characters (ClientError otherwise); ``session_id`` defaults to a new UUID and
+    ``client_id`` to ``user@host:pid command``.  ``base_url`` is the OpenAI client's URL; ``close()`` needs it to
+    notify the proxy.
 
-    A session is one line of turns: threads and tasks may take turns on one context, not run turns at once.
+    The turns of a session run one after another: threads and tasks may share a context, but not run turns at once.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class SessionContext:
         self._base_url = base_url
         self._api_key = api_key
         self._closed = False
-        self._lock = threading.Lock()  # owns all below
-        self._timings_ms: dict[str, float] = {}  # by header name, until the next request takes them
-        self._open_blocks: list[str] = []  # header names of the blocks entered and not left; time goes to the innermost
-        self._settled_at = 0.0  # up to when time was given to blocks; monotonic s
-        self._answered_at: float | None = None  # end of the latest answer, where attach() sees it; monotonic s
+        self._lock = threading.Lock()  # owns all attributes below
+        self._timings_ms: dict[str, float] = {}  # header name → ms, until the next request takes them
+        self._open_blocks: list[str] = []  # header names of the open blocks; time counts for the innermost
+        self._settled_at = 0.0  # time up to here was added to blocks; monotonic s
+        self._answered_at: float | None = None  # end of the latest answer, with attach(); monotonic s
 
     @classmethod
     def from_config(
@@ -107,11 +107,11 @@ class SessionContext:
         task_id: str | None = None,
         client_id: str | None = None,
     ) -> SessionContext:
-        """A session with the header names, the address and the key that a configuration (or its file) says.
+        """Return a session with the header names, address and key from a configuration (or its file).
 
-        With ``proxy.port: 0`` the address is known to nobody beforehand, and ``close()`` has nobody to tell.
+        With ``proxy.port: 0`` the address isn't known beforehand, so ``close()`` cannot notify the proxy.
         """
-        from agent_infra import load_config  # the one look upwards: a program that reads no file needs no parser
+        from agent_infra import load_config  # the only upward import: only configuration files need the parser
 
         loaded = config if isinstance(config, Config) else load_config(config)
         proxy = loaded.proxy
@@ -119,17 +119,17 @@ class SessionContext:
         return cls(session_id, task_id, client_id, loaded.headers, base_url=base_url, api_key=proxy.api_key)
 
     def get_headers(self) -> dict[str, str]:
-        """The headers of the next request; the timings among them are spent by this call."""
+        """Return the headers for the next request and reset the timings."""
         return self._identity | self._take_timings()
 
     def set_timing(self, pre_ms: float | None = None, post_ms: float | None = None) -> None:
-        """Say the next request's timings, in place of what the blocks measured; None leaves one as it is."""
+        """Set the next request's timings, in place of those measured by blocks; None leaves a timing unchanged."""
         for name, value in ((self._headers.timing_pre, pre_ms), (self._headers.timing_post, post_ms)):
             if value is None:
                 continue
             try:
                 is_allowed = 0 <= value < math.inf
-            except TypeError:  # no number at all
+            except TypeError:  # not a number
                 is_allowed = False
             if not is_allowed:
                 raise ClientError(f"{name}: found {shorten(value)}; allowed: milliseconds, 0 or more")
@@ -137,9 +137,9 @@ class SessionContext:
                 self._timings_ms[name] = float(value)
 
     def observing(self) -> contextlib.AbstractContextManager[None]:
-        """Time a block as *pre*: looking at the world before the next request.
+        """Time a block as *pre*: observing the world before the next request.
 
-        Blocks add up until a request takes them.  Inside another block, time belongs to the inner one only.
+        Times of several blocks add up until the next request.  In nested blocks, only the inner one counts.
         """
         return self._timed(self._headers.timing_pre)
 
@@ -148,10 +148,10 @@ class SessionContext:
         return self._timed(self._headers.timing_post)
 
     def close(self) -> None:
-        """Tell the proxy that the session is over; what it holds for the session is free at once.
+        """Tell the proxy that the session is over, so that it can free the session's resources at once.
 
-        Done once, later calls do nothing.  Never raises because the proxy is gone or refuses (it ends idle sessions by
-        itself), and waits for it 2 s at most.
+        Only the first call does anything.  Waits at most 2 s, and doesn't raise if the proxy is gone or refuses: the
+        proxy ends idle sessions itself.
         """
         with self._lock:
             closed, self._closed = self._closed, True
@@ -164,7 +164,7 @@ class SessionContext:
         url = urllib.parse.urlsplit(self._base_url)
         session = urllib.parse.quote(self.session_id, safe="")
         key = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
-        # http_proxy is for the way out: a forward proxy never reaches this machine's own loopback.
+        # Ignore http_proxy for the loopback: a forward proxy can't reach this machine's own.
         is_loopback = url.hostname in ("localhost", "::1") or (url.hostname or "").startswith("127.")
         opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * is_loopback)
         with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
@@ -192,7 +192,7 @@ class SessionContext:
                 self._open_blocks.pop()
 
     def _settle(self) -> float:
-        """Give the time since the last call to the innermost open block, and return the time; the lock is held."""
+        """Add the time since the last call to the innermost open block. Returns monotonic s. Needs the lock."""
         now = time.monotonic()
         if self._open_blocks:
             name = self._open_blocks[-1]
@@ -201,7 +201,7 @@ class SessionContext:
         return now
 
     def _take_timings(self) -> dict[str, str]:
-        """The timing headers of the next request, spent by this call; a gap that nobody split counts as *pre*."""
+        """Return the timing headers for the next request and reset them; a gap without timings counts as *pre*."""
         with self._lock:
             now = self._settle()
             if not self._timings_ms and self._answered_at is not None:
@@ -226,7 +226,7 @@ class _AttachedSession(SessionContext):
         self._origin = _origin_of(client.base_url)
         self._headers_before: Mapping[str, Any] = {}
         self._turn = 0
-        self._sent: dict[str, str] = {}  # timings of the latest turn; the SDK's retry of it sends them again
+        self._sent: dict[str, str] = {}  # timings of the latest turn; retries by the SDK send them again
 
     def close(self) -> None:
         client = self._client()
@@ -235,8 +235,8 @@ class _AttachedSession(SessionContext):
         super().close()
 
     def install(self, client: Any) -> None:
-        """Put the headers on ``client`` and the hooks on its HTTP client, in the place of sessions that were there."""
-        hooks = client._client.event_hooks  # changed in place only: another thread may be going through them
+        """Add the headers to ``client`` and the hooks to its HTTP client; detaches sessions that this one replaces."""
+        hooks = client._client.event_hooks  # change it in place only: another thread may be iterating over it
         for earlier in [getattr(hook, "__self__", None) for hook in hooks["request"]]:
             if isinstance(earlier, _AttachedSession) and earlier._is_replaced_by(client, self.session_id):
                 earlier.detach(client._client)
@@ -247,7 +247,7 @@ class _AttachedSession(SessionContext):
         hooks["response"].append(self._after_head_async if is_async else self._after_head)
 
     def detach(self, http_client: Any) -> None:
-        """Take the hooks off ``http_client`` and the headers off the client; harmless when they are off already."""
+        """Remove the hooks from ``http_client`` and the headers from the client. Safe to call again."""
         client, was_attached = self._client(), False
         for hooks in http_client.event_hooks.values():
             for hook in [hook for hook in hooks if getattr(hook, "__self__", None) is self]:
@@ -257,7 +257,7 @@ class _AttachedSession(SessionContext):
             client._custom_headers = self._headers_before
 
     def _is_replaced_by(self, client: Any, session_id: str) -> bool:
-        """Whether attaching ``session_id`` to ``client``, on the same HTTP client, leaves nothing for this session."""
+        """Whether attaching ``session_id`` to ``client``, on the same HTTP client, replaces this session."""
         return self._client() in (None, client) or self.session_id == session_id
 
     def _before_request(self, request: Any) -> None:
@@ -266,7 +266,7 @@ class _AttachedSession(SessionContext):
         if _origin_of(request.url) != self._origin:  # an absolute URL, a redirect, a copy with another base_url
             for name in vars(self._headers).values():
                 request.headers.pop(name, None)
-        elif request.method == "POST" and "agent_infra" not in request.extensions:  # it is in those of a redirect
+        elif request.method == "POST" and "agent_infra" not in request.extensions:  # a redirect inherits it
             is_retry = request.headers.get("x-stainless-retry-count", "0") != "0"
             timings = self._take_timings()
             self._sent = self._sent if is_retry else timings
@@ -284,13 +284,13 @@ class _AttachedSession(SessionContext):
         self._watch(response, "aclose")
 
     def _watch(self, response: Any, closer: str) -> None:
-        """Note the end of the answer: whoever reads it, or gives it up, calls the response's ``closer``."""
+        """Record when the answer ends: reading it to the end or dropping it calls the response's ``closer``."""
         session, turn = response.request.extensions.get("agent_infra", (None, 0))
         if session is not self:
             return
 
         def close() -> Any:
-            vars(response).pop(closer, None)  # the class's own method again, and no cycle
+            vars(response).pop(closer, None)  # restore the class's method; leaves no reference cycle
             self._answered(turn)
             return getattr(response, closer)()
 
@@ -298,12 +298,12 @@ class _AttachedSession(SessionContext):
 
     def _answered(self, turn: int) -> None:
         with self._lock:
-            if turn == self._turn:  # a stream left open may be closed, by the garbage collector, in a later turn
+            if turn == self._turn:  # the garbage collector may close an abandoned stream in a later turn
                 self._answered_at = self._settled_at = time.monotonic()
 
 
 def _origin_of(url: Any) -> tuple[str, str, int | None]:
-    """What tells one server from another in an httpx URL, which has no port where it is the scheme's own."""
+    """Return scheme, host and port of an httpx URL; the port is None if it is the scheme's default."""
     return url.scheme, url.host, url.port
 
 
@@ -321,12 +321,12 @@ def attach(
         with attach(client, task_id="demo") as session:
             client.chat.completions.create(...)
 
-    The gap between the end of an answer and the next request is measured here, streams included, and counts as *pre*,
-    unless the agent split it with the session's ``observing()`` and ``acting()`` or ``set_timing()``.  Copies made by
-    ``client.with_options()`` from now on belong to the session too.  Attaching a client again replaces its session;
-    ``close()`` detaches it.  Requests to another server than the client's ``base_url`` carry none of the headers.
+    The time from the end of an answer, streamed or not, to the next request counts as *pre*, unless the agent splits it
+    with the session's ``observing()`` and ``acting()`` or with ``set_timing()``.  Copies that ``client.with_options()``
+    makes from now on belong to the session too.  Attaching a client again replaces its session; ``close()`` detaches
+    it.  Requests to a server other than the client's ``base_url`` carry none of the headers.
 
-    Raises ClientError where the client is of another kind.
+    Raises ClientError for any other kind of client.
     """
     hooks = getattr(getattr(client, "_client", None), "event_hooks", None)
     if not isinstance(hooks, dict) or not isinstance(getattr(client, "_custom_headers", None), Mapping):

@@ -1,4 +1,4 @@
-"""Errors: one root. The message says what happened, where, and what to do. Only main() prints errors and exits."""
+"""Errors, with one root class. Messages say what happened, where, and what to do. Only main() prints them and exits."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Iterable
 
 
 class AgentInfraError(Exception):
-    """Root of every error that this program raises on purpose; ``exit_code`` is what the command line returns."""
+    """Base class of every error that this program raises on purpose; ``exit_code`` is that of the command line."""
 
     exit_code = 1
 
 
 class RefusedError(AgentInfraError):
-    """Refused before any engine was started: the configuration, the machine or the state does not allow it."""
+    """Refused before starting any engine: the configuration, the machine or the state doesn't allow it."""
 
     exit_code = 2
 
 
 class ConfigError(RefusedError):
-    """The configuration is wrong; the message names every offending path, its value and what is allowed."""
+    """The configuration is invalid; the message names every invalid key, its value and the allowed values."""
 
 
-# What the relay and its controller import, and what the other roles of the operator's machine import besides.
+# Packages for the relay and its controller, and for all roles on the operator's machine, by import name.
 SERVING_PACKAGES = ("gevent", "flask", "msgspec", "numpy", "prometheus_client")
 PROGRAM_PACKAGES = (*SERVING_PACKAGES, "yaml", "marshmallow", "jinja2", "rich", "requests", "paramiko", "sshtunnel")
 
 
 class NotInstalledError(RefusedError):
-    """This Python has not the packages that are needed; ``names`` are those that are imported."""
+    """This Python is missing packages; ``names`` are their import names."""
 
     def __init__(self, names: Iterable[str]) -> None:
         packages = ", ".join("PyYAML" if name == "yaml" else name.replace("_", "-") for name in names)
@@ -39,7 +39,7 @@ class NotInstalledError(RefusedError):
 
 
 def require_packages(names: Iterable[str]) -> None:
-    """NotInstalledError where this Python has not all of these packages; imports none of them."""
+    """Raise NotInstalledError if this Python is missing any of these packages. Doesn't import them."""
     import importlib.util
 
     missing = [name for name in names if importlib.util.find_spec(name) is None]

@@ -1,4 +1,4 @@
-"""This machine: atomic and private files, locks, processes, ports, commands, and where the program runs from."""
+"""This machine: atomic and private files, locks, processes, ports, commands, and the program's own location."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from typing import Protocol
 from agent_infra_core.errors import AgentInfraError, RefusedError
 
 PROBE_TIMEOUT_S = 2.0
-_PROGRAM_HOME = Path(os.path.abspath(__file__)).parents[1]  # now: __file__ is relative in an archive that was named so
+_PROGRAM_HOME = Path(os.path.abspath(__file__)).parents[1]  # at import: in an archive, __file__ may be relative
 
 
 def program_home() -> Path:
-    """What the program runs from: the folder of agent_infra.py, or the archive node.pyz."""
+    """Return where the program runs from: the folder of agent_infra.py, or the archive node.pyz."""
     return _PROGRAM_HOME
 
 
 def self_command(role: str) -> list[str]:
-    """The words that start this program in another role, with this Python, wherever it runs from."""
+    """Return the argv that starts this program in another role, with this Python."""
     home = program_home()
     return [sys.executable, str(home if home.is_file() else home / "agent_infra.py"), role]
 
 
 def resource(name: str) -> Path:
-    """A file or folder that comes with the program: beside agent_infra.py, or in an installed wheel's data."""
+    """Return a file or folder of the program: beside agent_infra.py, or in an installed wheel's data."""
     for folder in (program_home(), program_home() / "agent_infra_data"):
         if (folder / name).exists():
             return folder / name
@@ -45,7 +45,7 @@ def resource(name: str) -> Path:
 
 
 def allow_many_descriptors() -> None:
-    """Raise this process's limit of open files as far as it goes without privileges."""
+    """Raise this process's limit of open files to the hard limit."""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -53,14 +53,14 @@ def allow_many_descriptors() -> None:
 
 
 def calm_collector() -> None:
-    """For a process that has started: what was imported is for ever, and need not be walked again and again."""
+    """Make garbage collection cheaper once a process has started: never scan its imported modules again."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
 
 
 def release_free_memory() -> None:
-    """Give back what starting up has freed: compiling alone leaves 16 MB. Only glibc knows how."""
+    """Return memory that start-up has freed to the system; compiling alone leaves 16 MB. Works with glibc only."""
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError):
@@ -68,7 +68,7 @@ def release_free_memory() -> None:
 
 
 def listener_owners(port: int) -> set[int]:
-    """The users that listen on a TCP port of this machine."""
+    """Return the uids of the users that listen on a TCP port of this machine."""
     owners = set()
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(FileNotFoundError):
@@ -80,9 +80,9 @@ def listener_owners(port: int) -> set[int]:
 
 
 def process_stamp(pid: int) -> str | None:
-    """What tells process ``pid`` from a later one with its number (boot id and start time); None when it is gone.
+    """Return boot id and start time of process ``pid``, which a later process with this pid doesn't share.
 
-    A zombie is gone: it holds no port and no file, and whoever should reap it may be slow.
+    None if it is gone. A zombie counts as gone: it has no open port or file, and its parent may be slow to reap it.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -93,7 +93,7 @@ def process_stamp(pid: int) -> str | None:
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
-    """Replace ``path`` by ``text`` so that a reader sees the old or the new content, never a part."""
+    """Replace the content of ``path`` with ``text``; readers see the old or the new content, never a mixture."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
@@ -107,7 +107,7 @@ def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
 def http_get(
     host: str, port: int, path: str, key: str | None = None, *, method: str = "GET", timeout_s: float = PROBE_TIMEOUT_S
 ) -> tuple[int, bytes]:
-    """Status and body of a request without one, whatever http_proxy says; status 0 when nothing answers in time."""
+    """Send a request without a body, ignoring http_proxy. Returns status and body; status 0 if no answer in time."""
     import http.client
 
     connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
@@ -122,7 +122,7 @@ def http_get(
 
 
 def private_directory() -> Path:
-    """A 0700 directory of this user with a short path, for locks and sockets; RefusedError where it is another's."""
+    """Return a 0700 directory of this user with a short path, for locks and sockets. RefusedError if it is unsafe."""
     import tempfile
 
     directory = Path(tempfile.gettempdir()) / f"agent-infra-{os.getuid()}"
@@ -135,9 +135,9 @@ def private_directory() -> Path:
 
 
 def is_free(port: int) -> bool:
-    """Whether nothing listens on ``port`` at any address of this machine."""
+    """Whether nothing listens on ``port`` on any address of this machine."""
     with socket.socket() as probe:
-        # As servers do: connections of an engine that just ended (TIME_WAIT) do not keep its port.
+        # As servers do: connections in TIME_WAIT of an engine that just ended don't block its port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
@@ -148,9 +148,9 @@ def is_free(port: int) -> bool:
 
 @contextlib.contextmanager
 def file_lock(path: Path, timeout_s: float) -> Iterator[None]:
-    """Hold the flock of ``path``; the kernel frees it with its holder, however that ends.
+    """Hold an flock on ``path``; the kernel releases it when the process ends, even if killed.
 
-    Raises RefusedError when another process still holds it after ``timeout_s``, OSError when it cannot be made.
+    Raises RefusedError if another process still holds it after ``timeout_s``, OSError if it cannot be created.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -171,11 +171,11 @@ def file_lock(path: Path, timeout_s: float) -> Iterator[None]:
 
 
 def create_atomically(path: Path, text: str) -> bool:
-    """Create ``path`` (0600) with ``text``, whole or not at all; False, and nothing changed, where it exists."""
+    """Create ``path`` (0600) with ``text``, completely or not at all. Returns False if it already exists."""
     temporary = path.with_name(f".{path.name}.new.{os.getpid()}.{threading.get_ident()}")
     write_atomically(temporary, text)
     try:
-        os.link(temporary, path)  # unlike a rename, a link never replaces
+        os.link(temporary, path)  # unlike a rename, a link never replaces a file
     except FileExistsError:
         return False
     finally:
@@ -184,9 +184,9 @@ def create_atomically(path: Path, text: str) -> bool:
 
 
 def end_process(pid: int, stamp: str, grace_s: float) -> None:
-    """SIGTERM, ``grace_s`` to end, then SIGKILL; only the very process that ``stamp`` tells, never its number's heir.
+    """Send SIGTERM, wait ``grace_s``, then send SIGKILL; does nothing if ``pid`` no longer has this ``stamp``.
 
-    Returns when it is gone, or after 10 s more (a process in uninterruptible sleep cannot be ended).
+    Returns when the process is gone, or 10 s after SIGKILL (one in uninterruptible sleep cannot be killed).
     """
     steps = ((signal.SIGTERM, grace_s), (signal.SIGKILL, 10.0)) if grace_s > 0 else ((signal.SIGKILL, 10.0),)
     for number, patience_s in steps:
@@ -201,36 +201,36 @@ def end_process(pid: int, stamp: str, grace_s: float) -> None:
 
 @dataclass(frozen=True)
 class CommandResult:
-    """How a command on the cluster's host ended."""
+    """The result of a command on the cluster's host."""
 
-    status: int  # exit code; negative: ended by that signal
+    status: int  # exit code; negative: the signal that ended it
     output: bytes
     errors: bytes
 
 
 class HostUnreachableError(AgentInfraError):
-    """The cluster's host, not the command, failed; says nothing about the jobs. The message carries the fix."""
+    """The cluster's host failed, not the command; the jobs may still run. The message includes the fix."""
 
 
 class CommandRunner(Protocol):
-    """Runs commands on the host from which the cluster is used; safe to use from several threads."""
+    """Runs commands on the cluster's host. Thread-safe."""
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
-        """Run ``argv`` to its end, whatever its exit code; HostUnreachableError when the host cannot be asked."""
+        """Run ``argv`` to its end, with any exit code. Raises HostUnreachableError if the host doesn't answer."""
 
     def close(self) -> None:
-        """Give back what the runner holds."""
+        """Release the runner's resources."""
 
 
 class LocalCommands:
-    """Commands run on this machine."""
+    """Runs commands on this machine. A CommandRunner."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = environment
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
         try:
-            # A group of its own: at the deadline what a shell has started ends too, else it would hold the pipes open.
+            # Its own process group: at the deadline a shell's children end too, or they would keep the pipes open.
             process = subprocess.Popen(
                 argv,
                 stdin=subprocess.PIPE,
@@ -240,7 +240,7 @@ class LocalCommands:
                 start_new_session=True,
             )
         except FileNotFoundError as error:
-            return CommandResult(127, b"", f"{error.filename}: not found".encode())  # as a shell says it
+            return CommandResult(127, b"", f"{error.filename}: not found".encode())  # as a shell reports it
         except OSError as error:
             raise HostUnreachableError(f"`{argv[0]}` cannot be started here: {error.strerror}") from error
         with process:
@@ -260,7 +260,7 @@ class LocalCommands:
 
 
 def is_listening(host: str, port: int) -> bool:
-    """Whether anything accepts connections there."""
+    """Whether anything accepts connections on this address."""
     try:
         socket.create_connection((host, port), timeout=0.5).close()
     except OSError:
@@ -269,7 +269,7 @@ def is_listening(host: str, port: int) -> bool:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that says something; empty where there is none."""
+    """Return the last line of a log that isn't blank; empty if there is none."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - 65536))
@@ -281,9 +281,9 @@ def last_line(log: Path) -> str:
 
 @contextlib.contextmanager
 def unix_address(path: str) -> Iterator[str]:
-    """What to bind or connect a Unix socket to for ``path``: itself, or a short name for it while the block runs.
+    """Yield the address to bind or connect a Unix socket to: ``path``, or a short name that works inside the block.
 
-    The kernel takes about 100 bytes; a longer path is reached through its directory's descriptor.
+    The kernel limits addresses to about 100 bytes; the short name goes through a descriptor of the directory.
     """
     if len(os.fsencode(path)) <= 100:
         yield path
@@ -296,7 +296,7 @@ def unix_address(path: str) -> Iterator[str]:
 
 
 def listen_on(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; RefusedError, with the fix, when the address cannot be had."""
+    """Return a listening TCP socket for the proxy. Raises RefusedError, with the fix, if the address is unusable."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(address[:2], family=family, backlog=4096)
@@ -311,6 +311,6 @@ def listen_on(host: str, port: int) -> socket.socket:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a log; neither a full disk nor half a surrogate pair stops the service."""
+    """Append a line to a log; ignores write errors such as a full disk, and escapes lone surrogates."""
     with contextlib.suppress(OSError), open(path, "a", encoding="utf-8", errors="backslashreplace") as log:
         log.write(line + "\n")

@@ -1,4 +1,4 @@
-"""Settings: frozen dataclasses with every key of the configuration, its default and what it may be."""
+"""Settings: frozen dataclasses with every configuration key, its default and its allowed values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEADER_PATTERN = r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}"
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value may be: bounds (``above`` is exclusive), a choice, or a full-match pattern and its description."""
+    """Allowed values of a key: bounds (``above`` is exclusive), choices, or a full-match pattern with a description."""
 
     low: float | None = None
     above: float | None = None
@@ -34,7 +34,7 @@ class Rule:
     allowed: str = ""
 
     def describe(self) -> str:
-        """What is allowed, in words."""
+        """Describe the allowed values for a message."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
         if self.allowed:
@@ -47,7 +47,7 @@ class Rule:
         return " and ".join(bound for bound in bounds if bound)
 
     def accepts(self, value: Any) -> bool:
-        """Whether ``value``, already of the right type, is allowed; ``None`` always is (the type decides about it)."""
+        """Whether ``value``, which has the right type, is allowed; always true for None, which only the type limits."""
         if value is None:
             return True
         if self.choices is not None:
@@ -59,7 +59,7 @@ class Rule:
 
 
 def _key(default: Any = dataclasses.MISSING, **rule: Any) -> Any:
-    """A dataclass field with the rule for its value; lists and mappings get a fresh default each."""
+    """Return a dataclass field with a rule for its value; each instance gets its own copy of a list or mapping."""
     metadata = {"rule": Rule(**rule)} if rule else {}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -68,14 +68,14 @@ def _key(default: Any = dataclasses.MISSING, **rule: Any) -> Any:
 
 @dataclass(frozen=True)
 class ProxyConfig:
-    """The proxy that agents speak to."""
+    """The proxy that agents send requests to."""
 
     host: str = _key("127.0.0.1", pattern=r"\S+", allowed="an address to listen on, such as 127.0.0.1 or 0.0.0.0")
     port: int = _key(5800, low=0, high=65535)  # 0 = any free port
     strategy: str = _key("least_load", choices=STRATEGY_NAMES)
     health_check_interval: float = _key(30.0, above=0)  # s
     load_poll_interval: float = _key(1.0, above=0)  # s
-    request_timeout: float = _key(300.0, above=0)  # s without a byte from the replica
+    request_timeout: float = _key(300.0, above=0)  # s without data from the replica
     connect_timeout: float = _key(5.0, above=0)  # s
     max_retries: int = _key(3, low=0, high=100)
     max_queue: int = _key(1000, low=0)  # requests waiting for a slot
@@ -89,9 +89,9 @@ class ProxyConfig:
 
 @dataclass(frozen=True)
 class SshConfig:
-    """How the cluster's login host is reached; what is None comes from ssh_config, else from ssh's own defaults."""
+    """How to reach the cluster's login host; None takes a value from ssh_config, else ssh's default."""
 
-    # Not a dash first: ssh would take it for an option.
+    # No leading dash: ssh would take the host for an option.
     host: str = _key(pattern=r"[A-Za-z0-9_.:][\w.:-]*", allowed="a host's name or address, or an alias of ssh_config")
     user: str | None = _key(None, pattern=r"[\w.@+][\w.@+-]*", allowed="a user's name there")
     port: int | None = _key(None, low=1, high=65535)
@@ -100,7 +100,7 @@ class SshConfig:
     known_hosts_file: str | None = _key(None, pattern=r"\S+", allowed="the path of a known_hosts file, without blanks")
 
 
-# What this program sets itself, or what would take its jobs out of its hands.
+# sbatch options that this program sets itself, or that would make it lose control of its jobs.
 RESERVED_DIRECTIVES = (
     *("array", "chdir", "comment", "error", "export", "hold", "input", "job-name", "nodes", "ntasks"),
     *("ntasks-per-node", "open-mode", "output", "parsable", "partition", "qos", "time", "test-only", "wait", "wrap"),
@@ -109,7 +109,7 @@ RESERVED_DIRECTIVES = (
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    """A partition that replicas may run in; of several with room, the one of the highest priority is taken."""
+    """A partition for replicas; of several with free nodes, the one with the highest priority is used."""
 
     name: str = _key(pattern=r"[\w.@+-]{1,64}", allowed="the name of a partition, as `sinfo` shows it")
     qos: str | None = _key(None, pattern=r"[\w.@+-]{1,64}", allowed="the name of a QoS")
@@ -122,7 +122,7 @@ class PartitionConfig:
         allowed='a time as sbatch takes it, in quotes (YAML reads 8:00:00 as a number): "8:00:00", "2-00:00:00"',
     )
     exclusive: bool = False  # whole nodes: one job holds as many replicas as fit
-    sbatch: Mapping[str, str | int | bool | None] = _key({})  # true: without a value; None takes one away
+    sbatch: Mapping[str, str | int | bool | None] = _key({})  # true: option without a value; None: no such option
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class ContainerConfig:
 
 @dataclass(frozen=True)
 class SlurmConfig:
-    """How replicas become Slurm jobs."""
+    """How replicas run as Slurm jobs."""
 
     partitions: tuple[PartitionConfig, ...] = ()
     default_qos: str | None = _key(None, pattern=r"[\w.@+-]{1,64}", allowed="the name of a QoS")
@@ -147,26 +147,26 @@ class SlurmConfig:
     setup: tuple[str, ...] = ()  # shell lines before the engine
     container: ContainerConfig | None = None
     template: str | None = _key(None, pattern=r"\S(.*\S)?", allowed="the path of a template")
-    sbatch: Mapping[str, str | int | bool | None] = _key({})  # true: without a value; None takes one away
+    sbatch: Mapping[str, str | int | bool | None] = _key({})  # true: option without a value; None: no such option
     handover: bool = True  # replace a replica before its walltime ends
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Where replicas run; ``name`` is the deployment: it names state, keys and replicas."""
+    """Where replicas run; ``name`` identifies the deployment, with its state and keys."""
 
     type: str = _key("local", choices=CLUSTER_TYPES)
     name: str = _key("default", pattern=NAME_PATTERN, allowed="letters, digits, '.', '_' and '-', at most 63")
-    ssh: SshConfig | None = None  # None: commands run here
+    ssh: SshConfig | None = None  # None: commands run on this machine
     tunnel: str = _key("auto", choices=TUNNEL_MODES)
     tunnel_driver: str = _key("auto", choices=TUNNEL_DRIVERS)
-    poll_interval: float = _key(30.0, low=0.1)  # s between looks at the scheduler
+    poll_interval: float = _key(30.0, low=0.1)  # s between queries to the scheduler
     slurm: SlurmConfig = SlurmConfig()
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One model: what clients call it, where its weights are, which engine serves it and how often."""
+    """One model: its name for clients, its weights, its engine and the number of replicas."""
 
     name: str = _key(pattern=NAME_PATTERN, allowed="letters, digits, '.', '_' and '-', at most 63")
     model_path: str = _key(pattern=r"\S(.*\S)?", allowed="a Hugging Face id, a path, or " + PACKAGED_MODEL)
@@ -181,12 +181,12 @@ class ModelConfig:
     trust_remote_code: bool = False
     engine_args: tuple[str, ...] = ()
     env: Mapping[str, str] = _key({})
-    idle_shutdown_minutes: float | None = _key(None, above=0)  # without a turn; then the replica ends by itself
+    idle_shutdown_minutes: float | None = _key(None, above=0)  # minutes without a turn until a replica shuts down
 
 
 @dataclass(frozen=True)
 class HeadersConfig:
-    """Names of the headers by which an agent says which session and task a request belongs to, and its timings."""
+    """Names of the headers with which an agent sends a request's session, task and timings."""
 
     session: str = _key("X-Session-ID", pattern=HEADER_PATTERN, allowed="a header name")
     task: str = _key("X-Task-ID", pattern=HEADER_PATTERN, allowed="a header name")
@@ -197,7 +197,7 @@ class HeadersConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """The whole configuration, validated. ``models`` has at least one entry and no two of one name."""
+    """The whole configuration, validated. ``models`` isn't empty, and names are unique."""
 
     models: tuple[ModelConfig, ...]
     version: str = _key("1.0", choices=("1.0",))
@@ -206,19 +206,19 @@ class Config:
     headers: HeadersConfig = HeadersConfig()
 
 
-# What `up` runs where there is no ./config.yaml. configs/local.yaml says the same (a test holds it).
+# What `up` runs without a ./config.yaml. Same as configs/local.yaml (a test checks it).
 DEFAULT_CONFIG = Config(
     models=(ModelConfig(name="smollm2", model_path=PACKAGED_MODEL, engine="llama_cpp"),),
 )
 
 
 def reached_host(host: str) -> str:
-    """The address by which this machine reaches what listens on ``host``."""
+    """Return the address at which this machine reaches a server that listens on ``host``."""
     return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (the wildcard, named)
 
 
 def proxy_url(host: str, port: int) -> str:
-    """The URL by which this machine reaches a proxy that listens on ``host``."""
+    """Return the URL at which this machine reaches a proxy that listens on ``host``."""
     reached = reached_host(host)
     return f"http://{f'[{reached}]' if ':' in reached else reached}:{port}"
 
@@ -248,7 +248,7 @@ def _are_strings(values: Iterable[Any]) -> bool:
 
 
 def _is_directive(item: tuple[Any, Any]) -> bool:
-    """Whether ``option: value`` fits on a line of a job script."""
+    """Whether ``option: value`` can be a line of a job script."""
     name, value = item
     is_value = value is None or value is True or (isinstance(value, int) and not isinstance(value, bool))
     is_line = isinstance(value, str) and value.isprintable()
@@ -256,6 +256,6 @@ def _is_directive(item: tuple[Any, Any]) -> bool:
 
 
 def shorten(value: Any) -> str:
-    """``value`` as JSON, at most 60 characters."""
+    """Return ``value`` as JSON, cut to at most 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."
