@@ -1,1 +1,1 @@
-"""SSH to a cluster: logging in, host keys, and tunnels that are watched and replaced."""
+"""SSH to a cluster: logins, host keys, and tunnels that are monitored and replaced."""

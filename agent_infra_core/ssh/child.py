@@ -1,4 +1,4 @@
-"""The child process that holds one SSH connection with its ports, from both sides."""
+"""Both sides of the child process that keeps one SSH connection and its forwarded ports open."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from agent_infra_core.ssh.host_keys import explain_changed_host, explain_unknown
 from agent_infra_core.ssh.routes import HostKeyError, InteractiveLoginError, LoginError, SshRoute, route_from_json
 
 
-# Down its stdin comes one line of JSON, what it is to be: {"driver": "sshtunnel", "hops": [SshRoute], "keyring":
-# Keyring, "local": [port], "remote": [[host, port]]} or {"driver": "openssh", "argv": [word], "socket": path}. Then
-# stdin only stays open: its end, however the parent ended, is the child's. Up its stdout come {"ports": [local port]}
-# once it stands, or {"error": text, "kind": "login" | "interactive" | "host_key" | "host"}.
+# Stdin gets one line of JSON: {"driver": "sshtunnel", "hops": [SshRoute], "keyring": Keyring, "local": [port],
+# "remote": [[host, port]]} or {"driver": "openssh", "argv": [word], "socket": path, "route": SshRoute}. Then stdin
+# stays open; it closes when the parent ends, even if killed, and then the child ends too. Stdout gets
+# {"ports": [local port]} once connected, and {"error": text, "kind": "login" | "interactive" | "host_key" | "host"}.
 class TunnelChild:
-    """A `tunnel` process; owns it and its pipes. One thread at a time uses it."""
+    """A `tunnel` process; owns it and its pipes. Not thread-safe."""
 
     def __init__(self, spec: Mapping[str, Any], log: Path | None, has_terminal: bool = False) -> None:
-        """Start it. With ``has_terminal`` ssh may ask the operator, and a Ctrl-C at that reaches it."""
+        """Start the process. With ``has_terminal`` ssh may prompt the operator, and Ctrl-C reaches it."""
         with open(log or os.devnull, "ab") as errors:
             self._process = subprocess.Popen(
                 self_command("tunnel"),
@@ -39,7 +39,7 @@ class TunnelChild:
                 start_new_session=not has_terminal,
             )
         assert self._process.stdin is not None  # noqa: S101 (for the type checker)
-        with contextlib.suppress(BrokenPipeError):  # it died at once: wait_ready will tell
+        with contextlib.suppress(BrokenPipeError):  # it died at once: wait_ready() reports why
             self._process.stdin.write(json.dumps(spec).encode() + b"\n")
             self._process.stdin.flush()
 
@@ -48,7 +48,7 @@ class TunnelChild:
         return self._process.poll() is None
 
     def wait_ready(self, deadline: float, should_stop: Callable[[], bool] = lambda: False) -> tuple[int, ...]:
-        """Its local ports, once it stands; HostUnreachableError and its kinds say why it does not."""
+        """Wait for the connection and return the local ports. Raises HostUnreachableError or a subclass if it fails."""
         line = self._read_line(deadline, should_stop)
         document = json.loads(line) if line else {}
         if "ports" in document:
@@ -58,12 +58,12 @@ class TunnelChild:
         raise kinds.get(document.get("kind", ""), HostUnreachableError)(problem)
 
     def last_words(self) -> str:
-        """Why a child that stood has ended; empty where it did not say."""
+        """Return why a connected child ended; empty if it didn't report a reason."""
         line = self._read_line(time.monotonic() + 1.0, lambda: False)
         return str(json.loads(line).get("error", "")) if line else ""
 
     def _read_line(self, deadline: float, should_stop: Callable[[], bool]) -> bytes | None:
-        """One line; None at the end of its output, empty at the deadline."""
+        """Read one line of output; None at its end, empty at the deadline."""
         output = self._process.stdout
         assert output is not None  # noqa: S101 (for the type checker)
         ready = select.poll()
@@ -74,7 +74,7 @@ class TunnelChild:
         return b""
 
     def close(self) -> None:
-        """End it; what it holds ends with it."""
+        """End the process, and with it the connection."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(BrokenPipeError):
@@ -88,7 +88,7 @@ class TunnelChild:
 
 
 def end_with_parent() -> None:
-    """Wait for the end of stdin, and be gone: whatever the other threads are at, and however the parent ended."""
+    """Wait for the end of stdin, then exit at once, whatever other threads are doing."""
     try:
         os.read(0, 1)
     finally:
@@ -100,7 +100,7 @@ def tell_parent(document: Mapping[str, Any]) -> None:
 
 
 def forwarding_forbidden(target: str) -> str:
-    """What to say where an sshd does not forward."""
+    """Return the message for an sshd that forbids forwarding to ``target``."""
     return (
         f"SSH is forbidden to forward to {target} there (AllowTcpForwarding or PermitOpen in sshd_config); ask the "
         "administrators, or run agent_infra on the login host itself, without cluster.ssh"
@@ -108,9 +108,10 @@ def forwarding_forbidden(target: str) -> str:
 
 
 def hold_port() -> socket.socket:
-    """A socket on a free port of 127.0.0.1: as long as it is open, processes of this user alone can listen there.
+    """Reserve a free port of 127.0.0.1: while the returned socket is open, only this user's processes can listen on it.
 
-    It refuses connections while none does: with SO_REUSEPORT Linux lets a port be shared by the sockets of one user.
+    With SO_REUSEPORT, Linux lets sockets of one user share a port. This one doesn't listen, so until another process
+    does, connections are refused.
     """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -119,17 +120,17 @@ def hold_port() -> socket.socket:
 
 
 def bind_held(server: Any) -> None:
-    """In place of a socketserver's ``server_bind``, to listen on a port that another process holds."""
+    """Replace a socketserver's ``server_bind``, to listen on a port that another process reserves."""
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     server.socket.bind(server.server_address)
     server.server_address = server.socket.getsockname()
 
 
 def hold_openssh(spec: Mapping[str, Any]) -> str:
-    """Run an ssh that is a ControlMaster until it ends, which is always an error: HostUnreachableError, LoginError."""
+    """Run ssh as a ControlMaster until it ends, which is always an error: HostUnreachableError or LoginError."""
     control, route = Path(spec["socket"]), route_from_json(spec["route"])
-    log = control.with_suffix(".log")  # what ssh says meanwhile, for the parent to read
-    for leftover in (control, log):  # of a master that was killed
+    log = control.with_suffix(".log")  # ssh's messages, which the parent reads
+    for leftover in (control, log):  # from a master that was killed
         leftover.unlink(missing_ok=True)
     with open(open_log(log), "ab") as errors:
         process = subprocess.Popen(
@@ -140,7 +141,7 @@ def hold_openssh(spec: Mapping[str, Any]) -> str:
             if not is_told and control.exists():
                 tell_parent({"ports": []})
                 is_told = True
-            if os.fstat(errors.fileno()).st_size > 1 << 20:  # a line for each connection that was refused
+            if os.fstat(errors.fileno()).st_size > 1 << 20:  # ssh logs a line per refused connection
                 errors.truncate(0)
             time.sleep(0.2 if is_told else 0.02)
     said = log.read_text(encoding="utf-8", errors="replace")
@@ -149,13 +150,13 @@ def hold_openssh(spec: Mapping[str, Any]) -> str:
 
 
 def _die_along() -> None:
-    """Ask the kernel to end this process when the thread that started it is gone (PR_SET_PDEATHSIG)."""
+    """Ask the kernel to end this process when the thread that started it ends (PR_SET_PDEATHSIG)."""
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-# What ssh says on stderr when it gives up: a pattern, what that means and what to do, the error that it is.
+# Messages on ssh's stderr when it gives up: pattern, meaning with the fix, error class.
 _OPENSSH_SAYINGS: tuple[tuple[str, str, type[HostUnreachableError]], ...] = (
     (r"REVOKED HOST KEY|host key .*revoked", "its host key is revoked; ask the cluster's administrators", LoginError),
     (
@@ -183,7 +184,7 @@ _OPENSSH_SAYINGS: tuple[tuple[str, str, type[HostUnreachableError]], ...] = (
 def explain_openssh(
     said: str, route: SshRoute, scan: Callable[[SshRoute], Sequence[tuple[str, str]]]
 ) -> HostUnreachableError:
-    """What an ssh that gave up said on stderr, as an error that carries the fix; ``scan`` asks a host for its keys."""
+    """Turn the stderr of an ssh that gave up into an error that includes the fix; ``scan`` fetches a host's keys."""
     if "REMOTE HOST IDENTIFICATION HAS CHANGED" in said:
         shown = re.search(r"SHA256:\S+", said)
         return HostKeyError(explain_changed_host(route, shown[0].rstrip(".") if shown else "a new one"))

@@ -1,4 +1,4 @@
-"""Host keys: which ones a known_hosts file promises, and what to do when a host shows another."""
+"""Host keys: reads known_hosts files, scans hosts, and explains unknown and changed keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from agent_infra_core.ssh.routes import LoginError, SshRoute
 
 
 def known_host_keys(text: str, name: str) -> Iterator[tuple[str, str, str]]:
-    """(marker, type, base64) of the lines of a known_hosts file that speak of ``name``; the marker is mostly empty."""
+    """Yield (marker, type, base64) for each line of a known_hosts file that matches ``name``; most have no marker."""
     for line in text.splitlines():
         words = line.split()
         marker = words.pop(0) if words and words[0].startswith("@") else ""
@@ -24,16 +24,16 @@ def known_host_keys(text: str, name: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _names_host(patterns: str, name: str) -> bool:
-    """Whether the first field of a known_hosts line means ``name``: plain, hashed, with wildcards, with exceptions."""
+    """Whether the first field of a known_hosts line matches ``name``; it may be hashed, or have wildcards and !."""
     import base64
     import fnmatch
 
     if patterns.startswith("|1|"):
-        with contextlib.suppress(ValueError):  # not base64: a broken line, which names nobody
+        with contextlib.suppress(ValueError):  # invalid base64: a broken line matches nothing
             salt, digest = (base64.b64decode(part) for part in patterns[3:].split("|"))
             return hmac.compare_digest(hmac.new(salt, name.encode(), "sha1").digest(), digest)
         return False
-    # In known_hosts only * and ? are special; brackets stand around a name with a port.
+    # In known_hosts only * and ? are wildcards; [name]:port has literal brackets.
     found = False
     for pattern in patterns.split(","):
         glob = re.sub(r"[\[\]]", lambda bracket: f"[{bracket[0]}]", pattern.removeprefix("!"))
@@ -45,7 +45,7 @@ def _names_host(patterns: str, name: str) -> bool:
 
 
 def read_host_keys(route: SshRoute) -> list[tuple[str, str, str]]:
-    """(marker, type, base64) of all that is known of the host of ``route``."""
+    """Return (marker, type, base64) of all known keys for the host of ``route``. Raises LoginError."""
     found = [("", kind, key) for kind, key in route.host_keys]
     for name in route.known_hosts:
         try:
@@ -59,7 +59,7 @@ def read_host_keys(route: SshRoute) -> list[tuple[str, str, str]]:
 
 
 def key_fingerprint(key: str) -> str:
-    """``SHA256:…`` of a base64 key, as ssh and administrators write it."""
+    """Return a base64 key's fingerprint as ssh prints it: ``SHA256:…``."""
     import base64
 
     digest = hashlib.sha256(base64.b64decode(key)).digest()
@@ -67,7 +67,7 @@ def key_fingerprint(key: str) -> str:
 
 
 def explain_unknown_host(route: SshRoute, kind: str, key: str) -> str:
-    """What to do about a host that known_hosts does not know."""
+    """Return the message, with the fix, for a host that isn't in known_hosts."""
     file = Path(route.known_hosts[0]).expanduser()
     return (
         f"host key of {route.key_name} is not known: it shows {kind} {key_fingerprint(key)}. Compare that with what "
@@ -77,7 +77,7 @@ def explain_unknown_host(route: SshRoute, kind: str, key: str) -> str:
 
 
 def explain_changed_host(route: SshRoute, shown: str) -> str:
-    """What to do about a host whose key is not the one that known_hosts has."""
+    """Return the message, with the fix, for a host whose key differs from known_hosts."""
     forget = " && ".join(
         f"ssh-keygen -R {shlex.quote(route.key_name)} -f {shlex.quote(str(path))}"
         for name in route.known_hosts
@@ -92,7 +92,7 @@ def explain_changed_host(route: SshRoute, shown: str) -> str:
 
 
 def scan_host_keys(route: SshRoute, runner: CommandRunner) -> list[tuple[str, str]]:
-    """(type, base64) of the keys that a host shows to ``runner``'s host; none where it does not answer."""
+    """Return (type, base64) of a host's keys, as seen from ``runner``'s host; empty if it doesn't answer."""
     done = runner.run(["ssh-keyscan", "-T", "5", "-p", str(route.port), "--", route.host], timeout_s=30.0)
     lines = (line.split() for line in done.output.decode("ascii", "replace").splitlines())
     found = [(words[1], words[2]) for words in lines if len(words) == 3 and not words[0].startswith("#")]
@@ -100,7 +100,7 @@ def scan_host_keys(route: SshRoute, runner: CommandRunner) -> list[tuple[str, st
 
 
 def node_keys(route: SshRoute, login: CommandRunner) -> tuple[tuple[str, str], ...]:
-    """The keys of a compute node unknown to known_hosts, as the login host sees them, whose own key was checked."""
+    """Return a compute node's keys as the login host (whose key was checked) sees them; empty if already known."""
     if read_host_keys(route):
         return ()
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*", route.host):

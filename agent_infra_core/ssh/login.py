@@ -28,10 +28,10 @@ from agent_infra_core.ssh.routes import (
 
 
 def log_in(route: SshRoute, keyring: Keyring, ask: Callable[[str], str] | None, through: Any = None) -> Any:
-    """An authenticated paramiko.Transport to the host of ``route``, whose key was checked first.
+    """Check the key of the host of ``route``, log in, and return the authenticated paramiko.Transport.
 
-    ``through`` is a paramiko channel that leads there; ``ask`` asks the operator for a passphrase. Raises
-    HostUnreachableError, and LoginError where trying again cannot help.
+    ``through`` is a paramiko channel to the host; ``ask`` prompts the operator for a passphrase. Raises
+    HostUnreachableError, or LoginError when a retry cannot help.
     """
     paramiko = load_paramiko()
     sock = _dial(route) if through is None else through
@@ -49,9 +49,9 @@ def log_in(route: SshRoute, keyring: Keyring, ask: Callable[[str], str] | None, 
 
 
 def close_connection(transport: Any, sock: Any = None) -> None:
-    """Close a transport, or the ``sock`` that was to carry it; its ProxyCommand, which paramiko forgets, ends too.
+    """Close a transport, or the ``sock`` that it was to use, and end its ProxyCommand, which paramiko doesn't.
 
-    Never fails: paramiko says good-bye to the other end, which a connection that is broken cannot be told.
+    Never raises, even if the connection is broken and paramiko cannot send its goodbye.
     """
     if transport is not None:
         sock = transport.sock
@@ -64,13 +64,13 @@ def close_connection(transport: Any, sock: Any = None) -> None:
     process = getattr(sock, "process", None)
     if isinstance(process, subprocess.Popen):
         process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired, ValueError, OSError):  # a child of its own has its pipes
+        with contextlib.suppress(subprocess.TimeoutExpired, ValueError, OSError):  # its own child may have the pipes
             process.communicate(timeout=5.0)
 
 
 @contextlib.contextmanager
 def _broken_after(transport: Any, seconds: float) -> Iterator[None]:
-    """Close a connection that is still at the block by then: paramiko waits for a host that fell silent for ever."""
+    """Close the connection if the block takes longer: paramiko would wait for ever for a host that fell silent."""
     alarm = threading.Timer(max(0.1, seconds), close_connection, (transport,))
     alarm.daemon = True
     alarm.start()
@@ -81,14 +81,14 @@ def _broken_after(transport: Any, seconds: float) -> Iterator[None]:
 
 
 def _dial(route: SshRoute) -> Any:
-    """A connection to the SSH port of a host, straight or by its ProxyCommand; HostUnreachableError."""
+    """Connect to a host's SSH port, directly or through its ProxyCommand. Raises HostUnreachableError."""
     where = f"{route.host}:{route.port}"
     if route.proxy_command:
         try:
             proxy = load_paramiko().ProxyCommand(route.proxy_command)
         except (OSError, ValueError) as error:
             raise LoginError(f"ProxyCommand {route.proxy_command!r} of {route.alias} cannot be run: {error}") from error
-        # Its own signals a number, which may be another process's by then, or nobody's: an error in paramiko's thread.
+        # paramiko's own close() signals a pid that may be reused, or gone: then paramiko's thread fails.
         proxy.close = proxy.process.kill
         return proxy
     try:
@@ -103,18 +103,18 @@ def _dial(route: SshRoute) -> Any:
         raise HostUnreachableError(
             f"{where} cannot be reached: {reason}; is a VPN or a firewall in the way?"
         ) from error
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each answer waits 40 ms for an acknowledgement
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # otherwise each answer waits 40 ms for an ACK
     return sock
 
 
 def _shake_hands(transport: Any, route: SshRoute) -> None:
-    """Agree on keys with the host and make sure that it is the one that known_hosts knows."""
+    """Do SSH's key exchange and check the host's key against known_hosts."""
     paramiko = load_paramiko()
     known = read_host_keys(route)
     trusted = [(kind, key) for marker, kind, key in known if not marker]
     revoked = [key for marker, _, key in known if marker == "@revoked"]
     if trusted:
-        # Of several keys the host shows the one that is asked for: ask for those that can be checked.
+        # A host with several keys presents the type that the client asks for, so ask for the known types.
         kinds = {kind for kind, _ in trusted}
         kinds |= {"rsa-sha2-512", "rsa-sha2-256"} if "ssh-rsa" in kinds else set()
         security = transport.get_security_options()
@@ -144,7 +144,7 @@ def _shake_hands(transport: Any, route: SshRoute) -> None:
 
 
 def _authenticate(transport: Any, route: SshRoute, keyring: Keyring, ask: Callable[[str], str] | None) -> None:
-    """Offer keys until one opens: first the one that did before, then the agent's, then those in files."""
+    """Offer keys until one is accepted: first the one accepted before, then the agent's, then those in files."""
     paramiko = load_paramiko()
     tried: list[str] = []
     for name, key in _offered_keys(route, keyring, ask, tried):
@@ -198,10 +198,10 @@ def _denied(route: SshRoute, tried: Sequence[str]) -> str:
 def _offered_keys(
     route: SshRoute, keyring: Keyring, ask: Callable[[str], str] | None, tried: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    """(name, key) of all that may be offered, in order; ``tried`` takes their names for people."""
+    """Yield (name, key) of the keys to offer, in order; appends a readable name of each to ``tried``."""
     files = [Path(name).expanduser() for name in route.identity_files]
     wanted = {words[1] for file in files for words in [_public_half(file)] if len(words) > 1}
-    with contextlib.ExitStack() as held_open:  # the agent signs as long as its keys are being tried
+    with contextlib.ExitStack() as held_open:  # the agent must stay connected while its keys are tried
         agent: list[Any] = []
         with contextlib.suppress(load_paramiko().SSHException, OSError):
             link = load_paramiko().Agent()
@@ -219,7 +219,7 @@ def _offered_keys(
 
 
 def _public_half(file: Path) -> list[str]:
-    """The words of the .pub file beside a private key; none where there is none."""
+    """Return the fields of the .pub file beside a private key; empty if there is no such file."""
     try:
         return file.with_name(file.name + ".pub").read_text(encoding="utf-8", errors="replace").split()
     except OSError:
@@ -227,7 +227,7 @@ def _public_half(file: Path) -> list[str]:
 
 
 def _load_key(name: str, keyring: Keyring, ask: Callable[[str], str] | None) -> Any:
-    """The private key in a file, with its passphrase if need be; LoginError."""
+    """Load a private key file, and ask for its passphrase if it has one. Raises LoginError."""
     paramiko = load_paramiko()
     phrase = keyring.passphrases.get(name)
     for attempt in range(4):
@@ -236,7 +236,7 @@ def _load_key(name: str, keyring: Keyring, ask: Callable[[str], str] | None) -> 
             if phrase:
                 keyring.passphrases[name] = phrase
             return key
-        except TypeError as error:  # it has a passphrase, and none was given
+        except TypeError as error:  # it needs a passphrase
             if ask is None:
                 raise LoginError(
                     f"key {name} needs a passphrase, and nobody can be asked; `ssh-add {shlex.quote(name)}` first"
@@ -250,7 +250,7 @@ def _load_key(name: str, keyring: Keyring, ask: Callable[[str], str] | None) -> 
 
 
 class SshCommands:
-    """Commands on the login host by paramiko: one connection kept, a channel a command. A CommandRunner."""
+    """Runs commands on the login host with paramiko: one connection, one channel per command. A CommandRunner."""
 
     def __init__(self, route: SshRoute, ask: Callable[[str], str] | None) -> None:
         self.route, self.keyring = route, Keyring()
@@ -259,14 +259,14 @@ class SshCommands:
         self._transport: Any = None
 
     def connect(self) -> Any:
-        """The connection, made anew where it broke; HostUnreachableError, LoginError."""
+        """Return the connection; reconnects if it is broken. Raises HostUnreachableError or LoginError."""
         with self._lock:
             if self._transport is not None and not self._transport.is_active():
                 close_connection(self._transport)
                 self._transport = None
             if self._transport is None:
                 self._transport = log_in(self.route, self.keyring, self._ask)
-                self._ask = None  # later, nobody waits for a question
+                self._ask = None  # nobody expects a prompt later
             return self._transport
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
@@ -280,7 +280,7 @@ class SshCommands:
             with _broken_after(transport, deadline - time.monotonic() + 1.0):
                 result = _converse(channel, stdin, deadline)
             if result is None:
-                self._drop(transport)  # silent without being closed, it would hold up the next command too
+                self._drop(transport)  # it is silent but open, and would block the next command too
         except broken as error:
             self._drop(transport)
             raise HostUnreachableError(f"the connection to {self.route.alias} broke: {error}; try again") from error
@@ -294,7 +294,7 @@ class SshCommands:
         return result
 
     def _open_channel(self, deadline: float) -> Any:
-        """A session; a connection that turns out to be dead is made anew once."""
+        """Open a session; reconnects once if the connection turns out to be dead."""
         paramiko = load_paramiko()
         for attempt in (1, 2):
             transport = self.connect()
@@ -307,7 +307,7 @@ class SshCommands:
         raise AssertionError
 
     def _drop(self, transport: Any) -> None:
-        """Close a connection that broke, unless another command did already, and the one that is kept is newer."""
+        """Close a broken connection, unless another command has already closed or replaced it."""
         with self._lock:
             if self._transport is transport and transport is not None:
                 close_connection(transport)
@@ -321,7 +321,7 @@ class SshCommands:
 
 
 def _converse(channel: Any, stdin: bytes, deadline: float) -> CommandResult | None:
-    """Feed a command and read it to its end; None at the deadline, OSError when the connection broke before."""
+    """Send stdin to a command and read all its output. None at the deadline; OSError if the connection breaks."""
     output, errors, left = bytearray(), bytearray(), memoryview(stdin)
     channel.setblocking(False)
     ready = select.poll()
@@ -333,7 +333,7 @@ def _converse(channel: Any, stdin: bytes, deadline: float) -> CommandResult | No
         if left and channel.send_ready() and not channel.closed:
             try:
                 left = left[channel.send(left[:32768]) :]
-            except OSError:  # it reads no more, which is its own affair
+            except OSError:  # the command stopped reading, which isn't an error
                 left = left[:0]
             moved = True
             if not left:
@@ -350,7 +350,7 @@ def _converse(channel: Any, stdin: bytes, deadline: float) -> CommandResult | No
             if not channel.get_transport() or not channel.get_transport().is_active():
                 raise OSError("it was closed from there")
             return CommandResult(channel.recv_exit_status(), bytes(output), bytes(errors))
-        if channel.eof_received:  # its end stays readable, so there is nothing to wait at
+        if channel.eof_received:  # at EOF the channel is always readable, so poll() wouldn't wait
             time.sleep(0.01)
         else:
             ready.poll(20 if left else 200)

@@ -1,4 +1,4 @@
-"""The login host: runs commands there by the driver that its configuration asks for."""
+"""The login host: runs commands there with the driver that the configuration asks for."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from agent_infra_core.ssh.routes import InteractiveLoginError, LoginError, ssh_r
 
 
 class LoginHost:
-    """The host from which the cluster is used: picks the driver, logs in once, for commands and tunnels alike.
+    """The cluster's login host: picks a driver and logs in once, for both commands and tunnels.
 
-    A CommandRunner. Nothing is connected before the first command.
+    A CommandRunner. Connects on the first command.
     """
 
     def __init__(
@@ -26,7 +26,7 @@ class LoginHost:
         control_name: str,
         ask: Callable[[str], str] | None = None,
     ) -> None:
-        """``ask`` asks the operator (None: nobody is there); ``control_name`` tells the deployment from others."""
+        """``ask`` prompts the operator (None: nobody can be asked); ``control_name`` is unique to the deployment."""
         if cluster.ssh is None:
             raise AgentInfraError("cluster.ssh is not set; commands run here")
         self.ssh, self._wanted, self._environment = cluster.ssh, cluster.tunnel_driver, environment
@@ -34,22 +34,22 @@ class LoginHost:
         self._lock = threading.Lock()
         self._commands: SshCommands | OpenSshCommands | None = None
         self._is_controller = False
-        self.reason = ""  # why this driver, once one was chosen
+        self.reason = ""  # why this driver was chosen; empty until then
 
     @property
     def driver(self) -> str:
-        """``sshtunnel`` or ``openssh``; what is likely, until the first command or tunnel has connected."""
+        """``sshtunnel`` or ``openssh``; only a guess until the first command or tunnel has connected."""
         is_openssh = isinstance(self._commands, OpenSshCommands) or self._wanted == "openssh"
         return "openssh" if is_openssh else "sshtunnel"
 
     def lead(self) -> None:
-        """This process is the controller: the deployment's others may use its connection, it uses none of theirs."""
+        """Mark this process as the controller: it opens its own connection, which the deployment's others may share."""
         self._is_controller = True
         if isinstance(self._commands, OpenSshCommands):
             self._commands.login.is_shared = True
 
     def commands(self) -> SshCommands | OpenSshCommands:
-        """The runner, chosen and connected at its first use."""
+        """Return the runner; chooses a driver on first use."""
         with self._lock:
             if self._commands is None:
                 self._commands = self._choose()

@@ -1,4 +1,4 @@
-"""The driver `openssh`: one master connection per host, for commands and ports."""
+"""The driver `openssh`: one master connection per host, for commands and forwarded ports."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from agent_infra_core.ssh.routes import (
     ssh_options,
 )
 
-# What only OpenSSH does, as keys of ssh_config with the values that do not ask for it.
+# ssh_config keys that only OpenSSH supports, with the values that don't need it.
 _OPENSSH_ONLY = {
     "proxyjump": ("none",),
     "controlmaster": ("no",),
@@ -48,7 +48,7 @@ _OPENSSH_ONLY = {
 
 
 def why_openssh(ssh: SshConfig) -> str | None:
-    """What of ssh_config only OpenSSH can do for this login host, in words; None where nothing."""
+    """Return why only OpenSSH can log in to this host (from ssh_config and known_hosts); None if paramiko can too."""
     path, text = read_ssh_config(ssh)
     word = re.search(r"(?im)^\s*(include|match)\b", text)
     if word:
@@ -64,7 +64,7 @@ def why_openssh(ssh: SshConfig) -> str | None:
 
 
 def openssh_words(ssh: SshConfig, alias: str, known_hosts: Sequence[str] = ()) -> list[str]:
-    """The options by which every ssh of ours reaches ``alias``: the configuration's, over those of ssh_config."""
+    """Return the ssh options to reach ``alias``: those of the configuration, which override ssh_config."""
     words = ["-F", str(Path(ssh.config_file).expanduser())] if ssh.config_file else []
     if alias == ssh.host and ssh.port:
         words += ["-p", str(ssh.port)]
@@ -97,33 +97,33 @@ _MASTER_OPTIONS = (
 
 
 class OpenSshMaster:
-    """OpenSSH's connection to one host (ControlMaster), held by a `tunnel` child; owns the child."""
+    """OpenSSH's master connection to one host (ControlMaster), which runs in a `tunnel` child; owns the child."""
 
     def __init__(
         self, words: Sequence[str], route: SshRoute, control: Path, runner: LocalCommands, has_terminal: bool = False
     ) -> None:
-        """``words`` are the options that lead to the host; ``has_terminal``: ssh may ask the operator, at first."""
+        """``words`` are ssh options to reach the host; with ``has_terminal`` ssh may prompt the operator once."""
         self.route, self._words, self._control, self._runner = route, list(words), control, runner
         self._has_terminal = has_terminal
-        self.is_shared = False  # this process's master is the one that others of the deployment may use
+        self.is_shared = False  # other processes of the deployment may use this process's master
         self._lock = threading.Lock()
         self._child: TunnelChild | None = None
 
     @property
     def is_alive(self) -> bool:
-        """Whether the child, which this process started, holds the connection."""
+        """Whether the connection that this process opened still exists."""
         child = self._child
         return child is not None and child.is_alive
 
     def ensure(self, deadline: float, should_stop: Callable[[], bool] = lambda: False) -> None:
-        """Have a connection: this process's own, or another's of the deployment. HostUnreachableError, LoginError."""
+        """Connect, unless this process or another of the deployment has. Raises HostUnreachableError, LoginError."""
         with self._lock:
             if self.is_alive or (not self.is_shared and self._answers(self._control)):
                 return
             if self._child is not None:
                 self._end(self._child)
             asks = self._has_terminal
-            self._has_terminal = False  # later, nobody waits for a question
+            self._has_terminal = False  # nobody expects a prompt later
             options = [word for option in _MASTER_OPTIONS for word in ("-o", option)]
             options += ["-o", f"BatchMode={'no' if asks else 'yes'}"]
             argv = ["ssh", "-N", "-M", "-S", str(self._own_socket), *options, *self._words, "--", self.route.alias]
@@ -145,7 +145,7 @@ class OpenSshMaster:
         return control.exists() and self._runner.run(self._client(control, "-O", "check")).status == 0
 
     def client(self, *words: str) -> list[str]:
-        """The argv of an ssh that goes over this connection, or fails: it never makes one of its own."""
+        """Return the argv of an ssh that uses this connection, and fails rather than open its own."""
         return self._client(self._own_socket if self.is_alive else self._control, *words)
 
     def _client(self, control: Path, *words: str) -> list[str]:
@@ -153,9 +153,9 @@ class OpenSshMaster:
         return ["ssh", *options, *self._words, *words, "--", self.route.alias]
 
     def forward(self, target: tuple[str, int]) -> int:
-        """A local port that leads to ``target`` from that host; HostUnreachableError."""
+        """Forward a free local port to ``target``, as seen from the host. Raises HostUnreachableError."""
         said = ""
-        for _ in range(3):  # somebody may take the port between our look and ssh's
+        for _ in range(3):  # another process may take the port before ssh does
             with socket.create_server(("127.0.0.1", 0)) as probe:
                 port: int = probe.getsockname()[1]
             done = self._runner.run(self.client("-O", "forward", "-L", self._forwarding(port, target)))
@@ -165,12 +165,12 @@ class OpenSshMaster:
         raise HostUnreachableError(f"{self.route.alias}: no port can be forwarded: {said}")
 
     def cancel(self, port: int, target: tuple[str, int]) -> None:
-        """Take a forwarded port back."""
+        """Stop forwarding a port."""
         with contextlib.suppress(HostUnreachableError):
             self._runner.run(self.client("-O", "cancel", "-L", self._forwarding(port, target)), timeout_s=5.0)
 
     def complaint(self) -> str | None:
-        """What OpenSSH says of connections that it could not forward; None when nothing that decides."""
+        """Return the message if the host forbids forwarding, according to ssh's log; None if it doesn't."""
         with contextlib.suppress(OSError):
             if "administratively prohibited" in self._own_socket.with_suffix(".log").read_text(errors="replace"):
                 return forwarding_forbidden("what it was asked for")
@@ -193,12 +193,12 @@ class OpenSshMaster:
 
 
 class OpenSshCommands:
-    """Commands on the login host by OpenSSH, over one master; owns that and those of the nodes. A CommandRunner."""
+    """Runs commands on the login host with OpenSSH. Owns its master and those of the nodes. A CommandRunner."""
 
     def __init__(
         self, ssh: SshConfig, environment: Mapping[str, str], control_name: str, has_terminal: bool = False
     ) -> None:
-        """``control_name`` tells this deployment's sockets from others'."""
+        """``control_name`` is unique to the deployment and part of its sockets' names."""
         self._ssh, self._control_name = ssh, control_name
         self._here = LocalCommands(environment)
         self._lock = threading.Lock()
@@ -210,7 +210,7 @@ class OpenSshCommands:
         )  # fmt: skip
 
     def _control(self, alias: str) -> Path:
-        """Where a master's socket lies: its path must be short (108 bytes, of which ssh itself takes 17)."""
+        """Return the path of a master's socket. The limit is 108 bytes, of which ssh needs 17 for itself."""
         digest = hashlib.sha256(f"{self._control_name}\n{self._ssh}\n{alias}".encode()).hexdigest()[:12]
         path = private_directory() / f"ssh-{digest}"
         if len(os.fsencode(path)) > 75:
@@ -232,10 +232,10 @@ class OpenSshCommands:
         return done
 
     def node(self, node: str) -> OpenSshMaster:
-        """The master of a compute node, reached through the login host's; its key is fetched there if need be."""
+        """Return the master of a compute node, which goes through the login host; fetches unknown node keys."""
         with self._lock:
             master = self._nodes.get(node)
-        if master is None:  # made without the lock: a node that does not answer holds up none of the others
+        if master is None:  # without the lock: a node that doesn't answer must not block the others
             route = openssh_route(self._ssh, node, self._here)
             self.learn_keys(node, route)
             files = [*(() if self._ssh.known_hosts_file else route.known_hosts), str(self._known_hosts(node))]
@@ -251,7 +251,7 @@ class OpenSshCommands:
             return self._nodes.setdefault(node, master)
 
     def learn_keys(self, node: str, route: SshRoute | None = None) -> None:
-        """Fetch the keys of a node, where known_hosts has none; HostUnreachableError, LoginError."""
+        """Fetch a node's keys, unless known_hosts has them. Raises HostUnreachableError or LoginError."""
         route = route or openssh_route(self._ssh, node, self._here)
         lines = [f"{route.key_name} {kind} {key}\n" for kind, key in node_keys(route, self)]
         write_atomically(self._known_hosts(node), "".join(lines))
@@ -270,7 +270,7 @@ class OpenSshCommands:
 
 
 def openssh_route(ssh: SshConfig, alias: str, runner: CommandRunner) -> SshRoute:
-    """How OpenSSH reaches a host, by its own account (``ssh -G``); LoginError where its configuration is wrong."""
+    """Return how OpenSSH reaches a host, from ``ssh -G``. Raises LoginError if its configuration is invalid."""
     done = runner.run(["ssh", "-G", *openssh_words(ssh, alias), "--", alias], timeout_s=30.0)
     if done.status:
         hint = "; install openssh-client" if done.status == 127 else ""

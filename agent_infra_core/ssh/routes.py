@@ -1,4 +1,4 @@
-"""How a host is reached: the configuration, ssh_config, and what can go wrong with a login."""
+"""How to reach a host, from the configuration and ssh_config, and the errors of a login."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from agent_infra_core.errors import RefusedError
 from agent_infra_core.host import HostUnreachableError
 from agent_infra_core.settings import SshConfig
 
-SSH_PATIENCE_S = 15.0  # to reach a host, to log in, to open a channel
-SSH_KEEPALIVE_S = 5  # three without an answer end an OpenSSH connection
+SSH_PATIENCE_S = 15.0  # time to connect, to log in or to open a channel
+SSH_KEEPALIVE_S = 5  # OpenSSH gives up after three without an answer
 
 
 class LoginError(HostUnreachableError, RefusedError):
-    """SSH does not let us in, and will not until the operator did what the message says."""
+    """SSH refuses the login, and will until the operator does what the message says."""
 
 
 class HostKeyError(LoginError):
-    """A host shows a key that is not the known one, or none is known."""
+    """A host's key is unknown or has changed."""
 
 
 class InteractiveLoginError(LoginError):
-    """The login asks for what cannot be kept for the next one: a password or a one-time code."""
+    """The login needs a password or a one-time code, which cannot be reused for the next login."""
 
 
 @dataclass(frozen=True)
 class SshRoute:
-    """How one host is reached, as the configuration and ssh_config say together."""
+    """How to reach one host, from the configuration and ssh_config."""
 
-    alias: str  # as it was asked for
+    alias: str  # the name that the configuration uses
     host: str
     port: int
     user: str
-    key_name: str  # by which known_hosts has it: host, [host]:port, or what HostKeyAlias says
-    known_hosts: tuple[str, ...]  # files; those that are missing are left out when they are read
+    key_name: str  # its name in known_hosts: host, [host]:port or HostKeyAlias
+    known_hosts: tuple[str, ...]  # files; missing ones are skipped
     identity_files: tuple[str, ...] = ()
-    identities_only: bool = False  # no other key of the agent is offered
+    identities_only: bool = False  # offer no other keys from the agent
     proxy_command: str | None = None
-    host_keys: tuple[tuple[str, str], ...] = ()  # (type, base64) that count besides those of the files
+    host_keys: tuple[tuple[str, str], ...] = ()  # (type, base64), trusted in addition to those in the files
 
 
 @dataclass
 class Keyring:
-    """What one login has found out, so that the next need not ask; goes over a pipe, never by argv or environment."""
+    """Secrets and keys from one login for the next, which then needs no prompt. Sent by pipe, never argv or env."""
 
-    passphrases: dict[str, str] = field(default_factory=dict)  # key file → what the operator typed
-    accepted: str | None = None  # the key that opened last: a file, or an agent's key in base64
+    passphrases: dict[str, str] = field(default_factory=dict)  # key file → passphrase that the operator typed
+    accepted: str | None = None  # the key accepted last: a file, or an agent's key in base64
 
 
 _KNOWN_HOSTS = ("~/.ssh/known_hosts", "~/.ssh/known_hosts2", "/etc/ssh/ssh_known_hosts", "/etc/ssh/ssh_known_hosts2")
@@ -56,7 +56,7 @@ _DEFAULT_KEYS = ("~/.ssh/id_ed25519", "~/.ssh/id_ecdsa", "~/.ssh/id_rsa")
 
 
 def read_ssh_config(ssh: SshConfig) -> tuple[str, str]:
-    """Path and text of the ssh_config that counts; the text is empty where the default one is not there."""
+    """Return path and text of the ssh_config; the text is empty if the default file doesn't exist."""
     path = Path(ssh.config_file or "~/.ssh/config").expanduser()
     try:
         return str(path), path.read_text(encoding="utf-8", errors="replace")
@@ -67,7 +67,7 @@ def read_ssh_config(ssh: SshConfig) -> tuple[str, str]:
 
 
 def ssh_options(text: str, alias: str) -> Mapping[str, Any]:
-    """What an ssh_config says of a host: keys in lower case."""
+    """Return an ssh_config's options for a host, with keys in lower case. Raises LoginError."""
     paramiko = load_paramiko()
     try:
         options: Mapping[str, Any] = paramiko.SSHConfig.from_text(text).lookup(alias)
@@ -77,12 +77,12 @@ def ssh_options(text: str, alias: str) -> Mapping[str, Any]:
 
 
 def ssh_route(ssh: SshConfig, alias: str) -> SshRoute:
-    """How ``alias``, the login host or a node behind it, is reached without OpenSSH; LoginError."""
+    """Return how to reach ``alias``, the login host or a node behind it, without OpenSSH. Raises LoginError."""
     return make_route(ssh, alias, ssh_options(read_ssh_config(ssh)[1], alias))
 
 
 def make_route(ssh: SshConfig, alias: str, options: Mapping[str, Any]) -> SshRoute:
-    """The route that a configuration and the options of an ssh_config (one string or list each) say."""
+    """Build a route from the configuration and the options of an ssh_config (each a string or a list)."""
     import getpass
 
     host = str(options.get("hostname", alias))
@@ -107,7 +107,7 @@ def make_route(ssh: SshConfig, alias: str, options: Mapping[str, Any]) -> SshRou
 
 
 def load_paramiko() -> Any:
-    """paramiko, without its import's warnings about old ciphers, and without its own lines on stderr."""
+    """Import paramiko without its warnings about old ciphers and without its log lines on stderr."""
     import logging
     import warnings
 
@@ -121,7 +121,7 @@ def load_paramiko() -> Any:
 
 
 def route_from_json(document: Mapping[str, Any]) -> SshRoute:
-    """The SshRoute that ``dataclasses.asdict`` made, after JSON made lists of its tuples."""
+    """Rebuild an SshRoute from ``dataclasses.asdict`` after JSON, which turned its tuples into lists."""
     values: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in document.items()}
     values["host_keys"] = tuple((kind, key) for kind, key in values["host_keys"])
     return SshRoute(**values)

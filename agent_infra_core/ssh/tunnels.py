@@ -1,4 +1,4 @@
-"""The tunnels of a deployment, one per replica: opened, proven, watched, and replaced when one goes silent."""
+"""The tunnels of a deployment, one per replica: opens, verifies and monitors them, and replaces silent ones."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from agent_infra_core.ssh.login_host import LoginHost
 from agent_infra_core.ssh.openssh import OpenSshCommands, OpenSshMaster
 from agent_infra_core.ssh.routes import SSH_PATIENCE_S, HostKeyError, Keyring, LoginError, SshRoute, ssh_route
 
-TUNNEL_PROBE_S = 1.0  # between two looks at a tunnel
-SUSPECT_AFTER_S = 5.0  # of silence
-REPLACED_AFTER_S = 15.0  # of silence
-TUNNEL_BACKOFF_S = (0.2, 30.0)  # before the first new attempt, and at most; doubled each time
-LOGINS_AT_ONCE = 4  # and so many more that failed repeatedly; sshd refuses some of more than ten (MaxStartups)
-FORGIVING_S = 60.0  # that turns wait for a tunnel which is being replaced, before its replica counts as away
-PORT_HELD_S = 10.0  # that a port of a tunnel which has ended is kept from others: the relay may still speak to it
-TUNNELS_CLOSE_S = 10.0  # that all tunnels together have to close
+TUNNEL_PROBE_S = 1.0  # interval between probes of a tunnel
+SUSPECT_AFTER_S = 5.0  # silence until a tunnel is suspect
+REPLACED_AFTER_S = 15.0  # silence until a tunnel is replaced
+TUNNEL_BACKOFF_S = (0.2, 30.0)  # before the first retry, and the maximum; doubles each time
+LOGINS_AT_ONCE = 4  # plus as many that failed repeatedly; above ten, sshd starts to refuse some (MaxStartups)
+FORGIVING_S = 60.0  # how long turns wait for a tunnel that is being replaced, before its replica counts as gone
+PORT_HELD_S = 10.0  # how long the ports of a closed tunnel stay reserved: the relay may still connect to them
+TUNNELS_CLOSE_S = 10.0  # time for all tunnels together to close
 
 
 @dataclass(frozen=True)
 class TunnelTarget:
-    """What a tunnel leads to; another one is another tunnel."""
+    """The destination of a tunnel; if any field changes, the tunnel is replaced."""
 
     replica: str
     model: str
-    process: str  # stamp of its `serve`
+    process: str  # process_stamp() of its `serve`
     restarts: int  # of its engine
     node: str
     host: str  # address that the engine listens on, as the node sees it
@@ -53,19 +53,19 @@ class TunnelTarget:
 
     @property
     def ends(self) -> list[tuple[str, int]]:
-        """Host and port of the engine and of `serve`, as seen from where the last SSH connection ends."""
+        """Host and port of the engine and of `serve`, as seen from the last SSH hop."""
         host = "127.0.0.1" if self.mode == "node" else self.node if self.host in _WILDCARDS else self.host
         return [(host, port) for port in (self.port, self.telemetry_port) if port is not None]
 
     @property
     def identities(self) -> list[str]:
-        """For whom the servers at the ends answer the keyed challenge."""
+        """The identities with which the servers at ``ends`` answer the keyed challenge."""
         return [server_identity(self.replica, self.node, port) for _, port in self.ends]
 
 
 @dataclass(frozen=True)
 class TunnelState:
-    """How a tunnel does: ``up`` | ``connecting`` | ``suspect`` (silent for a while) | ``down`` (tried again later)."""
+    """A tunnel's state: ``up`` | ``connecting`` | ``suspect`` (silent for a while) | ``down`` (will be retried)."""
 
     state: str
     reconnects: int
@@ -78,7 +78,7 @@ _WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 (a comparison)
 
 
 def tunnel_mode(wanted: str, has_login: bool, record: ReplicaRecord, here: str) -> tuple[str, str]:
-    """How requests reach a replica, login | node | none, and why; ``here`` is this machine's name."""
+    """Return how requests reach a replica (login | node | none) and why; ``here`` is this machine's name."""
     if wanted != "auto":
         return wanted, "cluster.tunnel says so"
     is_hidden = record.host.startswith("127.") or record.host in ("localhost", "::1")
@@ -92,9 +92,9 @@ def tunnel_mode(wanted: str, has_login: bool, record: ReplicaRecord, here: str) 
 
 
 def proves_key(host: str, port: int, key: str, identity: str, engine_port: int | None = None) -> bool | None:
-    """Whether the server there shows that it is ``identity`` and knows ``key``, untold; None when it does not answer.
+    """Whether a server proves that it is ``identity`` and knows ``key``, which isn't sent; None if it doesn't answer.
 
-    With ``engine_port`` it is `serve`, which also vouches that no other user listens on that port of its node.
+    With ``engine_port``, the server is `serve`, which also confirms that no other user listens on that port there.
     """
     nonce = os.urandom(16).hex()
     suffix = "" if engine_port is None else f"&port={engine_port}"
@@ -106,20 +106,20 @@ def proves_key(host: str, port: int, key: str, identity: str, engine_port: int |
 
 
 class Link(Protocol):
-    """An open way to a replica's ports; owned by one Tunnel."""
+    """An open connection to a replica's ports; owned by one Tunnel."""
 
     driver: str  # sshtunnel | openssh | direct
     host: str
-    ports: tuple[int, ...]  # of the engine and, where there is one, of `serve`
+    ports: tuple[int, ...]  # of the engine and, if it has one, of `serve`
 
     def broke(self) -> str | None:
-        """Why the way is closed; None while it is open."""
+        """Return why the connection is closed; None while it is open."""
 
     def complaint(self) -> str | None:
-        """What is known about why nothing answers at its other end."""
+        """Return why nothing answers at the other end; None if unknown."""
 
     def close(self, is_silent: bool = False) -> None:
-        """Close it, and with it every connection that goes through it; ``is_silent``: nothing came back for long."""
+        """Close it, with every connection that goes through it; ``is_silent``: it was closed for being silent."""
 
 
 class DirectLink:
@@ -128,7 +128,7 @@ class DirectLink:
     driver = "direct"
 
     def __init__(self, target: TunnelTarget) -> None:
-        """HostUnreachableError where the node's name is not known here; the relay asks no resolver."""
+        """Resolve the node's name, because the relay doesn't. Raises HostUnreachableError if it is unknown here."""
         host, port = target.ends[0]
         try:
             self.host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
@@ -149,7 +149,7 @@ class DirectLink:
 
 
 class ChildLink:
-    """Ports that a `tunnel` process of the replica's own forwards (sshtunnel)."""
+    """Ports forwarded by the replica's own `tunnel` process (sshtunnel)."""
 
     driver = "sshtunnel"
     host = "127.0.0.1"
@@ -170,13 +170,13 @@ class ChildLink:
 
 
 class MasterLink:
-    """Ports that OpenSSH forwards over the connection to a host, which other replicas may share."""
+    """Ports that OpenSSH forwards over its connection to a host, which other replicas may share."""
 
     driver = "openssh"
     host = "127.0.0.1"
 
     def __init__(self, master: OpenSshMaster, targets: Sequence[tuple[str, int]], is_nodes: bool) -> None:
-        """``is_nodes``: the connection leads to the replica's own node, so that its silence is the connection's."""
+        """``is_nodes``: the connection goes to the replica's own node, so it is silent whenever the replica is."""
         self._master, self._targets, self._is_nodes = master, targets, is_nodes
         self.ports: tuple[int, ...] = ()
         try:
@@ -201,7 +201,7 @@ class MasterLink:
 
 
 class Tunnel:
-    """The way to one replica: opens it, proves whose server is at its end, watches and replaces it. Owns its thread."""
+    """Opens, monitors and replaces the link to one replica, after verifying the server behind it. Owns its thread."""
 
     def __init__(
         self,
@@ -211,22 +211,22 @@ class Tunnel:
         key: str,
         starts: tuple[threading.Semaphore, threading.Semaphore],
     ) -> None:
-        """``open_link`` takes the target and whether to give up.  ``starts`` bounds how many log in at once, and how
-        many of those that failed repeatedly, so that nodes which are dead wait for each other alone.
+        """``open_link`` takes the target and a function that returns whether to give up.  ``starts`` limits parallel
+        logins: the second is for tunnels that failed repeatedly, so that dead nodes only delay each other.
 
-        ``driver`` is what is likely, until a link says its own.
+        ``driver`` is the expected one, until a link reports its own.
         """
         self.target, self._open, self._key, self._starts = target, open_link, key, starts
         self._stop = threading.Event()
         self._backoff_s = 0.0
-        self.state = TunnelState("connecting", 0, None, driver, target.mode)  # replaced as a whole
-        self.ends: tuple[str, tuple[int, ...]] | None = None  # host and ports of this side, while it stands
-        self.lost_at = time.monotonic()  # since when there are no ends
+        self.state = TunnelState("connecting", 0, None, driver, target.mode)  # replaced, never changed in place
+        self.ends: tuple[str, tuple[int, ...]] | None = None  # local host and ports; None while it is closed
+        self.lost_at = time.monotonic()  # when ``ends`` became None; monotonic s
         self._thread = threading.Thread(target=self._run, name=f"tunnel {target.replica}", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Have the thread close everything; returns at once."""
+        """Make the thread close everything. Returns at once."""
         self._stop.set()
 
     def join(self, timeout_s: float) -> None:
@@ -251,12 +251,12 @@ class Tunnel:
             self._say("down", reason, reconnects=1)
             least, most = TUNNEL_BACKOFF_S
             self._backoff_s = min(most, max(least, 2 * self._backoff_s))
-            # Spread: many tunnels that one cause has broken must not all log in at the same moment.
+            # Jitter: many tunnels that broke at once must not all log in at the same moment.
             self._stop.wait(self._backoff_s * (1 + secrets.randbelow(1000) / 1000))
             self._say("connecting", reason)
 
     def _live(self) -> str:
-        """One life of the tunnel, from its opening to its end; why it ended."""
+        """Open the tunnel and monitor it until it ends. Returns why it ended."""
         with self._starts[self._backoff_s > TUNNEL_BACKOFF_S[0]]:
             link = self._open(self.target, self._stop.is_set)
         is_silent = False
@@ -275,7 +275,7 @@ class Tunnel:
             link.close(is_silent)
 
     def _prove(self, link: Link) -> None:
-        """Return once the servers at the other end have shown that they know the key; HostUnreachableError."""
+        """Wait until the servers at the other end prove that they know the key. Raises HostUnreachableError."""
         deadline = time.monotonic() + SSH_PATIENCE_S
         while not self._stop.is_set():
             answers = list(self._ask(link))
@@ -292,9 +292,9 @@ class Tunnel:
             self._stop.wait(0.2)
 
     def _ask(self, link: Link) -> Iterator[bool | None]:
-        """The challenges of `serve` and, where it can answer, of the engine: at its start, and then `serve` alone."""
+        """Challenge `serve` and, if it can answer, the engine. For a new link; later probes ask `serve` alone."""
         if len(link.ports) < 2 and not self.target.is_guarded:
-            yield False  # there is nobody to ask, and what proves nothing gets nothing
+            yield False  # no server can prove that it knows the key, so don't use it
         if len(link.ports) > 1:
             vouched = None if self.target.is_guarded else self.target.port
             yield proves_key(link.host, link.ports[1], self._key, self.target.identities[1], vouched)
@@ -302,7 +302,7 @@ class Tunnel:
             yield proves_key(link.host, link.ports[0], self._key, self.target.identities[0])
 
     def _watch(self, link: Link) -> str | None:
-        """Probe until the tunnel breaks; why, and None when it was silent for too long."""
+        """Probe until the tunnel breaks. Returns why; None if it was silent for too long."""
         probed = started = heard = time.monotonic()
         while not self._stop.wait(0.2):
             now = time.monotonic()
@@ -311,7 +311,7 @@ class Tunnel:
             if now - probed < TUNNEL_PROBE_S:
                 continue
             probed = now
-            # `serve` answers while its engine is busy, hangs or starts anew, so it tells of the way alone.
+            # `serve` answers even if its engine is busy, hangs or restarts, so this tests only the tunnel.
             answer = proves_key(link.host, link.ports[-1], self._key, self.target.identities[-1], self.target.port)
             if answer is False:
                 return "another program's server answers there"
@@ -329,26 +329,26 @@ class Tunnel:
 
 
 class TunnelSet:
-    """The tunnels of a deployment's replicas, for as long as they run; owns them. Safe to use from several threads."""
+    """The tunnels of a deployment's replicas; owns them. Thread-safe."""
 
     def __init__(self, cluster: ClusterConfig, login: LoginHost | None, key: str, guarded: Collection[str]) -> None:
-        """``login``: the host that commands run on, None where that is here; ``key``: the replicas'.
+        """``login``: the host that runs commands, None for this machine; ``key``: the replicas' key.
 
-        ``guarded`` are the engines that can show that they know the key.
+        ``guarded``: names of the engines that can prove that they know the key.
         """
         self._cluster, self._login, self._key, self._guarded = cluster, login, key, guarded
         self._lock = threading.Lock()
         self._starts = threading.Semaphore(LOGINS_AT_ONCE), threading.Semaphore(LOGINS_AT_ONCE)
         self._tunnels: dict[str, Tunnel] = {}
-        self._reasons: dict[str, str] = {}  # mode → why
+        self._reasons: dict[str, str] = {}  # mode → why it is used
         self._node_keys: dict[str, tuple[tuple[str, str], ...]] = {}
-        self._left: deque[tuple[float, list[socket.socket]]] = deque()  # ports that were left: held until then
+        self._left: deque[tuple[float, list[socket.socket]]] = deque()  # (release time, reserved ports)
         self._is_closed = False
 
     def follow(self, records: Sequence[ReplicaRecord]) -> list[ReplicaRecord]:
-        """The same records with this side's ports; a replica whose tunnel does not stand is loading for a while.
+        """Return the records with local ports; a replica whose tunnel isn't up is "loading" for up to FORGIVING_S.
 
-        Opens and closes tunnels as records come, change and go; waits for none.
+        Opens and closes tunnels as records appear, change and disappear. Doesn't wait for them.
         """
         wanted = {target.replica: target for record in records if (target := self._target(record))}
         driver = self._login.driver if self._login is not None else "sshtunnel"
@@ -364,21 +364,21 @@ class TunnelSet:
             return [self._through(record) for record in records]
 
     def states(self) -> dict[str, TunnelState]:
-        """How each replica's tunnel does; those that are reached without one are left out."""
+        """Return the state of each replica's tunnel; omits replicas that need none."""
         with self._lock:
             return {replica: tunnel.state for replica, tunnel in self._tunnels.items() if tunnel.target.mode != "none"}
 
     def awaited(self) -> frozenset[str]:
-        """Models of which a replica may speak again in a moment: their turns wait for it rather than be refused."""
+        """Return models with a suspect tunnel, which may recover soon: their turns wait instead of being refused."""
         with self._lock:
             return frozenset(t.target.model for t in self._tunnels.values() if t.state.state == "suspect")
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """The states as /stats shows them."""
+        """Return the states in the form of /stats."""
         return {replica: dataclasses.asdict(state) for replica, state in self.states().items()}
 
     def describe(self) -> list[str]:
-        """Lines for the operator: what modes are in use and why, and with which driver."""
+        """Return lines for the operator: the modes in use and why, and the driver."""
         with self._lock:
             lines = [f"tunnel {mode}: {reason}" for mode, reason in sorted(self._reasons.items())]
         if self._login is not None and self._login.reason and self._reasons.keys() - {"none"}:
@@ -386,7 +386,7 @@ class TunnelSet:
         return lines
 
     def close(self) -> None:
-        """Close all tunnels; one that is at a login does so when that ends, or this process does."""
+        """Close all tunnels; one that is still logging in closes after that, or when this process ends."""
         with self._lock:
             self._is_closed = True
             tunnels, self._tunnels = list(self._tunnels.values()), {}
@@ -400,7 +400,7 @@ class TunnelSet:
                 self._close_oldest()
 
     def _leave(self, held: list[socket.socket]) -> None:
-        """Keep the ports of a tunnel that ended from other users until the relay has heard of it."""
+        """Reserve the ports of a closed tunnel a little longer, until the relay knows that it is closed."""
         with self._lock:
             self._left.append((time.monotonic() + PORT_HELD_S, held))
             if self._is_closed:
@@ -411,7 +411,7 @@ class TunnelSet:
             held.close()
 
     def _target(self, record: ReplicaRecord) -> TunnelTarget | None:
-        """Where a replica that serves is to be reached; None for one that does not."""
+        """Return the tunnel target of a replica that serves; None if it doesn't."""
         if record.state not in ("ready", "draining") or record.port is None:
             return None
         mode, why = tunnel_mode(self._cluster.tunnel, self._login is not None, record, os.uname().nodename)
@@ -440,18 +440,18 @@ class TunnelSet:
             record = dataclasses.replace(
                 record, host=host, port=ports[0], telemetry_port=ports[1] if len(ports) > 1 else None
             )
-            # No new turns here: a turn already lost to one silent replica must not be lost to another.
+            # Send it no new turns: a turn lost to one silent replica must not be lost to another.
             if state.state == "suspect" and record.state == "ready":
                 record = dataclasses.replace(record, state="draining", message=message)
             return record
-        # For a while turns may wait for it, as they do for a replica that loads; then they are told.
+        # For a while, turns wait for it as for a replica that loads; after that they get an error.
         is_coming = record.state == "ready" and time.monotonic() - tunnel.lost_at < FORGIVING_S
         return dataclasses.replace(
             record, port=None, telemetry_port=None, message=message, state="loading" if is_coming else record.state
         )
 
     def open_link(self, target: TunnelTarget, should_stop: Callable[[], bool]) -> Link:
-        """Open the way to a replica; HostUnreachableError. Called by the tunnels' threads."""
+        """Open a link to a replica. Raises HostUnreachableError. Runs in the tunnels' threads."""
         if target.mode == "none":
             return DirectLink(target)
         deadline = time.monotonic() + 2 * SSH_PATIENCE_S
@@ -463,7 +463,7 @@ class TunnelSet:
                 master = commands.node(target.node)
                 try:
                     master.ensure(deadline, should_stop)
-                except HostKeyError:  # installed anew, perhaps: the next attempt knows its new keys
+                except HostKeyError:  # perhaps the node was reinstalled: fetch its new keys for the next attempt
                     with contextlib.suppress(HostUnreachableError, OSError):
                         commands.learn_keys(target.node)
                     raise
@@ -482,7 +482,7 @@ class TunnelSet:
             undone.callback(child.close)
             try:
                 link = ChildLink(child, child.wait_ready(deadline, should_stop), functools.partial(self._leave, held))
-            except HostKeyError:  # installed anew, perhaps: the next attempt asks for its keys
+            except HostKeyError:  # perhaps the node was reinstalled: the next attempt fetches its keys
                 with self._lock:
                     self._node_keys.pop(target.node, None)
                 raise
@@ -490,7 +490,7 @@ class TunnelSet:
             return link
 
     def _hops(self, target: TunnelTarget, login: SshCommands | None) -> tuple[list[SshRoute], Keyring]:
-        """The hosts that a tunnel goes through by paramiko, with the keys that they must show."""
+        """Return the SSH hops of a tunnel with paramiko, with their expected host keys."""
         if login is None:
             if target.mode == "login":
                 raise LoginError("cluster.tunnel: login needs cluster.ssh, the host to go through")
