@@ -1,4 +1,4 @@
-"""Why an engine failed: one row per class of failure, with the evidence for it."""
+"""Classifies why an engine failed: one row per sign of a failure, with its fix."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from agent_infra_core.protocol import ReplicaFailure
 
 @dataclass(frozen=True)
 class FailureSign:
-    """Positive evidence of one class of failure: a line of the log, or the exit code where the pattern is empty."""
+    """Positive evidence of one class of failure: a log line, or only the exit code if the pattern is empty."""
 
     kind: str
     pattern: str
     hint: str
-    exit_code: int | None = None  # the line counts only with this code; negative = ended by that signal
+    exit_code: int | None = None  # the row matches only with this code; negative = ended by that signal
 
 
 _GGUF_HINT = "model_path must name a GGUF file of llama.cpp; check that it was downloaded whole"
 
-# The first row with a matching line decides; rows that say more stand above rows that say less.
+# The first row that matches wins, so specific rows come before general ones.
 FAILURE_SIGNS = (
     FailureSign(
         "out_of_memory",
@@ -114,15 +114,15 @@ FAILURE_SIGNS = (
     ),
 )
 
-# Starting again as it is cannot mend these, unless the replica had been ready before.
+# A restart cannot fix these, unless the replica was ready before.
 HOPELESS_FAILURES = ("model_not_found", "gated_model", "quota", "bad_argument", "timed_out")
 
 
 def classify_failure(log: str, exit_code: int | None) -> ReplicaFailure:
-    """The class of a replica that ended with ``exit_code`` (as of subprocess; None: it did not get ready in time).
+    """Return why an engine failed; ``exit_code`` as in subprocess, None if it wasn't ready in time.
 
-    To be asked only about an engine that ended or missed its deadline: whatever stands in the log, an engine whose
-    health probe answers has not failed.
+    Call it only for an engine that ended or missed its deadline: an engine whose health probe answers hasn't failed,
+    whatever its log contains.
     """
     lines = [line.strip()[:400] for line in re.split(r"[\r\n]+", log) if line.strip()]
     ended = describe_exit(exit_code)
@@ -142,7 +142,7 @@ def classify_failure(log: str, exit_code: int | None) -> ReplicaFailure:
 
 
 def describe_exit(exit_code: int | None) -> str:
-    """``exit_code`` of subprocess in words."""
+    """Describe an exit code of subprocess for a message."""
     if exit_code is None:
         return "still running"
     return f"ended by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"

@@ -1,4 +1,4 @@
-"""The GPUs of this machine: which there are, who gets which, and how busy they are (NVML)."""
+"""The GPUs of this machine: lists and allocates them, and samples their load (NVML)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from agent_infra_core.protocol import GpuSample, ServeSpec
 
 
 class GpuSampler:
-    """Samples the GPUs named by CUDA_VISIBLE_DEVICES' kind of ids; no driver or no pynvml means no GPUs.
+    """Samples GPUs, named as in CUDA_VISIBLE_DEVICES; without a driver or pynvml there are none.
 
     Owns the NVML library's initialisation. ``ids`` None: all GPUs of the machine.
     """
@@ -25,14 +25,14 @@ class GpuSampler:
         with contextlib.suppress(ImportError):
             import pynvml
 
-            # With an old driver it raises NVMLLibraryMismatchError, which is no NVMLError; an old pynvml has none.
+            # An old driver raises NVMLLibraryMismatchError, which isn't an NVMLError; an old pynvml doesn't have it.
             self._errors = (pynvml.NVMLError, getattr(pynvml, "NVMLLibraryMismatchError", pynvml.NVMLError))
             with contextlib.suppress(*self._errors):
                 pynvml.nvmlInit()
                 self._nvml = pynvml
 
     def sample(self) -> tuple[GpuSample, ...]:
-        """The GPUs as they are now; one that cannot be asked is left out."""
+        """Return a sample of each GPU; omits GPUs that NVML cannot open."""
         if self._nvml is None:
             return ()
         return tuple(self._read(handle) for handle in self._handles())
@@ -55,7 +55,7 @@ class GpuSampler:
                 yield from self._mig_devices(handle) or [handle]
 
     def _mig_devices(self, handle: Any) -> list[Any]:
-        """The MIG devices of a GPU that is cut into some; the GPU itself tells nothing of use then."""
+        """Return the MIG devices of a GPU in MIG mode, which itself reports nothing useful; else empty."""
         mode = self._ask(self._nvml.nvmlDeviceGetMigMode, handle)
         if not mode or mode[0] != self._nvml.NVML_DEVICE_MIG_ENABLE:
             return []
@@ -78,7 +78,7 @@ class GpuSampler:
         )
 
     def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What an NVML function says, None where this device, this driver or its version does not support it."""
+        """Call an NVML function; None if the device or the driver doesn't support it."""
         try:
             return function(*arguments)
         except self._errors:
@@ -86,7 +86,7 @@ class GpuSampler:
 
 
 def sampled_gpus(spec: ServeSpec, environment: Mapping[str, str]) -> tuple[str, ...] | None:
-    """The ids of the GPUs that a replica may use; None: all of the machine."""
+    """Return the ids of the GPUs that a replica may use; None: all of the machine."""
     if not spec.engine.uses_gpus:
         return ()
     if spec.gpu_ids:
@@ -96,7 +96,7 @@ def sampled_gpus(spec: ServeSpec, environment: Mapping[str, str]) -> tuple[str, 
 
 
 def list_gpus(environment: Mapping[str, str]) -> str:
-    """What `nvidia-smi -L` prints; nothing where there is no driver, or no device that it can reach."""
+    """Return the output of `nvidia-smi -L`; empty without a driver or a usable device."""
     try:
         done = subprocess.run(
             ["nvidia-smi", "-L"],
@@ -113,12 +113,12 @@ def list_gpus(environment: Mapping[str, str]) -> str:
 
 
 def gpu_pool(listing: str, visible: str | None) -> tuple[str, ...]:
-    """The machine's GPUs, as CUDA_VISIBLE_DEVICES names them, narrowed by the value that this variable has.
+    """Return the GPUs in ``listing`` (`nvidia-smi -L`), named as in CUDA_VISIBLE_DEVICES and limited to ``visible``.
 
-    Whole GPUs go by their index (engines of some age cannot read a UUID), the parts of a MIG GPU by their UUID.
-    As in CUDA, an entry that names no GPU ends the list.
+    Whole GPUs are named by index (older engines can't read UUIDs), MIG devices by UUID. As in CUDA, an entry of
+    ``visible`` that matches no GPU ends the list.
     """
-    gpus: dict[str, str] = {}  # what it is called → UUID
+    gpus: dict[str, str] = {}  # name → UUID
     whole = ""
     for line in listing.splitlines():
         if found := re.match(r"GPU (\d+): .*\(UUID: (GPU-[^)]+)\)", line):
@@ -141,9 +141,9 @@ def gpu_pool(listing: str, visible: str | None) -> tuple[str, ...]:
 
 
 def allocate_gpus(wanted: int, pool: Sequence[str], held: Mapping[str, str]) -> tuple[str, ...]:
-    """``wanted`` GPUs of ``pool`` that nobody holds; ``held`` maps a GPU to its holder, ``deployment/replica``.
+    """Return ``wanted`` free GPUs of ``pool``; ``held`` maps each GPU in use to its user, ``deployment/replica``.
 
-    Raises RefusedError when there are too few.
+    Raises RefusedError if there are too few.
     """
     free = [gpu for gpu in pool if gpu not in held]
     if len(free) >= wanted:

@@ -1,4 +1,4 @@
-"""Checks the key on every path of an engine, and answers the challenge that proves who listens on a port."""
+"""Requires the key on every path of an engine, and answers the challenge that proves who listens on a port."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ CHALLENGE_PATH = "/agent-infra/challenge"
 
 
 def answer_challenge(key: str, nonce: str) -> str:
-    """What only a holder of ``key`` answers to ``nonce``: their HMAC-SHA256 in hexadecimal digits."""
+    """Return the HMAC-SHA256 of ``nonce`` with ``key``, in hexadecimal, which proves knowledge of the key."""
     return hmac.new(key.encode(), nonce.encode(), "sha256").hexdigest()
 
 
 def server_identity(replica: str, node: str, port: int) -> str:
-    """Who answers a challenge: one server alone, so that no other can be made to answer in its place."""
+    """Return the identity in a challenge's answer; unique to a server, so that no other can answer in its place."""
     return f"{replica}@{node}:{port}"
 
 
 def challenge_reply(key: str, identity: str, query: str) -> tuple[int, bytes]:
-    """Status and JSON body of ``GET /agent-infra/challenge?nonce=HEX``: the answer to ``HEX:identity``.
+    """Return status and JSON body for ``GET /agent-infra/challenge?nonce=HEX``: the answer to ``HEX:identity``.
 
-    With ``&port=N`` the answer (to ``HEX:identity:N``) also says that nobody but this user and root listens there.
+    With ``&port=N`` the answer (to ``HEX:identity:N``) also confirms that only this user or root listens on port N.
     """
     match = re.fullmatch(r"nonce=([0-9a-fA-F]{16,128})(?:&port=(\d{1,5}))?", query)
     if match is None:
@@ -41,12 +41,12 @@ def challenge_reply(key: str, identity: str, query: str) -> tuple[int, bytes]:
 
 
 def error_body(message: str, kind: str, code: str | None) -> bytes:
-    """An error as OpenAI's API shapes it."""
+    """Return the body of an error in the format of OpenAI's API."""
     return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
 
 
 def carries_key(authorization: str, key: str) -> bool:
-    """Whether an Authorization header's value holds ``key``, in constant time; no key at all opens nothing."""
+    """Whether an Authorization header has ``key`` as its bearer token, in constant time; False if ``key`` is empty."""
     scheme, _, token = authorization.partition(" ")
     matches = hmac.compare_digest(token.strip().encode("utf-8", "replace"), key.encode())
     return bool(key) and scheme.lower() == "bearer" and matches
@@ -56,9 +56,9 @@ KEY_NEEDED = error_body("the replica's key is needed", "authentication_error", "
 
 
 class EngineGuard:
-    """ASGI middleware inside vLLM: the key on every path but /health, and the keyed challenge.
+    """ASGI middleware for vLLM: requires the key on every path but /health, and answers the keyed challenge.
 
-    vLLM's own check guards /v1 alone; /invocations and more would run inference for anybody on the node.
+    vLLM itself protects only /v1; anybody on the node could run inference through /invocations and other paths.
     """
 
     def __init__(self, app: Callable[..., Any]) -> None:

@@ -1,4 +1,4 @@
-"""Asks a running engine whether it serves, whether it is ours, and how loaded it is."""
+"""Queries a running engine: whether it is healthy, whether it is ours, and its load."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _METRIC_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
 def read_engine_load(engine: EngineProbe, text: str) -> EngineLoad:
-    """An engine's Prometheus page as an EngineLoad: summed over the engines of data parallelism, kv_usage averaged."""
+    """Parse an engine's Prometheus page; sums the values of data-parallel engines, but averages kv_usage."""
     wanted = {name for names in engine.metrics.values() for name in names}
     wanted |= {name for name in (engine.cache_info_metric, engine.sleep_metric) if name}
     samples: dict[str, list[tuple[dict[str, str], float]]] = {}
@@ -46,7 +46,7 @@ def parse_number(text: str) -> float | None:
 
 
 def _cache_tokens(labels: Mapping[str, str]) -> int:
-    """Tokens that one engine's KV cache holds; 0 when the labels do not tell (older vLLM tells only blocks)."""
+    """Return the capacity of one engine's KV cache in tokens; 0 if unknown. Older vLLM reports only blocks."""
     told, blocks, block = (labels.get(key, "") for key in ("kv_cache_size_tokens", "num_gpu_blocks", "block_size"))
     if told.isdecimal():
         return int(told)
@@ -58,7 +58,7 @@ METRICS_PATH = "/metrics"
 
 @dataclass(frozen=True)
 class EngineClient:
-    """Asks one running engine about itself; every question has a deadline."""
+    """Queries one running engine; every request has a timeout."""
 
     engine: EngineProbe
     host: str
@@ -67,11 +67,11 @@ class EngineClient:
     identity: str = ""
 
     def answers(self) -> bool:
-        """Whether its health probe says that it serves."""
+        """Whether its health probe succeeds."""
         return 200 <= self._get(self.engine.health_path)[0] < self.engine.healthy_below
 
     def is_ours(self) -> bool:
-        """Whether the server on the port knows the key, where its kind can show that it does."""
+        """Whether the server on the port knows the key; always true for engines that can't prove it."""
         if not self.engine.is_guarded:
             return True
         nonce = os.urandom(16).hex()
@@ -79,7 +79,7 @@ class EngineClient:
         return status == 200 and answer_challenge(self.key, f"{nonce}:{self.identity}").encode() in body
 
     def load(self) -> EngineLoad | None:
-        """Its own figures; None where it does not tell or does not answer."""
+        """Return the engine's load; None if it has no metrics or doesn't answer."""
         if not self.engine.metrics:
             return None
         status, body = self._get(METRICS_PATH, self.key)
@@ -91,7 +91,7 @@ class EngineClient:
 
 
 class IdleWatch:
-    """Whether an engine had no turn for ``minutes``, by its own counters; None: it may be idle for ever."""
+    """Detects that an engine had no turn for ``minutes``, from its own counters; None: never."""
 
     def __init__(self, minutes: float | None, clock: Callable[[], float]) -> None:
         self.limit_s = math.inf if minutes is None else minutes * 60
@@ -100,7 +100,7 @@ class IdleWatch:
         self._totals: tuple[int | None, ...] = ()
 
     def is_over(self, load: Callable[[], EngineLoad | None]) -> bool:
-        """Take in what the engine says now, if need be; what it does not say is taken for a turn."""
+        """Check the engine's load and return whether it was idle for too long; missing values count as activity."""
         if self.limit_s == math.inf:
             return False
         now = load()

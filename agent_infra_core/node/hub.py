@@ -12,10 +12,10 @@ from pathlib import Path
 
 from agent_infra_core.errors import RefusedError
 
-# Formats that no engine here loads, left out where a repository has safetensors.
+# Formats that no engine of ours loads; skipped if a repository has safetensors.
 _SUPERFLUOUS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "original/*")
 
-# Class of huggingface_hub's error, or of one that it descends from → what it means. The first that fits decides.
+# Class of a huggingface_hub error, or one of its base classes → meaning and fix. The first match wins.
 HUB_FAILURES: Mapping[str, str] = {
     "GatedRepoError": "it is gated: ask for access on its page, then set HF_TOKEN to a token of that account",
     "RepositoryNotFoundError": "it does not exist or is private: correct model_path, or set HF_TOKEN",
@@ -27,24 +27,24 @@ HUB_UNREACHABLE = "the hub cannot be reached from here: check the network, https
 
 
 def is_hub_id(model_path: str) -> bool:
-    """Whether it has the form of a Hugging Face id, ``org/model``."""
+    """Whether ``model_path`` has the form of a Hugging Face id, ``org/model``."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model_path) is not None
 
 
 def hub_cache(environment: Mapping[str, str]) -> Path:
-    """Where huggingface_hub keeps what it fetches."""
+    """Return the folder in which huggingface_hub caches downloads."""
     home = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME", "~"), ".cache")
     base = environment.get("HF_HOME") or os.path.join(home, "huggingface")
     return Path(environment.get("HF_HUB_CACHE") or os.path.join(base, "hub")).expanduser()
 
 
 def is_in_hub_cache(repository: str, environment: Mapping[str, str]) -> bool:
-    """Whether a model of the hub was fetched to where this environment looks for it."""
+    """Whether a model of the hub is in the cache that this environment uses."""
     return any(hub_cache(environment).glob(f"models--{repository.replace('/', '--')}/snapshots/*"))
 
 
 def fetch_from_hub(repository: str) -> str:
-    """Fetch a model into the cache that engines here read (HF_HOME); its directory. RefusedError, with the fix."""
+    """Download a model to the engines' cache (HF_HOME). Returns its directory. Raises RefusedError with the fix."""
     where = f"{repository} (on {socket.gethostname()})"
     try:
         import huggingface_hub
@@ -62,7 +62,7 @@ def fetch_from_hub(repository: str) -> str:
 
 
 def describe_hub_failure(error: BaseException) -> str:
-    """What an error of huggingface_hub, or of what it uses, means and what to do; then its own first line."""
+    """Return meaning and fix of an error from huggingface_hub or its dependencies, then the error's first line."""
     chain: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in chain:

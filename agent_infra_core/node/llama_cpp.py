@@ -10,7 +10,7 @@ from agent_infra_core.host import is_free
 
 
 def _wait_for_termination() -> None:
-    """Return at SIGTERM or SIGINT. By a pipe: no lock that a signal's handler could find taken."""
+    """Wait for SIGTERM or SIGINT. Uses a pipe, because a signal handler must not wait for a lock."""
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end)
@@ -22,10 +22,10 @@ def _wait_for_termination() -> None:
 def run_llama_cpp(
     model_path: str, name: str, host: str, port: int, slots: int, threads: int, context_tokens: int
 ) -> int:
-    """The embedded engine: llama.cpp's own server in this process, until SIGTERM; returns the exit code.
+    """Run the embedded engine, llama.cpp's own server in this process, until SIGTERM. Returns the exit code.
 
-    ``context_tokens`` are each slot's; ``threads`` 0 means half of the processors. The key comes by
-    AGENT_INFRA_API_KEY. What goes wrong is printed, for `serve` to classify.
+    ``context_tokens`` is per slot; ``threads`` 0 means half of the processors. Takes the key from
+    AGENT_INFRA_API_KEY. Prints errors, which `serve` classifies.
     """
     try:
         with open(model_path, "rb") as file:
@@ -47,12 +47,12 @@ def run_llama_cpp(
     parameters.cpuparams.n_threads = threads or max(1, len(os.sched_getaffinity(0)) // 2)
     parameters.cpuparams_batch.n_threads = parameters.cpuparams.n_threads
     parameters.endpoint_metrics = parameters.endpoint_slots = parameters.endpoint_props = True
-    parameters.n_threads_http = slots + 64  # each waiting turn holds one, and the health probe needs one too
-    parameters.cache_ram_mib = 256  # its default of 8192 is a laptop's whole memory
-    parameters.sse_ping_interval = 1  # its end waits for the next ping of every live stream
+    parameters.n_threads_http = slots + 64  # each waiting turn uses one, and the health probe needs one
+    parameters.cache_ram_mib = 256  # the default of 8192 would fill a laptop's memory
+    parameters.sse_ping_interval = 1  # at shutdown it waits for the next ping of every open stream
     parameters.fit_params, parameters.ui, parameters.offline = False, False, True
     parameters.verbosity = 2
     server = xllamacpp.Server(parameters)  # returns once the model is loaded and the port listens
     _wait_for_termination()
-    del server  # cuts the streams, then ends
+    del server  # cuts open streams and stops the server
     return 0

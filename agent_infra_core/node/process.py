@@ -1,4 +1,4 @@
-"""The engine's process group, which never outlives `serve`; signals to `serve`; free ports for engines."""
+"""Processes of `serve`: the engine's process group, which never outlives it, its signals, and free ports."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ LOG_TAIL_BYTES = 65536
 
 
 class PortReservation:
-    """A port that no other `serve` of this user on this node takes, for as long as this object is not closed.
+    """A port that no other `serve` of this user on this node takes, until close().
 
-    The bind check alone leaves a gap until the engine listens; a lock file per port closes it between replicas.
+    Checking that a port is free leaves a gap until the engine listens; a lock file per port covers it.
     """
 
     def __init__(self, port: int, lock: int) -> None:
@@ -32,9 +32,9 @@ class PortReservation:
 
 
 def reserve_port(first: int) -> PortReservation | None:
-    """The first free port from ``first`` on, reserved; None when a thousand of them are taken.
+    """Reserve the first free port from ``first`` on; None if the first thousand are taken.
 
-    RefusedError when the directory of the reservations cannot be trusted.
+    Raises RefusedError if the directory of the lock files isn't safe.
     """
 
     directory = private_directory()
@@ -52,10 +52,10 @@ def reserve_port(first: int) -> PortReservation | None:
 
 
 class Watcher:
-    """A forked process that kills the engine's process group when `serve` is gone, even by kill -9.
+    """A forked process that kills the engine's process group when `serve` ends, even by kill -9.
 
-    It reads a pipe whose only writer is `serve`: the number of a process group (0 = none), a line each; its end is
-    the end of `serve`. To be made before any thread is.
+    It reads process group ids (0 = none), one per line, from a pipe that only `serve` writes to; the pipe's end means
+    that `serve` has ended. Create it before starting any thread.
     """
 
     def __init__(self) -> None:
@@ -67,15 +67,15 @@ class Watcher:
         os.close(read_end)
 
     def announce(self) -> None:
-        """Name the calling process as the engine; runs in the engine's process before it becomes the engine."""
+        """Register the calling process as the engine; runs in the engine's process before exec."""
         self._say(os.getpid())
 
     def forget(self) -> None:
-        """No engine runs any more: its number may soon be another's."""
+        """Unregister the engine, which has ended: its pid may soon be reused."""
         self._say(0)
 
     def _say(self, group: int) -> None:
-        with contextlib.suppress(BrokenPipeError):  # somebody killed the watcher; the replica serves without it
+        with contextlib.suppress(BrokenPipeError):  # somebody killed the watcher; the replica goes on without it
             os.write(self._write_end, b"%d\n" % group)
 
     def close(self) -> None:
@@ -84,7 +84,7 @@ class Watcher:
 
 
 def _watch(read_end: int) -> NoReturn:
-    """The watcher's whole life."""
+    """Run the watcher process."""
     try:
         os.setsid()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -103,13 +103,13 @@ def _watch(read_end: int) -> NoReturn:
 
 
 class StopSignals:
-    """What `serve` was told by signals; owns the pipe into which Python writes the number of each that arrives.
+    """Counts the signals to `serve`; owns the pipe to which Python writes the number of each signal that arrives.
 
-    Counted in the pipe, two signals at the same moment count as two. Only the main thread uses it.
+    Through the pipe, two signals at the same moment count as two. Use it from the main thread only.
     """
 
     def __init__(self) -> None:
-        self._asked = 0  # to drain and stop, by any signal
+        self._asked = 0  # requests to drain and stop: any signal
         self._terminations = 0
         self._read_end, self._write_end = os.pipe()
         for end in (self._read_end, self._write_end):
@@ -120,13 +120,13 @@ class StopSignals:
 
     @property
     def is_asked(self) -> bool:
-        """Told to drain and stop."""
+        """Whether a signal asked to drain and stop."""
         self._count()
         return self._asked > 0
 
     @property
     def is_urgent(self) -> bool:
-        """Told to end a second time: at once."""
+        """Whether a second SIGTERM or SIGINT asked to end at once."""
         self._count()
         return self._terminations > 1
 
@@ -147,10 +147,10 @@ def open_log(path: Path) -> int:
 
 
 class EngineProcess:
-    """One run of an engine: its process group and the part of the log that this run wrote."""
+    """One run of an engine: its process group and its part of the log."""
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str], log: Path, watcher: Watcher) -> None:
-        """Start it; OSError when its program cannot be started."""
+        """Start the engine. Raises OSError if its program cannot be started."""
         self._log, self._watcher = log, watcher
         with open(open_log(log), "ab") as output:
             self._log_start = output.seek(0, os.SEEK_END)
@@ -161,28 +161,28 @@ class EngineProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # Announced by the engine itself: `serve` may be killed before it could say the number.
+                # The engine registers itself: `serve` may be killed before it could register it.
                 preexec_fn=watcher.announce,
             )
 
     def exit_code(self) -> int | None:
-        """Negative: ended by that signal; None: it runs."""
+        """Return the exit code; negative: ended by that signal; None: still running."""
         return self._process.poll()
 
     def terminate(self) -> None:
-        """Ask the engine's first process to end; it ends the others in its own order."""
+        """Send SIGTERM to the engine's first process, which ends the others."""
         self._process.terminate()
 
     def kill(self) -> None:
-        """End the whole process group, also what the engine's end left behind; idempotent."""
+        """Kill the whole process group, including processes that the engine left behind. Safe to call again."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a process in the kernel's hands may take longer
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process in uninterruptible sleep may take longer
             self._process.wait(10)
         self._watcher.forget()
 
     def log_tail(self) -> str:
-        """The end of what this run wrote."""
+        """Return the last LOG_TAIL_BYTES that this run wrote."""
         with open(self._log, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self._log_start, size - LOG_TAIL_BYTES))

@@ -1,4 +1,4 @@
-"""The `rank` role: the headless part of an engine on each further node of a replica."""
+"""The `rank` role: the headless part of an engine on each additional node of a replica."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher
 from agent_infra_core.node.replica import make_launch, read_spec
 
-RANK_POLL_S = 0.5  # between looks of a rank at what its head does
+RANK_POLL_S = 0.5  # interval at which a rank checks its head
 
 
 class Rank:
-    """A headless engine on one of the other nodes of a replica: runs for as long as the head's run does."""
+    """A headless engine on an additional node of a replica; restarts and ends with the head's engine."""
 
     def __init__(self, run_directory: str, replica: str, number: int) -> None:
         self._spec, self._key = read_spec(run_directory, replica)
@@ -24,11 +24,12 @@ class Rank:
         folder = Path(run_directory)
         self._lead = folder / "ranks" / f"{replica}.json"
         self._log = folder / "logs" / f"{replica}.rank{number}.log"
-        self._told = ""  # of the run that this rank is part of
+        self._told = ""  # the head's file for the current run; empty: no run
         self._process: EngineProcess | None = None
 
     def run(self, watcher: Watcher, signals: StopSignals) -> int:
-        """Follow the head until told to end twice, or once and the head has ended: its turns need this rank."""
+        """Follow the head. After a signal, go on until the head's run ends, whose turns need this rank; a second one
+        ends the rank at once. Returns the exit code."""
         try:
             while not signals.is_urgent:
                 self._follow(watcher)
@@ -54,14 +55,14 @@ class Rank:
         return EngineProcess(launch.argv, launch.environment, self._log, watcher)
 
     def _end(self) -> None:
-        """A headless rank does not end by itself when its head does."""
+        """Kill the engine: a headless rank doesn't end by itself when its head does."""
         if self._process is not None:
             self._process.kill()
             self._process = None
 
 
 def run_rank(run_directory: str, replica: str) -> int:
-    """The `rank` role, which srun starts on each node but the head's."""
+    """Run the `rank` role, which srun starts on each node but the head's. Returns the exit code."""
     rank = Rank(run_directory, replica, int(os.environ.get("SLURM_PROCID", "0")) + 1)
     with contextlib.closing(Watcher()) as watcher:
         return rank.run(watcher, StopSignals())

@@ -28,13 +28,13 @@ from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher, o
 from agent_infra_core.node.telemetry import LoadSampler, Telemetry
 from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, ServeSpec, fill_in, spec_from_json
 
-LOAD_POLL_S = 0.1  # between looks at an engine that loads
-HEALTH_POLL_S = 5.0  # between looks at one that is ready
-DRAIN_SETTLE_S = 0.5  # an engine counts as idle after this long, for turns still on their way when draining was told
-IDLE_SETTLE_S = 3.0  # likewise when it drains by its own decision: the relay reads of it at its next look at the load
-END_MARGIN_S = 3.0  # of stop_grace, kept for the engine's own end
+LOAD_POLL_S = 0.1  # interval between checks of a loading engine
+HEALTH_POLL_S = 5.0  # interval between checks of a ready engine
+DRAIN_SETTLE_S = 0.5  # a draining engine is idle after this long without turns: some may still be on their way
+IDLE_SETTLE_S = 3.0  # the same if it shuts itself down: the relay learns of it only when it next polls the load
+END_MARGIN_S = 3.0  # part of stop_grace reserved for the engine's shutdown
 MAX_RESTARTS = 3
-FORGIVEN_AFTER_S = 600.0  # healthy, and earlier restarts no longer count
+FORGIVEN_AFTER_S = 600.0  # after this long healthy, earlier restarts no longer count
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ class Launch:
     """One start of an engine."""
 
     argv: list[str]
-    environment: dict[str, str]  # with the key, which is never in argv
+    environment: dict[str, str]  # includes the key, which must never be in argv
     port: int
-    identity: str  # for whom the engine answers the keyed challenge
-    master: tuple[str, int]  # address and port at which the nodes of a replica find each other
+    identity: str  # with which the engine answers the keyed challenge
+    master: tuple[str, int]  # address and port where the nodes of a replica meet
 
 
 def engine_environment(spec: ServeSpec) -> dict[str, str]:
-    """What an engine's environment is, but for what each start adds."""
+    """Return an engine's environment, without the variables that each start adds."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **spec.env}
     if spec.gpu_ids:
-        # NVML counts in the order of the bus; CUDA by itself puts the fastest first.
+        # NVML numbers GPUs in bus order; by default CUDA starts with the fastest.
         environment.update(CUDA_VISIBLE_DEVICES=",".join(spec.gpu_ids), CUDA_DEVICE_ORDER="PCI_BUS_ID")
     return environment
 
@@ -60,7 +60,7 @@ def engine_environment(spec: ServeSpec) -> dict[str, str]:
 def make_launch(
     spec: ServeSpec, key: str, port: int, master: tuple[str, int] | None = None, node_rank: int = 0
 ) -> Launch:
-    """One run of the engine; with ``master`` None, the head of several nodes finds a port for them to meet at."""
+    """Prepare a run of the engine. With ``master`` None and several nodes, choose the port where they meet."""
     if master is None:
         master = ("", 0)
         if spec.nodes > 1:
@@ -81,18 +81,18 @@ def make_launch(
 
 
 def _node_name(spec: ServeSpec) -> str:
-    """This node's name; in a job, Slurm's."""
+    """Return this node's name; in a job, the one from Slurm."""
     return (spec.is_job and os.environ.get("SLURMD_NODENAME")) or socket.gethostname()
 
 
 def _told_host(bind_host: str) -> str:
-    """The address under which others find what listens on ``bind_host``; the job's script asks Slurm for the node's."""
+    """Return the address at which others reach a server on ``bind_host``; job scripts set the node's, from Slurm."""
     is_wildcard = bind_host in ("", "0.0.0.0", "::")  # noqa: S104 (a comparison)
     return (os.environ.get("AGENT_INFRA_ADDRESS") or socket.gethostname()) if is_wildcard else bind_host
 
 
 class Replica:
-    """Keeps one engine running until told to stop, and its record true. The main thread owns all but ``digest``."""
+    """Keeps one engine running until a signal, and its record up to date. Only ``digest`` is safe in other threads."""
 
     def __init__(self, spec: ServeSpec, key: str, watcher: Watcher, signals: StopSignals) -> None:
         self._spec, self._key, self._watcher, self._signals = spec, key, watcher, signals
@@ -101,7 +101,7 @@ class Replica:
         self._log = self._directory / "logs" / f"{spec.replica}.log"
         self._gpus = GpuSampler(sampled_gpus(spec, {**os.environ, **spec.env}))
         self._load_sampler = LoadSampler(self._gpus)
-        self._is_written = False  # whether the file says what the record says
+        self._is_written = False  # whether the file matches the record
         self._record = ReplicaRecord(
             replica=spec.replica,
             model=spec.model,
@@ -119,7 +119,7 @@ class Replica:
         )
 
     def run(self) -> int:
-        """The whole life of the replica; the exit code of `serve`."""
+        """Run the replica to its end. Returns the exit code of `serve`."""
         telemetry = Telemetry(
             self._spec.bind_host, self._key, f"{self._record.replica}@{self._record.node}", self.digest
         )
@@ -140,11 +140,11 @@ class Replica:
         return 1
 
     def digest(self) -> Mapping[str, Any]:
-        """The body of ``GET /load``; called by any thread."""
+        """Return the body of ``GET /load``. Thread-safe."""
         return {"state": self._record.state, "slots": self._record.slots, **self._load_sampler.sample()}
 
     def _run_engines(self) -> ReplicaFailure | None:
-        """Run the engine, again after a failure as often as is sensible; None when told to stop."""
+        """Run the engine, and restart it while that may help. Returns the last failure; None if stopped by a signal."""
         restarts, base_port = 0, self._spec.base_port
         while True:
             reservation = reserve_port(base_port)
@@ -175,7 +175,7 @@ class Replica:
         self._update(state="starting", message=message, failure=failure, restarts=restarts, port=None, progress=None)
 
     def _run_engine(self, port: int) -> ReplicaFailure | None:
-        """One run of the engine, from its start to its end; None when it was told to stop."""
+        """Run the engine once, from start to end. Returns its failure; None if it was stopped."""
         spec = self._spec
         launch = make_launch(spec, self._key, port)
         self._lead(launch)
@@ -202,7 +202,7 @@ class Replica:
             process.kill()
 
     def _lead(self, launch: Launch | None) -> None:
-        """Tell the ranks on the replica's other nodes of a run of the engine; None: of its end, which ends theirs."""
+        """Announce a run of the engine to the ranks on the replica's other nodes; None: its end, which ends theirs."""
         path = self._directory / "ranks" / f"{self._spec.replica}.json"
         if self._spec.nodes > 1 and launch is not None:
             path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -211,7 +211,7 @@ class Replica:
             path.unlink(missing_ok=True)
 
     def _load(self, process: EngineProcess, client: EngineClient) -> ReplicaFailure | None:
-        """Wait until the engine is ready; None then, and when told to stop."""
+        """Wait until the engine is ready. Returns its failure; None if it is ready or a signal asked to stop."""
         deadline = time.monotonic() + self._spec.load_timeout
         while not self._signals.is_asked:
             exit_code = process.exit_code()
@@ -232,7 +232,7 @@ class Replica:
             self._update(progress="/".join(steps[-1]))
 
     def _stand_by(self, process: EngineProcess, client: EngineClient) -> ReplicaFailure | None:
-        """Watch a ready engine until it fails; None when told to stop, or when it was idle for too long."""
+        """Monitor a ready engine. Returns its failure; None after a signal to stop, or if it was idle for too long."""
         answered_at, idle = time.monotonic(), IdleWatch(self._spec.idle_shutdown_minutes, time.monotonic)
         while not self._signals.is_asked:
             exit_code = process.exit_code()
@@ -252,7 +252,7 @@ class Replica:
         return None
 
     def _end(self, process: EngineProcess, client: EngineClient) -> None:
-        """Let the engine finish its turns, then end it; when told to, within stop_grace, at once when told again."""
+        """Let the engine finish its turns within stop_grace, then end it; a second signal ends it at once."""
         deadline = time.monotonic() + self._spec.stop_grace
         was_ready = self._record.state == "ready"
         self._update(state="draining", message=None)
@@ -263,7 +263,7 @@ class Replica:
             if load is None or load.running or load.waiting:
                 idle_since = math.inf
                 if load and self._record.is_idle and not self._signals.is_asked:
-                    deadline = time.monotonic() + self._spec.stop_grace  # a turn that still came has all its time
+                    deadline = time.monotonic() + self._spec.stop_grace  # a turn that still arrived gets its full time
             elif time.monotonic() - (idle_since := min(idle_since, time.monotonic())) > settle_s:
                 break
             self._signals.wait(LOAD_POLL_S)
@@ -275,14 +275,14 @@ class Replica:
         return process.exit_code() is None and not self._signals.is_urgent
 
     def _pause(self, seconds: float) -> bool:
-        """Wait; True when told to stop meanwhile."""
+        """Wait. Returns True if a signal asked to stop meanwhile."""
         deadline = time.monotonic() + seconds
         while not self._signals.is_asked and (left := deadline - time.monotonic()) > 0:
             self._signals.wait(left)
         return self._signals.is_asked
 
     def _update(self, **changes: Any) -> None:
-        """Change the record and write it, if need be. On a full disk the engine serves on; the next call retries."""
+        """Update the record and write it if it changed. If the disk is full, the next call tries again."""
         record = dataclasses.replace(self._record, **changes)
         path = self._directory / "replicas" / f"{record.replica}.json"
         if record != self._record or not self._is_written or not path.exists():
@@ -292,14 +292,14 @@ class Replica:
                 self._is_written = True
 
     def _note(self, line: str) -> None:
-        """A line of our own in the replica's log, if the disk takes it."""
+        """Write a line to the replica's log; ignores write errors."""
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         with contextlib.suppress(OSError), open(open_log(self._log), "a", encoding="utf-8") as file:
             file.write(f"{stamp} agent-infra: {line}\n")
 
 
 def read_spec(run_directory: str, replica: str) -> tuple[ServeSpec, str]:
-    """What a replica is told, and the key; RefusedError where either cannot be read."""
+    """Return a replica's specification and key. Raises RefusedError if either cannot be read."""
     path = Path(run_directory) / "specs" / f"{replica}.json"
     try:
         spec = spec_from_json(path.read_text(encoding="utf-8"))
@@ -312,10 +312,10 @@ def read_spec(run_directory: str, replica: str) -> tuple[ServeSpec, str]:
 
 
 def probe_node(spec: ServeSpec) -> dict[str, Any]:
-    """What a replica would find here: ``{node, python, package, gpus, model, hub}``.
+    """Return what a replica would find on this node: ``{node, python, package, gpus, model, hub}``.
 
-    ``package`` is the version of the engine's package, ``model`` one of local, cached, remote and missing, ``hub``
-    whether the Hugging Face hub can be reached.
+    ``package`` is the version of the engine's package (None: not installed), ``model`` one of local, cached, remote
+    and missing, ``hub`` whether the Hugging Face hub is reachable.
     """
     import importlib.metadata
     import urllib.error
@@ -329,7 +329,7 @@ def probe_node(spec: ServeSpec) -> dict[str, Any]:
         endpoint = environment.get("HF_ENDPOINT") or "https://huggingface.co"
         urllib.request.urlopen(endpoint, timeout=5.0).close()  # noqa: S310 (the user's own setting)
     except urllib.error.HTTPError as error:
-        error.close()  # it answers
+        error.close()  # any answer counts
     except (OSError, ValueError):
         hub = False
     sampler = GpuSampler(sampled_gpus(spec, environment))
@@ -350,9 +350,9 @@ def probe_node(spec: ServeSpec) -> dict[str, Any]:
 
 
 def serve(run_directory: str, replica: str) -> int:
-    """Run one replica as specs/<replica>.json says, until SIGTERM; returns 0 when stopped, 1 when it failed.
+    """Run one replica from specs/<replica>.json until SIGTERM. Returns 0 if it was stopped, 1 if it failed.
 
-    Writes replicas/<replica>.json and logs/<replica>.log. RefusedError when it cannot be started at all.
+    Writes replicas/<replica>.json and logs/<replica>.log. Raises RefusedError if it cannot be started at all.
     """
     spec, key = read_spec(run_directory, replica)
     if spec.is_probe:

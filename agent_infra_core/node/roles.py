@@ -16,7 +16,7 @@ from agent_infra_core.node.together import serve_together
 
 
 def add_roles(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the command line of each role; ``run`` of what they parse carries it out."""
+    """Add the command line of each role; ``run`` in the parsed arguments executes it."""
     parser = verbs.add_parser("serve")
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--replica", required=True, action="append")
@@ -68,7 +68,7 @@ def _run_llama_cpp(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a role of node.pyz; the exit code, 2 when refused."""
+    """Run a role of node.pyz. Returns the exit code: 0 ok, 1 failed, 2 refused, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="node.pyz")
     add_roles(parser.add_subparsers(required=True))
     arguments = parser.parse_args(argv)

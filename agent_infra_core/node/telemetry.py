@@ -1,4 +1,4 @@
-"""``GET /load`` of `serve`: a small digest of the engine's metrics and of NVML, on a port of its own."""
+"""``GET /load`` of `serve`: a summary of the engine's metrics and of NVML, on a separate port."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ DIGEST_MAX_AGE_S = 0.5
 
 
 class Telemetry:
-    """Serves ``GET /load`` and the keyed challenge on a port of its own, in threads; owns them and the socket."""
+    """Serves ``GET /load`` and the keyed challenge on its own port, in threads; owns them and the socket."""
 
     def __init__(self, host: str, key: str, name: str, digest: Callable[[], Mapping[str, Any]]) -> None:
-        """``name``: <replica>@<node>, for which the challenge is answered."""
+        """``name``: <replica>@<node>, the identity in answers to the challenge."""
         import http.server
         import socketserver
 
@@ -35,7 +35,7 @@ class Telemetry:
             "protocol_version": "HTTP/1.1",
         }
         handler = type("LoadHandler", (http.server.BaseHTTPRequestHandler,), body)
-        # Not an HTTPServer: that asks the resolver for the host's name first.
+        # Not an HTTPServer, which resolves the host's name first.
         self._server = socketserver.ThreadingTCPServer((host, 0), handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="telemetry", daemon=True)
@@ -68,17 +68,17 @@ class Telemetry:
 
 
 class LoadSampler:
-    """The figures of the engine and of its GPUs, at most half a second old while the engine answers."""
+    """Samples the engine's load and its GPUs; a sample is at most DIGEST_MAX_AGE_S old while the engine answers."""
 
     def __init__(self, gpus: GpuSampler) -> None:
-        self.client: EngineClient | None = None  # of the engine that runs; set by the main thread
+        self.client: EngineClient | None = None  # of the running engine; set by the main thread
         self._gpus = gpus
-        self._lock = threading.Lock()  # one thread at a time asks the engine and NVML
+        self._lock = threading.Lock()  # one thread at a time queries the engine and NVML
         self._sampled: dict[str, Any] = {}
         self._sampled_at = -math.inf  # monotonic s
 
     def sample(self) -> Mapping[str, Any]:
-        """The fields of EngineLoad, ``gpus`` and ``at``; the last ones when the engine takes too long now."""
+        """Return the fields of EngineLoad, ``gpus`` and ``at``; the previous ones if the engine takes too long."""
         if self._lock.acquire(timeout=PROBE_TIMEOUT_S):
             try:
                 if time.monotonic() - self._sampled_at > DIGEST_MAX_AGE_S:

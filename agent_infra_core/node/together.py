@@ -1,4 +1,4 @@
-"""Several replicas in one job: one `serve` process each, with a share of the node's GPUs."""
+"""Runs several replicas in one job: one `serve` process each, with a share of the node's GPUs."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from agent_infra_core.node.replica import read_spec
 
 
 def node_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """The GPUs that this job may use; where nvidia-smi does not tell, those that Slurm names."""
+    """Return the GPUs that this job may use, from nvidia-smi or else from Slurm (CUDA_VISIBLE_DEVICES)."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     pool = gpu_pool(list_gpus(environment), visible)
     return pool or tuple(word.strip() for word in (visible or "").split(",") if word.strip())
 
 
 def serve_together(run_directory: str, replicas: Sequence[str]) -> int:
-    """Run several replicas in this job, a `serve` each, the node's GPUs shared out; returns when all have ended.
+    """Run a `serve` for each replica, with a share of the node's GPUs, until all end. Returns the highest exit code.
 
-    Signals go to all of them; one whose specification is removed is told to drain.
+    Passes signals on to all; a replica whose specification is removed gets SIGTERM, which drains it.
     """
     folder, held = Path(run_directory), dict[str, str]()
     signals, children = StopSignals(), dict[str, subprocess.Popen[bytes]]()
@@ -50,4 +50,4 @@ def serve_together(run_directory: str, replicas: Sequence[str]) -> int:
     return max((child.returncode for child in children.values()), default=0)
 
 
-TOGETHER_POLL_S = 1.0  # between looks at what became of the replicas of one job
+TOGETHER_POLL_S = 1.0  # interval between checks of a job's replicas
