@@ -1,1 +1,1 @@
-"""HTTP as bytes in and values out: no sockets, no state of the relay. Pure."""
+"""HTTP parsing and encoding, without sockets or the relay's state. Pure."""

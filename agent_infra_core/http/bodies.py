@@ -1,4 +1,4 @@
-"""HTTP bodies: where one ends, and chunked encoding. Pure."""
+"""HTTP bodies: finds their end, decodes and encodes chunks. Pure."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ MAX_TRAILER_LINES = 64
 
 
 class BodyDecoder:
-    """Follows the framing of one body exactly: ``length`` bytes, chunks (None), or until the connection closes.
+    """Decodes one body, strictly: ``length`` bytes, chunks (None), or everything until the connection closes.
 
-    ``is_over`` once the body's last byte (of chunks: of the trailers' empty line) was fed.
+    ``is_over`` is true after the body's last byte; for chunks, after the empty line that ends the trailers.
     """
 
     UNTIL_CLOSE = -1
@@ -25,7 +25,7 @@ class BodyDecoder:
         self.is_until_close = length == self.UNTIL_CLOSE
         self.is_over = length == 0
         self._left = length or 0
-        self._expects = "size"  # of chunks: size | data | data end | trailer
+        self._expects = "size"  # for chunks: size | data | data end | trailer
         self._line = b""
         self._trailers = 0
 
@@ -34,9 +34,9 @@ class BodyDecoder:
         return self._expects == "size" and not self._line
 
     def feed(self, data: bytes, start: int, pieces: list[bytes]) -> int:
-        """Append the body's bytes in ``data[start:]`` to ``pieces``; return where the body ends there, or len(data).
+        """Append the body's bytes in ``data[start:]`` to ``pieces``. Returns the body's end in ``data``, or len(data).
 
-        Raises WireError on framing that could be read in two ways.
+        Raises WireError for ambiguous framing.
         """
         if self.is_over:
             return start
@@ -95,7 +95,7 @@ class BodyDecoder:
 
 
 def encode_chunk(payload: bytes) -> bytes:
-    """``payload`` as one HTTP chunk; empty for an empty one, which would end the body."""
+    """Encode ``payload`` as one HTTP chunk; empty if ``payload`` is, because an empty chunk would end the body."""
     return b"%x\r\n%b\r\n" % (len(payload), payload) if payload else b""
 
 
@@ -105,8 +105,9 @@ CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})\r\n")
 
 @functools.lru_cache(4096)
 def chunk_opening(length: int) -> bytes:
-    """How one chunk begins that takes ``length`` bytes with its framing, in the usual spelling; where there is none,
-    what is longer than all of it. The same few lengths come again and again."""
+    """Return the size line, in the usual spelling, of the chunk that takes ``length`` bytes including its framing.
+
+    If no chunk does, returns more than ``length`` bytes, so no data starts with it. Cached: few lengths are common."""
     for digits in range(1, 16):
         opening = b"%x\r\n" % max(0, length - digits - 4)
         if len(opening) == digits + 2 and length > digits + 4:

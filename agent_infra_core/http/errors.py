@@ -1,4 +1,4 @@
-"""Error answers in the shapes of OpenAI and Anthropic: documents, stream events, whole answers. Pure."""
+"""Errors in the formats of OpenAI and Anthropic: JSON bodies, stream events, whole answers. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from agent_infra_core.errors import AgentInfraError
 
 
 class RequestError(AgentInfraError):
-    """A request that is answered by an error of ours: ``status``, the message, and what the client may do."""
+    """An error that the relay itself returns for a request: HTTP status, message, and when the client may retry."""
 
     def __init__(
         self, status: int, message: str, *, code: str | None = None, retry_after_s: int = 0, closes: bool = False
@@ -19,13 +19,13 @@ class RequestError(AgentInfraError):
 
 
 class WireError(RequestError):
-    """Bytes that break HTTP/1.1 or a limit of ours: what follows them cannot be trusted, so the connection closes."""
+    """Bytes that violate HTTP/1.1 or a limit of ours. What follows can't be trusted, so the connection closes."""
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(status, message, closes=True)
 
 
-_ERROR_TYPES: Mapping[int, tuple[str, str]] = {  # status → error type in OpenAI's words, in Anthropic's
+_ERROR_TYPES: Mapping[int, tuple[str, str]] = {  # status → OpenAI's error type, Anthropic's error type
     400: ("invalid_request_error", "invalid_request_error"),
     401: ("authentication_error", "authentication_error"),
     404: ("not_found_error", "not_found_error"),
@@ -39,7 +39,7 @@ _ERROR_TYPES: Mapping[int, tuple[str, str]] = {  # status → error type in Open
 
 
 def error_document(status: int, message: str, code: str | None, is_anthropic: bool) -> bytes:
-    """The JSON body of an error, in the shape that the path's client library turns into its own exceptions."""
+    """Return the JSON body of an error, in the format from which the API's client library makes its exceptions."""
     openai_type, anthropic_type = _ERROR_TYPES.get(status, ("api_error", "api_error"))
     if is_anthropic:
         return json.dumps({"type": "error", "error": {"type": anthropic_type, "message": message}}).encode()
@@ -47,7 +47,7 @@ def error_document(status: int, message: str, code: str | None, is_anthropic: bo
 
 
 def error_event(message: str, is_anthropic: bool) -> bytes:
-    """The SSE event that tells a client library that the stream broke off."""
+    """Return the SSE event that reports a broken stream to a client library."""
     return (b"event: error\n" if is_anthropic else b"") + (
         b"data: %b\n\n" % error_document(502, message, "replica_lost", is_anthropic)
     )
@@ -56,7 +56,7 @@ def error_event(message: str, is_anthropic: bool) -> bytes:
 def plain_answer(
     status: int, body: bytes, *, extra: bytes = b"", closes: bool = False, content_type: bytes = b"application/json"
 ) -> bytes:
-    """A whole answer of ours; ``extra`` is whole header lines."""
+    """Return a complete HTTP answer; ``extra`` is complete header lines."""
     phrase = http_phrase(status).encode()
     return b"HTTP/1.1 %d %b\r\ncontent-type: %b\r\ncontent-length: %d\r\n%b%b\r\n%b" % (
         status, phrase, content_type, len(body), extra, b"connection: close\r\n" if closes else b"", body
@@ -64,7 +64,7 @@ def plain_answer(
 
 
 def http_phrase(status: int) -> str:
-    """The reason phrase of a status."""
+    """Return a status's reason phrase."""
     from http import HTTPStatus
 
     try:

@@ -1,4 +1,4 @@
-"""Answers, whole or as server-sent events: their text, their usage, and whether they are complete. Pure."""
+"""Answers, whole or as server-sent events: extracts text and usage, and detects incomplete ones. Pure."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from typing import Any, Final
 from agent_infra_core.http.bodies import CHUNK_SIZE, LAST_CHUNK, BodyDecoder, chunk_opening, encode_chunk
 from agent_infra_core.protocol import is_count
 
-MAX_TRACED_BYTES = 1 << 20  # a body or an answer longer than this does not say what conversation it belongs to
-MAX_LESSONS = 100  # how often a stream is looked at for what its events have in common,
-EVENTS_A_LESSON = 100  # and from then on, once in so many events
-CAPTURED_PIECES = 32  # pieces of a stream that are searched for words at once: one by one costs thrice that
-MAX_HELD_EVENT_BYTES = 1 << 20  # an SSE event longer than this is passed on in pieces, unseen
+MAX_TRACED_BYTES = 1 << 20  # longer bodies and answers aren't assigned to a conversation
+MAX_LESSONS = 100  # how many events of a stream are analysed for what its events have in common;
+EVENTS_A_LESSON = 100  # after that, one in this many
+CAPTURED_PIECES = 32  # pieces of a stream that are searched for text together: one by one costs three times as much
+MAX_HELD_EVENT_BYTES = 1 << 20  # a longer SSE event is forwarded in pieces, without being examined
 
 
 def holds_whole_events(data: bytes) -> bool:
-    """Whether ``data``, which starts between two chunks, is nothing but complete chunks, not the last one, each of
-    them ending with an event: then no word that is looked for in ``data`` can be hidden by the framing."""
-    if data.startswith(chunk_opening(len(data))):  # one chunk, as nearly always
+    """Whether ``data``, which starts between two chunks, holds only complete chunks (not the last one) that each end
+    with an event. Then the framing can't split any text that is searched for in ``data``."""
+    if data.startswith(chunk_opening(len(data))):  # one chunk, the usual case
         return data.endswith(b"\n\n\r\n")
     at = 0
     while at < len(data):
@@ -40,13 +40,13 @@ def holds_whole_events(data: bytes) -> bool:
 
 
 def sendable_text(text: str) -> str:
-    """``text`` without halves of characters, which JSON may hold (``"\\ud83d"``) and UTF-8 may not."""
+    """Return ``text`` without lone surrogates, which JSON may contain (``"\\ud83d"``) and UTF-8 may not."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 @dataclass(slots=True)
 class AnswerDigest:
-    """What tracking keeps of an answer."""
+    """The parts of an answer that tracking keeps."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -54,16 +54,16 @@ class AnswerDigest:
     finish_reason: str | None = None
     error: str | None = None
     text: str = ""
-    print: bytes | None = None  # message_print() of the whole answer, where it was wanted
+    print: bytes | None = None  # message_print() of the whole answer, if requested
 
     def add(self, document: Any) -> None:
-        """Take over what ``document`` says: a JSON answer, or one event of a stream, of any of the API's shapes."""
+        """Add the values in ``document``: a JSON answer or one stream event, in any of the APIs' formats."""
         if isinstance(document, dict):
             for part in (document.get("response"), document.get("message"), document):
-                if isinstance(part, dict):  # the former two: in events of /v1/responses and of /v1/messages
+                if isinstance(part, dict):  # response and message: /v1/responses and /v1/messages
                     self._take(part)
             if document.get("type") == "message_start":
-                self.completion_tokens = None  # it says with how many the answer begins
+                self.completion_tokens = None  # this event has only the initial count
 
     def _take(self, document: Mapping[str, Any]) -> None:
         delta = document.get("delta")
@@ -84,11 +84,11 @@ class AnswerDigest:
             self.cached_tokens = _token_count(cached, "cached_tokens", "cache_read_input_tokens", self.cached_tokens)
 
 
-NO_DIGEST: Final = AnswerDigest()  # of an answer that nobody read; nothing is ever added to it
+NO_DIGEST: Final = AnswerDigest()  # for an answer that nobody read; never add to it
 
 
 def _token_count(usage: Mapping[str, Any], name: str, other_name: str, former: int | None) -> int | None:
-    """The count that ``usage`` has by one of two names, else ``former``."""
+    """Return the count in ``usage`` under either name, else ``former``."""
     for value in (usage.get(name), usage.get(other_name)):
         if is_count(value):
             return value
@@ -96,7 +96,7 @@ def _token_count(usage: Mapping[str, Any], name: str, other_name: str, former: i
 
 
 def spoken(content: Any, calls: Any = None) -> tuple[str, list[str]]:
-    """The words of an assistant's message and the ids of its tool calls, in OpenAI's and in Anthropic's shape."""
+    """Return the text of an assistant message and the ids of its tool calls, from OpenAI's or Anthropic's format."""
     if isinstance(content, str) and not calls:
         return content, []
     parts = content if isinstance(content, list) else [{"text": content}]
@@ -111,33 +111,33 @@ _TWO_SUMS = struct.Struct("<II")
 
 
 def message_print(words: str, call_ids: Sequence[str]) -> bytes:
-    """Eight bytes by which an assistant's message is known again, whatever else its client sends back with it."""
+    """Return an 8-byte fingerprint of an assistant message's text and tool call ids; clients may change the rest."""
     called = zlib.crc32("\0".join(call_ids).encode("utf-8", "replace")) if call_ids else 0
     return _TWO_SUMS.pack(zlib.crc32(words.strip().encode("utf-8", "replace")), called)
 
 
 def conversation_key(messages: bytes, answer: bytes) -> str:
-    """What a conversation up to and with an answer is known by: a digest of its messages' prints."""
+    """Return the id of a conversation up to and including an answer: a digest of its messages' fingerprints."""
     return hashlib.blake2b(messages + answer, digest_size=8).hexdigest()
 
 
 _EVENT = re.compile(rb".*?\r?\n\r?\n|.+", re.DOTALL)
 _EVENT_TEXT = re.compile(rb'"(?:content|text|delta)":\s?"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL)
 
-# The one JSON string that differs from event to event of a stream: words of the answer, or others, which are not kept.
+# The one JSON string that differs between a stream's events: text of the answer (first group), or text not kept.
 _EVENT_WORDS = re.compile(
     rb'"(?:(content|text|delta)|arguments|partial_json|reasoning|reasoning_content|thinking)":\s?'
     rb'"([^"\\]*(?:\\.[^"\\]*)*)"'
 )
-_NOT_PLAIN = re.compile(rb'["\\\r\n]')  # where there is none, there is no need to ask for a string
-_IN_STRING = re.compile(rb'[^"\\\r\n]*(?:\\[^\r\n][^"\\\r\n]*)*')  # what a JSON string may hold, in one line
-_USAGE = re.compile(rb'"usage":(?!\s*null)')  # some engines say in every event that there is none
+_NOT_PLAIN = re.compile(rb'["\\\r\n]')  # without any of these, text is surely inside a string
+_IN_STRING = re.compile(rb'[^"\\\r\n]*(?:\\[^\r\n][^"\\\r\n]*)*')  # content of a JSON string, on one line
+_USAGE = re.compile(rb'"usage":(?!\s*null)')  # some engines send null with every event
 _DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
 _LAST_EVENT = re.compile(rb"(?:^|\n)(?:data: ?\[DONE\]|event: ?(?:message_stop|response\.completed))")
 
 
 def event_document(event: bytes) -> Any:
-    """The JSON document in an SSE event's data lines; None where there is none."""
+    """Return the JSON document in an SSE event's data lines; None without a valid one."""
     lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
     try:
         return json.loads(b"\n".join(lines)) if lines else None
@@ -146,7 +146,7 @@ def event_document(event: bytes) -> Any:
 
 
 def event_call_ids(event: Any) -> list[str]:
-    """The ids of the tool calls that begin with an event of a stream."""
+    """Return the ids of the tool calls that a stream's event starts."""
     document = event if isinstance(event, dict) else {}
     choices = document.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else None
@@ -156,14 +156,14 @@ def event_call_ids(event: Any) -> list[str]:
 
 
 class EventStream:
-    """What a replica's SSE answer becomes on its way to the client, however the bytes are split.
+    """Converts a replica's SSE answer for the client, from bytes split anywhere.
 
-    Only whole events leave it, so that an error event can follow at any time.  Whole chunks of whole events pass
-    verbatim; the rest is taken out of its framing and put into new chunks.  A usage event that the client did not ask
-    for is taken out.  ``fault`` is set when the answer, however orderly its end, is not complete.
+    It passes on only whole events, so an error event can follow at any time.  Complete chunks of whole events pass
+    unchanged; other bytes are decoded and put into new chunks.  A usage event that the client didn't ask for is
+    removed.  ``fault`` is set if the answer is incomplete, even if the stream ended normally.
 
-    Nearly all events repeat the one before but for a few words in one JSON string.  Those are known by comparing what
-    is before and behind the words; such an event means what the one before meant, so nothing is searched for in it.
+    Nearly every event equals the previous one except for the text in one JSON string.  Comparing the bytes before and
+    after that text detects such an event; it has the previous one's meaning, so it needs no further search.
     """
 
     __slots__ = (
@@ -182,30 +182,30 @@ class EventStream:
         wanted_text: int,
         traces: bool = False,
     ) -> None:
-        """``traces``: the digest's ``print`` is wanted."""
+        """``traces``: whether the digest needs ``print``."""
         self.decoder = decoder
-        self.events = 0  # seen so far, counted roughly: by their data lines
+        self.events = 0  # rough number so far: counts data lines
         self.fault: str | None = None
         self.is_over = self.has_excess = False
         self._to_chunks, self._cuts_usage, self._needs_done = to_chunks, cuts_usage, needs_done
         self._passes_verbatim = decoder.is_chunked and to_chunks
-        self._is_clean = self._passes_verbatim  # nothing held, and between two chunks that may pass as they are
+        self._is_clean = self._passes_verbatim  # nothing held back, and between two chunks that may pass unchanged
         self._held = b""
-        # The last pieces that say something else than those before, in chunks: usage and finish reason are there.
+        # The last chunks that differ from the ones before: these hold usage and finish reason.
         self._tail: deque[bytes] = deque(maxlen=4)
-        self._texts: list[bytes] = []  # the answer's first words (traced: all of them), still as JSON strings
+        self._texts: list[bytes] = []  # the start of the answer's text (all of it with traces), JSON-escaped
         self._call_ids: list[str] = []
         self._wanted_text, self._traces = wanted_text, traces
-        self._captures = MAX_TRACED_BYTES if traces else 12 * wanted_text  # bytes; as JSON, no character takes more
+        self._captures = MAX_TRACED_BYTES if traces else 12 * wanted_text  # bytes; a character takes at most 12 in JSON
         self._captured = 0  # bytes
-        self._pieces: list[bytes] = []  # not searched for words yet
-        # The event before: what was before its words (behind the chunk's size) and behind them, and whether they are
-        # the answer's. No event begins with a line's end.
+        self._pieces: list[bytes] = []  # not searched for text yet
+        # Of the previous event: the bytes before its text (without the chunk's size) and after it, and whether the text
+        # is the answer's. No event starts with the initial b"\r".
         self._before, self._behind, self._is_text = b"\r", b"", False
-        self._lessons = MAX_LESSONS  # that may still be taken: some engines repeat nothing
+        self._lessons = MAX_LESSONS  # left to take: some engines' events never repeat
 
     def feed(self, data: bytes) -> bytes:
-        """The bytes to send for these that came; WireError when the replica's framing is broken."""
+        """Return the bytes to send for the received ``data``. Raises WireError if the replica's framing is broken."""
         if not self._is_clean:
             return self._feed_events(data)
         before, behind = self._before, self._behind
@@ -218,16 +218,16 @@ class EventStream:
         self.events += 1
         if self._is_text and self._captured < self._captures:
             if self._pieces:
-                self._search()  # what came before these words
+                self._search()  # text before this one
             self._texts.append(data[begin:end])
             self._captured += end - begin
         return data
 
     def _feed_unlike(self, data: bytes) -> bytes:
-        """``feed`` for what does not repeat the event before, between two chunks that may pass as they are."""
+        """Do ``feed`` for data that doesn't repeat the previous event, between two chunks that may pass unchanged."""
         if (
             not data.endswith(b"\n\n\r\n")
-            or data.find(b"abort") >= 0  # cheaper than `in`, which takes it for a number first
+            or data.find(b"abort") >= 0  # faster than `in`, which first tries to read it as a number
             or (self._cuts_usage and _USAGE.search(data))
             or not holds_whole_events(data)
         ):
@@ -242,7 +242,7 @@ class EventStream:
         return data
 
     def _learn(self, data: bytes) -> None:
-        """Know the next event by this one, where there is one string in it that may differ."""
+        """Remember this event to recognise the next one, if it has exactly one string that may differ."""
         self._lessons = max(0, self._lessons - 1)
         opening, found = chunk_opening(len(data)), list(_EVENT_WORDS.finditer(data))
         if len(found) == 1 and data.startswith(opening):
@@ -250,7 +250,7 @@ class EventStream:
             self._before, self._behind = data[len(opening) : found[0].start(2)], data[found[0].end(2) :]
 
     def close(self) -> bytes:
-        """The connection closed: the end of an answer that lasts until then, a fault of any other."""
+        """Handle the closed connection: the end of an answer without length or chunks, otherwise a fault."""
         if self.decoder.is_until_close and not self.is_over:
             return self._end(self._held)
         self.fault = self.fault or "the replica died"
@@ -258,15 +258,15 @@ class EventStream:
 
     @property
     def has_last_event(self) -> bool:
-        """Whether the event that ends an answer came: many clients leave at it, before the replica ends the body."""
+        """Whether the answer's final event arrived: many clients disconnect then, before the replica ends the body."""
         return _LAST_EVENT.search(b"".join(self._tail)) is not None
 
     def failure(self, event: bytes) -> bytes:
-        """The bytes that end the stream with an error event, behind all that was sent."""
+        """Return the bytes that end the stream with an error event after all bytes sent so far."""
         return encode_chunk(event) + LAST_CHUNK if self._to_chunks else event
 
     def digest(self) -> AnswerDigest:
-        """What the last events and the first words say."""
+        """Return the digest, from the last events and the captured text."""
         digest = AnswerDigest()
         pieces: list[bytes] = []
         BodyDecoder(None).feed(b"".join(self._tail), 0, pieces)
@@ -287,7 +287,7 @@ class EventStream:
             self._search()
 
     def _search(self) -> None:
-        """Take the words out of the pieces that wait."""
+        """Extract the text from the waiting pieces."""
         data = b"".join(self._pieces)
         self._pieces.clear()
         texts = _EVENT_TEXT.findall(data)
@@ -331,7 +331,7 @@ class EventStream:
         return encode_chunk(events) if self._to_chunks else events
 
     def _kept(self, events: bytes) -> Iterator[bytes]:
-        """The events that the client gets; those of an engine that was shut down end with ``fault``."""
+        """Yield the events for the client; sets ``fault`` and stops at the one of an engine that was shut down."""
         for event in _EVENT.findall(events):
             document = event_document(event) if b"abort" in event or b'"usage":' in event else None
             if isinstance(document, dict):
@@ -345,5 +345,5 @@ class EventStream:
 
 
 def is_aborted(choice: Any) -> bool:
-    """Whether a choice was ended by its engine's shutdown, however complete the answer looks."""
+    """Whether the engine's shutdown ended a choice, even if the answer looks complete."""
     return isinstance(choice, dict) and choice.get("finish_reason") == "abort"

@@ -1,4 +1,4 @@
-"""HTTP heads of requests and answers: parsed strictly, cached, rewritten for the other side. Pure."""
+"""HTTP heads of requests and answers: parses them strictly, caches and rewrites them. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_KNOWN_LINE_BYTES = 256
 MAX_KNOWN_HEADS = 2000
 MAX_KNOWN_HEAD_BYTES = 2000
 
-# The paths that are forwarded, with or without /{model} before them.
+# The paths that are forwarded, with or without a /{model} prefix.
 INFERENCE_PATHS = frozenset(
     b"/v1/chat/completions /v1/completions /v1/embeddings /v1/responses /v1/messages /v1/messages/count_tokens "
     b"/v1/rerank /v1/score /v1/audio/speech /v1/audio/transcriptions /v1/audio/translations "
@@ -29,7 +29,7 @@ _HOP_BY_HOP = frozenset(
     b"upgrade content-length".split()
 )
 
-# Accept-Encoding goes because a compressed stream could not be watched; the keys because they are the client's.
+# No Accept-Encoding, because a compressed stream can't be read; no keys, because they are for this proxy only.
 NOT_FORWARDED = _HOP_BY_HOP | frozenset(b"host expect accept-encoding authorization x-api-key api-key cookie".split())
 NOT_RETURNED = _HOP_BY_HOP | frozenset(b"server x-request-id set-cookie".split())
 _ONLY_ONCE = frozenset(b"content-length transfer-encoding host expect authorization".split())
@@ -37,7 +37,7 @@ _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) 
 _ABSOLUTE_TARGET = re.compile(rb"(?i:http)://[^/?#@]+(?=[/?]|\Z)")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
 
-# No control character but the tab: so no CR or LF gets into a line, and none out of it.
+# No control characters except tab, so that no CR or LF is accepted or passed on.
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 _LENGTH_LINES = b"\r\nContent-Length: ", b"\r\ncontent-length: "
 _LENGTH_FIGURES = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: (\d+)(?=\r\n)")
@@ -46,20 +46,20 @@ _SECRET_FIELDS = frozenset(b"authorization proxy-authorization x-api-key api-key
 
 
 class HeaderLines:
-    """Reads header lines, and remembers those that come again and again, so that each is examined once.
+    """Parses header lines, with a cache for repeated ones.
 
-    Bounded in number and length; lines that carry a secret are never kept.
+    The cache is limited in number and length of lines and never holds a line with a secret.
     """
 
     __slots__ = ("_dropped", "_known")
 
     def __init__(self, dropped: frozenset[bytes]) -> None:
-        """``dropped`` are the names (lower case) of headers that are not passed on."""
+        """``dropped``: names (lower case) of headers that aren't passed on."""
         self._dropped = dropped
         self._known: dict[bytes, tuple[bytes, bytes, bytes]] = {}
 
     def read(self, line: bytes) -> tuple[bytes, bytes, bytes]:
-        """Name in lower case, value, and the line as it is passed on (empty: it is not); WireError for no header."""
+        """Return lower-case name, value, and the line to pass on (empty: none). Raises WireError if it is malformed."""
         entry = self._known.get(line)
         if entry is not None:
             return entry
@@ -75,7 +75,7 @@ class HeaderLines:
         return entry
 
     def read_all(self, lines: Sequence[bytes]) -> tuple[dict[bytes, bytes], list[tuple[bytes, bytes, bytes]]]:
-        """The lines' fields (the last of several of one name; of Connection, all in one list) and their readings."""
+        """Return the fields and each line's read(). The last value of a name wins; those of Connection are joined."""
         read = self._known.get
         rows = [read(line) or self.read(line) for line in lines]
         fields = {name: value for name, value, _ in rows}
@@ -85,24 +85,24 @@ class HeaderLines:
 
 
 class HeadMemory:
-    """Heads that came before, but for the figures of Content-Length and the value of Authorization, and what was made
-    of them: clients and replicas repeat theirs, and finding one costs a tenth of reading it.
+    """Caches parsed heads by their bytes without the values of Content-Length and Authorization. Clients and replicas
+    repeat their heads, and a lookup costs a tenth of parsing.
 
-    What is cut out are values of whole lines in their usual spelling, and a head is kept only when it has each of
-    these lines once.  So two heads that are alike without the values have them in the same place, and mean the same.
-    Bounded in number and length; no secret is kept.
+    Only the values of complete lines in their usual spelling are cut out, and a head is kept only if it has each of
+    these lines once.  So heads that are equal without these values have them in the same place and mean the same.
+    The cache is limited in number and length of heads and never holds a secret.
     """
 
     __slots__ = ("_has_secrets", "_known", "_lines")
 
     def __init__(self, has_secrets: bool) -> None:
-        """``has_secrets``: whether Authorization is cut out; else a head that has it is not kept."""
+        """``has_secrets``: whether to cut Authorization out; otherwise a head that has one isn't kept."""
         self._has_secrets = has_secrets
         self._known: dict[bytes, Any] = {}
-        self._lines = [(_LENGTH_LINES[0], 0), (_SECRET_LINES[0], 0)]  # how and about where they stood: likely so again
+        self._lines = [(_LENGTH_LINES[0], 0), (_SECRET_LINES[0], 0)]  # last spelling and rough position; tried first
 
     def find(self, data: bytes, end: int) -> tuple[Any, int, bytes] | None:
-        """What is kept of the head ``data[:end]``, its Content-Length (-1: none), its Authorization; None: unknown."""
+        """Look up the head ``data[:end]``. Returns its value, Content-Length (-1: none) and Authorization; or None."""
         key, figures, secret = self._cut(data, end)
         kept = self._known.get(key)
         if kept is None:
@@ -112,7 +112,7 @@ class HeadMemory:
         return (kept, int(figures), secret) if figures.isdigit() and len(figures) <= 18 else None
 
     def keep(self, head: bytes, fields: Mapping[bytes, bytes], value: Any) -> None:
-        """Keep ``value`` for a head that was read in full and is sound; ``fields`` are all that it has."""
+        """Store ``value`` for a head that was parsed successfully; ``fields`` are all its fields."""
         key, figures, secret = self._cut(head, len(head))
         names = [line.partition(b":")[0].lower() for line in head.split(b"\r\n")]
         is_cut = figures == fields.get(b"content-length")
@@ -128,7 +128,7 @@ class HeadMemory:
         self._known.clear()
 
     def _cut(self, data: bytes, end: int) -> tuple[bytes, bytes | None, bytes]:
-        """The head without the values, and these: of Content-Length (None: no such line), of Authorization."""
+        """Return the head without the two values, then Content-Length's (None: no such line) and Authorization's."""
         (length_line, length_near), (secret_line, secret_near) = self._lines
         at = data.find(length_line, length_near, end) + 18
         if at < 18:
@@ -150,7 +150,7 @@ class HeadMemory:
         return key, data[at:stop], data[secret:secret_end]
 
     def _search(self, number: int, lines: Sequence[bytes], data: bytes, end: int) -> int:
-        """Where the value of one of ``lines`` begins, wherever it is; less than its length where there is none."""
+        """Search the whole head for one of ``lines``. Returns where its value starts; -1 if there is none."""
         for line in lines:
             at = data.find(line, 0, end)
             if at >= 0:
@@ -160,10 +160,10 @@ class HeadMemory:
 
 
 class RepeatedHead:
-    """The head that one side repeats, in front of a HeadMemory: that another one differs in the figures of its
-    Content-Length alone is told at a third of what finding it in the memory costs.
+    """Recognises a head that one side repeats, in front of a HeadMemory: if only the digits of Content-Length changed,
+    this costs a third of a lookup there.
 
-    Exact: a head is what the memory found before, byte for byte, but for figures in the place of figures.
+    Exact: all other bytes must equal those of a head that the memory found before.
     """
 
     __slots__ = ("_at", "_before", "_behind", "_kept", "_memory", "_secret")
@@ -173,12 +173,12 @@ class RepeatedHead:
         self.forget()
 
     def forget(self) -> None:
-        """Know nothing: what the memory keeps of the head may have changed."""
-        self._kept: Any = None  # of the last head
-        self._before, self._behind, self._secret, self._at = b"\n", b"", b"", 0  # no head begins like this
+        """Forget the head; for when the memory's value for it may have changed."""
+        self._kept: Any = None  # value of the last head
+        self._before, self._behind, self._secret, self._at = b"\n", b"", b"", 0  # no head starts with b"\n"
 
     def find(self, data: bytes) -> tuple[Any, int, bytes, int] | None:
-        """As HeadMemory.find, of the head that ``data`` begins with, and where it ends; None: unknown or not whole."""
+        """Like HeadMemory.find, for the head at the start of ``data``; adds its end. None: unknown or incomplete."""
         if data.startswith(self._before):
             at, behind = self._at, self._behind
             stop = data.find(b"\r\n", at, at + 20)
@@ -190,7 +190,7 @@ class RepeatedHead:
         if known is None:
             return None
         kept, length, secret = known
-        if kept is not self._kept:  # the first of its kind: where heads take turns, none is looked at closely
+        if kept is not self._kept:  # first of its kind: don't learn heads that alternate
             self._kept, self._before = kept, b"\n"
         elif length >= 0:
             self._learn(data[:end], secret)
@@ -198,26 +198,26 @@ class RepeatedHead:
 
     def _learn(self, head: bytes, secret: bytes) -> None:
         match = _LENGTH_FIGURES.search(head)
-        if match is not None:  # the one line of this name: see HeadMemory.keep
+        if match is not None:  # the only such line: see HeadMemory.keep
             self._at, stop = match.span(1)
             self._before, self._behind, self._secret = head[: self._at], head[stop:], secret
 
 
 @dataclass
 class RequestHead:
-    """The head of one request. ``fields`` has names in lower case, and the last of several values of one name."""
+    """The head of a request. ``fields`` has lower-case names; the last value of a repeated name wins."""
 
     method: bytes
     target: bytes
     version: int  # 1 = HTTP/1.1, 0 = HTTP/1.0
     fields: dict[bytes, bytes]
-    length: int | None  # of the body; None: it comes in chunks
+    length: int | None  # of the body; None: chunked
     keeps_alive: bool
-    forwarded: bytes  # the header lines that go on to a replica
+    forwarded: bytes  # header lines for the replica
 
 
 def parse_request_head(head: bytes, known: HeaderLines) -> RequestHead:
-    """The request head in ``head``, its empty line included; WireError unless it can be read in one way only."""
+    """Parse a request's head, including its final empty line. Raises WireError if it is invalid or ambiguous."""
     first, *lines = head[:-4].split(b"\r\n")
     line = _REQUEST_LINE.fullmatch(first)
     if line is None:
@@ -246,7 +246,7 @@ def parse_request_head(head: bytes, known: HeaderLines) -> RequestHead:
 
 
 def _body_length(fields: Mapping[bytes, bytes], is_http_1_1: bool) -> int | None:
-    """Bytes of a request's body, None for chunks; WireError when the head leaves any doubt about it."""
+    """Return the length of a request's body in bytes, None for chunks. Raises WireError if it is ambiguous."""
     coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
     if coding is not None:
         if length is not None:
@@ -263,8 +263,9 @@ def _body_length(fields: Mapping[bytes, bytes], is_http_1_1: bool) -> int | None
 
 
 def origin_form(target: bytes) -> bytes:
-    """``target`` without the scheme and the host that an absolute one begins with: every server has to take such a one
-    (RFC 9112, 3.2.2), and whatever host a client calls this one by is it."""
+    """Return ``target`` without the scheme and host of an absolute URL, which servers must accept (RFC 9112, 3.2.2).
+
+    Any host is accepted: clients may know this one by any name."""
     found = _ABSOLUTE_TARGET.match(target)
     if found is None:
         return target
@@ -273,7 +274,7 @@ def origin_form(target: bytes) -> bytes:
 
 
 def split_inference_path(path: bytes) -> tuple[str | None, bytes] | None:
-    """``/model/v1/completions`` → (model, ``/v1/completions``); model None without a prefix; None: not forwarded."""
+    """Split ``/model/v1/completions`` into (model, ``/v1/completions``); model None: no prefix; None: not forwarded."""
     if path in INFERENCE_PATHS:
         return None, path
     for known in INFERENCE_PATHS:
@@ -283,7 +284,7 @@ def split_inference_path(path: bytes) -> tuple[str | None, bytes] | None:
 
 
 def forwarded_head(request: RequestHead, target: bytes, host: bytes, key: str | None, length: int) -> bytes:
-    """The request head that goes to a replica: its own key, no hop-by-hop header, nothing of the client's alone."""
+    """Return the request head for a replica: with the replica's key, without hop-by-hop and client-only headers."""
     authorization = b"authorization: Bearer %b\r\n" % key.encode("latin-1") if key else b""
     lines = request.method, target, host, request.forwarded, authorization, length
     return b"%b %b HTTP/1.1\r\nhost: %b\r\n%b%bcontent-length: %d\r\n\r\n" % lines
@@ -291,18 +292,18 @@ def forwarded_head(request: RequestHead, target: bytes, host: bytes, key: str | 
 
 @dataclass
 class AnswerHead:
-    """The head of a replica's answer; ``fields`` as in RequestHead."""
+    """The head of a replica's answer; for ``fields`` see RequestHead."""
 
     status: int
     fields: dict[bytes, bytes]
-    length: int | None  # of the body; None: it comes in chunks; BodyDecoder.UNTIL_CLOSE
-    is_reusable: bool  # the connection may carry another request once this answer is over
+    length: int | None  # of the body; None: chunked; or BodyDecoder.UNTIL_CLOSE
+    is_reusable: bool  # the connection may be used for another request after this answer
     is_event_stream: bool
-    returned: bytes  # the status line and the header lines that go on to the client
+    returned: bytes  # status line and header lines for the client
 
 
 def parse_answer_head(head: bytes, known: HeaderLines) -> AnswerHead:
-    """The answer head in ``head``, its empty line included; WireError when it is none."""
+    """Parse an answer's head, including its final empty line. Raises WireError if it is invalid."""
     first, *lines = head[:-4].split(b"\r\n")
     line = _STATUS_LINE.fullmatch(first)
     if line is None:
@@ -329,7 +330,7 @@ def parse_answer_head(head: bytes, known: HeaderLines) -> AnswerHead:
 
 
 def returned_head(answer: AnswerHead, extra: bytes, length: int | None, chunked: bool, closes: bool) -> bytes:
-    """The answer head that goes to the client: ``extra`` is whole header lines, ``length`` None where unknown."""
+    """Return the answer head for the client; ``extra`` is complete header lines, ``length`` None if unknown."""
     framing = b"transfer-encoding: chunked\r\n" if chunked else b""
     if length is not None:
         framing = b"content-length: %d\r\n" % length
