@@ -7,50 +7,50 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, TypeVar
 
-RouteRank: TypeAlias = tuple[float, float, int]  # the lowest wins; the last item: the least recently chosen of equals
-NO_RANK: RouteRank = (math.inf, 0.0, 0)  # of one that may not be chosen
+RouteRank: TypeAlias = tuple[float, float, int]  # lowest wins; the last item prefers the least recently chosen
+NO_RANK: RouteRank = (math.inf, 0.0, 0)  # for a replica that can't be chosen
 
 
 class BackendView(Protocol):
-    """What a strategy may know about a replica at the moment of choosing; the relay's live replicas are such views."""
+    """The view of a replica that strategies use to choose; the relay's live replicas implement it."""
 
     @property
     def id(self) -> str: ...
     @property
     def accepts_work(self) -> bool:
-        """Ready, healthy, and neither draining nor asleep."""
+        """Whether it is ready and healthy, and neither draining nor asleep."""
 
     @property
     def busy_until(self) -> float:
-        """It answered 429 or 503: no new work before this reading of the clock."""
+        """Clock time until which it gets no new work, because it answered 429 or 503."""
 
     @property
     def capacity(self) -> int:
-        """Turns that it may run at once; 0 = unknown, it never counts as full."""
+        """Turns that it may run at once; 0 = unknown, never full."""
 
     @property
     def in_flight(self) -> int:
-        """Turns that this relay has there now."""
+        """Turns that this relay is running there now."""
 
     @property
     def foreign_work(self) -> int:
-        """Turns running or waiting there at its last report that are not this relay's."""
+        """Turns from others that were running or waiting there at its last report."""
 
     @property
     def kv_usage(self) -> float:
-        """0 to 1: as last reported, and what was promised to it since."""
+        """0 to 1: the last report, plus an estimate for turns sent since."""
 
     @property
     def gpu_utilization(self) -> float:
-        """0 to 100, mean over its GPUs."""
+        """0 to 100: mean over its GPUs."""
 
     @property
     def latency_ms(self) -> float | None:
-        """Decayed mean of its turns; None before the first."""
+        """Decayed mean latency of its turns; None before the first."""
 
     @property
     def last_chosen(self) -> int:
-        """Number of the choice that it won last; 0 = never."""
+        """Sequence number of the last choice that it won; 0 = never."""
 
     rank: RouteRank | None
     """What choose_backend has made of all this but ``busy_until``, for the strategy in force.  Whoever changes any of
@@ -59,7 +59,7 @@ class BackendView(Protocol):
 
 @dataclass(frozen=True)
 class RouteRequest:
-    """What routing knows about a turn: replicas that it must not be sent to (again)."""
+    """The constraints of a turn: replicas that must not get it (again)."""
 
     excluded: frozenset[str] = frozenset()
 
@@ -68,7 +68,7 @@ ANYWHERE = RouteRequest()
 
 
 def _rank_round_robin(view: BackendView) -> RouteRank:
-    """The least recently chosen."""
+    """Least recently chosen."""
     return 0.0, 0.0, view.last_chosen
 
 
@@ -78,15 +78,15 @@ def _rank_least_connections(view: BackendView) -> RouteRank:
 
 
 def _rank_least_latency(view: BackendView) -> RouteRank:
-    """Lowest decayed mean latency; one that has no sample yet goes first."""
+    """Lowest decayed mean latency; a replica without a sample comes first."""
     return -1.0 if view.latency_ms is None else view.latency_ms, 0.0, view.last_chosen
 
 
 def _rank_least_load(view: BackendView) -> RouteRank:
     """(own in flight + others' work) / capacity + 10 · max(0, KV usage − 0.9); then the lowest GPU utilisation.
 
-    Own turns are counted as they come and go, so the figure does not age between two reports of the replica; only what
-    others run there is as old as the last report.  A full KV cache weighs as much as a whole capacity of turns.
+    Our own turns are counted live, so the load stays current between a replica's reports; only the work of others is
+    as old as the last report.  A full KV cache weighs as much as a full capacity of turns.
     """
     load = (view.in_flight + view.foreign_work) / (view.capacity or 1)
     if view.kv_usage > 0.9:
@@ -104,7 +104,7 @@ ViewT = TypeVar("ViewT", bound=BackendView)
 
 
 def choose_backend(views: Iterable[ViewT], request: RouteRequest, strategy: str, now: float) -> ViewT | None:
-    """The replica that takes the turn now, or None when none of them may or has a free slot."""
+    """Return the replica for a turn, or None if no replica may take it or has a free slot."""
     excluded, best, lowest = request.excluded, None, NO_RANK
     for view in views:
         rank = view.rank
