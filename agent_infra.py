@@ -1577,7 +1577,7 @@ class PageProcess:
             os.close(log)
 
     def close(self) -> None:
-        """End it."""
+        """End the page."""
         self._process.terminate()
         try:
             self._process.wait(timeout=PAGE_STOP_S)

@@ -211,18 +211,18 @@ class SessionContext:
 
 
 class _AttachedSession(SessionContext):
-    """The session of an OpenAI client that is sent and timed by hooks on the client's HTTP client; owns those hooks.
+    """The session of an OpenAI client, which hooks on its HTTP client send and time. Owns those hooks.
 
-    Who a request belongs to is said by the client's own default headers: clients that share one HTTP client (copies by
-    ``with_options()`` do) share its hooks too, and each session's hook leaves alone what does not carry its id.
+    The client's default headers identify its requests. Clients that share an HTTP client, such as copies by
+    ``with_options()``, also share its hooks, so each session's hooks ignore requests without its id.
     """
 
     def __init__(
         self, client: Any, session_id: str | None, task_id: str | None, client_id: str | None, headers: HeadersConfig
     ) -> None:
-        key = client.api_key or None  # empty where the client asks a function for it
+        key = client.api_key or None  # empty if the client gets it from a function
         super().__init__(session_id, task_id, client_id, headers, base_url=str(client.base_url), api_key=key)
-        self._client = weakref.ref(client)  # weak, as the client holds the hooks: no cycle keeps its sockets open
+        self._client = weakref.ref(client)  # weak: the client refers to the hooks, and a cycle delays closing
         self._origin = _origin_of(client.base_url)
         self._headers_before: Mapping[str, Any] = {}
         self._turn = 0
@@ -263,7 +263,7 @@ class _AttachedSession(SessionContext):
     def _before_request(self, request: Any) -> None:
         if request.headers.get(self._headers.session) != self.session_id:
             return
-        if _origin_of(request.url) != self._origin:  # an absolute URL, a redirect, a copy with another base_url
+        if _origin_of(request.url) != self._origin:  # an absolute URL, a redirect, or a copy with another base_url
             for name in vars(self._headers).values():
                 request.headers.pop(name, None)
         elif request.method == "POST" and "agent_infra" not in request.extensions:  # a redirect inherits it

@@ -326,7 +326,7 @@ SPOKEN_PROTOCOLS = (0, RELAY_PROTOCOL)  # that a controller understands; 0 is 0.
 RECORD_FORMAT = 1  # a replica's record
 SPEC_FORMAT = 1  # ServeSpec, the input of `serve`
 CONFIG_FORMAT = 1  # the saved configuration
-HANDOVER_FORMAT = 1  # which replica succeeds which
+HANDOVER_FORMAT = 1  # the saved successions of replicas
 
 REPLICA_STATES = ("pending", "starting", "loading", "ready", "draining", "stopped", "failed")
 
@@ -369,7 +369,7 @@ class ReplicaRecord:
     gpus: tuple[GpuSample, ...] = ()
     gpu_ids: tuple[str, ...] = ()  # assigned to it (CUDA_VISIBLE_DEVICES)
     is_idle: bool = False  # it shut itself down after idle_shutdown_minutes without a turn
-    # Of its job, as the scheduler said at the last look:
+    # Job fields, from the last query to the scheduler:
     time_left_s: float | None = None  # rest of the walltime
     queue_wait_s: float | None = None  # from submission to start, or until now
     pending_reason: str | None = None  # the scheduler's reason, such as QOSMaxJobsPerUserLimit

@@ -1,1 +1,1 @@
-"""Which replica serves a turn, and which turn goes next. Pure."""
+"""Routing: chooses the replica for a turn and orders the queue. Pure."""

@@ -1,4 +1,4 @@
-"""Which waiting turn goes next: least attained service, with aging. Pure."""
+"""The order of waiting turns: least attained service, with aging. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which replica serves a turn: one row per strategy. Pure."""
+"""Strategies to choose the replica for a turn, one row each. Pure."""
 
 from __future__ import annotations
 
