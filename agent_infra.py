@@ -50,8 +50,8 @@ try:
         HostUnreachableError,
         LocalCommands,
         allow_many_descriptors,
-        calm_collector,
         end_process,
+        freeze_imported_objects,
         is_listening,
         release_free_memory,
         resource,
@@ -75,8 +75,8 @@ try:
         Rule,
         SlurmConfig,
         SshConfig,
+        connect_address,
         proxy_url,
-        reached_host,
         shorten,
     )
 except ImportError as error:
@@ -157,7 +157,7 @@ def parse_config(text: str, environment: Mapping[str, str]) -> Config:
 
 
 def config_from_json(text: str) -> Config:
-    """Parse what Deployment.keep_config() of any version wrote. Raises ConfigError when it isn't a configuration."""
+    """Parse what Deployment.save_config() of any version wrote. Raises ConfigError when it isn't a configuration."""
     try:
         document = json.loads(text)
         if isinstance(document, dict):
@@ -379,7 +379,7 @@ def _slurm_contradictions(slurm: SlurmConfig) -> Iterator[str]:
                 yield f"{path}.{name}: is set by this program (see the keys of cluster.slurm and of its partitions)"
 
 
-def kept_config(paths: DeploymentPaths) -> Config | None:
+def saved_config(paths: DeploymentPaths) -> Config | None:
     """Return the configuration that the deployment was started with; None if it is missing or unreadable."""
     with contextlib.suppress(OSError, ConfigError):
         return config_from_json(paths.config.read_text(encoding="utf-8"))
@@ -507,7 +507,7 @@ FORWARD_BACKLOG = 1024  # connections waiting to be accepted on a tunnel's port:
 
 def run_tunnel() -> int:
     """Run the `tunnel` role: open the tunnel that stdin's first line describes, until stdin ends. Returns exit code."""
-    from agent_infra_core.ssh.child import end_with_parent, hold_openssh, tell_parent
+    from agent_infra_core.ssh.child import exit_when_stdin_closes, report_to_parent, run_openssh_master
     from agent_infra_core.ssh.routes import HostKeyError, InteractiveLoginError, LoginError
 
     for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to the parent too, which ends this process
@@ -517,9 +517,9 @@ def run_tunnel() -> int:
     if not line:
         return 0
     spec = json.loads(line)
-    threading.Thread(target=end_with_parent, name="lifeline", daemon=True).start()
+    threading.Thread(target=exit_when_stdin_closes, name="lifeline", daemon=True).start()
     try:
-        hold = hold_openssh if spec["driver"] == "openssh" else _hold_sshtunnel
+        hold = run_openssh_master if spec["driver"] == "openssh" else _run_sshtunnel
         document = {"error": hold(spec)}
     except HostUnreachableError as error:
         kinds = {InteractiveLoginError: "interactive", HostKeyError: "host_key", LoginError: "login"}
@@ -528,14 +528,14 @@ def run_tunnel() -> int:
     except Exception as error:  # noqa: BLE001  whatever it is, the parent is told rather than left to guess
         document = {"error": f"{type(error).__name__}: {error}", "kind": "host"}
     with contextlib.suppress(OSError):
-        tell_parent(document)
+        report_to_parent(document)
     # Exit immediately: a hung library thread must not keep this process alive.
     os._exit(1)
 
 
-def _hold_sshtunnel(spec: Mapping[str, Any]) -> str:
+def _run_sshtunnel(spec: Mapping[str, Any]) -> str:
     """Log in hop by hop, forward the ports and watch the connection. Returns the reason why it ended."""
-    from agent_infra_core.ssh.child import tell_parent
+    from agent_infra_core.ssh.child import report_to_parent
     from agent_infra_core.ssh.login import log_in
     from agent_infra_core.ssh.routes import Keyring, route_from_json
 
@@ -549,7 +549,7 @@ def _hold_sshtunnel(spec: Mapping[str, Any]) -> str:
     remote = [(host, port) for host, port in spec["remote"]]
     _open_through(transport, *remote[0]).close()  # checks that forwarding is allowed; sshtunnel doesn't
     forwarder = _forward(transport, spec["local"], remote)
-    tell_parent({"ports": forwarder.local_bind_ports})
+    report_to_parent({"ports": forwarder.local_bind_ports})
     while transport is not None and transport.is_active():
         time.sleep(0.2)
     return "the SSH connection was lost"
@@ -579,7 +579,7 @@ def _forward(transport: Any, local: Sequence[int], remote: Sequence[tuple[str, i
     """
     import logging
 
-    from agent_infra_core.ssh.child import bind_held
+    from agent_infra_core.ssh.child import bind_reserved_port
     from agent_infra_core.ssh.routes import load_paramiko
 
     paramiko = load_paramiko()
@@ -588,7 +588,7 @@ def _forward(transport: Any, local: Sequence[int], remote: Sequence[tuple[str, i
     logger = logging.getLogger("agent_infra.tunnel")
     logger.addHandler(logging.NullHandler())
     sshtunnel._ThreadingForwardServer.request_queue_size = FORWARD_BACKLOG
-    sshtunnel._ThreadingForwardServer.server_bind = bind_held
+    sshtunnel._ThreadingForwardServer.server_bind = bind_reserved_port
     forwarder = sshtunnel.SSHTunnelForwarder(
         ("127.0.0.1", 22),  # unused, like the password: the connection is already open
         ssh_config_file=None,
@@ -803,7 +803,7 @@ def run_relay(socket_path: str, listener_fd: int) -> int:
 
     allow_many_descriptors()
     relay = Relay(socket_path, listener_fd, RelayApp)
-    calm_collector()
+    freeze_imported_objects()
     release_free_memory()
     return relay.run()
 
@@ -838,7 +838,7 @@ def make_cluster(
 
 
 @contextlib.contextmanager
-def ending_what_is_new(cluster: Cluster, models: Collection[str]) -> Iterator[None]:
+def end_new_replicas_on_error(cluster: Cluster, models: Collection[str]) -> Iterator[None]:
     """If the block raises, end the replicas of ``models`` that did not run before it."""
     from agent_infra_core.control.status import LIVE_STATES
 
@@ -896,7 +896,7 @@ class Deployment:
         prepared = [self.cluster.prepare(model) for model in models]
         running, started = self.serving(), list[ReplicaRecord]()
         self.want({model.name: model.replicas for model in models})
-        with ending_what_is_new(self.cluster, {model.name for model in models}):
+        with end_new_replicas_on_error(self.cluster, {model.name for model in models}):
             for model in prepared:
                 if missing := count_missing(model, running, self.report):
                     started += self.cluster.start_replicas(model, missing)
@@ -923,9 +923,9 @@ class Deployment:
     def want(self, counts: Mapping[str, int]) -> None:
         """Save how many replicas of these models are wanted, and the configuration."""
         write_atomically(self.paths.wanted, json.dumps({**self.wanted(), **counts}))
-        self.keep_config()
+        self.save_config()
 
-    def keep_config(self) -> None:
+    def save_config(self) -> None:
         """Save the configuration for `stop`, which must work even if the file is changed or deleted."""
         write_atomically(self.paths.config, json.dumps({"format": CONFIG_FORMAT, **dataclasses.asdict(self.config)}))
 
@@ -937,7 +937,7 @@ class Deployment:
         relay = read_relay_record(self.paths)
         if relay is None:
             return None
-        return ProxyClient(reached_host(relay["host"]), relay["port"], client_key(self.config, self.paths))
+        return ProxyClient(connect_address(relay["host"]), relay["port"], client_key(self.config, self.paths))
 
     def wait_ready(
         self,
@@ -988,7 +988,7 @@ class Deployment:
 
         keys = (client_key(self.config, self.paths), self.cluster.replica_key())
         with contextlib.suppress(OSError):  # a full disk doesn't stop the proxy
-            self.keep_config()
+            self.save_config()
         tunnels = None
         if self.config.cluster.type != "local":
             tunnels = TunnelSet(self.config.cluster, self.login, keys[1], GUARDED_ENGINES)
@@ -1031,7 +1031,7 @@ class Deployment:
         """
         from agent_infra_core.control.handover import read_successions
         from agent_infra_core.control.lock import lock_holder
-        from agent_infra_core.control.status import summarize, what_is_amiss
+        from agent_infra_core.control.status import list_problems, summarize
         from agent_infra_core.fleet.state import read_relay_record
 
         records = [r for r in self.cluster.replicas() if r.state != "stopped" or r.is_idle]
@@ -1040,7 +1040,7 @@ class Deployment:
         stats = proxy.stats() if proxy else {}
         models = [summarize(name, wanted[name], records, stats.get("backends", ())) for name in wanted]
         successions = read_successions(self.paths)
-        degraded = what_is_amiss(models, records)
+        degraded = list_problems(models, records)
         if self.cluster.problem:
             degraded.append(self.cluster.problem)
         if relay is None:
@@ -1105,13 +1105,13 @@ class Scaling:
         Returns the replicas that it started and the surplus ones.
         """
         from agent_infra_core.control.handover import read_successions
-        from agent_infra_core.control.status import cheapest_to_end
+        from agent_infra_core.control.status import choose_to_stop
 
         [model] = self._deployment.select_models(name)
         running = [record for record in self._deployment.serving() if record.model == name]
         proxy = self._deployment.proxy()
         rows = proxy.backends() if proxy else {}
-        surplus = cheapest_to_end(running, rows, max(0, len(running) - replicas))
+        surplus = choose_to_stop(running, rows, max(0, len(running) - replicas))
         for record in running:
             if proxy and record not in surplus and rows.get(record.replica, {}).get("state") == "draining":
                 proxy.drain(record.replica, "undrain")  # an earlier `scale` wanted to remove it
@@ -1198,11 +1198,11 @@ class ConnectionManager:
         """Start controller and proxy in the background of this process. Returns ``base_url``."""
         import asyncio
 
-        from agent_infra_core.control.lock import LIBRARY_HOLDER
+        from agent_infra_core.control.lock import LIBRARY_HOLDER_VERB
 
         deployment = self._open()
         if deployment.controller is None:
-            deployment.claim(LIBRARY_HOLDER)
+            deployment.claim(LIBRARY_HOLDER_VERB)
             try:
                 await asyncio.to_thread(deployment.connect)
             except BaseException:
@@ -1243,13 +1243,13 @@ class ConnectionManager:
 
     def _enter(self, should_stop: Callable[[], bool]) -> None:
         """Start and connect. If that fails, end what it started; replicas that ran before keep running."""
-        from agent_infra_core.control.lock import LIBRARY_HOLDER
+        from agent_infra_core.control.lock import LIBRARY_HOLDER_VERB
 
         deployment = self._open()
         models = deployment.select_models()
-        deployment.claim(LIBRARY_HOLDER)  # first: if this is refused, nothing needs to be stopped
+        deployment.claim(LIBRARY_HOLDER_VERB)  # first: if this is refused, nothing needs to be stopped
         try:
-            with ending_what_is_new(deployment.cluster, {model.name for model in models}):
+            with end_new_replicas_on_error(deployment.cluster, {model.name for model in models}):
                 deployment.start(models)
                 deployment.wait_ready(lambda _: None, should_stop)
                 if should_stop():
@@ -1344,18 +1344,18 @@ def _deployment(arguments: argparse.Namespace) -> Deployment:
     config = load_config(arguments.config)
     if getattr(arguments, "port", None) is not None:
         config = dataclasses.replace(config, proxy=dataclasses.replace(config.proxy, port=arguments.port))
-    return _opened(config)
+    return _open_deployment(config)
 
 
-def _opened(config: Config) -> Deployment:
+def _open_deployment(config: Config) -> Deployment:
     """Open a deployment; its connection to the login host is closed when this process exits, even after an error."""
-    deployment = Deployment(config, _say, os.environ, _asker())
+    deployment = Deployment(config, _say, os.environ, _secret_prompt())
     if deployment.login is not None:
         atexit.register(deployment.login.close)
     return deployment
 
 
-def _asker() -> Callable[[str], str] | None:
+def _secret_prompt() -> Callable[[str], str] | None:
     """Return a function that prompts for a secret; None if stdin isn't a terminal."""
     import getpass
 
@@ -1403,7 +1403,7 @@ def _greet(controller: Controller, deployment: Deployment) -> None:
 
 def _attend(controller: Controller, signals: OperatorSignals) -> None:
     """Wait for a signal. Raises AgentInfraError if the controller fails."""
-    calm_collector()
+    freeze_imported_objects()
     while not signals.came():
         if not controller.is_running:
             raise AgentInfraError(f"the controller failed: {controller.failure!r}; the proxy's log says more")
@@ -1910,7 +1910,7 @@ def _config_to_stop(path: str | None) -> Config:
         return load_config(path)
     except ConfigError as error:
         names, name = deployment_names(os.environ), deployment_of(path)
-        kept = kept_config(deployment_paths(name, os.environ)) if name in names else None
+        kept = saved_config(deployment_paths(name, os.environ)) if name in names else None
         if kept is None:
             known = ", ".join(names) or "none"
             raise ConfigError(
@@ -1930,8 +1930,8 @@ def _deployment_to_stop(arguments: argparse.Namespace) -> Deployment:
     else:
         known = ", ".join(deployment_names(os.environ)) or "none"
         raise RefusedError(f"no deployment is called {arguments.name}; there are: {known}")
-    kept = kept_config(deployment_paths(config.cluster.name, os.environ))
-    return _opened(kept or config)
+    kept = saved_config(deployment_paths(config.cluster.name, os.environ))
+    return _open_deployment(kept or config)
 
 
 def _run_export(arguments: argparse.Namespace) -> int:
@@ -2020,7 +2020,7 @@ def build_parser() -> argparse.ArgumentParser:
         return added
 
     _add_running_verbs(verb)
-    _add_looking_verbs(verb)
+    _add_read_only_verbs(verb)
     added = verb("proxy", _run_proxy, "run the proxy alone, in front of servers that run already", "log")
     _add_proxy_options(added)
     return parser
@@ -2045,7 +2045,7 @@ def _add_running_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("--now", action="store_true", help="do not let the turns in flight finish")
 
 
-def _add_looking_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
+def _add_read_only_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verbs that don't change what runs."""
     added = verb("pull", _run_pull, "fetch the models to where the replicas read them", "config")
     added.add_argument("--model", metavar="NAME", help="only this model of the configuration")

@@ -52,7 +52,7 @@ def allow_many_descriptors() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def calm_collector() -> None:
+def freeze_imported_objects() -> None:
     """Make garbage collection cheaper once a process has started: never scan its imported modules again."""
     gc.collect()
     gc.freeze()
@@ -121,7 +121,7 @@ def http_get(
         connection.close()
 
 
-def private_directory() -> Path:
+def private_temp_directory() -> Path:
     """Return a 0700 directory of this user with a short path, for locks and sockets. RefusedError if it is unsafe."""
     import tempfile
 
@@ -134,7 +134,7 @@ def private_directory() -> Path:
     return directory
 
 
-def is_free(port: int) -> bool:
+def is_port_free(port: int) -> bool:
     """Whether nothing listens on ``port`` on any address of this machine."""
     with socket.socket() as probe:
         # As servers do: connections in TIME_WAIT of an engine that just ended don't block its port.

@@ -322,7 +322,7 @@ def _bucket_middle(bucket: int) -> float:
 
 # Format numbers of data that outlives a process. 0.1.0 wrote none. New fields may be added, but never reused.
 RELAY_PROTOCOL = 1  # frames between controller and relay
-SPOKEN_PROTOCOLS = (0, RELAY_PROTOCOL)  # that a controller understands; 0 is 0.1.0, with the same frames
+SUPPORTED_PROTOCOLS = (0, RELAY_PROTOCOL)  # that a controller understands; 0 is 0.1.0, with the same frames
 RECORD_FORMAT = 1  # a replica's record
 SPEC_FORMAT = 1  # ServeSpec, the input of `serve`
 CONFIG_FORMAT = 1  # the saved configuration
@@ -439,7 +439,7 @@ class ServeSpec:
     format: int = SPEC_FORMAT
 
 
-def fill_in(words: Iterable[str], values: Mapping[str, object]) -> list[str]:
+def replace_placeholders(words: Iterable[str], values: Mapping[str, object]) -> list[str]:
     """Return ``words`` with each ``{name}`` in ``values`` replaced, in one pass; other braces stay."""
     pattern = "|".join(re.escape(f"{{{name}}}") for name in values)
     return [re.sub(pattern, lambda match: str(values[match[0][1:-1]]), word) for word in words]

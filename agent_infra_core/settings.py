@@ -212,14 +212,14 @@ DEFAULT_CONFIG = Config(
 )
 
 
-def reached_host(host: str) -> str:
+def connect_address(host: str) -> str:
     """Return the address at which this machine reaches a server that listens on ``host``."""
     return {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 (the wildcard, named)
 
 
 def proxy_url(host: str, port: int) -> str:
     """Return the URL at which this machine reaches a proxy that listens on ``host``."""
-    reached = reached_host(host)
+    reached = connect_address(host)
     return f"http://{f'[{reached}]' if ':' in reached else reached}:{port}"
 
 

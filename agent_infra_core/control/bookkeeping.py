@@ -34,7 +34,7 @@ UNWATCHED_PAUSE_S = 60.0  # pause while nobody reads /stats
 ANALYSIS_SHARE = 0.005  # of a core; a fit of 8,000 turns takes 0.1 s, so fits are about 20 s apart
 
 
-def _without_resumed(ended: dict[str, float], turns: Iterable[TurnRecord]) -> Iterator[TurnRecord]:
+def _drop_resumed(ended: dict[str, float], turns: Iterable[TurnRecord]) -> Iterator[TurnRecord]:
     """Yield the turns, and remove sessions that continued after their end from ``ended``."""
     for record in turns:
         # Use the turn's start: a turn that was open when the session ended finishes later, but doesn't resume it.
@@ -154,7 +154,7 @@ class Bookkeeper:
         try:
             ended = file.ended_sessions()
             turns = file.latest_turns(RESTORED_TURNS, time.time() - RESTORED_S)
-            self._tracker.restore(self._noted(_without_resumed(ended, turns)), file.totals(), ended)
+            self._tracker.restore(self._noted(_drop_resumed(ended, turns)), file.totals(), ended)
             for session, at in ended.items():
                 self._analyst.end_session(session, at)
             self._tracker.timeline.restore(file.points())

@@ -14,7 +14,7 @@ import time
 from agent_infra_core.errors import SERVING_PACKAGES, AgentInfraError, require_packages
 from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
 from agent_infra_core.host import end_process, listen_on, process_stamp, self_command, unix_address, write_atomically
-from agent_infra_core.protocol import FRAME_HELLO, SPOKEN_PROTOCOLS, FrameReader, encode_frame
+from agent_infra_core.protocol import FRAME_HELLO, SUPPORTED_PROTOCOLS, FrameReader, encode_frame
 
 RELAY_START_S = 15.0  # time a relay has to import gevent and Flask and open its control socket
 RELAY_SILENCE_S = 15.0  # it reports every second; after this much silence it is replaced as hung
@@ -64,7 +64,7 @@ class RelayLink:
             with contextlib.suppress(RelayGoneError):
                 self.port = left["port"]
                 self._greet(time.monotonic() + 2.0)
-                if self._protocol in SPOKEN_PROTOCOLS:
+                if self._protocol in SUPPORTED_PROTOCOLS:
                     return True
                 self._retire()
                 return False

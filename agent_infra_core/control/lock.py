@@ -16,7 +16,7 @@ from agent_infra_core.errors import AgentInfraError, RefusedError
 from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.host import end_process, process_stamp
 
-LIBRARY_HOLDER = "ConnectionManager"  # verb of a holder that isn't our process, so it must not be ended
+LIBRARY_HOLDER_VERB = "ConnectionManager"  # verb of a holder that isn't our process, so it must not be ended
 
 
 class DeploymentLock:
@@ -78,7 +78,7 @@ def end_controller(paths: DeploymentPaths, now: bool) -> list[str]:
     holder = lock_holder(paths.lock)
     if holder is None:
         return []
-    if holder["verb"] == LIBRARY_HOLDER:
+    if holder["verb"] == LIBRARY_HOLDER_VERB:
         raise AgentInfraError(
             f"the deployment is run by a program that imported agent_infra (pid {holder['pid']}); "
             "let that program call stop(), or end it, then stop again"

@@ -79,7 +79,7 @@ class ProxyClient:
         return int(json.loads(body)["in_flight"])
 
 
-def cheapest_to_end(
+def choose_to_stop(
     records: Iterable[ReplicaRecord], rows: Mapping[str, Mapping[str, Any]], count: int
 ) -> list[ReplicaRecord]:
     """The ``count`` replicas to remove: first those not yet serving, then those with the fewest turns and sessions.
@@ -138,7 +138,7 @@ def explain_state(record: ReplicaRecord) -> str:
     return f": {record.message}" if record.state == "pending" and record.message else ""
 
 
-def what_is_amiss(models: Sequence[Mapping[str, Any]], records: Sequence[ReplicaRecord]) -> list[str]:
+def list_problems(models: Sequence[Mapping[str, Any]], records: Sequence[ReplicaRecord]) -> list[str]:
     """Why replicas aren't as wanted. ``models`` are rows of summarize()."""
     short = {row["name"] for row in models if row["ready"] + row["idle"] < row["wanted"]}
     reasons = [

@@ -21,7 +21,7 @@ from agent_infra_core.fleet.slurm import SlurmCluster, SlurmExamination
 from agent_infra_core.fleet.slurm_host import failure_text
 from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
 from agent_infra_core.fleet.weights import has_packaged_model, model_cache, resolve_model_path
-from agent_infra_core.host import is_free, listen_on
+from agent_infra_core.host import is_port_free, listen_on
 from agent_infra_core.node.gpus import gpu_pool, list_gpus
 from agent_infra_core.node.hub import HUB_FAILURES, HUB_UNREACHABLE, hub_cache, is_hub_id, is_in_hub_cache
 from agent_infra_core.settings import CLUSTER_TYPES, PACKAGED_MODEL, Config, ModelConfig
@@ -154,7 +154,7 @@ def _check_gpus(deployment: ExaminedDeployment) -> Iterator[Finding]:
 def _check_engine_ports(deployment: ExaminedDeployment) -> Iterator[Finding]:
     for model in deployment.config.models:
         span = range(model.base_port, min(model.base_port + 1000, 65536))
-        first = next((port for port in span if is_free(port)), None)
+        first = next((port for port in span if is_port_free(port)), None)
         if first is None:
             yield Finding("error", f"model {model.name}: none is free from {model.base_port} on", "set base_port")
         else:
@@ -336,7 +336,7 @@ def _check_cluster_weights(deployment: ExaminedDeployment) -> Iterator[Finding]:
 
 def _check_submission(deployment: ExaminedDeployment) -> Iterator[Finding]:
     for model in deployment.config.models:
-        said = SlurmExamination(_slurm(deployment), deployment.config.cluster).try_out(model)
+        said = SlurmExamination(_slurm(deployment), deployment.config.cluster).test_submission(model)
         yield Finding("ok", f"model {model.name}: {said}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.host import self_command
-from agent_infra_core.protocol import STOP_GRACE_S, EngineProbe, EngineSpec, ServeSpec, fill_in
+from agent_infra_core.protocol import STOP_GRACE_S, EngineProbe, EngineSpec, ServeSpec, replace_placeholders
 from agent_infra_core.settings import ModelConfig
 
 
@@ -129,7 +129,7 @@ def _check_llama_cpp(model: ModelConfig) -> None:
 
 
 def _command_argv(model: ModelConfig, _: JobShape) -> list[str]:
-    return fill_in(model.command or (), {"model_path": model.model_path, "name": model.name})
+    return replace_placeholders(model.command or (), {"model_path": model.model_path, "name": model.name})
 
 
 def _check_command(model: ModelConfig) -> None:
@@ -246,4 +246,4 @@ def plain_command(model: ModelConfig) -> list[str]:
     """The command line that starts a model's engine on this machine, with the first port tried."""
     python, program, _ = self_command("serve")
     here = {"python": python, "program": program, "host": "127.0.0.1", "port": model.base_port}
-    return fill_in(ENGINES[model.engine].argv(model, JobShape()), here)
+    return replace_placeholders(ENGINES[model.engine].argv(model, JobShape()), here)

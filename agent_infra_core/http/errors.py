@@ -53,7 +53,7 @@ def error_event(message: str, is_anthropic: bool) -> bytes:
     )
 
 
-def plain_answer(
+def encode_answer(
     status: int, body: bytes, *, extra: bytes = b"", closes: bool = False, content_type: bytes = b"application/json"
 ) -> bytes:
     """Return a complete HTTP answer; ``extra`` is complete header lines."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from agent_infra_core.http.bodies import CHUNK_SIZE, LAST_CHUNK, BodyDecoder, chunk_opening, encode_chunk
+from agent_infra_core.http.bodies import CHUNK_SIZE, LAST_CHUNK, BodyDecoder, chunk_size_line, encode_chunk
 from agent_infra_core.protocol import is_count
 
 MAX_TRACED_BYTES = 1 << 20  # longer bodies and answers aren't assigned to a conversation
@@ -26,7 +26,7 @@ MAX_HELD_EVENT_BYTES = 1 << 20  # a longer SSE event is forwarded in pieces, wit
 def holds_whole_events(data: bytes) -> bool:
     """Whether ``data``, which starts between two chunks, holds only complete chunks (not the last one) that each end
     with an event. Then the framing can't split any text that is searched for in ``data``."""
-    if data.startswith(chunk_opening(len(data))):  # one chunk, the usual case
+    if data.startswith(chunk_size_line(len(data))):  # one chunk, the usual case
         return data.endswith(b"\n\n\r\n")
     at = 0
     while at < len(data):
@@ -54,7 +54,7 @@ class AnswerDigest:
     finish_reason: str | None = None
     error: str | None = None
     text: str = ""
-    print: bytes | None = None  # message_print() of the whole answer, if requested
+    print: bytes | None = None  # message_fingerprint() of the whole answer, if requested
 
     def add(self, document: Any) -> None:
         """Add the values in ``document``: a JSON answer or one stream event, in any of the APIs' formats."""
@@ -95,7 +95,7 @@ def _token_count(usage: Mapping[str, Any], name: str, other_name: str, former: i
     return former
 
 
-def spoken(content: Any, calls: Any = None) -> tuple[str, list[str]]:
+def message_text_and_calls(content: Any, calls: Any = None) -> tuple[str, list[str]]:
     """Return the text of an assistant message and the ids of its tool calls, from OpenAI's or Anthropic's format."""
     if isinstance(content, str) and not calls:
         return content, []
@@ -110,7 +110,7 @@ def spoken(content: Any, calls: Any = None) -> tuple[str, list[str]]:
 _TWO_SUMS = struct.Struct("<II")
 
 
-def message_print(words: str, call_ids: Sequence[str]) -> bytes:
+def message_fingerprint(words: str, call_ids: Sequence[str]) -> bytes:
     """Return an 8-byte fingerprint of an assistant message's text and tool call ids; clients may change the rest."""
     called = zlib.crc32("\0".join(call_ids).encode("utf-8", "replace")) if call_ids else 0
     return _TWO_SUMS.pack(zlib.crc32(words.strip().encode("utf-8", "replace")), called)
@@ -152,7 +152,7 @@ def event_call_ids(event: Any) -> list[str]:
     choice = choices[0] if isinstance(choices, list) and choices else None
     delta = choice.get("delta") if isinstance(choice, dict) else None
     calls = delta.get("tool_calls") if isinstance(delta, dict) else None
-    return spoken([document.get("content_block")], calls)[1]
+    return message_text_and_calls([document.get("content_block")], calls)[1]
 
 
 class EventStream:
@@ -209,7 +209,7 @@ class EventStream:
         if not self._is_clean:
             return self._feed_events(data)
         before, behind = self._before, self._behind
-        start = chunk_opening(len(data)) + before
+        start = chunk_size_line(len(data)) + before
         begin, end = len(start), len(data) - len(behind)
         if not (begin <= end and data.startswith(start) and data.endswith(behind)):
             return self._feed_unlike(data)
@@ -244,7 +244,7 @@ class EventStream:
     def _learn(self, data: bytes) -> None:
         """Remember this event to recognise the next one, if it has exactly one string that may differ."""
         self._lessons = max(0, self._lessons - 1)
-        opening, found = chunk_opening(len(data)), list(_EVENT_WORDS.finditer(data))
+        opening, found = chunk_size_line(len(data)), list(_EVENT_WORDS.finditer(data))
         if len(found) == 1 and data.startswith(opening):
             self._is_text = found[0][1] is not None
             self._before, self._behind = data[len(opening) : found[0].start(2)], data[found[0].end(2) :]
@@ -278,7 +278,7 @@ class EventStream:
             text = json.loads(b'"' + b"".join(self._texts) + b'"')
             digest.text = sendable_text(text[: self._wanted_text])
             if self._traces and self._captured < MAX_TRACED_BYTES:
-                digest.print = message_print(text, self._call_ids)
+                digest.print = message_fingerprint(text, self._call_ids)
         return digest
 
     def _capture(self, piece: bytes) -> None:

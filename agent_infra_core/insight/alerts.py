@@ -41,7 +41,7 @@ class Watchdog:
         }
         rows = []
         for session in sessions:
-            if is_inconspicuous(session, now) and not session.alerts:
+            if is_unremarkable(session, now) and not session.alerts:
                 continue
             found = alerts_of(session, now, usual.get(session.held_model), kv_capacity.get(session.held_by or ""))
             session.alerts = {kind: session.alerts.get(kind, since) for kind, since, _ in found}
@@ -60,7 +60,7 @@ class Watchdog:
         }
 
 
-def is_inconspicuous(session: Session, now: float) -> bool:
+def is_unremarkable(session: Session, now: float) -> bool:
     """Whether a session needs no further check. A cheap test that most sessions pass."""
     return (
         (session.last_end is None or now - session.last_end <= SILENT_S)

@@ -15,7 +15,7 @@ from agent_infra_core.insight.measure import (
     FleetSample,
     Measured,
     ObservedTurn,
-    context_limit,
+    kv_agent_limit,
     littles_law,
     measure,
     mix_change,
@@ -175,7 +175,7 @@ class FleetAnalysis:
             basis=Basis(turns, round(float(rows.begin.max() - rows.begin.min()), 1) if turns else 0.0),
             reason=self._refusal(fit, agents, law),
             few=few,
-            kv=context_limit([turn for turn in self._turns if turn.end >= start], kv_tokens, rng),
+            kv=kv_agent_limit([turn for turn in self._turns if turn.end >= start], kv_tokens, rng),
         )
 
     @property

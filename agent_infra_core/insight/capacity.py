@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 LEAST_TURNS = 30  # with fewer turns, no figures are reported; below POINT_TURNS, only intervals
 POINT_TURNS = 300
 RESAMPLES = 300
-SURE = 0.9  # share of resampled fits needed for a verdict, and confidence level of intervals
+CONFIDENCE = 0.9  # share of resampled fits needed for a verdict, and confidence level of intervals
 GROWTH_LIMIT = 2.0  # no predictions above this many times the highest number of turns in flight seen
 MAX_CURVE_POINTS = 60
-FAINT = 1e-9  # lower bound for denominators that may be zero
+EPSILON = 1e-9  # lower bound for denominators that may be zero
 Figure = Any  # a float, or an array with one value per resampled fit
 Array = Any  # a numpy array; naming the type would import numpy
 
@@ -49,7 +49,7 @@ class CapacityModel:
         slack = self.think_s + self.base_s - crowd * self.per_request_s
         root = (slack**2 + 4 * self.base_s * self.per_request_s * crowd) ** 0.5
         # Numerator and denominator are multiplied by (q + √…), which also works for B = 0.
-        return np.minimum(2 * self.base_s * crowd / np.maximum(slack + root, FAINT), self.slots)
+        return np.minimum(2 * self.base_s * crowd / np.maximum(slack + root, EPSILON), self.slots)
 
     def answer_s(self, agents: Figure) -> Figure:
         """R(n): time a turn spends on its replica, in seconds."""
@@ -72,7 +72,7 @@ class CapacityModel:
         import numpy as np
 
         answer, busy = self.answer_s(agents), self.utilisation(agents)
-        crowding = answer * busy / np.maximum(1 - busy, FAINT)
+        crowding = answer * busy / np.maximum(1 - busy, EPSILON)
         whole = self.think_s + answer + crowding
         is_full = self.in_flight(agents) >= self.slots
         agent, base = np.where(is_full, 0, self.think_s / whole), np.where(is_full, 0, answer / whole)
@@ -83,7 +83,9 @@ class CapacityModel:
         """N* = k·(Z + A + B) / B, where the asymptotes of X, N / (Z + A + B) and k / B, meet."""
         import numpy as np
 
-        return self.replicas * (self.think_s + self.base_s + self.per_request_s) / np.maximum(self.per_request_s, FAINT)
+        return (
+            self.replicas * (self.think_s + self.base_s + self.per_request_s) / np.maximum(self.per_request_s, EPSILON)
+        )
 
     def agents_at(self, in_flight: Figure) -> Figure:
         """N that puts n turns in flight on each replica: k·n·(Z + A + B·n) / (A + B·n)."""
@@ -94,7 +96,7 @@ class CapacityModel:
         """N at utilisation ρ: (kρ/B)·(Z + A/(1 − ρ))."""
         import numpy as np
 
-        rate = self.replicas * utilisation / np.maximum(self.per_request_s, FAINT)
+        rate = self.replicas * utilisation / np.maximum(self.per_request_s, EPSILON)
         return rate * (self.think_s + self.base_s / (1 - utilisation))
 
 
@@ -136,7 +138,7 @@ def estimate(unit: str, basis: Basis, value: Figure, draws: Figure = None, reaso
     if reason is not None or value is None:
         return Estimate(None, None, None, unit, basis, reason or "not known")
     spread = np.atleast_1d(value if draws is None else draws)
-    low, high = (significant(bound) for bound in np.quantile(spread, [(1 - SURE) / 2, (1 + SURE) / 2]))
+    low, high = (significant(bound) for bound in np.quantile(spread, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
     if high is None or not math.isfinite(value) or abs(high) > 1e6 * (1 + abs(low or 0)):
         few = "the load was too light to tell how a replica slows down under more"
         return Estimate(None, low, None, unit, basis, few)

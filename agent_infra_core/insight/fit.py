@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from agent_infra_core.insight.capacity import FAINT, RESAMPLES, Array
+from agent_infra_core.insight.capacity import EPSILON, RESAMPLES, Array
 
 if TYPE_CHECKING:
     from agent_infra_core.insight.measure import Beginnings, Measured, ObservedTurn
@@ -199,12 +199,12 @@ def _returning(durations: Array, over: Array, counts: Array) -> tuple[Array, flo
     weight, lasting = counts[:, going], durations[going]
     ended = np.maximum(counts @ over, 1.0)
     total = counts @ (durations * over)
-    mean, left = np.maximum(total / ended, FAINT), np.full(len(counts), 0.05)
+    mean, left = np.maximum(total / ended, EPSILON), np.full(len(counts), 0.05)
     alive = np.ones(weight.shape)
     for _ in range(20):
         alive = (1 - left)[:, None] * np.exp(-lasting / mean[:, None])
         alive /= alive + left[:, None]
-        mean = np.maximum((total + (weight * alive) @ lasting) / ended, FAINT)
+        mean = np.maximum((total + (weight * alive) @ lasting) / ended, EPSILON)
         left = np.clip((weight * (1 - alive)).sum(axis=1) / counts.sum(axis=1), 1e-3, 0.5)
     returning = np.ones(counts.shape)
     returning[:, going] = alive
@@ -239,14 +239,14 @@ def fit_think(
     returning, left = _returning(durations, over, weight)
     weight = weight * returning
     at_risk = np.cumsum(weight[:, ::-1], axis=1)[:, ::-1]
-    ending = np.where(at_risk > 0, weight * over / np.maximum(at_risk, FAINT), 0.0)
+    ending = np.where(at_risk > 0, weight * over / np.maximum(at_risk, EPSILON), 0.0)
     surviving = np.cumprod(1 - ending, axis=1)
     drop = np.hstack([np.ones((len(counts), 1)), surviving[:, :-1]]) * ending
     exposure = (weight @ durations) / np.maximum(weight @ over, 1.0)
     # Beyond the longest duration observed, think times are assumed to be exponential with the mean.
     means = drop @ durations + surviving[:, -1] * (durations[-1] + exposure)
     known = [(turn.pre_s, turn.think_s) for turn in turns if turn.pre_s is not None and turn.think_s]
-    observing = sum(min(pre, think) for pre, think in known) / max(FAINT, sum(think for _, think in known))
+    observing = sum(min(pre, think) for pre, think in known) / max(EPSILON, sum(think for _, think in known))
     return ThinkFit(
         mean_s=float(means[0]),
         draws=means[0] + interval_widening(len(clusters), 1) * (means[1:] - means[0]),

@@ -10,13 +10,13 @@ from agent_infra_core.protocol import is_count
 LISTED_REPLICAS = 200
 
 
-REPLICA_TIME_STEP_S = 300  # bin size of replica time; the history merges bins older than a week into days
+REPLICA_TIME_BIN_S = 300  # bin size of replica time; the history merges bins older than a week into days
 
 
 NEW_REPLICA_S = 5.0  # credited to a replica that is new in a sample and has no known start time
 
 
-REPLICA_STATES_HELD = ("pending", "loading", "ready_busy", "ready_idle")
+OCCUPYING_STATES = ("pending", "loading", "ready_busy", "ready_idle")
 
 
 class ReplicaView(Protocol):
@@ -35,7 +35,7 @@ class ReplicaView(Protocol):
 
 
 class ReplicaUse(NamedTuple):
-    """The GPUs of a replica, and its state, one of REPLICA_STATES_HELD."""
+    """The GPUs of a replica, and its state, one of OCCUPYING_STATES."""
 
     replica: str
     model: str
@@ -77,7 +77,7 @@ class ReplicaTime:
         """Count the time since the last sample, or since a replica ``started`` (0 if unknown), for these uses."""
         now, steady_now = self._clock(), self._steady_clock()
         passed, self._sampled_at = steady_now - self._sampled_at, steady_now
-        step = int(now // REPLICA_TIME_STEP_S) * REPLICA_TIME_STEP_S
+        step = int(now // REPLICA_TIME_BIN_S) * REPLICA_TIME_BIN_S
         known, self._present = self._present, frozenset(use.replica for use in uses)
         for use in uses:
             seconds = passed  # large after a gap in the gauges
@@ -128,7 +128,7 @@ def grouped(sums: Mapping[ReplicaUse, float], by: str) -> dict[str, dict[Replica
 
 def hours_by_state(sums: Mapping[ReplicaUse, float], of_gpus: bool) -> dict[str, float]:
     """Hours by state: GPU-hours if ``of_gpus``, otherwise replica-hours, including replicas without a GPU."""
-    hours = dict.fromkeys(REPLICA_STATES_HELD, 0.0)
+    hours = dict.fromkeys(OCCUPYING_STATES, 0.0)
     for use, seconds in sums.items():
         hours[use.state] += seconds * (use.gpus if of_gpus else 1) / 3600
     return {state: round(value, 4) for state, value in hours.items()}

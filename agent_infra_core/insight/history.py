@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.insight.gpu_hours import REPLICA_TIME_STEP_S, ReplicaUse
+from agent_infra_core.insight.gpu_hours import REPLICA_TIME_BIN_S, ReplicaUse
 from agent_infra_core.insight.rates import HISTORY_POINTS
 from agent_infra_core.insight.turns import TurnRecord
 
@@ -61,7 +61,9 @@ _MIGRATIONS = (
     "CREATE TABLE ended (session TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID",
 )
 TURN_COLUMNS = tuple(item.name for item in dataclasses.fields(TurnRecord))
-_TRUTHS = tuple(TURN_COLUMNS.index(name) for name in ("stream", "tokens_estimated"))  # columns stored as 0 or 1
+_BOOLEAN_COLUMNS = tuple(
+    TURN_COLUMNS.index(name) for name in ("stream", "tokens_estimated")
+)  # columns stored as 0 or 1
 _turn_values = operator.attrgetter(*TURN_COLUMNS)
 
 # Local file systems. SQLite's write-ahead log needs shared memory and is safe only there. Any other is assumed to be a
@@ -372,7 +374,7 @@ class HistoryFile:
         rows = self.query(
             "SELECT replica, model, gpu_type, gpus, state, sum(seconds * CASE at WHEN ? THEN ? ELSE 1 END) "
             "FROM replica_time WHERE at > ? OR at = ? GROUP BY 1, 2, 3, 4, 5 ORDER BY min(at)",
-            *(day, share, since - REPLICA_TIME_STEP_S, day),
+            *(day, share, since - REPLICA_TIME_BIN_S, day),
         )
         return {ReplicaUse(*row[:5]): row[5] for row in rows}
 
@@ -388,7 +390,7 @@ class HistoryFile:
         values = [since] if session is None else [since, session]
         while rows := self.query(query, after, *values):
             for number, *row in rows:
-                for column in _TRUTHS:
+                for column in _BOOLEAN_COLUMNS:
                     row[column] = None if row[column] is None else bool(row[column])
                 after = number
                 yield TurnRecord(*row)
@@ -429,7 +431,7 @@ class History:
     def open(self, restore: Callable[[HistoryFile], None]) -> None:
         """Call ``restore`` to read what an earlier controller wrote, then write in a thread until close()."""
         try:
-            restore(self._opened())
+            restore(self._open_deployment())
         except Exception as error:  # noqa: BLE001  whatever it is: it is served without history rather than not at all
             self._fail(error, "starting without what was before: ")
         self._thread.start()
@@ -469,7 +471,7 @@ class History:
             self._flush()
         self._let_go()
 
-    def _opened(self) -> HistoryFile:
+    def _open_deployment(self) -> HistoryFile:
         if self._file is None:
             self._file = HistoryFile(self.path)
             self._opened_as = list(_files_of(self.path.resolve()))
@@ -504,7 +506,7 @@ class History:
         if not batch and self._problem is None:
             return
         try:
-            file = self._opened()
+            file = self._open_deployment()
             added = file.write(batch)
         except Exception as error:  # noqa: BLE001  see _run
             with self._lock:
@@ -542,7 +544,7 @@ class History:
         problem = f"{error}" if isinstance(error, HistoryRefusedError) else f"{self.path}: {error}"
         if is_damaged(error):
             with contextlib.suppress(OSError):
-                problem += f"; it is put aside as {put_aside(self.path, self._clock())}, a new one is begun"
+                problem += f"; it is put aside as {rename_damaged(self.path, self._clock())}, a new one is begun"
         if problem != self._problem:
             self._log(f"history: {consequence}{problem}", "warning")
         self._problem = problem
@@ -580,7 +582,7 @@ def _files_of(path: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
             yield each, identity
 
 
-def put_aside(path: Path, now: float) -> Path:
+def rename_damaged(path: Path, now: float) -> Path:
     """Rename a history and its journals. Returns the new path."""
     aside = path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S', time.localtime(now))}")
     path.rename(aside)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agent_infra_core.insight.capacity import FAINT, RESAMPLES, Array, significant
+from agent_infra_core.insight.capacity import EPSILON, RESAMPLES, Array, significant
 from agent_infra_core.insight.fit import interval_widening, resample_counts
 from agent_infra_core.insight.turns import TurnRecord, generates, is_finite_number
 
@@ -189,7 +189,7 @@ def _averages(begin: Array, end: Array, excess: Array) -> tuple[Array, Array, Ar
 
     def average(level: Array) -> Array:
         integral = np.concatenate([[0.0], np.cumsum(level[:-1] * steps)])
-        return (np.interp(end, times, integral) - np.interp(begin, times, integral)) / np.maximum(end - begin, FAINT)
+        return (np.interp(end, times, integral) - np.interp(begin, times, integral)) / np.maximum(end - begin, EPSILON)
 
     mean = average(present)
     return mean, np.maximum(average(present**2) - mean**2, 0.0), average(context)
@@ -258,7 +258,7 @@ def operating(
     import numpy as np
 
     done = [turn for turn in turns if turn.is_completed and since <= turn.end <= until]
-    length = max(until - since, FAINT)
+    length = max(until - since, EPSILON)
     counts, _ = np.histogram([turn.end for turn in done], bins=16, range=(since, since + length))
     error = interval_widening(16, 1) * float(np.std(counts, ddof=1)) / 4 / max(1.0, float(np.mean(counts)))
     per_s = len(done) / length
@@ -291,7 +291,7 @@ def littles_law(here: Operating, think_s: float | None) -> dict[str, Any]:
     computed = here.per_s * cycle_s
     error = None if not here.agents else computed / here.agents - 1
     is_judged = error is not None and here.window_s >= 2 * cycle_s
-    tolerance = LITTLE_TOLERANCE + 1.64 * float(np.std(here.per_s_draws)) / max(here.per_s, FAINT)
+    tolerance = LITTLE_TOLERANCE + 1.64 * float(np.std(here.per_s_draws)) / max(here.per_s, EPSILON)
     return {
         "agents_sampled": None if here.agents is None else significant(here.agents),
         "agents_computed": significant(computed),
@@ -314,7 +314,7 @@ def change_point(values: Sequence[float], least: float) -> int | None:
     sums, squares = np.cumsum(series), np.cumsum(series**2)
     first, second = sums[before - 1] / before, (sums[-1] - sums[before - 1]) / (len(series) - before)
     within = squares[-1] - before * first**2 - (len(series) - before) * second**2
-    deviation = np.sqrt(np.maximum(within, FAINT) / len(series))
+    deviation = np.sqrt(np.maximum(within, EPSILON) / len(series))
     error = deviation * np.sqrt(1 / before + 1 / (len(series) - before))
     best = int(np.argmax(np.abs(second - first) / error))
     step = abs(float(second[best] - first[best]))
@@ -336,7 +336,7 @@ def mix_change(turns: Sequence[ObservedTurn]) -> tuple[float, str] | None:
     return max(found, default=None)
 
 
-def context_limit(turns: Sequence[ObservedTurn], kv_tokens: float, rng: Any) -> tuple[float, Array] | None:
+def kv_agent_limit(turns: Sequence[ObservedTurn], kv_tokens: float, rng: Any) -> tuple[float, Array] | None:
     """N_kv and its draws: ``kv_tokens`` divided by a session's mean context, which it keeps while it thinks."""
     import numpy as np
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from agent_infra_core.insight.gpu_hours import REPLICA_STATES_HELD, grouped, hours_by_state
+from agent_infra_core.insight.gpu_hours import OCCUPYING_STATES, grouped, hours_by_state
 from agent_infra_core.insight.history import VERDICT_COLUMNS, HistoryFile, ratio
 
 REPORT_PARTS = {
@@ -151,7 +151,7 @@ class Report:
             kinds = ", ".join(sorted({use.gpu_type for use in of_model} - {""})) or "none"
             rows.append((f"{model}: GPUs ({kinds})", *hours_by_state(of_model, of_gpus=True).values()))
             rows.append((f"{model}: replicas", *hours_by_state(of_model, of_gpus=False).values()))
-        lines += _table(("hours", *(state.replace("_", ", ") for state in REPLICA_STATES_HELD)), rows)
+        lines += _table(("hours", *(state.replace("_", ", ") for state in OCCUPYING_STATES)), rows)
         held = {use: seconds for use, seconds in sums.items() if use.state != "pending"}
         gpu_s = sum(seconds * use.gpus for use, seconds in held.items())
         what, total_s = ("GPU-seconds", gpu_s) if gpu_s else ("replica-seconds", sum(held.values()))

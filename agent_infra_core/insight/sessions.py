@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from agent_infra_core.insight.rates import RECENT_S
-from agent_infra_core.insight.turns import HeldContext, TurnRecord, add_known, generates
+from agent_infra_core.insight.turns import CachedContext, TurnRecord, add_known, generates
 from agent_infra_core.protocol import TurnStarted
 
 LISTED_SESSIONS = 200  # in /stats: the most recently active
 LISTED_ENDED = 50  # and this many ended sessions
-BESIDE_S = 0.01  # turns that overlap by more than this were open together; less is clock noise
+OVERLAP_TOLERANCE_S = 0.01  # turns that overlap by more than this were open together; less is clock noise
 MAX_CONVERSATIONS = 50_000  # answers kept to find the session of turns whose client names none
 KEPT_PRINTS = 257  # of a session's last request: one for the part before the messages, 256 for the first messages
 
@@ -60,7 +60,7 @@ class Session:
 
     def is_open(self, arrival: float) -> bool:
         """Whether a turn was open at ``arrival``, including one that ended later but has been reported already."""
-        return bool(self.open_turns) or (self.last_end is not None and arrival < self.last_end - BESIDE_S)
+        return bool(self.open_turns) or (self.last_end is not None and arrival < self.last_end - OVERLAP_TOLERANCE_S)
 
     def think_time_ms(self, arrival: float) -> float | None:
         """Time from the previous answer's end to ``arrival``; None for a first turn or while another turn is open."""
@@ -68,14 +68,14 @@ class Session:
             return None
         return max(0.0, arrival - self.last_end) * 1000
 
-    def held(self, started: TurnStarted, arrival: float) -> HeldContext | None:
+    def held(self, started: TurnStarted, arrival: float) -> CachedContext | None:
         """The context that should be cached for a starting turn; None if unknown or while another turn is open."""
         if self.context_tokens is None or self.prompt_tokens is None or self.is_open(arrival):
             return None
         if started.model != self.held_model or not generates(started.path):
             return None
         computed = self.context_tokens - (self.context_tokens > self.prompt_tokens)
-        return HeldContext(self.held_by, self.prompt_tokens, computed, self.prints)
+        return CachedContext(self.held_by, self.prompt_tokens, computed, self.prints)
 
     def think(
         self, think_ms: float | None, pre_ms: float | None, post_ms: float | None, unaccounted_ms: float | None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agent_infra_core.insight.capacity import FAINT, RESAMPLES, Array, Estimate, Outlook, estimate, percent
+from agent_infra_core.insight.capacity import EPSILON, RESAMPLES, Array, Estimate, Outlook, estimate, percent
 from agent_infra_core.insight.fit import ThinkFit
 from agent_infra_core.insight.measure import ObservedTurn
 
@@ -14,7 +14,7 @@ GOOD_UTILISATION = 0.7
 GOOD_KV_SHARE = 0.9
 
 
-def turns_of_each(
+def turns_per_ended(
     turns: Sequence[ObservedTurn], name: str, think: ThinkFit, ended: Mapping[str, float], now: float
 ) -> tuple[float, float] | None:
     """``(turns per session or task, number that ended)``; None if fewer than five ended.
@@ -83,7 +83,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
     far = None
     if outlook.fit is not None and knee_flight > outlook.most_in_flight:
         far = f"it lies beyond twice the load seen ({outlook.fit.most_in_flight:.1f} turns in flight on a replica)"
-    good_flight = GOOD_UTILISATION / (1 - GOOD_UTILISATION) * model.base_s / max(model.per_request_s, FAINT)
+    good_flight = GOOD_UTILISATION / (1 - GOOD_UTILISATION) * model.base_s / max(model.per_request_s, EPSILON)
     good_far = far if good_flight > outlook.most_in_flight else None
     kv_value, kv_draws = outlook.kv if outlook.kv is not None else (None, None)
     return {
@@ -132,7 +132,7 @@ def cost(
         )
     }
     for name in ("session", "task"):
-        counted = turns_of_each(turns, name, think, ended, here.until) if think else None
+        counted = turns_per_ended(turns, name, think, ended, here.until) if think else None
         value = draws = None
         if counted is not None and here.per_s:
             value = counted[0] * gpus / here.per_s

@@ -86,7 +86,7 @@ _DURATIONS = tuple(name for name in TurnRecord.__slots__ if name.endswith("_ms")
 
 
 @dataclass(slots=True)
-class HeldContext:
+class CachedContext:
     """The context a replica should have in its cache for a session's next turn."""
 
     backend: str | None
@@ -109,7 +109,7 @@ def changed_message(before: bytes, now: bytes) -> str | None:
     return f"message {number} of {len(now) // 4 - 1}" if number else "the tools or the system prompt"
 
 
-def explain_miss(record: TurnRecord, held: HeldContext, prints: bytes) -> str | None:
+def explain_miss(record: TurnRecord, held: CachedContext, prints: bytes) -> str | None:
     """Why fewer tokens of a turn were cached than expected, as text; None if not notably fewer were.
 
     ``prints`` are those of the turn's request.
@@ -132,7 +132,7 @@ class OpenTurn:
 
     started: TurnStarted
     session: Session | None
-    held: HeldContext | None
+    held: CachedContext | None
     think_ms: float | None
     pre_ms: float | None
     unaccounted_ms: float | None

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agent_infra_core.insight.capacity import RESAMPLES, SURE, Outlook, in_words, percent
+from agent_infra_core.insight.capacity import CONFIDENCE, RESAMPLES, Outlook, in_words, percent
 from agent_infra_core.insight.measure import FleetSample
 from agent_infra_core.insight.suggestion import GOOD_KV_SHARE
 
 
 def judge(outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The verdict names the largest share if it leads in at least SURE of the resampled fits; otherwise BALANCED."""
+    """The verdict: the largest share, if it leads in at least CONFIDENCE of the resampled fits; otherwise BALANCED."""
     import numpy as np
 
     names = ("agent", "base_latency", "contention")
@@ -29,7 +29,7 @@ def judge(outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]]) -> dict[str, 
     counts = np.bincount(drawn, minlength=3) / RESAMPLES
     largest = int(np.argmax(counts))
     confidence = float(counts[largest])
-    name = ("AGENT-BOUND", "LATENCY-BOUND", "GPU-BOUND")[largest] if confidence >= SURE else "BALANCED"
+    name = ("AGENT-BOUND", "LATENCY-BOUND", "GPU-BOUND")[largest] if confidence >= CONFIDENCE else "BALANCED"
     sentence = verdict_sentence(name, confidence, point, outlook, what_ifs)
     return {"name": name, "confidence": round(confidence, 3), "sentence": sentence, "reason": None, "shares": shares}
 

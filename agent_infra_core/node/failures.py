@@ -115,7 +115,7 @@ FAILURE_SIGNS = (
 )
 
 # A restart cannot fix these, unless the replica was ready before.
-HOPELESS_FAILURES = ("model_not_found", "gated_model", "quota", "bad_argument", "timed_out")
+PERMANENT_FAILURES = ("model_not_found", "gated_model", "quota", "bad_argument", "timed_out")
 
 
 def classify_failure(log: str, exit_code: int | None) -> ReplicaFailure:

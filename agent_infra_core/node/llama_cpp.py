@@ -6,7 +6,7 @@ import os
 import signal
 
 from agent_infra_core.errors import AgentInfraError
-from agent_infra_core.host import is_free
+from agent_infra_core.host import is_port_free
 
 
 def _wait_for_termination() -> None:
@@ -34,7 +34,7 @@ def run_llama_cpp(
         raise AgentInfraError(f"model file {model_path} cannot be read: {error.strerror}") from error
     if magic != b"GGUF":
         raise AgentInfraError(f"{model_path} is not a GGUF file")
-    if not is_free(port):
+    if not is_port_free(port):
         raise AgentInfraError(f"port {port}: address already in use")
     import xllamacpp
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from agent_infra_core.host import is_free, private_directory
+from agent_infra_core.host import is_port_free, private_temp_directory
 
 LOG_TAIL_BYTES = 65536
 
@@ -37,7 +37,7 @@ def reserve_port(first: int) -> PortReservation | None:
     Raises RefusedError if the directory of the lock files isn't safe.
     """
 
-    directory = private_directory()
+    directory = private_temp_directory()
     for port in range(first, min(first + 1000, 65536)):
         lock = os.open(directory / f"port-{port}", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
@@ -45,7 +45,7 @@ def reserve_port(first: int) -> PortReservation | None:
         except OSError:
             os.close(lock)
             continue
-        if is_free(port):
+        if is_port_free(port):
             return PortReservation(port, lock)
         os.close(lock)
     return None

@@ -19,14 +19,14 @@ from typing import Any
 
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.host import process_stamp, program_home, self_command, write_atomically
-from agent_infra_core.node.failures import HOPELESS_FAILURES, classify_failure
+from agent_infra_core.node.failures import PERMANENT_FAILURES, classify_failure
 from agent_infra_core.node.gpus import GpuSampler, sampled_gpus
 from agent_infra_core.node.guard import server_identity
 from agent_infra_core.node.health import EngineClient, IdleWatch
 from agent_infra_core.node.hub import is_hub_id, is_in_hub_cache
 from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher, open_log, reserve_port
 from agent_infra_core.node.telemetry import LoadSampler, Telemetry
-from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, ServeSpec, fill_in, spec_from_json
+from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, ServeSpec, replace_placeholders, spec_from_json
 
 LOAD_POLL_S = 0.1  # interval between checks of a loading engine
 HEALTH_POLL_S = 5.0  # interval between checks of a ready engine
@@ -34,7 +34,7 @@ DRAIN_SETTLE_S = 0.5  # a draining engine is idle after this long without turns:
 IDLE_SETTLE_S = 3.0  # the same if it shuts itself down: the relay learns of it only when it next polls the load
 END_MARGIN_S = 3.0  # part of stop_grace reserved for the engine's shutdown
 MAX_RESTARTS = 3
-FORGIVEN_AFTER_S = 600.0  # after this long healthy, earlier restarts no longer count
+RESTARTS_RESET_AFTER_S = 600.0  # after this long healthy, earlier restarts no longer count
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def make_launch(
         master = ("", 0)
         if spec.nodes > 1:
             with socket.create_server(("", 0)) as probe:
-                master = (_told_host("0.0.0.0"), probe.getsockname()[1])  # noqa: S104 (where others find this node)
+                master = (_advertised_host("0.0.0.0"), probe.getsockname()[1])  # noqa: S104 (where others find this node)
     environment, engine = engine_environment(spec), spec.engine
     identity = server_identity(spec.replica, _node_name(spec), port)
     environment[engine.key_variable] = key
@@ -76,7 +76,7 @@ def make_launch(
     python, program, _ = self_command("serve")
     values = {"python": python, "program": program, "host": spec.bind_host, "port": port}
     values |= {"master_host": master[0], "master_port": master[1], "node_rank": node_rank}
-    argv = fill_in(engine.rank_argv if node_rank else engine.argv, values)
+    argv = replace_placeholders(engine.rank_argv if node_rank else engine.argv, values)
     return Launch(argv, environment, port, identity, master)
 
 
@@ -85,7 +85,7 @@ def _node_name(spec: ServeSpec) -> str:
     return (spec.is_job and os.environ.get("SLURMD_NODENAME")) or socket.gethostname()
 
 
-def _told_host(bind_host: str) -> str:
+def _advertised_host(bind_host: str) -> str:
     """Return the address at which others reach a server on ``bind_host``; job scripts set the node's, from Slurm."""
     is_wildcard = bind_host in ("", "0.0.0.0", "::")  # noqa: S104 (a comparison)
     return (os.environ.get("AGENT_INFRA_ADDRESS") or socket.gethostname()) if is_wildcard else bind_host
@@ -110,7 +110,7 @@ class Replica:
             node=_node_name(spec),
             pid=os.getpid(),
             process=process_stamp(os.getpid()) or "",
-            host=_told_host(spec.bind_host),
+            host=_advertised_host(spec.bind_host),
             job_id=os.environ.get("SLURM_JOB_ID") if spec.is_job else spec.job_id,
             started_at=time.time(),
             slots=spec.engine.slots,
@@ -156,9 +156,9 @@ class Replica:
             if failure is None:
                 return None
             was_ready = self._record.state == "ready"
-            if was_ready and time.time() - (self._record.ready_at or 0) > FORGIVEN_AFTER_S:
+            if was_ready and time.time() - (self._record.ready_at or 0) > RESTARTS_RESET_AFTER_S:
                 restarts = 0
-            if restarts == MAX_RESTARTS or (failure.kind in HOPELESS_FAILURES and not was_ready):
+            if restarts == MAX_RESTARTS or (failure.kind in PERMANENT_FAILURES and not was_ready):
                 return failure
             if failure.kind == "port_in_use":
                 base_port = reservation.port + 1

@@ -12,7 +12,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from agent_infra_core.http.events import AnswerDigest, conversation_key, message_print, sendable_text, spoken
+from agent_infra_core.http.events import (
+    AnswerDigest,
+    conversation_key,
+    message_fingerprint,
+    message_text_and_calls,
+    sendable_text,
+)
 from agent_infra_core.protocol import MAX_FIGURE, TurnFinished, TurnStarted
 from agent_infra_core.relay.turn import Turn
 
@@ -186,7 +192,7 @@ class Codec:
                 except (ValueError, RecursionError):
                     continue
                 if message.role == "assistant":
-                    answer = message_print(*spoken(message.content, message.tool_calls))
+                    answer = message_fingerprint(*message_text_and_calls(message.content, message.tool_calls))
                     return prints, conversation_key(prints[4 : 4 + 4 * (first + index)], answer)
         return prints, before.follows if before is not None else ""
 
@@ -226,7 +232,7 @@ class Codec:
                     (words.get("content"), words.get("tool_calls")) if isinstance(words, dict) else (None, None)
                 )
             digest.text = plain_text(words)[:wanted_text]
-            digest.print = message_print(*spoken(said, calls)) if traces else None
+            digest.print = message_fingerprint(*message_text_and_calls(said, calls)) if traces else None
         return digest
 
     def _plain_digest(self, answer: Any, wanted_text: int, traces: bool) -> AnswerDigest:
@@ -241,7 +247,7 @@ class Codec:
             sendable_text(choice.finish_reason) if choice.finish_reason is not None else None,
             None,
             sendable_text(words[:wanted_text]),
-            message_print(words, [call.id for call in calls] if calls else ()) if traces else None,
+            message_fingerprint(words, [call.id for call in calls] if calls else ()) if traces else None,
         )
 
 

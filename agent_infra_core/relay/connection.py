@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from agent_infra_core.http.bodies import BodyDecoder
-from agent_infra_core.http.errors import RequestError, WireError, error_document, plain_answer
+from agent_infra_core.http.errors import RequestError, WireError, encode_answer, error_document
 from agent_infra_core.http.heads import MAX_HEAD_BYTES, RepeatedHead, RequestHead
 from agent_infra_core.relay.delivery import Delivery, ExpressDelivery
 from agent_infra_core.relay.exchange import Exchange
@@ -273,7 +273,7 @@ class ClientConnection:
             extra += b"www-authenticate: Bearer\r\n"
         closes = refusal.closes or self._has_unread_body or not self._keeps_alive
         body = error_document(refusal.status, str(refusal), refusal.code, self._is_anthropic)
-        answer = plain_answer(refusal.status, body, extra=extra, closes=closes)
+        answer = encode_answer(refusal.status, body, extra=extra, closes=closes)
         self.send_all(answer[: -len(body)] if self._is_head else answer)
         if closes:
             self.linger()

@@ -53,8 +53,8 @@ class BackendView(Protocol):
         """Sequence number of the last choice that it won; 0 = never."""
 
     rank: RouteRank | None
-    """What choose_backend has made of all this but ``busy_until``, for the strategy in force.  Whoever changes any of
-    it sets None: in most choices most views are as they were in the last."""
+    """choose_backend()'s cache for all of the above but ``busy_until``, with the current strategy.  Set to None when an
+    input changes; most views don't change between two choices."""
 
 
 @dataclass(frozen=True)

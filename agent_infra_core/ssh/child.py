@@ -87,7 +87,7 @@ class TunnelChild:
             self._process.wait()
 
 
-def end_with_parent() -> None:
+def exit_when_stdin_closes() -> None:
     """Wait for the end of stdin, then exit at once, whatever other threads are doing."""
     try:
         os.read(0, 1)
@@ -95,7 +95,7 @@ def end_with_parent() -> None:
         os._exit(0)
 
 
-def tell_parent(document: Mapping[str, Any]) -> None:
+def report_to_parent(document: Mapping[str, Any]) -> None:
     os.write(1, json.dumps(document).encode() + b"\n")
 
 
@@ -107,7 +107,7 @@ def forwarding_forbidden(target: str) -> str:
     )
 
 
-def hold_port() -> socket.socket:
+def reserve_local_port() -> socket.socket:
     """Reserve a free port of 127.0.0.1: while the returned socket is open, only this user's processes can listen on it.
 
     With SO_REUSEPORT, Linux lets sockets of one user share a port. This one doesn't listen, so until another process
@@ -119,14 +119,14 @@ def hold_port() -> socket.socket:
     return held
 
 
-def bind_held(server: Any) -> None:
+def bind_reserved_port(server: Any) -> None:
     """Replace a socketserver's ``server_bind``, to listen on a port that another process reserves."""
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     server.socket.bind(server.server_address)
     server.server_address = server.socket.getsockname()
 
 
-def hold_openssh(spec: Mapping[str, Any]) -> str:
+def run_openssh_master(spec: Mapping[str, Any]) -> str:
     """Run ssh as a ControlMaster until it ends, which is always an error: HostUnreachableError or LoginError."""
     control, route = Path(spec["socket"]), route_from_json(spec["route"])
     log = control.with_suffix(".log")  # ssh's messages, which the parent reads
@@ -134,12 +134,12 @@ def hold_openssh(spec: Mapping[str, Any]) -> str:
         leftover.unlink(missing_ok=True)
     with open(open_log(log), "ab") as errors:
         process = subprocess.Popen(
-            spec["argv"], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, preexec_fn=_die_along
+            spec["argv"], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, preexec_fn=_die_with_parent_thread
         )
         is_told = False
         while process.poll() is None:
             if not is_told and control.exists():
-                tell_parent({"ports": []})
+                report_to_parent({"ports": []})
                 is_told = True
             if os.fstat(errors.fileno()).st_size > 1 << 20:  # ssh logs a line per refused connection
                 errors.truncate(0)
@@ -149,7 +149,7 @@ def hold_openssh(spec: Mapping[str, Any]) -> str:
     raise explain_openssh(said, route, lambda asked: () if asked.proxy_command else scan_host_keys(asked, runner))
 
 
-def _die_along() -> None:
+def _die_with_parent_thread() -> None:
     """Ask the kernel to end this process when the thread that started it ends (PR_SET_PDEATHSIG)."""
     import ctypes
 
@@ -157,7 +157,7 @@ def _die_along() -> None:
 
 
 # Messages on ssh's stderr when it gives up: pattern, meaning with the fix, error class.
-_OPENSSH_SAYINGS: tuple[tuple[str, str, type[HostUnreachableError]], ...] = (
+_OPENSSH_ERRORS: tuple[tuple[str, str, type[HostUnreachableError]], ...] = (
     (r"REVOKED HOST KEY|host key .*revoked", "its host key is revoked; ask the cluster's administrators", LoginError),
     (
         r"Permission denied \((\S+)\)",
@@ -196,7 +196,7 @@ def explain_openssh(
             f"host key of {route.key_name} is not known; compare what `ssh {route.alias}` shows with what the "
             f"cluster's administrators publish, and let it add the key to {route.known_hosts[0]}"
         )
-    for pattern, meaning, kind in _OPENSSH_SAYINGS:
+    for pattern, meaning, kind in _OPENSSH_ERRORS:
         if found := re.search(pattern, said):
             return kind(f"{route.user}@{route.alias}: {meaning.format(*found.groups())}")
     line = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "the connection was lost")

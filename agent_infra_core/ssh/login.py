@@ -34,12 +34,12 @@ def log_in(route: SshRoute, keyring: Keyring, ask: Callable[[str], str] | None, 
     HostUnreachableError, or LoginError when a retry cannot help.
     """
     paramiko = load_paramiko()
-    sock = _dial(route) if through is None else through
+    sock = _connect_socket(route) if through is None else through
     transport = None
     try:
         transport = paramiko.Transport(sock)
         transport.daemon = True
-        _shake_hands(transport, route)
+        _verify_host(transport, route)
         _authenticate(transport, route, keyring, ask)
         transport.set_keepalive(SSH_KEEPALIVE_S)
         return transport
@@ -69,7 +69,7 @@ def close_connection(transport: Any, sock: Any = None) -> None:
 
 
 @contextlib.contextmanager
-def _broken_after(transport: Any, seconds: float) -> Iterator[None]:
+def _close_after(transport: Any, seconds: float) -> Iterator[None]:
     """Close the connection if the block takes longer: paramiko would wait for ever for a host that fell silent."""
     alarm = threading.Timer(max(0.1, seconds), close_connection, (transport,))
     alarm.daemon = True
@@ -80,7 +80,7 @@ def _broken_after(transport: Any, seconds: float) -> Iterator[None]:
         alarm.cancel()
 
 
-def _dial(route: SshRoute) -> Any:
+def _connect_socket(route: SshRoute) -> Any:
     """Connect to a host's SSH port, directly or through its ProxyCommand. Raises HostUnreachableError."""
     where = f"{route.host}:{route.port}"
     if route.proxy_command:
@@ -107,7 +107,7 @@ def _dial(route: SshRoute) -> Any:
     return sock
 
 
-def _shake_hands(transport: Any, route: SshRoute) -> None:
+def _verify_host(transport: Any, route: SshRoute) -> None:
     """Do SSH's key exchange and check the host's key against known_hosts."""
     paramiko = load_paramiko()
     known = read_host_keys(route)
@@ -275,10 +275,10 @@ class SshCommands:
         transport = channel.get_transport()
         broken = (load_paramiko().SSHException, EOFError, OSError)
         try:
-            with _broken_after(transport, min(SSH_PATIENCE_S, deadline - time.monotonic())):
+            with _close_after(transport, min(SSH_PATIENCE_S, deadline - time.monotonic())):
                 channel.exec_command(shlex.join(argv))
-            with _broken_after(transport, deadline - time.monotonic() + 1.0):
-                result = _converse(channel, stdin, deadline)
+            with _close_after(transport, deadline - time.monotonic() + 1.0):
+                result = _exchange_bytes(channel, stdin, deadline)
             if result is None:
                 self._drop(transport)  # it is silent but open, and would block the next command too
         except broken as error:
@@ -320,7 +320,7 @@ class SshCommands:
                 self._transport = None
 
 
-def _converse(channel: Any, stdin: bytes, deadline: float) -> CommandResult | None:
+def _exchange_bytes(channel: Any, stdin: bytes, deadline: float) -> CommandResult | None:
     """Send stdin to a command and read all its output. None at the deadline; OSError if the connection breaks."""
     output, errors, left = bytearray(), bytearray(), memoryview(stdin)
     channel.setblocking(False)

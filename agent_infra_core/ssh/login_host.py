@@ -9,7 +9,7 @@ from agent_infra_core.errors import AgentInfraError
 from agent_infra_core.host import CommandResult, HostUnreachableError
 from agent_infra_core.settings import ClusterConfig
 from agent_infra_core.ssh.login import SshCommands
-from agent_infra_core.ssh.openssh import OpenSshCommands, why_openssh
+from agent_infra_core.ssh.openssh import OpenSshCommands, reason_for_openssh
 from agent_infra_core.ssh.routes import InteractiveLoginError, LoginError, ssh_route
 
 
@@ -58,7 +58,7 @@ class LoginHost:
     def _choose(self) -> SshCommands | OpenSshCommands:
         if self._wanted == "openssh":
             return self._openssh("cluster.tunnel_driver says so")
-        why = why_openssh(self.ssh) if self._wanted == "auto" else None
+        why = reason_for_openssh(self.ssh) if self._wanted == "auto" else None
         if why is not None:
             return self._openssh(why)
         commands = SshCommands(ssh_route(self.ssh, self.ssh.host), self._ask)

@@ -20,7 +20,7 @@ from agent_infra_core.host import (
     CommandRunner,
     HostUnreachableError,
     LocalCommands,
-    private_directory,
+    private_temp_directory,
     write_atomically,
 )
 from agent_infra_core.settings import SshConfig
@@ -47,7 +47,7 @@ _OPENSSH_ONLY = {
 }
 
 
-def why_openssh(ssh: SshConfig) -> str | None:
+def reason_for_openssh(ssh: SshConfig) -> str | None:
     """Return why only OpenSSH can log in to this host (from ssh_config and known_hosts); None if paramiko can too."""
     path, text = read_ssh_config(ssh)
     word = re.search(r"(?im)^\s*(include|match)\b", text)
@@ -63,7 +63,7 @@ def why_openssh(ssh: SshConfig) -> str | None:
     return None
 
 
-def openssh_words(ssh: SshConfig, alias: str, known_hosts: Sequence[str] = ()) -> list[str]:
+def openssh_options(ssh: SshConfig, alias: str, known_hosts: Sequence[str] = ()) -> list[str]:
     """Return the ssh options to reach ``alias``: those of the configuration, which override ssh_config."""
     words = ["-F", str(Path(ssh.config_file).expanduser())] if ssh.config_file else []
     if alias == ssh.host and ssh.port:
@@ -206,13 +206,13 @@ class OpenSshCommands:
         self._is_closed = False
         route = openssh_route(ssh, ssh.host, self._here)
         self.login = OpenSshMaster(
-            openssh_words(ssh, ssh.host), route, self._control(ssh.host), self._here, has_terminal
+            openssh_options(ssh, ssh.host), route, self._control(ssh.host), self._here, has_terminal
         )  # fmt: skip
 
     def _control(self, alias: str) -> Path:
         """Return the path of a master's socket. The limit is 108 bytes, of which ssh needs 17 for itself."""
         digest = hashlib.sha256(f"{self._control_name}\n{self._ssh}\n{alias}".encode()).hexdigest()[:12]
-        path = private_directory() / f"ssh-{digest}"
+        path = private_temp_directory() / f"ssh-{digest}"
         if len(os.fsencode(path)) > 75:
             raise LoginError(f"{path} is too long for a socket; set TMPDIR to a shorter directory")
         return path
@@ -237,10 +237,10 @@ class OpenSshCommands:
             master = self._nodes.get(node)
         if master is None:  # without the lock: a node that doesn't answer must not block the others
             route = openssh_route(self._ssh, node, self._here)
-            self.learn_keys(node, route)
+            self.fetch_host_keys(node, route)
             files = [*(() if self._ssh.known_hosts_file else route.known_hosts), str(self._known_hosts(node))]
             jump = shlex.join(self.login.client("-W", f"[{route.host}]:{route.port}"))
-            words = ["-o", f"ProxyCommand={jump.replace('%', '%%')}", *openssh_words(self._ssh, node, files)]
+            words = ["-o", f"ProxyCommand={jump.replace('%', '%%')}", *openssh_options(self._ssh, node, files)]
             route = dataclasses.replace(route, proxy_command=jump)
             master = OpenSshMaster(words, route, self._control(node), self._here)
             master.is_shared = True
@@ -250,7 +250,7 @@ class OpenSshCommands:
                 raise HostUnreachableError(f"{node}: the connections are being closed")
             return self._nodes.setdefault(node, master)
 
-    def learn_keys(self, node: str, route: SshRoute | None = None) -> None:
+    def fetch_host_keys(self, node: str, route: SshRoute | None = None) -> None:
         """Fetch a node's keys, unless known_hosts has them. Raises HostUnreachableError or LoginError."""
         route = route or openssh_route(self._ssh, node, self._here)
         lines = [f"{route.key_name} {kind} {key}\n" for kind, key in node_keys(route, self)]
@@ -271,7 +271,7 @@ class OpenSshCommands:
 
 def openssh_route(ssh: SshConfig, alias: str, runner: CommandRunner) -> SshRoute:
     """Return how OpenSSH reaches a host, from ``ssh -G``. Raises LoginError if its configuration is invalid."""
-    done = runner.run(["ssh", "-G", *openssh_words(ssh, alias), "--", alias], timeout_s=30.0)
+    done = runner.run(["ssh", "-G", *openssh_options(ssh, alias), "--", alias], timeout_s=30.0)
     if done.status:
         hint = "; install openssh-client" if done.status == 127 else ""
         raise LoginError(f"ssh cannot be used: {done.errors.decode('utf-8', 'replace').strip()}{hint}")

@@ -19,7 +19,7 @@ from agent_infra_core.host import HostUnreachableError, http_get
 from agent_infra_core.node.guard import CHALLENGE_PATH, answer_challenge, server_identity
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ClusterConfig, SshConfig
-from agent_infra_core.ssh.child import TunnelChild, hold_port
+from agent_infra_core.ssh.child import TunnelChild, reserve_local_port
 from agent_infra_core.ssh.host_keys import node_keys
 from agent_infra_core.ssh.login import SshCommands
 from agent_infra_core.ssh.login_host import LoginHost
@@ -31,7 +31,7 @@ SUSPECT_AFTER_S = 5.0  # silence until a tunnel is suspect
 REPLACED_AFTER_S = 15.0  # silence until a tunnel is replaced
 TUNNEL_BACKOFF_S = (0.2, 30.0)  # before the first retry, and the maximum; doubles each time
 LOGINS_AT_ONCE = 4  # plus as many that failed repeatedly; above ten, sshd starts to refuse some (MaxStartups)
-FORGIVING_S = 60.0  # how long turns wait for a tunnel that is being replaced, before its replica counts as gone
+RECONNECT_WAIT_S = 60.0  # how long turns wait for a tunnel that is being replaced, before its replica counts as gone
 PORT_HELD_S = 10.0  # how long the ports of a closed tunnel stay reserved: the relay may still connect to them
 TUNNELS_CLOSE_S = 10.0  # time for all tunnels together to close
 
@@ -91,7 +91,7 @@ def tunnel_mode(wanted: str, has_login: bool, record: ReplicaRecord, here: str) 
     return "none", "the nodes are reached from here"
 
 
-def proves_key(host: str, port: int, key: str, identity: str, engine_port: int | None = None) -> bool | None:
+def verifies_identity(host: str, port: int, key: str, identity: str, engine_port: int | None = None) -> bool | None:
     """Whether a server proves that it is ``identity`` and knows ``key``, which isn't sent; None if it doesn't answer.
 
     With ``engine_port``, the server is `serve`, which also confirms that no other user listens on that port there.
@@ -297,9 +297,9 @@ class Tunnel:
             yield False  # no server can prove that it knows the key, so don't use it
         if len(link.ports) > 1:
             vouched = None if self.target.is_guarded else self.target.port
-            yield proves_key(link.host, link.ports[1], self._key, self.target.identities[1], vouched)
+            yield verifies_identity(link.host, link.ports[1], self._key, self.target.identities[1], vouched)
         if self.target.is_guarded:
-            yield proves_key(link.host, link.ports[0], self._key, self.target.identities[0])
+            yield verifies_identity(link.host, link.ports[0], self._key, self.target.identities[0])
 
     def _watch(self, link: Link) -> str | None:
         """Probe until the tunnel breaks. Returns why; None if it was silent for too long."""
@@ -312,7 +312,9 @@ class Tunnel:
                 continue
             probed = now
             # `serve` answers even if its engine is busy, hangs or restarts, so this tests only the tunnel.
-            answer = proves_key(link.host, link.ports[-1], self._key, self.target.identities[-1], self.target.port)
+            answer = verifies_identity(
+                link.host, link.ports[-1], self._key, self.target.identities[-1], self.target.port
+            )
             if answer is False:
                 return "another program's server answers there"
             if answer is not None:
@@ -346,7 +348,7 @@ class TunnelSet:
         self._is_closed = False
 
     def follow(self, records: Sequence[ReplicaRecord]) -> list[ReplicaRecord]:
-        """Return the records with local ports; a replica whose tunnel isn't up is "loading" for up to FORGIVING_S.
+        """Return the records with local ports; a replica whose tunnel isn't up is "loading" for up to RECONNECT_WAIT_S.
 
         Opens and closes tunnels as records appear, change and disappear. Doesn't wait for them.
         """
@@ -445,7 +447,7 @@ class TunnelSet:
                 record = dataclasses.replace(record, state="draining", message=message)
             return record
         # For a while, turns wait for it as for a replica that loads; after that they get an error.
-        is_coming = record.state == "ready" and time.monotonic() - tunnel.lost_at < FORGIVING_S
+        is_coming = record.state == "ready" and time.monotonic() - tunnel.lost_at < RECONNECT_WAIT_S
         return dataclasses.replace(
             record, port=None, telemetry_port=None, message=message, state="loading" if is_coming else record.state
         )
@@ -465,12 +467,12 @@ class TunnelSet:
                     master.ensure(deadline, should_stop)
                 except HostKeyError:  # perhaps the node was reinstalled: fetch its new keys for the next attempt
                     with contextlib.suppress(HostUnreachableError, OSError):
-                        commands.learn_keys(target.node)
+                        commands.fetch_host_keys(target.node)
                     raise
             return MasterLink(master, target.ends, is_nodes=target.mode == "node")
         hops, keyring = self._hops(target, commands)
         with contextlib.ExitStack() as undone:
-            held = [undone.enter_context(hold_port()) for _ in target.ends]
+            held = [undone.enter_context(reserve_local_port()) for _ in target.ends]
             spec = {
                 "driver": "sshtunnel",
                 "hops": [dataclasses.asdict(hop) for hop in hops],

@@ -32,7 +32,7 @@ from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ClusterConfig, ModelConfig
 from agent_infra_core.ssh.login_host import LoginHost
 from agent_infra_core.ssh.openssh import OpenSshCommands
-from agent_infra_core.ssh.tunnels import LOGINS_AT_ONCE, TunnelSet, proves_key
+from agent_infra_core.ssh.tunnels import LOGINS_AT_ONCE, TunnelSet, verifies_identity
 
 pytestmark = pytest.mark.skipif(SSHD is None or shutil.which("ssh") is None, reason="needs sshd and ssh")
 DRIVERS = ["sshtunnel", "openssh"]
@@ -109,11 +109,11 @@ def answers(record: ReplicaRecord) -> bool:
 
 
 def proves(*words: Any) -> bool:
-    """proves_key(), asked until somebody answers."""
+    """verifies_identity(), asked until somebody answers."""
     said: list[bool | None] = []
 
     def ask() -> bool:
-        said.append(proves_key(*words))
+        said.append(verifies_identity(*words))
         return said[-1] is not None
 
     wait_for(ask, "an answer")
@@ -381,7 +381,7 @@ def test_a_login_that_is_refused_is_the_tunnels_trouble_not_that_of_who_follows_
 def test_turns_wait_for_a_lost_tunnel_for_a_while_and_then_are_told(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agent_infra_core.ssh.tunnels.FORGIVING_S", 3600.0)
+    monkeypatch.setattr("agent_infra_core.ssh.tunnels.RECONNECT_WAIT_S", 3600.0)
     record = cluster.start()
     tunnels = cluster.tunnels("sshtunnel", "login")
     follow_until_up(tunnels, record)
@@ -392,7 +392,7 @@ def test_turns_wait_for_a_lost_tunnel_for_a_while_and_then_are_told(
         return there.state, there.port
 
     wait_for(lambda: state() == ("loading", None), "it counts as loading")
-    monkeypatch.setattr("agent_infra_core.ssh.tunnels.FORGIVING_S", 0.0)
+    monkeypatch.setattr("agent_infra_core.ssh.tunnels.RECONNECT_WAIT_S", 0.0)
     wait_for(lambda: state() == ("ready", None), "it counts as away")
     wait_for(lambda: "refuses connections" in (tunnels.states()[record.replica].reason or ""), "the reason is told")
     cluster.login.start()

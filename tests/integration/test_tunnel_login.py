@@ -25,7 +25,7 @@ from testbed.ports import free_port
 from testbed.sshd import SSHD, SshServer, make_key, public_key
 
 import agent_infra
-from agent_infra_core.host import CommandRunner, HostUnreachableError, private_directory
+from agent_infra_core.host import CommandRunner, HostUnreachableError, private_temp_directory
 from agent_infra_core.settings import ClusterConfig, SshConfig
 from agent_infra_core.ssh.login_host import LoginHost
 from agent_infra_core.ssh.routes import InteractiveLoginError, LoginError
@@ -299,7 +299,7 @@ def test_nothing_is_left_of_a_login_that_was_closed(driver: str, server: SshServ
     host.run(["true"])
     host.close()
     wait_for(lambda: not server.sessions(), "no session is left")
-    folder = private_directory()
+    folder = private_temp_directory()
     assert not list(folder.glob(f"ssh-*-{os.getpid()}"))
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from agent_infra import (
     config_from_json,
-    kept_config,
     load_config,
+    saved_config,
 )
 from agent_infra_core.errors import ConfigError
 from agent_infra_core.settings import Config, ModelConfig
@@ -36,7 +36,7 @@ def test_a_configuration_that_was_kept_by_another_version_is_left_alone(tmp_path
     from agent_infra_core.fleet.state import DeploymentPaths
 
     paths = DeploymentPaths(tmp_path)
-    assert kept_config(paths) is None
+    assert saved_config(paths) is None
     text = json.dumps({**dataclasses.asdict(Config((ModelConfig("m", "p"),))), "unknown": 1})
     paths.config.write_text(text)
-    assert kept_config(paths) is None
+    assert saved_config(paths) is None

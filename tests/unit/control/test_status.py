@@ -11,7 +11,7 @@ from agent_infra import (
     describe_model,
     describe_succession,
 )
-from agent_infra_core.control.status import cheapest_to_end, summarize, what_is_amiss
+from agent_infra_core.control.status import choose_to_stop, list_problems, summarize
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.engines import check_engine_args
 from agent_infra_core.protocol import ReplicaRecord
@@ -28,7 +28,7 @@ def names(records: list[ReplicaRecord]) -> list[str]:
 
 def test_what_serves_nobody_yet_is_taken_away_first() -> None:
     records = [replica("m-1"), replica("m-2", "loading"), replica("m-3", "pending"), replica("m-4", "starting")]
-    assert names(cheapest_to_end(records, {}, 3)) == ["m-3", "m-4", "m-2"]
+    assert names(choose_to_stop(records, {}, 3)) == ["m-3", "m-4", "m-2"]
 
 
 def test_of_the_ready_ones_the_least_loaded_goes_first_and_of_equals_the_latest() -> None:
@@ -39,13 +39,13 @@ def test_of_the_ready_ones_the_least_loaded_goes_first_and_of_equals_the_latest(
         "m-3": {"inflight": 0, "sessions": 1},
         "m-4": {"inflight": 0, "sessions": 1},
     }
-    assert names(cheapest_to_end(records, rows, 4)) == ["m-4", "m-3", "m-2", "m-1"]
-    assert cheapest_to_end(records, rows, 0) == []
+    assert names(choose_to_stop(records, rows, 4)) == ["m-4", "m-3", "m-2", "m-1"]
+    assert choose_to_stop(records, rows, 0) == []
 
 
 def test_one_that_drains_already_goes_before_an_idle_one() -> None:
     rows = {"m-1": {"inflight": 3, "state": "draining"}, "m-2": {"inflight": 0, "state": "ready"}}
-    assert names(cheapest_to_end([replica("m-1"), replica("m-2")], rows, 1)) == ["m-1"]
+    assert names(choose_to_stop([replica("m-1"), replica("m-2")], rows, 1)) == ["m-1"]
 
 
 def test_a_model_is_summed_up_with_those_that_ended_by_themselves() -> None:
@@ -82,16 +82,16 @@ def test_idle_shutdown_is_refused_where_nobody_can_tell() -> None:
 
 def test_a_replica_that_is_on_its_way_is_amiss_only_where_it_is_missed() -> None:
     records = [replica("m-1"), replica("m-2", "loading")]
-    assert what_is_amiss([summarize("m", 1, records)], records) == []
-    assert what_is_amiss([summarize("m", 2, records)], records) == ["m-2 is LOADING"]
-    assert what_is_amiss([summarize("m", 3, records)], records)[1:] == [
+    assert list_problems([summarize("m", 1, records)], records) == []
+    assert list_problems([summarize("m", 2, records)], records) == ["m-2 is LOADING"]
+    assert list_problems([summarize("m", 3, records)], records)[1:] == [
         "2 of 3 replicas of m run; `start` starts what is missing"
     ]
 
 
 def test_one_that_failed_is_always_amiss_and_one_that_was_idle_never() -> None:
     records = [replica("m-1"), replica("m-2", "failed"), replica("m-3", "stopped", is_idle=True)]
-    assert what_is_amiss([summarize("m", 2, records)], records) == ["m-2 is FAILED"]
+    assert list_problems([summarize("m", 2, records)], records) == ["m-2 is FAILED"]
 
 
 def test_a_handover_is_told_with_its_gap() -> None:

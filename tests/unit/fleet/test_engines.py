@@ -12,7 +12,7 @@ from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.engines import ENGINES, JobShape, check_engine_args, render_engine, serve_spec
 from agent_infra_core.host import program_home
 from agent_infra_core.node.replica import make_launch
-from agent_infra_core.protocol import fill_in
+from agent_infra_core.protocol import replace_placeholders
 from agent_infra_core.settings import ENGINE_NAMES, ModelConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -39,7 +39,7 @@ def test_vllm_is_started_with_every_key_of_its_model() -> None:
         trust_remote_code=True,
         engine_args=("--dtype", "bfloat16"),
     )
-    assert fill_in(render_engine(model).argv, FIRST_WORDS) == [
+    assert replace_placeholders(render_engine(model).argv, FIRST_WORDS) == [
         *("/env/bin/python", "-m", "vllm.entrypoints.cli.main", "serve", "org/model"),
         *("--host", "127.0.0.1", "--port", "5901", "--served-model-name", "chat"),
         *("--gpu-memory-utilization", "0.9", "--tensor-parallel-size", "2", "--pipeline-parallel-size", "3"),
@@ -110,7 +110,7 @@ def test_llama_cpp_is_told_its_slots_threads_and_context() -> None:
         max_model_len=1024,
         engine_args=("--max-num-seqs=2", "--threads", "3"),
     )
-    argv = fill_in(render_engine(model).argv, FIRST_WORDS)
+    argv = replace_placeholders(render_engine(model).argv, FIRST_WORDS)
     assert argv[:3] == ["/env/bin/python", "/opt/node.pyz", "llama-cpp"]
     assert (option(argv, "--slots"), option(argv, "--threads"), option(argv, "--context-tokens")) == ("2", "3", "1024")
     assert ENGINES["llama_cpp"].slots(model) == 2
@@ -138,7 +138,7 @@ def test_a_command_gets_path_port_and_name_where_it_asks_for_them() -> None:
     command = ("server", "--listen=:{port}", "--weights", "{model_path}", "{name}", "{other}")
     model = ModelConfig("chat", "/w/m", engine="command", command=command)
     argv = ["server", "--listen=:5901", "--weights", "/w/m", "chat", "{other}"]
-    assert fill_in(render_engine(model).argv, FIRST_WORDS) == argv
+    assert replace_placeholders(render_engine(model).argv, FIRST_WORDS) == argv
 
 
 def test_engine_args_beside_a_command_are_refused() -> None:

@@ -17,7 +17,7 @@ from agent_infra import job_directives, render_job, shell_words
 from agent_infra_core import __version__
 from agent_infra_core.control.status import describe_replica
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.fleet.explain import diagnose_job, explain_pending, judge_replica
+from agent_infra_core.fleet.explain import diagnose_job, explain_pending, reconcile_record
 from agent_infra_core.fleet.parse import (
     JobEnd,
     SlurmJob,
@@ -250,7 +250,7 @@ READY = ReplicaRecord("m-1", "m", "ready", "vllm", "n1", 5, "boot:1", port=5900,
 
 
 def judged(job: SlurmJob | None, record: ReplicaRecord | None) -> ReplicaRecord | None:
-    return judge_replica("m-1", TOLD, job, record, (NOW, NOW))
+    return reconcile_record("m-1", TOLD, job, record, (NOW, NOW))
 
 
 def seen(job: SlurmJob | None, record: ReplicaRecord | None) -> ReplicaRecord:

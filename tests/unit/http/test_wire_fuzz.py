@@ -17,7 +17,7 @@ from agent_infra_core.http.bodies import (
     MAX_CHUNK_LINE_BYTES,
     MAX_TRAILER_LINES,
     BodyDecoder,
-    chunk_opening,
+    chunk_size_line,
     encode_chunk,
 )
 from agent_infra_core.http.errors import WireError
@@ -253,9 +253,9 @@ def test_most_events_of_a_stream_are_known_by_the_one_before() -> None:
 def test_a_chunks_opening_follows_from_its_length_alone(length: int) -> None:
     sizes = [size for size in range(max(1, length - 20), length) if len(encode_chunk(b"a" * size)) == length]
     if sizes:
-        assert chunk_opening(length) == b"%x\r\n" % sizes[0]
+        assert chunk_size_line(length) == b"%x\r\n" % sizes[0]
     else:
-        assert len(chunk_opening(length)) > length
+        assert len(chunk_size_line(length)) > length
 
 
 @pytest.mark.parametrize("length", [21, 262, 4103])

@@ -20,7 +20,7 @@ from agent_infra_core.settings import SshConfig
 from agent_infra_core.ssh.child import TunnelChild, explain_openssh
 from agent_infra_core.ssh.host_keys import known_host_keys
 from agent_infra_core.ssh.login import SshCommands
-from agent_infra_core.ssh.openssh import why_openssh
+from agent_infra_core.ssh.openssh import reason_for_openssh
 from agent_infra_core.ssh.routes import LoginError, SshRoute, load_paramiko, ssh_route
 from agent_infra_core.ssh.tunnels import tunnel_mode
 
@@ -135,7 +135,7 @@ def config(folder: Path, text: str) -> SshConfig:
     ],
 )
 def test_openssh_is_taken_where_ssh_config_needs_it(text: str, reason: str | None, tmp_path: Path) -> None:
-    found = why_openssh(config(tmp_path, text))
+    found = reason_for_openssh(config(tmp_path, text))
     assert found is None if reason is None else reason in (found or "")
 
 
