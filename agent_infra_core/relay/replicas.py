@@ -14,7 +14,6 @@ from agent_infra_core.http.heads import forwarded_head
 from agent_infra_core.protocol import Backend
 from agent_infra_core.relay.turn import RequestPlan
 from agent_infra_core.relay.upstream import Upstream
-from agent_infra_core.routing.strategies import RouteRank
 
 if TYPE_CHECKING:
     from agent_infra_core.relay.server import Relay
@@ -57,7 +56,6 @@ class LiveReplica:
         self.accepts_work = True
         self.is_gone = False  # from the table
         self.capacity = backend.slots
-        self.rank: RouteRank | None = None  # so after every change of what it is made of, here as below
         self.update(backend)
 
     def update(self, backend: Backend) -> None:
@@ -71,7 +69,6 @@ class LiveReplica:
         is_away = bool(load.get("is_sleeping")) or load.get("state") in AWAY_STATES
         self.accepts_work = state == "ready" and self.health != "down" and not is_away
         self.capacity = 1 if self.health == "trial" else backend.slots
-        self.rank = None
 
     def set_health(self, health: str, reason: str | None) -> None:
         self.health, self.reason = health, reason
@@ -84,7 +81,6 @@ class LiveReplica:
         self.latency_ms = (
             latency_ms if self.latency_ms is None else self.latency_ms + 0.2 * (latency_ms - self.latency_ms)
         )
-        self.rank = None
         if self.health == "trial":
             self.ejections = 0
             self.set_health("up", None)
@@ -113,7 +109,7 @@ class LiveReplica:
 
     def reserve(self, choice: int, tokens: int) -> None:
         """It is chosen. Promise room for a prompt at once: its own report comes too late for the next choice."""
-        self.rank, self.last_chosen = None, choice
+        self.last_chosen = choice
         self.in_flight += 1
         self.requests += 1
         if self.kv_tokens:
@@ -125,7 +121,6 @@ class LiveReplica:
 
     def release(self) -> None:
         """A turn that it was chosen for is over."""
-        self.rank = None
         self.in_flight -= 1
 
     def forget(self, upstream: Upstream) -> None:

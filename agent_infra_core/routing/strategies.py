@@ -52,10 +52,6 @@ class BackendView(Protocol):
     def last_chosen(self) -> int:
         """Sequence number of the last choice that it won; 0 = never."""
 
-    rank: RouteRank | None
-    """choose_backend()'s cache for all of the above but ``busy_until``, with the current strategy.  Set to None when an
-    input changes; most views don't change between two choices."""
-
 
 @dataclass(frozen=True)
 class RouteRequest:
@@ -105,12 +101,9 @@ ViewT = TypeVar("ViewT", bound=BackendView)
 
 def choose_backend(views: Iterable[ViewT], request: RouteRequest, strategy: str, now: float) -> ViewT | None:
     """Return the replica for a turn, or None if no replica may take it or has a free slot."""
-    excluded, best, lowest = request.excluded, None, NO_RANK
+    excluded, rank_of, best, lowest = request.excluded, STRATEGIES[strategy], None, NO_RANK
     for view in views:
-        rank = view.rank
-        if rank is None:
-            is_open = view.accepts_work and (not view.capacity or view.in_flight < view.capacity)
-            rank = view.rank = STRATEGIES[strategy](view) if is_open else NO_RANK
-        if rank < lowest and view.busy_until <= now and not (excluded and view.id in excluded):
+        is_open = view.accepts_work and (not view.capacity or view.in_flight < view.capacity)
+        if is_open and view.busy_until <= now and view.id not in excluded and (rank := rank_of(view)) < lowest:
             best, lowest = view, rank
     return best

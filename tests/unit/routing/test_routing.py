@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent_infra_core.protocol import Backend
-from agent_infra_core.relay.replicas import LiveReplica, ejection_s
+from agent_infra_core.relay.replicas import ejection_s
 from agent_infra_core.routing.queue_order import AttainedService, queue_key
 from agent_infra_core.routing.strategies import ANYWHERE, STRATEGIES, RouteRank, RouteRequest, choose_backend
 from agent_infra_core.settings import STRATEGY_NAMES
@@ -88,39 +85,6 @@ def test_whatever_is_chosen_may_take_a_turn(rows: list[tuple[int, int, bool]]) -
         view = choose_backend(views, ANYWHERE, strategy, 0.0)
         may = [v for v in views if v.accepts_work and (not v.capacity or v.in_flight < v.capacity)]
         assert (view in may) if may else view is None
-
-
-STEPS: dict[str, Callable[[LiveReplica, int], None]] = {
-    "chosen": lambda replica, number: replica.reserve(number, 500 * number),
-    "over": lambda replica, _: replica.release() if replica.in_flight else None,
-    "answered": lambda replica, number: replica.note_success(float(number % 7), 0.0),
-    "failed": lambda replica, number: replica.note_failure("it broke off", is_dead=number % 3 == 0),
-    "probed": lambda replica, number: replica.set_health(("up", "trial", "down")[number % 3], None),
-    "load": lambda replica, number: replica.take_load(
-        {
-            "running": number % 5,
-            "kv_usage": number % 10 / 10,
-            "kv_capacity_tokens": 10_000,
-            "gpus": [{"utilization": float(number % 4)}],
-            "is_sleeping": number % 8 == 0,
-        }
-    ),
-    "row": lambda replica, number: replica.update(
-        dataclasses.replace(replica.backend, state=("ready", "draining")[number % 2], slots=number % 4)
-    ),
-}
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@given(st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 2)), max_size=60))
-def test_a_choice_goes_by_what_is_true_of_a_replica_now(strategy: str, steps: list[tuple[str, int]]) -> None:
-    replicas = [LiveReplica(Backend(f"r{i}", "m", "127.0.0.1", 80 + i, slots=2)) for i in range(3)]
-    for number, (step, which) in enumerate(steps, 1):
-        STEPS[step](replicas[which], number)
-        kept = choose_backend(replicas, ANYWHERE, strategy, 0.0)
-        for replica in replicas:
-            replica.rank = None
-        assert choose_backend(replicas, ANYWHERE, strategy, 0.0) is kept
 
 
 def test_a_session_that_had_more_service_waits_behind_one_that_had_less() -> None:
