@@ -24,11 +24,9 @@ def host(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["sock_diag", "/proc/net/tcp"])
-def relay(request: pytest.FixtureRequest, tmp_path: Path, host: str, engine: FakeEngine) -> Iterator[RelayProcess]:
-    """A relay at ``host`` that may ask the kernel's sock_diag, or has to search the table of sockets."""
-    prelude = "import testbed.no_netlink" if request.param == "/proc/net/tcp" else ""
-    with RelayProcess(tmp_path, host=host, prelude=prelude) as relay:
+@pytest.fixture
+def relay(tmp_path: Path, host: str, engine: FakeEngine) -> Iterator[RelayProcess]:
+    with RelayProcess(tmp_path, host=host) as relay:
         relay.controller.send_table([backend(1, engine.port)])
         yield relay
 
@@ -106,3 +104,35 @@ def test_another_user_at_a_port_that_this_one_uses_to_call_elsewhere_is_not_this
         call("127.0.0.2")
         other.sendall(b"GET /v1/models HTTP/1.1\r\nHost: t\r\n\r\n")
         assert other.recv(65536).startswith(b"HTTP/1.1 401 ")
+
+
+@needs_root
+@pytest.mark.parametrize("host", ["127.0.0.1"], indirect=True)
+def test_a_listener_of_this_user_on_the_callers_port_does_not_vouch_for_the_caller(
+    relay: RelayProcess, host: str
+) -> None:
+    """Bound to a device, the caller's socket is hidden from the kernel's look-up, which then finds the listener."""
+    with ExitStack() as stack:
+        with another_user():
+            caller = stack.enter_context(socket.socket())
+            caller.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            caller.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
+            caller.settimeout(PATIENCE_S)
+            caller.bind((host, free_port()))
+            caller.connect((host, relay.port))
+        listener = stack.enter_context(socket.socket())
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(caller.getsockname())
+        listener.listen()
+        caller.sendall(b"GET /v1/models HTTP/1.1\r\nHost: t\r\n\r\n")
+        assert caller.recv(65536).startswith(b"HTTP/1.1 401 ")
+
+
+def test_where_the_kernel_does_not_say_who_calls_everyone_needs_the_key(
+    tmp_path: Path, host: str, engine: FakeEngine
+) -> None:
+    with RelayProcess(tmp_path, host=host, prelude="import testbed.no_netlink") as relay:
+        relay.controller.send_table([backend(1, engine.port)])
+        with Client(relay.port, host=host) as one, Client(relay.port, host=host) as other:
+            assert one.chat().status == 401
+            assert other.chat({"Authorization": f"Bearer {KEY}"}).status == 200
