@@ -49,6 +49,7 @@ try:
     from agent_infra_core.host import (
         HostUnreachableError,
         LocalCommands,
+        absolute_path,
         allow_many_descriptors,
         end_process,
         freeze_imported_objects,
@@ -468,7 +469,7 @@ def render_job(request: JobRequest, slurm: SlurmConfig) -> str:
 
     folder = resource("slurm_templates")
 
-    own = Path(slurm.template).expanduser() if slurm.template else None
+    own = absolute_path(slurm.template, "cluster.slurm.template") if slurm.template else None
     loaders = [jinja2.FileSystemLoader(path) for path in ([own.parent] if own else []) + [folder]]
     environment = jinja2.Environment(  # noqa: S701  no HTML: every value is quoted for the shell by shell_words
         loader=jinja2.ChoiceLoader(loaders),

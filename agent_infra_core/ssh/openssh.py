@@ -65,13 +65,13 @@ def reason_for_openssh(ssh: SshConfig) -> str | None:
 
 def openssh_options(ssh: SshConfig, alias: str, known_hosts: Sequence[str] = ()) -> list[str]:
     """Return the ssh options to reach ``alias``: those of the configuration, which override ssh_config."""
-    words = ["-F", str(Path(ssh.config_file).expanduser())] if ssh.config_file else []
+    words = ["-F", os.path.expanduser(ssh.config_file)] if ssh.config_file else []
     if alias == ssh.host and ssh.port:
         words += ["-p", str(ssh.port)]
     if ssh.user:
         words += ["-l", ssh.user]
     if ssh.identity_file:
-        words += ["-i", str(Path(ssh.identity_file).expanduser()), "-o", "IdentitiesOnly=yes"]
+        words += ["-i", os.path.expanduser(ssh.identity_file), "-o", "IdentitiesOnly=yes"]
     files = [ssh.known_hosts_file] if ssh.known_hosts_file else []
     files += known_hosts
     if files:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ _DEFAULT_KEYS = ("~/.ssh/id_ed25519", "~/.ssh/id_ecdsa", "~/.ssh/id_rsa")
 
 def read_ssh_config(ssh: SshConfig) -> tuple[str, str]:
     """Return path and text of the ssh_config; the text is empty if the default file doesn't exist."""
-    path = Path(ssh.config_file or "~/.ssh/config").expanduser()
+    path = Path(os.path.expanduser(ssh.config_file or "~/.ssh/config"))
     try:
         return str(path), path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
