@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from agent_infra_core.errors import RefusedError
+from agent_infra_core.settings import base_directory
 
 # A folder means its Python files. Other files are listed one by one, because users keep their own files beside them.
 PROGRAM_FILES = (
@@ -128,7 +129,7 @@ def unpack(archive: Path, environment: Mapping[str, str]) -> Path:
 
 def _homes(environment: Mapping[str, str]) -> Iterator[Path]:
     """Yield the folders to unpack archives in, by preference. Names of deployments never start with a dot."""
-    base = environment.get("XDG_STATE_HOME") or os.path.join(environment.get("HOME") or "~", ".local", "state")
+    base = base_directory(environment, "XDG_STATE_HOME", ".local/state")
     with contextlib.suppress(RuntimeError):  # neither HOME nor a passwd entry
         yield Path(base).expanduser().absolute() / "agent-infra" / ".programs"
     with contextlib.suppress(FileNotFoundError):  # no writable temporary directory

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -210,6 +211,11 @@ class Config:
 DEFAULT_CONFIG = Config(
     models=(ModelConfig(name="smollm2", model_path=PACKAGED_MODEL, engine="llama_cpp"),),
 )
+
+
+def base_directory(environment: Mapping[str, str], variable: str, under_home: str) -> str:
+    """Return a base directory as XDG defines it: the variable's value, else ``under_home`` in the home directory."""
+    return environment.get(variable) or os.path.join(environment.get("HOME") or "~", under_home)
 
 
 def connect_address(host: str) -> str:

@@ -11,6 +11,9 @@ from typing import Protocol
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ModelConfig
 
+KEPT_LOGS = 20  # of former replicas
+LOG_BYTES = 16 << 20  # a longer log is renamed to .log.old when its replica restarts
+
 
 class Logs(Protocol):
     """The logs of a deployment's replicas, including former ones."""
@@ -84,11 +87,6 @@ class Cluster(Protocol):
 
     def pull(self, model: ModelConfig) -> str:
         """Fetch a model's weights to where its replicas read them. Returns their path. RefusedError with the fix."""
-
-
-KEPT_LOGS = 20
-LOG_BYTES = 16 << 20  # a longer log is renamed to .log.old when its replica restarts
-LOCK_WAIT_S = 30.0
 
 
 def surplus_logs(logs: Iterable[Path], replicas: Iterable[str]) -> list[Path]:

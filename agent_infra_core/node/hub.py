@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from agent_infra_core.errors import RefusedError
+from agent_infra_core.settings import base_directory
 
 # Formats that no engine of ours loads; skipped if a repository has safetensors.
 _SUPERFLUOUS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "original/*")
@@ -33,7 +34,7 @@ def is_hub_id(model_path: str) -> bool:
 
 def hub_cache(environment: Mapping[str, str]) -> Path:
     """Return the folder in which huggingface_hub caches downloads."""
-    home = environment.get("XDG_CACHE_HOME") or os.path.join(environment.get("HOME") or "~", ".cache")
+    home = base_directory(environment, "XDG_CACHE_HOME", ".cache")
     base = environment.get("HF_HOME") or os.path.join(home, "huggingface")
     return Path(environment.get("HF_HUB_CACHE") or os.path.join(base, "hub")).expanduser()
 

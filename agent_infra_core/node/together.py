@@ -15,6 +15,8 @@ from agent_infra_core.node.gpus import allocate_gpus, gpu_pool, list_gpus
 from agent_infra_core.node.process import StopSignals
 from agent_infra_core.node.replica import read_spec
 
+TOGETHER_POLL_S = 1.0  # interval between checks of a job's replicas
+
 
 def node_gpus(environment: Mapping[str, str]) -> tuple[str, ...]:
     """Return the GPUs that this job may use, from nvidia-smi or else from Slurm (CUDA_VISIBLE_DEVICES)."""
@@ -48,6 +50,3 @@ def serve_together(run_directory: str, replicas: Sequence[str]) -> int:
         urgent = signals.is_urgent
         signals.wait(TOGETHER_POLL_S)
     return max((child.returncode for child in children.values()), default=0)
-
-
-TOGETHER_POLL_S = 1.0  # interval between checks of a job's replicas
