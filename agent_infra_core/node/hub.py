@@ -36,7 +36,7 @@ def hub_cache(environment: Mapping[str, str]) -> Path:
     """Return the folder in which huggingface_hub caches downloads."""
     home = base_directory(environment, "XDG_CACHE_HOME", ".cache")
     base = environment.get("HF_HOME") or os.path.join(home, "huggingface")
-    return Path(environment.get("HF_HUB_CACHE") or os.path.join(base, "hub")).expanduser()
+    return Path(os.path.expanduser(environment.get("HF_HUB_CACHE") or os.path.join(base, "hub")))
 
 
 def is_in_hub_cache(repository: str, environment: Mapping[str, str]) -> bool:

@@ -13,7 +13,7 @@ from agent_infra_core.fleet.state import state_home
 from agent_infra_core.fleet.weights import model_cache, resolve_model_path
 from agent_infra_core.host import absolute_path
 from agent_infra_core.insight.history import history_path
-from agent_infra_core.node.hub import hub_cache
+from agent_infra_core.node.hub import hub_cache, is_in_hub_cache
 from agent_infra_core.settings import ModelConfig, SshConfig
 from agent_infra_core.ssh.routes import LoginError, read_ssh_config
 
@@ -60,6 +60,10 @@ def test_without_a_home_directory_nothing_is_written_elsewhere(
 def test_the_home_of_a_user_who_does_not_exist_is_refused(find: Callable[[], object], where: str) -> None:
     with pytest.raises(RefusedError, match=f"^{where}{NOBODY}: no home directory is known for it"):
         find()
+
+
+def test_no_model_is_in_the_cache_of_a_user_without_a_home_directory(homeless: None) -> None:
+    assert not is_in_hub_cache("org/model", {})
 
 
 def test_ssh_goes_on_without_a_home_directory(homeless: None) -> None:
