@@ -468,7 +468,6 @@ def render_job(request: JobRequest, slurm: SlurmConfig) -> str:
     import jinja2
 
     folder = resource("slurm_templates")
-
     own = absolute_path(slurm.template, "cluster.slurm.template") if slurm.template else None
     loaders = [jinja2.FileSystemLoader(path) for path in ([own.parent] if own else []) + [folder]]
     environment = jinja2.Environment(  # noqa: S701  no HTML: every value is quoted for the shell by shell_words

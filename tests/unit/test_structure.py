@@ -321,6 +321,13 @@ def test_the_contributors_guide_names_every_file_of_the_core() -> None:
     assert sorted({path.name for path in FILES} - {"__init__.py"} - named) == []
 
 
+def test_the_contributors_guide_names_no_constant_that_does_not_exist() -> None:
+    named = set(re.findall(r"`(_?[A-Z]+_[A-Z_]+)`", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert named
+    known = {node.id for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert not named - known
+
+
 def test_requirements_txt_says_what_pyproject_says() -> None:
     declared = re.search(r"\ndependencies = \[\n(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S)
     assert declared is not None
