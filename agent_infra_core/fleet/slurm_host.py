@@ -24,7 +24,7 @@ from agent_infra_core.fleet.parse import (
     squeue_format,
 )
 from agent_infra_core.fleet.place import JobRequest, job_replicas
-from agent_infra_core.fleet.weights import WEIGHTS_BYTES, WEIGHTS_NAME
+from agent_infra_core.fleet.weights import FETCH_THERE_S, WEIGHTS_BYTES, WEIGHTS_NAME, fetched_path
 from agent_infra_core.host import CommandResult, CommandRunner, HostUnreachableError
 from agent_infra_core.protocol import ServeSpec
 from agent_infra_core.settings import KEY_PATTERN, ClusterConfig, ModelConfig, shorten
@@ -118,9 +118,11 @@ class SlurmHost:
     HostUnreachableError: the host failed. SchedulerError: Slurm doesn't respond. RefusedError: it rejects a request.
     """
 
-    def __init__(self, config: ClusterConfig, runner: CommandRunner, archive: Callable[[], bytes]) -> None:
-        """``archive`` makes the program that runs in the jobs (node.pyz)."""
-        self._config, self._runner, self._archive = config, runner, archive
+    def __init__(
+        self, config: ClusterConfig, runner: CommandRunner, archive: Callable[[], bytes], own_key: Callable[[], str]
+    ) -> None:
+        """``archive`` makes the program that runs in the jobs (node.pyz), ``own_key`` reads this machine's key."""
+        self._config, self._runner, self._archive, self._own_key = config, runner, archive, own_key
         self.work_dir = self.run_dir = self.root = ""  # absolute; set by install()
         self.program = ""
         self.key = ""
@@ -128,16 +130,17 @@ class SlurmHost:
     def shell(self, script: str, *words: str, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
         return self._runner.run(["sh", "-c", script, "sh", *words], stdin=stdin, timeout_s=timeout_s)
 
-    def install(self, key: str) -> None:
-        """Create the deployment's directories, its key (``key``, unless one exists) and the jobs' program on the host.
+    def install(self) -> None:
+        """Create the deployment's directories, its key (unless one exists) and the jobs' program on the host, once.
 
-        The program's folder is named by a hash of its content, so a running job's file is never replaced. Safe to
-        repeat.
+        The program's folder is named by a hash of its content, so a running job's file is never replaced.
         """
+        if self.key:
+            return
         source = self._archive()
         digest = hashlib.sha256(source).hexdigest()[:16]
         words = (self._config.slurm.work_dir, self._config.name, digest)
-        done = self.shell(_INSTALL_SCRIPT, *words, stdin=key.encode() + b"\n")
+        done = self.shell(_INSTALL_SCRIPT, *words, stdin=self._own_key().encode() + b"\n")
         lines = done.output.decode("utf-8", "replace").splitlines()
         if done.status != 0 or len(lines) != 3:
             raise RefusedError(
@@ -255,6 +258,16 @@ class SlurmHost:
                 "it, and name it by its absolute path"
             )
         return done.output.decode()
+
+    def fetch_model(self, model: ModelConfig) -> str:
+        """Fetch a hub model here with the engine's Python, into the cache that the engine reads. Returns its path."""
+        lines = [*self._config.slurm.setup]
+        lines += [f"export {name}={shlex.quote(value)}" for name, value in model.env.items()]
+        words = shlex.join([self.program, "fetch", model.model_path])
+        lines.append(f'exec "${{AGENT_INFRA_PYTHON:-python3}}" {words}')
+        # Sent on standard input, since the environment may contain a token.
+        done = self.shell("exec bash -l -s", stdin="\n".join(lines).encode(), timeout_s=FETCH_THERE_S)
+        return fetched_path(model, done.output, done.status)
 
     def asked(self, done: CommandResult) -> CommandResult:
         """Check the result of a Slurm command. SchedulerError if Slurm didn't respond, RefusedError if it refused."""
