@@ -134,20 +134,6 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
         raise ConfigError(f"{path}:{'' if str(error).startswith(chr(10)) else ' '}{error}") from None
 
 
-def deployment_of(path: str | os.PathLike[str] | None = None) -> str | None:
-    """Return ``cluster.name`` from a configuration file that has errors; None if an error may affect the name."""
-    try:
-        document = _read_yaml(Path(path or "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ConfigError):
-        return None
-    document = _expand_environment(document, os.environ, "", [])
-    wrong = _schema_of(Config)().validate(document)
-    if wrong.keys() - {"version", "proxy", "models", "headers"}:  # in `cluster`, or perhaps a misspelling of it
-        return None
-    name: str = document.get("cluster", {}).get("name", DEFAULT_CONFIG.cluster.name)
-    return name
-
-
 def parse_config(text: str, environment: Mapping[str, str]) -> Config:
     """Parse and validate a YAML text, with ``${NAME}`` taken from ``environment``. Raises ConfigError."""
     document = _read_yaml(text)
@@ -1902,36 +1888,23 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     return 1 if counts["error"] else 0
 
 
-def _config_to_stop(path: str | None) -> Config:
-    """Load the configuration at ``path``; if it has errors, return the one that the deployment was started with."""
-    from agent_infra_core.fleet.state import deployment_names, deployment_paths
-
-    try:
-        return load_config(path)
-    except ConfigError as error:
-        names, name = deployment_names(os.environ), deployment_of(path)
-        kept = saved_config(deployment_paths(name, os.environ)) if name in names else None
-        if kept is None:
-            known = ", ".join(names) or "none"
-            raise ConfigError(
-                f"{error}\n`stop --name DEPLOYMENT` needs no configuration; deployments: {known}"
-            ) from None
-        return kept
-
-
 def _deployment_to_stop(arguments: argparse.Namespace) -> Deployment:
     """Return the deployment to stop, with the configuration it was started with: the file may have changed since."""
     from agent_infra_core.fleet.state import deployment_names, deployment_paths
 
+    names = deployment_names(os.environ)
+    known = ", ".join(names) or "none"
     if arguments.name is None:
-        config = _config_to_stop(arguments.config)
-    elif arguments.name in deployment_names(os.environ):
+        try:
+            config = load_config(arguments.config)
+        except ConfigError as error:
+            hint = f"`stop --name DEPLOYMENT` needs no configuration; deployments: {known}"
+            raise ConfigError(f"{error}\n{hint}") from None
+    elif arguments.name in names:
         config = dataclasses.replace(DEFAULT_CONFIG, cluster=ClusterConfig(name=arguments.name))
     else:
-        known = ", ".join(deployment_names(os.environ)) or "none"
         raise RefusedError(f"no deployment is called {arguments.name}; there are: {known}")
-    kept = saved_config(deployment_paths(config.cluster.name, os.environ))
-    return _open_deployment(kept or config)
+    return _open_deployment(saved_config(deployment_paths(config.cluster.name, os.environ)) or config)
 
 
 def _run_export(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import agent_infra
-from agent_infra import deployment_of, load_config, parse_config
+from agent_infra import load_config, parse_config
 from agent_infra_core.errors import ConfigError
 from agent_infra_core.settings import DEFAULT_CONFIG, Config
 
@@ -145,26 +145,3 @@ def test_without_a_file_the_embedded_default_is_used(tmp_path: Path, monkeypatch
     assert load_config() == DEFAULT_CONFIG
     (tmp_path / "config.yaml").write_text(MODEL)
     assert load_config().models[0].name == "m"
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("cluster: {name: mine}\nmodels: [{nmae: m}]", "mine"),
-        ("models: [{name: m, model_path: '${NOT_SET_HERE}'}]", "default"),
-        ("cluster: {name: '${SOME_NAME}'}\nproxy: {port: many}", "told"),
-        ("cluster: {name: '${NOT_SET_HERE}'}\nmodels: []", None),
-        ("cluster: {nmae: mine}\nmodels: []", None),
-        ("clutser: {name: mine}\nmodels: []", None),
-        ("cluster: [mine]", None),
-        ("- cluster", None),
-        ("cluster: {name: mine", None),
-    ],
-)
-def test_a_deployment_is_known_from_a_configuration_with_errors_elsewhere(
-    text: str, name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SOME_NAME", "told")
-    (tmp_path / "config.yaml").write_text(text)
-    assert deployment_of(tmp_path / "config.yaml") == name
-    assert deployment_of(tmp_path / "nowhere.yaml") is None
