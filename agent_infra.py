@@ -26,7 +26,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -159,15 +158,11 @@ def _validated(document: Any, problems: list[str]) -> Config:
     import marshmallow
 
     try:
-        loaded = _schema_of(Config)().load(document)
-    except marshmallow.ValidationError as error:
-        problems += _describe_errors(error.messages, "", Config)
-        loaded = None
-    if loaded is not None and not problems:
-        config: Config = _build(Config, loaded)
-        problems = list(_contradictions(config))
-        if not problems:
+        config: Config = _schema_of(Config)().load(document)
+        if not problems and not (problems := list(_contradictions(config))):
             return config
+    except marshmallow.ValidationError as error:
+        problems += _describe_errors(error.messages, "")
     raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
 
 
@@ -231,45 +226,51 @@ _SECTIONS: Mapping[str, type] = {
         *(ModelConfig, HeadersConfig),
     )
 }
-
-
-def _section_of(annotation: str) -> tuple[type | None, bool]:
-    """Return the section that ``X``, ``X | None`` or ``tuple[X, ...]`` names, and whether it is a list of sections."""
-    plain = annotation.removesuffix(" | None")
-    element = plain.removeprefix("tuple[").removesuffix(", ...]")
-    return _SECTIONS.get(element), element != plain
+_UNKNOWN_KEY = "unknown key"
 
 
 @functools.cache
 def _schema_of(kind: type) -> Any:
-    """Return the marshmallow schema class for a configuration dataclass, built from its annotations and rules."""
+    """Return the marshmallow schema class of a section: a field for each key, from its annotation, default and rule."""
     import marshmallow
 
-    entries = {item.name: _field_of(item, marshmallow.fields) for item in dataclasses.fields(kind)}
-    entries["error_messages"] = {"unknown": _UNKNOWN_KEY, "type": "a mapping of keys is needed"}
-    return types.new_class(f"{kind.__name__}Schema", (marshmallow.Schema,), exec_body=lambda body: body.update(entries))
+    types_of = {item.name: str(item.type) for item in dataclasses.fields(kind)}
+
+    class Section(marshmallow.Schema):
+        error_messages = {"unknown": _UNKNOWN_KEY, "type": "a mapping of keys is needed"}  # noqa: RUF012 (marshmallow's)
+
+        @marshmallow.post_load
+        def build(self, values: dict[str, Any], **_: Any) -> Any:
+            return kind(**{name: _as_declared(types_of[name], value) for name, value in values.items()})
+
+        def handle_error(self, error: marshmallow.ValidationError, *_: Any, **__: Any) -> None:
+            for key, messages in error.messages_dict.items():
+                if messages == [_UNKNOWN_KEY]:
+                    messages[0] += _nearest_key(key, types_of)
+
+    return Section.from_dict({item.name: _field_of(item) for item in dataclasses.fields(kind)}, name=kind.__name__)
 
 
-_UNKNOWN_KEY = "unknown key"
+def _field_of(item: dataclasses.Field[Any]) -> Any:
+    """Return the marshmallow field of a key: a nested schema for a section, a check of type and rule for a scalar."""
+    from marshmallow import fields
 
-
-def _field_of(item: dataclasses.Field[Any], fields: Any) -> Any:
-    """Return the marshmallow field for a dataclass field: a nested schema for a section, a rule check for a scalar."""
     annotation = str(item.type).removesuffix(" | None")
-    is_optional = annotation != str(item.type)
-    messages = {"required": "is required", "null": "may not be null; leave it out for its default"}
+    element = annotation.removeprefix("tuple[").removesuffix(", ...]")
     options: dict[str, Any] = {
         "required": item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING,
-        "error_messages": messages,
+        "allow_none": annotation != str(item.type),
+        "error_messages": {
+            "required": "is required",
+            "null": "may not be null; leave it out for its default",
+            "invalid": "a list is needed, with one entry each",
+        },
     }
-    section, is_list = _section_of(annotation)
-    if section is not None and is_list:
-        messages["invalid"] = "a list is needed, with one entry each"
-        return fields.List(fields.Nested(_schema_of(section)), **options)
-    if section is not None:
-        return fields.Nested(_schema_of(section), allow_none=is_optional, **options)
-    check = functools.partial(_check_scalar, annotation, item.metadata.get("rule", Rule()))
-    return fields.Raw(validate=check, allow_none=is_optional, **options)
+    if element not in _SECTIONS:
+        check = functools.partial(_check_scalar, annotation, item.metadata.get("rule", Rule()))
+        return fields.Raw(validate=check, **options)
+    schema = _schema_of(_SECTIONS[element])
+    return fields.Nested(schema, **options) if element == annotation else fields.List(fields.Nested(schema), **options)
 
 
 def _check_scalar(annotation: str, rule: Rule, value: Any) -> None:
@@ -285,48 +286,28 @@ def _check_scalar(annotation: str, rule: Rule, value: Any) -> None:
     raise marshmallow.ValidationError(f"found {shorten(value)}; allowed: {allowed}")
 
 
-def _describe_errors(messages: Any, path: str, kind: type | None) -> Iterator[str]:
-    """Yield marshmallow's nested messages as lines ``path: message``; for an unknown key, suggest the nearest one."""
+def _as_declared(annotation: str, value: Any) -> Any:
+    """Convert a valid value to its declared type: YAML has lists for tuples, and whole numbers for floats."""
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if annotation.startswith("float") and value is not None else value
+
+
+def _describe_errors(messages: Any, path: str) -> Iterator[str]:
+    """Yield marshmallow's nested messages as lines ``path: message``."""
     if isinstance(messages, list):
-        for message in messages:
-            yield f"{path}: {message}{_nearest_key(path, kind) if message == _UNKNOWN_KEY else ''}"
+        yield from (f"{path}: {message}" for message in messages)
         return
     for key, below in messages.items():
-        if key == "_schema":
-            yield from _describe_errors(below, path, kind)
-            continue
-        annotation = next((str(f.type) for f in dataclasses.fields(kind or Config) if f.name == key), "")
-        inner = kind if isinstance(key, int) else _section_of(annotation)[0]
-        yield from _describe_errors(below, _join(path, key), inner if isinstance(below, dict) else kind)
+        yield from _describe_errors(below, path if key == "_schema" else _join(path, key))
 
 
-def _nearest_key(path: str, kind: type | None) -> str:
-    """Return ``; did you mean strategy?`` if a key of ``kind`` is similar, else the list of its keys."""
+def _nearest_key(name: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean strategy?`` if a known key is similar, else the list of known keys."""
     import difflib
 
-    names = [item.name for item in dataclasses.fields(kind or Config)]
-    near = difflib.get_close_matches(path.rpartition(".")[2], names, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(sorted(names))}"
-
-
-def _build(kind: type, loaded: Mapping[str, Any]) -> Any:
-    """Build a frozen dataclass from validated keys; lists become tuples, and float fields get floats."""
-    values: dict[str, Any] = {}
-    for item in dataclasses.fields(kind):
-        if item.name not in loaded:
-            continue
-        value = loaded[item.name]
-        section, is_list = _section_of(str(item.type))
-        if value is None:
-            pass
-        elif section is not None:
-            value = tuple(_build(section, entry) for entry in value) if is_list else _build(section, value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        elif str(item.type).startswith("float"):
-            value = float(value)
-        values[item.name] = value
-    return kind(**values)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(sorted(known))}"
 
 
 def _contradictions(config: Config) -> Iterator[str]:
