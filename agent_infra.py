@@ -970,7 +970,7 @@ class Deployment:
         )
         controller.expected = frozenset(model.name for model in expected)
         if isinstance(self.cluster, SlurmCluster) and self.config.cluster.slurm.handover:
-            self._handover = Handover(self, self.cluster)
+            self._handover = Handover(self, self.cluster, controller.drain)
         self.controller = controller
         controller.start()
         return controller

@@ -150,7 +150,7 @@ class Controller:
         self._books = Bookkeeper(config, paths, self._tracker, self._log)
         self._stats = StatsMaker(self._tracker, self._books, config.proxy.strategy, self.relay.send)
         self.expected: frozenset[str] = frozenset()  # models about to get replicas; replaced as a whole
-        self._drained: frozenset[str] = frozenset()
+        self._drained: Mapping[str, float] = {}  # replica → when that was asked for, monotonic s; replaced as a whole
         self._known: dict[str, tuple[str | None, str]] = {}  # replica → its job and process
         self._looked: Sequence[ReplicaRecord] | None = None  # discovery's records in the table sent last
         self._records: Sequence[ReplicaRecord] = ()  # the same, with the local ends of the tunnels
@@ -160,6 +160,7 @@ class Controller:
         self._ending = threading.Event()  # set by stop(): the relay is expected to exit
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._heard_at = 0.0
+        self._gauges: tuple[float, Mapping[str, Any]] = (0.0, {})  # the relay's latest report, and when it came
         self.failure: BaseException | None = None
 
     @property
@@ -187,6 +188,19 @@ class Controller:
         deadline = time.monotonic() + deadline_s
         while self._looked is not self.discovery.records and self.is_running and time.monotonic() < deadline:
             time.sleep(0.01)
+
+    def drain(self, replica: str) -> int | None:
+        """Send a replica no new turns. Returns how many it still has; None until the relay has surely reported since.
+
+        Call it again until then. Thread-safe.
+        """
+        asked_at = self._drained.get(replica)
+        reported_at, gauges = self._gauges
+        if asked_at is None:
+            self._drained = {**self._drained, replica: time.monotonic()}
+        elif reported_at > asked_at + 2 * SNAPSHOT_INTERVAL_S:
+            return int(gauges["backends"].get(replica, {}).get("in_flight", 0))
+        return None
 
     def stop(self, grace_s: float = DRAIN_S) -> None:
         """Wait up to ``grace_s`` for turns in flight, then end the relay and the threads. Safe to call again."""
@@ -270,7 +284,9 @@ class Controller:
     def _forget_drained(self, records: Sequence[ReplicaRecord]) -> None:
         """A replica that is gone or was restarted under the same name is no longer drained."""
         known = {record.replica: (record.job_id, record.process) for record in records}
-        self._drained = frozenset(name for name in self._drained & known.keys() if known[name] == self._known.get(name))
+        self._drained = {
+            name: at for name, at in self._drained.items() if name in known and known[name] == self._known.get(name)
+        }
         self._known = known
 
     def _take(self, kind: bytes, payload: bytes) -> None:
@@ -279,6 +295,7 @@ class Controller:
             self._books.observe(*decode_events(payload))
         elif kind == FRAME_GAUGES:
             gauges = json.loads(payload)
+            self._gauges = time.monotonic(), gauges
             self._tracker.sample(gauges)
             self._books.sample(self._records, gauges)
             self._stats.note_reads(gauges.get("stats_read", 0))
@@ -298,8 +315,8 @@ class Controller:
             body = json.dumps(document) if document else error_document(404, error, None, False).decode()
             self._answer(request, 200 if document else 404, "application/json", body)
             return
-        backend = {request["backend"]}
-        self._drained = self._drained | backend if request["op"] == "drain" else self._drained - backend
+        others = {name: at for name, at in self._drained.items() if name != request["backend"]}
+        self._drained = {**others, request["backend"]: time.monotonic()} if request["op"] == "drain" else others
 
     def _answer(self, request: Mapping[str, Any], status: int, content_type: str, body: str) -> None:
         answer = {"id": request["id"], "status": status, "type": content_type, "body": body}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from agent_infra_core.errors import AgentInfraError
@@ -62,7 +62,7 @@ def replica_table(
     models: Sequence[str],
     records: Iterable[ReplicaRecord],
     key: str | None,
-    drained: frozenset[str] = frozenset(),
+    drained: Collection[str] = (),
     expected: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
     """The payload of FRAME_TABLE without the settings: the models, their backends, and which models are loading.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from agent_infra_core.control.link import DRAIN_S
-from agent_infra_core.control.status import SERVING_STATES, ProxyClient, describe_replica
+from agent_infra_core.control.status import SERVING_STATES, describe_replica
 from agent_infra_core.errors import AgentInfraError
 from agent_infra_core.fleet.place import HANDOVER_RESERVE_S
 from agent_infra_core.fleet.slurm import SlurmCluster
@@ -123,7 +123,6 @@ class ReplacedDeployment(Protocol):
     @property
     def report(self) -> Callable[[str], None]: ...
     def select_models(self, name: str | None = None, replicas: int | None = None) -> list[ModelConfig]: ...
-    def proxy(self) -> ProxyClient | None: ...
     def wanted(self) -> dict[str, int]: ...
 
 
@@ -133,8 +132,11 @@ class Handover:
     Steps run right after each poll of the replicas, so they never act on old data.
     """
 
-    def __init__(self, deployment: ReplacedDeployment, cluster: SlurmCluster) -> None:
-        self._deployment, self._cluster = deployment, cluster
+    def __init__(
+        self, deployment: ReplacedDeployment, cluster: SlurmCluster, drain: Callable[[str], int | None]
+    ) -> None:
+        """``drain`` sends a replica no new turns, and returns how many it still has (None: not known yet)."""
+        self._deployment, self._cluster, self._drain = deployment, cluster, drain
         self._log = deployment.report
         self._successions = read_successions(deployment.paths)
         self._lock = threading.Lock()
@@ -168,7 +170,8 @@ class Handover:
             if step.action == "postpone":
                 self._postpone(known[step.replica])
             elif step.action == "drain":
-                self._drain(step.replica)
+                if self._drain(step.replica) == 0:
+                    self._cluster.stop([step.replica])
             elif step.action == "forget":
                 self._forget(step.replica, known)
 
@@ -195,12 +198,6 @@ class Handover:
         self._cluster.stop([successor], now=True)
         self._cluster.wait_stopped([successor], time.monotonic() + DRAIN_S)
         self._submit([old], after=old.job_id)
-
-    def _drain(self, replica: str) -> None:
-        """Send the replica no new turns, and stop it once it has none left."""
-        proxy = self._deployment.proxy()
-        if proxy is not None and proxy.drain(replica) == 0:
-            self._cluster.stop([replica])
 
     def _forget(self, replica: str, known: Mapping[str, ReplicaRecord]) -> None:
         """Clean up a replica that has ended. If no successor was submitted, start one now if it is still wanted."""

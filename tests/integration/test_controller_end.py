@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,33 @@ class ForgetfulTunnels(SlowTunnels):
     def follow(self, records: Sequence[ReplicaRecord]) -> list[ReplicaRecord]:
         self._hindrance.meet()
         return [] if self._hindrance.is_over.is_set() else list(records)
+
+
+def test_a_controller_drains_a_replica_and_counts_the_turns_that_it_still_has(
+    tmp_path: Path, engine: FakeEngine
+) -> None:
+    record = ReplicaRecord("m-1", "m", "ready", "command", "here", 1, "p", port=engine.port)
+    config = Config(models=(ModelConfig("m", "m", engine="command"),), proxy=ProxyConfig(port=0))
+    paths = deployment_paths("default", {"XDG_STATE_HOME": str(tmp_path), "HOME": str(tmp_path)})
+    controller = Controller(config, paths, lambda: [record], keys=("key", None))
+    controller.start()
+    try:
+        controller.refresh()
+        with (
+            ThreadPoolExecutor(1) as pool,
+            Client(controller.relay.port) as slow,
+            Client(controller.relay.port) as late,
+        ):
+            turn = pool.submit(slow.chat, fake={"held": True})
+            engine.wait_for("running", 1)
+            wait_for(lambda: controller.drain("m-1") == 1, "the count of its turns")
+            assert late.chat().status == 503
+            engine.call({"release": True})
+            assert turn.result(PATIENCE_S).status == 200
+        wait_for(lambda: controller.drain("m-1") == 0, "none is left")
+        assert controller.drain("m-2") is None  # asked for the first time
+    finally:
+        controller.stop(1.0)
 
 
 def test_what_a_relay_said_before_its_end_is_heard_whoever_notices_that_first(
