@@ -1958,8 +1958,8 @@ def _run_tunnel(_: argparse.Namespace) -> int:
     return run_tunnel()
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line. Options come after the verb."""
+def build_parser(with_roles: bool = False) -> argparse.ArgumentParser:
+    """Return the parser of the command line. Options come after the verb. People never see the internal roles."""
     parser = argparse.ArgumentParser(
         prog="agent_infra.py", description="GPU serving for multi-turn LLM agents: start, connect, stop."
     )
@@ -1977,6 +1977,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_read_only_verbs(verb)
     added = verb("proxy", _run_proxy, "run the proxy alone, in front of servers that run already", "log")
     _add_proxy_options(added)
+    if with_roles:
+        _add_roles(verbs)
     return parser
 
 
@@ -2039,31 +2041,26 @@ def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
 ROLES = ("serve", "fetch", "rank", "llama-cpp", "page", "relay", "tunnel")
 
 
-def build_role_parser() -> argparse.ArgumentParser:
-    """Return the parser of the internal roles: only the program itself uses them, so --help doesn't list them."""
+def _add_roles(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the internal roles, which only the program itself uses."""
     from agent_infra_core.node.roles import add_roles
 
-    parser = argparse.ArgumentParser(prog="agent_infra.py")
-    verbs = parser.add_subparsers(required=True)
     add_roles(verbs)
-    page_parser = verbs.add_parser("page")
-    page_parser.add_argument("--proxy", required=True)
-    page_parser.add_argument("--port", type=_port, required=True)
-    page_parser.set_defaults(run=_run_page)
-    relay_parser = verbs.add_parser("relay")
-    relay_parser.add_argument("--socket", required=True)
-    relay_parser.add_argument("--listener-fd", type=int, required=True)
-    relay_parser.set_defaults(run=_run_relay)
+    page = verbs.add_parser("page")
+    page.add_argument("--proxy", required=True)
+    page.add_argument("--port", type=_port, required=True)
+    page.set_defaults(run=_run_page)
+    relay = verbs.add_parser("relay")
+    relay.add_argument("--socket", required=True)
+    relay.add_argument("--listener-fd", type=int, required=True)
+    relay.set_defaults(run=_run_relay)
     verbs.add_parser("tunnel").set_defaults(run=_run_tunnel)
-    return parser
 
 
 def parse_command_line(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line. Raises SystemExit, after a usage message, when it is invalid."""
     first = words[0] if words else ""
-    if first in ROLES:
-        return build_role_parser().parse_args(words)
-    parser = build_parser()
+    parser = build_parser(with_roles=first in ROLES)
     if first.startswith("-") and first not in ("-h", "--help", "--version"):
         parser.error(f"{first}: options stand after the verb, such as `agent_infra.py status --config FILE`")
     return parser.parse_args(words)

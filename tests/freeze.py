@@ -31,7 +31,7 @@ from patience import PATIENCE_S
 from program import Program, program, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
-from agent_infra import build_parser, build_role_parser, main
+from agent_infra import ROLES, build_parser, main
 from agent_infra_core.control.handover import Succession
 from agent_infra_core.insight.gpu_hours import ReplicaUse
 from agent_infra_core.insight.history import HistoryFile
@@ -107,9 +107,12 @@ def told_parser(parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 
 def command_line() -> Files:
+    every = told_parser(build_parser(with_roles=True))["verbs"]
     return {
         "command_line.json": as_json(told_parser(build_parser())),
-        "roles.json": as_json(told_parser(build_role_parser())),
+        "roles.json": as_json(
+            {"description": None, "epilog": None, "options": [], "verb_help": {}, "verbs": {n: every[n] for n in ROLES}}
+        ),
     }
 
 

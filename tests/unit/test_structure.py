@@ -184,10 +184,14 @@ def test_only_the_main_programs_exit() -> None:
     assert not any("shell=True" in path.read_text(encoding="utf-8") for path in TREES)
 
 
+def subparsers(with_roles: bool = False) -> argparse._SubParsersAction[argparse.ArgumentParser]:
+    parser = agent_infra.build_parser(with_roles)
+    return next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+
+
 def test_a_role_that_has_a_parser_is_known_as_one() -> None:
-    parser = agent_infra.build_role_parser()
-    [verbs] = [action for action in parser._actions if action.choices]
-    assert sorted(verbs.choices or ()) == sorted(agent_infra.ROLES)
+    everything, verbs = (set(subparsers(with_roles).choices) for with_roles in (True, False))
+    assert everything - verbs == set(agent_infra.ROLES)
 
 
 def test_importing_the_module_and_help_load_nothing_heavy() -> None:
@@ -211,8 +215,7 @@ def test_a_bare_python_without_site_packages_imports_the_module() -> None:
 
 def parsers_of_the_verbs() -> dict[str, argparse.ArgumentParser]:
     """The verbs that --help shows to people."""
-    parser = agent_infra.build_parser()
-    verbs = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    verbs = subparsers()
     return {choice.dest: verbs.choices[choice.dest] for choice in verbs._choices_actions}
 
 
