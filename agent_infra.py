@@ -58,7 +58,7 @@ try:
         self_command,
         write_atomically,
     )
-    from agent_infra_core.protocol import CONFIG_FORMAT, STATS_PREFIX, ReplicaRecord, record_from_json
+    from agent_infra_core.protocol import CONFIG_FORMAT, STATS_PREFIX, ReplicaRecord, rebuild
     from agent_infra_core.settings import (
         DEFAULT_CONFIG,
         NAME_PATTERN,
@@ -504,13 +504,13 @@ def _run_sshtunnel(spec: Mapping[str, Any]) -> str:
     """Log in hop by hop, forward the ports and watch the connection. Returns the reason why it ended."""
     from agent_infra_core.ssh.child import report_to_parent
     from agent_infra_core.ssh.login import log_in
-    from agent_infra_core.ssh.routes import Keyring, route_from_json
+    from agent_infra_core.ssh.routes import Keyring, SshRoute
 
     allow_many_descriptors()  # each stream takes three
     keyring = Keyring(**spec["keyring"])
     transport = None
     for hop in spec["hops"]:
-        route = route_from_json(hop)
+        route = rebuild(SshRoute, hop)
         through = _open_through(transport, route.host, route.port) if transport is not None else None
         transport = log_in(route, keyring, None, through)
     remote = [(host, port) for host, port in spec["remote"]]
@@ -1780,7 +1780,7 @@ def _show_status(status: Mapping[str, Any], clear: bool) -> None:
     if status["replicas"]:
         table = Table("replica", "model", "node", "state", "process", box=None, header_style="bold", pad_edge=False)
         for row in status["replicas"]:
-            record = record_from_json(json.dumps(row))
+            record = rebuild(ReplicaRecord, row)
             colour = {"ready": "green", "failed": "red"}.get(record.state, "yellow")
             state = Text(describe_replica(record), style=colour)
             process = f"job {record.job_id} in {record.partition}" if record.job_id else str(record.pid)

@@ -12,11 +12,14 @@ import math
 import operator
 import re
 import struct
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeGuard
 
-from agent_infra_core.settings import SCALAR_KINDS, shorten
+from agent_infra_core.settings import shorten
+
+_Dataclass = typing.TypeVar("_Dataclass")
 
 
 @dataclass(frozen=True)
@@ -447,38 +450,46 @@ def replace_placeholders(words: Iterable[str], values: Mapping[str, object]) -> 
 
 def record_from_json(text: str) -> ReplicaRecord:
     """Parse a record that `serve` wrote; ignores keys of newer versions. Raises ValueError when it is invalid."""
-    try:
-        values = {"format": 0, **known_fields(ReplicaRecord, json.loads(text))}
-        values["gpus"] = tuple(GpuSample(**known_fields(GpuSample, gpu)) for gpu in values.get("gpus", ()))
-        values["gpu_ids"] = tuple(values.get("gpu_ids", ()))
-        if values.get("failure"):
-            values["failure"] = ReplicaFailure(**known_fields(ReplicaFailure, values["failure"]))
-        return ReplicaRecord(**values)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"not a replica record: {error}") from error
+    document = json.loads(text)
+    return rebuild(ReplicaRecord, {"format": 0, **document} if isinstance(document, dict) else document)
 
 
 def spec_from_json(text: str) -> ServeSpec:
     """Parse a ServeSpec from ``json.dumps(dataclasses.asdict(spec))``. Raises ValueError when it is invalid."""
+    document = json.loads(text)
+    if isinstance(document, dict) and document.get("format") != SPEC_FORMAT:
+        raise ValueError("another version of agent_infra wrote this specification")
+    return rebuild(ServeSpec, document)
+
+
+def rebuild(kind: type[_Dataclass], document: Any) -> _Dataclass:
+    """Rebuild a dataclass from its ``asdict``, perhaps after JSON. Ignores unknown keys. ValueError when it is invalid."""
+    if not isinstance(document, dict):
+        raise ValueError(f"found {shorten(document)} in place of a {kind.__name__}")
+    types = typing.get_type_hints(kind)
+    values = {name: _as_type(types[name], document[name], name) for name in types.keys() & document.keys()}
     try:
-        values = known_fields(ServeSpec, json.loads(text))
-        if values.get("format") != SPEC_FORMAT:
-            raise ValueError("another version of agent_infra wrote this specification")
-        engine = known_fields(EngineSpec, values["engine"])
-        probe = known_fields(EngineProbe, engine["probe"])
-        probe["metrics"] = {name: tuple(names) for name, names in probe["metrics"].items()}
-        engine |= {
-            "probe": EngineProbe(**probe),
-            "argv": tuple(engine["argv"]),
-            "rank_argv": tuple(engine["rank_argv"]),
-        }
-        return ServeSpec(**{**values, "engine": EngineSpec(**engine), "gpu_ids": tuple(values["gpu_ids"])})
-    except (TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"not a replica's specification: {error}") from error
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
 
 
-def known_fields(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {item.name: values[item.name] for item in dataclasses.fields(kind) if item.name in values}
+def _as_type(wanted: Any, value: Any, name: str) -> Any:
+    """Return ``value``, which came through JSON, as the type of the field ``name``."""
+    inner = typing.get_args(wanted)
+    if type(None) in inner:
+        return None if value is None else _as_type(inner[0], value, name)
+    if dataclasses.is_dataclass(wanted):
+        return rebuild(typing.cast(type, wanted), value)
+    origin = typing.get_origin(wanted)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_as_type(inner[0], item, name) for item in value)
+    if origin is Mapping and isinstance(value, dict):
+        return {key: _as_type(inner[1], item, name) for key, item in value.items()}
+    is_number = wanted is float and type(value) in (int, float) and -math.inf < value < math.inf
+    if type(value) is wanted or is_number:
+        return value
+    raise ValueError(f"{name}: found {shorten(value)}")
 
 
 def decode_record(replica: str, text: str) -> ReplicaRecord:
@@ -488,7 +499,6 @@ def decode_record(replica: str, text: str) -> ReplicaRecord:
     """
     try:
         record = record_from_json(text)
-        _check_types(record)
         if record.state not in REPLICA_STATES:
             raise ValueError(f"state: {shorten(record.state)} is unknown to this version")
     except (ValueError, RecursionError) as error:
@@ -512,19 +522,3 @@ def decode_record(replica: str, text: str) -> ReplicaRecord:
             failure=ReplicaFailure("unknown", reason, hint),
         )
     return dataclasses.replace(record, replica=replica)
-
-
-def _check_types(record: Any) -> None:
-    """Raise ValueError if a field of a record, or of a nested one, doesn't have its annotated type."""
-    for item in dataclasses.fields(record):
-        value = getattr(record, item.name)
-        annotation, _, optional = str(item.type).partition(" | ")
-        if dataclasses.is_dataclass(value):
-            _check_types(value)
-        elif annotation == "tuple[GpuSample, ...]":
-            for gpu in value:
-                _check_types(gpu)
-        elif value is not None or not optional:
-            _, is_kind = SCALAR_KINDS.get(annotation, ("", lambda _: False))
-            if not is_kind(list(value) if isinstance(value, tuple) else value):
-                raise ValueError(f"{item.name}: found {shorten(value)}")

@@ -19,7 +19,7 @@ from agent_infra_core.fleet.place import HANDOVER_RESERVE_S
 from agent_infra_core.fleet.slurm import SlurmCluster
 from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.host import write_atomically
-from agent_infra_core.protocol import HANDOVER_FORMAT, ReplicaRecord, known_fields
+from agent_infra_core.protocol import HANDOVER_FORMAT, ReplicaRecord, rebuild
 from agent_infra_core.settings import ModelConfig
 
 HANDOVER_MARGIN = 1.5  # times the longest start-up time seen
@@ -109,9 +109,9 @@ def _succession_step(
 
 def read_successions(paths: DeploymentPaths) -> dict[str, Succession]:
     """Replica → its Succession, as saved by a controller; empty if there is none."""
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         told = json.loads(paths.handover.read_text(encoding="utf-8"))
-        return {name: Succession(**known_fields(Succession, each)) for name, each in told.items() if name != "format"}
+        return {name: rebuild(Succession, each) for name, each in told.items() if name != "format"}
     return {}
 
 

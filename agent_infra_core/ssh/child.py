@@ -17,8 +17,9 @@ from typing import Any
 
 from agent_infra_core.host import HostUnreachableError, LocalCommands, self_command
 from agent_infra_core.node.process import open_log
+from agent_infra_core.protocol import rebuild
 from agent_infra_core.ssh.host_keys import explain_changed_host, explain_unknown_host, scan_host_keys
-from agent_infra_core.ssh.routes import HostKeyError, InteractiveLoginError, LoginError, SshRoute, route_from_json
+from agent_infra_core.ssh.routes import HostKeyError, InteractiveLoginError, LoginError, SshRoute
 
 
 # Stdin gets one line of JSON: {"driver": "sshtunnel", "hops": [SshRoute], "keyring": Keyring, "local": [port],
@@ -128,7 +129,7 @@ def bind_reserved_port(server: Any) -> None:
 
 def run_openssh_master(spec: Mapping[str, Any]) -> str:
     """Run ssh as a ControlMaster until it ends, which is always an error: HostUnreachableError or LoginError."""
-    control, route = Path(spec["socket"]), route_from_json(spec["route"])
+    control, route = Path(spec["socket"]), rebuild(SshRoute, spec["route"])
     log = control.with_suffix(".log")  # ssh's messages, which the parent reads
     for leftover in (control, log):  # from a master that was killed
         leftover.unlink(missing_ok=True)

@@ -119,10 +119,3 @@ def load_paramiko() -> Any:
     if not logger.handlers:
         logger.addHandler(logging.NullHandler())
     return paramiko
-
-
-def route_from_json(document: Mapping[str, Any]) -> SshRoute:
-    """Rebuild an SshRoute from ``dataclasses.asdict`` after JSON, which turned its tuples into lists."""
-    values: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in document.items()}
-    values["host_keys"] = tuple((kind, key) for kind, key in values["host_keys"])
-    return SshRoute(**values)
