@@ -7,6 +7,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import operator
@@ -116,14 +117,6 @@ def is_count(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 <= value <= MAX_FIGURE
 
 
-BUCKETS_PER_OCTAVE = 8  # a bucket is 9 % wide, so percentiles are off by at most 4.5 %
-
-
-def histogram_bucket(value: float) -> int:
-    """Return the logarithmic histogram bucket of a duration in milliseconds; the lowest holds 0.01 ms and less."""
-    return math.floor(BUCKETS_PER_OCTAVE * math.log2(value)) if value > 0.01 else -54
-
-
 @dataclass(slots=True)
 class TurnStarted:
     """A request was read and admitted to the queue. Times are seconds since the epoch, durations milliseconds."""
@@ -196,10 +189,11 @@ class SessionEnded:
 
 
 TurnEvent = TurnStarted | TurnSent | TurnAnswering | TurnFinished | SessionEnded
-MAX_DURATION_MS = 2.0**30  # 12 days; longer durations go into the highest bucket
-HIGHEST_BUCKET = histogram_bucket(MAX_DURATION_MS)
-LOWEST_BUCKET = histogram_bucket(0.0)
-_BUCKETS = {str(bucket): bucket for bucket in range(LOWEST_BUCKET, HIGHEST_BUCKET + 1)}  # by their names in JSON
+
+# Buckets of a histogram of durations. Number n starts at 2^(n / BUCKETS_PER_OCTAVE) ms.
+BUCKETS_PER_OCTAVE = 8  # a bucket is 9 % wide, so percentiles are off by at most 4.5 %
+LOWEST_BUCKET = -54  # holds 0.01 ms and less
+HIGHEST_BUCKET = 30 * BUCKETS_PER_OCTAVE  # holds 12 days and more
 
 # Lower bounds of all buckets but the lowest. bisect() on them finds a duration's bucket in C.
 _BUCKET_STARTS = [2.0 ** (bucket / BUCKETS_PER_OCTAVE) for bucket in range(LOWEST_BUCKET + 1, HIGHEST_BUCKET + 1)]
@@ -217,14 +211,8 @@ class EventBatch:
 
     def in_order(self) -> list[TurnEvent]:
         """Return all events by time; simultaneous ones in the order of a turn's life."""
-        events: tuple[TurnEvent, ...] = (
-            *self.started,
-            *self.sent,
-            *self.answering,
-            *self.finished,
-            *self.session_ended,
-        )
-        return sorted(events, key=operator.attrgetter("at"))
+        by_kind: Iterable[Sequence[TurnEvent]] = vars(self).values()
+        return sorted(itertools.chain.from_iterable(by_kind), key=operator.attrgetter("at"))
 
 
 def decode_events(payload: bytes) -> list[TurnEvent]:
@@ -242,7 +230,7 @@ def _event_decoder() -> Any:
 
 
 class Histogram:
-    """Durations in milliseconds, counted in at most 295 logarithmic buckets (``histogram_bucket``)."""
+    """Durations in milliseconds, counted in at most 295 logarithmic buckets."""
 
     __slots__ = ("_at_once", "_buckets", "_new", "_sorted", "_sorted_ms")
 
@@ -281,7 +269,7 @@ class Histogram:
     def add_buckets(self, counts: Mapping[str, int]) -> None:
         """Add another process's bucket counts; each duration counts as the middle of its bucket."""
         for name, count in counts.items():
-            bucket = _BUCKETS[name]
+            bucket = int(name)
             self._buckets[bucket] = self._buckets.get(bucket, 0) + count
             self._sorted += count
             self._sorted_ms += _bucket_middle(bucket) * count
@@ -463,7 +451,7 @@ def spec_from_json(text: str) -> ServeSpec:
 
 
 def rebuild(kind: type[_Dataclass], document: Any) -> _Dataclass:
-    """Rebuild a dataclass from its ``asdict``, perhaps after JSON. Ignores unknown keys. ValueError when it is invalid."""
+    """Rebuild a dataclass from its ``asdict``, perhaps after JSON; ignores unknown keys. Raises ValueError."""
     if not isinstance(document, dict):
         raise ValueError(f"found {shorten(document)} in place of a {kind.__name__}")
     types = typing.get_type_hints(kind)

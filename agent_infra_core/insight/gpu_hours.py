@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
-from agent_infra_core.protocol import is_count
+from agent_infra_core.protocol import ReplicaRecord, is_count
 
 LISTED_REPLICAS = 200
-
-
 REPLICA_TIME_BIN_S = 300  # bin size of replica time; the history merges bins older than a week into days
-
-
 NEW_REPLICA_S = 5.0  # credited to a replica that is new in a sample and has no known start time
-
-
 OCCUPYING_STATES = ("pending", "loading", "ready_busy", "ready_idle")
-
-
-class ReplicaView(Protocol):
-    """The fields of a replica's record that accounting uses."""
-
-    @property
-    def replica(self) -> str: ...
-    @property
-    def model(self) -> str: ...
-    @property
-    def state(self) -> str: ...
-    @property
-    def gpus(self) -> Sequence[Any]: ...  # each has a name
-    @property
-    def gpu_ids(self) -> Sequence[str]: ...
 
 
 class ReplicaUse(NamedTuple):
@@ -44,7 +23,7 @@ class ReplicaUse(NamedTuple):
     state: str
 
 
-def replica_use(record: ReplicaView, in_flight: Any, asked_gpus: int = 0) -> ReplicaUse | None:
+def replica_use(record: ReplicaRecord, in_flight: Any, asked_gpus: int = 0) -> ReplicaUse | None:
     """The current use of a replica; None if it has ended. If ``in_flight`` is unknown, the replica counts as idle.
 
     ``asked_gpus`` is the number of GPUs its job requested. The record lists GPUs only once the replica runs, and only
@@ -54,7 +33,7 @@ def replica_use(record: ReplicaView, in_flight: Any, asked_gpus: int = 0) -> Rep
     if phase is None and record.state not in ("ready", "draining"):
         return None
     phase = phase or ("ready_busy" if is_count(in_flight) and in_flight > 0 else "ready_idle")
-    gpu_type = str(record.gpus[0].name) if record.gpus else ""
+    gpu_type = record.gpus[0].name if record.gpus else ""
     gpus = max(len(record.gpus), len(record.gpu_ids), asked_gpus)
     return ReplicaUse(record.replica, record.model, gpu_type, gpus, phase)
 

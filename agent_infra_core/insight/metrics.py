@@ -89,7 +89,7 @@ class TurnMetrics:
             self._durations[part, model] = Histogram()
         return self._durations[part, model]
 
-    def families(self) -> Iterator[Any]:
+    def collect(self) -> Iterator[Any]:
         """Metric families for prometheus_client."""
         from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
@@ -153,7 +153,7 @@ class StatsMetrics:
     def __init__(self, stats: Mapping[str, Any], replica_seconds: Mapping[ReplicaUse, float]) -> None:
         self._stats, self._replica_seconds = stats, replica_seconds
 
-    def families(self) -> Iterator[Any]:
+    def collect(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         info = GaugeMetricFamily("agent_infra_info", "Of the program.", labels=("version",))
@@ -188,21 +188,11 @@ class StatsMetrics:
             yield family
 
 
-class _Families:
-    """A prometheus_client collector."""
-
-    def __init__(self, *sources: TurnMetrics | StatsMetrics) -> None:
-        self._sources = sources
-
-    def collect(self) -> Iterator[Any]:
-        for source in self._sources:
-            yield from source.families()
-
-
 def metrics_text(*sources: TurnMetrics | StatsMetrics) -> bytes:
     """The body of GET /metrics, in Prometheus's text format (METRICS_TYPE)."""
     from prometheus_client import CollectorRegistry, generate_latest
 
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Families(*sources))
+    for source in sources:
+        registry.register(source)
     return generate_latest(registry)

@@ -6,7 +6,7 @@ import collections
 import json
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
 from agent_infra_core.insight.alerts import Watchdog
 from agent_infra_core.insight.rates import RATE_S, Pipeline, RecentHistogram, Throughput, Timeline
@@ -75,31 +75,22 @@ def _client_rows(live: Sequence[Session], ended: Sequence[Session], phases: Mapp
     return list(rows.values())
 
 
+# Fields of a session's row in /stats that are as they are in Session.
+_SESSION_FIELDS = (
+    *("id", "task", "model", "backend", "turns", "errors", "last_seen", "context_tokens", "prompt_tokens"),
+    *("cached_tokens", "cache_misses", "last_miss", "moves", "tokens_in", "tokens_out"),
+)
+_SESSION_DURATIONS = ("pre_ms", "wait_ms", "inference_ms", "post_ms", "unaccounted_ms")
+
+
 def _session_row(session: Session, state: str) -> dict[str, Any]:
+    """``state`` is idle, waiting, prefill, decoding or ended."""
     return {
-        "id": session.id,
-        "task": session.task,
-        "model": session.model,
-        "backend": session.backend,
-        "state": state,  # idle | waiting | prefill | decoding | ended
-        "turns": session.turns,
-        "errors": session.errors,
-        "last_seen": session.last_seen,
+        **{name: getattr(session, name) for name in _SESSION_FIELDS},
+        **{name: rounded(getattr(session, name)) for name in _SESSION_DURATIONS},
+        "state": state,
         "idle_since": session.last_end if state in ("idle", "ended") else None,
-        "pre_ms": rounded(session.pre_ms),
-        "wait_ms": rounded(session.wait_ms),
-        "inference_ms": rounded(session.inference_ms),
-        "post_ms": rounded(session.post_ms),
-        "unaccounted_ms": rounded(session.unaccounted_ms),
-        "context_tokens": session.context_tokens,
-        "prompt_tokens": session.prompt_tokens,
-        "cached_tokens": session.cached_tokens,
-        "cache_misses": session.cache_misses,
-        "last_miss": session.last_miss,
-        "moves": session.moves,
         "alerts": list(session.alerts),
-        "tokens_in": session.tokens_in,
-        "tokens_out": session.tokens_out,
     }
 
 
@@ -160,33 +151,6 @@ class TurnFigures:
         self.wait.add(*waits)
         for backend, events in by_backend.items():
             self.backends.figures(backend).finish(events)
-
-
-class StatsDocument(TypedDict):
-    """The body of GET /stats; docs/stats.schema.json describes every field.
-
-    Times are s since the epoch; None (null) means unknown; no figure is NaN.
-    """
-
-    snapshot_age_ms: int  # must stay the first key: the relay overwrites the age in the encoded bytes
-    schema_version: int
-    now: float
-    uptime_seconds: float  # of the controller
-    strategy: str
-    totals: dict[str, int]  # all-time sums; requests = completed + errors + aborted + rejected
-    throughput: dict[str, Any]  # rates over the last minute; history[]: one point every HISTORY_STEP_S
-    models: list[dict[str, Any]]
-    backends: list[dict[str, Any]]
-    queue: dict[str, Any]
-    sessions: dict[str, int]  # counts: live, active, listed, ended, evicted
-    clients: list[dict[str, Any]]  # the listed sessions by client; their *_ms and tokens_* are sums over their turns
-    recent_turns: list[dict[str, Any]]  # finished, latest first
-    pipeline: dict[str, dict[str, float | None]]
-    watchdog: list[dict[str, Any]]  # sessions that need attention, and why
-    analysis: list[dict[str, Any]]  # what limits each model; set by the controller, like the next two
-    accounting: dict[str, Any] | None  # GPU-hours
-    history: dict[str, Any] | None  # state of the history on disk
-    relay: dict[str, Any]  # counted at the socket, over all relays; events_dropped: turns missing from totals
 
 
 class Tracker:
@@ -316,35 +280,38 @@ class Tracker:
         """
         return self._figures.backends.replicas(records, table, self._relay.backends)
 
-    def snapshot(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend], strategy: str) -> StatsDocument:
-        """The current /stats document; ``records`` and ``table`` as for ``replicas``."""
+    def snapshot(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend], strategy: str) -> dict[str, Any]:
+        """The current /stats document, which docs/stats.schema.json describes. Its times are s since the epoch.
+
+        ``records`` and ``table`` are as for ``replicas``. The controller adds analysis, accounting and history.
+        """
         now = self._clock()
         sessions = collections.Counter(session.backend for session in self._sessions)
         rows = self.replicas(records, table)
         for row in rows:
             row |= {**self._figures.backends.measured(row["id"]), "sessions": sessions[row["id"]]}
         listed = self._sessions.latest(LISTED_SESSIONS)
-        return StatsDocument(
-            snapshot_age_ms=0,
-            schema_version=SCHEMA_VERSION,
-            now=now,
-            uptime_seconds=round(max(0.0, now - self._started_at), 3),
-            strategy=strategy,
-            totals=dict(self._figures.totals),
-            throughput={**self._throughput.rates(now), "history": list(self.timeline.points)},
-            models=_model_rows(rows),
-            backends=rows,
-            queue=self._relay.queue(self._turns.open),
-            sessions=self._sessions.counts(now),
-            clients=_client_rows(listed, self._sessions.latest_ended(), self._turns.phases()),
-            recent_turns=[record.row() for record in self._log.latest(RECENT_TURNS)],
-            pipeline=self._figures.pipeline.document(),
-            watchdog=self._watchdog.rows,
-            analysis=[],
-            accounting=None,
-            history=None,
-            relay=self._relay.document(),
-        )
+        return {
+            "snapshot_age_ms": 0,  # must stay the first key: the relay overwrites the age in the encoded bytes
+            "schema_version": SCHEMA_VERSION,
+            "now": now,
+            "uptime_seconds": round(max(0.0, now - self._started_at), 3),
+            "strategy": strategy,
+            "totals": dict(self._figures.totals),
+            "throughput": {**self._throughput.rates(now), "history": list(self.timeline.points)},
+            "models": _model_rows(rows),
+            "backends": rows,
+            "queue": self._relay.queue(self._turns.open),
+            "sessions": self._sessions.counts(now),
+            "clients": _client_rows(listed, self._sessions.latest_ended(), self._turns.phases()),
+            "recent_turns": [record.row() for record in self._log.latest(RECENT_TURNS)],
+            "pipeline": self._figures.pipeline.document(),
+            "watchdog": self._watchdog.rows,
+            "analysis": [],
+            "accounting": None,
+            "history": None,
+            "relay": self._relay.document(),
+        }
 
     def session(self, name: str) -> dict[str, Any] | None:
         """The body of GET /stats/sessions/{id}; None if the session is unknown or was dropped."""

@@ -37,7 +37,8 @@ class Driver:
         """What the watchdog says after so many seconds."""
         self.now += seconds
         self.tracker.sample({"backends": {"a": {"load": {"kv_capacity_tokens": capacity}}}})
-        return self.tracker.snapshot([], [], "")["watchdog"]
+        rows: list[dict[str, Any]] = self.tracker.snapshot([], [], "")["watchdog"]
+        return rows
 
     def session(self, name: str = "s") -> dict[str, Any]:
         clients = self.tracker.snapshot([], [], "")["clients"]

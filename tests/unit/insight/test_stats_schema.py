@@ -191,7 +191,7 @@ def test_a_document_without_traffic_fits_the_schema() -> None:
 def test_the_sample_fits_the_schema_and_is_what_the_tracker_says() -> None:
     document = sample()
     check_stats(document)
-    remedy = "PYTHONPATH=.:tests python tests/unit/test_stats_schema.py"
+    remedy = "PYTHONPATH=.:tests python tests/unit/insight/test_stats_schema.py"
     assert as_text(document) + "\n" == (GOLDEN / "stats.json").read_text(), remedy
 
 

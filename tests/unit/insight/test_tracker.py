@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from stats_schema import check_stats
 
-from agent_infra_core.insight.tracker import StatsDocument, Tracker, encode_stats
+from agent_infra_core.insight.tracker import Tracker, encode_stats
 from agent_infra_core.insight.turns import MAX_TURN_S
 from agent_infra_core.protocol import (
     STATS_PREFIX,
@@ -59,7 +59,7 @@ def take_turn(tracker: Tracker, clock: Clock, turn: str, session: str | None = "
     finish(tracker, clock, turn, backend="b", queue_ms=5.0, ttft_ms=100.0, inference_ms=1995.0)
 
 
-def stats(tracker: Tracker) -> StatsDocument:
+def stats(tracker: Tracker) -> dict[str, Any]:
     return tracker.snapshot([], [], "least_load")
 
 
