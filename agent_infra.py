@@ -45,6 +45,14 @@ try:
         RefusedError,
         require_packages,
     )
+    from agent_infra_core.fleet.state import (
+        DeploymentPaths,
+        client_key,
+        deployment_names,
+        deployment_paths,
+        read_or_make_key,
+        read_relay_record,
+    )
     from agent_infra_core.host import (
         HostUnreachableError,
         LocalCommands,
@@ -93,7 +101,6 @@ if TYPE_CHECKING:
     from agent_infra_core.control.status import ProxyClient
     from agent_infra_core.fleet.cluster import Cluster
     from agent_infra_core.fleet.place import JobRequest
-    from agent_infra_core.fleet.state import DeploymentPaths
     from agent_infra_core.http.heads import RequestHead
     from agent_infra_core.insight.history import HistoryFile
     from agent_infra_core.relay.server import Relay
@@ -475,7 +482,6 @@ FORWARD_BACKLOG = 1024  # connections waiting to be accepted on a tunnel's port:
 def run_tunnel() -> int:
     """Run the `tunnel` role: open the tunnel that stdin's first line describes, until stdin ends. Returns exit code."""
     from agent_infra_core.ssh.child import exit_when_stdin_closes, report_to_parent, run_openssh_master
-    from agent_infra_core.ssh.routes import HostKeyError, InteractiveLoginError, LoginError
 
     for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to the parent too, which ends this process
         signal.signal(number, signal.SIG_IGN)
@@ -489,9 +495,7 @@ def run_tunnel() -> int:
         hold = run_openssh_master if spec["driver"] == "openssh" else _run_sshtunnel
         document = {"error": hold(spec)}
     except HostUnreachableError as error:
-        kinds = {InteractiveLoginError: "interactive", HostKeyError: "host_key", LoginError: "login"}
-        kind = next((word for known, word in kinds.items() if isinstance(error, known)), "host")
-        document = {"error": str(error), "kind": kind}
+        document = {"error": str(error), "kind": getattr(error, "kind", "host")}
     except Exception as error:  # noqa: BLE001  whatever it is, the parent is told rather than left to guess
         document = {"error": f"{type(error).__name__}: {error}", "kind": "host"}
     with contextlib.suppress(OSError):
@@ -835,7 +839,6 @@ class Deployment:
         Raises RefusedError when the state directory cannot be written.
         """
         from agent_infra_core.control.lock import DeploymentLock
-        from agent_infra_core.fleet.state import deployment_paths
         from agent_infra_core.ssh.login_host import LoginHost
 
         self.config, self.report, self.environment = config, report, environment
@@ -899,7 +902,6 @@ class Deployment:
     def proxy(self) -> ProxyClient | None:
         """Return a client for the deployment's proxy; None if no proxy runs."""
         from agent_infra_core.control.status import ProxyClient
-        from agent_infra_core.fleet.state import client_key, read_relay_record
 
         relay = read_relay_record(self.paths)
         if relay is None:
@@ -950,7 +952,6 @@ class Deployment:
         from agent_infra_core.control.handover import Handover
         from agent_infra_core.fleet.engines import GUARDED_ENGINES
         from agent_infra_core.fleet.slurm import SlurmCluster
-        from agent_infra_core.fleet.state import client_key
         from agent_infra_core.ssh.tunnels import TunnelSet
 
         keys = (client_key(self.config, self.paths), self.cluster.replica_key())
@@ -999,7 +1000,6 @@ class Deployment:
         from agent_infra_core.control.handover import read_successions
         from agent_infra_core.control.lock import lock_holder
         from agent_infra_core.control.status import list_problems, summarize
-        from agent_infra_core.fleet.state import read_relay_record
 
         records = [r for r in self.cluster.replicas() if r.state != "stopped" or r.is_idle]
         wanted = self.wanted()
@@ -1033,7 +1033,6 @@ class Deployment:
         from agent_infra_core.control.link import DRAIN_S, RELAY_END_S
         from agent_infra_core.control.lock import end_controller
         from agent_infra_core.control.status import LIVE_STATES
-        from agent_infra_core.fleet.state import read_relay_record
 
         records = [r for r in self.cluster.replicas() if r.state in LIVE_STATES]
         ended = [] if self._lock.is_held else end_controller(self.paths, now)
@@ -1139,7 +1138,6 @@ class ConnectionManager:
     @property
     def api_key(self) -> str:
         """``api_key`` for an OpenAI client."""
-        from agent_infra_core.fleet.state import client_key
 
         return client_key(self.config, self._open().paths)
 
@@ -1316,17 +1314,12 @@ def _deployment(arguments: argparse.Namespace) -> Deployment:
 
 def _open_deployment(config: Config) -> Deployment:
     """Open a deployment; its connection to the login host is closed when this process exits, even after an error."""
-    deployment = Deployment(config, _say, os.environ, _secret_prompt())
+    import getpass
+
+    deployment = Deployment(config, _say, os.environ, getpass.getpass if sys.stdin.isatty() else None)
     if deployment.login is not None:
         atexit.register(deployment.login.close)
     return deployment
-
-
-def _secret_prompt() -> Callable[[str], str] | None:
-    """Return a function that prompts for a secret; None if stdin isn't a terminal."""
-    import getpass
-
-    return getpass.getpass if sys.stdin.isatty() else None
 
 
 def _run_start(arguments: argparse.Namespace) -> int:
@@ -1483,7 +1476,6 @@ def page_port(wanted: int | None) -> int:
 
 def page_environment(deployment: Deployment, token: str | None) -> dict[str, str]:
     """Return the variables with the page's key and the proxy's key, which must not appear on a command line."""
-    from agent_infra_core.fleet.state import read_or_make_key
 
     told = {"AGENT_INFRA_PAGE_KEY": read_or_make_key(deployment.paths.page_key)}
     return told if token is None else {**told, "AGENT_INFRA_TOKEN": token}
@@ -1524,7 +1516,6 @@ class PageProcess:
     """Runs the page in a child process, which ends when this process does, even if killed. Owns the child's stdin."""
 
     def __init__(self, deployment: Deployment, proxy: str) -> None:
-        from agent_infra_core.fleet.state import client_key
 
         port, key = page_port(None), client_key(deployment.config, deployment.paths)
         told = page_environment(deployment, key)
@@ -1571,7 +1562,6 @@ def _run_page(arguments: argparse.Namespace) -> int:
 
 def _expected_proxy(deployment: Deployment) -> str:
     """Return the URL of the deployment's proxy, running or not. Raises RefusedError if it cannot be known."""
-    from agent_infra_core.fleet.state import read_relay_record
 
     relay, settings = read_relay_record(deployment.paths), deployment.config.proxy
     if relay is not None:
@@ -1583,7 +1573,6 @@ def _expected_proxy(deployment: Deployment) -> str:
 
 
 def _run_dashboard(arguments: argparse.Namespace) -> int:
-    from agent_infra_core.fleet.state import client_key
 
     deployment = _deployment(arguments)
     script, port = page_script(), page_port(arguments.page_port)
@@ -1644,7 +1633,6 @@ def _run_up(arguments: argparse.Namespace) -> int:
 def _run_proxy(arguments: argparse.Namespace) -> int:
     from agent_infra_core.control.controller import Controller
     from agent_infra_core.control.lock import DeploymentLock
-    from agent_infra_core.fleet.state import client_key, deployment_paths
 
     records = [parse_backend(text, number) for number, text in enumerate(arguments.backend, start=1)]
     names = dict.fromkeys(record.model for record in records)
@@ -1699,6 +1687,7 @@ def parse_backend(text: str, number: int) -> ReplicaRecord:
 
 
 def _run_scale(arguments: argparse.Namespace) -> int:
+
     from agent_infra_core.control.lock import lock_holder
 
     deployment = _deployment(arguments)
@@ -1871,7 +1860,6 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
 
 def _deployment_to_stop(arguments: argparse.Namespace) -> Deployment:
     """Return the deployment to stop, with the configuration it was started with: the file may have changed since."""
-    from agent_infra_core.fleet.state import deployment_names, deployment_paths
 
     names = deployment_names(os.environ)
     known = ", ".join(names) or "none"
@@ -1907,7 +1895,6 @@ def _run_report(arguments: argparse.Namespace) -> int:
 
 def _history_of(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[HistoryFile | None]:
     """Open the history that the command line names. Raises RefusedError when it is off or the file doesn't exist."""
-    from agent_infra_core.fleet.state import deployment_paths
     from agent_infra_core.insight.export import read_history
     from agent_infra_core.insight.history import history_path
 
@@ -1950,14 +1937,6 @@ def _run_bundle(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run_relay(arguments: argparse.Namespace) -> int:
-    return run_relay(arguments.socket, arguments.listener_fd)
-
-
-def _run_tunnel(_: argparse.Namespace) -> int:
-    return run_tunnel()
-
-
 def build_parser(with_roles: bool = False) -> argparse.ArgumentParser:
     """Return the parser of the command line. Options come after the verb. People never see the internal roles."""
     parser = argparse.ArgumentParser(
@@ -1969,8 +1948,9 @@ def build_parser(with_roles: bool = False) -> argparse.ArgumentParser:
     def verb(name: str, run: Callable[[argparse.Namespace], int], text: str, *shared: str) -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         added.set_defaults(run=run)
-        for option in shared:
-            _SHARED_OPTIONS[option](added)
+        for group in shared:
+            for flag, details in _SHARED_OPTIONS[group].items():
+                added.add_argument(flag, **details)
         return added
 
     _add_running_verbs(verb)
@@ -2053,8 +2033,8 @@ def _add_roles(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     relay = verbs.add_parser("relay")
     relay.add_argument("--socket", required=True)
     relay.add_argument("--listener-fd", type=int, required=True)
-    relay.set_defaults(run=_run_relay)
-    verbs.add_parser("tunnel").set_defaults(run=_run_tunnel)
+    relay.set_defaults(run=lambda arguments: run_relay(arguments.socket, arguments.listener_fd))
+    verbs.add_parser("tunnel").set_defaults(run=lambda _: run_tunnel())
 
 
 def parse_command_line(words: Sequence[str]) -> argparse.Namespace:
@@ -2106,23 +2086,6 @@ def _add_history_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     verb("report", _run_report, "sum a run up, in Markdown", "config", "history")
 
 
-def _add_history_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--since", type=_moment, default=0.0, metavar="TIME", help="such as 2h (ago) or 2026-11-22T16:30"
-    )
-    parser.add_argument("--output", metavar="FILE", help="default: standard output")
-    parser.add_argument("--history", metavar="FILE", help="instead of the deployment's own")
-
-
-def _add_config_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="default: ./config.yaml, else the embedded default")
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="NAME", help="only this model of the configuration")
-    parser.add_argument("--replicas", type=_at_least_one, metavar="N", help="instead of the configuration's")
-
-
 def _at_least_one(text: str) -> int:
     """argparse type: a whole number of at least 1."""
     if _count(text) < 1:
@@ -2130,20 +2093,20 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def _add_port_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--port", type=_port, metavar="P", help="instead of proxy.port; 0 = any free one")
-
-
-def _add_log_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--log-format", choices=("text", "json"), default="text", help="of the proxy's log")
-
-
-_SHARED_OPTIONS: Mapping[str, Callable[[argparse.ArgumentParser], None]] = {
-    "config": _add_config_option,
-    "model": _add_model_options,
-    "port": _add_port_option,
-    "log": _add_log_option,
-    "history": _add_history_options,
+# Options that several verbs take, by group.
+_SHARED_OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "config": {"--config": {"metavar": "FILE", "help": "default: ./config.yaml, else the embedded default"}},
+    "model": {
+        "--model": {"metavar": "NAME", "help": "only this model of the configuration"},
+        "--replicas": {"type": _at_least_one, "metavar": "N", "help": "instead of the configuration's"},
+    },
+    "port": {"--port": {"type": _port, "metavar": "P", "help": "instead of proxy.port; 0 = any free one"}},
+    "log": {"--log-format": {"choices": ("text", "json"), "default": "text", "help": "of the proxy's log"}},
+    "history": {
+        "--since": {"type": _moment, "default": 0.0, "metavar": "TIME", "help": "such as 2h (ago) or 2026-11-22T16:30"},
+        "--output": {"metavar": "FILE", "help": "default: standard output"},
+        "--history": {"metavar": "FILE", "help": "instead of the deployment's own"},
+    },
 }
 
 

@@ -29,16 +29,15 @@ from agent_infra_core.ssh.routes import HostKeyError, InteractiveLoginError, Log
 class TunnelChild:
     """A `tunnel` process; owns it and its pipes. Not thread-safe."""
 
-    def __init__(self, spec: Mapping[str, Any], log: Path | None, has_terminal: bool = False) -> None:
+    def __init__(self, spec: Mapping[str, Any], has_terminal: bool = False) -> None:
         """Start the process. With ``has_terminal`` ssh may prompt the operator, and Ctrl-C reaches it."""
-        with open(log or os.devnull, "ab") as errors:
-            self._process = subprocess.Popen(
-                self_command("tunnel"),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                start_new_session=not has_terminal,
-            )
+        self._process = subprocess.Popen(
+            self_command("tunnel"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=not has_terminal,
+        )
         assert self._process.stdin is not None  # noqa: S101 (for the type checker)
         with contextlib.suppress(BrokenPipeError):  # it died at once: wait_ready() reports why
             self._process.stdin.write(json.dumps(spec).encode() + b"\n")
@@ -54,7 +53,7 @@ class TunnelChild:
         document = json.loads(line) if line else {}
         if "ports" in document:
             return tuple(document["ports"])
-        kinds = {"login": LoginError, "interactive": InteractiveLoginError, "host_key": HostKeyError}
+        kinds = {kind.kind: kind for kind in (LoginError, InteractiveLoginError, HostKeyError)}
         problem = document.get("error") or ("it ended without a word" if line is None else "it was too slow")
         raise kinds.get(document.get("kind", ""), HostUnreachableError)(problem)
 

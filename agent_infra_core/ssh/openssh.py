@@ -129,7 +129,7 @@ class OpenSshMaster:
             argv = ["ssh", "-N", "-M", "-S", str(self._own_socket), *options, *self._words, "--", self.route.alias]
             spec: dict[str, Any] = {"driver": "openssh", "argv": argv, "socket": str(self._own_socket)}
             spec["route"] = dataclasses.asdict(self.route)
-            child = TunnelChild(spec, None, asks)
+            child = TunnelChild(spec, asks)
             try:
                 child.wait_ready(deadline + (120.0 if asks else 0.0), should_stop)
             except BaseException:

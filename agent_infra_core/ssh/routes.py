@@ -19,13 +19,19 @@ SSH_KEEPALIVE_S = 5  # OpenSSH gives up after three without an answer
 class LoginError(HostUnreachableError, RefusedError):
     """SSH refuses the login, and will until the operator does what the message says."""
 
+    kind = "login"  # its name between a `tunnel` process and its parent
+
 
 class HostKeyError(LoginError):
     """A host's key is unknown or has changed."""
 
+    kind = "host_key"
+
 
 class InteractiveLoginError(LoginError):
     """The login needs a password or a one-time code, which cannot be reused for the next login."""
+
+    kind = "interactive"
 
 
 @dataclass(frozen=True)

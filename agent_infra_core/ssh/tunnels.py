@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from agent_infra_core.host import HostUnreachableError, http_get
 from agent_infra_core.node.guard import CHALLENGE_PATH, answer_challenge, server_identity
@@ -105,24 +105,26 @@ def verifies_identity(host: str, port: int, key: str, identity: str, engine_port
     return status == 200 and answer_challenge(key, message).encode() in body
 
 
-class Link(Protocol):
+class Link:
     """An open connection to a replica's ports; owned by one Tunnel."""
 
     driver: str  # sshtunnel | openssh | direct
-    host: str
-    ports: tuple[int, ...]  # of the engine and, if it has one, of `serve`
+    host = "127.0.0.1"
+    ports: tuple[int, ...] = ()  # of the engine and, if it has one, of `serve`
 
     def broke(self) -> str | None:
         """Return why the connection is closed; None while it is open."""
+        return None
 
     def complaint(self) -> str | None:
         """Return why nothing answers at the other end; None if unknown."""
+        return None
 
     def close(self, is_silent: bool = False) -> None:
         """Close it, with every connection that goes through it; ``is_silent``: it was closed for being silent."""
 
 
-class DirectLink:
+class DirectLink(Link):
     """No tunnel: the replica's own address."""
 
     driver = "direct"
@@ -138,21 +140,11 @@ class DirectLink:
             ) from error
         self.ports = tuple(port for _, port in target.ends)
 
-    def broke(self) -> str | None:
-        return None
 
-    def complaint(self) -> str | None:
-        return None
-
-    def close(self, is_silent: bool = False) -> None:
-        pass
-
-
-class ChildLink:
+class ChildLink(Link):
     """Ports forwarded by the replica's own `tunnel` process (sshtunnel)."""
 
     driver = "sshtunnel"
-    host = "127.0.0.1"
 
     def __init__(self, child: TunnelChild, ports: tuple[int, ...], leave: Callable[[], None]) -> None:
         """``leave`` is called once the ports are closed."""
@@ -161,24 +153,19 @@ class ChildLink:
     def broke(self) -> str | None:
         return None if self._child.is_alive else self._child.last_words() or "the tunnel process ended"
 
-    def complaint(self) -> str | None:
-        return None
-
     def close(self, is_silent: bool = False) -> None:  # noqa: ARG002 (all of it ends anyway)
         self._child.close()
         self._leave()
 
 
-class MasterLink:
+class MasterLink(Link):
     """Ports that OpenSSH forwards over its connection to a host, which other replicas may share."""
 
     driver = "openssh"
-    host = "127.0.0.1"
 
     def __init__(self, master: OpenSshMaster, targets: Sequence[tuple[str, int]], is_nodes: bool) -> None:
         """``is_nodes``: the connection goes to the replica's own node, so it is silent whenever the replica is."""
         self._master, self._targets, self._is_nodes = master, targets, is_nodes
-        self.ports: tuple[int, ...] = ()
         try:
             for target in targets:
                 self.ports += (master.forward(target),)
@@ -480,7 +467,7 @@ class TunnelSet:
                 "local": [each.getsockname()[1] for each in held],
                 "remote": target.ends,
             }
-            child = TunnelChild(spec, None)
+            child = TunnelChild(spec)
             undone.callback(child.close)
             try:
                 link = ChildLink(child, child.wait_ready(deadline, should_stop), functools.partial(self._leave, held))
