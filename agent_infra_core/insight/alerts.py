@@ -41,9 +41,9 @@ class Watchdog:
         }
         rows = []
         for session in sessions:
-            if is_unremarkable(session, now) and not session.alerts:
-                continue
             found = alerts_of(session, now, usual.get(session.held_model), kv_capacity.get(session.held_by or ""))
+            if not found and not session.alerts:
+                continue
             session.alerts = {kind: session.alerts.get(kind, since) for kind, since, _ in found}
             rows += [self._row(session, kind, sentence) for kind, _, sentence in found]
         self.rows = sorted(rows, key=lambda row: -row["since"])[:LISTED_ALERTS]
@@ -58,16 +58,6 @@ class Watchdog:
             "since": session.alerts[kind],
             "sentence": sentence,
         }
-
-
-def is_unremarkable(session: Session, now: float) -> bool:
-    """Whether a session needs no further check. A cheap test that most sessions pass."""
-    return (
-        (session.last_end is None or now - session.last_end <= SILENT_S)
-        and session.repeats < REPEATED_TURNS
-        and (session.context_tokens or 0) <= RUNAWAY_TOKENS
-        and session.recent_moves.bit_count() < THRASHING_MOVES
-    )
 
 
 def alerts_of(
