@@ -29,6 +29,7 @@ from agent_infra_core.errors import RefusedError
 from agent_infra_core.host import http_get, process_stamp
 from agent_infra_core.node.guard import answer_challenge
 from agent_infra_core.node.process import reserve_port
+from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord
 from agent_infra_core.settings import ModelConfig
 
 Serve = Callable[..., Served]
@@ -158,37 +159,36 @@ def test_a_killed_engine_is_started_again_and_the_record_tells_it(serve: Serve, 
     assert served.request("/v1/chat/completions", chat(4))["choices"]
 
 
-def test_an_engine_that_always_crashes_fails_after_three_restarts(serve: Serve, port: int) -> None:
-    served = serve(command_model(port, FAIL_WITH="CUDA out of memory"), restart_backoff=0.001)
+def failed(served: Served) -> tuple[ReplicaRecord, ReplicaFailure]:
+    """The last record of a `serve` that gives up, and the failure in it."""
     assert served.process.wait(PATIENCE_S) == 1
     record = served.record
     assert record is not None
     assert record.failure is not None
+    return record, record.failure
+
+
+def test_an_engine_that_always_crashes_fails_after_three_restarts(serve: Serve, port: int) -> None:
+    served = serve(command_model(port, FAIL_WITH="CUDA out of memory"), restart_backoff=0.001)
+    record, failure = failed(served)
     assert (record.state, record.restarts, record.port) == ("failed", 3, None)
-    assert (record.failure.kind, record.failure.line) == ("out_of_memory", "CUDA out of memory")
+    assert (failure.kind, failure.line) == ("out_of_memory", "CUDA out of memory")
 
 
 def test_what_a_restart_cannot_mend_fails_at_once(serve: Serve, tmp_path: Path, port: int) -> None:
     text = tmp_path / "weights.gguf"
     text.write_text("not weights")
     served = serve(llama_model(str(text), port))
-    assert served.process.wait(PATIENCE_S) == 1
-    record = served.record
-    assert record is not None
-    assert record.failure is not None
-    assert (record.failure.kind, record.restarts) == ("model_not_found", 0)
-    assert record.failure.line.endswith(f"{text} is not a GGUF file")
+    record, failure = failed(served)
+    assert (failure.kind, record.restarts) == ("model_not_found", 0)
+    assert failure.line.endswith(f"{text} is not a GGUF file")
 
 
 def test_a_program_that_does_not_exist_is_a_bad_argument(serve: Serve, port: int) -> None:
     model = ModelConfig("chat", "none", engine="command", command=("/no/such/server", "{port}"), base_port=port)
-    served = serve(model)
-    assert served.process.wait(PATIENCE_S) == 1
-    record = served.record
-    assert record is not None
-    assert record.failure is not None
-    assert record.failure.kind == "bad_argument"
-    assert "/no/such/server cannot be started" in record.failure.line
+    _, failure = failed(serve(model))
+    assert failure.kind == "bad_argument"
+    assert "/no/such/server cannot be started" in failure.line
 
 
 def test_a_log_that_reads_like_a_failure_fails_no_engine_that_answers(serve: Serve, port: int) -> None:
@@ -204,11 +204,8 @@ def test_a_log_that_reads_like_a_failure_fails_no_engine_that_answers(serve: Ser
 
 def test_an_engine_that_is_not_ready_in_time_fails_as_timed_out(serve: Serve, port: int) -> None:
     served = serve(command_model(port, LOADING_S="600"), load_timeout=0.3)
-    assert served.process.wait(PATIENCE_S) == 1
-    record = served.record
-    assert record is not None
-    assert record.failure is not None
-    assert (record.failure.kind, record.restarts) == ("timed_out", 0)
+    record, failure = failed(served)
+    assert (failure.kind, record.restarts) == ("timed_out", 0)
 
 
 def test_a_hung_engine_is_killed_and_started_again(serve: Serve, port: int) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from clock import Clock
 from patience import PATIENCE_S
 from program import wait_for
 
@@ -765,16 +766,8 @@ def test_a_job_that_waits_or_spans_nodes_counts_the_gpus_that_it_asked_for() -> 
     assert spanning == ReplicaUse("m-1", "m", "NVIDIA H100", 8, "ready_busy")
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = NOW
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_replica_time_goes_on_where_an_earlier_controller_was() -> None:
-    clock = Clock()
+    clock = Clock(NOW)
     earlier = ReplicaTime(clock, clock)
     idle = USE._replace(state="ready_idle")
     cpu = ReplicaUse("c-1", "c", "", 0, "ready_busy")
@@ -803,7 +796,7 @@ def test_replica_time_goes_on_where_an_earlier_controller_was() -> None:
 
 
 def test_a_replica_that_started_while_nobody_looked_gets_no_time_before_its_start() -> None:
-    clock = Clock()
+    clock = Clock(NOW)
     time_held = ReplicaTime(clock, clock)
     time_held.sample([USE], {"m-1": NOW - 100})
     clock.now += 600

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+from clock import Clock
 from stats_schema import SCHEMA, check_stats
 
 from agent_infra_core.insight.tracker import Tracker
@@ -32,18 +33,11 @@ START = 1_795_360_000.0
 TASKS = ["django-11099", "flask-4992", "sympy-20590", "astropy-6938"]
 
 
-class Clock:
-    now = START
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class Run:
     """Half an hour of twelve agents on three replicas, from a seed."""
 
     def __init__(self) -> None:
-        self.clock, self.random = Clock(), random.Random(7)
+        self.clock, self.random = Clock(START), random.Random(7)
         self.tracker = Tracker(self.clock)
         self.turns = 0
         self.context: dict[str, int] = {}
@@ -182,7 +176,7 @@ def test_every_field_is_described() -> None:
 
 
 def test_a_document_without_traffic_fits_the_schema() -> None:
-    tracker = Tracker(Clock())
+    tracker = Tracker(Clock(START))
     check_stats(tracker.snapshot([], [], "least_load"))
     tracker.sample({})
     check_stats(tracker.snapshot([], [Backend("b", "m", "127.0.0.1", 1)], "least_load"))

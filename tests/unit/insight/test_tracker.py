@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+from clock import Clock
 from stats_schema import check_stats
 
 from agent_infra_core.insight.tracker import Tracker, encode_stats
@@ -21,16 +22,6 @@ from agent_infra_core.protocol import (
     TurnSent,
     TurnStarted,
 )
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1_800_000_000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -5,25 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from clock import Clock
 
 from agent_infra_core.node.health import IdleWatch
 from agent_infra_core.protocol import EngineLoad
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
 
 IDLE = EngineLoad(running=0, waiting=0, prompt_tokens=10, generation_tokens=5)
 
 
 def looks(minutes: float | None, *readings: tuple[float, EngineLoad | None]) -> list[bool]:
     """What an IdleWatch says at each (time in s, what the engine says)."""
-    clock = Clock()
+    clock = Clock(0.0)
     watch = IdleWatch(minutes, clock)
     said = []
     for at, load in readings:
@@ -54,4 +46,4 @@ def test_without_a_limit_the_engine_is_not_even_asked() -> None:
     def never() -> EngineLoad:
         raise AssertionError
 
-    assert IdleWatch(None, Clock()).is_over(never) is False
+    assert IdleWatch(None, Clock(0.0)).is_over(never) is False
