@@ -335,8 +335,8 @@ class GpuSample:
 
 
 @dataclass(frozen=True)
-class ReplicaReport:
-    """What `serve` reports of its replica. It writes it to replicas/<id>.json, atomically, whenever it changes."""
+class ReplicaRecord:
+    """A replica's state. `serve` writes it to replicas/<id>.json, atomically, whenever it changes."""
 
     replica: str
     model: str
@@ -360,21 +360,13 @@ class ReplicaReport:
     gpus: tuple[GpuSample, ...] = ()
     gpu_ids: tuple[str, ...] = ()  # assigned to it (CUDA_VISIBLE_DEVICES)
     is_idle: bool = False  # it shut itself down after idle_shutdown_minutes without a turn
-    format: int = RECORD_FORMAT
-
-
-@dataclass(frozen=True)
-class ReplicaRecord(ReplicaReport):
-    """A replica as the operator's machine sees it: its report, and what the scheduler says about its job.
-
-    Behind SSH, the controller's copy has the local end of the tunnel as ``host`` and ``port``.
-    """
-
+    # Job fields, from the last query to the scheduler:
     time_left_s: float | None = None  # rest of the walltime
     queue_wait_s: float | None = None  # from submission to start, or until now
     pending_reason: str | None = None  # the scheduler's reason, such as QOSMaxJobsPerUserLimit
     partition: str | None = None  # to which its job was submitted
     starts_at: float | None = None  # s since the epoch; when Slurm expects a pending job to start
+    format: int = RECORD_FORMAT
 
 
 STOP_GRACE_S = 25.0  # time for an engine's turns to finish after SIGTERM; less than Slurm's KillWait, 30 s
@@ -445,7 +437,7 @@ def replace_placeholders(words: Iterable[str], values: Mapping[str, object]) -> 
 
 
 def record_from_json(text: str) -> ReplicaRecord:
-    """Parse a record as `serve` or a cluster wrote it; ignores keys of newer versions. Raises ValueError."""
+    """Parse a record that `serve` wrote; ignores keys of newer versions. Raises ValueError when it is invalid."""
     document = json.loads(text)
     return rebuild(ReplicaRecord, {"format": 0, **document} if isinstance(document, dict) else document)
 

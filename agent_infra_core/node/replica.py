@@ -26,7 +26,7 @@ from agent_infra_core.node.health import EngineClient, IdleWatch
 from agent_infra_core.node.hub import is_hub_id, is_in_hub_cache
 from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher, open_log, reserve_port
 from agent_infra_core.node.telemetry import LoadSampler, Telemetry
-from agent_infra_core.protocol import ReplicaFailure, ReplicaReport, ServeSpec, replace_placeholders, spec_from_json
+from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, ServeSpec, replace_placeholders, spec_from_json
 
 LOAD_POLL_S = 0.1  # interval between checks of a loading engine
 HEALTH_POLL_S = 5.0  # interval between checks of a ready engine
@@ -102,7 +102,7 @@ class Replica:
         self._gpus = GpuSampler(sampled_gpus(spec, {**os.environ, **spec.env}))
         self._load_sampler = LoadSampler(self._gpus)
         self._is_written = False  # whether the file matches the record
-        self._record = ReplicaReport(
+        self._record = ReplicaRecord(
             replica=spec.replica,
             model=spec.model,
             state="starting",
