@@ -137,7 +137,8 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
     try:
         return parse_config(text, os.environ)
     except ConfigError as error:
-        raise ConfigError(f"{path}:{'' if str(error).startswith(chr(10)) else ' '}{error}") from None
+        text = f"{path}:{'' if str(error).startswith(chr(10)) else ' '}{error}"
+        raise ConfigError(text, error.deployment) from None
 
 
 def parse_config(text: str, environment: Mapping[str, str]) -> Config:
@@ -164,13 +165,18 @@ def _validated(document: Any, problems: list[str]) -> Config:
     """Build the configuration from a document. Raises ConfigError for its errors and for ``problems`` found before."""
     import marshmallow
 
+    deployment = None
     try:
         config: Config = _schema_of(Config)().load(document)
+        deployment = config.cluster.name
         if not problems and not (problems := list(_contradictions(config))):
             return config
     except marshmallow.ValidationError as error:
         problems += _describe_errors(error.messages, "")
-    raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems))
+        if error.messages_dict.keys() <= {"version", "proxy", "models", "headers"}:
+            valid: Any = error.valid_data
+            deployment = valid.get("cluster", DEFAULT_CONFIG.cluster).name
+    raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems), deployment)
 
 
 def _read_yaml(text: str) -> Any:
@@ -1860,20 +1866,26 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
 
 def _deployment_to_stop(arguments: argparse.Namespace) -> Deployment:
     """Return the deployment to stop, with the configuration it was started with: the file may have changed since."""
-
-    names = deployment_names(os.environ)
+    names, config = deployment_names(os.environ), DEFAULT_CONFIG
     known = ", ".join(names) or "none"
-    if arguments.name is None:
+    problem: AgentInfraError | None = None
+    if arguments.name is not None:
+        name = arguments.name
+        config = dataclasses.replace(DEFAULT_CONFIG, cluster=ClusterConfig(name=name))
+        if name not in names:
+            raise RefusedError(f"no deployment is called {name}; there are: {known}")
+    else:
         try:
             config = load_config(arguments.config)
+            name = config.cluster.name
         except ConfigError as error:
+            name = error.deployment
             hint = f"`stop --name DEPLOYMENT` needs no configuration; deployments: {known}"
-            raise ConfigError(f"{error}\n{hint}") from None
-    elif arguments.name in names:
-        config = dataclasses.replace(DEFAULT_CONFIG, cluster=ClusterConfig(name=arguments.name))
-    else:
-        raise RefusedError(f"no deployment is called {arguments.name}; there are: {known}")
-    return _open_deployment(saved_config(deployment_paths(config.cluster.name, os.environ)) or config)
+            problem = ConfigError(f"{error}\n{hint}")
+    kept = saved_config(deployment_paths(name, os.environ)) if name in names else None
+    if kept is None and problem is not None:
+        raise problem
+    return _open_deployment(kept or config)
 
 
 def _run_export(arguments: argparse.Namespace) -> int:

@@ -21,6 +21,11 @@ class RefusedError(AgentInfraError):
 class ConfigError(RefusedError):
     """The configuration is invalid; the message names every invalid key, its value and the allowed values."""
 
+    def __init__(self, message: str, deployment: str | None = None) -> None:
+        """``deployment``: its cluster.name; None if an error may affect that."""
+        super().__init__(message)
+        self.deployment = deployment
+
 
 # Packages for the relay and its controller, and for all roles on the operator's machine, by import name.
 SERVING_PACKAGES = ("gevent", "flask", "msgspec", "numpy", "prometheus_client")

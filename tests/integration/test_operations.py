@@ -249,6 +249,21 @@ def test_stop_uses_the_configuration_that_the_deployment_was_started_with(app: P
     wait_for(lambda: not app.processes(), "no process left")
 
 
+def test_stop_ends_what_runs_where_its_configuration_has_errors_since(app: Program) -> None:
+    app.configure(models=[scripted_model(app)], name="mine")
+    assert app.run("start").returncode == 0
+    told = json.loads(app.config.read_text())
+    broken = {**told, "models": [{**told["models"][0], "replicas": "many", "env": {"TOKEN": "${NOT_SET_HERE}"}}]}
+    app.config.write_text(json.dumps({**broken, "cluster": {"nmae": "mine"}}))
+    refused = app.run("stop")  # or a deployment that is not meant might end
+    assert (refused.returncode, "deployments: mine" in refused.stderr) == (2, True)
+    app.config.write_text(json.dumps(broken))
+    assert app.run("status").returncode == 2
+    stopped = app.run("stop")
+    assert (stopped.returncode, stopped.stdout) == (0, "stopped smollm2-1\n"), stopped.stderr
+    wait_for(lambda: not app.processes(), "no process left")
+
+
 def test_an_up_that_the_scheduler_does_not_answer_leaves_no_relay(app: Program, tmp_path: Path) -> None:
     commands = tmp_path / "bin"
     commands.mkdir()

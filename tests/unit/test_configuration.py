@@ -145,3 +145,30 @@ def test_without_a_file_the_embedded_default_is_used(tmp_path: Path, monkeypatch
     assert load_config() == DEFAULT_CONFIG
     (tmp_path / "config.yaml").write_text(MODEL)
     assert load_config().models[0].name == "m"
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("cluster: {name: mine}\nmodels: [{nmae: m}]", "mine"),
+        ("models: [{name: m, model_path: '${NOT_SET_HERE}'}]", "default"),
+        ("cluster: {name: '${SOME_NAME}'}\nproxy: {port: many}", "told"),
+        ("cluster: {name: '${NOT_SET_HERE}'}\nmodels: []", None),
+        ("cluster: {nmae: mine}\nmodels: []", None),
+        ("clutser: {name: mine}\nmodels: []", None),
+        ("cluster: [mine]", None),
+        ("- cluster", None),
+        ("cluster: {name: mine", None),
+    ],
+)
+def test_a_deployment_is_known_from_a_configuration_with_errors_elsewhere(
+    text: str, name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_NAME", "told")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "config.yaml")
+    assert caught.value.deployment == name
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "nowhere.yaml")
+    assert caught.value.deployment is None
