@@ -91,8 +91,8 @@ except ImportError as error:
     if __name__ != "__main__" or not (error.name or "").startswith("agent_infra_core"):
         raise
     raise SystemExit(
-        f"error: {__file__} lacks its folder agent_infra_core/, or that is another version's ({error}); copy both, or "
-        "run `python agent_infra.py bundle` where both are and copy the one file that it writes, agent_infra.pyz"
+        f"error: {__file__} is missing its folder agent_infra_core/, or that is another version's ({error}); copy "
+        "both, or run `python agent_infra.py bundle` there and copy the one file that it writes, agent_infra.pyz"
     ) from error
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def _refuse_duplicates(node: Any) -> None:
         seen: set[str] = set()
         for key, _ in children:
             if key.value in seen:
-                raise ConfigError(f"{key.value}: stands twice (again at line {key.start_mark.line + 1}); delete one")
+                raise ConfigError(f"{key.value}: appears twice (again at line {key.start_mark.line + 1}); delete one")
             seen.add(key.value if isinstance(key.value, str) else "")
         children = [child for _, child in children]
     for child in children:
@@ -330,19 +330,19 @@ def _contradictions(config: Config) -> Iterator[str]:
     if config.cluster.type == "local":
         for item in dataclasses.fields(ClusterConfig):
             if item.name not in ("type", "name") and getattr(config.cluster, item.name) != item.default:
-                yield f"cluster.{item.name}: belongs to a cluster that is not here; delete it, or set cluster.type"
+                yield f"cluster.{item.name}: applies only to type: slurm; delete it, or set cluster.type"
     else:
         yield from _slurm_contradictions(config.cluster.slurm)
     for index, model in enumerate(config.models):
         path = f"models[{index}]"
         if model.name in [earlier.name for earlier in config.models[:index]]:
-            yield f"{path}.name: {model.name} stands twice; every model needs a name of its own"
+            yield f"{path}.name: {model.name} is used twice; every model needs its own name"
         if model.engine == "command" and not model.command:
             yield f"{path}.command: is required with engine: command; an argv such as [my-server, --port, '{{port}}']"
         if model.engine != "command" and model.command:
             yield f"{path}.command: belongs to engine: command, not to {model.engine}; delete it or change engine"
         if model.command and not any("{port}" in word for word in model.command):
-            yield f"{path}.command: {{port}} must stand in it, so that the server listens where it is looked for"
+            yield f"{path}.command: {{port}} must be part of it, so that the server listens where it is expected"
 
 
 def _slurm_contradictions(slurm: SlurmConfig) -> Iterator[str]:
@@ -351,7 +351,7 @@ def _slurm_contradictions(slurm: SlurmConfig) -> Iterator[str]:
         yield "cluster.slurm.partitions: at least one is needed, such as [{name: gpu}]; `sinfo` lists them"
     for index, partition in enumerate(slurm.partitions):
         if partition.name in [earlier.name for earlier in slurm.partitions[:index]]:
-            yield f"cluster.slurm.partitions[{index}].name: {partition.name} stands twice"
+            yield f"cluster.slurm.partitions[{index}].name: {partition.name} is used twice"
     scopes = {"cluster.slurm.sbatch": slurm.sbatch}
     scopes |= {f"cluster.slurm.partitions[{i}].sbatch": each.sbatch for i, each in enumerate(slurm.partitions)}
     for path, directives in scopes.items():
@@ -385,7 +385,7 @@ def shell_words(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return " ".join(shell_words(item) for item in value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise TypeError(f"{shorten(value)} is no word for the shell")
+        raise TypeError(f"{shorten(value)} cannot be a word for the shell")
     return shlex.quote(str(value))
 
 
@@ -545,7 +545,7 @@ def _open_through(transport: Any, host: str, port: int) -> Any:
             raise LoginError(forwarding_forbidden(f"{host}:{port}")) from error
         raise HostUnreachableError(f"{host}:{port} cannot be reached through SSH: {error.text}") from error
     except (paramiko.SSHException, EOFError, OSError) as error:
-        raise HostUnreachableError(f"no way through SSH to {host}:{port}: {error}") from error
+        raise HostUnreachableError(f"{host}:{port} cannot be reached through SSH: {error}") from error
 
 
 def _forward(transport: Any, local: Sequence[int], remote: Sequence[tuple[str, int]]) -> Any:
@@ -763,7 +763,7 @@ class RelayApp:
         allowed = set(getattr(error, "valid_methods", None) or ())
         if method != "POST" and split_inference_path(path.encode("utf-8", "replace")):  # not a Flask route
             allowed = {"POST"}
-        fix = f"{'POST' if 'POST' in allowed else 'GET'} it" if allowed else "GET / lists what there is"
+        fix = f"{'POST' if 'POST' in allowed else 'GET'} it" if allowed else "GET / lists the paths"
         status = 405 if allowed else error.code or 500
         answer = self._error(status, f"{http_phrase(status)}: {method} {path[:100]}; {fix}", "/v1/messages" in path)
         if allowed:
@@ -1017,9 +1017,9 @@ class Deployment:
         if self.cluster.problem:
             degraded.append(self.cluster.problem)
         if relay is None:
-            degraded.append("no proxy runs; `connect` starts one")
+            degraded.append("no proxy is running; `connect` starts one")
         elif holder is None:
-            degraded.append("the proxy runs without its controller; `connect` takes it over")
+            degraded.append("the proxy is running without its controller; `connect` takes it over")
         return {
             "deployment": self.config.cluster.name,
             "models": models,
@@ -1343,12 +1343,12 @@ def _run_start(arguments: argparse.Namespace) -> int:
     signals = OperatorSignals()
     started = deployment.start(models)
     if arguments.detach:
-        _say(f"started {', '.join(record.replica for record in started) or 'nothing'}; `status` shows how they do")
+        _say(f"started {', '.join(record.replica for record in started) or 'nothing'}; `status` shows their progress")
         return 0
     with ReplicaBoard() as board:
         deployment.wait_ready(board.show, signals.came)
     if signals.came():
-        _say("left the replicas loading; `status` shows them, `stop` ends them")
+        _say("the replicas keep loading; `status` shows them, `stop` ends them")
         return 130
     _say("next: agent_infra.py connect")
     return 0
@@ -1400,7 +1400,7 @@ def run_detached(work: Callable[[Callable[[Path], None]], int]) -> int:
             return 0
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code < 0:
-        raise AgentInfraError(f"it was {describe_exit(code)} before it served; the proxy's log may say more")
+        raise AgentInfraError(f"the proxy {describe_exit(code)} before it was ready; its log may say more")
     return code
 
 
@@ -1443,7 +1443,7 @@ def _connect(arguments: argparse.Namespace, detach: Callable[[Path], None] | Non
             _say(f"runs in the background: `stop` ends it and the replicas, `kill {os.getpid()}` it alone; log: {log}")
             detach(log)
         _attend(controller, signals)
-        _say("finishing the turns in flight (again to end at once); the replicas stay, `stop` ends them")
+        _say("finishing the turns in flight (Ctrl-C again ends them now); the replicas keep running, `stop` ends them")
     finally:
         deployment.disconnect(DRAIN_S)
     return 0
@@ -1459,7 +1459,7 @@ def page_script() -> Path:
 
     script = Path(__file__).resolve().with_name("streamlit_dashboard.py")
     if not script.exists():
-        raise RefusedError(f"the page is not there: put streamlit_dashboard.py beside {__file__}")
+        raise RefusedError(f"the page is missing: put streamlit_dashboard.py beside {__file__}")
     missing = [name for name in ("streamlit", "altair", "pandas") if importlib.util.find_spec(name) is None]
     if missing:
         raise RefusedError(f"the page needs {', '.join(missing)}: pip install 'streamlit>=1.65,<2' 'altair>=6,<7'")
@@ -1477,7 +1477,7 @@ def page_port(wanted: int | None) -> int:
     for port in tried:
         if not is_listening("127.0.0.1", port):
             return port
-    raise RefusedError(f"port {tried[0]} is taken; name another one for the page with --port")
+    raise RefusedError(f"port {tried[0]} is taken; choose another one with --port")
 
 
 def page_environment(deployment: Deployment, token: str | None) -> dict[str, str]:
@@ -1573,8 +1573,8 @@ def _expected_proxy(deployment: Deployment) -> str:
     if relay is not None:
         return proxy_url(relay["host"], relay["port"])
     if settings.port == 0:
-        raise RefusedError("no proxy runs, and with proxy.port 0 nobody knows where it will; `connect` starts one")
-    _say("no proxy runs; `connect` starts one, and the page will find it")
+        raise RefusedError("no proxy is running, and proxy.port 0 means any port; run `connect` first")
+    _say("no proxy is running; `connect` starts one, and the page will find it")
     return proxy_url(settings.host, settings.port)
 
 
@@ -1623,7 +1623,7 @@ def _run_up(arguments: argparse.Namespace) -> int:
             if arguments.dashboard:
                 page = PageProcess(deployment, controller.url)
                 _say(f"page   {page.url}")
-            _say("Ctrl-C stops it all")
+            _say("Ctrl-C stops everything")
             _attend(controller, signals)
     finally:
         with contextlib.suppress(OSError):  # the terminal may be gone; stop everything anyway
@@ -1699,9 +1699,9 @@ def _run_scale(arguments: argparse.Namespace) -> int:
     deployment = _deployment(arguments)
     signals = OperatorSignals()
     if deployment.proxy() is None:
-        _say("no proxy runs: a replica that is taken away ends the turns that it may have; `connect` picks up new ones")
+        _say("no proxy is running: a removed replica cuts off its turns; `connect` picks up new replicas")
     elif lock_holder(deployment.paths.lock) is None:
-        _say("the proxy runs without its controller: it gets no new replicas until `connect` takes it over")
+        _say("the proxy is running without its controller: it gets no new replicas until `connect` takes it over")
     scaling = Scaling(deployment)
     started, surplus = scaling.scale(arguments.name, arguments.count)
     ended = scaling.retire(surplus, 0.0 if arguments.now else SCALE_DRAIN_S, signals.came)
@@ -1712,7 +1712,7 @@ def _run_scale(arguments: argparse.Namespace) -> int:
         if names:
             _say(f"{verb} {', '.join(names)}")
     if signals.came():
-        _say(f"interrupted: what drains goes on draining, what loads goes on loading; `{shlex.join(sys.argv)}` resumes")
+        _say(f"interrupted: replicas keep draining and loading; `{shlex.join(sys.argv)}` resumes")
         return 130
     _say(f"{arguments.name}: {arguments.count} replicas wanted")
     return 0
@@ -1734,7 +1734,7 @@ def _run_status(arguments: argparse.Namespace) -> int:
 def describe_model(row: Mapping[str, Any]) -> str:
     """Describe a model's row of the status in a line."""
     words = [f"{row['ready']} of {row['wanted']} ready"]
-    words += [f"{row['idle']} ended for want of turns"] if row["idle"] else []
+    words += [f"{row['idle']} stopped (idle)"] if row["idle"] else []
     if row["sessions"] is not None:
         told = ((row["in_flight"], "turn"), (row["sessions"], "session"))
         turns, sessions = (f"{number} {word}" + "s" * (number != 1) for number, word in told)
@@ -1804,7 +1804,7 @@ def _run_logs(arguments: argparse.Namespace) -> int:
     names = [arguments.name] if arguments.name else known
     missing = [name for name in names if name not in known]
     if not known:
-        raise RefusedError("there is no log: nothing was started yet; `start` or `up` does")
+        raise RefusedError("there are no logs yet; run `start` or `up` first")
     if missing:
         raise RefusedError(f"no log of {missing[0]}; there are: {', '.join(known)}")
 
@@ -1860,7 +1860,7 @@ def _run_doctor(arguments: argparse.Namespace) -> int:
     if arguments.json:
         _say(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     else:
-        _say(f"{counts['ok']} ok, {counts['warning']} to look at, {counts['error']} to mend")
+        _say(f"ok: {counts['ok']}, warnings: {counts['warning']}, errors: {counts['error']}")
     return 1 if counts["error"] else 0
 
 
@@ -1917,7 +1917,7 @@ def _history_of(arguments: argparse.Namespace) -> contextlib.AbstractContextMana
     config = load_config(arguments.config)
     path = history_path(config.proxy.history, deployment_paths(config.cluster.name, os.environ).history)
     if path is None:
-        raise RefusedError('proxy.history is "off": no turn is kept; name an older file with --history')
+        raise RefusedError('proxy.history is "off": turns are not kept; name an older file with --history')
     return read_history(path)
 
 
@@ -1967,7 +1967,7 @@ def build_parser(with_roles: bool = False) -> argparse.ArgumentParser:
 
     _add_running_verbs(verb)
     _add_read_only_verbs(verb)
-    added = verb("proxy", _run_proxy, "run the proxy alone, in front of servers that run already", "log")
+    added = verb("proxy", _run_proxy, "run only the proxy, in front of servers that are already running", "log")
     _add_proxy_options(added)
     if with_roles:
         _add_roles(verbs)
@@ -1976,41 +1976,41 @@ def build_parser(with_roles: bool = False) -> argparse.ArgumentParser:
 
 def _add_running_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verbs that start or stop something."""
-    added = verb("up", _run_up, "start replicas and proxy; Ctrl-C stops it all", "config", "model", "port", "log")
-    added.add_argument("--dashboard", action="store_true", help="serve the page too")
-    added = verb("start", _run_start, "start the replicas that are missing", "config", "model")
-    added.add_argument("--detach", action="store_true", help="do not wait until they are ready")
-    added.add_argument("--dry-run", action="store_true", help="print what would be started, start nothing")
+    added = verb("up", _run_up, "start replicas and proxy; Ctrl-C stops everything", "config", "model", "port", "log")
+    added.add_argument("--dashboard", action="store_true", help="also serve the page")
+    added = verb("start", _run_start, "start the missing replicas", "config", "model")
+    added.add_argument("--detach", action="store_true", help="don't wait until they are ready")
+    added.add_argument("--dry-run", action="store_true", help="only print what would be started")
     added = verb("connect", _run_connect, "run the proxy in front of the replicas", "config", "port", "log")
-    added.add_argument("--background", action="store_true", help="go on without this terminal once the proxy serves")
+    added.add_argument("--background", action="store_true", help="detach from this terminal once the proxy is ready")
     added = verb("scale", _run_scale, "change how many replicas of a model run", "config")
     added.add_argument("name", metavar="MODEL", help="the model's name")
-    added.add_argument("count", metavar="N", type=_count, help="how many replicas shall run")
-    added.add_argument("--detach", action="store_true", help="do not wait until new ones are ready")
-    added.add_argument("--now", action="store_true", help="do not let the turns of those that go finish")
-    added = verb("stop", _run_stop, "end the proxy and the replicas of the deployment", "config")
-    added.add_argument("--name", metavar="DEPLOYMENT", help="this one, whatever the configuration says")
-    added.add_argument("--now", action="store_true", help="do not let the turns in flight finish")
+    added.add_argument("count", metavar="N", type=_count, help="the number of replicas to run")
+    added.add_argument("--detach", action="store_true", help="don't wait until new ones are ready")
+    added.add_argument("--now", action="store_true", help="cut off the turns of removed replicas")
+    added = verb("stop", _run_stop, "stop the deployment's proxy and replicas", "config")
+    added.add_argument("--name", metavar="DEPLOYMENT", help="stop this deployment; needs no configuration")
+    added.add_argument("--now", action="store_true", help="cut off the turns in flight")
 
 
 def _add_read_only_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verbs that don't change what runs."""
-    added = verb("pull", _run_pull, "fetch the models to where the replicas read them", "config")
+    added = verb("pull", _run_pull, "download the models to where the replicas read them", "config")
     added.add_argument("--model", metavar="NAME", help="only this model of the configuration")
-    added = verb("doctor", _run_doctor, "check what can be checked before anything is started", "config")
+    added = verb("doctor", _run_doctor, "check what can be checked before starting anything", "config")
     added.add_argument("--json", action="store_true", help="print JSON")
-    added.add_argument("--job", action="store_true", help="look at a node too, by a small Slurm job for each model")
+    added.add_argument("--job", action="store_true", help="also check a node, with a small Slurm job per model")
     added = verb("status", _run_status, "show replicas and proxy; exit code 3 when something is missing", "config")
     added.add_argument("--json", action="store_true", help="print JSON")
-    added.add_argument("--watch", action="store_true", help="again every second, until Ctrl-C")
+    added.add_argument("--watch", action="store_true", help="repeat every second until Ctrl-C")
     added = verb("logs", _run_logs, "print the logs of a replica or of the proxy", "config")
     added.add_argument("name", nargs="?", metavar="REPLICA|proxy", help="whose log (default: all)")
-    added.add_argument("-f", "--follow", action="store_true", help="go on as lines are added")
-    added.add_argument("-n", "--lines", type=_count, default=100, help="how many of the last lines (default 100)")
+    added.add_argument("-f", "--follow", action="store_true", help="follow the log as it grows")
+    added.add_argument("-n", "--lines", type=_count, default=100, help="how many lines from the end (default 100)")
     added = verb("dashboard", _run_dashboard, "serve the page that shows what the proxy does", "config")
-    added.add_argument("--proxy", metavar="URL", help="another proxy than the deployment's")
-    added.add_argument("--port", dest="page_port", type=_port, metavar="P", help=f"default: from {PAGE_PORT} on")
-    added.add_argument("--token-file", metavar="FILE", help="holds the key of that proxy; or AGENT_INFRA_TOKEN does")
+    added.add_argument("--proxy", metavar="URL", help="a proxy other than the deployment's")
+    added.add_argument("--port", dest="page_port", type=_port, metavar="P", help=f"default: from {PAGE_PORT} up")
+    added.add_argument("--token-file", metavar="FILE", help="file with that proxy's key; or set AGENT_INFRA_TOKEN")
     _add_history_verbs(verb)
     added = verb("bundle", _run_bundle, "write the program as one file that can be copied")
     added.add_argument("--output", metavar="FILE", default="agent_infra.pyz", help="default %(default)s")
@@ -2019,15 +2019,15 @@ def _add_read_only_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
     defaults = ProxyConfig()
     parser.add_argument(
-        "--backend", action="append", required=True, metavar="MODEL=HOST:PORT", help="a server; once for each"
+        "--backend", action="append", required=True, metavar="MODEL=HOST:PORT", help="a server; repeat for each"
     )
     parser.add_argument("--host", default=defaults.host, help=f"address to listen on (default {defaults.host})")
     parser.add_argument("--port", type=_port, default=defaults.port, help=f"default {defaults.port}; 0 = any free one")
-    parser.add_argument("--strategy", choices=STRATEGY_NAMES, default=defaults.strategy, help="how turns are spread")
+    parser.add_argument("--strategy", choices=STRATEGY_NAMES, default=defaults.strategy, help="how to spread turns")
     parser.add_argument(
-        "--capture-text", type=_count, default=defaults.capture_text, help="characters of prompt and answer kept a turn"
+        "--capture-text", type=_count, default=defaults.capture_text, help="characters of prompt and answer to keep"
     )
-    parser.add_argument("--history", metavar="FILE", help='where turns are kept; "off": nowhere')
+    parser.add_argument("--history", metavar="FILE", help='file for finished turns; "off" keeps none')
 
 
 ROLES = ("serve", "fetch", "rank", "llama-cpp", "page", "relay", "tunnel")
@@ -2054,7 +2054,7 @@ def parse_command_line(words: Sequence[str]) -> argparse.Namespace:
     first = words[0] if words else ""
     parser = build_parser(with_roles=first in ROLES)
     if first.startswith("-") and first not in ("-h", "--help", "--version"):
-        parser.error(f"{first}: options stand after the verb, such as `agent_infra.py status --config FILE`")
+        parser.error(f"{first}: options come after the verb, such as `agent_infra.py status --config FILE`")
     return parser.parse_args(words)
 
 
@@ -2080,7 +2080,7 @@ def _moment(text: str) -> float:
     try:
         return moment(text, time.time())
     except ValueError:
-        words = f"{text!r} is no time: write 30m, 2h, 3d (ago), or 2026-11-22 or 2026-11-22T16:30"
+        words = f"{text!r} is not a time: write 30m, 2h, 3d (ago), or 2026-11-22 or 2026-11-22T16:30"
         raise argparse.ArgumentTypeError(words) from None
 
 
@@ -2092,10 +2092,10 @@ def _port(text: str) -> int:
 
 
 def _add_history_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
-    added = verb("export", _run_export, "print every finished turn, a line each", "config", "history")
+    added = verb("export", _run_export, "print every finished turn, one per line", "config", "history")
     added.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="default csv")
     added.add_argument("--session", metavar="ID", help="only this session's")
-    verb("report", _run_report, "sum a run up, in Markdown", "config", "history")
+    verb("report", _run_report, "summarise a run in Markdown", "config", "history")
 
 
 def _at_least_one(text: str) -> int:

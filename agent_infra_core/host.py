@@ -317,7 +317,7 @@ def listen_on(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRINUSE:
             fix = "end the program that listens there, or set proxy.port (or --port) to a free one"
         elif error.errno == errno.EACCES:
-            fix = "set proxy.port to one above 1023"
+            fix = "set proxy.port to a port above 1023"
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or error
         raise RefusedError(f"the proxy cannot listen on {host}:{port}: {reason}; {fix}") from error
 

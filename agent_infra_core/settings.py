@@ -84,7 +84,7 @@ class ProxyConfig:
     max_body_mb: float = _key(64.0, above=0)
     max_buffered_mb: float = _key(512.0, above=0)
     api_key: str | None = _key(None, pattern=KEY_PATTERN, allowed="at least 8 printable characters, no spaces")
-    capture_text: int = _key(200, low=0, high=100_000)  # characters of prompt and answer kept per turn
+    capture_text: int = _key(200, low=0, high=100_000)  # characters of prompt and answer to keep
     history: str | None = _key(None, pattern=r"\S(.*\S)?", allowed='"off" (in quotes), or the path of a file')
 
 

@@ -115,7 +115,7 @@ class Analyst:
         except Exception as error:  # noqa: BLE001  an analysis that fails must not end the next
             self.document = []  # no data is better than old data
             if self._told != repr(error):
-                self._log(f"there is no analysis: {traceback.format_exc().strip()}", "error")
+                self._log(f"the analysis failed: {traceback.format_exc().strip()}", "error")
             self._told = repr(error)
         return time.thread_time() - began
 

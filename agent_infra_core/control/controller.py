@@ -172,8 +172,8 @@ class Controller:
         """Take over or start the relay, then keep everything in step in a thread until stop()."""
         self.relay.open()
         if self.relay.retired is not None:
-            words = f"the relay (pid {self.relay.retired}) is of another version: it finishes its turns, and ends"
-            self._log(f"{words}; they are missing from the history. A new one serves from now on", "warning")
+            words = f"the relay (pid {self.relay.retired}) is of another version: it finishes its turns and exits"
+            self._log(f"{words}; they will be missing from the history. A new relay serves from now on", "warning")
         self._books.open()
         self.discovery.start()
         self._thread.start()
@@ -217,8 +217,8 @@ class Controller:
             self.relay.close()  # ends what the thread may be waiting for, and so the thread
             self._thread.join(timeout=STOP_S)
             if is_stuck := self._thread.is_alive():
-                lost = "the history lacks the turns and the replica time that it has not handed on"
-                self._log(f"the controller's thread still works and is left behind; {lost}", "warning")
+                lost = "turns and replica time that it has not passed on are missing from the history"
+                self._log(f"the controller's thread is still busy and was abandoned; {lost}", "warning")
         self.discovery.stop()
         self._books.close(takes_rest=not is_stuck)
         self.relay.close()
@@ -268,7 +268,7 @@ class Controller:
         self._hear(self.relay.receive(timeout))
         self._books.take()
         if time.monotonic() - self._heard_at > RELAY_SILENCE_S:
-            raise RelayGoneError(f"the relay (pid {self.relay.pid}) said nothing for {RELAY_SILENCE_S:g} s")
+            raise RelayGoneError(f"the relay (pid {self.relay.pid}) was silent for {RELAY_SILENCE_S:g} s")
 
     def _hear(self, frames: Iterable[tuple[bytes, bytes]]) -> None:
         """Process the relay's frames."""
@@ -279,7 +279,7 @@ class Controller:
             except RelayGoneError:
                 raise
             except Exception as error:  # noqa: BLE001  a bug, or a package that is missing, must not end the controller
-                self._log(f"a frame {kind!r} of the relay cannot be taken, and is left out: {error!r}")
+                self._log(f"a frame {kind!r} from the relay cannot be processed and is ignored: {error!r}")
 
     def _forget_drained(self, records: Sequence[ReplicaRecord]) -> None:
         """A replica that is gone or was restarted under the same name is no longer drained."""
@@ -311,7 +311,7 @@ class Controller:
             return
         if request["op"] == "session":
             document = self._tracker.session(request["session"])
-            error = "there is no session of this name, or it was forgotten; /stats lists those that are known"
+            error = "this session is unknown or was forgotten; /stats lists the known ones"
             body = json.dumps(document) if document else error_document(404, error, None, False).decode()
             self._answer(request, 200 if document else 404, "application/json", body)
             return
@@ -330,7 +330,7 @@ class Controller:
         self._sent_table = None
         self._stats.relay_replaced()
         if self.relay.reconnect():
-            self._log(f"{why}; connected to it again")
+            self._log(f"{why}; reconnected")
         else:
             self._log(f"{why}; starting another")
             self._tracker.relay_restarted()

@@ -40,7 +40,7 @@ class Discovery:
             self._thread.join(timeout=STOP_S)
             if self._thread.is_alive():
                 self._warn(
-                    "a look at the replicas still goes on; it is left behind, and a handover that it may be at too"
+                    "a poll of the replicas is still running; it was abandoned, with any handover it was working on"
                 )
 
     def look(self) -> None:
@@ -50,7 +50,7 @@ class Discovery:
         except Exception as error:  # noqa: BLE001  a look that fails must not end discovery
             problem = str(error) if isinstance(error, AgentInfraError) else f"{type(error).__name__}: {error}"
             if problem != self.error:
-                self._warn(f"the replicas cannot be looked at, so what was seen last stands: {problem}")
+                self._warn(f"the replicas cannot be polled, so their last known state is used: {problem}")
             self.error = problem
 
     def _run(self) -> None:

@@ -102,7 +102,7 @@ def _succession_step(
     if new.state == "ready":
         return HandoverStep("drain", replica, f"{new.replica} is ready and takes over from {replica}")
     if new.state == "pending" and not succession.is_after and _LIMIT_REASON.fullmatch(new.pending_reason or ""):
-        reason = f"{new.pending_reason} does not allow {new.replica} beside {replica}: it starts once that has ended"
+        reason = f"{new.pending_reason} does not allow {new.replica} beside {replica}: it starts after {replica}"
         return HandoverStep("postpone", replica, reason)
     return None
 
@@ -151,7 +151,7 @@ class Handover:
                 self._problem = None
             except Exception as error:  # noqa: BLE001  whatever fails here must not keep the replicas from being seen
                 if self._problem != repr(error):
-                    self._log(f"handover: {error!r}; it is tried again at each look")
+                    self._log(f"handover: {error!r}; it is retried at each poll")
                 self._problem = repr(error)
             finally:
                 self._lock.release()

@@ -81,7 +81,7 @@ def end_controller(paths: DeploymentPaths, now: bool) -> list[str]:
     if holder["verb"] == LIBRARY_HOLDER_VERB:
         raise AgentInfraError(
             f"the deployment is run by a program that imported agent_infra (pid {holder['pid']}); "
-            "let that program call stop(), or end it, then stop again"
+            "let that program call stop(), or end it, then run stop again"
         )
     stamp = process_stamp(holder["pid"]) if holder["pid"] else None
     if stamp is None:

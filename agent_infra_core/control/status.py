@@ -100,7 +100,7 @@ def count_missing(model: ModelConfig, serving: Iterable[ReplicaRecord], report: 
     """Number of replicas of a model to start. Reports how many are already running."""
     present = sum(record.model == model.name for record in serving)
     if present:
-        report(f"{model.name}: {present} of {model.replicas} replicas run already")
+        report(f"{model.name}: {present} of {model.replicas} replicas are already running")
     return max(0, model.replicas - present)
 
 
@@ -148,7 +148,7 @@ def list_problems(models: Sequence[Mapping[str, Any]], records: Sequence[Replica
     ]
     present = collections.Counter(record.model for record in records)
     reasons += [
-        f"{row['running']} of {row['wanted']} replicas of {row['name']} run; `start` starts what is missing"
+        f"{row['running']} of {row['wanted']} replicas of {row['name']} are running; `start` starts the missing ones"
         for row in models
         if present[row["name"]] < row["wanted"]
     ]

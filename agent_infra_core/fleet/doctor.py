@@ -90,15 +90,15 @@ MIN_FREE_BYTES = 1 << 30
 
 def _check_packages(_: ExaminedDeployment) -> Iterator[Finding]:
     require_packages(PROGRAM_PACKAGES)
-    yield Finding("ok", f"Python {sys.version.split()[0]} has all that the program needs")
+    yield Finding("ok", f"Python {sys.version.split()[0]} has all required packages")
 
 
 def _check_descriptors(_: ExaminedDeployment) -> Iterator[Finding]:
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if limit == resource.RLIM_INFINITY:
-        yield Finding("ok", "as many as you like")
+        yield Finding("ok", "unlimited")
     elif limit < MIN_DESCRIPTORS:
-        fix = f"raise it (ulimit -Hn {MIN_DESCRIPTORS}, limits.conf) for more than some {limit // 2} turns at once"
+        fix = f"raise it (ulimit -Hn {MIN_DESCRIPTORS}, limits.conf) for more than about {limit // 2} turns at once"
         yield Finding("warning", f"at most {limit}", fix)
     else:
         yield Finding("ok", f"at most {limit}, for half as many turns at once")
@@ -127,13 +127,13 @@ def _check_proxy_port(deployment: ExaminedDeployment) -> Iterator[Finding]:
         yield Finding("ok", f"{host}:{port} is served by this deployment's proxy (pid {relay['pid']})")
     else:
         listen_on(host, port).close()
-        yield Finding("ok", f"{host}:{port} is free" if port else f"any free one of {host}")
+        yield Finding("ok", f"{host}:{port} is free" if port else f"any free port of {host}")
 
 
 def _check_engines(deployment: ExaminedDeployment) -> Iterator[Finding]:
     for model in deployment.config.models:
         found = find_engine(model, deployment.environment)
-        yield Finding("ok", f"model {model.name}: engine {model.engine} is there: {found}")
+        yield Finding("ok", f"model {model.name}: engine {model.engine} found: {found}")
 
 
 def _check_gpus(deployment: ExaminedDeployment) -> Iterator[Finding]:
@@ -143,12 +143,12 @@ def _check_gpus(deployment: ExaminedDeployment) -> Iterator[Finding]:
     if not wanting:
         yield Finding("ok", "none is needed")
     elif not pool:
-        fix = "look what `nvidia-smi -L` says; on the CPU vLLM needs its CPU build"
-        yield Finding("warning", f"{wanted} wanted, none is seen here", fix)
+        fix = "check `nvidia-smi -L`; without a GPU, vLLM needs its CPU build"
+        yield Finding("warning", f"{wanted} needed, none is visible here", fix)
     elif wanted > len(pool):
-        yield Finding("error", f"{wanted} wanted, {len(pool)} here", "lower replicas or tensor_parallel_size")
+        yield Finding("error", f"{wanted} needed, {len(pool)} here", "lower replicas or tensor_parallel_size")
     else:
-        yield Finding("ok", f"{wanted} of {len(pool)} wanted")
+        yield Finding("ok", f"{wanted} of {len(pool)} needed")
 
 
 def _check_engine_ports(deployment: ExaminedDeployment) -> Iterator[Finding]:
@@ -156,7 +156,7 @@ def _check_engine_ports(deployment: ExaminedDeployment) -> Iterator[Finding]:
         span = range(model.base_port, min(model.base_port + 1000, 65536))
         first = next((port for port in span if is_port_free(port)), None)
         if first is None:
-            yield Finding("error", f"model {model.name}: none is free from {model.base_port} on", "set base_port")
+            yield Finding("error", f"model {model.name}: no free port from {model.base_port} on", "set base_port")
         else:
             moved = "" if first == model.base_port else f" ({model.base_port} is busy)"
             yield Finding("ok", f"model {model.name}: from {first} on{moved}")
@@ -195,8 +195,8 @@ def probe_hub(repository: str, environment: Mapping[str, str]) -> Finding:
         is_gated = answer.headers.get("X-Error-Code") == "GatedRepo"
         return Finding("error", where, HUB_FAILURES["GatedRepoError" if is_gated else "RepositoryNotFoundError"])
     if answer.status_code >= 400:
-        return Finding("warning", f"{where}; the hub says {answer.status_code}", "look whether model_path is right")
-    return Finding("ok", f"{where}; the hub has it, `pull` fetches it ahead")
+        return Finding("warning", f"{where}; the hub answered {answer.status_code}", "check model_path")
+    return Finding("ok", f"{where}; the hub has it; `pull` downloads it in advance")
 
 
 def _slurm(deployment: ExaminedDeployment) -> SlurmCluster:
@@ -214,8 +214,8 @@ def _check_host(deployment: ExaminedDeployment) -> Iterator[Finding]:
     if len(found) == 4:
         yield Finding("ok", where)
     else:
-        fix = "set cluster.ssh to the cluster's login host, or put them on PATH (not only of login shells)"
-        yield Finding("error", f"{where}: Slurm's commands are not there", fix)
+        fix = "set cluster.ssh to the cluster's login host, or add them to PATH, for non-login shells too"
+        yield Finding("error", f"{where}: Slurm's commands are missing", fix)
 
 
 def _check_slurm(deployment: ExaminedDeployment) -> Iterator[Finding]:
@@ -229,7 +229,7 @@ def _check_slurm(deployment: ExaminedDeployment) -> Iterator[Finding]:
     fix = "wait, or tell the administrators"
     if "configuration" in words:  # no slurm.conf, and no server that provides one
         fix = "set cluster.ssh to the cluster's login host, or SLURM_CONF to its slurm.conf"
-    yield Finding("error", words or "scontrol ping says nothing", fix)
+    yield Finding("error", words or "scontrol ping printed nothing", fix)
 
 
 def _check_partitions(deployment: ExaminedDeployment) -> Iterator[Finding]:
@@ -244,7 +244,7 @@ def _check_partitions(deployment: ExaminedDeployment) -> Iterator[Finding]:
         idle = sum(node.free(partition.gres) for node in members)
         state = rows.get(partition.name, {}).get("State", "UP")
         if state != "UP":
-            yield Finding("warning", f"{partition.name} is {state}: jobs wait there", "prefer another one (priority)")
+            yield Finding("warning", f"{partition.name} is {state}: jobs wait there", "raise another's priority")
         elif needs_gpus and most < partition.gpus_per_node:
             kinds = ", ".join(sorted({name for node in members for name in node.gres})) or "no GRES"
             fix = f"correct gres or gpus_per_node; its nodes have {kinds}"
@@ -267,7 +267,7 @@ def _check_walltime(deployment: ExaminedDeployment) -> Iterator[Finding]:
         wanted_s, most_s = (spans[0], spans[-1]) if spans else (math.inf, math.inf)
         words = f"{partition.name}: {describe_span(wanted_s)}"
         if wanted_s > most_s:
-            fix = f"lower time_limit to {row['MaxTime']}, or jobs wait for ever (PartitionTimeLimit)"
+            fix = f"lower time_limit to {row['MaxTime']}, or jobs will wait forever (PartitionTimeLimit)"
             yield Finding("error", f"{words}, the partition allows {describe_span(most_s)}", fix)
         elif wanted_s < 3 * (load_s + HANDOVER_RESERVE_S):
             measured = "took" if loads else "may take"
@@ -289,8 +289,8 @@ def _check_accounts(deployment: ExaminedDeployment) -> Iterator[Finding]:
     account = slurm.sbatch.get("account")
     if "none" in first.lower() or not rest.strip():
         level = "warning" if asked or account else "ok"
-        fix = "look whether they are right: nobody else will" if asked or account else None
-        yield Finding(level, "Slurm keeps no accounts that can be asked: any QoS and account is taken", fix)
+        fix = "check them yourself: Slurm won't" if asked or account else None
+        yield Finding(level, "Slurm has no accounting database: it accepts any QoS and account", fix)
         return
     rows = [line.split("|") for line in rest.splitlines() if line.count("|") == 2]
     known = {qos for _, _, names in rows for qos in names.split(",") if qos}
@@ -312,7 +312,7 @@ def _check_work_dir(deployment: ExaminedDeployment) -> Iterator[Finding]:
     where = f"{cluster.host.work_dir} ({kind or 'unknown file system'})"
     if kind in ("tmpfs", "ramfs", "overlayfs"):
         fix = "set cluster.slurm.work_dir to the file system that login and compute nodes share"
-        yield Finding("warning", f"{where} is most likely this host's alone; `doctor --job` tells", fix)
+        yield Finding("warning", f"{where} is probably local to this host; `doctor --job` checks", fix)
     elif free is not None and free < MIN_FREE_BYTES:
         yield Finding("warning", f"{where}: {free / 1e9:.2f} GB free", "free some space there")
     else:
@@ -328,8 +328,8 @@ def _check_cluster_weights(deployment: ExaminedDeployment) -> Iterator[Finding]:
         path = cluster.host.find_model(model)
         if model.engine == "vllm" and is_hub_id(path):
             found = probe_hub(path, {**deployment.environment, **model.env})
-            fix = found.fix or "`pull` fetches it to where nodes read it, `doctor --job` tells whether they do"
-            yield Finding(found.level, f"model {model.name}: {path}, asked from here: {found.text}", fix)
+            fix = found.fix or "`pull` downloads it to where nodes read it; `doctor --job` checks that they can"
+            yield Finding(found.level, f"model {model.name}: {path}, checked from here: {found.text}", fix)
         else:
             yield Finding("ok", f"model {model.name}: {path}")
 
@@ -355,7 +355,7 @@ def _check_job(deployment: ExaminedDeployment) -> Iterator[Finding]:
         seen, why = examination.probe(model, PROBE_JOB_S)
         where = f"model {model.name}"
         if seen is None:
-            yield Finding("error", f"{where}: {why}", "see what the job says; `status` explains why jobs wait")
+            yield Finding("error", f"{where}: {why}", "read the job's log; `status` explains why jobs wait")
             continue
         where += f" on {seen['node']}"
         yield Finding("ok", f"{where}: work_dir is shared, Python {seen['python']}")
@@ -375,13 +375,13 @@ def judge_probe(model: ModelConfig, where: str, seen: Mapping[str, Any]) -> Iter
         yield Finding("ok", f"{where}: {package} {seen['package']}")
     wanted = model.tensor_parallel_size * model.pipeline_parallel_size if ENGINES[model.engine].uses_gpus else 0
     if len(seen["gpus"]) < min(1, wanted):
-        yield Finding("warning", f"{where}: no GPU is seen", "look at gres; on the CPU vLLM needs its CPU build")
+        yield Finding("warning", f"{where}: no GPU is visible", "check gres; without a GPU, vLLM needs its CPU build")
     elif wanted:
         yield Finding("ok", f"{where}: {', '.join(seen['gpus'])}")
     if seen["model"] == "missing":
         yield Finding("error", f"{where}: {model.model_path} is not there", "put it where the nodes can read it")
     elif seen["model"] == "remote" and not seen["hub"]:
-        fix = "`pull` fetches it ahead; let HF_HOME (in the model's env) be where nodes read it too"
+        fix = "`pull` downloads it in advance; set HF_HOME (in the model's env) to where nodes can read it"
         yield Finding("error", f"{where}: {model.model_path} is not in the node's cache, and it has no network", fix)
     else:
         words = {"local": "is there", "cached": "is in its cache", "remote": "can be fetched from there"}[seen["model"]]

@@ -88,7 +88,7 @@ def _check_vllm(model: ModelConfig) -> None:
         if name in _VLLM_OWN_OPTIONS:
             raise RefusedError(
                 f"model {model.name}: engine_args: {name} is set by this program; delete it "
-                "(name and base_port are keys of the model, the key is made for you)"
+                "(name and base_port are keys of the model, the key is generated for you)"
             )
 
 
@@ -134,12 +134,9 @@ def _command_argv(model: ModelConfig, _: JobShape) -> list[str]:
 
 def _check_command(model: ModelConfig) -> None:
     if model.idle_shutdown_minutes is not None:
-        raise RefusedError(
-            f"model {model.name}: idle_shutdown_minutes: nobody can tell whether a server of engine: command is idle; "
-            "delete it"
-        )
+        raise RefusedError(f"model {model.name}: idle_shutdown_minutes: engine: command reports no load; delete it")
     if model.engine_args:
-        raise RefusedError(f"model {model.name}: engine_args: engine: command takes none; write them into command")
+        raise RefusedError(f"model {model.name}: engine_args: engine: command takes none; put them in command")
 
 
 # To add an engine, add a row, and its name to ENGINE_NAMES.

@@ -13,16 +13,16 @@ from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord
 # Slurm's pending reason → explanation. The first match is used; without a match, the reason is shown as it is.
 PENDING_REASONS = (
     (r"Resources", "it is next, and waits for nodes to become free"),
-    (r"Priority", "jobs of higher priority wait before it"),
-    (r"BeginTime", "it may not start before the time that it was given, or that a requeue gave it"),
+    (r"Priority", "jobs with higher priority are ahead of it"),
+    (r"BeginTime", "its begin time, which a requeue also sets, has not come yet"),
     (r"Dependency.*", "it waits for another job to end"),
     (r"JobHeldUser", "you hold it: `scontrol release` lets it go"),
     (r"JobHeldAdmin|JobHoldMaxRequeue|.*requeued held.*|.*Hold.*", "it is held: ask the administrators to release it"),
     (r"PartitionNodeLimit|PartitionTimeLimit", "it asks for more than the partition allows: lower time_limit or nodes"),
-    (r"PartitionDown|PartitionInactive", "the partition takes no jobs now"),
+    (r"PartitionDown|PartitionInactive", "the partition accepts no jobs at the moment"),
     (
         r"ReqNodeNotAvail.*[Rr]eserv.*|Reservation.*",
-        "the nodes are reserved, for maintenance perhaps (`scontrol show res`)",
+        "the nodes are reserved, perhaps for maintenance (`scontrol show res`)",
     ),
     (r"ReqNodeNotAvail.*", "the nodes that could run it are down, drained or reserved (`sinfo -R` says why)"),
     (r"Nodes required for job are DOWN.*", "the nodes that could run it are down, drained or reserved (`sinfo -R`)"),
@@ -43,7 +43,7 @@ PENDING_REASONS = (
         r"launch failed requeued held|BadConstraints",
         "no node can ever run it: correct gres, or the constraint under sbatch",
     ),
-    (r"NodeDown|Prolog", "a node that was to run it failed; Slurm looks for another"),
+    (r"NodeDown|Prolog", "the node chosen for it failed; Slurm is looking for another"),
     (r"None", "Slurm has not looked at it yet"),
 )
 
@@ -58,17 +58,17 @@ def explain_pending(reason: str) -> str:
 JOB_ENDINGS: Mapping[str, tuple[str, str, str]] = {
     "TIMEOUT": ("timed_out", "its job reached its walltime", "start it again; raise time_limit of the partition"),
     "DEADLINE": ("timed_out", "its job reached its deadline", "start it again"),
-    "NODE_FAIL": ("node_failure", "its node failed", "start it again; Slurm keeps away from the node"),
+    "NODE_FAIL": ("node_failure", "its node failed", "start it again; Slurm avoids that node"),
     "BOOT_FAIL": ("node_failure", "its node did not boot", "start it again; tell the administrators if it repeats"),
     "OUT_OF_MEMORY": (
         "out_of_memory",
-        "its job took more of the node's memory than it asked for",
-        "raise it with mem under cluster.slurm.sbatch (weights pass through it while they load)",
+        "its job used more memory than it requested",
+        "raise mem under cluster.slurm.sbatch (weights go through memory while they load)",
     ),
     "PREEMPTED": (
         "node_failure",
-        "a job of higher priority took its place",
-        "start it again; a partition or QoS that is not preempted keeps it",
+        "a job with higher priority took its place",
+        "start it again; use a partition or QoS that is not preempted",
     ),
     "CANCELLED": ("unknown", "its job was cancelled", "somebody ran scancel; start it again"),
     "REVOKED": ("unknown", "its job was revoked", "another cluster of the federation took it"),
@@ -81,7 +81,7 @@ JOB_EXIT_CODES: Mapping[int, tuple[str, str, str]] = {
     ),
     78: ("bad_argument", "", "activate a Python of at least 3.10 under cluster.slurm.setup"),
     126: ("bad_argument", "", "a program of the job's script cannot be executed; see cluster.slurm.setup"),
-    127: ("bad_argument", "", "a program of the job's script is not there; see cluster.slurm.setup and container"),
+    127: ("bad_argument", "", "a program of the job's script is missing; see cluster.slurm.setup and container"),
 }
 
 
@@ -89,7 +89,7 @@ def diagnose_job(end: JobEnd | None, job_id: str, log: str) -> ReplicaFailure:
     """Why a replica's job ended, if the replica itself didn't report it. ``log`` is the end of its log."""
     if end is None:
         hint = "start it again; `sacct` may know more"
-        return ReplicaFailure("unknown", f"job {job_id} is gone from Slurm, and nothing tells why", hint)
+        return ReplicaFailure("unknown", f"job {job_id} is no longer known to Slurm, so the reason is unknown", hint)
     lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("--- ")]
     told = [line for line in lines if " agent-infra: " not in line or line.startswith("agent-infra: ")]
     known = JOB_ENDINGS.get(end.state) or JOB_EXIT_CODES.get(end.exit_code)

@@ -159,7 +159,7 @@ class LocalCluster:
         if record.state in ("stopped", "failed") or is_alive(record):
             return record
         if is_elsewhere(record):
-            return dataclasses.replace(record, message=f"on {record.node}, out of sight from {os.uname().nodename}")
+            return dataclasses.replace(record, message=f"on {record.node}; not visible from {os.uname().nodename}")
         # `serve` may have written a final record after this one was read.
         record = read_record(self._paths.record(record.replica)) or dataclasses.replace(record, state="stopped")
         if record.state in ("stopped", "failed") or is_alive(record):
@@ -262,5 +262,5 @@ def find_engine(model: ModelConfig, environment: Mapping[str, str]) -> str:
     program = plain_command(model)[0]
     found = shutil.which(program, path={**environment, **model.env}.get("PATH"))
     if found is None:
-        raise RefusedError(f"model {model.name}: command: {program} is no program here; install it, or write its path")
+        raise RefusedError(f"model {model.name}: command: {program} was not found; install it, or give its path")
     return found

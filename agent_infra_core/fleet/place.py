@@ -68,7 +68,7 @@ def replica_shape(model: ModelConfig, partition: PartitionConfig) -> ReplicaShap
     where = f"model {model.name}: its {total} GPUs do not fit partition {partition.name}"
     if nodes > 1 and not engine.spans_nodes:
         raise RefusedError(
-            f"{where} (gpus_per_node: {partition.gpus_per_node}), and engine {model.engine} spans no nodes; "
+            f"{where} (gpus_per_node: {partition.gpus_per_node}), and engine {model.engine} cannot span nodes; "
             "lower tensor_parallel_size"
         )
     if total % nodes:
@@ -143,7 +143,7 @@ def engine_bind_host(model: ModelConfig, tunnel: str) -> str:
         return "0.0.0.0"  # noqa: S104  the key is asked for on every path
     if tunnel in ("none", "login"):
         raise RefusedError(
-            f"model {model.name}: engine {model.engine} may ask for no key, so it listens on its node's loopback, "
+            f"model {model.name}: engine {model.engine} may not require a key, so it listens on its node's loopback, "
             f"which cluster.tunnel: {tunnel} does not reach; set it to node (or auto)"
         )
     return "127.0.0.1"

@@ -117,7 +117,7 @@ class SlurmCluster:
     def replicas(self) -> list[ReplicaRecord]:
         view = self._look()
         if view.problem:
-            self.problem = f"Slurm does not answer ({view.problem}); what stands here is what the replicas said last"
+            self.problem = f"Slurm does not answer ({view.problem}); this is what the replicas last reported"
             return [reported_record(replica, told, view.records.get(replica)) for replica, told in view.told.items()]
         self.problem = None
         clock = (time.time(), view.clock)
@@ -183,7 +183,7 @@ class SlurmCluster:
     def _answered(self) -> QueueView:
         view = self._look()
         if view.problem:
-            raise SchedulerError(f"Slurm does not answer ({view.problem}), so nothing can be ended; try again")
+            raise SchedulerError(f"Slurm does not answer ({view.problem}), so nothing can be stopped; try again")
         return view
 
     def _steady(self, record: ReplicaRecord) -> ReplicaRecord:

@@ -149,9 +149,7 @@ class SlurmHost:
             )
         work_dir, told_key, program = lines
         if not re.fullmatch(KEY_PATTERN, told_key):
-            raise RefusedError(
-                f"{work_dir}/{words[1]}/replica_key on the cluster holds no key; delete it for a new one"
-            )
+            raise RefusedError(f"{work_dir}/{words[1]}/replica_key on the cluster contains no key; delete it")
         self.work_dir, self.root = work_dir, f"{work_dir}/{words[1]}"
         self.run_dir, self.program = f"{self.root}/run", f"{work_dir}/programs/{digest}/node.pyz"
         if program != "there":
@@ -254,7 +252,7 @@ class SlurmHost:
         done = self.shell(script, path)
         if done.status != 0:
             raise RefusedError(
-                f"model {model.name}: model_path {path} is not there on the cluster; put it where the nodes can read "
+                f"model {model.name}: model_path {path} does not exist on the cluster; put it where the nodes can read "
                 "it, and name it by its absolute path"
             )
         return done.output.decode()
@@ -275,11 +273,11 @@ class SlurmHost:
             return done
         words = failure_text(done)
         if done.status == 127:
-            raise RefusedError(f"Slurm's commands are not there ({words}); set cluster.ssh to the cluster's login host")
+            raise RefusedError(f"Slurm's commands are missing ({words}); set cluster.ssh to the cluster's login host")
         if _SLURM_SILENT.search(words):
             raise SchedulerError(f"Slurm does not answer: {words}; try again, nothing was changed")
         hint = next((hint for pattern, hint in SUBMIT_PROBLEMS if re.search(pattern, words)), "see `sbatch --help`")
-        raise RefusedError(f"Slurm refuses: {words}; {hint}")
+        raise RefusedError(f"Slurm refused: {words}; {hint}")
 
     def close(self) -> None:
         self._runner.close()
@@ -291,7 +289,7 @@ SUBMIT_PROBLEMS = (
     (r"[Ii]nvalid qos", "correct qos or default_qos; `sacctmgr show assoc user=$USER format=qos` lists yours"),
     (r"[Ii]nvalid account", "set account under cluster.slurm.sbatch; `sacctmgr show assoc user=$USER` lists yours"),
     (r"time limit", "lower time_limit to what the partition allows (`sinfo -o '%P %l'`)"),
-    (r"violates accounting|QOS|AssocMax|limit", "a limit of your account or QoS: fewer replicas, or ask for more"),
+    (r"violates accounting|QOS|AssocMax|limit", "a limit of your account or QoS: start fewer replicas"),
     (
         r"configuration is not available|gres|TRES|[Ii]nvalid generic resource",
         "correct gres and gpus_per_node (`sinfo -o '%P %G'`)",

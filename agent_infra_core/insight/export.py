@@ -35,7 +35,7 @@ def read_history(path: Path) -> Iterator[HistoryFile | None]:
                 opened(read_only=False)
             yield file
         except sqlite3.Error as error:
-            fix = "the controller puts it aside, at its next start" if is_damaged(error) else "try again"
+            fix = "the controller renames it at its next start" if is_damaged(error) else "try again"
             raise RefusedError(f"the history {path} cannot be read: {error}; {fix}") from error
 
 

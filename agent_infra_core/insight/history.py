@@ -225,11 +225,11 @@ class HistoryFile:
     def _check(self) -> None:
         version, mark = self._value("PRAGMA user_version"), self._value("PRAGMA application_id")
         if mark != _HISTORY_MARK and (version or self._value("SELECT count(*) FROM sqlite_master")):
-            raise HistoryRefusedError(f"{self._path} is no history of Agent Infra; set proxy.history to another path")
+            raise HistoryRefusedError(f"{self._path} is not a history of ours; set proxy.history to another path")
         if version > len(_MIGRATIONS):
             raise HistoryRefusedError(
-                f"{self._path} is of a newer version (schema {version}, this program knows {len(_MIGRATIONS)}); "
-                "take that version of the program, or set proxy.history to another path"
+                f"{self._path} is from a newer version (schema {version}, this program knows {len(_MIGRATIONS)}); "
+                "use that version, or set proxy.history to another path"
             )
 
     def _prepare(self) -> None:
@@ -434,7 +434,7 @@ class History:
         try:
             restore(self._open_deployment())
         except Exception as error:  # noqa: BLE001  whatever it is: it is served without history rather than not at all
-            self._fail(error, "starting without what was before: ")
+            self._fail(error, "starting without earlier data: ")
         self._thread.start()
 
     def add(self, batch: HistoryBatch) -> None:
@@ -478,7 +478,7 @@ class History:
             self._opened_as = list(_files_of(self.path.resolve()))
             self._turns = self._file.count_turns()
         elif self._is_elsewhere():
-            raise FileNotFoundError("it was removed, or another file put in its place; it is opened anew")
+            raise FileNotFoundError("it was removed or replaced; it is reopened")
         return self._file
 
     def _is_elsewhere(self) -> bool:
@@ -518,7 +518,7 @@ class History:
             return
         self._turns = (self._turns or 0) + added
         if file.refused:
-            said = f"{len(file.refused)} rows cannot be kept and are left out; of the first: {file.refused[0]}"
+            said = f"{len(file.refused)} rows cannot be stored and are left out: {file.refused[0]}"
             self._log(f"history: {said}", "warning")
         self._recover()
         try:
@@ -533,8 +533,8 @@ class History:
         if self._problem is not None:
             with self._lock:
                 lost, self._lost = self._lost, collections.Counter()
-            consequence = f"; {_amounts(lost)} are lost to it" if lost else ""
-            self._log(f"the history {self.path} is written again{consequence}", "info")
+            consequence = f"; {_amounts(lost)} were lost" if lost else ""
+            self._log(f"the history {self.path} is being written again{consequence}", "info")
         self._problem = None
 
     def _fail(self, error: Exception, consequence: str = "") -> None:

@@ -121,20 +121,20 @@ def _cumulative(durations: Histogram) -> list[tuple[str, float]]:
 # Gauges of a backend's row in /stats: name → help text and getter. None values are left out.
 _BACKEND_GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "up": ("Whether it is ready and healthy.", lambda row: row["state"] == "ready" and row["healthy"] is not False),
-    "in_flight": ("Turns with it.", lambda row: row["inflight"]),
-    "slots": ("Turns that it can work on at once.", lambda row: row["slots"]),
+    "in_flight": ("Turns in flight on it.", lambda row: row["inflight"]),
+    "slots": ("Turns that it can process at once.", lambda row: row["slots"]),
     "kv_cache_usage_ratio": ("Used share of its KV cache.", lambda row: row["engine"]["kv_usage"]),
     "gpu_memory_used_bytes": ("Used memory of its GPUs.", lambda row: as_mapping(row["gpu"]).get("memory_used")),
     "gpu_memory_bytes": ("Memory of its GPUs.", lambda row: as_mapping(row["gpu"]).get("memory_total")),
-    "gpu_utilization_ratio": ("Of its GPUs.", lambda row: ratio(as_mapping(row["gpu"]).get("utilization"), 100)),
+    "gpu_utilization_ratio": ("Use of its GPUs.", lambda row: ratio(as_mapping(row["gpu"]).get("utilization"), 100)),
 }
 _GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "start_time_seconds": ("When the controller started.", lambda stats: stats["now"] - stats["uptime_seconds"]),
     "queue_turns": ("Turns that wait for a slot.", lambda stats: stats["queue"]["pending"]),
     "in_flight_turns": ("Turns with a replica.", lambda stats: stats["queue"]["in_flight"]),
     "live_sessions": ("Sessions that are not over.", lambda stats: stats["sessions"]["live"]),
-    "active_sessions": ("Of these, heard of lately.", lambda stats: stats["sessions"]["active"]),
-    "relay_resident_memory_bytes": ("Of the relay.", lambda stats: stats["relay"]["rss_bytes"]),
+    "active_sessions": ("Sessions that were active lately.", lambda stats: stats["sessions"]["active"]),
+    "relay_resident_memory_bytes": ("Resident memory of the relay.", lambda stats: stats["relay"]["rss_bytes"]),
     "relay_connections": ("Open connections of clients.", lambda stats: stats["relay"]["connections"]),
     "history_up": ("Whether turns are being kept.", lambda stats: stats["history"]["state"] == "on"),
     "history_turns": ("Turns in the history.", lambda stats: stats["history"]["turns"]),
@@ -143,7 +143,7 @@ _GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
 # The same for an entry of the analysis.
 _ANALYSIS_GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "suggested_agents": ("Agents to run in parallel.", lambda entry: entry["suggestion"]["agents"]["value"]),
-    "utilisation_ratio": ("Of the replicas, by the model.", lambda entry: entry["operating"]["utilisation"]["value"]),
+    "utilisation_ratio": ("Use of the replicas, as fitted.", lambda entry: entry["operating"]["utilisation"]["value"]),
 }
 
 
@@ -156,7 +156,7 @@ class StatsMetrics:
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        info = GaugeMetricFamily("agent_infra_info", "Of the program.", labels=("version",))
+        info = GaugeMetricFamily("agent_infra_info", "Version of the program.", labels=("version",))
         info.add_metric((__version__,), 1)
         yield info
         backends = [((row["model"], row["id"]), row) for row in self._stats["backends"]]

@@ -195,11 +195,11 @@ class Report:
         rows = [
             ("retried: sent to more than one replica", retried, again, _share(again, tokens_in)),
             ("aborted, cut or failed", vain, vain_tokens, _share(vain_tokens, tokens_in)),
-            ("prefilled again: expected in the cache, and not there", misses, prefilled, _share(prefilled, tokens_in)),
+            ("prefilled again: expected in the cache but missing", misses, prefilled, _share(prefilled, tokens_in)),
         ]
         lines = ["## Waste", "", *_table(("", "turns", "tokens", "of tokens in"), rows)]
         if vain_ms:
-            lines += [f"Inference in vain: {_words(vain_ms / 1000)} s.", ""]
+            lines += [f"Wasted inference: {_words(vain_ms / 1000)} s.", ""]
         reasons: collections.Counter[str] = collections.Counter()
         for reason, count in self._rows("cache_miss, count(*)", "AND cache_miss IS NOT NULL GROUP BY 1"):
             reasons[re.split(r" from | message ", reason)[0]] += count  # without replica names and message numbers

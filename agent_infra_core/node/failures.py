@@ -68,18 +68,18 @@ FAILURE_SIGNS = (
         "offline",
         r"OfflineModeIsEnabled|outgoing traffic has been disabled|LocalEntryNotFoundError|couldn't connect to 'https"
         r"|Temporary failure in name resolution|Name or service not known|Network is unreachable",
-        "this node reaches no network: fetch the model where there is one, and set model_path to its folder",
+        "this node has no network: fetch the model where there is one, and set model_path to its folder",
     ),
     FailureSign(
         "port_in_use",
         r"[Aa]ddress already in use|EADDRINUSE|Errno 98\b|couldn't bind",
-        "another server took the port; the next start moves on to another. Set base_port apart if it happens often",
+        "another server took the port; the next start moves on to another. If it happens often, set another base_port",
     ),
     FailureSign(
         "node_failure",
         r"uncorrectable ECC|fallen off the bus|\bXid\b|No CUDA GPUs are available|CUDA driver initialization failed"
         r"|CUDA-capable device\(s\) is/are busy|Failed to initialize NVML|libcuda\.so\.1: cannot open",
-        "the node's GPU or driver does not work (nvidia-smi): keep away from this node and tell its administrators",
+        "the node's GPU or driver does not work (nvidia-smi): avoid this node, and tell its administrators",
     ),
     FailureSign(
         "bad_argument",
@@ -89,7 +89,7 @@ FAILURE_SIGNS = (
     FailureSign(
         "bad_argument",
         r"can't open file .*No such file",
-        "the program that command names is not there: give its full path",
+        "the program named in command does not exist: give its full path",
         exit_code=2,
     ),
     FailureSign(
@@ -134,11 +134,11 @@ def classify_failure(log: str, exit_code: int | None) -> ReplicaFailure:
             return ReplicaFailure(sign.kind, line or ended, sign.hint)
     last = lines[-1] if lines else "it wrote nothing"
     if exit_code is None:
-        return ReplicaFailure("timed_out", last, "it did not get ready in time; read its log, or give it more time")
+        return ReplicaFailure("timed_out", last, "it was not ready in time; read its log, or give it more time")
     if exit_code == -9:
-        hint = "someone killed it, or the kernel for want of memory (dmesg says so): lower max_model_len then"
+        hint = "someone killed it, or the kernel did when memory ran out (see dmesg): then lower max_model_len"
         return ReplicaFailure("unknown", ended, hint)
-    return ReplicaFailure("unknown", f"{ended}: {last}", "read its log; the cause stands above its last lines")
+    return ReplicaFailure("unknown", f"{ended}: {last}", "read its log; the cause is above its last lines")
 
 
 def describe_exit(exit_code: int | None) -> str:

@@ -150,6 +150,6 @@ def allocate_gpus(wanted: int, pool: Sequence[str], held: Mapping[str, str]) -> 
         return tuple(free[:wanted])
     holders = "".join(f"; {gpu} is held by {held[gpu]}" for gpu in pool if gpu in held)
     raise RefusedError(
-        f"{wanted} GPU(s) wanted, {len(free)} of {len(pool)} free{holders}; stop a holder, lower "
+        f"{wanted} GPU(s) needed, {len(free)} of {len(pool)} free{holders}; stop a holder, lower "
         "replicas or tensor_parallel_size, or choose yourself with the model's env: {CUDA_VISIBLE_DEVICES: ...}"
     )

@@ -20,9 +20,9 @@ _SUPERFLUOUS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack
 HUB_FAILURES: Mapping[str, str] = {
     "GatedRepoError": "it is gated: ask for access on its page, then set HF_TOKEN to a token of that account",
     "RepositoryNotFoundError": "it does not exist or is private: correct model_path, or set HF_TOKEN",
-    "HFValidationError": "it is no id of the Hugging Face hub, such as org/model; correct model_path",
+    "HFValidationError": "it is not an id of the Hugging Face hub, such as org/model; correct model_path",
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set; unset it for `pull`",
-    "HfHubHTTPError": "the hub refused; try later, or look at what it says",
+    "HfHubHTTPError": "the hub refused; read its message, or try later",
 }
 HUB_UNREACHABLE = "the hub cannot be reached from here: check the network, https_proxy and HF_ENDPOINT"
 

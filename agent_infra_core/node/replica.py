@@ -127,7 +127,7 @@ class Replica:
             self._update(telemetry_port=telemetry.port)
             failure = self._run_engines()
         except RefusedError as error:
-            failure = ReplicaFailure("unknown", str(error), "mend it, and start the replica again")
+            failure = ReplicaFailure("unknown", str(error), "fix it, and start the replica again")
         finally:
             telemetry.close()
             self._gpus.close()
@@ -149,8 +149,8 @@ class Replica:
         while True:
             reservation = reserve_port(base_port)
             if reservation is None:
-                line = f"no port of the thousand from {base_port} on is free"
-                return ReplicaFailure("port_in_use", line, "set base_port to where some are")
+                line = f"none of the thousand ports from {base_port} on is free"
+                return ReplicaFailure("port_in_use", line, "set base_port to another range")
             with contextlib.closing(reservation):
                 failure = self._run_engine(reservation.port)
             if failure is None:
@@ -240,14 +240,14 @@ class Replica:
                 return classify_failure(process.log_tail(), exit_code)
             self._update()
             if idle.is_over(client.load):
-                self._note(f"no turn for {idle.limit_s / 60:g} min: it ends, as idle_shutdown_minutes says")
+                self._note(f"no turn for {idle.limit_s / 60:g} min: shutting down (idle_shutdown_minutes)")
                 self._update(is_idle=True)
                 return None
             if client.answers():
                 answered_at = time.monotonic()
             elif time.monotonic() - answered_at > self._spec.hang_timeout:
                 line = f"alive, but no answer to GET {self._engine.health_path} for {self._spec.hang_timeout:g} s"
-                return ReplicaFailure("timed_out", line, "it hangs, and was killed; its log may tell where")
+                return ReplicaFailure("timed_out", line, "it hung and was killed; its log may say where")
             self._signals.wait(min(HEALTH_POLL_S, self._spec.hang_timeout / 4, idle.limit_s / 4))
         return None
 
@@ -307,7 +307,7 @@ def read_spec(run_directory: str, replica: str) -> tuple[ServeSpec, str]:
     except (OSError, ValueError) as error:
         raise RefusedError(f"{path}: cannot be served: {error}; start the replica again") from error
     if not key:
-        raise RefusedError(f"{spec.key_file}: holds no key; delete it and start the deployment again")
+        raise RefusedError(f"{spec.key_file}: contains no key; delete it and start the deployment again")
     return spec, key
 
 

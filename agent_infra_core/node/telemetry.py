@@ -59,7 +59,7 @@ class Telemetry:
         elif path == "/load":
             status, body = 200, json.dumps(self._digest()).encode()
         else:
-            status, body = 404, error_body("here is GET /load alone", "invalid_request_error", "not_found")
+            status, body = 404, error_body("only GET /load is served here", "invalid_request_error", "not_found")
         request.send_response(status)
         request.send_header("Content-Type", "application/json")
         request.send_header("Content-Length", str(len(body)))

@@ -54,7 +54,7 @@ class TunnelChild:
         if "ports" in document:
             return tuple(document["ports"])
         kinds = {kind.kind: kind for kind in (LoginError, InteractiveLoginError, HostKeyError)}
-        problem = document.get("error") or ("it ended without a word" if line is None else "it was too slow")
+        problem = document.get("error") or ("it ended without a message" if line is None else "it was too slow")
         raise kinds.get(document.get("kind", ""), HostUnreachableError)(problem)
 
     def last_words(self) -> str:
@@ -102,7 +102,7 @@ def report_to_parent(document: Mapping[str, Any]) -> None:
 def forwarding_forbidden(target: str) -> str:
     """Return the message for an sshd that forbids forwarding to ``target``."""
     return (
-        f"SSH is forbidden to forward to {target} there (AllowTcpForwarding or PermitOpen in sshd_config); ask the "
+        f"SSH may not forward to {target} there (AllowTcpForwarding or PermitOpen in sshd_config); ask the "
         "administrators, or run agent_infra on the login host itself, without cluster.ssh"
     )
 
@@ -161,8 +161,8 @@ _OPENSSH_ERRORS: tuple[tuple[str, str, type[HostUnreachableError]], ...] = (
     (r"REVOKED HOST KEY|host key .*revoked", "its host key is revoked; ask the cluster's administrators", LoginError),
     (
         r"Permission denied \((\S+)\)",
-        "permission denied ({0}): is the user right, and the public key in ~/.ssh/authorized_keys there? A key with a "
-        "passphrase has to be in the agent (ssh-add) where nobody can be asked",
+        "permission denied ({0}): check the user, and that the public key is in ~/.ssh/authorized_keys there. A key "
+        "with a passphrase must be in the agent (ssh-add) when nobody can be prompted",
         LoginError,
     ),
     (r"Too many authentication failures", "the agent offered too many keys; name one in identity_file", LoginError),

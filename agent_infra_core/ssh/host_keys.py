@@ -105,7 +105,7 @@ def node_keys(route: SshRoute, login: CommandRunner) -> tuple[tuple[str, str], .
     if read_host_keys(route):
         return ()
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.:-]*", route.host):
-        raise LoginError(f"{route.host!r} is no name of a node")
+        raise LoginError(f"{route.host!r} is not the name of a node")
     keys = scan_host_keys(route, login)
     if not keys:
         raise HostUnreachableError(

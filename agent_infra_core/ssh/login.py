@@ -123,14 +123,12 @@ def _verify_host(transport: Any, route: SshRoute) -> None:
     try:
         transport.start_client(timeout=SSH_PATIENCE_S)
     except paramiko.ssh_exception.IncompatiblePeer as error:
-        raise HostKeyError(
-            explain_changed_host(route, "none of the kinds that are known") if trusted else str(error)
-        ) from error
+        raise HostKeyError(explain_changed_host(route, "none of the known types") if trusted else str(error)) from error
     except (paramiko.SSHException, OSError, EOFError) as error:
         by = f" by {route.proxy_command!r}" if route.proxy_command else ""
         raise HostUnreachableError(
-            f"{route.alias} ({route.host}:{route.port}) speaks no SSH{by}: {str(error) or 'it hung up'}; "
-            "is it the right port, or does it refuse so many connections?"
+            f"{route.alias} ({route.host}:{route.port}) does not speak SSH{by}: {str(error) or 'it hung up'}; "
+            "is it the right port, or does it refuse that many connections?"
         ) from error
     shown = transport.get_remote_server_key()
     kind, key = shown.get_name(), shown.get_base64()
@@ -160,7 +158,7 @@ def _authenticate(transport: Any, route: SshRoute, keyring: Keyring, ask: Callab
             if transport.is_active():
                 continue
             raise LoginError(
-                _denied(route, tried) + "; it hung up: perhaps too many keys, name one in identity_file"
+                _denied(route, tried) + "; it hung up, perhaps after too many keys: set identity_file"
             ) from error
         if not transport.is_authenticated():
             raise InteractiveLoginError(_interactive(route, further))
@@ -191,8 +189,8 @@ def _denied(route: SshRoute, tried: Sequence[str]) -> str:
         files = ", ".join(route.identity_files)
         return f"no SSH key for {where}: none in the agent, none in {files}; make one (ssh-keygen) or set identity_file"
     return (
-        f"permission denied for {where}; tried {', '.join(tried)}. Is the user right, and the public key in "
-        "~/.ssh/authorized_keys there? Set cluster.ssh.user or identity_file"
+        f"permission denied for {where}; tried {', '.join(tried)}. Check the user, and that the public key is in "
+        "~/.ssh/authorized_keys there, or set cluster.ssh.user or identity_file"
     )
 
 
@@ -216,7 +214,7 @@ def _offered_keys(
             yield name, key or _load_key(name, keyring, ask)
     named = [file for file in files if not file.exists()]
     if route.identities_only and named and not tried:
-        raise LoginError(f"key file {named[0]} is not there; check identity_file")
+        raise LoginError(f"key file {named[0]} does not exist; check identity_file")
 
 
 def _public_half(file: Path) -> list[str]:
@@ -240,7 +238,7 @@ def _load_key(name: str, keyring: Keyring, ask: Callable[[str], str] | None) -> 
         except TypeError as error:  # it needs a passphrase
             if ask is None:
                 raise LoginError(
-                    f"key {name} needs a passphrase, and nobody can be asked; `ssh-add {shlex.quote(name)}` first"
+                    f"key {name} needs a passphrase, and nobody can be prompted; `ssh-add {shlex.quote(name)}` first"
                 ) from error
         except (ValueError, OSError, paramiko.SSHException) as error:
             if phrase is None or ask is None or attempt == 3:
@@ -304,7 +302,7 @@ class SshCommands:
             except (paramiko.SSHException, EOFError, OSError) as error:
                 self._drop(transport)
                 if attempt == 2 or isinstance(error, paramiko.ChannelException) or time.monotonic() > deadline:
-                    raise HostUnreachableError(f"{self.route.alias} opens no session: {error}; try again") from error
+                    raise HostUnreachableError(f"{self.route.alias} opened no session: {error}; try again") from error
         raise AssertionError
 
     def _drop(self, transport: Any) -> None:
@@ -349,7 +347,7 @@ def _exchange_bytes(channel: Any, stdin: bytes, deadline: float) -> CommandResul
             continue
         if channel.closed or (channel.eof_received and channel.exit_status_ready()):
             if not channel.get_transport() or not channel.get_transport().is_active():
-                raise OSError("it was closed from there")
+                raise OSError("it was closed by the other side")
             return CommandResult(channel.recv_exit_status(), bytes(output), bytes(errors))
         if channel.eof_received:  # at EOF the channel is always readable, so poll() wouldn't wait
             time.sleep(0.01)

@@ -71,7 +71,7 @@ class LoginHost:
         except HostUnreachableError as error:
             if isinstance(error, LoginError):
                 raise
-        self.reason = "cluster.tunnel_driver says so" if self._wanted != "auto" else "ssh_config asks for nothing more"
+        self.reason = "cluster.tunnel_driver says so" if self._wanted != "auto" else "ssh_config needs nothing else"
         return commands
 
     def _openssh(self, reason: str) -> OpenSshCommands:

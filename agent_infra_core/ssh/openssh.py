@@ -173,7 +173,7 @@ class OpenSshMaster:
         """Return the message if the host forbids forwarding, according to ssh's log; None if it doesn't."""
         with contextlib.suppress(OSError):
             if "administratively prohibited" in self._own_socket.with_suffix(".log").read_text(errors="replace"):
-                return forwarding_forbidden("what it was asked for")
+                return forwarding_forbidden("the requested address")
         return None
 
     @staticmethod

@@ -80,7 +80,7 @@ def ssh_options(text: str, alias: str) -> Mapping[str, Any]:
         options: Mapping[str, Any] = paramiko.SSHConfig.from_text(text).lookup(alias)
         return options
     except (paramiko.SSHException, ValueError) as error:
-        raise LoginError(f"ssh_config cannot be read for {alias}: {error}; tunnel_driver: openssh reads all") from error
+        raise LoginError(f"ssh_config cannot be read for {alias}: {error}; use tunnel_driver: openssh") from error
 
 
 def ssh_route(ssh: SshConfig, alias: str) -> SshRoute:

@@ -85,7 +85,7 @@ def tunnel_mode(wanted: str, has_login: bool, record: ReplicaRecord, here: str) 
     if not has_login and record.node == here:
         return "none", "they run on this machine"
     if is_hidden:
-        return "node", "the engine listens on its node's loopback alone"
+        return "node", "the engine listens only on its node's loopback"
     if has_login:
         return "login", "the login host reaches the nodes"
     return "none", "the nodes are reached from here"

@@ -304,7 +304,7 @@ def test_up_brings_the_page_along_and_takes_it_with_it(tmp_path: Path, chromium:
     with program(tmp_path) as app:
         up = app.spawn("up", "--dashboard")
         url = up.wait_line(r"page +(http://\S+)")[1]
-        up.wait_line("Ctrl-C stops it all")
+        up.wait_line("Ctrl-C stops everything")
         environment = {**app.environment, "PYTHONPATH": str(MODULE.parent)}
         environment["OPENAI_BASE_URL"] = f"http://127.0.0.1:{app.port}/v1"
         agent = [sys.executable, str(MODULE.parent / "examples/quickstart.py"), "--stream"]
@@ -332,7 +332,7 @@ def test_the_page_ends_when_its_proxy_is_killed(tmp_path: Path) -> None:
     with program(tmp_path) as app:
         up = app.spawn("up", "--dashboard")
         port = int(up.wait_line(r"page +http://127\.0\.0\.1:(\d+)")[1])
-        up.wait_line("Ctrl-C stops it all")
+        up.wait_line("Ctrl-C stops everything")
         wait_for(lambda: is_listening(port), "the page's server")
         up.process.kill()
         wait_for(lambda: not is_listening(port), "the end of the page")

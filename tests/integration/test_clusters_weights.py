@@ -159,7 +159,7 @@ def test_an_index_that_never_answers_is_given_up(
     tmp_path: Path, silent_index: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agent_infra_core.fleet.weights.FETCH_STALL_S", 1.0)
-    with pytest.raises(RefusedError, match="no byte of the weights came for 1 s"):
+    with pytest.raises(RefusedError, match="no data arrived for 1 s"):
         fetch(tmp_path, alone(PIP_INDEX_URL=address(silent_index)))
     assert left_in(tmp_path) == []
 

@@ -119,8 +119,8 @@ def stats_of(controller: Controller) -> Any:
 @pytest.mark.parametrize(
     ("slow", "said"),
     [
-        ("controller", "still works and is left behind; the history lacks the turns and the replica time"),
-        ("discovery", "a look at the replicas still goes on; it is left behind"),
+        ("controller", "is still busy and was abandoned; turns and replica time that it has not passed on are missing"),
+        ("discovery", "a poll of the replicas is still running; it was abandoned"),
     ],
 )
 def test_a_thread_that_does_not_end_keeps_nothing_else_from_its_end(

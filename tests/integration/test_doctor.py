@@ -37,7 +37,7 @@ def test_a_healthy_deployment_has_nothing_to_mend(app: Program) -> None:
     assert done.returncode == 0, done.stdout
     assert f"ok       proxy port: 127.0.0.1:{app.port} is free" in done.stdout
     assert "weights: model smollm2: smollm2-135m-instruct is fetched" in done.stdout
-    assert "0 to mend" in done.stdout.splitlines()[-1]
+    assert "errors: 0" in done.stdout.splitlines()[-1]
 
 
 def test_each_line_that_is_wrong_says_what_to_do_and_the_exit_code_tells(app: Program) -> None:
@@ -57,7 +57,7 @@ def test_a_command_whose_program_is_not_there_is_said_to_and_refused(app: Progra
     (app.folder / "bin").mkdir()
     model = {"name": "m", "model_path": "x", "engine": "command", "command": ["my-server", "{port}"]}
     app.configure(models=[model | {"env": {"PATH": str(app.folder / "bin")}}])
-    missing = "model m: command: my-server is no program here; install it, or write its path"
+    missing = "model m: command: my-server was not found; install it, or give its path"
     said = findings(app)
     assert [(each["level"], each["text"]) for each in said["engines"]] == [("error", missing)]
     assert "weights" not in said  # what the command makes of x, it alone knows
@@ -66,7 +66,7 @@ def test_a_command_whose_program_is_not_there_is_said_to_and_refused(app: Progra
     server = app.folder / "bin" / "my-server"
     server.write_text("#!/bin/sh\n")
     server.chmod(0o755)
-    assert findings(app)["engines"][0]["text"] == f"model m: engine command is there: {server}"
+    assert findings(app)["engines"][0]["text"] == f"model m: engine command found: {server}"
 
 
 def test_the_deployments_own_proxy_is_no_foreign_one(app: Program) -> None:
@@ -97,7 +97,10 @@ def test_a_machine_with_slurms_commands_and_no_cluster_is_told_as_what_it_is(app
 
 def test_pull_fetches_what_engines_read_and_nothing_twice(app: Program, hub: str) -> None:
     served_from(hub, app, "org/open")
-    assert findings(app)["weights"][0]["text"] == "org/open is not fetched yet; the hub has it, `pull` fetches it ahead"
+    assert (
+        findings(app)["weights"][0]["text"]
+        == "org/open is not fetched yet; the hub has it; `pull` downloads it in advance"
+    )
     done = app.run("pull")
     assert done.returncode == 0, done.stderr
     snapshot = app.folder / "hf" / "hub" / "models--org--open" / "snapshots" / COMMIT

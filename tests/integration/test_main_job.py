@@ -31,7 +31,7 @@ def weights() -> None:
 
 def bring_up(app: Program, *words: str) -> Running:
     up = app.spawn("up", *words)
-    up.wait_line("Ctrl-C stops it all")
+    up.wait_line("Ctrl-C stops everything")
     return up
 
 
@@ -99,7 +99,7 @@ def test_start_connect_status_stop_in_steps(app: Program) -> None:
 def test_start_again_starts_only_what_is_missing(app: Program) -> None:
     assert app.run("start").returncode == 0
     again = app.run("start", "--replicas", "2")
-    assert "1 of 2 replicas run already" in again.stdout
+    assert "1 of 2 replicas are already running" in again.stdout
     assert [each["replica"] for each in app.status()["replicas"]] == ["smollm2-1", "smollm2-2"]
     assert app.run("stop").returncode == 0
 
@@ -155,7 +155,7 @@ def test_up_whose_terminal_was_closed_leaves_nothing(app: Program) -> None:
     )
     assert up.stdout is not None
     with up.stdout:
-        assert any("Ctrl-C stops it all" in line for line in up.stdout)
+        assert any("Ctrl-C stops everything" in line for line in up.stdout)
     up.send_signal(signal.SIGHUP)
     up.wait(timeout=PATIENCE_S)
     assert_nothing_is_left(app, [app.port])

@@ -134,7 +134,7 @@ def serve_page(app: Program) -> Running:
 
 def test_it_starts_streams_a_turn_shows_its_page_and_stops(app: Program) -> None:
     up = app.spawn("up")
-    up.wait_line("Ctrl-C stops it all")
+    up.wait_line("Ctrl-C stops everything")
     assert "".join(event["choices"][0]["delta"].get("content") or "" for event in streamed(app) if event["choices"])
     page = serve_page(app)
     settings = Path(f"/proc/{page.process.pid}/cwd/.streamlit/config.toml")  # Streamlit's: the page's colours
@@ -230,7 +230,7 @@ def test_alone_in_an_empty_folder_it_runs_the_embedded_model(copied: Program) ->
     packaged_gguf()
     copied.command = lambda *words: [sys.executable, str(copied.module), *words, "--port", str(copied.port)]  # type: ignore[method-assign]
     up = copied.spawn("up")
-    up.wait_line("Ctrl-C stops it all")
+    up.wait_line("Ctrl-C stops everything")
     assert copied.chat("Hello")[0]["choices"]
     assert up.end() == 0
     assert list(copied.module.parent.iterdir()) == [copied.module]
@@ -239,7 +239,7 @@ def test_alone_in_an_empty_folder_it_runs_the_embedded_model(copied: Program) ->
 def test_what_runs_goes_on_with_the_version_that_started_it(copied: Program, tmp_path: Path) -> None:
     copied.configure(models=[scripted_model(copied)])
     up = copied.spawn("up")
-    up.wait_line("Ctrl-C stops it all")
+    up.wait_line("Ctrl-C stops everything")
     [first] = unpacked(copied)
     relay = copied.find("relay")
     other_version(tmp_path / "other").replace(copied.module)
@@ -309,7 +309,7 @@ def test_the_module_alone_says_what_it_lacks_and_how_to_make_the_one_file(tmp_pa
     done = subprocess.run([PYTHONS[0], "-I", str(lone), "up"], capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        f"error: {lone} lacks its folder agent_infra_core/, or that is another version's (No module named "
+        f"error: {lone} is missing its folder agent_infra_core/, or the folder is another version's (No module named "
         "'agent_infra_core'); copy both, or run `python agent_infra.py bundle` where both are and copy the one file "
         "that it writes, agent_infra.pyz\n"
     )
@@ -321,7 +321,9 @@ def test_a_core_of_another_version_is_named_as_such(tmp_path: Path) -> None:
     (tmp_path / "agent_infra_core" / "__init__.py").write_text("__version__ = '9'\n")
     done = subprocess.run([PYTHONS[0], "-I", str(lone), "up"], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {lone} lacks its folder agent_infra_core/, or that is another version's (")
+    assert done.stderr.startswith(
+        f"error: {lone} is missing its folder agent_infra_core/, or the folder is another version's ("
+    )
     assert "Traceback" not in done.stderr
 
 

@@ -115,7 +115,7 @@ def test_a_background_controller_that_dies_at_its_start_is_an_error(app: Program
     )[0]
     os.kill(child, signal.SIGKILL)
     assert connecting.process.wait(timeout=PATIENCE_S) == 1
-    connecting.wait_line("error: it was ended by signal 9 before it served")
+    connecting.wait_line("error: the proxy ended by signal 9 before it was ready")
 
 
 def test_connect_after_a_killed_background_controller_touches_no_replica(app: Program) -> None:
@@ -180,7 +180,7 @@ def test_scale_without_a_proxy_says_what_that_means(app: Program) -> None:
     assert app.run("start").returncode == 0
     up = app.run("scale", "smollm2", "2")
     assert up.returncode == 0
-    assert "no proxy runs" in up.stdout
+    assert "no proxy is running" in up.stdout
     assert len(app.status()["replicas"]) == 2
     unknown = app.run("scale", "other", "1")
     assert unknown.returncode == 2
@@ -190,9 +190,11 @@ def test_scale_without_a_proxy_says_what_that_means(app: Program) -> None:
 
 def test_a_dry_run_says_what_runs_already_as_the_run_itself_does(app: Program) -> None:
     app.configure(models=[scripted_model(app)])
-    assert "degraded: 0 of 1 replicas of smollm2 run; `start` starts what is missing" in app.run("status").stdout
+    assert (
+        "degraded: 0 of 1 replicas of smollm2 are running; `start` starts the missing ones" in app.run("status").stdout
+    )
     assert app.run("start").returncode == 0
-    told = "smollm2: 1 of 1 replicas run already\n"
+    told = "smollm2: 1 of 1 replicas are already running\n"
     assert app.run("start", "--dry-run").stdout == told
     assert app.run("start").stdout.startswith(told)
     assert app.run("stop").returncode == 0
@@ -200,12 +202,12 @@ def test_a_dry_run_says_what_runs_already_as_the_run_itself_does(app: Program) -
 
 def test_a_dashboard_without_a_proxy_says_so_and_serves_where_the_proxy_will_be(app: Program) -> None:
     page = app.spawn("dashboard", "--port", str(free_port()))
-    page.wait_line("^no proxy runs; `connect` starts one")
+    page.wait_line("^no proxy is running; `connect` starts one")
     page.wait_line(f"^of +http://127.0.0.1:{app.port};")
     app.configure(proxy={"port": 0})
     refused = app.run("dashboard")
     assert refused.returncode == 2
-    assert "with proxy.port 0 nobody knows where it will; `connect` starts one" in refused.stderr
+    assert "proxy.port 0 means any port; run `connect` first" in refused.stderr
 
 
 def test_an_idle_replica_ends_by_itself_though_nobody_is_connected_and_start_brings_it_back(app: Program) -> None:
@@ -216,7 +218,7 @@ def test_an_idle_replica_ends_by_itself_though_nobody_is_connected_and_start_bri
     assert app.run("connect", "--background").returncode == 0
     status = app.run("status")
     assert status.returncode == 0, status.stdout
-    assert "0 of 1 ready, 1 ended for want of turns" in status.stdout
+    assert "0 of 1 ready, 1 stopped (idle)" in status.stdout
     assert app.get("/health")["models"]["smollm2"]["ready"] == 0
     app.configure(models=[idle_model(app, 60)])
     assert app.run("start").returncode == 0
@@ -337,7 +339,7 @@ def broken_model(app: Program) -> dict[str, Any]:
 def test_a_manager_that_is_refused_a_deployment_ends_nothing_of_it(app: Program) -> None:
     app.configure(models=[scripted_model(app)])
     up = app.spawn("up")
-    up.wait_line("Ctrl-C stops it all")
+    up.wait_line("Ctrl-C stops everything")
     turn = {"model": "smollm2", "stream": True, "messages": [], "fake": {"held_after": 0}}
     with post(f"http://127.0.0.1:{app.port}/v1/chat/completions", turn) as stream:
         assert b"word0" in stream.readline()

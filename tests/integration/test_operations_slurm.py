@@ -157,7 +157,7 @@ def test_doctor_says_what_is_wrong_on_a_cluster(app: Program, bed: SlurmBed) -> 
     reconfigure(app, partitions=[{"name": "nowhere"}])
     said = findings(app)
     assert "there is no partition nowhere; there are: main" in said["partitions"][0]["text"]
-    assert "Slurm refuses: " in said["submission"][0]["text"]
+    assert "Slurm refused: " in said["submission"][0]["text"]
     reconfigure(
         app, partitions=[{"name": "main", "time_limit": "2:00:00"}], setup=["export AGENT_INFRA_PYTHON=/no/python"]
     )

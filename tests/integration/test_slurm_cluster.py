@@ -230,9 +230,9 @@ def test_replicas_fill_by_priority_and_the_rest_waits_and_says_why(bed: SlurmBed
 def test_what_slurm_refuses_is_told_with_what_to_do(bed: SlurmBed, make: Make) -> None:
     with pytest.raises(RefusedError, match=r"there is no partition nowhere; there are: first, second, urgent"):
         start(make(name="nowhere"))
-    with pytest.raises(RefusedError, match=r"Slurm refuses: .*configuration.*; correct gres and gpus_per_node"):
+    with pytest.raises(RefusedError, match=r"Slurm refused: .*configuration.*; correct gres and gpus_per_node"):
         start(make(gres="gpu:v100", has_second=False))
-    with pytest.raises(RefusedError, match=r"Slurm refuses: .*correct constraint under sbatch"):
+    with pytest.raises(RefusedError, match=r"Slurm refused: .*correct constraint under sbatch"):
         start(make(sbatch={"constraint": "warp"}))
     assert bed.jobs() == []
     assert make().replicas() == []
@@ -343,7 +343,7 @@ def test_while_slurm_does_not_answer_no_replica_is_gone(bed: SlurmBed, make: Mak
         assert [record.replica for record in records] == ["g-1", "g-2"]
         assert not [record for record in records if record.state in ("failed", "stopped")]
         assert "Slurm does not answer" in (hasty.problem or "")
-        with pytest.raises(SchedulerError, match="nothing can be ended"):
+        with pytest.raises(SchedulerError, match="nothing can be stopped"):
             hasty.stop(["g-1"])
         with pytest.raises(SchedulerError, match="nothing was submitted"):
             start(hasty)

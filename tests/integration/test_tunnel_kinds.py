@@ -148,8 +148,8 @@ def test_auto_goes_to_the_node_where_the_engine_listens_on_loopback(cluster: Clu
     tunnels = cluster.tunnels("auto", "auto")
     assert answers(follow_until_up(tunnels, record))
     assert tunnels.describe() == [
-        "tunnel node: the engine listens on its node's loopback alone",
-        "driver sshtunnel: ssh_config asks for nothing more",
+        "tunnel node: the engine listens only on its node's loopback",
+        "driver sshtunnel: ssh_config needs nothing else",
     ]
 
 

@@ -185,7 +185,7 @@ def test_no_key_a_missing_key_and_no_private_key_are_told_apart(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     assert "no SSH key for" in failure(connect(server.ssh(identity_file=None), "sshtunnel"))
-    assert "key file /nowhere is not there" in failure(connect(server.ssh(identity_file="/nowhere"), "sshtunnel"))
+    assert "key file /nowhere does not exist" in failure(connect(server.ssh(identity_file="/nowhere"), "sshtunnel"))
     (tmp_path / "text").write_text("no key")
     said = failure(connect(server.ssh(identity_file=str(tmp_path / "text")), "sshtunnel"))
     assert "cannot be used: is it a private key" in said

@@ -107,7 +107,7 @@ def test_today_s_connect_goes_on_where_that_of_0_1_0_was_ended(app: Program) -> 
     connect_former(app)
     os.kill(app.find("connect"), signal.SIGTERM)
     wait_for(lambda: not [each for each in app.processes() if re.search(" (connect|relay) ", each[1])], "its end")
-    assert "no proxy runs" in app.run("status").stdout
+    assert "no proxy is running" in app.run("status").stdout
     connect(app)
     assert ask(app, "After") == "smollm2-1"
     stop(app, "connect", "smollm2-1")
@@ -180,7 +180,7 @@ def test_what_a_deployment_of_0_1_0_left_behind_is_told_listed_and_cleared_away(
         status = app.run("status")
         assert status.returncode == 3
         assert "m  0 of 1 ready" in status.stdout
-        assert "no proxy runs; `connect` starts one" in status.stdout
+        assert "no proxy is running; `connect` starts one" in status.stdout
         again = [f"Look at it again ({number})" for number in range(3)]
         steps = [f"Step {number}" for number in range(3)]
         assert sorted(kept_prompts(app)) == sorted([*again, *steps, "Who are you?"])

@@ -134,7 +134,7 @@ def test_an_option_ahead_of_the_verb_is_told_where_it_belongs(capsys: pytest.Cap
     with pytest.raises(SystemExit) as caught:
         main(["--config", "some.yaml", "status"])
     assert caught.value.code == 2
-    assert "--config: options stand after the verb, such as `agent_infra.py status" in capsys.readouterr().err
+    assert "--config: options come after the verb, such as `agent_infra.py status" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("role", agent_infra.ROLES)
@@ -156,7 +156,7 @@ def test_an_unknown_model_or_log_is_refused_by_name(capsys: pytest.CaptureFixtur
     assert main(["start", "--model", "gpt"]) == 2
     assert "no model is called gpt; the configuration has smollm2" in capsys.readouterr().err
     assert main(["logs", "gpt-1"]) == 2
-    assert "there is no log: nothing was started yet; `start` or `up` does" in capsys.readouterr().err
+    assert "there are no logs yet; run `start` or `up` first" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def test_a_model_is_summed_up_with_those_that_ended_by_themselves() -> None:
     records = [replica("m-1"), replica("m-2", "stopped", is_idle=True), replica("m-3", "failed"), replica("m-4")]
     row = summarize("m", 4, records)
     assert row == {"name": "m", "wanted": 4, "running": 2, "ready": 2, "idle": 1, "in_flight": None, "sessions": None}
-    assert describe_model(row) == "m  2 of 4 ready, 1 ended for want of turns"
+    assert describe_model(row) == "m  2 of 4 ready, 1 stopped (idle)"
 
 
 def test_what_the_proxy_knows_of_a_model_is_summed_over_its_replicas() -> None:
@@ -76,7 +76,7 @@ def test_gpu_hours_are_told_where_a_gpu_was_held() -> None:
 
 def test_idle_shutdown_is_refused_where_nobody_can_tell() -> None:
     model = ModelConfig("m", "p", engine="command", command=("x", "{port}"), idle_shutdown_minutes=5)
-    with pytest.raises(RefusedError, match="idle_shutdown_minutes: nobody can tell"):
+    with pytest.raises(RefusedError, match="idle_shutdown_minutes: engine: command reports no load"):
         check_engine_args(model)
 
 
@@ -85,7 +85,7 @@ def test_a_replica_that_is_on_its_way_is_amiss_only_where_it_is_missed() -> None
     assert list_problems([summarize("m", 1, records)], records) == []
     assert list_problems([summarize("m", 2, records)], records) == ["m-2 is LOADING"]
     assert list_problems([summarize("m", 3, records)], records)[1:] == [
-        "2 of 3 replicas of m run; `start` starts what is missing"
+        "2 of 3 replicas of m are running; `start` starts the missing ones"
     ]
 
 

@@ -143,7 +143,7 @@ def test_a_command_gets_path_port_and_name_where_it_asks_for_them() -> None:
 
 def test_engine_args_beside_a_command_are_refused() -> None:
     model = ModelConfig("chat", "/w/m", engine="command", command=("server", "{port}"), engine_args=("--x",))
-    with pytest.raises(RefusedError, match="write them into command"):
+    with pytest.raises(RefusedError, match="put them in command"):
         check_engine_args(model)
 
 

@@ -168,7 +168,7 @@ def test_processes_that_race_for_a_key_get_the_same_one(tmp_path: Path) -> None:
 
 def test_a_key_file_without_a_usable_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("two words\n")
-    with pytest.raises(RefusedError, match="holds no key"):
+    with pytest.raises(RefusedError, match="contains no key"):
         read_or_make_key(tmp_path / "key")
 
 
@@ -215,10 +215,10 @@ def test_the_packaged_model_is_refused_for_vllm() -> None:
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"PK\x03\x04")
-    with pytest.raises(RefusedError, match="is no GGUF file"):
+    with pytest.raises(RefusedError, match="is not a GGUF file"):
         resolve("llama_cpp", str(tmp_path / "m.gguf"))
     (tmp_path / "m.gguf").write_bytes(b"")
-    with pytest.raises(RefusedError, match="is no GGUF file"):
+    with pytest.raises(RefusedError, match="is not a GGUF file"):
         resolve("llama_cpp", str(tmp_path / "m.gguf"))
 
 
@@ -229,7 +229,7 @@ def test_a_directory_is_refused_where_a_gguf_is_needed(tmp_path: Path) -> None:
 
 def test_a_pipe_is_refused_and_never_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "m.gguf")
-    with pytest.raises(RefusedError, match="is no GGUF file"):
+    with pytest.raises(RefusedError, match="is not a GGUF file"):
         resolve("llama_cpp", str(tmp_path / "m.gguf"))
 
 

@@ -220,7 +220,7 @@ def test_what_fits_no_partition_is_refused_with_what_would() -> None:
     with pytest.raises(RefusedError, match=r"its 7 GPUs do not fit partition gpu: 2 nodes .* as a multiple of 2"):
         placed(1, dataclasses.replace(VLLM, tensor_parallel_size=7), [GPU])
     command = ModelConfig("c", "x", engine="command", command=("s", "{port}"), tensor_parallel_size=8)
-    with pytest.raises(RefusedError, match="engine command spans no nodes"):
+    with pytest.raises(RefusedError, match="engine command cannot span nodes"):
         placed(1, command, [GPU])
 
 
@@ -349,7 +349,7 @@ def test_the_end_of_a_job_is_read_from_scontrol_and_from_sacct(text: str, end: J
         (JobEnd("TIMEOUT", -15), "", "timed_out", "reached its walltime"),
         (JobEnd("NODE_FAIL", 0), "", "node_failure", "its node failed"),
         (JobEnd("PREEMPTED", -15), "", "node_failure", "higher priority"),
-        (JobEnd("OUT_OF_MEMORY", -125), "Killed", "out_of_memory", "more of the node's memory"),
+        (JobEnd("OUT_OF_MEMORY", -125), "Killed", "out_of_memory", "used more memory than it requested"),
         (JobEnd("FAILED", -53), "", "bad_argument", "could not open the job's log"),
         (JobEnd("FAILED", 78), "agent-infra: python3 is not Python 3.10", "bad_argument", "is not Python 3.10"),
         (JobEnd("FAILED", 127), "serve.sh: line 9: apptainer: command not found", "bad_argument", "apptainer: command"),
@@ -357,7 +357,7 @@ def test_the_end_of_a_job_is_read_from_scontrol_and_from_sacct(text: str, end: J
         (JobEnd("FAILED", 1), "OSError: [Errno 122] Disk quota exceeded", "quota", "quota"),
         (JobEnd("CANCELLED", 0), "all was well", "unknown", "its job was cancelled"),
         (JobEnd("FAILED", -9), "", "unknown", "ended by signal 9"),
-        (None, "", "unknown", "job 7 is gone from Slurm"),
+        (None, "", "unknown", "job 7 is no longer known to Slurm"),
     ],
 )
 def test_why_a_job_ended_is_told_from_evidence(end: JobEnd | None, log: str, kind: str, line: str) -> None:
@@ -441,7 +441,7 @@ def test_a_template_of_ones_own_quotes_by_itself_and_may_extend_ours(tmp_path: P
         ("#!/bin/sh\n{{ modle.name }}", "mine.j2: 'modle' is undefined"),
         ("#!/bin/sh\n{{ model.nam }}", "has no attribute 'nam'"),
         ("#!/bin/sh\n{% if %}", "mine.j2, line 2"),
-        ("#!/bin/sh\n{{ container }}", "null is no word for the shell"),
+        ("#!/bin/sh\n{{ container }}", "null cannot be a word for the shell"),
         ("#!/bin/sh\n{% include 'gone.j2' %}", "gone.j2 is not in"),
         ("srun x", "its first line must be #!"),
     ],

@@ -11,7 +11,7 @@ from agent_infra_core.settings import ModelConfig
 
 @pytest.mark.parametrize("output", [b"", b"Traceback", b"[]", b'{"other": 1}'])
 def test_a_fetch_that_ended_without_a_word_is_an_error(output: bytes) -> None:
-    with pytest.raises(RefusedError, match="model m: fetching org/x ended with exit status 137 and no word"):
+    with pytest.raises(RefusedError, match="model m: fetching org/x ended with exit status 137 and no message"):
         fetched_path(ModelConfig("m", "org/x"), output, 137)
 
 

@@ -314,7 +314,7 @@ def test_a_migration_that_fails_changes_nothing(path: Path, monkeypatch: pytest.
     ("statements", "reason"),
     [
         (["PRAGMA user_version = 99"], "newer version"),
-        (["PRAGMA application_id = 7"], "no history of Agent Infra"),
+        (["PRAGMA application_id = 7"], "not a history of ours"),
     ],
 )
 def test_a_file_that_is_not_ours_to_touch_is_left_as_it_is(path: Path, statements: list[str], reason: str) -> None:
@@ -339,7 +339,7 @@ def test_somebody_elses_database_is_refused(path: Path) -> None:
     other = sqlite3.connect(path)
     other.execute("CREATE TABLE notes (text)")
     other.close()
-    with pytest.raises(HistoryRefusedError, match="no history of Agent Infra"):
+    with pytest.raises(HistoryRefusedError, match="not a history of ours"):
         HistoryFile(path)
 
 
@@ -464,7 +464,7 @@ def test_while_it_cannot_be_opened_at_all_nothing_is_lost(tmp_path: Path) -> Non
         writer.wait_state("failing")
         blocked.unlink()
         writer.wait_state("on", turns=1)
-    assert writer.said[0].startswith("warning: history: starting without what was before: ")
+    assert writer.said[0].startswith("warning: history: starting without earlier data: ")
 
 
 def test_a_backlog_is_bounded_and_what_is_lost_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,7 +481,7 @@ def test_a_backlog_is_bounded_and_what_is_lost_is_told(path: Path, monkeypatch: 
         holder.execute("ROLLBACK")
         holder.close()
         writer.wait_state("on", turns=51)
-    assert writer.said[-1] == f"info: the history {path} is written again; 30 turns are lost to it"
+    assert writer.said[-1] == f"info: the history {path} is being written again; 30 turns were lost"
     with history_file(path) as file:
         assert [turn.turn for turn in file.turns()][1:] == [record(number).turn for number in range(31, 81)]
         assert file.totals() == {"requests": 80}  # totals stay true
@@ -503,7 +503,7 @@ def test_what_waits_beside_turns_is_bounded_too(path: Path, monkeypatch: pytest.
         holder.close()
         writer.wait_state("on")
     lost = "30 action times, 30 ends of sessions, 30 spans of replica time"
-    assert writer.said[-1] == f"info: the history {path} is written again; {lost} are lost to it"
+    assert writer.said[-1] == f"info: the history {path} is being written again; {lost} were lost"
     with history_file(path) as file:
         assert [turn.turn for turn in file.turns() if turn.post_ms] == [record(number).turn for number in range(30, 80)]
         assert list(file.ended_sessions()) == [f"s-{number}" for number in range(30, 80)]
@@ -521,7 +521,7 @@ def test_a_turn_that_cannot_be_kept_keeps_no_other_out(path: Path, unwritable: d
         writer.add(record(4))
         writer.wait_state("on", turns=3)
     [said] = writer.said
-    assert said.startswith("warning: history: 3 rows cannot be kept and are left out; of the first: ")
+    assert said.startswith("warning: history: 3 rows cannot be stored and are left out: ")
     with history_file(path) as file:
         assert [(turn.turn, turn.post_ms) for turn in file.turns()] == [("t-1", 250.0), ("t-3", 350.0), ("t-4", None)]
         assert file.totals() == {"requests": 3, "errors": 1}  # each once
@@ -560,8 +560,8 @@ def test_a_file_that_is_removed_is_begun_anew(tmp_path: Path, removed: str | Non
         writer.add(record(2), record(3), totals={"requests": 2})
         writer.wait_state("on", turns=2)
     assert writer.said == [
-        f"warning: history: {path}: it was removed, or another file put in its place; it is opened anew",
-        f"info: the history {path} is written again",
+        f"warning: history: {path}: it was removed or replaced; it is reopened",
+        f"info: the history {path} is being written again",
     ]
     assert [each.name for each in path.parent.iterdir()] == ["history.db"]
     with history_file(path) as file:
@@ -695,7 +695,7 @@ def test_an_end_outlasts_another_programs_lock(path: Path, monkeypatch: pytest.M
 
         monkeypatch.setattr(history, "_fail", let_go_later)
     assert tries == 3
-    assert writer.said[-1] == f"info: the history {path} is written again"
+    assert writer.said[-1] == f"info: the history {path} is being written again"
     with history_file(path) as file:
         assert (file.count_turns(), file.totals()) == (1, {"requests": 1})
 
@@ -928,7 +928,7 @@ def test_where_nothing_is_kept_yet_export_and_report_say_so(capsys: pytest.Captu
     ("words", "config", "refusal"),
     [
         (["--history", "/nowhere/h.db"], "", "there is no such file"),
-        ([], "proxy: {history: 'off'}", "no turn is kept; name an older file with --history"),
+        ([], "proxy: {history: 'off'}", "turns are not kept; name an older file with --history"),
         (["--since", "yesterday"], "", "write 30m, 2h, 3d (ago), or 2026-11-22"),
     ],
 )
@@ -948,7 +948,7 @@ def test_what_cannot_be_exported_is_refused_with_the_fix(
 def test_a_damaged_history_is_told_by_its_readers(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path.write_bytes(b"!" * 5000)
     assert main(["report", "--history", str(path)]) == 2
-    assert "file is not a database; the controller puts it aside" in capsys.readouterr().err
+    assert "file is not a database; the controller renames it" in capsys.readouterr().err
     assert path.read_bytes() == b"!" * 5000
 
 
@@ -1001,7 +1001,7 @@ def test_a_report_sums_a_run_up(path: Path, capsys: pytest.CaptureFixture[str]) 
     assert rows["GPU-seconds per completed turn"] == ["20.1"]
     assert rows["retried: sent to more than one replica"] == ["1", "100", "0.4%"]
     assert rows["aborted, cut or failed"] == ["1", "120", "0.5%"]
-    assert rows["prefilled again: expected in the cache, and not there"] == ["1", "65", "0.3%"]
+    assert rows["prefilled again: expected in the cache but missing"] == ["1", "65", "0.3%"]
     assert rows["moved"] == ["1"]
     verdicts = [line.partition(" ")[2] for line in text.splitlines() if "BOUND" in line]
     assert [verdict.split("**")[1] for verdict in verdicts] == ["AGENT-BOUND", "GPU-BOUND"]
