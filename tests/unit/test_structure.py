@@ -15,7 +15,10 @@ import yaml
 from patience import PATIENCE_S
 
 import agent_infra
+from agent_infra_core.node.failures import FAILURE_SIGNS
 from agent_infra_core.settings import (
+    ENGINE_NAMES,
+    STRATEGY_NAMES,
     ClusterConfig,
     ContainerConfig,
     HeadersConfig,
@@ -255,6 +258,13 @@ def test_the_documentation_names_no_verb_and_no_flag_that_does_not_exist() -> No
     commands = re.findall(r"agent_infra\.pyz? ([^`\n]*)", documentation())
     used = {word for command in commands for word in re.findall(r"^[a-z]+|--[a-z][a-z-]+", command.partition("#")[0])}
     assert sorted(used - options_of_the_command_line() - {"--help", "--version"}) == []
+
+
+def test_the_documentation_names_every_engine_strategy_and_class_of_failure() -> None:
+    configuration = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    assert [name for name in (*ENGINE_NAMES, *STRATEGY_NAMES) if f"`{name}`" not in configuration] == []
+    documented = {row[0].strip("`") for row in table(sections("operations.md")["Classes of failure"])}
+    assert documented == {sign.kind for sign in FAILURE_SIGNS} | {"timed_out", "unknown"}
 
 
 def test_every_verb_has_a_section_with_exactly_its_options() -> None:
