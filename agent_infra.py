@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -76,13 +77,10 @@ try:
         ClusterConfig,
         Config,
         ContainerConfig,
-        HeadersConfig,
         ModelConfig,
-        PartitionConfig,
         ProxyConfig,
         Rule,
         SlurmConfig,
-        SshConfig,
         connect_address,
         proxy_url,
         shorten,
@@ -231,14 +229,6 @@ def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-# The sections of the configuration, by their annotation.
-_SECTIONS: Mapping[str, type] = {
-    kind.__name__: kind
-    for kind in (
-        *(ProxyConfig, SshConfig, PartitionConfig, ContainerConfig, SlurmConfig, ClusterConfig),
-        *(ModelConfig, HeadersConfig),
-    )
-}
 _UNKNOWN_KEY = "unknown key"
 
 
@@ -247,7 +237,7 @@ def _schema_of(kind: type) -> Any:
     """Return the marshmallow schema class of a section: a field for each key, from its annotation, default and rule."""
     import marshmallow
 
-    types_of = {item.name: str(item.type) for item in dataclasses.fields(kind)}
+    types_of, hints = {item.name: str(item.type) for item in dataclasses.fields(kind)}, typing.get_type_hints(kind)
 
     class Section(marshmallow.Schema):
         error_messages = {"unknown": _UNKNOWN_KEY, "type": "a mapping of keys is needed"}  # noqa: RUF012 (marshmallow's)
@@ -261,15 +251,16 @@ def _schema_of(kind: type) -> Any:
                 if messages == [_UNKNOWN_KEY]:
                     messages[0] += _nearest_key(key, types_of)
 
-    return Section.from_dict({item.name: _field_of(item) for item in dataclasses.fields(kind)}, name=kind.__name__)
+    keys = {item.name: _field_of(item, hints[item.name]) for item in dataclasses.fields(kind)}
+    return Section.from_dict(keys, name=kind.__name__)
 
 
-def _field_of(item: dataclasses.Field[Any]) -> Any:
+def _field_of(item: dataclasses.Field[Any], hint: Any) -> Any:
     """Return the marshmallow field of a key: a nested schema for a section, a check of type and rule for a scalar."""
     from marshmallow import fields
 
     annotation = str(item.type).removesuffix(" | None")
-    element = annotation.removeprefix("tuple[").removesuffix(", ...]")
+    section: Any = next((kind for kind in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(kind)), None)
     options: dict[str, Any] = {
         "required": item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING,
         "allow_none": annotation != str(item.type),
@@ -279,11 +270,11 @@ def _field_of(item: dataclasses.Field[Any]) -> Any:
             "invalid": "a list is needed, with one entry each",
         },
     }
-    if element not in _SECTIONS:
+    if section is None:
         check = functools.partial(_check_scalar, annotation, item.metadata.get("rule", Rule()))
         return fields.Raw(validate=check, **options)
-    schema = _schema_of(_SECTIONS[element])
-    return fields.Nested(schema, **options) if element == annotation else fields.List(fields.Nested(schema), **options)
+    nested = functools.partial(fields.Nested, _schema_of(section))
+    return fields.List(nested(), **options) if annotation.startswith("tuple") else nested(**options)
 
 
 def _check_scalar(annotation: str, rule: Rule, value: Any) -> None:

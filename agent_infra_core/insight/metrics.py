@@ -29,12 +29,17 @@ METRIC_PARTS = {
     "post": "Time an agent acted on an answer.",
 }
 _MODEL_DURATIONS = {part: operator.attrgetter(f"{part}_ms") for part in METRIC_PARTS if part != "post"}
-METRIC_SUMS = {
-    "retries": "Times that a turn was sent to another replica.",
-    "prompt_tokens": "Tokens in.",
-    "cached_tokens": "Tokens in that were found in a prefix cache.",
-    "prefilled_again_tokens": "Tokens in that should have been in a prefix cache and were not, of turns with a miss.",
-    "completion_tokens": "Tokens out.",
+
+# Sums over turns, by model: name → help text and getter.
+_SUMS: Mapping[str, tuple[str, Callable[[TurnRecord], int]]] = {
+    "retries": ("Times that a turn was sent to another replica.", lambda turn: turn.retries),
+    "prompt_tokens": ("Tokens in.", lambda turn: turn.prompt_tokens or 0),
+    "cached_tokens": ("Tokens in that were found in a prefix cache.", lambda turn: turn.cached_tokens or 0),
+    "prefilled_again_tokens": (
+        "Tokens in that should have been in a prefix cache and were not, of turns with a miss.",
+        lambda turn: (turn.expected_cached_tokens or 0) - (turn.cached_tokens or 0) if turn.cache_miss else 0,
+    ),
+    "completion_tokens": ("Tokens out.", lambda turn: turn.completion_tokens or 0),
 }
 
 
@@ -43,8 +48,9 @@ class TurnMetrics:
 
     def __init__(self) -> None:
         self._turns: OrderedDict[tuple[str, str, str], int] = OrderedDict()
-        self._sums: dict[tuple[str, str], int] = {}  # (name, model) → sum
-        self._durations: dict[tuple[str, str], Histogram] = {}  # (part, model) → durations; post covers all models
+        self._sums: collections.Counter[tuple[str, str]] = collections.Counter()  # (name, model) → sum
+        # (part, model) → durations; post covers all models
+        self._durations: collections.defaultdict[tuple[str, str], Histogram] = collections.defaultdict(Histogram)
 
     def add(self, *records: TurnRecord) -> None:
         """Count finished turns. One call with many is much cheaper than many calls."""
@@ -64,30 +70,17 @@ class TurnMetrics:
         for model, turns in by_model.items():
             self._add_figures(model, turns)
 
-    def _add_figures(self, model: str, records: Sequence[TurnRecord]) -> None:
-        missed = ((each.expected_cached_tokens or 0) - (each.cached_tokens or 0) for each in records if each.cache_miss)
-        counts = {
-            "retries": sum(each.retries for each in records),
-            "prompt_tokens": sum(each.prompt_tokens or 0 for each in records),
-            "cached_tokens": sum(each.cached_tokens or 0 for each in records),
-            "prefilled_again_tokens": sum(missed),
-            "completion_tokens": sum(each.completion_tokens or 0 for each in records),
-        }
-        for name, value in counts.items():
-            if value:
-                self._sums[name, model] = self._sums.get((name, model), 0) + value
-        for part, read in _MODEL_DURATIONS.items():
-            if durations := [ms for ms in map(read, records) if ms is not None]:
-                self._histogram(part, model).add(*durations)
+    def _add_figures(self, model: str, turns: Sequence[TurnRecord]) -> None:
+        for name, (_, read) in _SUMS.items():
+            if value := sum(map(read, turns)):
+                self._sums[name, model] += value
+        for part, read_ms in _MODEL_DURATIONS.items():
+            if durations := [ms for ms in map(read_ms, turns) if ms is not None]:
+                self._durations[part, model].add(*durations)
 
     def add_post(self, ms: float) -> None:
         """Count the time an agent acted on an answer, in ms."""
-        self._histogram("post", "").add(ms)
-
-    def _histogram(self, part: str, model: str) -> Histogram:
-        if (part, model) not in self._durations:
-            self._durations[part, model] = Histogram()
-        return self._durations[part, model]
+        self._durations["post", ""].add(ms)
 
     def collect(self) -> Iterator[Any]:
         """Metric families for prometheus_client."""
@@ -97,7 +90,7 @@ class TurnMetrics:
         for key, count in self._turns.items():
             turns.add_metric(key, count)
         yield turns
-        for name, text in METRIC_SUMS.items():
+        for name, (text, _) in _SUMS.items():
             counter = CounterMetricFamily(f"agent_infra_{name}", text, labels=("model",))
             for (each, model), value in self._sums.items():
                 if each == name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 
@@ -19,14 +20,13 @@ def _wait_for_termination() -> None:
     os.read(read_end, 1)
 
 
-def run_llama_cpp(
-    model_path: str, name: str, host: str, port: int, slots: int, threads: int, context_tokens: int
-) -> int:
+def run_llama_cpp(options: argparse.Namespace) -> int:
     """Run the embedded engine, llama.cpp's own server in this process, until SIGTERM. Returns the exit code.
 
-    ``context_tokens`` is per slot; ``threads`` 0 means half of the processors. Takes the key from
-    AGENT_INFRA_API_KEY. Prints errors, which `serve` classifies.
+    ``options`` are those of the role: ``context_tokens`` is per slot; ``threads`` 0 means half of the processors. Takes
+    the key from AGENT_INFRA_API_KEY. Prints errors, which `serve` classifies.
     """
+    model_path, port, slots = options.model_path, options.port, options.slots
     try:
         with open(model_path, "rb") as file:
             magic = file.read(4)
@@ -40,11 +40,11 @@ def run_llama_cpp(
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = model_path
-    parameters.model_alias = {name}
-    parameters.hostnames, parameters.port = [host], port
+    parameters.model_alias = {options.name}
+    parameters.hostnames, parameters.port = [options.host], port
     parameters.api_keys = [os.environ["AGENT_INFRA_API_KEY"]]
-    parameters.n_parallel, parameters.n_ctx = slots, context_tokens * slots  # the slots share n_ctx
-    parameters.cpuparams.n_threads = threads or max(1, len(os.sched_getaffinity(0)) // 2)
+    parameters.n_parallel, parameters.n_ctx = slots, options.context_tokens * slots  # the slots share n_ctx
+    parameters.cpuparams.n_threads = options.threads or max(1, len(os.sched_getaffinity(0)) // 2)
     parameters.cpuparams_batch.n_threads = parameters.cpuparams.n_threads
     parameters.endpoint_metrics = parameters.endpoint_slots = parameters.endpoint_props = True
     parameters.n_threads_http = slots + 64  # each waiting turn uses one, and the health probe needs one

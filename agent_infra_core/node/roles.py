@@ -27,23 +27,19 @@ def add_roles(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser = verbs.add_parser("rank")
     parser.add_argument("--run-dir", required=True)
     parser.add_argument("--replica", required=True)
-    parser.set_defaults(run=_run_rank)
+    parser.set_defaults(run=lambda asked: run_rank(asked.run_dir, asked.replica))
     parser = verbs.add_parser("llama-cpp")
     for option in ("--model-path", "--name", "--host"):
         parser.add_argument(option, required=True)
     for option in ("--port", "--slots", "--threads", "--context-tokens"):
         parser.add_argument(option, type=int, required=True)
-    parser.set_defaults(run=_run_llama_cpp)
+    parser.set_defaults(run=run_llama_cpp)
 
 
 def _run_serve(arguments: argparse.Namespace) -> int:
     if len(arguments.replica) == 1:
         return serve(arguments.run_dir, arguments.replica[0])
     return serve_together(arguments.run_dir, arguments.replica)
-
-
-def _run_rank(arguments: argparse.Namespace) -> int:
-    return run_rank(arguments.run_dir, arguments.replica)
 
 
 def _run_fetch(arguments: argparse.Namespace) -> int:
@@ -53,18 +49,6 @@ def _run_fetch(arguments: argparse.Namespace) -> int:
         outcome = {"error": str(error)}
     print(json.dumps(outcome), flush=True)
     return 0 if "path" in outcome else 2
-
-
-def _run_llama_cpp(arguments: argparse.Namespace) -> int:
-    return run_llama_cpp(
-        arguments.model_path,
-        arguments.name,
-        arguments.host,
-        arguments.port,
-        arguments.slots,
-        arguments.threads,
-        arguments.context_tokens,
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
