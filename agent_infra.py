@@ -784,7 +784,7 @@ def run_relay(socket_path: str, listener_fd: int) -> int:
 ENDING_S = 10.0  # time for replicas to disappear after a stop without grace
 SCALE_DRAIN_S = 300.0  # time for a replica's turns to finish when `scale` removes it
 STARTING_POLL_S = 5.0  # longest interval between checks while a command waits for replicas
-LOAD_DEADLINE_S = 3600.0  # time for a replica to become ready; `serve` gives its engine as long
+LOAD_DEADLINE_S = 3600.0  # time for a replica to become ready; the same as `serve` gives its engine
 
 
 def make_cluster(

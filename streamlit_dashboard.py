@@ -1,14 +1,14 @@
-"""The page of Agent Infra: what the replicas, the queue and every session do, and what holds the run back.
+"""The page of Agent Infra: replicas, queue, sessions, and what limits the run.
 
     python agent_infra.py dashboard
     streamlit run streamlit_dashboard.py -- --proxy http://127.0.0.1:5800 [--token-file FILE]
 
-A program of its own: it knows the proxy by GET /stats and GET /stats/sessions/{id} alone, and keeps no history.
+It is a separate program: it reads GET /stats and GET /stats/sessions/{id} and keeps no history.
 The sections, each of which refers only to those above it: formats · client · shaping (dict → DataFrame) · charts
 (DataFrame → alt.Chart) · nodes and panels (DataFrame → plain data that the browser part makes elements of) · views
 (the only ones that speak to Streamlit) · main.
 
-Whatever comes from agents (prompts, answers, ids) reaches the browser as text nodes and attribute values, never as
+Text from agents (prompts, answers, ids) reaches the browser as text nodes and attribute values, never as
 markup or Markdown: no view hands such a string to a Streamlit element, and the browser part knows no innerHTML.
 """
 
@@ -39,13 +39,13 @@ import streamlit as st
 DEFAULT_PROXY = "http://127.0.0.1:5800"
 SCHEMA_VERSION = 2  # of /stats, as this page reads it
 INTERVALS_S = (1, 2, 5, 10)
-EXPLAIN_EVERY_S = 5.0  # charts and analysis: the proxy computes them no oftener
+EXPLAIN_EVERY_S = 5.0  # charts and analysis: the proxy doesn't compute them more often
 MAX_POINTS = 500  # of a chart's line
 LISTED_BACKENDS, LISTED_CLIENTS, LISTED_SESSIONS, LISTED_TURNS, LISTED_WAITING = 16, 8, 6, 12, 5  # before "show all"
-OPEN_SESSIONS = 8  # whose turns are asked for at a time
+OPEN_SESSIONS = 8  # whose turns are requested at a time
 
 # =====================================================================================================================
-# Formats: figures with their units. What is not known is a dash, never a guess and never NaN.
+# Formats: figures with their units. Unknown values are a dash, never a guess and never NaN.
 # =====================================================================================================================
 
 UNKNOWN = "–"
@@ -53,25 +53,25 @@ SPACE = "\u00a0"  # between a figure and its unit
 
 
 def is_known(value: Any) -> TypeGuard[float]:
-    """Whether this is a finite number; pandas makes NaN of what is not known."""
+    """Whether this is a finite number; pandas turns unknown values into NaN."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def listed(document: Any, name: str) -> list[Mapping[str, Any]]:
-    """The rows under ``name``; none where there is no such list."""
+    """The rows under ``name``; empty if there is no such list."""
     rows = document.get(name) if isinstance(document, Mapping) else None
     return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
 
 
 def part(document: Any, *names: str) -> Mapping[str, Any]:
-    """The object at the path ``names``; an empty one where there is none."""
+    """The object at the path ``names``; empty if there is none."""
     for name in names:
         document = document.get(name) if isinstance(document, Mapping) else None
     return document if isinstance(document, Mapping) else {}
 
 
 def duration(ms: Any) -> str:
-    """A duration of ``ms`` with three figures or so: 0.4 ms, 340 ms, 3.21 s, 2 min 05 s, 3 h 12 min, 4 d 3 h."""
+    """A duration of ``ms`` with about three digits: 0.4 ms, 340 ms, 3.21 s, 2 min 05 s, 3 h 12 min, 4 d 3 h."""
     if not is_known(ms):
         return UNKNOWN
     if ms < 9.95:
@@ -91,14 +91,14 @@ def duration(ms: Any) -> str:
 
 
 def seconds(value: Any) -> str:
-    """A duration of ``value`` seconds in whole seconds: what is seen to pass needs no more."""
+    """A duration of ``value`` seconds in whole seconds, for figures that tick while they are shown."""
     if not is_known(value):
         return UNKNOWN
     return f"{max(0, round(value))}{SPACE}s" if value < 59.5 else duration(max(0.0, value) * 1000)
 
 
 def count(value: Any) -> str:
-    """A number of things: 7, 12,345, 1.25 M."""
+    """A count: 7, 12,345, 1.25 M."""
     if not is_known(value):
         return UNKNOWN
     for size, unit in ((1e9, "G"), (1e6, "M")):
@@ -108,12 +108,12 @@ def count(value: Any) -> str:
 
 
 def things(value: Any, word: str) -> str:
-    """A number with what it is of: 1 session, 3 sessions."""
+    """A count with its unit: 1 session, 3 sessions."""
     return f"{count(value)} {word}" + ("" if value == 1 else "s")
 
 
 def figure(value: Any) -> str:
-    """A figure with three digits that matter: 0.324, 4.86, 43.2, 1,840."""
+    """A figure with three significant digits: 0.324, 4.86, 43.2, 1,840."""
     if not is_known(value):
         return UNKNOWN
     if abs(value) >= 99.95 or value == 0:
@@ -141,7 +141,7 @@ def gibibytes(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """Why there are no fresh figures: what happened, and what to do."""
+    """Why there are no current figures: what happened, and what to do."""
 
     what: str
     fix: str
@@ -149,7 +149,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read last. ``document`` stays the last good one while there is a problem."""
+    """The last reading. ``document`` stays the last good one while there is a problem."""
 
     document: Mapping[str, Any] | None = None
     read_at: float = 0.0  # monotonic seconds: when the document came
@@ -158,7 +158,7 @@ class Reading:
 
 
 class ProxyError(Exception):
-    """The proxy gave no document that this page can show."""
+    """The proxy returned no document that this page can show."""
 
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(what)
@@ -166,7 +166,7 @@ class ProxyError(Exception):
 
 
 def checked_url(url: str) -> str:
-    """The proxy's base URL without a slash at its end; ValueError when it is none."""
+    """The proxy's base URL without a slash at its end; ValueError if it isn't one."""
     parts = urlsplit(url if "//" in url else f"http://{url}")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query or parts.fragment:
         raise ValueError(f"--proxy {url}: a URL such as {DEFAULT_PROXY} is needed")
@@ -182,12 +182,12 @@ class ProxyClient:
         self.url = url
         self._requests = requests
         self._session = requests.Session()
-        self._session.trust_env = False  # neither http_proxy nor ~/.netrc has a say in it
+        self._session.trust_env = False  # ignores http_proxy and ~/.netrc
         if token:
             self._session.headers["Authorization"] = f"Bearer {token}"
 
     def get(self, path: str) -> Any:
-        """The JSON document at ``path``; ProxyError when there is none, with what to do."""
+        """The JSON document at ``path``; ProxyError, with what to do, if there is none."""
         try:
             answer = self._session.get(self.url + path, timeout=(2.0, 5.0), allow_redirects=False)
         except self._requests.Timeout:
@@ -226,7 +226,7 @@ class ProxyClient:
 
 
 def _document_of(url: str, status: int, body: bytes) -> Any:
-    """The document of an answer; ProxyError when it is none."""
+    """The document of an answer; ProxyError if it isn't valid."""
     if status in (401, 403):
         raise ProxyError(
             f"The proxy at {url} asks for its key.",
@@ -247,10 +247,10 @@ def _document_of(url: str, status: int, body: bytes) -> Any:
 
 
 class Poller:
-    """The last reading of one proxy, for all viewers: however many they are, it is asked once an interval.
+    """The last reading of one proxy, shared by all viewers, so the proxy is asked once per interval.
 
-    Reads on demand, in a thread of its own, so that a proxy that does not answer delays nobody: who asks waits for
-    ``patience_s`` and then gets what there is. The thread ends when nobody has asked for ``idle_s``.
+    Reads on demand in its own thread, so an unresponsive proxy delays nobody: a caller waits for
+    ``patience_s`` and then gets the last reading. The thread ends after ``idle_s`` without a caller.
     """
 
     def __init__(self, client: ProxyClient, clock: Callable[[], float] = time.monotonic, idle_s: float = 30.0) -> None:
@@ -259,13 +259,13 @@ class Poller:
         self._idle_s = idle_s
         self._changed = threading.Condition()  # guards all below
         self._reading = Reading()
-        self._wanted: dict[str, float] = {}  # session → when somebody asked for it last
+        self._wanted: dict[str, float] = {}  # session → when it was last requested
         self._asked = self._done = 0
         self._done_at = -math.inf
         self._thread: threading.Thread | None = None
 
     def read(self, max_age_s: float, sessions: Iterable[str] = (), patience_s: float = 0.5) -> Reading:
-        """What is known; asked for anew when it is older than ``max_age_s`` or lacks one of ``sessions``."""
+        """The last reading; refreshed if it is older than ``max_age_s`` or lacks one of ``sessions``."""
         with self._changed:
             now = self.clock()
             self._wanted.update((name, now) for name in sessions)
@@ -330,7 +330,7 @@ def session_rows(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # =====================================================================================================================
-# Shaping: documents → DataFrames. Pure; every figure may be missing. Times are told by the proxy's clock alone.
+# Shaping: documents → DataFrames. Pure; every figure may be missing. All times are by the proxy's clock.
 # =====================================================================================================================
 
 # Judgements: a word always stands beside the colour, and a shape before it.
@@ -357,7 +357,7 @@ JUDGEMENT_OF_VERDICT = {
     "IMBALANCED": BUSY,
     "UNHEALTHY": BAD,
 }
-# Of a turn, in their order. What was not streamed tells no prefill: all of it is "inference".
+# Of a turn, in their order. Without streaming, prefill is unknown: all of it is "inference".
 PHASES = ("pre", "queue", "prefill", "decode", "inference", "post", "unaccounted")
 BACKEND_COLUMNS = (
     *("id", "model", "node", "partition", "state", "judgement", "reason", "restarts", "gpus", "gpu_name"),
@@ -381,13 +381,13 @@ TIMELINE: Mapping[str, Mapping[str, str]] = {
     "agents": {"active_sessions": "active agents", "in_flight": "turns in flight", "pending": "turns waiting"},
 }
 CAPACITY = {"curve": "predicted, with its interval", "here": "you are here, as measured"}
-SLOW_FACTOR = 1.2  # a replica whose median latency is that much above the median of all is marked
+SLOW_FACTOR = 1.2  # a replica whose median latency exceeds the median of all by this factor is marked
 FULL_KV = 0.95  # of the KV cache: from here on sequences are preempted
 SOON_S = 900.0  # a job that ends this soon is marked
 
 
 def backend_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """A row a replica, what needs a look first: BACKEND_COLUMNS; durations in ms (``left_s``: s), memory in bytes."""
+    """One row per replica, the most urgent first: BACKEND_COLUMNS; durations in ms (``left_s``: s), memory in bytes."""
     now = document.get("now")
     rows = [_backend_row(row, now) for row in listed(document, "backends")]
     ready = [row["p50_ms"] for row in rows if row["state"] == "ready" and is_known(row["p50_ms"])]
@@ -401,14 +401,14 @@ def backend_frame(document: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _needs_a_look(row: Mapping[str, Any]) -> bool:
-    """Whether something of a replica is marked, whatever its state."""
+    """Whether any figure of a replica is highlighted, whatever its state."""
     is_full = is_known(row["kv_usage"]) and row["kv_usage"] >= FULL_KV
     is_over_soon = is_known(row["left_s"]) and row["left_s"] < SOON_S
     return row["is_slowest"] or is_full or is_over_soon or row["tunnel_judgement"] in (BUSY, BAD)
 
 
 def natural(name: Any) -> tuple[Any, ...]:
-    """A sort key by which model-2 stands before model-10."""
+    """A sort key that puts model-2 before model-10."""
     words = re.split(r"(\d{1,12})", str(name))
     return tuple((1, int(word), "") if word.isdecimal() else (0, 0, word) for word in words)
 
@@ -452,7 +452,7 @@ def _backend_row(row: Mapping[str, Any], now: Any) -> dict[str, Any]:
 
 
 def session_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """A row a listed session, in the proxy's order: SESSION_COLUMNS; phases are sums over its turns in ms."""
+    """One row per listed session, in the proxy's order: SESSION_COLUMNS; phases are sums over its turns in ms."""
     now = document.get("now")
     rows = [
         {
@@ -477,18 +477,18 @@ def session_frame(document: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _ago(now: Any, at: Any) -> float | None:
-    """Seconds since ``at`` by the proxy's own clock, never less than none."""
+    """Seconds since ``at`` by the proxy's clock, at least 0."""
     return max(0.0, now - at) if is_known(now) and is_known(at) else None
 
 
 def turn_frame(rows: Iterable[Mapping[str, Any]], now: Any) -> pd.DataFrame:
-    """A row a finished turn, in the order given: TURN_COLUMNS; phases and durations in ms, ``ago_s`` in s."""
+    """One row per finished turn, in the given order: TURN_COLUMNS; phases and durations in ms, ``ago_s`` in s."""
     return pd.DataFrame([_turn_row(row, now) for row in rows], columns=list(TURN_COLUMNS))
 
 
 def _turn_row(row: Mapping[str, Any], now: Any) -> dict[str, Any]:
     inference, ttft = row.get("inference_ms"), row.get("ttft_ms")
-    phases = {name: row.get(f"{name}_ms") for name in PHASES}  # the proxy tells no prefill and no decode
+    phases = {name: row.get(f"{name}_ms") for name in PHASES}  # the proxy reports neither prefill nor decode
     if row.get("stream") and is_known(inference) and is_known(ttft):
         prefill = min(ttft, inference)
         phases.update(prefill=prefill, decode=inference - prefill, inference=None)
@@ -508,9 +508,9 @@ def _turn_row(row: Mapping[str, Any], now: Any) -> dict[str, Any]:
 
 
 def timeline_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """The proxy's last minutes: a row a moment, at most MAX_POINTS: at (UTC), and a column a line of TIMELINE.
+    """The proxy's last minutes, at most MAX_POINTS rows: at (UTC), and one column per line of TIMELINE.
 
-    Latencies are in s; what is not known is NaN.
+    Latencies are in s; unknown values are NaN.
     """
     points = [row for row in listed(part(document, "throughput"), "history") if is_known(row.get("at"))]
     points = points[:: max(1, math.ceil(len(points) / MAX_POINTS))]
@@ -531,7 +531,7 @@ def timeline_frame(document: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def pipeline_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """Where the time of recent turns went: part, share (0 to 1), mean_ms, p50_ms, p95_ms. Empty without traffic."""
+    """Where recent turns spent their time: part, share (0 to 1), mean_ms, p50_ms, p95_ms. Empty without traffic."""
     pipeline = part(document, "pipeline")
     rows = [
         {"part": name, **{key: part(pipeline, name).get(key) for key in ("share", "mean_ms", "p50_ms", "p95_ms")}}
@@ -545,11 +545,11 @@ _LIMITS = (("knee", "knee_agents"), ("KV cache full", "kv_agents"), ("70 % utili
 
 
 def capacity_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
-    """The predicted curve, where the run is, and what bounds the number of agents: a row a point of the chart.
+    """The predicted curve, the current position and the limits on the number of agents: one row per point.
 
     kind (of CAPACITY, or "limit"), agents, turns_per_hour, low, high, text and side (of limits: their label, and to
     which side of the line it stands). A limit's turns_per_hour is the height of its label, above the curve.
-    Limits beyond the curve are left out. Empty when there is no curve.
+    Limits beyond the curve are left out. Empty if there is no curve.
     """
     columns = ["kind", "agents", "turns_per_hour", "low", "high", "text", "side"]
     curve = [{**row, "kind": CAPACITY["curve"]} for row in listed(entry, "curve")]
@@ -589,7 +589,7 @@ def what_if_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def share_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
-    """What holds throughput back: name, share, low, high; empty when that is not known."""
+    """What limits throughput: name, share, low, high; empty if unknown."""
     named = (
         ("think time of the agents", "agent"),
         ("latency of a lone turn", "base_latency"),
@@ -609,9 +609,9 @@ HOUR_STATES = ("ready_busy", "ready_idle", "loading", "pending")
 
 
 def hours_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """Hours by model and what they were spent on, their sum last where there are several: model, unit, HOUR_STATES.
+    """Hours by model and state, with their sum last if there are several models: model, unit, HOUR_STATES.
 
-    The unit is GPU-hours, and replica-hours where no replica holds a GPU. Empty when they are not kept.
+    The unit is GPU-hours, or replica-hours if no replica has a GPU. Empty if they aren't recorded.
     """
     accounting = part(document, "accounting")
     kept = [(row.get("model"), row) for row in listed(accounting, "by_model")]
@@ -624,7 +624,7 @@ def hours_frame(document: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def watchdog_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """Sessions that seem to have gone wrong: kind, session, client, model, ago_s, sentence."""
+    """Sessions that may need attention: kind, session, client, model, ago_s, sentence."""
     now = document.get("now")
     rows = [
         {**{name: row.get(name) for name in ("kind", "session", "client", "model", "sentence")}, "ago_s": ago}
@@ -654,7 +654,7 @@ Data: TypeAlias = (
 
 
 def _lines(data: Data, panel_name: str, title: str, unit: str, crosshair: alt.Parameter, height: int) -> alt.LayerChart:
-    """One panel of the history over time, with the common crosshair and its figures.
+    """One panel of the timeline, with the shared crosshair and its figures.
 
     Streamlit gives each of several charts the whole width, without room for an axis beside it: so the lines begin
     AXIS_PX inside, and the labels stand before them, aligned over the panels.
@@ -666,7 +666,7 @@ def _lines(data: Data, panel_name: str, title: str, unit: str, crosshair: alt.Pa
     times.labels = is_last
     figures = alt.Axis(title=None, tickCount=3, ticks=False, domain=False, offset=-AXIS_PX, labelPadding=6)
     if panel_name == "agents":
-        figures.tickMinStep = 1  # there is no half of an agent
+        figures.tickMinStep = 1  # agents are whole numbers
     after_labels = alt.Scale(range=[AXIS_PX, alt.ExprRef("width")])
     x = alt.X("at:T", axis=times, scale=after_labels)
     legend = alt.Legend(orient="top", direction="horizontal", symbolType="stroke", title=None, offset=2)
@@ -689,7 +689,7 @@ def _lines(data: Data, panel_name: str, title: str, unit: str, crosshair: alt.Pa
 
 
 def timeline_chart(data: Data, height: int = 204) -> alt.VConcatChart:
-    """Throughput, latency and agents of timeline_frame, one above the other on one time axis with one crosshair."""
+    """Throughput, latency and agents of timeline_frame, stacked on one time axis with a shared crosshair."""
     crosshair = alt.selection_point(
         name="moment", fields=["at"], nearest=True, on="pointerover", clear="pointerout", empty=False
     )
@@ -735,9 +735,9 @@ def capacity_chart(data: Data, height: int = 280) -> alt.LayerChart:
 def chart_template(chart: Callable[[Data], alt.TopLevelMixin]) -> dict[str, Any]:
     """A chart's Vega-Lite specification without its data, which is looked for under the name "rows".
 
-    To build one takes Altair some hundred milliseconds, to fill this one takes none.
+    Altair takes a few hundred milliseconds to build one; filling this one takes almost none.
     """
-    with warnings.catch_warnings():  # Altair tells that the crosshairs of several charts are one: they are meant to be
+    with warnings.catch_warnings():  # Altair warns that several charts share a crosshair, which is intended
         warnings.simplefilter("ignore", UserWarning)
         specification: dict[str, Any] = chart(alt.NamedData("rows")).to_dict()
     specification["usermeta"] = {
@@ -747,7 +747,7 @@ def chart_template(chart: Callable[[Data], alt.TopLevelMixin]) -> dict[str, Any]
 
 
 def lowered(template: Mapping[str, Any], height: int = 88) -> dict[str, Any]:
-    """The timeline for beside an analysis without a curve, which is not high either."""
+    """The timeline to show beside an analysis without a curve, which is as low."""
     return {**template, "vconcat": [{**chart, "height": height} for chart in template["vconcat"]]}
 
 
@@ -761,7 +761,7 @@ Child = Any  # str | Node | None
 
 
 def el(tag: str, attributes: Mapping[str, Any] | None = None, *children: Child) -> Node:
-    """An element; children that are None are left out."""
+    """An element; omits children that are None."""
     return [tag, dict(attributes or {}), *(child for child in children if child is not None)]
 
 
@@ -805,14 +805,14 @@ def cell(*children: Child, kind: str = "", **attributes: Any) -> Node:
 
 
 def toggle(name: str, is_open: bool, label: Child, what: str) -> Node:
-    """A button that opens and closes ``name``."""
+    """A button that opens or closes ``name``."""
     arrow = el("span", {"class": "ai-arrow", "aria-hidden": "true"}, "▾" if is_open else "▸")
     attributes = {"class": "ai-toggle", "data-toggle": name, "aria-expanded": str(is_open).lower(), "title": what}
     return el("button", attributes, arrow, label)
 
 
 def show_all(name: str, total: int, shown: int, what: str, is_open: bool) -> Node | None:
-    """The button that shows all rows, or the first few again; None where nothing is hidden."""
+    """The button that shows all rows, or only the first few again; None if nothing is hidden."""
     if total <= shown:
         return None
     text = f"show the first {shown}" if is_open else f"show all {count(total)} {what}"
@@ -832,7 +832,7 @@ def meter(fraction: Any, label: str, text: str, judgement: str = NEUTRAL) -> Nod
 
 
 def phase_bar(phases: Mapping[str, Any], scale_ms: float) -> Node:
-    """A stacked bar of PHASES (ms) over ``scale_ms``; what nobody accounts for is hatched."""
+    """A stacked bar of PHASES (ms) over ``scale_ms``; unaccounted time is hatched."""
     known = [(name, float(phases[name])) for name in PHASES if is_known(phases.get(name)) and phases[name] > 0]
     text = ", ".join(f"{name} {duration(ms)}" for name, ms in known) or "no time known"
     parts = [
@@ -847,7 +847,7 @@ def phase_legend(names: Sequence[str] = PHASES) -> Node:
 
 
 def sparkline(values: Sequence[float]) -> Node | None:
-    """The course of some figures as a small line, from 0 to the highest of them; None below two."""
+    """A sparkline of figures, scaled from 0 to the highest; None below two."""
     if len(values) < 2:
         return None
     highest = max(1.0, *values)
@@ -862,7 +862,7 @@ def sparkline(values: Sequence[float]) -> Node | None:
 
 
 def change_bar(change: Any, low: Any, high: Any, reach: float) -> Node:
-    """A change as a bar to the left or right of a middle line, with its interval; ``reach`` is the bar's half."""
+    """A change as a bar to the left or right of a middle line, with its interval; ``reach`` is half the bar."""
     if not is_known(change):
         return el("span", {"class": "ai-change"})
     left, right = sorted((0.0, change))
@@ -901,7 +901,7 @@ def estimate(value: Mapping[str, Any], show: Callable[[Any], str] = figure, unit
 def header_panel(
     document: Mapping[str, Any], url: str, age_s: float | None, problem: Problem | None, is_paused: bool
 ) -> Node:
-    """Whose figures these are and how old they are."""
+    """The source and age of the figures."""
     if problem is not None:
         state = badge(BAD, "not connected")
     elif is_paused:
@@ -925,7 +925,7 @@ def header_panel(
 
 
 def problem_panel(problem: Problem | None, has_document: bool) -> Node | None:
-    """What is wrong with the figures as a whole, and what to do."""
+    """A problem that affects all figures, and what to do."""
     if problem is None:
         return None
     tail = " What is shown below, in grey, is what was known last." if has_document else ""
@@ -938,7 +938,7 @@ def problem_panel(problem: Problem | None, has_document: bool) -> Node | None:
 
 
 def stale_problem(age_s: float) -> Problem | None:
-    """What is wrong when the proxy answers, but with figures that nobody has renewed for ``age_s`` seconds."""
+    """The problem if the proxy answers with figures that are ``age_s`` seconds old."""
     if age_s < 10.0:
         return None
     return Problem(
@@ -963,7 +963,7 @@ def keys_panel() -> Node:
 
 
 def verdict_panel(document: Mapping[str, Any]) -> Node:
-    """What holds the run back, how sure that is, and how many agents to run: a line a model and GPU type."""
+    """What limits the run, how sure that is, and how many agents to run: one line per model and GPU type."""
     entries = listed(document, "analysis")
     lines = [_verdict_line(entry, len(entries) > 1) for entry in entries]
     if not lines:
@@ -1018,7 +1018,7 @@ def _verdict_line(entry: Mapping[str, Any], is_named: bool) -> Node:
 
 
 def entry_label(entry: Mapping[str, Any]) -> str:
-    """How one entry of the analysis is told from the others."""
+    """The label that distinguishes an entry of the analysis from the others."""
     return " on ".join(str(entry[name]) for name in ("model", "gpu") if entry.get(name)) or "all"
 
 
@@ -1038,7 +1038,7 @@ def _suggestion(agents: Mapping[str, Any], now: Mapping[str, Any]) -> Node | Non
 
 
 def queue_panel(document: Mapping[str, Any]) -> Node:
-    """What waits, what is with a replica, and how much gets done."""
+    """Turns waiting and in flight, and the throughput."""
     queue, totals, rates = part(document, "queue"), part(document, "totals"), part(document, "throughput")
     slots = [row.get("slots") for row in listed(document, "models")]
     of_slots = f"of {count(sum(filter(is_known, slots)))} slots" if any(map(is_known, slots)) else "at the replicas"
@@ -1093,7 +1093,7 @@ def _waiting_list(waiting: Sequence[Mapping[str, Any]]) -> Node | None:
 
 
 def backends_panel(frame: pd.DataFrame, is_open: bool) -> Node:
-    """The replicas. A column of which nothing is known is left out."""
+    """The replicas. Omits columns without any known value."""
     if frame.empty:
         return panel(
             "backends",
@@ -1230,7 +1230,7 @@ def sessions_panel(
     open_names: frozenset[str],
     details: Mapping[str, Mapping[str, Any]],
 ) -> Node:
-    """Client → session → turn. ``open_names`` are those whose toggle was used: "session:ID", "client:ID", "all:ID"."""
+    """Client → session → turn. ``open_names`` are the toggles that were used: "session:ID", "client:ID", "all:ID"."""
     counts = part(document, "sessions")
     if frame.empty:
         return panel(
@@ -1275,7 +1275,7 @@ def _client_rows(
     scale: float,
     now: Any,
 ) -> list[Node]:
-    """A client's own row, then those of its sessions."""
+    """A client's row, then the rows of its sessions."""
     key = f"{client or ''} {command or ''}"
     is_open = f"client:{key}" not in open_names
     busy = sum(1 for row in sessions if row.state not in ("idle", "ended"))
@@ -1413,7 +1413,7 @@ def _turn_cells(row: Any, scale: float) -> list[Node]:
 
 
 def turns_panel(frame: pd.DataFrame, open_names: frozenset[str]) -> Node:
-    """The turns that finished last, of whatever session."""
+    """The turns that finished last, from any session."""
     if frame.empty:
         return panel("turns", "Recent Turns", el("p", {"class": "ai-muted"}, "No traffic yet: no turn has finished."))
     is_all = "turns" in open_names
@@ -1465,7 +1465,7 @@ def _turn_text(row: Any) -> Node:
 
 
 def pipeline_panel(document: Mapping[str, Any], entry: Mapping[str, Any], labels: Sequence[str]) -> Node:
-    """The first part of Bottleneck Analysis: where the time went, and what the throughput hangs on."""
+    """The first part of Bottleneck Analysis: where the time went, and what limits throughput."""
     chosen = entry_label(entry) if entry else ""
     choices = [
         el("button", {"class": "ai-choice", "data-set": label, "aria-pressed": str(label == chosen).lower()}, label)
@@ -1536,7 +1536,7 @@ def _holding_back(entry: Mapping[str, Any]) -> Node:
 
 
 def _glossary() -> list[Node]:
-    """What the parts of a turn are, where nothing needs the room yet."""
+    """An explanation of the parts of a turn, shown while there is room."""
     meanings = (
         ("pre", "the agent makes its next observation, as its client timed it"),
         ("queue", "the turn waits for a replica that has room"),
@@ -1549,7 +1549,7 @@ def _glossary() -> list[Node]:
 
 
 def what_if_panel(entry: Mapping[str, Any]) -> Node:
-    """The last part of Bottleneck Analysis, below the curve: what would change it, and what it was computed from."""
+    """The last part of Bottleneck Analysis, below the curve: what-ifs, and the data behind the fit."""
     frame = what_if_frame(entry)
     children: list[Child] = []
     if not frame.empty and bool(frame["change"].notna().any()):
@@ -1586,7 +1586,7 @@ def what_if_panel(entry: Mapping[str, Any]) -> Node:
 
 
 def _basis(entry: Mapping[str, Any]) -> Node | None:
-    """What the model was fitted to, and whether it holds."""
+    """The data that the model was fitted to, and whether the fit holds."""
     fit, operating, law = part(entry, "fit"), part(entry, "operating"), part(entry, "littles_law")
     if not is_known(part(fit, "base_latency_s").get("value")):
         return None
@@ -1608,7 +1608,7 @@ def _basis(entry: Mapping[str, Any]) -> Node | None:
 
 
 def watchdog_panel(frame: pd.DataFrame) -> Node:
-    """Sessions that seem to have gone wrong."""
+    """Sessions that may need attention."""
     if frame.empty:
         return panel(
             "watchdog",
@@ -1636,7 +1636,7 @@ def watchdog_panel(frame: pd.DataFrame) -> Node:
 
 
 def cost_panel(document: Mapping[str, Any]) -> Node:
-    """GPU-hours by what they were spent on, and what a turn, a session and a task cost."""
+    """GPU-hours by state, and the cost of a turn, a session and a task."""
     frame = hours_frame(document)
     children: list[Child] = []
     if not frame.empty:
@@ -1703,7 +1703,7 @@ def slots_of(
     opened: frozenset[str],
     sessions: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, list[Node]]:
-    """Slot → its nodes: what is shown below the verdict and the queue, around the charts and under them."""
+    """Slot → its nodes: the parts below the verdict and the queue, around and below the charts."""
     turns = turn_frame(listed(document, "recent_turns"), document.get("now"))
     has_points = bool(listed(part(document, "throughput"), "history"))
     note = None if has_points else el("p", {"class": "ai-muted"}, "The first points come within seconds.")
@@ -2073,14 +2073,13 @@ td > .ai-muted.ai-cut { margin-left: 6px; }
 
 
 def _nothing() -> None:
-    """Streamlit knows a component's state by its having a callback."""
+    """Streamlit reports a component's state only if it has a callback."""
 
 
 def mount(nodes: Sequence[Node | None], slots: Mapping[str, Sequence[Node]] | None = None, **data: Any) -> None:
-    """Show nodes here and in the slots. What the reader does comes back as ``flipped``, ``chosen``, ``isPainted``.
+    """Show nodes here and in the slots. The viewer's actions come back as ``flipped``, ``chosen``, ``isPainted``.
 
-    All that is text is one element of Streamlit's: what an element costs the browser at every refresh is a
-    multiple of what its nodes do.
+    All text is one Streamlit element, because an element costs the browser much more per refresh than its nodes do.
     """
     show = st.components.v2.component("agent_infra", css=CSS, js=JS, isolate_styles=False)
     shown = [node for node in nodes if node is not None]
@@ -2095,12 +2094,12 @@ def mount(nodes: Sequence[Node | None], slots: Mapping[str, Sequence[Node]] | No
 
 
 def slot(name: str) -> None:
-    """A place for nodes that ``mount`` has for it."""
+    """A slot for nodes that ``mount`` fills."""
     st.components.v2.component("agent_infra_slot", js=SLOT_JS, isolate_styles=False)(data=name.encode())
 
 
 def told(name: str) -> Any:
-    """What the browser part has said of ``name``; None until it does."""
+    """What the browser part has reported for ``name``; None until it does."""
     state = st.session_state.get("page")
     return state.get(name) if state else None
 
@@ -2112,10 +2111,10 @@ def flipped() -> frozenset[str]:
 
 @st.cache_resource(show_spinner=False)
 def _templates() -> Mapping[str, dict[str, Any]]:
-    """The charts without their data, once a process.
+    """The charts without their data, built once per process.
 
     Streamlit collects garbage after every run, a fragment's too: 0.2 s of CPU with all that pandas and Altair have
-    made. What has been made by now stays, so it is left out from here on.
+    made. Objects that exist by now stay, so collections skip them from here on.
     """
     templates = {"timeline": chart_template(timeline_chart), "capacity": chart_template(capacity_chart)}
     gc.freeze()
@@ -2123,7 +2122,7 @@ def _templates() -> Mapping[str, dict[str, Any]]:
 
 
 def show_chart(name: str, template: Mapping[str, Any], frame: pd.DataFrame) -> None:
-    """A chart filled with ``frame``; none without rows. The browser changes its data in place."""
+    """Show a chart of ``frame``; nothing without rows. The browser changes its data in place."""
     if not frame.empty:
         specification = {**template, "datasets": {"rows": frame}}
         st.vega_lite_chart(spec=specification, key=name, width="stretch", alt=CHART_ALT[name])
@@ -2131,7 +2130,7 @@ def show_chart(name: str, template: Mapping[str, Any], frame: pd.DataFrame) -> N
 
 @dataclass(frozen=True)
 class Source:
-    """Where a viewer's figures come from, and how often."""
+    """The source of a viewer's figures, and how often they are read."""
 
     poller: Poller
     url: str
@@ -2139,7 +2138,7 @@ class Source:
     is_paused: bool
 
     def read(self, sessions: Sequence[str] = ()) -> Reading:
-        """The reading to show: of this moment, or the one of when the viewer paused."""
+        """The reading to show: the current one, or the one from when the viewer paused."""
         if not self.is_paused:
             st.session_state["reading"] = self.poller.read(self.interval_s * 0.9, sessions)
         elif sessions:
@@ -2149,13 +2148,13 @@ class Source:
         return reading
 
     def refreshed(self, view: Callable[[Source], None], least_s: float = 0.0) -> None:
-        """Show a view, again and again unless paused."""
+        """Show a view repeatedly unless paused."""
         every = None if self.is_paused else max(self.interval_s, least_s)
         st.fragment(view, run_every=every)(self)
 
 
 def text_view(source: Source) -> None:
-    """All but the charts."""
+    """Everything except the charts."""
     if st.session_state["answered"] != (told("isPainted"), told("chosen")):
         st.rerun()  # a run of the whole page notes what it answers, so one that is lost is asked for again
     opened = flipped()
@@ -2181,21 +2180,21 @@ def text_view(source: Source) -> None:
 
 
 def is_painted() -> bool:
-    """Whether the browser shows header and verdict. They come alone, so that they come soon."""
+    """Whether the browser shows header and verdict. They are sent first, on their own, so they appear quickly."""
     if told("isPainted"):
         st.session_state["painted"] = True
     return bool(st.session_state.get("painted"))
 
 
 def chosen_entry(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The entry of the analysis that is shown: the reader's choice, or the first."""
+    """The entry of the analysis to show: the viewer's choice, or the first."""
     entries = listed(document, "analysis")
     chosen = [entry for entry in entries if entry_label(entry) == told("chosen")]
     return next(iter(chosen + entries), {})
 
 
 def charts_view(source: Source) -> None:
-    """Bottleneck analysis beside the time axis; the charts no oftener than the proxy computes what they show."""
+    """Bottleneck analysis beside the time axis; the charts no more often than the proxy computes their data."""
     document = source.read().document
     if not document:
         return
@@ -2230,13 +2229,13 @@ def controls_view() -> None:
 
 @st.cache_resource(show_spinner=False)
 def shared_poller(url: str, token_file: str | None) -> Poller:
-    """One for all viewers of one proxy."""
+    """Shared by all viewers of one proxy."""
     token = Path(token_file).read_text(encoding="utf-8") if token_file else os.environ.get("AGENT_INFRA_TOKEN", "")
     return Poller(ProxyClient(url, token.strip()))
 
 
 def is_admitted() -> bool:
-    """Whether this viewer may see the page: with AGENT_INFRA_PAGE_KEY set, only who was given the key.
+    """Whether this viewer may see the page: with AGENT_INFRA_PAGE_KEY set, only those who have the key.
 
     The page reads the proxy as the user who runs it, and any user of this machine can open a port on loopback.
     """
@@ -2251,7 +2250,7 @@ def is_admitted() -> bool:
 
 
 def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
-    """What stands after "--" in streamlit's command line."""
+    """The words after "--" on Streamlit's command line."""
     parser = argparse.ArgumentParser(prog="streamlit run streamlit_dashboard.py --")
     parser.add_argument("--proxy", default=DEFAULT_PROXY, type=checked_url, metavar="URL", help="where the proxy is")
     parser.add_argument("--token-file", metavar="FILE", help="holds the proxy's key; or AGENT_INFRA_TOKEN says it")

@@ -32,7 +32,7 @@ PENDING_REASONS = (
     ),
     (
         r"QOSMaxGRESPerUser|QOSMaxGRES.*|.*MaxTRES.*|.*GrpTRES.*|.*GrpGRES.*",
-        "you or your group have all the GPUs that the QoS or account allows",
+        "you or your group already use all the GPUs that the QoS or account allows",
     ),
     (
         r"QOS.*Limit|QOSMax.*|QOSGrp.*|Assoc.*|Max.*Per.*|AccountingPolicy",
