@@ -564,7 +564,7 @@ def capacity_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
     found = [(part(entry, "limits", name).get("value"), label) for label, name in _LIMITS]
     limits = sorted((value, label) for value, label in found if is_known(value) and value <= right)
     top = max(max(row[name] for name in ("turns_per_hour", "high") if is_known(row.get(name))) for row in rows)
-    # The labels stand on one side of their lines, and the line that the others' labels pass over is the lowest.
+    # All labels are on the same side of their lines; the line that other labels cross is drawn lowest.
     side = "left" if not limits or limits[-1][0] < right * 0.72 else "right"
     for level, (value, label) in enumerate(limits if side == "right" else reversed(limits)):
         height = top * (1.14 + 0.14 * level)
@@ -742,7 +742,7 @@ def chart_template(chart: Callable[[Data], alt.TopLevelMixin]) -> dict[str, Any]
         specification: dict[str, Any] = chart(alt.NamedData("rows")).to_dict()
     specification["usermeta"] = {
         "embedOptions": {"logLevel": 1, "renderer": "canvas"}
-    }  # Vega warns of every layer that has no rows yet
+    }  # Vega warns about layers without rows
     return specification
 
 
@@ -2262,7 +2262,7 @@ def main() -> None:
     st.set_page_config(page_title="Agent Infra", layout="wide")
     try:
         arguments = parse_arguments(sys.argv[1:])
-    except SystemExit:  # argparse has told the terminal what is wrong
+    except SystemExit:  # argparse has printed the error
         st.error("Streamlit was started with options that this page does not know; the terminal says which.")
         return
     if not is_admitted():

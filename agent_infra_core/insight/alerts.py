@@ -87,7 +87,7 @@ def alerts_of(
         found.append(("runaway_context", now, sentence))
     elif usual_context and context > max(RUNAWAY_TOKENS, RUNAWAY_FACTOR * usual_context):
         times = context / usual_context
-        sentence = f"Its context of {context:,} tokens is {times:.0f} times that of its model's usual session."
+        sentence = f"Its context of {context:,} tokens is {times:.0f} times the median of its model's sessions."
         found.append(("runaway_context", now, sentence))
     if (moves := session.recent_moves.bit_count()) >= THRASHING_MOVES:
         sentence = f"It changed its replica in {moves} of its last 8 turns; each time its context is recomputed."

@@ -102,7 +102,7 @@ def report_to_parent(document: Mapping[str, Any]) -> None:
 def forwarding_forbidden(target: str) -> str:
     """Return the message for an sshd that forbids forwarding to ``target``."""
     return (
-        f"SSH may not forward to {target} there (AllowTcpForwarding or PermitOpen in sshd_config); ask the "
+        f"the host forbids forwarding to {target} (AllowTcpForwarding or PermitOpen in sshd_config); ask the "
         "administrators, or run agent_infra on the login host itself, without cluster.ssh"
     )
 
