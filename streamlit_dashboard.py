@@ -193,13 +193,13 @@ class ProxyClient:
         except self._requests.Timeout:
             raise ProxyError(
                 f"The proxy at {self.url} does not answer in time.",
-                "It may be overloaded, or the way to it is cut; this page goes on trying.",
+                "It may be overloaded, or the network is down; this page keeps trying.",
             ) from None
         except self._requests.RequestException:
             raise ProxyError(
                 f"There is no proxy at {self.url}.",
                 "Start one with “python agent_infra.py up” or “connect”, or say where it is with --proxy; "
-                "this page goes on trying.",
+                "this page keeps trying.",
             ) from None
         return _document_of(self.url, answer.status_code, answer.content)
 
@@ -230,11 +230,11 @@ def _document_of(url: str, status: int, body: bytes) -> Any:
     if status in (401, 403):
         raise ProxyError(
             f"The proxy at {url} asks for its key.",
-            "Give the file that holds it with --token-file, or the key itself in the environment variable "
+            "Name the file that has it with --token-file, or set the key in the environment variable "
             "AGENT_INFRA_TOKEN; on the proxy's machine it is “api_key” in the deployment's state directory.",
         )
     if status == 503:
-        raise ProxyError(f"The proxy at {url} has no figures yet.", "It has just started; this page goes on trying.")
+        raise ProxyError(f"The proxy at {url} has no figures yet.", "It has just started; this page keeps trying.")
     try:
         document = json.loads(body) if status == 200 else None
     except ValueError:
@@ -292,7 +292,7 @@ class Poller:
             try:
                 reading = self._fetch(former, wanted)
             except Exception as error:  # noqa: BLE001 - whatever it is, the viewers are told and the next read tries again
-                reading = replace(former, problem=Problem(f"This page failed: {error!r}.", "It goes on trying."))
+                reading = replace(former, problem=Problem(f"This page failed: {error!r}.", "It keeps trying."))
             with self._changed:
                 self._reading = reading
                 self._done += 1
@@ -639,10 +639,10 @@ def watchdog_frame(document: Mapping[str, Any]) -> pd.DataFrame:
 # =====================================================================================================================
 
 CHART_ALT = {
-    "timeline": "Lines over the last minutes: turns a minute; latency of turns, median and 95th percentile; active "
-    "agents, turns in flight and waiting. The figures of this moment stand under Queue Status.",
-    "capacity": "Turns an hour by the number of agents, as predicted, with where the run is now and its limits. "
-    "The same figures stand in the tables beside it.",
+    "timeline": "Lines over the last minutes: turns per minute; latency of turns, median and 95th percentile; active "
+    "agents, turns in flight and waiting. Current figures are under Queue Status.",
+    "capacity": "Predicted turns per hour by number of agents, with the current position and the limits. "
+    "The tables beside it have the same figures.",
 }
 
 
@@ -766,7 +766,7 @@ def el(tag: str, attributes: Mapping[str, Any] | None = None, *children: Child) 
 
 
 def foreign(text: Any, kind: str = "ai-id") -> Node:
-    """Text from outside (an id, a prompt): isolated in its direction, cut by the style, whole in the title."""
+    """Text from outside (an id, a prompt): isolated in direction, truncated by the style, complete in the title."""
     shown = str(text)
     return el("bdi", {"class": kind, "title": shown}, shown)
 
@@ -928,7 +928,7 @@ def problem_panel(problem: Problem | None, has_document: bool) -> Node | None:
     """A problem that affects all figures, and what to do."""
     if problem is None:
         return None
-    tail = " What is shown below, in grey, is what was known last." if has_document else ""
+    tail = " The last known figures are shown below in grey." if has_document else ""
     return el(
         "div",
         {"class": "ai-problem", "role": "alert"},
@@ -943,7 +943,7 @@ def stale_problem(age_s: float) -> Problem | None:
         return None
     return Problem(
         f"The proxy's figures are {seconds(age_s)} old: its controller is gone.",
-        "Turns are served all the same; “python agent_infra.py connect” takes over.",
+        "Turns are still served; “python agent_infra.py connect” takes over.",
     )
 
 
@@ -968,7 +968,7 @@ def verdict_panel(document: Mapping[str, Any]) -> Node:
     lines = [_verdict_line(entry, len(entries) > 1) for entry in entries]
     if not lines:
         has_served = bool(part(document, "totals").get("requests"))
-        text = "No traffic of late, so nothing to judge." if has_served else "No traffic yet."
+        text = "No recent traffic, so there is no verdict." if has_served else "No traffic yet."
         lines = [el("div", {"class": "ai-verdict"}, el("div", {}, badge(NEUTRAL, "NO DATA")), el("p", {}, text))]
     return panel("verdict", "Verdict", *lines)
 
@@ -1098,7 +1098,7 @@ def backends_panel(frame: pd.DataFrame, is_open: bool) -> Node:
         return panel(
             "backends",
             "GPU Backends",
-            el("p", {"class": "ai-muted"}, "No replica is known; “python agent_infra.py start” starts some."),
+            el("p", {"class": "ai-muted"}, "There are no replicas; “python agent_infra.py start” starts them."),
         )
     shown = [name for name in _BACKEND_CELLS if _BACKEND_CELLS[name].is_shown(frame)]
     rows = frame if is_open else frame.head(LISTED_BACKENDS)
@@ -1247,7 +1247,7 @@ def sessions_panel(
         rows += _client_rows(client, command, sessions, open_names, details, scale, document.get("now"))
     told = f"{count(counts.get('live'))} live, {count(counts.get('active'))} active, {count(counts.get('ended'))} ended"
     if is_known(counts.get("live")) and is_known(counts.get("listed")) and counts["live"] > counts["listed"]:
-        told += f"; the {count(counts['listed'])} heard of last are listed"
+        told += f"; the {count(counts['listed'])} most recent are listed"
     more = show_all("clients", len(clients), LISTED_CLIENTS, "clients", "clients" in open_names)
     legend = phase_legend(("pre", "queue", "prefill", "decode", "inference", "post", "unaccounted"))
     aside = el("span", {"class": "ai-muted"}, told)
@@ -1280,7 +1280,7 @@ def _client_rows(
     is_open = f"client:{key}" not in open_names
     busy = sum(1 for row in sessions if row.state not in ("idle", "ended"))
     name = foreign(client) if client else el("span", {}, "clients without a name")
-    note = f"{things(len(sessions), 'session')}, {busy} with a turn under way"
+    note = f"{things(len(sessions), 'session')}, {busy} with a turn in flight"
     head = el(
         "tr",
         {"key": f"client:{key}", "class": "ai-client", "data-row": "", "tabindex": "-1"},
@@ -1518,9 +1518,7 @@ def _holding_back(entry: Mapping[str, Any]) -> Node:
     frame = share_frame(entry)
     if frame.empty:
         reason = part(entry, "verdict").get("reason") or part(entry, "verdict").get("sentence") or "no traffic"
-        return el(
-            "div", {"class": "ai-apart"}, el("p", {}, f"What holds the run back is not known: {reason}"), *_glossary()
-        )
+        return el("div", {"class": "ai-apart"}, el("p", {}, f"What limits the run is unknown: {reason}"), *_glossary())
     items = [
         el(
             "tr",
@@ -1531,18 +1529,18 @@ def _holding_back(entry: Mapping[str, Any]) -> Node:
         )
         for row in frame.itertuples(index=False)
     ]
-    columns = (("throughput hangs on", ""), ("share", "ai-wide"), ("interval", "ai-num"))
-    return table("what throughput hangs on", columns, items)
+    columns = (("throughput is limited by", ""), ("share", "ai-wide"), ("interval", "ai-num"))
+    return table("what limits throughput", columns, items)
 
 
 def _glossary() -> list[Node]:
     """An explanation of the parts of a turn, shown while there is room."""
     meanings = (
         ("pre", "the agent makes its next observation, as its client timed it"),
-        ("queue", "the turn waits for a replica that has room"),
+        ("queue", "the turn waits for a replica with a free slot"),
         ("inference", "the replica reads the prompt and answers"),
         ("post", "the agent acts on the answer"),
-        ("unaccounted", "between two turns, and no client says for what"),
+        ("unaccounted", "time between turns that no client explained"),
     )
     items = [each for name, text in meanings for each in (el("dt", {}, name), el("dd", {}, text))]
     return [el("h3", {}, "The parts of a turn"), el("dl", {"class": "ai-texts"}, *items)]
@@ -1594,7 +1592,7 @@ def _basis(entry: Mapping[str, Any]) -> Node | None:
     told = [
         f"A turn takes {estimate(part(fit, 'base_latency_s'))} alone and {estimate(part(fit, 'per_request_s'))} more "
         f"for each turn in flight on its replica; agents think for {estimate(part(fit, 'think_s'))}.",
-        f"Replicas are used to {estimate(part(operating, 'utilisation'), percent, '')}.",
+        f"Utilisation of the replicas: {estimate(part(operating, 'utilisation'), percent, '')}.",
     ]
     if is_known(law.get("error")):
         told.append(
@@ -1617,7 +1615,7 @@ def watchdog_panel(frame: pd.DataFrame) -> Node:
                 "p",
                 {},
                 badge(GOOD, "nothing to report"),
-                " No session is silent, repeating itself, running away or thrashing.",
+                " No session is silent, repeating, oversized or thrashing.",
             ),
         )
     items = [
@@ -1660,7 +1658,7 @@ def cost_panel(document: Mapping[str, Any]) -> Node:
         columns = (("GPU-seconds", ""), *((f"per {name}", "ai-num") for name, _ in names))
         children.append(table("GPU-seconds per turn, session and task", columns, rows))
     if not children:
-        children.append(el("p", {"class": "ai-muted"}, "Nothing is known of GPU time yet."))
+        children.append(el("p", {"class": "ai-muted"}, "No GPU time has been recorded yet."))
     return panel("cost", "GPU-Hours and Cost", *children)
 
 
@@ -1706,7 +1704,7 @@ def slots_of(
     """Slot → its nodes: the parts below the verdict and the queue, around and below the charts."""
     turns = turn_frame(listed(document, "recent_turns"), document.get("now"))
     has_points = bool(listed(part(document, "throughput"), "history"))
-    note = None if has_points else el("p", {"class": "ai-muted"}, "The first points come within seconds.")
+    note = None if has_points else el("p", {"class": "ai-muted"}, "The first points appear within seconds.")
     labels = [entry_label(each) for each in listed(document, "analysis")]
     rest = [
         card(backends_panel(backend_frame(document), "backends" in opened)),
@@ -2253,7 +2251,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """The words after "--" on Streamlit's command line."""
     parser = argparse.ArgumentParser(prog="streamlit run streamlit_dashboard.py --")
     parser.add_argument("--proxy", default=DEFAULT_PROXY, type=checked_url, metavar="URL", help="where the proxy is")
-    parser.add_argument("--token-file", metavar="FILE", help="holds the proxy's key; or AGENT_INFRA_TOKEN says it")
+    parser.add_argument("--token-file", metavar="FILE", help="file with the proxy's key; or set AGENT_INFRA_TOKEN")
     return parser.parse_args(words)
 
 
@@ -2263,10 +2261,10 @@ def main() -> None:
     try:
         arguments = parse_arguments(sys.argv[1:])
     except SystemExit:  # argparse has printed the error
-        st.error("Streamlit was started with options that this page does not know; the terminal says which.")
+        st.error("Streamlit was started with options that this page doesn't know; the terminal says which.")
         return
     if not is_admitted():
-        text = "This page shows what agents say: open it by the whole address that the terminal printed."
+        text = "This page shows prompts and answers: open it with the complete address that the terminal printed."
         mount([el("p", {}, text)], isStale=False, hasKeys=False, isFirst=False)
         return
     interval_s = float(st.session_state.get("interval") or INTERVALS_S[0])

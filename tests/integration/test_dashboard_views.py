@@ -17,7 +17,7 @@ PANELS = ["verdict", "queue", "analysis", "timeline", "backends", "sessions", "t
 
 def settled(app: AppTest) -> AppTest:
     """The page once it has heard of its proxy: a run waits half a second for that, and shows what there is by then."""
-    says = ("data-panel", "ai-problem", "whole address")
+    says = ("data-panel", "ai-problem", "complete address")
     wait_for(lambda: any(word in shown(app) for word in says) or not app.run(), "figures, or why there are none")
     return app
 
@@ -88,7 +88,7 @@ def test_the_pages_own_key_keeps_others_out(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("AGENT_INFRA_PAGE_KEY", "the-right-key")
     with stats.serving(stats.busy()) as server:
         app = run_page(monkeypatch, server.url)
-        assert "whole address" in shown(app)
+        assert "complete address" in shown(app)
         assert panels(app) == []
         assert server.asked == []
         assert panels(run_page(monkeypatch, server.url, key="the-right-key")) == PANELS

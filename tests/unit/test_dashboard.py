@@ -284,7 +284,7 @@ def test_the_verdict_names_diagnosis_confidence_suggestion_and_advice() -> None:
     nothing = texts(page.verdict_panel(stats.busy(analysis=stats.analysis("NO DATA"))))
     assert "○ NO DATA" in nothing
     assert "12 of 30 turns" in nothing
-    assert "No traffic of late" in texts(page.verdict_panel(stats.busy(analysis=[])))
+    assert "No recent traffic" in texts(page.verdict_panel(stats.busy(analysis=[])))
     assert "No traffic yet" in texts(page.verdict_panel(stats.empty(analysis=[])))
 
 
