@@ -711,7 +711,7 @@ class RelayApp:
         return self._flask.Response(answer["body"], answer["status"], content_type=answer["type"])
 
     def _unanswered(self) -> Any:
-        from agent_infra_core.relay.events import QUESTION_S
+        from agent_infra_core.relay.control import QUESTION_S
 
         return self._error(503, f"no controller has answered within {QUESTION_S:g} s; `connect` starts one")
 

@@ -76,6 +76,7 @@ http {{
 # left is what relaying costs; for this benchmark alone. It starts its relay by itself, so that that is like it.
 UNTRACKED_PROGRAM = """
 import sys
+import time
 
 sys.path.insert(0, {folder!r})
 from agent_infra_core import host
@@ -85,17 +86,19 @@ import agent_infra
 from agent_infra_core.http.events import AnswerDigest, EventStream
 from agent_infra_core.protocol import Histogram
 from agent_infra_core.relay.bodies import Codec
-from agent_infra_core.relay.events import ControlChannel, TurnBook
+from agent_infra_core.relay.book import TurnBook
+from agent_infra_core.relay.control import ControlChannel
 
-def forget(book, turn, now):
+def forget(book, turn):
     if book.turns.pop(turn.id, None) is not None:
-        turn.over = now
-        book._relay.admission.settle(turn)  # what a session has had is asked by the queue, tracked or not
+        turn.over = time.monotonic()
+        book._relay.admission.charge(turn)  # what a session has had is asked by the queue, tracked or not
 
 def relay_only(stream, *arguments, make=EventStream.__init__, **options):
     make(stream, *arguments, **{{**options, "wanted_text": 0, "traces": False}})
 
-TurnBook.read_words = lambda book, turn, body, peer: None
+Codec.last_words = lambda codec, fields, limit: ""
+Codec.trace = lambda codec, fields, is_named: (b"", None)
 TurnBook.finish = forget
 Codec.digest = lambda codec, body, wanted_text, traces=False: None
 EventStream.__init__ = relay_only

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 
 from agent_infra_core.http.errors import WireError
@@ -101,15 +100,3 @@ def encode_chunk(payload: bytes) -> bytes:
 
 LAST_CHUNK = b"0\r\n\r\n"
 CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})\r\n")
-
-
-@functools.lru_cache(4096)
-def chunk_size_line(length: int) -> bytes:
-    """Return the size line, in the usual spelling, of the chunk that takes ``length`` bytes including its framing.
-
-    If no chunk does, returns more than ``length`` bytes, so no data starts with it. Cached: few lengths are common."""
-    for digits in range(1, 16):
-        opening = b"%x\r\n" % max(0, length - digits - 4)
-        if len(opening) == digits + 2 and length > digits + 4:
-            return opening
-    return b"\r" * (length + 1)

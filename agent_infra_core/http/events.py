@@ -13,12 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from agent_infra_core.http.bodies import CHUNK_SIZE, LAST_CHUNK, BodyDecoder, chunk_size_line, encode_chunk
+from agent_infra_core.http.bodies import CHUNK_SIZE, LAST_CHUNK, BodyDecoder, encode_chunk
 from agent_infra_core.protocol import is_count
 
 MAX_TRACED_BYTES = 1 << 20  # longer bodies and answers aren't assigned to a conversation
-MAX_LESSONS = 100  # how many events of a stream are analysed for what its events have in common;
-EVENTS_A_LESSON = 100  # after that, one in this many
 CAPTURED_PIECES = 32  # pieces of a stream that are searched for text together: one by one costs three times as much
 MAX_HELD_EVENT_BYTES = 1 << 20  # a longer SSE event is forwarded in pieces, without being examined
 
@@ -26,8 +24,6 @@ MAX_HELD_EVENT_BYTES = 1 << 20  # a longer SSE event is forwarded in pieces, wit
 def holds_whole_events(data: bytes) -> bool:
     """Whether ``data``, which starts between two chunks, holds only complete chunks (not the last one) that each end
     with an event. Then the framing can't split any text that is searched for in ``data``."""
-    if data.startswith(chunk_size_line(len(data))):  # one chunk, the usual case
-        return data.endswith(b"\n\n\r\n")
     at = 0
     while at < len(data):
         line = CHUNK_SIZE.match(data, at)
@@ -123,14 +119,6 @@ def conversation_key(messages: bytes, answer: bytes) -> str:
 
 _EVENT = re.compile(rb".*?\r?\n\r?\n|.+", re.DOTALL)
 _EVENT_TEXT = re.compile(rb'"(?:content|text|delta)":\s?"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL)
-
-# The one JSON string that differs between a stream's events: text of the answer (first group), or text not kept.
-_EVENT_WORDS = re.compile(
-    rb'"(?:(content|text|delta)|arguments|partial_json|reasoning|reasoning_content|thinking)":\s?'
-    rb'"([^"\\]*(?:\\.[^"\\]*)*)"'
-)
-_NOT_PLAIN = re.compile(rb'["\\\r\n]')  # without any of these, text is surely inside a string
-_IN_STRING = re.compile(rb'[^"\\\r\n]*(?:\\[^\r\n][^"\\\r\n]*)*')  # content of a JSON string, on one line
 _USAGE = re.compile(rb'"usage":(?!\s*null)')  # some engines send null with every event
 _DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
 _LAST_EVENT = re.compile(rb"(?:^|\n)(?:data: ?\[DONE\]|event: ?(?:message_stop|response\.completed))")
@@ -161,15 +149,12 @@ class EventStream:
     It passes on only whole events, so an error event can follow at any time.  Complete chunks of whole events pass
     unchanged; other bytes are decoded and put into new chunks.  A usage event that the client didn't ask for is
     removed.  ``fault`` is set if the answer is incomplete, even if the stream ended normally.
-
-    Nearly every event equals the previous one except for the text in one JSON string.  Comparing the bytes before and
-    after that text detects such an event; it has the previous one's meaning, so it needs no further search.
     """
 
     __slots__ = (
-        "_before", "_behind", "_call_ids", "_captured", "_captures", "_cuts_usage", "_held", "_is_clean", "_is_text",
-        "_lessons", "_needs_done", "_passes_verbatim", "_pieces", "_tail", "_texts", "_to_chunks", "_traces",
-        "_wanted_text", "decoder", "events", "fault", "has_excess", "is_over",
+        "_call_ids", "_captured", "_captures", "_cuts_usage", "_held", "_is_clean", "_needs_done", "_passes_verbatim",
+        "_pieces", "_tail", "_texts", "_to_chunks", "_traces", "_wanted_text", "decoder", "events", "fault",
+        "has_excess", "is_over",
     )  # fmt: skip
 
     def __init__(
@@ -191,7 +176,7 @@ class EventStream:
         self._passes_verbatim = decoder.is_chunked and to_chunks
         self._is_clean = self._passes_verbatim  # nothing held back, and between two chunks that may pass unchanged
         self._held = b""
-        # The last chunks that differ from the ones before: these hold usage and finish reason.
+        # The last chunks, which hold usage and finish reason.
         self._tail: deque[bytes] = deque(maxlen=4)
         self._texts: list[bytes] = []  # the start of the answer's text (all of it with traces), JSON-escaped
         self._call_ids: list[str] = []
@@ -199,55 +184,22 @@ class EventStream:
         self._captures = MAX_TRACED_BYTES if traces else 12 * wanted_text  # bytes; a character takes at most 12 in JSON
         self._captured = 0  # bytes
         self._pieces: list[bytes] = []  # not searched for text yet
-        # Of the previous event: the bytes before its text (without the chunk's size) and after it, and whether the text
-        # is the answer's. No event starts with the initial b"\r".
-        self._before, self._behind, self._is_text = b"\r", b"", False
-        self._lessons = MAX_LESSONS  # left to take: some engines' events never repeat
 
     def feed(self, data: bytes) -> bytes:
         """Return the bytes to send for the received ``data``. Raises WireError if the replica's framing is broken."""
-        if not self._is_clean:
-            return self._feed_events(data)
-        before, behind = self._before, self._behind
-        start = chunk_size_line(len(data)) + before
-        begin, end = len(start), len(data) - len(behind)
-        if not (begin <= end and data.startswith(start) and data.endswith(behind)):
-            return self._feed_unlike(data)
-        if _NOT_PLAIN.search(data, begin, end) and not _IN_STRING.fullmatch(data, begin, end):
-            return self._feed_unlike(data)
-        self.events += 1
-        if self._is_text and self._captured < self._captures:
-            if self._pieces:
-                self._search()  # text before this one
-            self._texts.append(data[begin:end])
-            self._captured += end - begin
-        return data
-
-    def _feed_unlike(self, data: bytes) -> bytes:
-        """Do ``feed`` for data that doesn't repeat the previous event, between two chunks that may pass unchanged."""
         if (
-            not data.endswith(b"\n\n\r\n")
+            not self._is_clean
+            or not data.endswith(b"\n\n\r\n")
             or data.find(b"abort") >= 0  # faster than `in`, which first tries to read it as a number
             or (self._cuts_usage and _USAGE.search(data))
             or not holds_whole_events(data)
         ):
             return self._feed_events(data)
         self._tail.append(data)
-        count = data.count(b"data:")
-        self.events += count
+        self.events += data.count(b"data:")
         if self._captured < self._captures:
             self._capture(data)
-        if count == 1 and (self._lessons or self.events % EVENTS_A_LESSON == 0):
-            self._learn(data)
         return data
-
-    def _learn(self, data: bytes) -> None:
-        """Remember this event to recognise the next one, if it has exactly one string that may differ."""
-        self._lessons = max(0, self._lessons - 1)
-        opening, found = chunk_size_line(len(data)), list(_EVENT_WORDS.finditer(data))
-        if len(found) == 1 and data.startswith(opening):
-            self._is_text = found[0][1] is not None
-            self._before, self._behind = data[len(opening) : found[0].start(2)], data[found[0].end(2) :]
 
     def close(self) -> bytes:
         """Handle the closed connection: the end of an answer without length or chunks, otherwise a fault."""

@@ -40,7 +40,6 @@ _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
 # No control characters except tab, so that no CR or LF is accepted or passed on.
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 _LENGTH_LINES = b"\r\nContent-Length: ", b"\r\ncontent-length: "
-_LENGTH_FIGURES = re.compile(rb"\r\n[Cc]ontent-[Ll]ength: (\d+)(?=\r\n)")
 _SECRET_LINES = b"\r\nAuthorization: ", b"\r\nauthorization: "
 _SECRET_FIELDS = frozenset(b"authorization proxy-authorization x-api-key api-key cookie set-cookie".split())
 
@@ -157,50 +156,6 @@ class HeadMemory:
                 self._lines[number] = line, max(0, at - 64)
                 return at + len(line)
         return -1
-
-
-class RepeatedHead:
-    """Recognises a head that one side repeats, in front of a HeadMemory: if only the digits of Content-Length changed,
-    this costs a third of a lookup there.
-
-    Exact: all other bytes must equal those of a head that the memory found before.
-    """
-
-    __slots__ = ("_at", "_before", "_behind", "_kept", "_memory", "_secret")
-
-    def __init__(self, memory: HeadMemory) -> None:
-        self._memory = memory
-        self.forget()
-
-    def forget(self) -> None:
-        """Forget the head; for when the memory's value for it may have changed."""
-        self._kept: Any = None  # value of the last head
-        self._before, self._behind, self._secret, self._at = b"\n", b"", b"", 0  # no head starts with b"\n"
-
-    def find(self, data: bytes) -> tuple[Any, int, bytes, int] | None:
-        """Like HeadMemory.find, for the head at the start of ``data``; adds its end. None: unknown or incomplete."""
-        if data.startswith(self._before):
-            at, behind = self._at, self._behind
-            stop = data.find(b"\r\n", at, at + 20)
-            figures = data[at:stop]
-            if figures.isdigit() and data.startswith(behind, stop):
-                return self._kept, int(figures), self._secret, stop + len(behind)
-        end = data.find(b"\r\n\r\n") + 4
-        known = self._memory.find(data, end) if end >= 4 else None
-        if known is None:
-            return None
-        kept, length, secret = known
-        if kept is not self._kept:  # first of its kind: don't learn heads that alternate
-            self._kept, self._before = kept, b"\n"
-        elif length >= 0:
-            self._learn(data[:end], secret)
-        return kept, length, secret, end
-
-    def _learn(self, head: bytes, secret: bytes) -> None:
-        match = _LENGTH_FIGURES.search(head)
-        if match is not None:  # the only such line: see HeadMemory.keep
-            self._at, stop = match.span(1)
-            self._before, self._behind, self._secret = head[: self._at], head[stop:], secret
 
 
 @dataclass

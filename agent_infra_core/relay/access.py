@@ -86,15 +86,19 @@ class Doorkeeper:
         self._key = (key or secrets.token_hex(16)).encode()
 
     def authorize(self, client: ClientConnection, request: RequestHead, authorization: bytes) -> None:
-        """RequestError 401 unless the client is this user (or root) on this machine, or sends the key."""
+        """Let the client pass if it is this user (or root) on this machine, or sends the key; else RequestError 401."""
         if client.is_trusted is None:
             try:
                 client.is_trusted = socket_owner(client.sock, client.peer) in (0, os.getuid())
             except OSError as trouble:
                 message = f"who calls cannot be told: {descriptor_trouble(trouble)}"
                 raise RequestError(503, message, retry_after_s=1) from None
-        if client.is_trusted:
-            return
+        if not client.is_trusted:
+            self._check_key(request, authorization)
+        # A request that passed by another header says nothing about the next one.
+        client.authorization = authorization if b"x-api-key" not in request.fields else None
+
+    def _check_key(self, request: RequestHead, authorization: bytes) -> None:
         scheme, _, sent = authorization.partition(b" ")
         sent = sent.strip() if scheme.lower() == b"bearer" else request.fields.get(b"x-api-key", b"").strip()
         if not hmac.compare_digest(sent, self._key):

@@ -10,7 +10,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from agent_infra_core.http.events import (
     AnswerDigest,
@@ -20,7 +20,9 @@ from agent_infra_core.http.events import (
     sendable_text,
 )
 from agent_infra_core.protocol import MAX_FIGURE, TurnFinished, TurnStarted
-from agent_infra_core.relay.turn import Turn
+
+if TYPE_CHECKING:
+    from agent_infra_core.relay.book import Turn
 
 # What is read of a request's body beside its messages; the last two as they stand there.
 KNOWN_FIELDS = ("model", "stream", "stream_options", "prompt", "input", "tools", "system")

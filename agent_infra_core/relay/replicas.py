@@ -12,11 +12,11 @@ from agent_infra_core.http.bodies import BodyDecoder
 from agent_infra_core.http.errors import WireError
 from agent_infra_core.http.heads import forwarded_head
 from agent_infra_core.protocol import Backend
-from agent_infra_core.relay.turn import RequestPlan
-from agent_infra_core.relay.upstream import Upstream
+from agent_infra_core.relay.requests import RequestPlan
 
 if TYPE_CHECKING:
     from agent_infra_core.relay.server import Relay
+    from agent_infra_core.relay.upstream import Upstream
 
 NO_DESCRIPTOR = errno.EMFILE, errno.ENFILE
 RECEIVE_BYTES = 64 << 10
@@ -34,7 +34,6 @@ class LiveReplica:
         self.backend = backend
         self.id = backend.id
         self.host = f"{backend.host}:{backend.port}".encode("ascii")
-        self.answer_line = b"x-agent-infra-backend: %b\r\n" % backend.id.encode("ascii", "replace")
         self.in_flight = self.requests = self.errors = 0
         self.last_chosen = 0
         self.latency_ms: float | None = None
@@ -48,7 +47,7 @@ class LiveReplica:
         self.failures = 0  # transport errors in a row
         self.ejections = 0  # in a row
         self.probe_failures = 0  # in a row
-        self.last_byte = 0.0
+        self.last_byte = 0.0  # of an answer
         self.dead_until = 0.0  # a probe found nobody there; believed until then
         self.idle: dict[Upstream, None] = {}  # the most recently used last
         self.greenlets: list[Any] = []  # of its health and load, killed with it
@@ -205,9 +204,7 @@ class ReplicaWatch:
     def _note_problem(self, replica: LiveReplica, problem: str, is_proven: bool) -> None:
         """A probe failed. Silence alone is no death while answers come: an engine may be too busy to say it is well."""
         replica.probe_failures += 1
-        flows = [client.exchange for client in self._relay.connections if client.exchange is not None]
-        last_byte = max([replica.last_byte, *(flow.last_part for flow in flows if flow.replica is replica)])
-        is_moving = time.monotonic() - last_byte < self._relay.settings.proxy.health_check_interval
+        is_moving = time.monotonic() - replica.last_byte < self._relay.settings.proxy.health_check_interval
         if replica.health != "down" and (is_proven or (replica.probe_failures >= 2 and not is_moving)):
             replica.set_health("down", problem)
             self._relay.log("warning", f"replica {replica.id} is out: {problem}")

@@ -15,18 +15,20 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from agent_infra_core.http.heads import RequestHead
 from agent_infra_core.protocol import FRAME_GAUGES, FRAME_STATS, FRAME_TABLE, Backend
 from agent_infra_core.relay.access import Doorkeeper, is_same_endpoint
+from agent_infra_core.relay.admission import Admission
 from agent_infra_core.relay.bodies import Codec
+from agent_infra_core.relay.book import TurnBook
 from agent_infra_core.relay.connection import ClientConnection, descriptor_trouble
-from agent_infra_core.relay.events import SHORTAGE_S, ControlChannel, TurnBook
-from agent_infra_core.relay.queue import PROXY_STOPPED, Admission
+from agent_infra_core.relay.control import SHORTAGE_S, ControlChannel
+from agent_infra_core.relay.reactor import Reactor
 from agent_infra_core.relay.replicas import LiveReplica, ReplicaWatch
-from agent_infra_core.relay.turn import Reactor, RelaySettings, WakePacing
-from agent_infra_core.relay.upstream import HeadReader
+from agent_infra_core.relay.requests import HeadReader, LabelReader
 from agent_infra_core.settings import HeadersConfig, ProxyConfig
 
 SWEEP_S = 0.1  # how late a deadline may be noticed, and how often the controller is told what happened
@@ -40,13 +42,26 @@ class HttpApp(Protocol):
         """The whole answer, ready to send."""
 
 
+@dataclass
+class RelaySettings:
+    """What the controller's first table says once."""
+
+    proxy: ProxyConfig
+    headers: HeadersConfig
+    log_format: str = "text"
+    drain_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        self.max_body_bytes = int(self.proxy.max_body_mb * (1 << 20))
+        self.max_buffered_bytes = int(self.proxy.max_buffered_mb * (1 << 20))
+        self.labels = LabelReader(self.headers)
+
+
 class Relay:
     """The data plane's process: its clients, replicas, counters, and what the controller said last."""
 
     def __init__(self, socket_path: str, listener_fd: int, make_app: Callable[[Relay], HttpApp]) -> None:
         """``make_app`` makes what answers all that is not inference."""
-        from gevent.event import Event
-
         self.reactor = Reactor()
         self.codec = Codec()
         self.heads, self.door = HeadReader(), Doorkeeper()
@@ -63,14 +78,12 @@ class Relay:
         self.replicas: dict[str, LiveReplica] = {}
         self.pools: dict[str, list[LiveReplica]] = {}
         self.connections: set[ClientConnection] = set()
-        self.pacing = WakePacing(self.connections)
         self.stats: tuple[bytes, float] | None = None  # the finished document, and when it came
         self.stats_read = 0  # how often
         self.buffered_bytes = 0
         self.is_stopping = self.is_over = False  # over: the time to end is, too
         self._statm = os.open("/proc/self/statm", os.O_RDONLY)  # kept: it is read when there is no descriptor, too
-        self._stopped, self._has_news = Event(), Event()
-        self._new_event = Event
+        self._stopped, self._has_news = self.reactor.new_event(), self.reactor.new_event()
         self._watchers: list[Any] = []
         self._exit_code = 0
         self.watch = ReplicaWatch(self)
@@ -97,7 +110,6 @@ class Relay:
             self.heads.known_requests.clear()  # labels are read by names that may be others now
             for client in self.connections:
                 client.authorization = None
-                client.head.forget()
         self.models = list(table["models"])
         self.loading = frozenset(table.get("loading") or ())
         former, self.replicas = self.replicas, {}
@@ -120,7 +132,7 @@ class Relay:
 
     def _add_replica(self, row: Backend) -> LiveReplica:
         replica = LiveReplica(row)
-        replica.look_at_once = self._new_event()
+        replica.look_at_once = self.reactor.new_event()
         tasks = [self.watch.health]
         if row.telemetry_port is not None:
             tasks.append(self.watch.load)
@@ -128,11 +140,6 @@ class Relay:
         for greenlet in replica.greenlets:
             greenlet.link_exception(self._on_task_failed)
         return replica
-
-    def has_room(self, length: int) -> bool:
-        """Whether a body of so many bytes is within both limits."""
-        settings = self.settings
-        return length <= settings.max_body_bytes and self.buffered_bytes + length <= settings.max_buffered_bytes
 
     # The process.
 
@@ -146,7 +153,6 @@ class Relay:
             watcher.start(action)
             self._watchers.append(watcher)
         self._watchers.append(self.reactor.every(SWEEP_S, self._sweep))
-        self._watchers.append(self.reactor.before_waiting(self.pacing.pause))
         tasks = (self.control.run, self._flush_events, self._send_gauges)
         greenlets = [self.reactor.spawn(task) for task in tasks]
         for greenlet in greenlets:
@@ -222,7 +228,7 @@ class Relay:
             self.reactor.sleep(0.05)
         self.is_over = True
         for client in list(self.connections):
-            self.reactor.loop.run_callback(client.cut, PROXY_STOPPED)
+            self.reactor.loop.run_callback(client.wake)
         self.reactor.sleep(0.2 if self.connections else 0.0)
         self._stopped.set()
 

@@ -1,245 +1,466 @@
-"""The state of a turn in flight, what its request asked for, and the event loop that it runs in."""
+"""A turn's life, top to bottom: read, authorise, identify, admit, choose, send, relay, record."""
 
 from __future__ import annotations
 
-import functools
+import socket
+import struct
 import time
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from agent_infra_core.errors import AgentInfraError
-from agent_infra_core.http.events import AnswerDigest
-from agent_infra_core.http.heads import RequestHead
-from agent_infra_core.protocol import MAX_FIGURE, NO_GAPS, Histogram
-from agent_infra_core.routing.strategies import ANYWHERE, RouteRequest
-from agent_infra_core.settings import HeadersConfig, ProxyConfig
+from agent_infra_core.http.bodies import LAST_CHUNK, BodyDecoder, encode_chunk
+from agent_infra_core.http.errors import RequestError, WireError, error_event
+from agent_infra_core.http.events import EventStream
+from agent_infra_core.http.heads import MAX_HEAD_BYTES, returned_head
+from agent_infra_core.protocol import Histogram
+from agent_infra_core.relay.book import RETRY_SHARE, Turn
+from agent_infra_core.relay.reactor import ClientGone
+from agent_infra_core.relay.replicas import RECEIVE_BYTES, LiveReplica
+from agent_infra_core.relay.requests import RequestPlan
+from agent_infra_core.relay.upstream import TransportError, Upstream
+from agent_infra_core.routing.strategies import RouteRequest
 
 if TYPE_CHECKING:
     from agent_infra_core.relay.connection import ClientConnection
-    from agent_infra_core.relay.replicas import LiveReplica
+
+APP_BODY_BYTES = 64 << 10
+BUFFERED_ANSWER_BYTES = 8 << 20  # a plain answer longer than this is passed on as it comes
+DIGESTED_ANSWER_BYTES = 4 << 20  # the usage of a longer one isn't read
+RACE_S = 1.0  # within which a close by the replica that crossed with a request shows: a round trip, and more
+BUSY_S = 0.5  # that a replica gets no work after 429 or 503, at least
+NO_RETRY_LEFT = f"it is not sent elsewhere: the retry budget, {RETRY_SHARE:.0%} of all requests, is spent"
 
 
-# An engine's step takes 7 ms and more. So many clients could not be served faster without a pause: each turn of one
-# waits for two at most.
-PAUSE_S, PACED_FROM_CLIENTS = 0.002, 32
-STREAMS_PAUSE_S = 0.010  # in its place after a wake in which nothing but parts of streams went by
+class BrokenAnswer(Exception):  # noqa: N818 - a replica's failure, which decides what becomes of the turn
+    """An attempt ended without a whole answer.
 
-
-class ClientGone(Exception):  # noqa: N818 - it is no error: the client left, and its turn with it
-    """The client closed its connection."""
-
-
-class TransportError(AgentInfraError):
-    """A replica could not be reached; nothing was sent to it."""
-
-
-class Reactor:
-    """gevent's event loop, as much of it as the relay uses, imported after the patch.
-
-    A greenlet waits by parking; event-loop callbacks (and only they) wake it.  A wake is a hint: whoever parks looks
-    again at what it waits for.
+    ``kind``: ``lost`` (the connection or its framing broke) · ``timeout`` (silence) · ``stopped`` (the proxy ends) ·
+    ``failed`` (a bug of ours). ``unsent`` is what came of a stream and still goes to the client.
     """
 
-    def __init__(self) -> None:
-        import gevent
-        import gevent.event
-        import gevent.lock
-        from gevent.monkey import get_original
-
-        self.hub = gevent.get_hub()
-        self.loop = self.hub.loop
-        self.current: Callable[[], Any] = gevent.getcurrent
-        self.spawn: Callable[..., Any] = gevent.spawn
-        self.sleep: Callable[[float], None] = gevent.sleep
-        self.new_lock: Callable[[], Any] = gevent.lock.RLock
-        self.new_result: Callable[[], Any] = gevent.event.AsyncResult
-        self.new_socket: Any = get_original("socket", "socket")  # plain, non-blocking: watched by the loop directly
-
-    def watch_reads(self, sock: Any, callback: Callable[[], None]) -> Any:
-        """A started watcher that calls ``callback`` whenever ``sock`` can be read."""
-        watcher = self.loop.io(sock.fileno(), 1)
-        watcher.start(callback)
-        return watcher
-
-    def every(self, seconds: float, callback: Callable[[], None]) -> Any:
-        timer = self.loop.timer(seconds, seconds)
-        timer.start(callback)
-        return timer
-
-    def before_waiting(self, callback: Callable[[], None]) -> Any:
-        """A started watcher that calls ``callback`` each time before the loop waits, after all that is due."""
-        watcher = self.loop.prepare(priority=self.loop.MINPRI)
-        watcher.start(callback)
-        return watcher
+    def __init__(self, message: str, kind: str = "lost", unsent: bytes = b"") -> None:
+        super().__init__(message)
+        self.kind, self.unsent = kind, unsent
 
 
-class WakePacing:
-    """Lets bytes gather while many clients are connected, as a network card moderates its interrupts: a wake that
-    finds several chunks is cheaper for each.
+def serve_turn(client: ClientConnection) -> bool:
+    """Serve a client's next request, from its first byte to its record: the only path that a request takes.
 
-    What comes ``PAUSE_S`` after the wake before, or later, is passed on at once; the rest waits until then. Where that
-    wake found parts of streams alone, it is ``STREAMS_PAUSE_S``: then nobody waits for the next but readers.
+    Runs in the connection's greenlet, and waits only where something must be waited for. Returns whether the
+    connection may carry another request.
+    """
+    relay, turn = client.relay, None
+    try:
+        plan, length, authorization = client.read_head()
+        if plan.path != b"/health":
+            relay.door.authorize(client, plan.request, authorization)
+        if b"upgrade" in plan.request.fields and b"websocket" in plan.request.fields[b"upgrade"].lower():
+            raise RequestError(501, "WebSocket is not supported; the same models answer over HTTP", closes=True)
+        if not plan.is_inference:
+            body = client.read_body(plan, length, APP_BODY_BYTES)
+            client.send_all(relay.app.answer(plan.request, plan.path, plan.query, bytes(body)))
+            return plan.request.keeps_alive
+        body = client.read_body(plan, length, relay.settings.max_body_bytes)
+        turn = relay.book.open(plan, body, client.peer)  # identify
+        delivery, may_follow = Delivery(client, turn, plan, body), None
+        while may_follow is None:
+            replica = relay.admission.acquire(turn, client)  # admit and choose
+            try:
+                may_follow = delivery.attempt(replica)  # send and relay
+            finally:
+                relay.admission.release(turn)
+        return may_follow and plan.request.keeps_alive
+    except RequestError as refusal:
+        if turn is None:
+            relay.book.counters["rejected"] += 1
+            return client.refuse(refusal, b"")
+        turn.status, turn.error = refusal.status, str(refusal)
+        turn.outcome = "rejected" if refusal.status in (429, 503) else "error"
+        relay.book.finish(turn)  # before the client is told, so that it counts by then
+        return client.refuse(refusal, turn.answer_fields())
+    finally:
+        if turn is not None:
+            relay.book.finish(turn)
+        client.release_body()
+
+
+class Delivery:
+    """Takes one turn to its answer: sends it to a replica, and decides what follows if that replica fails."""
+
+    __slots__ = ("_body", "_client", "_plan", "_relay", "_turn", "_unreachable")
+
+    def __init__(self, client: ClientConnection, turn: Turn, plan: RequestPlan, body: bytes | bytearray) -> None:
+        self._relay, self._client, self._turn = client.relay, client, turn
+        self._plan, self._body = plan, body
+        self._unreachable = 0
+
+    def attempt(self, replica: LiveReplica) -> bool | None:
+        """Try one replica. Returns None if the turn may go to another one, else whether the client's connection may
+        carry another request. Raises RequestError or ClientGone."""
+        turn = self._turn
+        turn.send_to(replica, time.monotonic())
+        exchange = Exchange(self._client, turn, replica, replica.head(self._plan, len(self._body)), self._body)
+        try:
+            exchange.run()
+        except TransportError as error:
+            self._try_elsewhere(replica, str(error))
+            return None
+        except BrokenAnswer as broken:
+            return self._take_break(replica, exchange, broken)
+        except ClientGone:
+            if not exchange.has_whole_stream:
+                turn.status = exchange.status if turn.first else 0
+                raise
+            exchange.ends_by_closing = True  # many clients leave at the last event, before the body's end
+        if not exchange.is_passed_on:
+            return self._take_answer(replica, exchange)
+        turn.status, turn.outcome = exchange.status, "completed"
+        turn.ended = time.monotonic()
+        replica.note_success((turn.ended - turn.sent) * 1000.0, turn.ended)
+        return not exchange.ends_by_closing
+
+    def _take_answer(self, replica: LiveReplica, exchange: Exchange) -> bool | None:
+        """Pass on a whole plain answer, unless it says to go elsewhere."""
+        turn, head, body = self._turn, exchange.head, exchange.body
+        if head.status in (429, 503):
+            after = head.fields.get(b"retry-after", b"").strip()
+            pause = min(max(float(after), BUSY_S), 60.0) if after.isdigit() else BUSY_S
+            replica.busy_until = time.monotonic() + pause
+            self._start_over()
+            return None
+        turn.answer = body if len(body) <= DIGESTED_ANSWER_BYTES else b""
+        if head.status >= 400 or body.find(b'"abort"') >= 0:  # find(): `in` first tries to read a number
+            self._relay.book.read_answer(turn)
+        turn.ended = time.monotonic()
+        if turn.digest is not None and turn.digest.finish_reason == "abort":
+            self._after_death(replica, "the engine was shut down", is_proven=True)
+            return None
+        if head.status >= 500:
+            if turn.deaths == 0 and not self._relay.watch.is_alive(replica):
+                self._after_death(replica, f"it answered {head.status} and died", is_proven=True)
+                return None
+            replica.errors += 1
+        else:
+            replica.note_success((turn.ended - turn.sent) * 1000.0, turn.ended)
+        turn.status = head.status
+        keeps_alive = self._plan.request.keeps_alive
+        head_bytes = returned_head(head, turn.answer_fields(), len(body), False, not keeps_alive)
+        self._relay.admission.release(turn)  # the replica is done, however slowly the client reads
+        self._client.send_all(head_bytes + body)
+        turn.outcome = "completed" if head.status < 400 else "error"
+        if head.status >= 400 and turn.digest is not None:
+            turn.error = turn.digest.error
+        return keeps_alive
+
+    def _take_break(self, replica: LiveReplica, exchange: Exchange, broken: BrokenAnswer) -> bool | None:
+        """The answer broke off."""
+        turn, message = self._turn, str(broken)
+        turn.status = exchange.status
+        if broken.kind == "lost" and not exchange.is_passed_on:
+            self._after_death(replica, message, is_proven=turn.first > 0.0)
+            return None
+        if broken.kind in ("lost", "timeout") and not self._relay.is_stopping:  # else it may not be the replica's fault
+            replica.note_failure(message, is_dead=False)
+        if exchange.is_passed_on:
+            turn.outcome, turn.error = "cut", message
+            return exchange.end_broken(broken)
+        if broken.kind == "timeout":
+            message += "; it may be overloaded, or the answer too long for request_timeout"
+        raise RequestError(500 if broken.kind == "failed" else 504, message, closes=broken.kind == "stopped")
+
+    def _try_elsewhere(self, replica: LiveReplica, error: str) -> None:
+        """The replica got nothing of the request: any other one may get it, within the budget."""
+        replica.note_failure(error, is_dead=True)
+        self._unreachable += 1
+        self._exclude(replica)
+        if self._unreachable > self._relay.settings.proxy.max_retries:
+            message = f"no replica of {self._turn.model} could be reached: {error}{self._relay.control.remedy}"
+            raise RequestError(503, message, retry_after_s=1)
+        if not self._relay.book.take_retry():
+            raise RequestError(503, f"replica {replica.id}: {error}; {NO_RETRY_LEFT}", retry_after_s=1)
+        self._turn.retries += 1
+        self._start_over()
+
+    def _after_death(self, replica: LiveReplica, error: str, is_proven: bool) -> None:
+        """The replica had the request and gave no answer: send it once more, and only if that replica is dead.
+
+        A prompt that kills engines must not kill them all.
+        """
+        is_dead = is_proven or not self._relay.watch.is_alive(replica)
+        replica.note_failure(error, is_dead=is_dead)
+        self._turn.deaths += 1
+        self._exclude(replica, with_node=True)
+        if not is_dead:
+            raise RequestError(502, f"replica {replica.id} broke off without an answer: {error}", code="replica_lost")
+        if self._turn.deaths > 1:
+            message = f"replica {replica.id} died with this request, as one did before; it is not sent again"
+            raise RequestError(502, message, code="replica_lost")
+        if not self._relay.book.take_retry():
+            raise RequestError(502, f"replica {replica.id}: {error}; {NO_RETRY_LEFT}", code="replica_lost")
+        self._turn.retries += 1
+        self._start_over()
+
+    def _exclude(self, replica: LiveReplica, with_node: bool = False) -> None:
+        """Go elsewhere; ``with_node``: to another node, if one serves, because the node may have killed the replica."""
+        excluded, pool = self._turn.route.excluded | {replica.id}, self._relay.pools.get(self._turn.model, ())
+        mates = {other.id for other in pool if other.backend.node == replica.backend.node}
+        if with_node and any(other.accepts_work and other.id not in excluded | mates for other in pool):
+            excluded |= mates
+        self._turn.route = RouteRequest(excluded)
+
+    def _start_over(self) -> None:
+        self._turn.first = self._turn.ended = 0.0
+        self._turn.digest, self._turn.answer, self._turn.stream = None, b"", None
+
+
+class Exchange:
+    """One attempt: sends the request to one replica and moves its answer, in the client's greenlet.
+
+    A stream goes to the client as it comes; a plain answer is collected in ``body``, so that it can be asked for again
+    if its replica dies. Either way every byte of an answer passes ``_receive``, and ``_send`` if it is passed on.
     """
 
-    def __init__(self, clients: Collection[ClientConnection]) -> None:
-        from gevent.monkey import get_original
+    head: Any = None  # AnswerHead, once it came; shared by equal heads, so the body's length stands beside it
+    events: EventStream | None = None  # of a stream
+    body = b""  # of a plain answer that is whole
+    is_passed_on = False  # the client has the answer's head
+    ends_by_closing = False  # the client's connection ends with the answer
+    _is_sent = _is_received = _is_whole = _is_reset = False
+    _has_excess = False  # bytes behind the answer's end
+    _length: int | None = 0
+    _decoder: Any = None
 
-        self._clients, self._woken = clients, 0.0
-        self._sleep: Callable[[float], None] = get_original("time", "sleep")
-        # What went by since the loop last waited: a client's bytes or an answer's end, which more follows; parts of
-        # streams, and when the first was seen (0: none was). All that a wait found had come by then.
-        self.has_turns, self.parts_came = False, 0.0
-
-    def note_parts(self) -> float:
-        """The first part of a stream since the loop last waited; when it came, as all the others do."""
-        self.parts_came = time.monotonic()
-        return self.parts_came
-
-    def pause(self) -> None:
-        if len(self._clients) >= PACED_FROM_CLIENTS:
-            now = time.monotonic()
-            pause_s = STREAMS_PAUSE_S if self.parts_came and not self.has_turns else PAUSE_S
-            rest = self._woken + pause_s - now
-            if rest > 0.0:
-                self._sleep(rest)
-                now += rest
-            self._woken = now
-        self.has_turns, self.parts_came = False, 0.0
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What a request's headers say about its turn."""
-
-    session: str | None
-    task: str | None
-    client: str | None
-    pre_ms: float | None
-    post_ms: float | None
-    ends_session: bool
-
-
-@dataclass(frozen=True)
-class RequestPlan:
-    """What follows from a request's head alone: where it goes, whose turn it is."""
-
-    request: RequestHead
-    path: bytes  # without query; of an inference path, without /{model}
-    query: bytes
-    is_inference: bool
-    model: str | None  # that the path names
-    labels: Labels
-    is_form: bool  # the body is no JSON
-
-    @functools.cached_property
-    def target(self) -> bytes:
-        return self.path + b"?" + self.query if self.query else self.path
-
-
-class Turn:
-    """One request of a client on its way through the relay; what tracking says of it is read from here.
-
-    All times but ``arrived_at`` are monotonic.
-    """
-
-    __slots__ = (
-        "__dict__", "answer", "arrived", "arrived_at", "backend", "cuts_usage", "digest", "ended", "first", "follows",
-        "id", "is_stream", "labels", "model", "outcome", "over", "path", "prints", "prompt", "queue_ms", "replica",
-        "sent", "session", "status", "tokens", "wanted_text", "words",
-    )  # fmt: skip
-
-    # What most turns leave as it is.
-    route: RouteRequest = ANYWHERE
-    charged_s = 0.0  # service that its session was charged in advance, when it had to wait
-    retries = 0
-    deaths = 0  # replicas that died with it
-    error: str | None = None
-    events = 0
-    gaps: Histogram = NO_GAPS
-    is_told = False  # the controller knows of it; likewise the moments below
-    told_sent = 0.0
-    told_first = 0.0
-
-    def __init__(self, name: str, arrived: float, model: str, plan: RequestPlan, wanted_text: int) -> None:
-        self.id = name
-        self.arrived = arrived
-        self.arrived_at = time.time() - (time.monotonic() - arrived)  # s since the epoch
-        self.model = model
-        self.path = plan.path
-        self.labels = labels = plan.labels
-        self.session = labels.session
-        self.wanted_text = wanted_text
-        self.is_stream = False
-        self.cuts_usage = True
-        self.tokens = 0  # of the prompt, roughly
-        self.replica: LiveReplica | None = None  # that holds a slot for it
-        self.backend: str | None = None
-        self.sent = 0.0
-        self.queue_ms = 0.0
-        self.first = 0.0  # byte (of a stream: event) of the answer
-        self.ended = 0.0
-        self.over = 0.0  # when nothing more was to be done for it
-        self.status = 0
-        self.outcome = "aborted"
-        self.words: Any = None  # the body's fields, while nobody has looked at their words
-        self.answer = b""  # a whole answer, while nobody has looked at it
-        self.digest: AnswerDigest | None = None
-        self.prompt = ""  # excerpt
-        self.prints = b""  # see TurnStarted, like the next
-        self.follows: str | None = None
+    def __init__(
+        self, client: ClientConnection, turn: Turn, replica: LiveReplica, head: bytes, body: bytes | bytearray
+    ) -> None:
+        """``head`` and ``body`` are the request as it is sent."""
+        self._relay, self._client, self._turn, self._replica = client.relay, client, turn, replica
+        self._request = head, body
+        self._timeout_s = client.relay.settings.proxy.request_timeout
+        self._upstream: Any = None
+        self._to_chunks = True  # as HTTP/1.1 clients take it; what an older one gets ends with the connection
 
     @property
-    def is_anthropic(self) -> bool:
-        return self.path.startswith(b"/v1/messages")
+    def status(self) -> int:
+        """Of the answer; 0 before it came."""
+        return self.head.status if self.head is not None else 0
 
+    @property
+    def has_whole_stream(self) -> bool:
+        """Whether a stream's last event came."""
+        return self.events is not None and self.events.has_last_event
 
-class LabelReader:
-    """Reads labels by the configured names of headers."""
+    def run(self) -> None:
+        """Send and relay. Raises TransportError if the replica could not be reached and got nothing of the request,
+        BrokenAnswer, ClientGone, or RequestError without a descriptor for a new connection."""
+        try:
+            data = self._ask()
+            if self.head.is_event_stream and self.head.status < 400 and self._length != 0:
+                self._relay_events(data)
+            else:
+                self._relay_body(data)
+            self._is_whole = True
+        except WireError as error:
+            raise BrokenAnswer(str(error)) from None
+        except (BrokenAnswer, ClientGone, TransportError, RequestError):
+            raise
+        except Exception as error:  # noqa: BLE001 - a bug ends this turn, at once, and never the relay
+            self._relay.log_bug("an answer", error)
+            raise BrokenAnswer("the proxy failed on this answer", "failed") from None
+        finally:
+            self._give_back()
 
-    def __init__(self, names: HeadersConfig) -> None:
-        texts = names.session, names.task, names.client
-        self._session, self._task, self._client = (name.lower().encode() for name in texts)
-        self._pre, self._post = (name.lower().encode() for name in (names.timing_pre, names.timing_post))
+    # Send.
 
-    def read(self, fields: Mapping[bytes, bytes]) -> Labels:
-        """The labels of a request. An SDK's retry repeats the timings of the first try, which count once."""
-        get = fields.get
-        is_retry = get(b"x-stainless-retry-count", b"0") != b"0"
-        return Labels(
-            _text(get(self._session)) or _text(get(b"x-session-affinity")),
-            _text(get(self._task)),
-            _text(get(self._client)),
-            None if is_retry else _milliseconds(get(self._pre)),
-            None if is_retry else _milliseconds(get(self._post)),
-            get(b"x-session-end", b"").lower() == b"true",
+    def _ask(self) -> bytes:
+        """Send the request. Returns the first bytes of the answer's body; its head is read."""
+        # A request that was sent before goes out on a new connection, on which no close by the replica can cross it.
+        if self._replica.idle and not self._turn.deaths:
+            try:
+                return self._ask_on(self._replica.idle.popitem()[0])
+            except BrokenAnswer as broken:
+                is_race = not (self._is_sent and time.monotonic() > self._turn.sent + RACE_S)
+                if broken.kind != "lost" or self._is_received or not is_race:
+                    raise
+            # The replica closed the idle connection under us, or died of this very request: a new connection shows.
+            self._upstream.close()
+            try:
+                self._upstream = None
+                return self._ask_on(Upstream.connect(self._replica, self._client))
+            except TransportError as error:
+                raise BrokenAnswer(str(error)) from None
+        return self._ask_on(Upstream.connect(self._replica, self._client))
+
+    def _ask_on(self, upstream: Upstream) -> bytes:
+        self._upstream = upstream
+        self._client.extend_deadline(self._timeout_s)
+        self._is_sent = upstream.send(*self._request, self._client)
+        data = b""
+        while True:
+            more = self._receive()
+            if not more:
+                raise BrokenAnswer("the replica died")
+            self._is_received = True
+            data = data + more if data else more
+            while (end := data.find(b"\r\n\r\n") + 4) >= 4:
+                head, self._length = self._relay.heads.answer(data, end)
+                data = data[end:]
+                if head.status >= 200:  # else an interim answer, which the real one follows
+                    self.head = head
+                    return data
+            if len(data) > MAX_HEAD_BYTES:
+                raise WireError("the replica's head is too long")
+
+    # Relay.
+
+    def _receive(self) -> bytes:
+        """Return bytes from the replica; none at its end. Raises ClientGone, BrokenAnswer (silence, proxy's end)."""
+        client = self._client
+        while True:
+            client.park()
+            if client.is_late:  # also while bytes come: a plain answer has its time as a whole
+                raise BrokenAnswer(f"the replica was silent for {self._timeout_s:g} s", "timeout")
+            if self._relay.is_over:
+                raise BrokenAnswer("the proxy was stopped", "stopped")
+            try:
+                data: bytes = self._upstream.sock.recv(RECEIVE_BYTES)
+                return data
+            except BlockingIOError:
+                continue
+            except OSError:
+                self._is_reset = True
+                return b""
+
+    def _send(self, data: bytes) -> None:
+        """Send a part of an answer to the client. While the client is slow, nothing is read from the replica."""
+        try:
+            sent = self._client.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            raise ClientGone from None
+        if sent < len(data):
+            self._upstream.watcher.stop()
+            self._client.send_all(memoryview(data)[sent:])
+            self._upstream.watcher.start(self._client.wake)
+
+    def _relay_events(self, data: bytes) -> None:
+        """Pass on a stream of events, one receive and one send per chunk, as it comes."""
+        client, turn, replica, timeout_s = self._client, self._turn, self._replica, self._timeout_s
+        head, last = self._start_stream(), 0.0
+        events: Any = self.events
+        while True:
+            out = events.feed(data) if data else b""
+            now = time.monotonic()
+            client.deadline = now + timeout_s
+            replica.last_byte = now
+            if last:
+                turn.gaps.add((now - last) * 1000.0)
+                last = now
+            elif events.events:
+                turn.first = last = now
+            if events.fault is not None:
+                raise BrokenAnswer(events.fault, unsent=out)
+            if head and (out or events.is_over):
+                out, head, self.is_passed_on = head + out, b"", True
+            if out:
+                self._send(out)
+            if events.is_over:
+                break
+            data = self._receive()
+            if not data:
+                self._end_events(head)
+                break
+
+    def _start_stream(self) -> bytes:
+        """Return the head for the client, which goes out with the first bytes of the body."""
+        turn, client = self._turn, self._client
+        if client.plan is not None and client.plan.request.version != 1:
+            self._to_chunks, self.ends_by_closing = False, True
+        self._decoder = BodyDecoder(self._length)
+        turn.gaps = Histogram()
+        self.events = EventStream(
+            self._decoder,
+            to_chunks=self._to_chunks,
+            cuts_usage=turn.cuts_usage,
+            needs_done=turn.path in (b"/v1/chat/completions", b"/v1/completions"),
+            wanted_text=turn.wanted_text,
+            traces=turn.follows is not None,
         )
+        turn.stream = self.events
+        return returned_head(self.head, turn.answer_fields(), None, self._to_chunks, not self._to_chunks)
 
+    def _end_events(self, head: bytes) -> None:
+        """The replica closed the connection: the end of an answer that lasts until then, unless it was reset."""
+        events: Any = self.events
+        if self._is_reset or not self._decoder.is_until_close:
+            raise BrokenAnswer("the replica died")
+        out = events.close()
+        if events.fault is not None:
+            raise BrokenAnswer(events.fault, unsent=out)
+        self.is_passed_on = True
+        self._send(head + out)
 
-@dataclass
-class RelaySettings:
-    """What the controller's first table says once."""
+    def _relay_body(self, data: bytes) -> None:
+        """Collect a plain answer. Audio, and what is too long to keep for a retry, is passed on as it comes."""
+        turn, decoder = self._turn, BodyDecoder(self._length)
+        self._decoder = decoder
+        turn.first = time.monotonic()
+        pieces: list[bytes] = []
+        size, is_raw = 0, self.head.fields.get(b"content-type", b"").startswith(b"audio/")
+        while True:
+            if data:
+                self._has_excess = decoder.feed(data, 0, pieces) < len(data)
+                size += len(data)
+            if is_raw or (size > BUFFERED_ANSWER_BYTES and not decoder.is_over):
+                is_raw = True
+                self._pass_on(b"".join(pieces), decoder.is_over)
+                pieces.clear()
+            if decoder.is_over:
+                self.body = b"".join(pieces)
+                return
+            data = self._receive()
+            if not data and decoder.is_until_close and not self._is_reset:
+                decoder.is_over = True
+            elif not data:
+                raise BrokenAnswer("the replica died")
 
-    proxy: ProxyConfig
-    headers: HeadersConfig
-    log_format: str = "text"
-    drain_seconds: float = 10.0
+    def _pass_on(self, payload: bytes, is_last: bool) -> None:
+        """Send a part of a plain answer to the client, after its head if that is still to come."""
+        head = b""
+        if not self.is_passed_on:
+            self.is_passed_on = True
+            length = self._length if self._length != BodyDecoder.UNTIL_CLOSE else None
+            is_http_1_1 = self._client.plan is not None and self._client.plan.request.version == 1
+            self._to_chunks = is_http_1_1 and length is None
+            self.ends_by_closing = not is_http_1_1 or (not self._to_chunks and length is None)
+            head = returned_head(
+                self.head, self._turn.answer_fields(), length, self._to_chunks, not self._to_chunks and length is None
+            )
+        out = head + (encode_chunk(payload) if self._to_chunks else payload)
+        if is_last and self._to_chunks:
+            out += LAST_CHUNK
+        self._client.extend_deadline(self._timeout_s)
+        if out:
+            self._send(out)
 
-    def __post_init__(self) -> None:
-        self.max_body_bytes = int(self.proxy.max_body_mb * (1 << 20))
-        self.max_buffered_bytes = int(self.proxy.max_buffered_mb * (1 << 20))
-        self.labels = LabelReader(self.headers)
+    def end_broken(self, broken: BrokenAnswer) -> bool:
+        """Tell a client that has part of an answer that the rest won't come: by an error event in a stream, else by
+        closing. Returns whether its connection may carry another request."""
+        client = self._client
+        if self.events is not None:
+            client.send_all(broken.unsent + self.events.failure(error_event(str(broken), self._turn.is_anthropic)))
+            return self._to_chunks
+        if self.ends_by_closing:  # only a reset shows that this isn't the answer's end
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        return False
 
-
-def _text(value: bytes | None) -> str | None:
-    """A header's value as text, bounded; None where it is missing or empty."""
-    return value.decode("utf-8", "replace").strip()[:256] or None if value else None
-
-
-def _milliseconds(value: bytes | None) -> float | None:
-    """A duration that a client sent; None where it is missing or none."""
-    try:
-        number = float(value) if value else -1.0
-    except ValueError:
-        return None
-    return number if 0.0 <= number <= MAX_FIGURE else None
+    def _give_back(self) -> None:
+        """Return the connection to the replica's pool, or close it if it can't serve again."""
+        upstream, decoder = self._upstream, self._decoder
+        if upstream is None:
+            return
+        has_excess = self.events.has_excess if self.events is not None else self._has_excess
+        if self._is_whole and self._is_sent and self.head.is_reusable and not has_excess and not decoder.is_until_close:
+            upstream.rest()
+        else:
+            upstream.close()

@@ -1,4 +1,4 @@
-"""Long bodies that come in pieces, behind a head that the relay knows: callbacks gather them, no greenlet is woken.
+"""Long bodies that come in pieces, behind a head that the relay knows.
 
 A head is known, and its key let pass, from a connection's second request on; so each test here makes one before.
 """
@@ -11,23 +11,20 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
 from patience import PATIENCE_S
-from relay_harness import Client, RelayProcess, backend, request
+from relay_harness import Client, RelayProcess, backend
 
-from agent_infra_core.relay.turn import STREAMS_PAUSE_S
-
-GATHERED_BODY_BYTES = 300_000
+LONGER = 300_000
 LONG = 100_000
 
 
 @pytest.fixture
 def relay(tmp_path: Path) -> Iterator[RelayProcess]:
-    with RelayProcess(tmp_path, GATHERED_BODY_BYTES=GATHERED_BODY_BYTES) as relay:
+    with RelayProcess(tmp_path) as relay:
         yield relay
 
 
@@ -61,7 +58,7 @@ def send_apart(client: Client, pieces: list[bytes]) -> None:
         time.sleep(0.01)  # each piece is to come by itself; one that does not is read as well
 
 
-@pytest.mark.parametrize("size", [LONG, GATHERED_BODY_BYTES, GATHERED_BODY_BYTES + 1])
+@pytest.mark.parametrize("size", [LONG, LONGER])
 def test_a_body_in_pieces_arrives_as_it_was_sent(relay: RelayProcess, engine: FakeEngine, size: int) -> None:
     relay.controller.send_table([backend(1, engine.port)])
     chance = random.Random(size)
@@ -155,37 +152,3 @@ def test_a_body_that_arrives_is_waited_for_when_the_relay_ends(relay: RelayProce
         assert client.read().status == 200
         assert client.is_closed()
     assert relay.process.wait(PATIENCE_S) == 0
-
-
-def wakes(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
-
-
-def test_streams_to_many_clients_wake_the_relay_every_eight_milliseconds_at_most(
-    relay: RelayProcess, engine: FakeEngine
-) -> None:
-    relay.controller.send_table([backend(1, engine.port, slots=64)])
-    with ExitStack() as stack:
-        clients = [stack.enter_context(Client(relay.port)) for _ in range(40)]
-        for client in clients:
-            client.sock.sendall(request(stream=True, fake={"held": True, "tokens": 200, "gap": 0.005}))
-        engine.wait_for("running", 40)
-        began, before = time.monotonic(), wakes(relay.process.pid)
-        engine.call({"release": True})
-        answers = [client.read() for client in clients]
-        woken, seconds = wakes(relay.process.pid) - before, time.monotonic() - began
-    assert [answer.events()[-1] for answer in answers] == ["[DONE]"] * 40
-    # Two a pause: the pause itself, and the wait for bytes behind it.
-    assert woken <= 2 * seconds / STREAMS_PAUSE_S + 150
-
-
-def test_requests_of_many_clients_wait_for_the_shorter_pause(tmp_path: Path, engine: FakeEngine) -> None:
-    """The longer one is longer than the test would wait for an answer."""
-    with RelayProcess(tmp_path, STREAMS_PAUSE_S=2 * PATIENCE_S) as relay, ExitStack() as stack:
-        relay.controller.send_table([backend(1, engine.port)])
-        clients = [stack.enter_context(Client(relay.port)) for _ in range(40)]
-        for _ in range(3):
-            for client in clients:
-                client.sock.sendall(request())
-            assert [client.read().status for client in clients] == [200] * 40

@@ -367,7 +367,7 @@ def test_without_a_controller_waiting_for_a_replica_that_loads_has_its_bound(rel
 def test_sessions_that_end_while_there_is_no_controller_end_after_their_turns(
     tmp_path: Path, engine: FakeEngine
 ) -> None:
-    with RelayProcess(tmp_path, BATCHED_PACKS=1, PACKED_TURNS=2) as relay, Client(relay.port) as client:
+    with RelayProcess(tmp_path, BATCHED_TURNS=2) as relay, Client(relay.port) as client:
         serve(relay, engine)
         assert client.chat().status == 200
         relay.controller.close()

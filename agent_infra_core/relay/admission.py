@@ -8,14 +8,13 @@ import time
 from typing import TYPE_CHECKING
 
 from agent_infra_core.http.errors import RequestError
-from agent_infra_core.relay.connection import ClientConnection
-from agent_infra_core.relay.events import PACKED_TURNS
+from agent_infra_core.relay.book import Turn
 from agent_infra_core.relay.replicas import LiveReplica, explain_absence
-from agent_infra_core.relay.turn import ClientGone, Turn
 from agent_infra_core.routing.queue_order import AttainedService, queue_key
 from agent_infra_core.routing.strategies import ANYWHERE, RouteRequest, choose_backend
 
 if TYPE_CHECKING:
+    from agent_infra_core.relay.connection import ClientConnection
     from agent_infra_core.relay.server import Relay
 
 PROXY_STOPPED = "the proxy was stopped"
@@ -28,22 +27,17 @@ class Admission:
         self._relay = relay
         self._queues: dict[str, list[tuple[float, int, Turn, ClientConnection]]] = {}  # heaps
         self._attained = AttainedService()
-        self._unsettled: list[Turn] = []  # over, their sessions not charged yet
         self._mean_service_s = 1.0
         self._choices = 0
         self.pending = 0
 
-    def take(self, model: str, tokens: int, now: float, route: RouteRequest = ANYWHERE) -> LiveReplica | None:
-        """A replica with a slot, now, for a prompt of about so many tokens; None while others wait: it would overtake
-        them. ``release`` is then due."""
-        return None if self._queues.get(model) else self._choose(model, tokens, now, route)
-
     def acquire(self, turn: Turn, client: ClientConnection) -> LiveReplica:
-        """A replica with a slot for ``turn``, after waiting where that may help; raises RequestError, ClientGone."""
-        replica = turn.replica = self.take(turn.model, turn.tokens, time.monotonic(), turn.route)
-        if replica is not None:
-            return replica
-        self._settle_all()
+        """Return a replica with a slot for ``turn``, after waiting where that may help; ``release`` is then due. Raises
+        RequestError, ClientGone."""
+        if not self._queues.get(turn.model):  # else it would overtake those that wait
+            turn.replica = self._choose(turn, time.monotonic())
+            if turn.replica is not None:
+                return turn.replica
         attained_s = 0.0
         if turn.session is not None and not turn.charged_s:
             turn.charged_s = self._mean_service_s
@@ -59,21 +53,13 @@ class Admission:
             if self._queues.get(turn.model):
                 self.dispatch(turn.model)
 
-    def settle(self, turn: Turn) -> None:
-        """Have the session of a turn that is over charged for what it really took, before anybody has to wait."""
-        self._unsettled.append(turn)
-        if len(self._unsettled) >= PACKED_TURNS:
-            self._settle_all()
-
-    def _settle_all(self) -> None:
-        """Correct what sessions were charged in advance; many at once cost half of one by one."""
-        for turn in self._unsettled:
-            took = max(0.0, turn.ended - turn.sent) if turn.sent and turn.ended else 0.0
-            if took:
-                self._mean_service_s += 0.05 * (took - self._mean_service_s)
-            if turn.session is not None and took != turn.charged_s:
-                self._attained.charge(turn.session, took - turn.charged_s, turn.over)
-        self._unsettled.clear()
+    def charge(self, turn: Turn) -> None:
+        """Charge the session of a turn that is over for the service that the turn really received."""
+        took_s = max(0.0, turn.ended - turn.sent) if turn.sent else 0.0
+        if took_s:
+            self._mean_service_s += 0.05 * (took_s - self._mean_service_s)
+        if turn.session is not None and took_s != turn.charged_s:
+            self._attained.charge(turn.session, took_s - turn.charged_s, turn.over)
 
     def outlook(self, model: str, route: RouteRequest = ANYWHERE) -> str:
         """What waiting may bring: ``slot`` (all are busy), ``loading`` (one is on its way), or ``nothing``.
@@ -98,7 +84,7 @@ class Admission:
                 break
             entry = heapq.heappop(queue)
             turn = entry[2]
-            turn.replica = self._choose(model, turn.tokens, time.monotonic(), turn.route)
+            turn.replica = self._choose(turn, time.monotonic())
             if turn.replica is None:  # the free ones are those that it was at already
                 passed_over.append(entry)
             else:
@@ -120,12 +106,12 @@ class Admission:
         """All that wait, the longest first."""
         return sorted((entry[2] for queue in self._queues.values() for entry in queue), key=lambda turn: turn.arrived)
 
-    def _choose(self, model: str, tokens: int, now: float, route: RouteRequest) -> LiveReplica | None:
+    def _choose(self, turn: Turn, now: float) -> LiveReplica | None:
         relay = self._relay
-        replica = choose_backend(relay.pools.get(model, ()), route, relay.strategy, now)
+        replica = choose_backend(relay.pools.get(turn.model, ()), turn.route, relay.strategy, now)
         if replica is not None:
             self._choices += 1
-            replica.reserve(self._choices, tokens)
+            replica.reserve(self._choices, turn.tokens)
         return replica
 
     def _wait(self, turn: Turn, client: ClientConnection, key: float) -> LiveReplica:
@@ -153,8 +139,6 @@ class Admission:
         since, was_loading = turn.arrived, False
         try:
             while turn.replica is None:
-                if client.gone:
-                    raise ClientGone
                 if self._relay.is_over:
                     raise RequestError(503, PROXY_STOPPED, closes=True)
                 outlook, now = self.outlook(turn.model, turn.route), time.monotonic()

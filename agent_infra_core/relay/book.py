@@ -1,0 +1,270 @@
+"""The book of turns: what is known of each, counters, the retry budget, and the events for the controller."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import TYPE_CHECKING, Any
+
+from agent_infra_core.http.errors import RequestError
+from agent_infra_core.http.events import MAX_TRACED_BYTES, NO_DIGEST, AnswerDigest, EventStream, conversation_key
+from agent_infra_core.protocol import NO_GAPS, EventBatch, Histogram, SessionEnded, TurnAnswering, TurnSent
+from agent_infra_core.relay.bodies import KnownBodies, form_model
+from agent_infra_core.relay.requests import RequestPlan
+from agent_infra_core.routing.strategies import ANYWHERE, RouteRequest
+
+if TYPE_CHECKING:
+    from agent_infra_core.relay.replicas import LiveReplica
+    from agent_infra_core.relay.server import Relay
+
+KNOWN_BODIES_BYTES = 32 << 20
+LONG_BODY_BYTES = 16 << 10  # remembering what was read of a shorter one isn't worth it
+RETRY_SHARE = 0.1  # of requests; the budget holds RETRY_FLOOR to ten times that
+RETRY_FLOOR = 100.0
+
+
+class Turn:
+    """One request of a client on its way through the relay, and what tracking records of it.
+
+    All times but ``arrived_at`` are monotonic.
+    """
+
+    __slots__ = (
+        "__dict__", "answer", "arrived", "arrived_at", "backend", "cuts_usage", "digest", "ended", "first", "follows",
+        "id", "is_stream", "labels", "model", "outcome", "over", "path", "prints", "prompt", "queue_ms", "replica",
+        "sent", "session", "status", "stream", "tokens", "wanted_text",
+    )  # fmt: skip
+
+    # What most turns leave as it is.
+    route: RouteRequest = ANYWHERE
+    charged_s = 0.0  # service that its session was charged in advance, when it had to wait
+    retries = 0
+    deaths = 0  # replicas that died with it
+    error: str | None = None
+    gaps: Histogram = NO_GAPS
+    is_told = False  # the controller knows of it; likewise the moments below
+    told_sent = 0.0
+    told_first = 0.0
+
+    def __init__(self, name: str, model: str, plan: RequestPlan, wanted_text: int) -> None:
+        self.id = name
+        self.arrived = time.monotonic()
+        self.arrived_at = time.time()  # s since the epoch
+        self.model = model
+        self.path = plan.path
+        self.labels = labels = plan.labels
+        self.session = labels.session
+        self.wanted_text = wanted_text
+        self.is_stream = False
+        self.cuts_usage = True
+        self.tokens = 0  # of the prompt, roughly
+        self.replica: LiveReplica | None = None  # that holds a slot for it
+        self.backend: str | None = None
+        self.sent = 0.0
+        self.queue_ms = 0.0
+        self.first = 0.0  # byte (of a stream: event) of the answer
+        self.ended = 0.0
+        self.over = 0.0  # when nothing more was to be done for it
+        self.status = 0
+        self.outcome = "aborted"
+        self.stream: EventStream | None = None  # a streamed answer
+        self.answer = b""  # a plain answer, until it is read
+        self.digest: AnswerDigest | None = None
+        self.prompt = ""  # excerpt
+        self.prints = b""  # see TurnStarted, like the next
+        self.follows: str | None = None
+
+    @property
+    def is_anthropic(self) -> bool:
+        return self.path.startswith(b"/v1/messages")
+
+    def send_to(self, replica: LiveReplica, now: float) -> None:
+        """Note that the request goes to ``replica``."""
+        self.sent, self.backend = now, replica.id
+        self.queue_ms = (now - self.arrived) * 1000.0
+
+    def answer_fields(self) -> bytes:
+        """Return the header lines that every answer to the turn carries."""
+        backend = b"x-agent-infra-backend: %b\r\n" % self.backend.encode("ascii", "replace") if self.backend else b""
+        return b"x-request-id: %b\r\n%bx-agent-infra-queue-ms: %d\r\n" % (self.id.encode(), backend, self.queue_ms)
+
+
+class TurnBook:
+    """Owns every turn from its beginning to its end: counts each exactly once, and reports it to the controller."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self.count = 0  # turns that have begun
+        self.counters = dict.fromkeys(("errors", "retries", "aborted", "rejected"), 0)
+        self.turns: dict[str, Turn] = {}  # between begin and finish
+        self._retry_tokens = RETRY_FLOOR
+        self._bodies = KnownBodies(KNOWN_BODIES_BYTES)
+        self._prefix = secrets.token_hex(6)
+
+    def open(self, plan: RequestPlan, body: bytes | bytearray, peer: tuple[Any, ...]) -> Turn:
+        """Return a turn for a request, with all that its body says; ``finish`` is then due. Raises RequestError."""
+        fields: Any = None
+        if not plan.is_form:
+            known = self._bodies.find(plan.labels.session or peer) if len(body) >= LONG_BODY_BYTES else None
+            fields = self._relay.codec.request(body, known)
+            if fields is None:
+                raise RequestError(400, "the body is not a JSON object")
+        model = self._model_of(plan.model, form_model(body) if fields is None else fields.model)
+        self.count = count = self.count + 1
+        name = f"{self._prefix}-{count}"
+        self.turns[name] = turn = Turn(name, model, plan, self._relay.settings.proxy.capture_text)
+        turn.tokens = len(body) // 4
+        if self._retry_tokens < 10 * RETRY_FLOOR:
+            self._retry_tokens += RETRY_SHARE
+        if fields is not None:
+            self._read_fields(turn, fields, body, peer)
+        return turn
+
+    def _read_fields(self, turn: Turn, fields: Any, body: bytes | bytearray, peer: tuple[Any, ...]) -> None:
+        turn.is_stream = fields.stream is True
+        if (options := fields.stream_options) is not None:
+            turn.cuts_usage = not (isinstance(options, dict) and options.get("include_usage"))
+        codec = self._relay.codec
+        if turn.wanted_text:
+            turn.prompt = codec.last_words(fields, turn.wanted_text)
+        if len(body) <= MAX_TRACED_BYTES:
+            turn.prints, turn.follows = codec.trace(fields, turn.session is not None)
+        if turn.prints and len(body) >= LONG_BODY_BYTES:
+            conversation = turn.session or peer
+            goes_on = getattr(fields, "before", None) is not None or self._bodies.find(conversation) is None
+            # Otherwise agents may share a connection: the next body is kept, not each in vain.
+            self._bodies.keep(conversation, codec.known_body(fields, body, turn) if goes_on else None)
+
+    def read_answer(self, turn: Turn) -> None:
+        """Read what tracking needs of the answer that was passed on, once."""
+        if turn.stream is not None and turn.digest is None:
+            turn.digest = turn.stream.digest()
+        if turn.answer:
+            turn.digest = self._relay.codec.digest(turn.answer, turn.wanted_text, turn.follows is not None)
+            turn.answer = b""
+
+    def finish(self, turn: Turn) -> None:
+        """The turn is over, whatever became of it: its counters, its last event. Once is enough."""
+        if self.turns.pop(turn.id, None) is None:
+            return
+        turn.over = time.monotonic()
+        turn.ended = turn.ended or turn.over
+        self._relay.admission.charge(turn)
+        counters = self.counters
+        if turn.retries:
+            counters["retries"] += turn.retries
+        if turn.outcome != "completed":
+            counters[{"aborted": "aborted", "rejected": "rejected"}.get(turn.outcome, "errors")] += 1
+        try:
+            self._relay.control.add_finished(self._relay.codec.encode(self._finished_event(turn)))
+        except Exception as error:  # noqa: BLE001 - a bug costs these figures, never the connection that brought them
+            self._relay.log_bug("a turn's end", error)
+            self._relay.control.events_dropped += 1
+        if turn.labels.ends_session and turn.session is not None:
+            self.end_session(turn.session)
+
+    def _finished_event(self, turn: Turn) -> Any:
+        self.read_answer(turn)
+        digest, events = turn.digest or NO_DIGEST, turn.stream.events if turn.stream is not None else 0
+        is_estimated = digest.completion_tokens is None and events > 0
+        estimate = max(0, events - 2)  # the last two events carry the finish reason and [DONE]
+        has_first = turn.first > 0.0
+        # fmt: off
+        return self._relay.codec.turn_finished(  # by position: in the order of TurnFinished
+            turn.id, self._at(turn, turn.over), turn.outcome, turn.status, turn.backend,
+            turn.queue_ms if turn.sent else (turn.over - turn.arrived) * 1000.0,
+            (turn.first - turn.sent) * 1000.0 if has_first else None,
+            (turn.ended - turn.sent) * 1000.0 if has_first else None,
+            turn.retries, digest.prompt_tokens, estimate if is_estimated else digest.completion_tokens,
+            digest.cached_tokens, is_estimated, digest.finish_reason, turn.error or digest.error,
+            turn.gaps.by_name(), digest.text,
+            self._key(turn, digest) if turn.follows is not None and turn.outcome == "completed" else None,
+            self._started(turn),
+        )
+        # fmt: on
+
+    def _key(self, turn: Turn, digest: AnswerDigest) -> str | None:
+        return conversation_key(turn.prints[4:], digest.print) if digest.print is not None else None
+
+    def end_session(self, session: str) -> None:
+        self._relay.control.add_ended_session(SessionEnded(session, time.time()))
+
+    def news(self) -> EventBatch:
+        """Return what the controller wasn't told yet of the turns in flight; it counts as told from here on."""
+        started: list[Any] = []
+        sent: list[TurnSent] = []
+        answering: list[TurnAnswering] = []
+        for turn in self.turns.values():
+            if not turn.is_told:
+                turn.is_told = True
+                started.append(self._started(turn))
+            if turn.sent != turn.told_sent and turn.backend is not None:
+                turn.told_sent = turn.sent
+                sent.append(TurnSent(turn.id, self._at(turn, turn.sent), turn.backend, turn.queue_ms))
+            if turn.first and turn.first != turn.told_first:
+                turn.told_first = turn.first
+                answering.append(TurnAnswering(turn.id, self._at(turn, turn.first), (turn.first - turn.sent) * 1000.0))
+        return EventBatch(started, sent, answering)
+
+    def forget_told(self) -> None:
+        """A new controller came, which knows nothing of the turns in flight."""
+        for turn in self.turns.values():
+            turn.is_told, turn.told_sent, turn.told_first = False, 0.0, 0.0
+
+    def _started(self, turn: Turn) -> Any:
+        labels = turn.labels
+        # fmt: off
+        return self._relay.codec.turn_started(  # by position: in the order of TurnStarted
+            turn.id, turn.arrived_at, turn.model, turn.path.decode("ascii"), turn.session, labels.task, labels.client,
+            turn.is_stream, labels.pre_ms, labels.post_ms, turn.prompt, turn.prints, turn.follows,
+        )
+        # fmt: on
+
+    def take_retry(self) -> bool:
+        """Take one retry from the budget, a share of the requests. Returns False if it is spent."""
+        if self._retry_tokens < 1.0:
+            return False
+        self._retry_tokens -= 1.0
+        return True
+
+    def _at(self, turn: Turn, moment: float) -> float:
+        """Return a monotonic moment of a turn in seconds since the epoch, steady even if the clock is set."""
+        return turn.arrived_at + (moment - turn.arrived)
+
+    def _model_of(self, prefix: str | None, named: Any) -> str:
+        if prefix is None and isinstance(named, str) and named in self._relay.models:
+            return named
+        if named is not None and not isinstance(named, str):
+            raise RequestError(400, "model must be a string")
+        if prefix is not None and named is not None and prefix != named:
+            raise RequestError(400, f"the path names the model {prefix!r}, the body {named!r}")
+        model = prefix if prefix is not None else named
+        if model is None and len(self._relay.models) == 1:
+            model = self._relay.models[0]
+        if model is None:
+            raise RequestError(400, f"name a model; served here: {', '.join(self._relay.models) or 'none'}")
+        if model not in self._relay.models:
+            message = (
+                f"the model {model[:100]!r} does not exist; served here: {', '.join(self._relay.models) or 'none'}"
+            )
+            raise RequestError(404, message, code="model_not_found")
+        return model
+
+    def queue_status(self) -> dict[str, Any]:
+        """Return GET /queue/status: how many turns wait, how many are with a replica, and the 50 that wait longest."""
+        now, waiting = time.monotonic(), self._relay.admission.waiting()
+        rows = [
+            {
+                "turn": turn.id,
+                "session": turn.session,
+                "model": turn.model,
+                "waited_ms": round((now - turn.arrived) * 1000),
+            }
+            for turn in waiting[:50]
+        ]
+        return {
+            "pending": len(waiting),
+            "in_flight": len(self.turns) - len(waiting),
+            "oldest_ms": rows[0]["waited_ms"] if rows else 0,
+            "waiting": rows,
+        }

@@ -1,0 +1,202 @@
+"""The control socket: frames from and to the controller."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from agent_infra_core.host import unix_address
+from agent_infra_core.protocol import (
+    FRAME_ANSWER,
+    FRAME_EVENTS,
+    FRAME_HELLO,
+    FRAME_REQUEST,
+    RELAY_PROTOCOL,
+    EventBatch,
+    FrameReader,
+    SessionEnded,
+    encode_frame,
+)
+from agent_infra_core.relay.reactor import Reactor
+
+if TYPE_CHECKING:
+    from agent_infra_core.relay.server import Relay
+
+SHORTAGE_S = 60.0  # how often a lack of descriptors is logged
+QUESTION_S = 2.0
+BATCHED_TURNS = 512  # finished turns in one frame
+MAX_BUFFERED_EVENTS = 50_000
+
+
+class ControlChannel:
+    """The Unix socket to the controller: the newest one to connect is served, events wait for it when there is none."""
+
+    def __init__(self, relay: Relay, path: str, listener: Any) -> None:
+        self._relay, self._listener = relay, listener
+        self._finished: deque[bytes] = deque()  # encoded TurnFinished events
+        self._ended: deque[SessionEnded] = deque(maxlen=MAX_BUFFERED_EVENTS)
+        self._unsent = b""  # a batch, encoded
+        self._controller: Any = None
+        self._write_lock = relay.reactor.new_lock()  # one frame after the other: three greenlets send
+        self.events_dropped = 0
+        self.questions = Questions(self, relay.reactor)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        self._server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            with unix_address(path) as address:
+                self._server.bind(address)
+        finally:
+            os.umask(before)
+        self._server.listen(8)
+
+    def run(self) -> None:
+        """Accept controllers, for ever; a greenlet runs this."""
+        started_at, told = time.time(), -math.inf
+        while True:
+            try:
+                controller, _ = self._server.accept()
+            except OSError as error:  # out of descriptors
+                if time.monotonic() > told + SHORTAGE_S:
+                    told = time.monotonic()
+                    self._relay.log("error", f"no controller can be accepted for now: {error}")
+                self._relay.reactor.sleep(1.0)
+                continue
+            if self._relay.is_stopping:  # it has no listening socket left to hand on
+                controller.close()
+                continue
+            former, self._controller = self._controller, None
+            if former is not None:
+                with contextlib.suppress(OSError):
+                    former.shutdown(socket.SHUT_RDWR)
+            hello = {
+                "protocol": RELAY_PROTOCOL,
+                "pid": os.getpid(),
+                "port": self._listener.getsockname()[1],
+                "started_at": started_at,
+            }
+            try:
+                frame = encode_frame(FRAME_HELLO, json.dumps(hello).encode())
+                socket.send_fds(controller, [frame], [self._listener.fileno()])
+            except OSError:
+                controller.close()
+                continue
+            self._relay.book.forget_told()  # another controller knows nothing of the turns in flight
+            self._controller = controller
+            self._relay.reactor.spawn(self._read, controller)
+
+    def _read(self, controller: Any) -> None:
+        reader = FrameReader()
+        try:
+            while data := controller.recv(1 << 20):
+                for kind, payload in reader.feed(data):
+                    if kind == FRAME_ANSWER:
+                        self.questions.take(payload)
+                    else:
+                        self._relay.take_frame(kind, payload)
+        except (OSError, ValueError) as error:
+            self._relay.log("warning", f"the controller's connection broke: {error}")
+        finally:
+            if self._controller is controller:
+                self._controller = None
+                self._relay.log("info", "the controller is gone; the last table stays in force")
+            controller.close()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a controller."""
+        return self._controller is not None
+
+    @property
+    def remedy(self) -> str:
+        """The end of a message that a replica is missing: what to do about it; empty while the controller does it."""
+        gone = "; the proxy's controller is gone, and with it the tunnels that it held: `connect` takes over"
+        return "" if self.is_connected else gone
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a batch may have something to say."""
+        return bool(self._finished or self._relay.book.turns or self._ended or self._unsent)
+
+    def add_finished(self, event: bytes) -> None:
+        """Queue an encoded TurnFinished for the next batch."""
+        self._finished.append(event)
+        if len(self._finished) > MAX_BUFFERED_EVENTS:
+            self._finished.popleft()
+            self.events_dropped += 1
+
+    def add_ended_session(self, event: SessionEnded) -> None:
+        """Queue the end of a session for the next batch."""
+        self._ended.append(event)
+
+    def add_request(self, request: Mapping[str, str]) -> None:
+        """Tell the controller what an operator asked for; it is lost when there is none."""
+        payload = json.dumps(request).encode()
+        self._relay.reactor.spawn(self.send, FRAME_REQUEST, payload)
+
+    def flush(self) -> None:
+        """Send what happened since the last batch; one that did not go out is sent before anything else."""
+        while self._controller is not None:
+            if not self._unsent:
+                finished = [self._finished.popleft() for _ in range(min(BATCHED_TURNS, len(self._finished)))]
+                # A turn that starts may continue one that is still to be reported as finished: that one goes first.
+                # So do all turns of a session that ended.
+                is_last = not self._finished
+                batch = self._relay.book.news() if is_last else EventBatch()
+                ended = [self._ended.popleft() for _ in range(len(self._ended) if is_last else 0)]
+                if not (finished or ended or batch.started or batch.sent or batch.answering):
+                    return
+                batch.finished, batch.session_ended = self._relay.codec.joined(finished), ended
+                self._unsent = self._relay.codec.encode(batch)
+            if not self.send(FRAME_EVENTS, self._unsent):
+                return
+            self._unsent = b""
+
+    def send(self, kind: bytes, payload: bytes) -> bool:
+        """Send one frame; whether a controller took it. Blocks this greenlet (alone) while the controller is slow."""
+        with self._write_lock:
+            controller = self._controller
+            if controller is None:
+                return False
+            try:
+                controller.sendall(encode_frame(kind, payload))
+            except OSError:
+                return False
+        return True
+
+
+class Questions:
+    """What clients ask that only the controller knows: each question waits for its answer, QUESTION_S at most."""
+
+    def __init__(self, channel: ControlChannel, reactor: Reactor) -> None:
+        self._channel, self._reactor = channel, reactor
+        self._waiting: dict[int, Any] = {}
+        self._count = 0
+
+    def ask(self, op: str, **details: Any) -> dict[str, Any] | None:
+        """A FRAME_ANSWER; None without a controller, or when it says nothing in time. Blocks this greenlet."""
+        self._count += 1
+        number, result = self._count, self._reactor.new_result()
+        self._waiting[number] = result
+        try:
+            question = json.dumps({"op": op, "id": number, **details}).encode()
+            # Sent by a greenlet of its own: a controller that takes nothing must not hold this one beyond its time.
+            self._reactor.spawn(self._channel.send, FRAME_REQUEST, question)
+            answer: dict[str, Any] | None = result.wait(QUESTION_S) if self._channel.is_connected else None
+            return answer
+        finally:
+            del self._waiting[number]
+
+    def take(self, payload: bytes) -> None:
+        """A FRAME_ANSWER has come; one that nobody waits for any more is left out."""
+        answer = json.loads(payload)
+        if (result := self._waiting.get(answer["id"])) is not None:
+            result.set(answer)
