@@ -8,22 +8,25 @@ import json
 import re
 import struct
 import zlib
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from agent_infra_core.http.bodies import CHUNK_SIZE, LAST_CHUNK, BodyDecoder, encode_chunk
-from agent_infra_core.protocol import is_count
+from agent_infra_core.http.bodies import CHUNK_SIZE, LAST_CHUNK, BodyDecoder, chunk_size_line, encode_chunk
+from agent_infra_core.protocol import MAX_FIGURE, is_count
 
 MAX_TRACED_BYTES = 1 << 20  # longer bodies and answers aren't assigned to a conversation
-CAPTURED_PIECES = 32  # pieces of a stream that are searched for text together: one by one costs three times as much
+MAX_LESSONS = 25  # how many events of a stream are analysed for what its events have in common;
+EVENTS_A_LESSON = 100  # after that, one in this many
+PIECES_AT_ONCE = 32  # pieces of a stream that are read together: one by one costs three times as much
 MAX_HELD_EVENT_BYTES = 1 << 20  # a longer SSE event is forwarded in pieces, without being examined
 
 
 def holds_whole_events(data: bytes) -> bool:
     """Whether ``data``, which starts between two chunks, holds only complete chunks (not the last one) that each end
     with an event. Then the framing can't split any text that is searched for in ``data``."""
+    if data.startswith(chunk_size_line(len(data))):  # one chunk, the usual case
+        return data.endswith(b"\n\n\r\n")
     at = 0
     while at < len(data):
         line = CHUNK_SIZE.match(data, at)
@@ -47,48 +50,74 @@ class AnswerDigest:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
-    finish_reason: str | None = None
+    finish_reason: str | None = None  # in the API's own words; of choice 0
     error: str | None = None
     text: str = ""
     print: bytes | None = None  # message_fingerprint() of the whole answer, if requested
+    _usage: dict[str, int] | None = None  # the last valid count of each field
 
     def add(self, document: Any) -> None:
         """Add the values in ``document``: a JSON answer or one stream event, in any of the APIs' formats."""
         if isinstance(document, dict):
             for part in (document.get("response"), document.get("message"), document):
                 if isinstance(part, dict):  # response and message: /v1/responses and /v1/messages
-                    self._take(part)
-            if document.get("type") == "message_start":
-                self.completion_tokens = None  # this event has only the initial count
+                    self._add_part(part, is_initial=document.get("type") == "message_start")
 
-    def _take(self, document: Mapping[str, Any]) -> None:
-        delta = document.get("delta")
-        reason = document.get("stop_reason") or (isinstance(delta, dict) and delta.get("stop_reason"))
-        choices = document.get("choices")
-        for choice in choices if isinstance(choices, list) else ():
-            reason = reason or (isinstance(choice, dict) and choice.get("finish_reason"))
+    def _add_part(self, document: Mapping[str, Any], is_initial: bool) -> None:
+        reason = _finish_reason(document)
         self.finish_reason = sendable_text(reason) if isinstance(reason, str) else self.finish_reason
-        if error := document.get("error"):
+        error = document.get("error")
+        if not error and "error" in (document.get("type"), document.get("object")):  # the message stands beside it
+            error = document.get("message")
+        if error:
             message = error.get("message") if isinstance(error, dict) else error
             self.error = sendable_text(str(message or error)[:500])
         usage = document.get("usage")
         if isinstance(usage, dict):
-            self.prompt_tokens = _token_count(usage, "prompt_tokens", "input_tokens", self.prompt_tokens)
-            self.completion_tokens = _token_count(usage, "completion_tokens", "output_tokens", self.completion_tokens)
             details = usage.get("prompt_tokens_details") or usage.get("input_tokens_details")
-            cached = details if isinstance(details, dict) else usage
-            self.cached_tokens = _token_count(cached, "cached_tokens", "cache_read_input_tokens", self.cached_tokens)
+            if isinstance(details, dict):
+                usage = {**usage, "cached_tokens": details.get("cached_tokens")}
+            if is_initial:  # the answer's count has only just begun
+                usage = {**usage, "output_tokens": None}
+            self._add_usage(usage)
+
+    def _add_usage(self, usage: Mapping[str, Any]) -> None:
+        """Add the counts in ``usage``. On /v1/messages the prompt is the sum of what was and wasn't cached."""
+        known = self._usage = self._usage or {}
+        known.update({name: usage[name] for name in _USAGE_FIELDS if is_count(usage.get(name))})
+        prompt = known.get("prompt_tokens")
+        if prompt is None and "input_tokens" in known:
+            cached = known.get("cache_read_input_tokens", 0) + known.get("cache_creation_input_tokens", 0)
+            prompt = min(known["input_tokens"] + cached, int(MAX_FIGURE))
+        self.prompt_tokens = prompt
+        self.completion_tokens = known.get("completion_tokens", known.get("output_tokens"))
+        self.cached_tokens = known.get("cached_tokens", known.get("cache_read_input_tokens"))
 
 
 NO_DIGEST: Final = AnswerDigest()  # for an answer that nobody read; never add to it
+_USAGE_FIELDS = (
+    *("prompt_tokens", "completion_tokens", "input_tokens", "output_tokens", "cached_tokens"),
+    *("cache_read_input_tokens", "cache_creation_input_tokens"),
+)
 
 
-def _token_count(usage: Mapping[str, Any], name: str, other_name: str, former: int | None) -> int | None:
-    """Return the count in ``usage`` under either name, else ``former``."""
-    for value in (usage.get(name), usage.get(other_name)):
-        if is_count(value):
-            return value
-    return former
+def _finish_reason(document: Mapping[str, Any]) -> Any:
+    """Return why an answer ended, as its API reports it; None while it hasn't."""
+    delta = document.get("delta")
+    reason = document.get("stop_reason") or (delta.get("stop_reason") if isinstance(delta, dict) else None)
+    if document.get("status") in ("completed", "incomplete"):  # /v1/responses
+        details = document.get("incomplete_details")
+        reason = (details.get("reason") if isinstance(details, dict) else None) or document["status"]
+    return reason or first_choice(document).get("finish_reason")
+
+
+def first_choice(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return choice 0 of a completion or of its event; empty if there is none."""
+    choices = document.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict) and choice.get("index") in (None, 0):
+            return choice
+    return {}
 
 
 def message_text_and_calls(content: Any, calls: Any = None) -> tuple[str, list[str]]:
@@ -100,7 +129,21 @@ def message_text_and_calls(content: Any, calls: Any = None) -> tuple[str, list[s
     words = "".join(part["text"] for part in parts if isinstance(part.get("text"), str))
     called = [part for part in parts if part.get("type") == "tool_use"]
     called += [call for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
-    return words, [call["id"] for call in called if isinstance(call.get("id"), str)]
+    return words, [call["id"] for call in called if isinstance(call.get("id"), str) and call["id"]]
+
+
+def answer_text_and_calls(document: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Return the text and the tool call ids of a whole answer, of choice 0; without its reasoning."""
+    output = document.get("output")
+    if isinstance(output, list):  # /v1/responses
+        items = [item for item in output if isinstance(item, dict)]
+        texts = [message_text_and_calls(item.get("content"))[0] for item in items if item.get("type") == "message"]
+        return "".join(texts), [str(item["call_id"]) for item in items if item.get("call_id")]
+    choice = first_choice(document)
+    message = choice.get("message")
+    if isinstance(message, dict):
+        return message_text_and_calls(message.get("content"), message.get("tool_calls"))
+    return message_text_and_calls(choice.get("text") or document.get("content"))
 
 
 _TWO_SUMS = struct.Struct("<II")
@@ -119,9 +162,33 @@ def conversation_key(messages: bytes, answer: bytes) -> str:
 
 _EVENT = re.compile(rb".*?\r?\n\r?\n|.+", re.DOTALL)
 _EVENT_TEXT = re.compile(rb'"(?:content|text|delta)":\s?"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL)
+
+# The one JSON string that differs between a stream's events: text of the answer (first group), or text not kept.
+_EVENT_WORDS = re.compile(
+    rb'"(?:(content|text|delta)|arguments|partial_json|reasoning|reasoning_content|thinking)":\s?'
+    rb'"([^"\\]*(?:\\.[^"\\]*)*)"'
+)
+_NOT_PLAIN = re.compile(rb'["\\\r\n]')  # without any of these, text is surely inside a string
+_IN_STRING = re.compile(rb'[^"\\\r\n]*(?:\\[^\r\n][^"\\\r\n]*)*')  # content of a JSON string, on one line
 _USAGE = re.compile(rb'"usage":(?!\s*null)')  # some engines send null with every event
+_DATA = re.compile(rb"(?:^|\n)data:[ \t]*[^\s]")
 _DONE = re.compile(rb"(?:^|\n)data: ?\[DONE\]")
-_LAST_EVENT = re.compile(rb"(?:^|\n)(?:data: ?\[DONE\]|event: ?(?:message_stop|response\.completed))")
+_ERROR_LINES = re.compile(rb"(?:^|\n)event: ?error\r?\n(?:data:)?(.*)", re.DOTALL)
+_EVENT_END = re.compile(rb"\n\r?\n")
+# An event without any of these adds nothing but text of choice 0. A pattern is searched for only where its words stand,
+# and each by itself: one pattern for all takes a hundred times longer.
+_NOTABLE: Sequence[tuple[bytes, re.Pattern[bytes] | None]] = (
+    *((words, re.compile(rb"%b\s*[^n\s]" % words)) for words in (b'"usage":', b'"tool_calls":', b'_reason":')),
+    (b'"index":', re.compile(rb'"index":\s*[1-9]')),
+    *((words, None) for words in (b"error", b"[DONE]", b'"tool_use"', b'"message_st', b'"response":')),
+)
+
+# The type of the event that ends a stream, on paths whose events have types; so does an error.
+_LAST_EVENTS: Mapping[bytes, frozenset[str]] = {
+    b"/v1/messages": frozenset({"message_stop"}),
+    b"/v1/responses": frozenset({"response.completed", "response.incomplete", "response.failed"}),
+}
+_COMPLETION_PATHS = frozenset({b"/v1/chat/completions", b"/v1/completions"})  # end with [DONE], or a finish reason
 
 
 def event_document(event: bytes) -> Any:
@@ -133,14 +200,37 @@ def event_document(event: bytes) -> Any:
         return None
 
 
-def event_call_ids(event: Any) -> list[str]:
-    """Return the ids of the tool calls that a stream's event starts."""
-    document = event if isinstance(event, dict) else {}
-    choices = document.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    delta = choice.get("delta") if isinstance(choice, dict) else None
+def event_text(document: Any) -> str:
+    """Return the text that a stream's event adds to the answer, to choice 0 where it has several."""
+    if not isinstance(document, dict):
+        return ""
+    delta = document.get("delta")
+    if isinstance(delta, str):
+        return delta if document.get("type") == "response.output_text.delta" else ""
+    said = delta or document.get("content_block")  # /v1/messages
+    if isinstance(said, dict):
+        return message_text_and_calls(said.get("text"))[0]
+    choice = first_choice(document)
+    said = choice.get("delta") or choice.get("message")
+    return message_text_and_calls(said.get("content") if isinstance(said, dict) else choice.get("text"))[0]
+
+
+def event_calls(document: Mapping[str, Any]) -> dict[Any, str]:
+    """Return the ids of the tool calls in a stream's event, by their index in the answer.
+
+    Only a call's first event has its id: some engines repeat it in each, some send an empty one.
+    """
+    delta = first_choice(document).get("delta")
     calls = delta.get("tool_calls") if isinstance(delta, dict) else None
-    return message_text_and_calls([document.get("content_block")], calls)[1]
+    block = document.get("content_block")
+    if isinstance(block, dict) and block.get("type") == "tool_use":
+        calls = [{"index": document.get("index"), "id": block.get("id")}]
+    found: dict[Any, str] = {}
+    for call in calls if isinstance(calls, list) else ():
+        if isinstance(call, dict) and isinstance(call.get("id"), str) and call["id"]:
+            index = call.get("index")
+            found[index if isinstance(index, int) else call["id"]] = call["id"]
+    return found
 
 
 class EventStream:
@@ -149,12 +239,17 @@ class EventStream:
     It passes on only whole events, so an error event can follow at any time.  Complete chunks of whole events pass
     unchanged; other bytes are decoded and put into new chunks.  A usage event that the client didn't ask for is
     removed.  ``fault`` is set if the answer is incomplete, even if the stream ended normally.
+
+    What the events say is read later, many at once: ``digest``, ``error`` and ``is_answered`` read what is left.
+
+    Nearly every event equals the previous one except for the text in one JSON string.  Comparing the bytes before and
+    after that text detects such an event; it has the previous one's meaning, so it needs no further search.
     """
 
     __slots__ = (
-        "_call_ids", "_captured", "_captures", "_cuts_usage", "_held", "_is_clean", "_needs_done", "_passes_verbatim",
-        "_pieces", "_tail", "_texts", "_to_chunks", "_traces", "_wanted_text", "decoder", "events", "fault",
-        "has_excess", "is_over",
+        "_before", "_behind", "_calls", "_captured", "_captures", "_choices", "_cuts_usage", "_digest", "_finished",
+        "_held", "_is_clean", "_is_ended", "_is_text", "_is_typed", "_lessons", "_passes_verbatim", "_path", "_pieces",
+        "_texts", "_to_chunks", "_traces", "_wanted_text", "decoder", "events", "fault", "has_excess", "is_over",
     )  # fmt: skip
 
     def __init__(
@@ -163,92 +258,165 @@ class EventStream:
         *,
         to_chunks: bool,
         cuts_usage: bool,
-        needs_done: bool,
+        path: bytes,
         wanted_text: int,
         traces: bool = False,
     ) -> None:
-        """``traces``: whether the digest needs ``print``."""
+        """``path`` is the request's; it says what a complete answer is. ``traces``: the digest needs ``print``."""
         self.decoder = decoder
         self.events = 0  # rough number so far: counts data lines
         self.fault: str | None = None
         self.is_over = self.has_excess = False
-        self._to_chunks, self._cuts_usage, self._needs_done = to_chunks, cuts_usage, needs_done
+        self._to_chunks, self._cuts_usage, self._path = to_chunks, cuts_usage, path
         self._passes_verbatim = decoder.is_chunked and to_chunks
         self._is_clean = self._passes_verbatim  # nothing held back, and between two chunks that may pass unchanged
         self._held = b""
-        # The last chunks, which hold usage and finish reason.
-        self._tail: deque[bytes] = deque(maxlen=4)
+        self._pieces: list[bytes] = []  # not read yet
+        self._digest = AnswerDigest()
+        self._is_typed = path in _LAST_EVENTS
+        self._is_ended = False  # the API's last event came
+        self._choices, self._finished = {0}, set[int]()  # indices of the choices seen, of those with a finish reason
         self._texts: list[bytes] = []  # the start of the answer's text (all of it with traces), JSON-escaped
-        self._call_ids: list[str] = []
+        self._calls: dict[Any, str] = {}  # ids of its tool calls
         self._wanted_text, self._traces = wanted_text, traces
         self._captures = MAX_TRACED_BYTES if traces else 12 * wanted_text  # bytes; a character takes at most 12 in JSON
         self._captured = 0  # bytes
-        self._pieces: list[bytes] = []  # not searched for text yet
+        # Of the previous event: the bytes before its text (without the chunk's size) and after it, and whether the text
+        # is the answer's. No event starts with the initial b"\r".
+        self._before, self._behind, self._is_text = b"\r", b"", False
+        self._lessons = MAX_LESSONS  # left to take: some engines' events never repeat
 
     def feed(self, data: bytes) -> bytes:
         """Return the bytes to send for the received ``data``. Raises WireError if the replica's framing is broken."""
+        if not self._is_clean:
+            return self._feed_events(data)
+        before, behind = self._before, self._behind
+        start = chunk_size_line(len(data)) + before
+        begin, end = len(start), len(data) - len(behind)
+        if not (begin <= end and data.startswith(start) and data.endswith(behind)):
+            return self._feed_unlike(data)
+        if _NOT_PLAIN.search(data, begin, end) and not _IN_STRING.fullmatch(data, begin, end):
+            return self._feed_unlike(data)
+        self.events += 1
+        if self._is_text and self._captured < self._captures:
+            self._read()  # text before this one
+            self._texts.append(data[begin:end])
+            self._captured += end - begin
+        return data
+
+    def _feed_unlike(self, data: bytes) -> bytes:
+        """Do ``feed`` for data that doesn't repeat the previous event, between two chunks that may pass unchanged."""
         if (
-            not self._is_clean
-            or not data.endswith(b"\n\n\r\n")
+            not data.endswith(b"\n\n\r\n")
             or data.find(b"abort") >= 0  # faster than `in`, which first tries to read it as a number
             or (self._cuts_usage and _USAGE.search(data))
             or not holds_whole_events(data)
         ):
             return self._feed_events(data)
-        self._tail.append(data)
-        self.events += data.count(b"data:")
-        if self._captured < self._captures:
-            self._capture(data)
+        count = self._count(data)
+        self.events += count
+        self._keep(data)
+        if count == 1 and (self._lessons or self.events % EVENTS_A_LESSON == 0):
+            self._learn(data)
         return data
 
+    def _learn(self, data: bytes) -> None:
+        """Remember this event to recognise the next one, if it has exactly one string that may differ."""
+        self._lessons = max(0, self._lessons - 1)
+        opening, found = chunk_size_line(len(data)), list(_EVENT_WORDS.finditer(data))
+        if len(found) == 1 and data.startswith(opening):
+            self._is_text = found[0][1] is not None
+            if self._is_typed or is_notable(data):
+                self._is_text = bool(event_text(event_document(data)))
+            self._before, self._behind = data[len(opening) : found[0].start(2)], data[found[0].end(2) :]
+
+    def _count(self, data: bytes) -> int:
+        """Return the number of events in ``data``. Until there is one, a bare ``data:`` isn't."""
+        return data.count(b"\ndata:") + data.startswith(b"data:") if self.events else len(_DATA.findall(data))
+
     def close(self) -> bytes:
-        """Handle the closed connection: the end of an answer without length or chunks, otherwise a fault."""
-        if self.decoder.is_until_close and not self.is_over:
-            return self._end(self._held)
+        """Handle the closed connection: the end of an answer without length or chunks, or of a complete one,
+        otherwise a fault."""
+        if not self.is_over and (self.decoder.is_until_close or self.is_answered):
+            return self._end(self._held if self.decoder.is_until_close else b"")
         self.fault = self.fault or "the replica died"
         return b""
 
     @property
-    def has_last_event(self) -> bool:
-        """Whether the answer's final event arrived: many clients disconnect then, before the replica ends the body."""
-        return _LAST_EVENT.search(b"".join(self._tail)) is not None
+    def is_answered(self) -> bool:
+        """Whether the API's last event arrived: many clients disconnect then, before the replica ends the body."""
+        self._read()
+        return self._is_ended or self._digest.error is not None
+
+    @property
+    def error(self) -> str | None:
+        """The error that the replica reported in the stream."""
+        self._read()
+        return self._digest.error
 
     def failure(self, event: bytes) -> bytes:
         """Return the bytes that end the stream with an error event after all bytes sent so far."""
         return encode_chunk(event) + LAST_CHUNK if self._to_chunks else event
 
     def digest(self) -> AnswerDigest:
-        """Return the digest, from the last events and the captured text."""
-        digest = AnswerDigest()
-        pieces: list[bytes] = []
-        BodyDecoder(None).feed(b"".join(self._tail), 0, pieces)
-        for event in _EVENT.findall(b"".join(pieces)):
-            with contextlib.suppress(RecursionError):
-                digest.add(event_document(event))
-        self._search()
+        """Return what the events so far say."""
+        self._read()
+        digest = self._digest
         with contextlib.suppress(ValueError):
             text = json.loads(b'"' + b"".join(self._texts) + b'"')
             digest.text = sendable_text(text[: self._wanted_text])
             if self._traces and self._captured < MAX_TRACED_BYTES:
-                digest.print = message_fingerprint(text, self._call_ids)
+                digest.print = message_fingerprint(text, [*self._calls.values()])
         return digest
 
-    def _capture(self, piece: bytes) -> None:
+    def _keep(self, piece: bytes) -> None:
         self._pieces.append(piece)
-        if len(self._pieces) >= CAPTURED_PIECES:
-            self._search()
+        if len(self._pieces) >= PIECES_AT_ONCE:
+            self._read()
 
-    def _search(self) -> None:
-        """Extract the text from the waiting pieces."""
+    def _read(self) -> None:
+        """Read what the waiting pieces say."""
+        if not self._pieces:
+            return
         data = b"".join(self._pieces)
         self._pieces.clear()
-        texts = _EVENT_TEXT.findall(data)
+        wants_text = self._captured < self._captures
+        if is_notable(data) or (self._is_typed and wants_text):
+            for event in _EVENT_END.split(data):
+                if self._is_typed or is_notable(event):
+                    self._read_event(event)
+                elif wants_text:
+                    self._keep_texts(_EVENT_TEXT.findall(event))
+        elif wants_text:
+            self._keep_texts(_EVENT_TEXT.findall(data))
+
+    def _keep_texts(self, texts: list[bytes]) -> None:
         self._texts += texts
         self._captured += sum(map(len, texts))
-        if self._traces and b'"tool_' in data:
-            for event in _EVENT.findall(data):
-                if b'"tool_use"' in event or (b'"tool_calls"' in event and event.count(b'"id"') > 1):
-                    self._call_ids += event_call_ids(event_document(event))
+
+    def _read_event(self, event: bytes) -> None:
+        document = event_document(event)
+        if not isinstance(document, dict):
+            self._is_ended |= _DONE.search(event) is not None
+            if (said := _ERROR_LINES.search(event)) is not None:
+                self._digest.add({"error": said[1].decode("utf-8", "replace").strip() or "error"})
+            return
+        self._digest.add(document)
+        self._is_ended |= document.get("type") in _LAST_EVENTS.get(self._path, ())
+        text = event_text(document)
+        if self._is_ended and not self._texts and isinstance(response := document.get("response"), dict):
+            text = answer_text_and_calls(response)[0]  # some servers send no deltas
+        if text and self._captured < self._captures:
+            self._keep_texts([json.dumps(text).encode()[1:-1]])
+        if self._traces:
+            for index, call_id in event_calls(document).items():
+                self._calls.setdefault(index, call_id)
+        choices = document.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict) and isinstance(index := choice.get("index", 0), int):
+                self._choices.add(index)
+                if choice.get("finish_reason"):
+                    self._finished.add(index)
 
     def _feed_events(self, data: bytes) -> bytes:
         pieces: list[bytes] = []
@@ -267,17 +435,24 @@ class EventStream:
     def _end(self, events: bytes) -> bytes:
         self._held, self.is_over = b"", True
         sent = self._encode(events)
-        if self._needs_done and not self.fault and not _DONE.search(b"".join(self._tail)):
+        if not self.fault and not self._is_complete():
             self.fault = "the replica ended the stream before the answer was complete"
         return sent + LAST_CHUNK if self._to_chunks and not self.fault else sent
+
+    def _is_complete(self) -> bool:
+        """Whether the events so far, and then the body's proper end, make a whole answer or an error.
+
+        Many servers that speak OpenAI's API end a stream with a finish reason and no ``[DONE]``.
+        """
+        if self.is_answered or not (self._is_typed or self._path in _COMPLETION_PATHS):
+            return True
+        return not self._is_typed and self._choices <= self._finished
 
     def _encode(self, events: bytes) -> bytes:
         if not events:
             return b""
-        self._tail.append(encode_chunk(events))
-        self.events += events.count(b"\ndata:") + events.startswith(b"data:")
-        if self._captured < self._captures:
-            self._capture(events)
+        self.events += self._count(events)
+        self._keep(events)
         if b"abort" in events or (self._cuts_usage and _USAGE.search(events)):
             events = b"".join(self._kept(events))
         return encode_chunk(events) if self._to_chunks else events
@@ -294,6 +469,11 @@ class EventStream:
                 if self._cuts_usage and choices == [] and isinstance(document.get("usage"), dict):
                     continue
             yield event
+
+
+def is_notable(data: bytes) -> bool:
+    """Whether events may say more than some text of choice 0."""
+    return any(words in data and (not pattern or pattern.search(data)) for words, pattern in _NOTABLE)
 
 
 def is_aborted(choice: Any) -> bool:

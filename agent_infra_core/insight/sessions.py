@@ -52,8 +52,8 @@ class Session:
     last_model: str = ""  # of the same turn
     moves: int = 0  # changes of replica between consecutive turns of the same model
     recent_moves: int = 0  # bit mask: which of the last 8 turns were moves
-    tokens_in: int = 0
-    tokens_out: int = 0
+    tokens_in: int | None = None  # None until a turn reports them
+    tokens_out: int | None = None
     signature: int = 0  # of the last turn; identical turns have the same signature
     repeats: int = 1  # consecutive turns with this signature
     alerts: dict[str, float] = field(default_factory=dict)  # kind → since, s since the epoch
@@ -97,8 +97,8 @@ class Session:
         self.backend = record.backend or self.backend
         self.wait_ms = add_known(self.wait_ms, record.queue_ms)
         self.inference_ms = add_known(self.inference_ms, record.inference_ms)
-        self.tokens_in += record.prompt_tokens or 0
-        self.tokens_out += record.completion_tokens or 0
+        self.tokens_in = add_known(self.tokens_in, record.prompt_tokens)
+        self.tokens_out = add_known(self.tokens_out, record.completion_tokens)
         if record.cache_miss is not None:
             self.cache_misses += 1
             self.last_miss = record.cache_miss

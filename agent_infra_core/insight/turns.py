@@ -5,12 +5,14 @@ from __future__ import annotations
 import collections
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from agent_infra_core.protocol import MAX_FIGURE, TurnAnswering, TurnFinished, TurnSent, TurnStarted
 
 if TYPE_CHECKING:
     from agent_infra_core.insight.sessions import Session
+
+Number = TypeVar("Number", int, float)
 
 MAX_OPEN_TURNS = 50_000  # above this, and after MAX_TURN_S, the oldest is dropped (its finish still counts in totals)
 MAX_TURN_S = 6 * 3600.0
@@ -30,9 +32,11 @@ def rounded(ms: float | None) -> float | None:
     return None if ms is None else round(ms, 2)
 
 
-def add_known(total: float | None, value: float | None) -> float | None:
+def add_known(total: Number | None, value: Number | None) -> Number | None:
     """``total + value``, where None means unknown; None if both are unknown."""
-    return total if value is None else (total or 0.0) + value
+    if total is None or value is None:
+        return value if total is None else total
+    return total + value
 
 
 @dataclass(slots=True)

@@ -244,7 +244,7 @@ def stream(**options: object) -> EventStream:
     settings = {
         "to_chunks": True,
         "cuts_usage": True,
-        "needs_done": True,
+        "path": b"/v1/chat/completions",
         "wanted_text": 200,
         "length": None,
         **options,
@@ -329,7 +329,7 @@ def test_the_word_abort_in_an_answer_is_no_shutdown() -> None:
 def test_a_stream_that_ends_without_done_is_a_fault_where_done_is_due() -> None:
     data = encode_chunk(TEXT[0]) + b"0\r\n\r\n"
     for needed in (True, False):
-        source = stream(needs_done=needed)
+        source = stream(path=b"/v1/completions" if needed else b"")
         assert relayed(source, [data])[1] is not needed
         assert (source.fault is not None) is needed
 
@@ -361,7 +361,7 @@ def test_a_messages_stream_that_breaks_off_has_the_tokens_of_its_beginning_for_n
     words = [event(type="content_block_delta", delta={"type": "text_delta", "text": f"w{i}"}) for i in range(9)]
     ended = event(type="message_delta", delta={"stop_reason": "end_turn"}, usage={"output_tokens": 9})
     for events, completion_tokens in (([began, *words], None), ([began, *words, ended], 9)):
-        source = stream(needs_done=False)
+        source = stream(path=b"")
         for each in events:
             source.feed(encode_chunk(each))
         digest = source.digest()
@@ -386,7 +386,7 @@ def test_tokens_are_read_in_every_apis_shape() -> None:
             (5, 2, None),
         ),
     ):
-        source = stream(needs_done=False)
+        source = stream(path=b"")
         relayed(source, [b"".join(map(encode_chunk, events)) + b"0\r\n\r\n"])
         digest = source.digest()
         assert (digest.prompt_tokens, digest.completion_tokens, digest.finish_reason) == expected

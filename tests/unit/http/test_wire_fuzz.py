@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -16,10 +17,11 @@ from agent_infra_core.http.bodies import (
     MAX_CHUNK_LINE_BYTES,
     MAX_TRAILER_LINES,
     BodyDecoder,
+    chunk_size_line,
     encode_chunk,
 )
 from agent_infra_core.http.errors import WireError
-from agent_infra_core.http.events import EventStream, holds_whole_events
+from agent_infra_core.http.events import MAX_LESSONS, NO_DIGEST, EventStream, event_document, holds_whole_events
 from agent_infra_core.http.heads import (
     INFERENCE_PATHS,
     MAX_KNOWN_HEAD_BYTES,
@@ -27,6 +29,7 @@ from agent_infra_core.http.heads import (
     MAX_REQUEST_LINE_BYTES,
     NOT_FORWARDED,
     HeaderLines,
+    RepeatedHead,
     RequestHead,
     forwarded_head,
     parse_answer_head,
@@ -36,7 +39,8 @@ from agent_infra_core.http.heads import (
 )
 from agent_infra_core.protocol import FrameReader, encode_frame
 from agent_infra_core.relay.bodies import Codec
-from agent_infra_core.relay.requests import HeadReader, LabelReader
+from agent_infra_core.relay.turn import LabelReader
+from agent_infra_core.relay.upstream import HeadReader
 from agent_infra_core.settings import HeadersConfig
 
 bounded = settings(max_examples=100, deadline=None, derandomize=True, print_blob=True)
@@ -47,6 +51,7 @@ tokens = st.from_regex(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,12}", fullmatch=True)
 values = st.from_regex(rb"[\x21-\x7e\x80-\xff]([\t\x20-\x7e\x80-\xff]{0,20}[\x21-\x7e\x80-\xff])?", fullmatch=True)
 
 LINES = HeaderLines(NOT_FORWARDED)
+CHAT = b"/v1/chat/completions"
 
 
 def split(data: bytes, at: list[int]) -> Iterator[bytes]:
@@ -188,6 +193,81 @@ def test_no_chunk_without_its_line_end_passes_verbatim() -> None:
     assert not holds_whole_events(b"3\r\na\n\n\r\n4\r\nb\n\n\r\n")
 
 
+# Events of a stream, most of which repeat the one before but for some words.
+
+EVENT_KINDS = (
+    b'data: {"id":"a","choices":[{"index":0,"delta":{"content":"%b"},"finish_reason":null}]}\n\n',
+    b'data: {"id":"a","choices":[{"index":1,"delta":{"content":"%b"},"finish_reason":null}]}\n\n',
+    b'data: {"id":"a","choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":"%b"}]}\n\n',
+    b'data: {"id":"a","choices":[{"index":0,"delta":{"reasoning":"%b"}}]}\n\n',
+    b'data: {"choices":[{"delta":{"tool_calls":[{"id":"c1","function":{"name":"f","arguments":"%b"}}]}}]}\n\n',
+    b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"arguments":"%b"}}]}}]}\n\n',
+    b'data: {"choices":[{"text":"a","delta":"%b"}]}\n\n',
+    b'data: {"choices":[],"usage":{"prompt_tokens":1,"completion_tokens":2},"text":"%b"}\n\n',
+    b'event: x\ndata: {"type":"text_delta","text":"%b"}\n\n',
+    b": %b\n\n",
+)
+WORDS = rb'|a| words|abort|\n|\"|\\|\|\\\|"|","usage":{"a":"|null]}|{"content":"|"},"finish_reason":"abort'
+said = st.sampled_from([*WORDS.split(b"|"), b"\n", b"\n\n", b"\r", b"\r\n", b"\xff", "\u00e4\u4e2d".encode()])
+spoken_events = st.lists(st.tuples(st.sampled_from(EVENT_KINDS), said), max_size=12)
+spellings = st.sampled_from([b"%x\r\n%b\r\n", b"%x\r\n%b\r\n", b"%X\r\n%b\r\n", b"0%x\r\n%b\r\n"])
+
+
+def passed_on(chunks: list[bytes], lessons: int, cuts_usage: bool, traces: bool) -> tuple[Any, ...]:
+    """What an EventStream makes of these chunks, where it may look that often at what events have in common."""
+    stream = EventStream(
+        BodyDecoder(None), to_chunks=True, cuts_usage=cuts_usage, path=b"", wanted_text=20, traces=traces
+    )
+    stream._lessons = lessons
+    out = b""
+    for chunk in [*chunks, LAST_CHUNK]:
+        if not stream.is_over and stream.fault is None:
+            out += stream.feed(chunk)
+    digest = stream.digest()
+    if any(event_document(chunk) is None for chunk in chunks):
+        digest = NO_DIGEST  # what is no JSON says nothing in particular
+    if b'"tool_calls"' in out:
+        digest.print = None  # a call's id that comes again and again counts once where it is known by the one before
+    return out, stream.fault, stream.is_over, stream.events, digest
+
+
+@settings(bounded, max_examples=400)
+@given(spoken_events, spellings, st.booleans(), st.booleans())
+def test_an_event_known_by_the_one_before_is_taken_like_one_that_was_searched(
+    events: list[tuple[bytes, bytes]], spelling: bytes, cuts_usage: bool, traces: bool
+) -> None:
+    chunks = [spelling % (len(event), event) for event in (kind % words for kind, words in events)]
+    assert passed_on(chunks, 100, cuts_usage, traces) == passed_on(chunks, 0, cuts_usage, traces)
+
+
+def test_most_events_of_a_stream_are_known_by_the_one_before() -> None:
+    stream = EventStream(BodyDecoder(None), to_chunks=True, cuts_usage=True, path=b"", wanted_text=9)
+    for number in range(300):
+        event = b'data: {"choices":[{"delta":{"content":" %d"},"finish_reason":null}]}\n\n' % number
+        assert stream.feed(encode_chunk(event)) == encode_chunk(event)
+    assert stream.events == 300
+    assert stream.digest().text == " 0 1 2 3 "
+    assert stream._lessons == MAX_LESSONS - 1
+
+
+@pytest.mark.parametrize("length", [*range(1, 600), 4095 + 8, 65_536 + 9])
+def test_a_chunks_opening_follows_from_its_length_alone(length: int) -> None:
+    sizes = [size for size in range(max(1, length - 20), length) if len(encode_chunk(b"a" * size)) == length]
+    if sizes:
+        assert chunk_size_line(length) == b"%x\r\n" % sizes[0]
+    else:
+        assert len(chunk_size_line(length)) > length
+
+
+@pytest.mark.parametrize("length", [21, 262, 4103])
+def test_no_length_that_a_chunk_cannot_have_passes_verbatim(length: int) -> None:
+    assert not holds_whole_events(b"\r" * (length - 4) + b"\n\n\r\n")
+    stream = EventStream(BodyDecoder(None), to_chunks=True, cuts_usage=True, path=b"", wanted_text=9)
+    stream.feed(encode_chunk(b'data: {"content":"a"}\n\n'))
+    with pytest.raises(WireError):
+        stream.feed(b'\rdata: {"content":"' + b"a" * (length - 26) + b'"}\n\n\r\n')
+
+
 @bounded
 @given(st.lists(st.tuples(st.sampled_from([b"T", b"E"]), payloads), max_size=5), cuts)
 def test_control_frames_are_the_same_in_any_splitting(frames: list[tuple[bytes, bytes]], at: list[int]) -> None:
@@ -324,14 +404,14 @@ some_heads = st.lists(
 @settings(deadline=None, max_examples=400)
 @given(some_heads)
 def test_a_head_that_is_known_means_what_reading_it_in_full_would_say(heads: list[tuple[bytes, list[bytes]]]) -> None:
-    labels = LabelReader(HeadersConfig())
+    labels_of = LabelReader(HeadersConfig()).read
 
     def reading(reader: HeadReader, head: bytes) -> str:
         try:
             if head.startswith(b"HTTP"):
                 answer, length = reader.answer(head + b"body", len(head))
                 return repr((answer.status, answer.is_reusable, answer.returned, length))
-            plan, length, authorization = reader.plan(head, len(head), b"Bearer a", labels)
+            plan, length, authorization = reader.plan(head, b"Bearer a", labels_of)
             request = plan.request
             what = request.method, request.target, request.version, request.keeps_alive, request.forwarded
             return repr((*what, plan.path, plan.model, plan.labels, plan.is_form, length, authorization))
@@ -347,18 +427,57 @@ def test_a_head_that_is_known_means_what_reading_it_in_full_would_say(heads: lis
     assert b"secret" not in repr(kept).encode()
 
 
+@settings(deadline=None, max_examples=400)
+@given(some_heads, st.lists(st.tuples(st.integers(0, 11), st.integers(0, 3), st.integers(0, 20)), max_size=40))
+def test_a_head_that_one_side_repeats_is_what_the_memory_finds(
+    heads: list[tuple[bytes, list[bytes]]], sent: list[tuple[int, int, int]]
+) -> None:
+    """Each head is sent often, several times in a row, whole or cut short, with other figures and with what follows."""
+    labels_of, reader = LabelReader(HeadersConfig()).read, HeadReader()
+    sides = [(memory, RepeatedHead(memory)) for memory in (reader.known_requests, reader.known_answers)]
+    for number, times, cut in sent:
+        first, lines = heads[number % len(heads)]
+        is_answer = first.startswith(b"HTTP")
+        memory, repeated = sides[is_answer]
+        for again in range(times + 1):
+            figures = b"Content-Length: %d" % (5 + 100 * again)
+            changed = [figures if line == b"Content-Length: 5" else line for line in lines]
+            head = b"\r\n".join([first, *changed, b"", b""])
+            with contextlib.suppress(WireError):
+                if is_answer:
+                    reader.answer(head, len(head))
+                else:
+                    reader.plan(head, None, labels_of)
+            data = (head + b"{}POST")[: -cut or None]
+            end = data.find(b"\r\n\r\n") + 4
+            found = memory.find(data, end) if end >= 4 else None
+            assert repeated.find(data) == (None if found is None else (*found, end))
+
+
+def test_a_head_that_is_forgotten_is_found_anew() -> None:
+    reader, labels_of = HeadReader(), LabelReader(HeadersConfig()).read
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\n"
+    repeated = RepeatedHead(reader.known_requests)
+    for _ in range(3):
+        former, _, _ = reader.plan(head, None, labels_of)
+        assert repeated.find(head) == (former, 5, b"", len(head))
+    reader.known_requests.clear()
+    repeated.forget()
+    assert repeated.find(head) is None
+    latter, _, _ = reader.plan(head, None, labels_of)
+    found = repeated.find(head)
+    assert found is not None
+    assert found[0] is latter is not former
+
+
 def test_a_head_that_comes_again_is_found_with_another_length() -> None:
-    reader, labels = HeadReader(), LabelReader(HeadersConfig())
+    reader, labels_of = HeadReader(), LabelReader(HeadersConfig()).read
     head = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nAuthorization: Bearer a\r\nContent-Length: %d\r\n\r\n"
-
-    def plan(head: bytes, valid: bytes | None) -> Any:
-        return reader.plan(head, len(head), valid, labels)
-
-    first = plan(head % 5, None)
-    again = plan(head % 12345, b"Bearer a")
+    first = reader.plan(head % 5, None, labels_of)
+    again = reader.plan(head % 12345, b"Bearer a", labels_of)
     assert again[0] is first[0]
     assert again[1:] == (12345, b"Bearer a")
-    assert plan(head % 5, b"Bearer b")[0] is not first[0]
+    assert reader.plan(head % 5, b"Bearer b", labels_of)[0] is not first[0]
 
 
 def test_an_answer_in_chunks_that_tells_a_length_too_is_read_in_one_way_whenever_it_comes() -> None:
@@ -369,11 +488,11 @@ def test_an_answer_in_chunks_that_tells_a_length_too_is_read_in_one_way_whenever
 
 
 def test_known_heads_are_bounded() -> None:
-    reader, labels = HeadReader(), LabelReader(HeadersConfig())
+    reader, labels_of = HeadReader(), LabelReader(HeadersConfig()).read
     head = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nX: %b\r\nContent-Length: 5\r\n\r\n"
-    values = [*(str(number).encode() for number in range(3 * MAX_KNOWN_HEADS)), b"long" * MAX_KNOWN_HEAD_BYTES]
-    for whole in (head % value for value in values):
-        reader.plan(whole, len(whole), None, labels)
+    for number in range(3 * MAX_KNOWN_HEADS):
+        reader.plan(head % str(number).encode(), None, labels_of)
+    reader.plan(head % (b"long" * MAX_KNOWN_HEAD_BYTES), None, labels_of)
     known = reader.known_requests._known
     assert len(known) <= MAX_KNOWN_HEADS
     assert max(map(len, known)) <= MAX_KNOWN_HEAD_BYTES
@@ -431,9 +550,9 @@ def frame(events: list[bytes], framing: str, size: int) -> bytes:
     return b"".join(map(encode_chunk, pieces)) + LAST_CHUNK
 
 
-def event_stream(framing: str, length: int, to_chunks: bool, cuts_usage: bool, needs_done: bool = True) -> EventStream:
+def event_stream(framing: str, length: int, to_chunks: bool, cuts_usage: bool, path: bytes = CHAT) -> EventStream:
     decoder = BodyDecoder({"chunked": None, "close": BodyDecoder.UNTIL_CLOSE, "length": length}[framing])
-    return EventStream(decoder, to_chunks=to_chunks, cuts_usage=cuts_usage, needs_done=needs_done, wanted_text=50)
+    return EventStream(decoder, to_chunks=to_chunks, cuts_usage=cuts_usage, path=path, wanted_text=50)
 
 
 def relayed(stream: EventStream, data: bytes, at: list[int]) -> bytes:
@@ -484,8 +603,9 @@ def test_a_stream_is_the_same_split_at_every_byte(size: int, to_chunks: bool, cu
 def test_a_stream_that_breaks_off_is_faulty_and_leaves_whole_events_only(
     events: tuple[list[bytes], list[bytes]], framing: str, size: int, broken: int, at: list[int]
 ) -> None:
-    data = frame(events[0], framing, size)
-    whole = data[: data.index(DONE[:-2]) if framing == "close" else len(data) - 1]
+    """Framing decides where the end is proper: there a finish reason is enough, and without it only [DONE] is."""
+    data = frame(events[0][:-1], framing, size).removesuffix(LAST_CHUNK)
+    whole = data[: data.index(b'"stop"')] if framing == "close" else data
     data = data[: broken % len(whole)]
     stream = event_stream(framing, 0, True, False)
     out = b"".join(stream.feed(piece) for piece in split(data, at)) + stream.close()
@@ -514,12 +634,12 @@ def test_an_answer_that_its_engine_gave_up_is_a_fault_in_every_splitting(size: i
 
 @pytest.mark.parametrize("framing", ["chunked", "close", "length"])
 def test_a_stream_without_its_last_event_is_a_fault(framing: str) -> None:
-    data = frame([event(choice("a")), event(choice("", "stop"))], framing, 0)
+    data = frame([event(choice("a")), event(choice("b"))], framing, 0)
     for at in every_split(data):
         stream = event_stream(framing, len(data), True, True)
         relayed(stream, data, at)
         assert stream.fault
-    stream = event_stream(framing, len(data), True, True, needs_done=False)
+    stream = event_stream(framing, len(data), True, True, path=b"")
     relayed(stream, data, [])
     assert stream.fault is None
 
@@ -532,7 +652,7 @@ def test_events_that_are_none_pass_byte_for_byte(pieces: list[bytes], at: list[i
     body = b"".join(pieces)
     data = b"".join(map(encode_chunk, pieces)) + LAST_CHUNK
     for places in ([], at):
-        stream = event_stream("chunked", 0, True, True, needs_done=False)
+        stream = event_stream("chunked", 0, True, True, path=b"")
         assert decode(relayed(stream, data, places), [])[0] == body
         stream.digest()
 
@@ -561,7 +681,7 @@ def test_an_answer_of_any_shape_can_be_digested_and_told(document: dict[str, Any
     codec = Codec()
     digest = codec.digest(json.dumps(document).encode(), 50)
     codec.encode([digest])
-    stream = event_stream("chunked", 0, True, True, needs_done=False)
+    stream = event_stream("chunked", 0, True, True, path=b"")
     stream.feed(encode_chunk(event_ascii(document)) + LAST_CHUNK)
     codec.encode([stream.digest()])
 
@@ -571,7 +691,7 @@ def event_ascii(document: Any) -> bytes:
 
 
 def test_half_a_character_at_the_end_of_an_excerpt_can_be_told() -> None:
-    stream = event_stream("chunked", 0, True, True, needs_done=False)
+    stream = event_stream("chunked", 0, True, True, path=b"")
     stream.feed(encode_chunk(b'data: {"choices":[{"delta":{"content":"\\ud83d"}}]}\n\n') + LAST_CHUNK)
     assert msgspec.json.encode(stream.digest())
 
@@ -591,7 +711,7 @@ def test_no_nesting_is_too_deep_for_the_relay(opening: bytes, depth: int) -> Non
         codec.trace(fields, is_named=False)
     for name in (b"error", b"content", b"choices", b"usage"):
         codec.digest(b'{"%b":%b}' % (name, nested), 50, traces=True)
-    stream = event_stream("chunked", 0, True, True, needs_done=False)
+    stream = event_stream("chunked", 0, True, True, path=b"")
     stream.feed(encode_chunk(b'data: {"abort":1,"response":' + nested + b"}\n\n") + LAST_CHUNK)
     stream.digest()
 
@@ -611,7 +731,7 @@ def test_words_that_are_no_text_can_be_told(bad: bytes) -> None:
 def test_a_token_count_that_cannot_be_is_not_known(wrong: str) -> None:
     usage = b'{"prompt_tokens":%b,"completion_tokens":2}' % wrong.encode()
     document = b'{"choices":[{"finish_reason":"stop","message":{"content":"x"}}],"usage":%b}' % usage
-    stream = EventStream(BodyDecoder(None), to_chunks=True, cuts_usage=False, needs_done=False, wanted_text=10)
+    stream = EventStream(BodyDecoder(None), to_chunks=True, cuts_usage=False, path=b"", wanted_text=10)
     stream.feed(encode_chunk(b"data: " + document + b"\n\n"))
     for digest in (Codec().digest(document, 10), stream.digest()):
         assert digest is not None

@@ -111,9 +111,7 @@ def delta(**fields: Any) -> Any:
 
 
 def stream_print(pieces: list[bytes]) -> bytes | None:
-    stream = EventStream(
-        BodyDecoder(None), to_chunks=True, cuts_usage=False, needs_done=False, wanted_text=20, traces=True
-    )
+    stream = EventStream(BodyDecoder(None), to_chunks=True, cuts_usage=False, path=b"", wanted_text=20, traces=True)
     for piece in pieces:
         stream.feed(piece)
     digest = stream.digest()

@@ -99,6 +99,15 @@ def test_a_session_tells_its_turns_tokens_and_context(tracker: Tracker, clock: C
     assert session["idle_since"] == clock.now
 
 
+def test_a_session_without_reported_tokens_has_no_sum_of_them(tracker: Tracker, clock: Clock) -> None:
+    counts: dict[str, Any] = {"prompt_tokens": 7, "completion_tokens": 0}
+    for turn, reported in (("t1", {}), ("t2", counts), ("t3", {})):
+        start(tracker, clock, turn)
+        finish(tracker, clock, turn, **reported)
+        session = sessions(tracker)["s"]
+        assert (session["tokens_in"], session["tokens_out"]) == ((None, None) if turn == "t1" else (7, 0))
+
+
 def test_post_belongs_to_the_turn_before_the_one_that_it_comes_with(tracker: Tracker, clock: Clock) -> None:
     take_turn(tracker, clock, "t1", pre_ms=1.0)
     take_turn(tracker, clock, "other", session="another")
