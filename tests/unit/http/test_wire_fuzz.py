@@ -17,11 +17,10 @@ from agent_infra_core.http.bodies import (
     MAX_CHUNK_LINE_BYTES,
     MAX_TRAILER_LINES,
     BodyDecoder,
-    chunk_size_line,
     encode_chunk,
 )
 from agent_infra_core.http.errors import WireError
-from agent_infra_core.http.events import MAX_LESSONS, NO_DIGEST, EventStream, event_document, holds_whole_events
+from agent_infra_core.http.events import EventStream, event_document, holds_whole_events
 from agent_infra_core.http.heads import (
     INFERENCE_PATHS,
     MAX_KNOWN_HEAD_BYTES,
@@ -193,7 +192,7 @@ def test_no_chunk_without_its_line_end_passes_verbatim() -> None:
     assert not holds_whole_events(b"3\r\na\n\n\r\n4\r\nb\n\n\r\n")
 
 
-# Events of a stream, most of which repeat the one before but for some words.
+# Events of a stream, read many at once.
 
 EVENT_KINDS = (
     b'data: {"id":"a","choices":[{"index":0,"delta":{"content":"%b"},"finish_reason":null}]}\n\n',
@@ -213,59 +212,27 @@ spoken_events = st.lists(st.tuples(st.sampled_from(EVENT_KINDS), said), max_size
 spellings = st.sampled_from([b"%x\r\n%b\r\n", b"%x\r\n%b\r\n", b"%X\r\n%b\r\n", b"0%x\r\n%b\r\n"])
 
 
-def passed_on(chunks: list[bytes], lessons: int, cuts_usage: bool, traces: bool) -> tuple[Any, ...]:
-    """What an EventStream makes of these chunks, where it may look that often at what events have in common."""
-    stream = EventStream(
-        BodyDecoder(None), to_chunks=True, cuts_usage=cuts_usage, path=b"", wanted_text=20, traces=traces
-    )
-    stream._lessons = lessons
-    out = b""
-    for chunk in [*chunks, LAST_CHUNK]:
-        if not stream.is_over and stream.fault is None:
-            out += stream.feed(chunk)
-    digest = stream.digest()
-    if any(event_document(chunk) is None for chunk in chunks):
-        digest = NO_DIGEST  # what is no JSON says nothing in particular
-    if b'"tool_calls"' in out:
-        digest.print = None  # a call's id that comes again and again counts once where it is known by the one before
-    return out, stream.fault, stream.is_over, stream.events, digest
-
-
 @settings(bounded, max_examples=400)
-@given(spoken_events, spellings, st.booleans(), st.booleans())
-def test_an_event_known_by_the_one_before_is_taken_like_one_that_was_searched(
-    events: list[tuple[bytes, bytes]], spelling: bytes, cuts_usage: bool, traces: bool
+@given(spoken_events, spellings, st.booleans(), st.booleans(), st.sampled_from([CHAT, b"/v1/messages", b""]))
+def test_what_events_say_does_not_depend_on_how_many_are_read_at_once(
+    events: list[tuple[bytes, bytes]], spelling: bytes, cuts_usage: bool, traces: bool, path: bytes
 ) -> None:
     chunks = [spelling % (len(event), event) for event in (kind % words for kind, words in events)]
-    assert passed_on(chunks, 100, cuts_usage, traces) == passed_on(chunks, 0, cuts_usage, traces)
-
-
-def test_most_events_of_a_stream_are_known_by_the_one_before() -> None:
-    stream = EventStream(BodyDecoder(None), to_chunks=True, cuts_usage=True, path=b"", wanted_text=9)
-    for number in range(300):
-        event = b'data: {"choices":[{"delta":{"content":" %d"},"finish_reason":null}]}\n\n' % number
-        assert stream.feed(encode_chunk(event)) == encode_chunk(event)
-    assert stream.events == 300
-    assert stream.digest().text == " 0 1 2 3 "
-    assert stream._lessons == MAX_LESSONS - 1
-
-
-@pytest.mark.parametrize("length", [*range(1, 600), 4095 + 8, 65_536 + 9])
-def test_a_chunks_opening_follows_from_its_length_alone(length: int) -> None:
-    sizes = [size for size in range(max(1, length - 20), length) if len(encode_chunk(b"a" * size)) == length]
-    if sizes:
-        assert chunk_size_line(length) == b"%x\r\n" % sizes[0]
-    else:
-        assert len(chunk_size_line(length)) > length
-
-
-@pytest.mark.parametrize("length", [21, 262, 4103])
-def test_no_length_that_a_chunk_cannot_have_passes_verbatim(length: int) -> None:
-    assert not holds_whole_events(b"\r" * (length - 4) + b"\n\n\r\n")
-    stream = EventStream(BodyDecoder(None), to_chunks=True, cuts_usage=True, path=b"", wanted_text=9)
-    stream.feed(encode_chunk(b'data: {"content":"a"}\n\n'))
-    with pytest.raises(WireError):
-        stream.feed(b'\rdata: {"content":"' + b"a" * (length - 26) + b'"}\n\n\r\n')
+    told = []
+    for pauses in (False, True):
+        stream = EventStream(
+            BodyDecoder(None), to_chunks=True, cuts_usage=cuts_usage, path=path, wanted_text=20, traces=traces
+        )
+        out = b""
+        for chunk in [*chunks, LAST_CHUNK]:
+            if not stream.is_over and stream.fault is None:
+                out += stream.feed(chunk)
+                if pauses:
+                    stream.digest()
+        # What is no JSON says nothing in particular.
+        digest = stream.digest() if all(event_document(chunk) for chunk in chunks) else None
+        told.append((out, stream.fault, stream.is_over, stream.events, digest))
+    assert told[0] == told[1]
 
 
 @bounded
