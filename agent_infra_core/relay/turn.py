@@ -247,7 +247,7 @@ class Exchange:
     @property
     def has_whole_stream(self) -> bool:
         """Whether a stream's last event came."""
-        return self.events is not None and self.events.has_last_event
+        return self.events is not None and self.events.is_answered
 
     def run(self) -> None:
         """Send and relay. Raises TransportError if the replica could not be reached and got nothing of the request,
@@ -382,7 +382,7 @@ class Exchange:
             self._decoder,
             to_chunks=self._to_chunks,
             cuts_usage=turn.cuts_usage,
-            needs_done=turn.path in (b"/v1/chat/completions", b"/v1/completions"),
+            path=turn.path,
             wanted_text=turn.wanted_text,
             traces=turn.follows is not None,
         )

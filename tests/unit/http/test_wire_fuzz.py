@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +27,6 @@ from agent_infra_core.http.heads import (
     MAX_REQUEST_LINE_BYTES,
     NOT_FORWARDED,
     HeaderLines,
-    RepeatedHead,
     RequestHead,
     forwarded_head,
     parse_answer_head,
@@ -38,8 +36,7 @@ from agent_infra_core.http.heads import (
 )
 from agent_infra_core.protocol import FrameReader, encode_frame
 from agent_infra_core.relay.bodies import Codec
-from agent_infra_core.relay.turn import LabelReader
-from agent_infra_core.relay.upstream import HeadReader
+from agent_infra_core.relay.requests import HeadReader, LabelReader
 from agent_infra_core.settings import HeadersConfig
 
 bounded = settings(max_examples=100, deadline=None, derandomize=True, print_blob=True)
@@ -371,14 +368,14 @@ some_heads = st.lists(
 @settings(deadline=None, max_examples=400)
 @given(some_heads)
 def test_a_head_that_is_known_means_what_reading_it_in_full_would_say(heads: list[tuple[bytes, list[bytes]]]) -> None:
-    labels_of = LabelReader(HeadersConfig()).read
+    labels = LabelReader(HeadersConfig())
 
     def reading(reader: HeadReader, head: bytes) -> str:
         try:
             if head.startswith(b"HTTP"):
                 answer, length = reader.answer(head + b"body", len(head))
                 return repr((answer.status, answer.is_reusable, answer.returned, length))
-            plan, length, authorization = reader.plan(head, b"Bearer a", labels_of)
+            plan, length, authorization = reader.plan(head, len(head), b"Bearer a", labels)
             request = plan.request
             what = request.method, request.target, request.version, request.keeps_alive, request.forwarded
             return repr((*what, plan.path, plan.model, plan.labels, plan.is_form, length, authorization))
@@ -394,57 +391,18 @@ def test_a_head_that_is_known_means_what_reading_it_in_full_would_say(heads: lis
     assert b"secret" not in repr(kept).encode()
 
 
-@settings(deadline=None, max_examples=400)
-@given(some_heads, st.lists(st.tuples(st.integers(0, 11), st.integers(0, 3), st.integers(0, 20)), max_size=40))
-def test_a_head_that_one_side_repeats_is_what_the_memory_finds(
-    heads: list[tuple[bytes, list[bytes]]], sent: list[tuple[int, int, int]]
-) -> None:
-    """Each head is sent often, several times in a row, whole or cut short, with other figures and with what follows."""
-    labels_of, reader = LabelReader(HeadersConfig()).read, HeadReader()
-    sides = [(memory, RepeatedHead(memory)) for memory in (reader.known_requests, reader.known_answers)]
-    for number, times, cut in sent:
-        first, lines = heads[number % len(heads)]
-        is_answer = first.startswith(b"HTTP")
-        memory, repeated = sides[is_answer]
-        for again in range(times + 1):
-            figures = b"Content-Length: %d" % (5 + 100 * again)
-            changed = [figures if line == b"Content-Length: 5" else line for line in lines]
-            head = b"\r\n".join([first, *changed, b"", b""])
-            with contextlib.suppress(WireError):
-                if is_answer:
-                    reader.answer(head, len(head))
-                else:
-                    reader.plan(head, None, labels_of)
-            data = (head + b"{}POST")[: -cut or None]
-            end = data.find(b"\r\n\r\n") + 4
-            found = memory.find(data, end) if end >= 4 else None
-            assert repeated.find(data) == (None if found is None else (*found, end))
-
-
-def test_a_head_that_is_forgotten_is_found_anew() -> None:
-    reader, labels_of = HeadReader(), LabelReader(HeadersConfig()).read
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: 5\r\n\r\n"
-    repeated = RepeatedHead(reader.known_requests)
-    for _ in range(3):
-        former, _, _ = reader.plan(head, None, labels_of)
-        assert repeated.find(head) == (former, 5, b"", len(head))
-    reader.known_requests.clear()
-    repeated.forget()
-    assert repeated.find(head) is None
-    latter, _, _ = reader.plan(head, None, labels_of)
-    found = repeated.find(head)
-    assert found is not None
-    assert found[0] is latter is not former
-
-
 def test_a_head_that_comes_again_is_found_with_another_length() -> None:
-    reader, labels_of = HeadReader(), LabelReader(HeadersConfig()).read
+    reader, labels = HeadReader(), LabelReader(HeadersConfig())
     head = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nAuthorization: Bearer a\r\nContent-Length: %d\r\n\r\n"
-    first = reader.plan(head % 5, None, labels_of)
-    again = reader.plan(head % 12345, b"Bearer a", labels_of)
+
+    def plan(head: bytes, valid: bytes | None) -> Any:
+        return reader.plan(head, len(head), valid, labels)
+
+    first = plan(head % 5, None)
+    again = plan(head % 12345, b"Bearer a")
     assert again[0] is first[0]
     assert again[1:] == (12345, b"Bearer a")
-    assert reader.plan(head % 5, b"Bearer b", labels_of)[0] is not first[0]
+    assert plan(head % 5, b"Bearer b")[0] is not first[0]
 
 
 def test_an_answer_in_chunks_that_tells_a_length_too_is_read_in_one_way_whenever_it_comes() -> None:
@@ -455,11 +413,11 @@ def test_an_answer_in_chunks_that_tells_a_length_too_is_read_in_one_way_whenever
 
 
 def test_known_heads_are_bounded() -> None:
-    reader, labels_of = HeadReader(), LabelReader(HeadersConfig()).read
+    reader, labels = HeadReader(), LabelReader(HeadersConfig())
     head = b"POST /v1/completions HTTP/1.1\r\nHost: t\r\nX: %b\r\nContent-Length: 5\r\n\r\n"
-    for number in range(3 * MAX_KNOWN_HEADS):
-        reader.plan(head % str(number).encode(), None, labels_of)
-    reader.plan(head % (b"long" * MAX_KNOWN_HEAD_BYTES), None, labels_of)
+    values = [*(str(number).encode() for number in range(3 * MAX_KNOWN_HEADS)), b"long" * MAX_KNOWN_HEAD_BYTES]
+    for whole in (head % value for value in values):
+        reader.plan(whole, len(whole), None, labels)
     known = reader.known_requests._known
     assert len(known) <= MAX_KNOWN_HEADS
     assert max(map(len, known)) <= MAX_KNOWN_HEAD_BYTES
