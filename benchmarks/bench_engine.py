@@ -57,7 +57,8 @@ STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
     b"transfer-encoding: chunked\r\n\r\n" + _chunk(_event(_choice({"role": "assistant", "content": ""})))
 )
-STREAM_EVENT = _chunk(_event(_choice({"content": " reasoning"})))
+STREAM_EVENT = _chunk(_event(_choice({"content": " at 0000000000.000000"})))
+AT = STREAM_EVENT.index(b"0000000000.000000")  # where an event says when it was sent (CLOCK_MONOTONIC, s)
 STREAM_END = b"".join(
     [
         _chunk(_event(_choice({"content": ""}, "stop"))),
@@ -234,7 +235,7 @@ class Engine:
         """Send what is due on the turn: the whole answer, the next event, or the end of the stream."""
         if connection.streaming and connection.chunks_left:
             connection.chunks_left -= 1
-            self._send(connection, STREAM_EVENT)
+            self._send(connection, STREAM_EVENT[:AT] + b"%017.6f" % time.monotonic() + STREAM_EVENT[AT + 17 :])
             self._later(due + connection.interval_s, connection)
             return
         if connection.turn is not None:

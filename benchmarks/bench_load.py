@@ -17,6 +17,7 @@ RECEIVE_BYTES = 1 << 18
 LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d+)", re.IGNORECASE)
 LAST_CHUNK = b"0\r\n\r\n"
 EVENT = b"data: "
+SENT_AT = re.compile(rb'" at (\d+\.\d+)"')  # in an event: when the engine sent it
 CLIENT_HEAD = (
     "POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:5800\r\nAccept-Encoding: gzip, deflate\r\n"
     "Connection: keep-alive\r\nAccept: application/json\r\nContent-Type: application/json\r\n"
@@ -245,6 +246,7 @@ class StreamLoad:
         self.by_descriptor: dict[int, Connection] = {}
         self.streams: list[Connection] = []
         self.events = 0
+        self.delays_ms: list[float] = []  # from an event's sending to its arrival here
 
     def open(self, requests: Sequence[bytes]) -> None:
         """Start one stream for each request; ``streams`` keeps their order."""
@@ -300,6 +302,8 @@ class StreamLoad:
         connection.tail = data[-(len(EVENT) - 1) :]
         connection.events += count
         self.events += count
+        if (sent := SENT_AT.search(data)) is not None:
+            self.delays_ms.append((time.monotonic() - float(sent[1])) * 1000)
         connection.before, connection.last = connection.last, data
         if data.endswith(LAST_CHUNK):
             self._over(connection)

@@ -65,7 +65,10 @@ ABORT_WITHIN_S = 0.5
 REFUSE_WITHIN_S = 1.0
 EVENT_INTERVAL_MS = 33  # of one stream
 FOREVER = 1_000_000  # stream events: more than anyone waits for
-STEPS = ("memory", "request_1kb", "request_1kb_full", "request_100kb", "chunk_40", "chunk_300", "latency", "faults")
+STEPS = (
+    *("memory", "request_1kb", "request_1kb_full", "request_100kb", "chunk_40", "chunk_300", "latency", "latency_16"),
+    "faults",
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Sizes:
 
 
 QUICK = Sizes(2_000, 400, 2.0, 200, 300, 10, 15, 2.5, 5)
-RATE_1KB, RATE_100KB, RATE_KILLED = 4_000, 800, 2_400  # requests a second
+RATE_1KB, RATE_100KB, RATE_KILLED, RATE_16 = 4_000, 800, 2_400, 1_000  # requests a second
 AS_FAST_AS_POSSIBLE = 0
 
 
@@ -260,6 +263,8 @@ class Bench:
             self._request_cost(step, contender, 1_000, self.sizes.requests_1kb, RATE_1KB)
         elif step == "request_1kb_full":
             self._request_cost(step, contender, 1_000, self.sizes.requests_1kb, AS_FAST_AS_POSSIBLE, connections=16)
+        elif step == "latency_16":
+            self._latency_of_many(contender)
         elif step == "request_100kb":
             self._request_cost(step, contender, 100_000, self.sizes.requests_100kb, RATE_100KB)
         else:
@@ -302,6 +307,7 @@ class Bench:
                 raise BenchmarkError(f"{contender.name}: {streams} streams did not begin")
             seconds = self.sizes.stream_s
             before, first = contender.usage(), load.events
+            load.delays_ms.clear()
             with self._watched(metric) as achieved:
                 load.pump(seconds)
                 events = load.events - first
@@ -311,6 +317,7 @@ class Bench:
             load.close()
         whole, relay = after.cpu_s - before.cpu_s, after.part_cpu_s - before.part_cpu_s
         self._add(metric, contender.name, whole * 1e6 / events, relay * 1e6 / events)
+        self.samples.add(f"{metric}_p99", contender.name, _percentile(load.delays_ms, 99))
 
     @contextlib.contextmanager
     def _watched(self, metric: str) -> Iterator[list[float]]:
@@ -347,6 +354,14 @@ class Bench:
                 self.samples.add(
                     f"latency_p{percent}", contender.name, _percentile(times[contender.name], percent) - direct
                 )
+
+    def _latency_of_many(self, contender: Contender) -> None:
+        """16 clients that send 1,000 requests a second in all: what one of them waits for an answer."""
+        count = 2 * self.sizes.latency_requests
+        result = RequestLoad(contender.port, self._requests(1_000), count, RATE_16, connections=16).run()
+        if result.errors:
+            raise BenchmarkError(f"{contender.name}: latency_16: {dict(result.errors)} of {count} requests failed")
+        self.samples.add("latency_16", contender.name, _percentile(result.latencies_ms, 99))
 
     # -- Faults --
 
@@ -493,8 +508,11 @@ COST_COLUMNS = {
     "request_100kb": "request, 100 KB, 800/s (µs)",
     "chunk_40": "chunk, 40 streams (µs)",
     "chunk_300": "chunk, 300 streams (µs)",
+    "chunk_40_p99": "chunk's delay, 40 streams, p99 (ms)",
+    "chunk_300_p99": "300 streams, p99 (ms)",
     "latency_p50": "added latency p50 (µs)",
     "latency_p99": "p99 (µs)",
+    "latency_16": "16 clients, 1,000/s, p99 (ms)",
     "rss_start": "RSS at start (MB)",
     "rss_per_1000": "per 1,000 streams (MB)",
 }
@@ -509,7 +527,8 @@ def _cost_table(samples: Samples, names: Sequence[str], metrics: Sequence[str]) 
     rows = []
     for name in [*names, *(RELAY_ALONE[name] for name in names if name in RELAY_ALONE)]:
         columns = [samples.values[metric][name] for metric in metrics]
-        rows.append([name, *(f"{statistics.median(values):.1f}" if values else "" for values in columns)])
+        medians = [statistics.median(values) if values else math.nan for values in columns]
+        rows.append([name, *("" if math.isnan(m) else f"{m:.2f}" if abs(m) < 10 else f"{m:.1f}" for m in medians)])
     return _markdown(["cost", *(COST_COLUMNS[metric] for metric in metrics)], rows)
 
 

@@ -220,16 +220,16 @@ class ClientConnection:
         while True:
             if not self.unread:
                 self.unread = self._receive_first()
+            if self.unread.startswith(b"\r\n"):  # an empty line, which must be ignored (RFC 9112, 2.2)
+                self.unread = self.unread[2:]
+                continue
             end = self.unread.find(b"\r\n\r\n") + 4
-            if 4 < end <= MAX_HEAD_BYTES:
+            if 4 <= end <= MAX_HEAD_BYTES:
                 found = self.relay.heads.plan(self.unread, end, self.authorization, self.relay.settings.labels)
                 self.unread = self.unread[end:]
                 self.plan, self.has_unread_body = found[0], found[1] != 0
                 return found
             started = started or time.monotonic()
-            if self.unread.startswith(b"\r\n"):  # an empty line, which must be ignored (RFC 9112, 2.2)
-                self.unread = self.unread[2:]
-                continue
             if len(self.unread) > MAX_HEAD_BYTES:
                 raise WireError("the head is too long", 431)
             if self.unread.count(b"\n") != self.unread.count(b"\r\n"):

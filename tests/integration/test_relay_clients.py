@@ -229,11 +229,11 @@ def test_no_event_of_a_streamed_tool_call_is_changed(relay: RelayProcess) -> Non
         assert client.post("/v1/chat/completions", document).body.decode() == "".join(events)
 
 
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
-def test_a_stream_of_another_api_passes_byte_for_byte(relay: RelayProcess, path: str) -> None:
+@pytest.mark.parametrize(("path", "last"), [("/v1/responses", "response.completed"), ("/v1/messages", "message_stop")])
+def test_a_stream_of_another_api_passes_byte_for_byte(relay: RelayProcess, path: str, last: str) -> None:
     events = [
         f'event: {kind}\ndata: {{"type": "{kind}", "usage": {{"input_tokens": 1}}, "message": {{"usage": {{}}}}}}\n\n'
-        for kind in ("message_start", "response.created", "ping", "message_delta", "response.completed")
+        for kind in ("message_start", "response.created", "ping", "message_delta", last)
     ]
     with Client(relay.port) as client:
         answer = client.post(path, {"model": "echo", "stream": True, "events": events})
