@@ -450,11 +450,16 @@ def spec_from_json(text: str) -> ServeSpec:
     return rebuild(ServeSpec, document)
 
 
+@functools.cache  # replicas are polled often
+def _types_of(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def rebuild(kind: type[_Dataclass], document: Any) -> _Dataclass:
     """Rebuild a dataclass from its ``asdict``, perhaps after JSON; ignores unknown keys. Raises ValueError."""
     if not isinstance(document, dict):
         raise ValueError(f"found {shorten(document)} in place of a {kind.__name__}")
-    types = typing.get_type_hints(kind)
+    types = _types_of(typing.cast(typing.Hashable, kind))
     values = {name: _as_type(types[name], document[name], name) for name in types.keys() & document.keys()}
     try:
         return kind(**values)
@@ -464,6 +469,8 @@ def rebuild(kind: type[_Dataclass], document: Any) -> _Dataclass:
 
 def _as_type(wanted: Any, value: Any, name: str) -> Any:
     """Return ``value``, which came through JSON, as the type of the field ``name``."""
+    if type(value) is wanted and wanted is not float:
+        return value
     inner = typing.get_args(wanted)
     if type(None) in inner:
         return None if value is None else _as_type(inner[0], value, name)
@@ -474,8 +481,7 @@ def _as_type(wanted: Any, value: Any, name: str) -> Any:
         return tuple(_as_type(inner[0], item, name) for item in value)
     if origin is Mapping and isinstance(value, dict):
         return {key: _as_type(inner[1], item, name) for key, item in value.items()}
-    is_number = wanted is float and type(value) in (int, float) and -math.inf < value < math.inf
-    if type(value) is wanted or is_number:
+    if wanted is float and type(value) in (int, float) and -math.inf < value < math.inf:
         return value
     raise ValueError(f"{name}: found {shorten(value)}")
 
