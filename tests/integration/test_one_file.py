@@ -309,8 +309,8 @@ def test_the_module_alone_says_what_it_lacks_and_how_to_make_the_one_file(tmp_pa
     done = subprocess.run([PYTHONS[0], "-I", str(lone), "up"], capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        f"error: {lone} is missing its folder agent_infra_core/, or the folder is another version's (No module named "
-        "'agent_infra_core'); copy both, or run `python agent_infra.py bundle` where both are and copy the one file "
+        f"error: {lone} is missing its folder agent_infra_core/, or that is another version's (No module named "
+        "'agent_infra_core'); copy both, or run `python agent_infra.py bundle` there and copy the one file "
         "that it writes, agent_infra.pyz\n"
     )
 
@@ -322,7 +322,7 @@ def test_a_core_of_another_version_is_named_as_such(tmp_path: Path) -> None:
     done = subprocess.run([PYTHONS[0], "-I", str(lone), "up"], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1
     assert done.stderr.startswith(
-        f"error: {lone} is missing its folder agent_infra_core/, or the folder is another version's ("
+        f"error: {lone} is missing its folder agent_infra_core/, or that is another version's ("
     )
     assert "Traceback" not in done.stderr
 
