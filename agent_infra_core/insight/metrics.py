@@ -33,13 +33,13 @@ _MODEL_DURATIONS = {part: operator.attrgetter(f"{part}_ms") for part in METRIC_P
 # Sums over turns, by model: name → help text and getter.
 _SUMS: Mapping[str, tuple[str, Callable[[TurnRecord], int]]] = {
     "retries": ("Times that a turn was sent to another replica.", lambda turn: turn.retries),
-    "prompt_tokens": ("Tokens in.", lambda turn: turn.prompt_tokens or 0),
-    "cached_tokens": ("Tokens in that were found in a prefix cache.", lambda turn: turn.cached_tokens or 0),
+    "prompt_tokens": ("Input tokens.", lambda turn: turn.prompt_tokens or 0),
+    "cached_tokens": ("Input tokens found in a prefix cache.", lambda turn: turn.cached_tokens or 0),
     "prefilled_again_tokens": (
-        "Tokens in that should have been in a prefix cache and were not, of turns with a miss.",
+        "Input tokens that should have been in a prefix cache but were not, of turns with a miss.",
         lambda turn: (turn.expected_cached_tokens or 0) - (turn.cached_tokens or 0) if turn.cache_miss else 0,
     ),
-    "completion_tokens": ("Tokens out.", lambda turn: turn.completion_tokens or 0),
+    "completion_tokens": ("Output tokens.", lambda turn: turn.completion_tokens or 0),
 }
 
 
