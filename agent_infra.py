@@ -62,6 +62,7 @@ try:
         end_process,
         freeze_imported_objects,
         is_listening,
+        printable_text,
         release_free_memory,
         resource,
         self_command,
@@ -1262,11 +1263,11 @@ class ReplicaBoard:
             from rich.text import Text
 
             trails = [f"{record.replica:<24} {self._trail(record, lines[record.replica])}" for record in records]
-            self._live.update(Text("\n".join(trails)))
+            self._live.update(Text(printable_text("\n".join(trails))))
         else:
             for name, line in lines.items():
                 if self._shown.get(name) != line:
-                    print(f"{name}  {line}", flush=True)
+                    _say(f"{name}  {line}")
         self._shown = lines
 
     def _trail(self, record: ReplicaRecord, line: str) -> str:
@@ -1297,8 +1298,8 @@ class OperatorSignals:
         return self.count > 0
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
+def _say(line: str, *, error: bool = False) -> None:
+    print(printable_text(line), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def _deployment(arguments: argparse.Namespace) -> Deployment:
@@ -1768,7 +1769,7 @@ def _show_status(status: Mapping[str, Any], clear: bool) -> None:
         for row in status["replicas"]:
             record = rebuild(ReplicaRecord, row)
             colour = {"ready": "green", "failed": "red"}.get(record.state, "yellow")
-            state = Text(describe_replica(record), style=colour)
+            state = Text(printable_text(describe_replica(record)), style=colour)
             process = f"job {record.job_id} in {record.partition}" if record.job_id else str(record.pid)
             table.add_row(record.replica, record.model, record.node, state, process)
         console.print(table)
@@ -1782,7 +1783,7 @@ def _show_status(status: Mapping[str, Any], clear: bool) -> None:
     if proxy is not None:
         console.print(Text(f"proxy  {proxy_url(proxy['host'], proxy['port'])}  (pid {proxy['pid']})"))
     for reason in status["degraded"]:
-        console.print(Text(f"degraded: {reason}", style="yellow"))
+        console.print(Text(printable_text(f"degraded: {reason}"), style="yellow"))
 
 
 def _run_logs(arguments: argparse.Namespace) -> int:
@@ -1825,7 +1826,8 @@ def follow_logs(
             offsets[name] = end - (len(rest) if follow else 0)
             shown = complete + ([rest] if rest and not follow else [])
             for line in shown[-lines:] if first and lines else shown if not first else []:
-                say(prefix[name] + line.decode(errors="replace"))
+                shown_part = line.rstrip(b"\r").rpartition(b"\r")[2]  # of a progress bar, the last state
+                say(prefix[name] + shown_part.decode(errors="replace"))
         if not follow:
             return
         time.sleep(0.2)
@@ -1892,7 +1894,9 @@ def _run_report(arguments: argparse.Namespace) -> int:
 
     with _history_of(arguments) as file, _output(arguments.output) as out:
         title = arguments.history or f"Deployment {load_config(arguments.config).cluster.name}"
-        out.write(Report(file, title, arguments.since).text() if file else f"# {title}\n\nNo turns yet.\n")
+        out.write(
+            printable_text(Report(file, title, arguments.since).text()) if file else f"# {title}\n\nNo turns yet.\n"
+        )
     return 0
 
 
@@ -2134,10 +2138,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.run(arguments)
         return code
     except AgentInfraError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}", error=True)
         return error.exit_code
     except ModuleNotFoundError as error:
-        print(f"error: {_explain_missing(error)}", file=sys.stderr)
+        _say(f"error: {_explain_missing(error)}", error=True)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -2147,7 +2151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         fix = "; free some space there" if error.errno == errno.ENOSPC else ""
-        print(f"error: {where}{error.strerror or error}{fix}", file=sys.stderr)
+        _say(f"error: {where}{error.strerror or error}{fix}", error=True)
         return 1
 
 

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import gc
 import os
+import re
 import signal
 import socket
 import stat
@@ -133,17 +134,34 @@ def http_get(
         connection.close()
 
 
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
+
+
+def printable_text(text: str) -> str:
+    """Return ``text`` without colours and with its control characters escaped, except for tabs and line ends.
+
+    Prompts, answers and logs may contain any; a terminal obeys them.
+    """
+    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", _COLOURS.sub("", text))
+
+
 def private_temp_directory() -> Path:
-    """Return a 0700 directory of this user with a short path, for locks and sockets. RefusedError if it is unsafe."""
+    """Return a 0700 directory of this user with a short path, for locks and sockets.
+
+    Another user may have created the one with the usual name; then it is one with a random suffix.
+    """
     import tempfile
 
-    directory = Path(tempfile.gettempdir()) / f"agent-infra-{os.getuid()}"
+    usual = Path(tempfile.gettempdir()) / f"agent-infra-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
-        directory.mkdir(mode=0o700)
-    found = directory.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise RefusedError(f"{directory} is not a directory of yours alone (0700); remove it, or set TMPDIR")
-    return directory
+        usual.mkdir(mode=0o700)
+    for directory in (usual, *sorted(usual.parent.glob(f"{usual.name}-*"))):
+        with contextlib.suppress(FileNotFoundError):
+            found = directory.lstat()
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+                return directory
+    return Path(tempfile.mkdtemp(prefix=f"{usual.name}-"))
 
 
 def is_port_free(port: int) -> bool:

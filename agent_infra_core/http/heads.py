@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from agent_infra_core.http.bodies import BodyDecoder
-from agent_infra_core.http.errors import WireError
+from agent_infra_core.http.errors import WireError, http_phrase
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_REQUEST_LINE_BYTES = 8 << 10
@@ -32,10 +32,12 @@ _HOP_BY_HOP = frozenset(
 # No Accept-Encoding, because a compressed stream can't be read; no keys, because they are for this proxy only.
 NOT_FORWARDED = _HOP_BY_HOP | frozenset(b"host expect accept-encoding authorization x-api-key api-key cookie".split())
 NOT_RETURNED = _HOP_BY_HOP | frozenset(b"server x-request-id set-cookie".split())
+_OWN_NAMES = b"x-agent-infra-", b"access-control-"  # how these begin that only the proxy sets; never passed on
 _ONLY_ONCE = frozenset(b"content-length transfer-encoding host expect authorization".split())
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/1\.([01])")
 _ABSOLUTE_TARGET = re.compile(rb"(?i:http)://[^/?#@]+(?=[/?]|\Z)")
-_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: [^\r\n]*)?")
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([^\r\n]*))?")
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 # No control characters except tab, so that no CR or LF is accepted or passed on.
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
@@ -66,7 +68,8 @@ class HeaderLines:
         if match is None:
             raise WireError("a header line is malformed")
         name, value = match[1].lower(), match[2]
-        entry = name, value, b"" if name in self._dropped else b"%b: %b\r\n" % (name, value)
+        is_dropped = name in self._dropped or name.startswith(_OWN_NAMES)
+        entry = name, value, b"" if is_dropped else b"%b: %b\r\n" % (name, value)
         if len(line) <= MAX_KNOWN_LINE_BYTES and name not in _SECRET_FIELDS:
             if len(self._known) >= MAX_KNOWN_LINES:
                 self._known.clear()
@@ -187,8 +190,7 @@ def parse_request_head(head: bytes, known: HeaderLines) -> RequestHead:
     version = line[3] == b"1"
     if version and b"host" not in fields:
         raise WireError("the Host header is missing")
-    connection = fields.get(b"connection", b"").lower()
-    dropped = {name.strip() for name in connection.split(b",")} if connection else ()
+    connection = connection_options(fields)
     return RequestHead(
         line[1],
         line[2],
@@ -196,8 +198,14 @@ def parse_request_head(head: bytes, known: HeaderLines) -> RequestHead:
         fields,
         _body_length(fields, version),
         version and b"close" not in connection,
-        b"".join([passed for name, _, passed in rows if name not in dropped]),
+        b"".join([passed for name, _, passed in rows if name not in connection]),
     )
+
+
+def connection_options(fields: Mapping[bytes, bytes]) -> Collection[bytes]:
+    """Return the options in Connection: ``close``, ``keep-alive``, and names of further headers that end here."""
+    options = fields.get(b"connection")
+    return {option.strip(b" \t") for option in options.lower().split(b",")} if options else ()
 
 
 def _body_length(fields: Mapping[bytes, bytes], is_http_1_1: bool) -> int | None:
@@ -228,8 +236,14 @@ def origin_form(target: bytes) -> bytes:
     return rest if rest.startswith(b"/") else b"/" + rest
 
 
+def single_slashes(path: bytes) -> bytes:
+    """Return ``path`` without empty parts: clients join a base URL that ends in ``/`` with a path that begins so."""
+    return re.sub(rb"/{2,}", b"/", path).rstrip(b"/") or b"/" if b"//" in path or path.endswith(b"/") else path
+
+
 def split_inference_path(path: bytes) -> tuple[str | None, bytes] | None:
     """Split ``/model/v1/completions`` into (model, ``/v1/completions``); model None: no prefix; None: not forwarded."""
+    path = single_slashes(path)
     if path in INFERENCE_PATHS:
         return None, path
     for known in INFERENCE_PATHS:
@@ -264,24 +278,39 @@ def parse_answer_head(head: bytes, known: HeaderLines) -> AnswerHead:
     if line is None:
         raise WireError("the replica does not speak HTTP/1.1")
     fields, rows = known.read_all(lines)
-    status, length = int(line[2]), fields.get(b"content-length", b"").strip()
-    body: int | None = BodyDecoder.UNTIL_CLOSE
-    if status in (204, 304):
-        body = 0
-    elif b"chunked" in fields.get(b"transfer-encoding", b"").lower():
-        body = None
-    elif length:
-        if not length.isdigit() or len(length) > 18:
-            raise WireError("the replica's Content-Length is not a number")
-        body = int(length)
+    if len(fields) != len(rows):
+        framing = [(name, value) for name, value, _ in rows if name in (b"content-length", b"transfer-encoding")]
+        if len(dict(framing)) != len(set(framing)):
+            raise WireError("the replica's answer has two lengths")
+    status, connection = int(line[2]), connection_options(fields)
+    phrase = line[3] if line[3] and not _CONTROL.search(line[3]) else http_phrase(status).encode()
     return AnswerHead(
         status,
         fields,
-        body,
-        line[1] == b"1" and b"close" not in fields.get(b"connection", b"").lower(),
+        _answer_length(status, fields),
+        line[1] == b"1"
+        and b"close" not in connection
+        and not fields.keys() >= {b"content-length", b"transfer-encoding"},
         fields.get(b"content-type", b"").lower().startswith(b"text/event-stream"),
-        b"HTTP/1.1%b\r\n%b" % (first[8:], b"".join([passed for _, _, passed in rows])),
+        b"HTTP/1.1 %d %b\r\n%b"
+        % (status, phrase, b"".join([passed for name, _, passed in rows if name not in connection])),
     )
+
+
+def _answer_length(status: int, fields: Mapping[bytes, bytes]) -> int | None:
+    """Return the length of an answer's body, as in AnswerHead. Raises WireError if it can't be known."""
+    coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length", b"").strip()
+    if status in (204, 304):
+        return 0
+    if coding is not None:
+        if coding.strip().lower() != b"chunked":
+            raise WireError("the replica's transfer coding is not chunked")
+        return None
+    if not length:
+        return BodyDecoder.UNTIL_CLOSE
+    if not length.isdigit() or len(length) > 18:
+        raise WireError("the replica's Content-Length is not a number")
+    return int(length)
 
 
 def returned_head(answer: AnswerHead, extra: bytes, length: int | None, chunked: bool, closes: bool) -> bytes:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from agent_infra_core.errors import RefusedError
+from agent_infra_core.host import printable_text
 from agent_infra_core.insight.history import TURN_COLUMNS, HistoryFile, is_damaged
 from agent_infra_core.insight.turns import TurnRecord
 
@@ -39,13 +41,21 @@ def read_history(path: Path) -> Iterator[HistoryFile | None]:
             raise RefusedError(f"the history {path} cannot be read: {error}; {fix}") from error
 
 
+_FORMULA = frozenset("=+-@＝＋－＠")  # how a formula begins, also in full-width characters
+_C1 = re.compile(r"[\x7f-\x9f]")  # JSON escapes the other control characters
+
+
 def csv_cell(value: Any) -> Any:
-    """A value as a CSV cell. Text that looks like a formula gets an apostrophe, which spreadsheets hide."""
+    """A value as a CSV cell. Text that looks like a formula gets an apostrophe, which spreadsheets hide.
+
+    Blanks and invisible characters don't keep spreadsheets from reading a formula behind them.
+    """
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
-        return "'" + value
-    return value
+    if not isinstance(value, str):
+        return value
+    first = next((character for character in value if character.isprintable() and not character.isspace()), "")
+    return ("'" if first in _FORMULA or value[:1] in ("\t", "\r", "\n") else "") + printable_text(value)
 
 
 def export_turns(turns: Iterable[TurnRecord], form: str, out: IO[str]) -> None:
@@ -60,4 +70,5 @@ def export_turns(turns: Iterable[TurnRecord], form: str, out: IO[str]) -> None:
         if form == "csv":
             writer.writerow(map(csv_cell, row.values()))
         else:
-            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            line = json.dumps(row, ensure_ascii=False)
+            out.write(_C1.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n")

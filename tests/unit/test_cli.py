@@ -89,6 +89,14 @@ def test_logs_show_the_last_lines_of_each(tmp_path: Path) -> None:
     assert said == ["one: b", "one: c", "two: x", "two: unfinished"]
 
 
+def test_a_log_line_shows_a_progress_bars_last_state_and_controls_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.log").write_bytes(b"\rLoading 10%\rLoading 100%\r\n\x1b[32mready\x1b[0m \x1b]0;boo\x07\n")
+    follow_logs(["one"], reader(tmp_path), 10, False, agent_infra._say)
+    assert capsys.readouterr().out == "Loading 100%\nready \\x1b]0;boo\\x07\n"
+
+
 def test_following_a_log_says_each_line_once_and_whole(tmp_path: Path) -> None:
     log = tmp_path / "one.log"
     log.write_text("old\npar")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.state import state_home
 from agent_infra_core.fleet.weights import model_cache, resolve_model_path
-from agent_infra_core.host import absolute_path
+from agent_infra_core.host import absolute_path, printable_text, private_temp_directory
 from agent_infra_core.insight.history import history_path
 from agent_infra_core.node.hub import hub_cache, is_in_hub_cache
 from agent_infra_core.settings import ModelConfig, SshConfig
@@ -70,3 +72,35 @@ def test_ssh_goes_on_without_a_home_directory(homeless: None) -> None:
     assert read_ssh_config(SshConfig(host="login")) == ("~/.ssh/config", "")
     with pytest.raises(LoginError, match=f"^cluster.ssh.config_file: {NOBODY} cannot be read: No such file"):
         read_ssh_config(SshConfig(host="login", config_file=NOBODY))
+
+
+@pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("plain “text” – 中文\t1\r\n2", "plain “text” – 中文\t1\r\n2"),
+        ("\x1b[31mred\x1b[0m", "red"),
+        ("\x1b]0;title\x07\x1b[2J", "\\x1b]0;title\\x07\\x1b[2J"),
+        ("\x9b2J\x85\x7f\r", "\\x9b2J\\x85\\x7f\\x0d"),
+    ],
+)
+def test_a_terminal_gets_no_control_characters(text: str, printed: str) -> None:
+    assert printable_text(text) == printed
+
+
+@pytest.mark.parametrize("spoiled", ["another mode", "a file", "a link", "missing"])
+def test_a_directory_under_the_usual_name_that_is_not_ours_alone_blocks_nobody(
+    spoiled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    usual = tmp_path / f"agent-infra-{os.getuid()}"
+    if spoiled == "another mode":
+        usual.mkdir()
+        usual.chmod(0o777)
+    elif spoiled == "a file":
+        usual.touch()
+    elif spoiled == "a link":
+        usual.symlink_to(tmp_path)
+    found = private_temp_directory()
+    assert (found == usual) is (spoiled == "missing")
+    assert stat.S_IMODE(found.lstat().st_mode) == 0o700
+    assert private_temp_directory() == found  # all processes share their locks

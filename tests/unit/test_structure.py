@@ -341,8 +341,28 @@ def test_the_contributors_guide_names_no_constant_that_does_not_exist() -> None:
     assert not named - known
 
 
-def test_requirements_txt_says_what_pyproject_says() -> None:
+def declared_dependencies() -> list[str]:
     declared = re.search(r"\ndependencies = \[\n(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S)
     assert declared is not None
+    return re.findall(r'"([^"]+)"', declared[1])
+
+
+def test_requirements_txt_says_what_pyproject_says() -> None:
     lines = (ROOT / "requirements.txt").read_text().splitlines()
-    assert [line for line in lines if line and not line.startswith("#")] == re.findall(r'"([^"]+)"', declared[1])
+    assert [line for line in lines if line and not line.startswith("#")] == declared_dependencies()
+
+
+FIRST_SAFE_VERSIONS = {  # package → first version without a published advisory
+    "flask": (3, 1, 3),  # CVE-2026-27205
+    "gevent": (23, 9),  # CVE-2023-41419
+    "jinja2": (3, 1, 6),  # CVE-2025-27516
+    "marshmallow": (4, 1, 2),  # CVE-2025-68480
+    "paramiko": (5, 0),  # CVE-2026-44405
+    "requests": (2, 33),  # CVE-2026-25645
+}
+
+
+def test_no_version_with_a_published_advisory_is_accepted() -> None:
+    lowest = dict(re.findall(r"^([a-z0-9-]+)>=([\d.]+)", "\n".join(declared_dependencies()), re.M))
+    for package, version in FIRST_SAFE_VERSIONS.items():
+        assert tuple(map(int, lowest[package].split("."))) >= version, package

@@ -140,6 +140,12 @@ def test_a_refused_line_is_not_remembered() -> None:
             heads_module.parse_request_head(HEAD + b"X : 1\r\n\r\n", known)
 
 
+def test_the_values_of_connection_are_words_not_parts_of_words() -> None:
+    for value, keeps_alive in ((b"x-close", True), (b"Close", False), (b"keep-alive ,\tclose", False), (b"", True)):
+        assert parse_request_head(HEAD + b"Connection: %b\r\n\r\n" % value).keeps_alive is keeps_alive
+        assert parse_answer_head(b"HTTP/1.1 200 OK\r\nConnection: %b\r\n\r\n" % value).is_reusable is keeps_alive
+
+
 def test_no_header_can_be_smuggled_to_the_replica() -> None:
     request = parse_request_head(
         HEAD + b"Connection: close, X-Secret\r\nX-Secret: 1\r\nUpgrade: h2c\r\nX-Fine: 2\r\nContent-Length: 9\r\n\r\n"
@@ -159,9 +165,13 @@ def test_no_header_can_be_smuggled_to_the_replica() -> None:
         (b"/org%2Fm/tokenize", ("org/m", b"/tokenize")),
         (b"/org/m/v1/score", ("org/m", b"/v1/score")),
         (b"/v1/fine_tuning/jobs", None),
-        (b"//v1/completions", None),
+        (b"//v1//completions", (None, b"/v1/completions")),
+        (b"/v1/completions/", (None, b"/v1/completions")),
+        (b"/m//v1/completions//", ("m", b"/v1/completions")),
+        (b"/m%2F/v1/completions", ("m/", b"/v1/completions")),
+        (b"/v1", None),
+        (b"//", None),
         (b"/invocations", None),
-        (b"/v1/completions/", None),
     ],
 )
 def test_only_listed_paths_are_forwarded(path: bytes, route: tuple[str | None, bytes] | None) -> None:
@@ -420,9 +430,43 @@ def test_an_answers_framing_is_read() -> None:
     assert parse_answer_head(b"HTTP/1.1 200\r\nTransfer-Encoding: chunked\r\n\r\n").length is None
     assert parse_answer_head(b"HTTP/1.0 200 OK\r\n\r\n").length == BodyDecoder.UNTIL_CLOSE
     assert parse_answer_head(b"HTTP/1.1 204 No\r\n\r\n").length == 0
-    for head in (b"SSH-2.0\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n"):
-        with pytest.raises(WireError):
-            parse_answer_head(head)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"Content-Length: x\r\n",
+        b"Content-Length: 5\r\nContent-Length: 6\r\n",
+        b"Transfer-Encoding: xchunked\r\n",
+        b"Transfer-Encoding: chunked-not\r\n",
+        b"Transfer-Encoding: gzip, chunked\r\n",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n",
+        b"X: a\x1b[2J\r\n",
+    ],
+)
+def test_an_answer_that_can_be_read_in_two_ways_is_refused(lines: bytes) -> None:
+    with pytest.raises(WireError):
+        parse_answer_head(b"HTTP/1.1 200 OK\r\n%b\r\n" % lines)
+
+
+def test_an_answer_that_is_no_http_is_refused() -> None:
+    with pytest.raises(WireError):
+        parse_answer_head(b"SSH-2.0\r\n\r\n")
+
+
+def test_what_an_answer_may_not_say_to_the_client_is_left_out() -> None:
+    head = heads_module.parse_answer_head(
+        b"HTTP/1.1 200 \x1b]0;boo\x07\r\nConnection: X-Hop, keep-alive\r\nX-Hop: 1\r\nKeep-Alive: 1\r\nX-Fine: 2\r\n"
+        b"X-Agent-Infra-Backend: other\r\nAccess-Control-Allow-Origin: *\r\nSet-Cookie: a\r\n\r\n",
+        HeaderLines(heads_module.NOT_RETURNED),
+    )
+    assert head.returned == b"HTTP/1.1 200 OK\r\nx-fine: 2\r\n"
+    assert parse_answer_head(b"HTTP/1.1 299 Fine\r\n\r\n").returned == b"HTTP/1.1 299 Fine\r\n"
+
+
+def test_an_answer_with_chunks_and_a_length_is_the_last_on_its_connection() -> None:
+    head = parse_answer_head(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n")
+    assert (head.length, head.is_reusable) == (None, False)
 
 
 @given(st.lists(st.tuples(st.sampled_from([b"T", b"E"]), st.binary(max_size=50)), max_size=5), cuts)

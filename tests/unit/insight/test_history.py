@@ -863,13 +863,28 @@ def test_what_is_exported_is_every_turn_a_line(path: Path) -> None:
     assert float(cells[3]["post_ms"]) == 250.0
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-2", "@SUM(A1)", "\t=1", "\r=1"])
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+1", "-2", "@SUM(A1)", "\t1", "\n=1", "\n1", "  =1", "\xa0=1", "\ufeff=1", "＝1", "＋1", "＠A"]
+)
 def test_a_spreadsheet_takes_no_answer_for_a_formula(text: str) -> None:
     out = io.StringIO()
     export_turns([record(1, answer=text, queue_ms=0.5)], "csv", out)
     row = next(csv.DictReader(io.StringIO(out.getvalue(), newline="")))
     assert row["answer"] == "'" + text
     assert row["queue_ms"] == "0.5"
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_no_prompt_controls_the_terminal_that_an_export_is_shown_in(form: str) -> None:
+    out = io.StringIO()
+    export_turns([record(1, prompt="\x1b[2J\x9b2J\x7f", answer="a\r\nb\u00e9")], form, out)
+    text = out.getvalue()
+    assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", text)
+    if form == "jsonl":
+        assert json.loads(text)["prompt"] == "\x1b[2J\x9b2J\x7f"
+    else:
+        row = next(csv.DictReader(io.StringIO(text, newline="")))
+        assert (row["prompt"], row["answer"]) == ("\\x1b[2J\\x9b2J\\x7f", "a\r\nb\u00e9")
 
 
 @pytest.mark.parametrize(
