@@ -34,6 +34,9 @@ from urllib.parse import unquote_to_bytes
 
 if __name__ == "__main__" and os.path.dirname(os.path.realpath(__file__)) not in sys.path:
     sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # python -I and -P don't add it
+_IS_PROGRAM = __name__ == "__main__" or os.path.basename(sys.argv[0]) == "agent-infra"
+if _IS_PROGRAM and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): Ctrl-C during the imports prints no traceback
 try:
     from agent_infra_core import __version__, client
     from agent_infra_core.client import ClientError as ClientError
@@ -59,6 +62,7 @@ try:
         LocalCommands,
         absolute_path,
         allow_many_descriptors,
+        command_name,
         end_process,
         freeze_imported_objects,
         is_listening,
@@ -128,25 +132,41 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
         if not Path("config.yaml").exists():
             return DEFAULT_CONFIG
         path = "config.yaml"
+    return _read_config(path, lambda document: document)
+
+
+def load_proxy_config(path: str | os.PathLike[str]) -> Config:
+    """Read only the sections ``proxy`` and ``headers`` of a configuration, for a proxy alone. Raises ConfigError."""
+    wanted = ("version", "proxy", "headers")
+    alone = {"models": [{"name": "alone", "model_path": "smollm2-135m-instruct"}]}
+    return _read_config(path, lambda document: alone | {key: document[key] for key in wanted if key in document})
+
+
+def _read_config(path: str | os.PathLike[str], select: Callable[[dict[str, Any]], dict[str, Any]]) -> Config:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text in UTF-8"
         raise ConfigError(f"{path}: cannot be read: {reason}; name a YAML file such as configs/example.yaml") from error
     try:
-        return parse_config(text, os.environ)
+        return parse_config(text, os.environ, select)
     except ConfigError as error:
         text = f"{path}:{'' if str(error).startswith(chr(10)) else ' '}{error}"
         raise ConfigError(text, error.deployment) from None
 
 
-def parse_config(text: str, environment: Mapping[str, str]) -> Config:
-    """Parse and validate a YAML text, with ``${NAME}`` taken from ``environment``. Raises ConfigError."""
+def parse_config(
+    text: str,
+    environment: Mapping[str, str],
+    select: Callable[[dict[str, Any]], dict[str, Any]] = lambda document: document,
+) -> Config:
+    """Parse and validate a YAML text, or what ``select`` makes of its document, with ``${NAME}`` taken from
+    ``environment``. Raises ConfigError."""
     document = _read_yaml(text)
     if not isinstance(document, dict):
         raise ConfigError("a mapping of keys is needed, such as `models: [...]`; see configs/example.yaml")
     problems: list[str] = []
-    return _validated(_expand_environment(document, environment, "", problems), problems)
+    return _validated(_expand_environment(select(document), environment, "", problems), problems)
 
 
 def config_from_json(text: str) -> Config:
@@ -925,7 +945,7 @@ class Deployment:
             if all(record.state not in ("pending", "starting", "loading") for record in records):
                 break
             if time.monotonic() > deadline:
-                raise AgentInfraError(f"not ready after {LOAD_DEADLINE_S:g} s; see `agent_infra.py logs`")
+                raise AgentInfraError(f"not ready after {LOAD_DEADLINE_S:g} s; see `logs`")
             time.sleep(min(self.cluster.poll_s, STARTING_POLL_S))
         else:
             return
@@ -1050,7 +1070,7 @@ class Deployment:
             self.cluster.stop(left, now=True)
             left = self.cluster.wait_stopped(left, time.monotonic() + ENDING_S)
         if left:
-            raise AgentInfraError(f"{', '.join(left)} did not end; see `agent_infra.py logs`")
+            raise AgentInfraError(f"{', '.join(left)} did not end; see `logs`")
         for leftover in (self.paths.wanted, self.paths.config, self.paths.handover):
             leftover.unlink(missing_ok=True)
         return ended + [record.replica + (f" (job {record.job_id})" if record.job_id else "") for record in records]
@@ -1109,7 +1129,7 @@ class Scaling:
             time.sleep(0.25 if waiting else 0.0)
         left = self._cluster.wait_stopped(ended, time.monotonic() + DRAIN_S + 10.0)
         if left:
-            raise AgentInfraError(f"{', '.join(left)} did not end; see `agent_infra.py logs`")
+            raise AgentInfraError(f"{', '.join(left)} did not end; see `logs`")
         return ended
 
 
@@ -1342,7 +1362,8 @@ def _run_start(arguments: argparse.Namespace) -> int:
     if signals.came():
         _say("the replicas keep loading; `status` shows them, `stop` ends them")
         return 130
-    _say("next: agent_infra.py connect")
+    given = f" --config {shlex.quote(arguments.config)}" if arguments.config else ""
+    _say(f"next: {command_name()} connect{given}")
     return 0
 
 
@@ -1352,9 +1373,14 @@ def _greet(controller: Controller, deployment: Deployment) -> None:
     _say(f"stats  {controller.url}/stats")
     for line in controller.tunnels.describe() if controller.tunnels is not None else ():
         _say(line)
-    _say(f"export OPENAI_BASE_URL={controller.url}/v1")
-    if deployment.config.proxy.api_key is None:
-        _say(f'export OPENAI_API_KEY="$(cat {shlex.quote(str(deployment.paths.client_key))})"')
+    _say_environment(controller.url, deployment.config, deployment.paths)
+
+
+def _say_environment(url: str, config: Config, paths: DeploymentPaths) -> None:
+    """Print the variables by which OpenAI's client finds the proxy."""
+    _say(f"export OPENAI_BASE_URL={url}/v1")
+    if config.proxy.api_key is None:
+        _say(f'export OPENAI_API_KEY="$(cat {shlex.quote(str(paths.client_key))})"')
     else:
         _say("export OPENAI_API_KEY=...  # proxy.api_key of the configuration")
 
@@ -1634,16 +1660,14 @@ def _run_proxy(arguments: argparse.Namespace) -> int:
 
     records = [parse_backend(text, number) for number, text in enumerate(arguments.backend, start=1)]
     names = dict.fromkeys(record.model for record in records)
+    base = load_proxy_config(arguments.config) if arguments.config else DEFAULT_CONFIG
+    options = {name: getattr(arguments, name) for name in ("host", "port", "strategy", "capture_text", "history")}
+    proxy = dataclasses.replace(base.proxy, **{key: value for key, value in options.items() if value is not None})
     config = Config(
         models=tuple(ModelConfig(name=name, model_path=name, engine="command") for name in names),
-        proxy=ProxyConfig(
-            host=arguments.host,
-            port=arguments.port,
-            strategy=arguments.strategy,
-            capture_text=arguments.capture_text,
-            history=arguments.history,
-        ),
-        cluster=ClusterConfig(name=f"proxy-{arguments.port}"),
+        proxy=proxy,
+        cluster=ClusterConfig(name=f"proxy-{proxy.port}"),
+        headers=base.headers,
     )
     paths = deployment_paths(config.cluster.name, os.environ)
     lock, signals = DeploymentLock(paths), OperatorSignals()
@@ -1653,8 +1677,11 @@ def _run_proxy(arguments: argparse.Namespace) -> int:
     try:
         controller.start()
         signals.on_second = controller.relay.terminate
-        _say(f"proxy  {controller.url}  ({arguments.strategy})  backends: {', '.join(arguments.backend)}")
-        _say(f'export OPENAI_API_KEY="$(cat {shlex.quote(str(paths.client_key))})"')
+        _say(f"proxy  {controller.url}  ({proxy.strategy})  backends: {', '.join(arguments.backend)}")
+        for text, record in zip(arguments.backend, records, strict=True):
+            if not is_listening(record.host, record.port or 0):
+                _say(f"degraded: nothing listens at {text}; its turns go elsewhere until something does")
+        _say_environment(controller.url, config, paths)
         _attend(controller, signals)
     finally:
         controller.stop()
@@ -1947,9 +1974,9 @@ def _run_bundle(arguments: argparse.Namespace) -> int:
 def build_parser(with_roles: bool = False) -> argparse.ArgumentParser:
     """Return the parser of the command line. Options come after the verb. People never see the internal roles."""
     parser = argparse.ArgumentParser(
-        prog="agent_infra.py", description="GPU serving for multi-turn LLM agents: start, connect, stop."
+        prog=command_name(), description="GPU serving for multi-turn LLM agents: start, connect, stop."
     )
-    parser.add_argument("--version", action="version", version=f"agent-infra {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"agent-infra {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     def verb(name: str, run: Callable[[argparse.Namespace], int], text: str, *shared: str) -> argparse.ArgumentParser:
@@ -1964,9 +1991,43 @@ def build_parser(with_roles: bool = False) -> argparse.ArgumentParser:
     _add_read_only_verbs(verb)
     added = verb("proxy", _run_proxy, "run only the proxy, in front of servers that are already running", "log")
     _add_proxy_options(added)
+    added = verb("completion", _run_completion, "print a script that completes commands and options in a shell")
+    added.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell that reads it")
     if with_roles:
         _add_roles(verbs)
     return parser
+
+
+def verb_parsers(parser: argparse.ArgumentParser) -> Mapping[str, argparse.ArgumentParser]:
+    """Return the parser of each verb."""
+    return next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+
+
+def completion_script(shell: str, command: str) -> str:
+    """Return a script for ``shell`` that completes the verbs and options of ``command``."""
+    verbs = verb_parsers(build_parser())
+    option = re.compile(r"^  (?:-\w(?: [A-Z]+)?, )?(--[a-z-]+)( [A-Z{])?", re.MULTILINE)
+    options = {name: option.findall(verb.format_help()) for name, verb in verbs.items()}
+    if shell == "fish":
+        lines = [f"complete -c {command} -f"]
+        for name, verb in verbs.items():
+            text = shlex.quote(str(verb.description))
+            lines.append(f"complete -c {command} -n __fish_use_subcommand -a {name} -d {text}")
+            for word, value in options[name]:
+                argument = " -r -F" if value else ""
+                lines.append(f"complete -c {command} -n '__fish_seen_subcommand_from {name}' -l {word[2:]}{argument}")
+        return "\n".join(lines)
+    cases = (f'    {name}) words="{" ".join(word for word, _ in found)}" ;;' for name, found in options.items())
+    lines = ["autoload -Uz compinit bashcompinit && compinit && bashcompinit"] if shell == "zsh" else []
+    lines += ["_agent_infra() {", f'  local words="{" ".join(verbs)}"']
+    lines += ['  [ "$COMP_CWORD" -gt 1 ] && case "${COMP_WORDS[1]}" in', *cases, '    *) words="" ;;', "  esac"]
+    lines += ['  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))', "}"]
+    return "\n".join([*lines, f"complete -o bashdefault -o default -F _agent_infra {command}"])
+
+
+def _run_completion(arguments: argparse.Namespace) -> int:
+    _say(completion_script(arguments.shell, command_name()))
+    return 0
 
 
 def _add_running_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
@@ -2016,12 +2077,11 @@ def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", action="append", required=True, metavar="MODEL=HOST:PORT", help="a server; repeat for each"
     )
-    parser.add_argument("--host", default=defaults.host, help=f"address to listen on (default {defaults.host})")
-    parser.add_argument("--port", type=_port, default=defaults.port, help=f"default {defaults.port}; 0 = any free one")
-    parser.add_argument("--strategy", choices=STRATEGY_NAMES, default=defaults.strategy, help="how to spread turns")
-    parser.add_argument(
-        "--capture-text", type=_count, default=defaults.capture_text, help="characters of prompt and answer to keep"
-    )
+    parser.add_argument("--config", metavar="FILE", help="read its sections proxy and headers; options override it")
+    parser.add_argument("--host", help=f"address to listen on (default {defaults.host})")
+    parser.add_argument("--port", type=_port, help=f"default {defaults.port}; 0 = any free one")
+    parser.add_argument("--strategy", choices=STRATEGY_NAMES, help="how to spread turns")
+    parser.add_argument("--capture-text", type=_count, help="characters of prompt and answer to keep")
     parser.add_argument("--history", metavar="FILE", help='file for finished turns; "off" keeps none')
 
 
@@ -2048,8 +2108,10 @@ def parse_command_line(words: Sequence[str]) -> argparse.Namespace:
     """Parse the command line. Raises SystemExit, after a usage message, when it is invalid."""
     first = words[0] if words else ""
     parser = build_parser(with_roles=first in ROLES)
-    if first.startswith("-") and first not in ("-h", "--help", "--version"):
-        parser.error(f"{first}: options come after the verb, such as `agent_infra.py status --config FILE`")
+    if first.startswith("-") and first not in ("-h", "--help", "-V", "--version"):
+        parser.error(f"{first}: options come after the verb, such as `{command_name()} status --config FILE`")
+    if first and not first.startswith("-") and first not in (verbs := verb_parsers(parser)):
+        parser.error(f"{first}: no such command{_nearest_key(first, verbs)}")
     return parser.parse_args(words)
 
 
@@ -2134,6 +2196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # like stderr: a terminal that can't show × must not fail
     arguments = parse_command_line(sys.argv[1:] if argv is None else argv)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code: int = arguments.run(arguments)
         return code

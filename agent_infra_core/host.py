@@ -37,6 +37,11 @@ def self_command(role: str) -> list[str]:
     return [sys.executable, str(home if home.is_file() else home / "agent_infra.py"), role]
 
 
+def command_name() -> str:
+    """Return how the user runs this program: by its installed name, or by its file."""
+    return "agent-infra" if os.path.basename(sys.argv[0]) == "agent-infra" else "agent_infra.py"
+
+
 def resource(name: str) -> Path:
     """Return a file or folder of the program: beside agent_infra.py, or in an installed wheel's data."""
     for folder in (program_home(), program_home() / "agent_infra_data"):

@@ -14,7 +14,7 @@ from typing import Any
 from agent_infra_core.control.link import DRAIN_S
 from agent_infra_core.errors import AgentInfraError, RefusedError
 from agent_infra_core.fleet.state import DeploymentPaths
-from agent_infra_core.host import end_process, process_stamp
+from agent_infra_core.host import command_name, end_process, process_stamp
 
 LIBRARY_HOLDER_VERB = "ConnectionManager"  # verb of a holder that isn't our process, so it must not be ended
 
@@ -34,9 +34,10 @@ class DeploymentLock:
         except OSError:
             os.close(descriptor)
             holder = lock_holder(self._path) or {"verb": "another command", "pid": "?"}
+            name, other = self._path.parent.name, "--port" if verb == "proxy" else "cluster.name"
             raise RefusedError(
-                f"the deployment {self._path.parent.name} is already run by `{holder['verb']}` (pid {holder['pid']}); "
-                "end that with `agent_infra.py stop`, or give this one another cluster.name"
+                f"the deployment {name} is already run by `{holder['verb']}` (pid {holder['pid']}); "
+                f"end that with `{command_name()} stop --name {name}`, or give this one another {other}"
             ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "verb": verb}).encode(), 0)

@@ -38,6 +38,28 @@ def test_the_servers_key_comes_from_the_environment_and_is_on_no_command_line(ap
     assert proxy.end() == 0
 
 
+def test_the_proxy_alone_takes_settings_from_a_file_and_options_go_first(app: Program, engine: FakeEngine) -> None:
+    config = app.folder / "other.yaml"
+    config.write_text("proxy: {strategy: least_latency, capture_text: 7}\nheaders: {session: host}\ncluster: {no: 1}\n")
+    proxy = app.bring_up_proxy(engine.port, "--config", str(config), "--capture-text", "3")
+    app.chat()
+    turn = wait_for(lambda: app.get("/stats")["recent_turns"], "the turn in /stats")[0]
+    assert turn["session"] == f"127.0.0.1:{app.port}"
+    assert (app.get("/stats")["strategy"], len(turn["prompt"])) == ("least_latency", 3)
+    proxy.wait_line(f"^export OPENAI_BASE_URL=http://127.0.0.1:{app.port}/v1$")
+    assert proxy.end() == 0
+
+
+def test_a_proxy_says_which_backend_is_down_and_how_to_end_it(app: Program, engine: FakeEngine) -> None:
+    proxy = app.bring_up_proxy(engine.port, "--backend", "smollm2=127.0.0.1:1")
+    proxy.wait_line("^degraded: nothing listens at smollm2=127.0.0.1:1; ")
+    again = app.run("proxy", "--port", str(app.port), "--backend", f"m=127.0.0.1:{engine.port}")
+    assert again.returncode == 2
+    assert f"`agent_infra.py stop --name proxy-{app.port}`, or give this one another --port" in again.stderr
+    assert app.run("stop", "--name", f"proxy-{app.port}").returncode == 0
+    assert proxy.process.wait(timeout=PATIENCE_S) == 0
+
+
 def test_a_question_that_cannot_be_answered_ends_no_controller(app: Program, engine: FakeEngine) -> None:
     (app.folder / "prometheus_client.py").write_text("raise ImportError('it is not installed')")
     app.environment["PYTHONPATH"] = str(app.folder)

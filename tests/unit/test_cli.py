@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -128,14 +130,72 @@ def test_no_verb_and_a_wrong_option_are_usage_errors(capsys: pytest.CaptureFixtu
     assert "at least 1" in capsys.readouterr().err
 
 
-def test_an_unknown_verb_is_answered_with_the_verbs_that_are_for_people(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["fly"])
-    said = capsys.readouterr().err
-    assert re.findall(r"[a-z-]+", said.partition("choose from")[2]) == [
-        *("up", "start", "connect", "scale", "stop", "pull", "doctor", "status", "logs", "dashboard"),
-        *("export", "report", "bundle", "proxy"),
-    ]
+VERBS = (
+    *("up", "start", "connect", "scale", "stop", "pull", "doctor", "status", "logs", "dashboard"),
+    *("export", "report", "bundle", "proxy", "completion"),
+)
+
+
+def test_an_unknown_verb_is_answered_with_the_nearest_or_with_those_for_people(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for word, hint in (("stauts", "did you mean status?"), ("fly", f"there are: {', '.join(VERBS)}")):
+        with pytest.raises(SystemExit) as caught:
+            main([word])
+        assert caught.value.code == 2
+        assert capsys.readouterr().err.endswith(f"error: {word}: no such command; {hint}\n")
+
+
+@pytest.mark.parametrize(("run_as", "name"), [("/usr/bin/agent-infra", "agent-infra"), ("x.py", "agent_infra.py")])
+def test_the_program_calls_itself_as_it_was_called(
+    run_as: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [run_as])
+    for words, said in ((["--help"], f"usage: {name} "), (["-V"], "agent-infra "), (["logs", "-h"], f"usage: {name} ")):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert capsys.readouterr().out.startswith(said)
+
+
+def test_ctrl_c_during_the_imports_prints_no_traceback() -> None:
+    interrupted = f"""
+import os, runpy, signal, sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == "agent_infra_core.settings":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["agent_infra.py", "status"]
+runpy.run_path({str(MODULE)!r}, run_name="__main__")
+"""
+    ended = subprocess.run([sys.executable, "-c", interrupted], capture_output=True, timeout=PATIENCE_S, check=False)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"")
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("sta", {"start", "status"}),
+        ("", set(VERBS)),
+        ("stop --n", {"--name", "--now"}),
+        ("logs --", {"--help", "--config", "--follow", "--lines"}),
+        ("fly --", set()),
+    ],
+)
+def test_bash_completes_verbs_and_their_options(typed: str, completed: set[str]) -> None:
+    words = ["agent-infra", *typed.split(" ")]
+    script = agent_infra.completion_script("bash", "agent-infra")
+    script += f"\nCOMP_WORDS=({shlex.join(words)}) COMP_CWORD={len(words) - 1}\n_agent_infra\necho ${{COMPREPLY[@]}}"
+    said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=PATIENCE_S, check=True)
+    assert (set(said.stdout.split()), said.stderr) == (completed, "")
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_a_completion_script_is_read_by_its_shell(shell: str) -> None:
+    script = agent_infra.completion_script(shell, "agent-infra")
+    assert all(verb in script for verb in VERBS)
+    if shutil.which(shell):
+        subprocess.run([shell, "-c", script], timeout=PATIENCE_S, check=True)
 
 
 def test_an_option_ahead_of_the_verb_is_told_where_it_belongs(capsys: pytest.CaptureFixture[str]) -> None:
