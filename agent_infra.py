@@ -63,7 +63,6 @@ try:
         absolute_path,
         allow_many_descriptors,
         command_name,
-        end_process,
         freeze_imported_objects,
         is_listening,
         printable_text,
@@ -1048,18 +1047,19 @@ class Deployment:
         Turns in flight have DRAIN_S to finish, or no time with ``now``.  Safe to call again; never touches other
         deployments.  Raises AgentInfraError when something still runs at the end.
         """
-        from agent_infra_core.control.link import DRAIN_S, RELAY_END_S
+        from agent_infra_core.control.link import DRAIN_S, end_relay
         from agent_infra_core.control.lock import end_controller
         from agent_infra_core.control.status import LIVE_STATES
+        from agent_infra_core.fleet.state import unrecorded_relay
 
         records = [r for r in self.cluster.replicas() if r.state in LIVE_STATES]
         ended = [] if self._lock.is_held else end_controller(self.paths, now)
         if self.controller is not None:
             ended.append("proxy")
         self.disconnect(0.0 if now else DRAIN_S)
-        relay = read_relay_record(self.paths)
+        relay = read_relay_record(self.paths) or unrecorded_relay(self.paths)
         if relay is not None:
-            end_process(relay["pid"], relay["process"], 0.0 if now else DRAIN_S + RELAY_END_S)
+            end_relay(relay["pid"], relay["process"], 0.0 if now else DRAIN_S)
             ended.append(f"proxy (pid {relay['pid']})")
         for leftover in (self.paths.relay_record, self.paths.relay_socket):
             leftover.unlink(missing_ok=True)
@@ -1071,7 +1071,7 @@ class Deployment:
             left = self.cluster.wait_stopped(left, time.monotonic() + ENDING_S)
         if left:
             raise AgentInfraError(f"{', '.join(left)} did not end; see `logs`")
-        for leftover in (self.paths.wanted, self.paths.config, self.paths.handover):
+        for leftover in (self.paths.wanted, self.paths.config, self.paths.handover, self.paths.drained):
             leftover.unlink(missing_ok=True)
         return ended + [record.replica + (f" (job {record.job_id})" if record.job_id else "") for record in records]
 
@@ -1685,6 +1685,7 @@ def _run_proxy(arguments: argparse.Namespace) -> int:
         _attend(controller, signals)
     finally:
         controller.stop()
+        paths.drained.unlink(missing_ok=True)
         lock.release()
     return 0
 

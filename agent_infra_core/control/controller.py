@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -24,7 +25,7 @@ from agent_infra_core.control.link import (
 )
 from agent_infra_core.control.status import describe_replica
 from agent_infra_core.fleet.state import DeploymentPaths
-from agent_infra_core.host import append_line
+from agent_infra_core.host import append_line, write_atomically
 from agent_infra_core.http.errors import error_document
 from agent_infra_core.insight.metrics import METRICS_TYPE
 from agent_infra_core.insight.tracker import Tracker, encode_stats
@@ -150,8 +151,11 @@ class Controller:
         self._books = Bookkeeper(config, paths, self._tracker, self._log)
         self._stats = StatsMaker(self._tracker, self._books, config.proxy.strategy, self.relay.send)
         self.expected: frozenset[str] = frozenset()  # models about to get replicas; replaced as a whole
-        self._drained: Mapping[str, float] = {}  # replica → when that was asked for, monotonic s; replaced as a whole
-        self._known: dict[str, tuple[str | None, str]] = {}  # replica → its job and process
+        # Replicas, with their job and process: those that an operator drained, and as of the last look.
+        self._known: dict[str, tuple[str | None, str]] = _read_drained(paths.drained)
+        # Replica → when its drain was asked for, monotonic s; replaced as a whole.
+        self._drained: Mapping[str, float] = dict.fromkeys(self._known, time.monotonic())
+        self._saved_drained = frozenset(self._drained)
         self._looked: Sequence[ReplicaRecord] | None = None  # discovery's records in the table sent last
         self._records: Sequence[ReplicaRecord] = ()  # the same, with the local ends of the tunnels
         self._seen: tuple[Any, ...] = (None, None, None)  # inputs of _sent_table
@@ -203,12 +207,19 @@ class Controller:
         return None
 
     def stop(self, grace_s: float = DRAIN_S) -> None:
-        """Wait up to ``grace_s`` for turns in flight, then end the relay and the threads. Safe to call again."""
-        if self._thread.is_alive() and grace_s > 0:
+        """Wait up to ``grace_s`` for turns in flight, then end the relay and the threads. Safe to call again.
+
+        Clients whose turns are cut get an error.
+        """
+        if self._thread.is_alive():
             self._ending.set()
             self.relay.terminate()
             # Longer than the relay's own grace period, after which it still answers the clients whose turns it cuts.
-            self._thread.join(timeout=grace_s + RELAY_END_S)
+            deadline = time.monotonic() + grace_s + RELAY_END_S
+            while self._thread.is_alive() and time.monotonic() < deadline:
+                self._thread.join(timeout=grace_s + RELAY_END_S if grace_s else 0.1)
+                if not grace_s:
+                    self.relay.terminate()  # the second one ends its patience
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=STOP_S)
@@ -236,6 +247,8 @@ class Controller:
                     if time.monotonic() >= sample_due:
                         sample_due = time.monotonic() + SNAPSHOT_INTERVAL_S
                         self._stats.look(*self._replicas())
+                        self.relay.keep_record()
+                        self._save_drained()
                 except RelayGoneError as error:
                     self._hear(frame for frame in self.relay.rest() if frame[0] != FRAME_REQUEST)
                     if self._ending.is_set():
@@ -252,7 +265,8 @@ class Controller:
         records = self.tunnels.follow(looked) if self.tunnels is not None else looked
         if self._looked is not looked or records != self._records:
             self._records = records
-            self._forget_drained(records)
+            if self.discovery.error is None:
+                self._forget_drained(records)
         awaited = self.tunnels.awaited() if self.tunnels is not None else None
         seen = (self._records, self._drained, self.expected | awaited if awaited else self.expected)
         if self._sent_table is None or any(new is not old for new, old in zip(seen, self._seen, strict=True)):
@@ -288,6 +302,15 @@ class Controller:
             name: at for name, at in self._drained.items() if name in known and known[name] == self._known.get(name)
         }
         self._known = known
+
+    def _save_drained(self) -> None:
+        """Keep the drained replicas for the next controller; on a full disk, the next call tries again."""
+        drained = frozenset(self._drained)
+        if drained != self._saved_drained:
+            known = {name: self._known.get(name, (None, "")) for name in sorted(drained)}
+            with contextlib.suppress(OSError):
+                write_atomically(self._paths.drained, json.dumps(known))
+                self._saved_drained = drained
 
     def _take(self, kind: bytes, payload: bytes) -> None:
         """Process one frame of the relay."""
@@ -347,3 +370,10 @@ class Controller:
         tunnels = self.tunnels.rows() if self.tunnels is not None else {}
         records = [{**dataclasses.asdict(record), "tunnel": tunnels.get(record.replica)} for record in self._records]
         return records, [Backend(**row) for row in self._sent_table["backends"]]
+
+
+def _read_drained(path: Path) -> dict[str, tuple[str | None, str]]:
+    """The drained replicas that the last controller kept, with job and process; none where they can't be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        return {name: (job, process) for name, (job, process) in json.loads(path.read_text(encoding="utf-8")).items()}
+    return {}

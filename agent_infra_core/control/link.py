@@ -39,6 +39,7 @@ class RelayLink:
         self.pid = 0
         self.retired: int | None = None  # pid of a relay of another version that is finishing its turns
         self._protocol = 0  # spoken by the connected relay
+        self._is_recorded = True  # unless a relay's record could not be written
         self._stamp: str | None = None
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -53,22 +54,27 @@ class RelayLink:
         self.spawn()
 
     def _adopt(self) -> bool:
-        """Connect to a relay that still serves this address; end one that serves another address.
+        """Connect to a relay that still serves this address, recorded or not; end one that serves another address.
 
         A relay with another protocol finishes its turns and exits; its listening socket is kept for the next relay.
         """
         left = read_relay_record(self._paths)
-        if left is None:
+        try:
+            self._greet(time.monotonic() + (2.0 if left is not None else 0.0))
+        except RelayGoneError:
+            if left is not None:
+                end_process(left["pid"], left["process"], DRAIN_S + RELAY_END_S)
             return False
-        if left["host"] == self._host and self.port in (0, left["port"]):
-            with contextlib.suppress(RelayGoneError):
-                self.port = left["port"]
-                self._greet(time.monotonic() + 2.0)
-                if self._protocol in SUPPORTED_PROTOCOLS:
-                    return True
-                self._retire()
-                return False
-        end_process(left["pid"], left["process"], DRAIN_S + RELAY_END_S)
+        host, port = self._listener.getsockname()[:2] if self._listener is not None else ("", 0)
+        if self.port in (0, port) and host in _addresses(self._host):
+            self.port = port
+            if self._protocol in SUPPORTED_PROTOCOLS:
+                return True
+            self._retire()
+            return False
+        if self._stamp is not None:
+            end_process(self.pid, self._stamp, DRAIN_S + RELAY_END_S)
+        self.close()
         return False
 
     def _retire(self) -> None:
@@ -137,9 +143,18 @@ class RelayLink:
         hello = json.loads(frames[0][1])
         self._control, self.pid, self._protocol = control, int(hello["pid"]), hello.get("protocol", 0)
         self._stamp = process_stamp(self.pid)
-        record = {"pid": self.pid, "process": self._stamp, "host": self._host, "port": self.port}
-        with contextlib.suppress(OSError):  # on a full disk: it serves anyway
+        self._is_recorded = False
+        self.keep_record()
+
+    def keep_record(self) -> None:
+        """Write the relay's record, by which `status` and `stop` find it; on a full disk, the next call tries again."""
+        if self._is_recorded or self._listener is None:
+            return
+        port = self._listener.getsockname()[1]
+        record = {"pid": self.pid, "process": self._stamp, "host": self._host, "port": port}
+        with contextlib.suppress(OSError):
             write_atomically(self._paths.relay_record, json.dumps(record))
+            self._is_recorded = True
 
     def reconnect(self) -> bool:
         """Open a new control connection to the running relay. Returns whether it answered."""
@@ -215,10 +230,31 @@ class RelayLink:
             os.kill(self.pid, signal.SIGTERM)
 
     def close(self) -> None:
-        """End the relay, close the sockets, and remove the relay's record and socket file."""
+        """End the relay, close the sockets, and remove the relay's record and socket file.
+
+        A relay that was never connected to isn't this controller's: its files stay.
+        """
         self.abandon()
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        for path in (self._paths.relay_record, self._paths.relay_socket):
+        for path in (self._paths.relay_record, self._paths.relay_socket) if self.pid else ():
             path.unlink(missing_ok=True)
+
+
+def _addresses(host: str) -> set[str]:
+    """The addresses that a listener on ``host`` may have."""
+    try:
+        return {str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return set()
+
+
+def end_relay(pid: int, stamp: str, grace_s: float) -> None:
+    """End a relay that has no controller. Turns in flight have ``grace_s``; with none, clients get an error at once."""
+    deadline = time.monotonic() + RELAY_END_S
+    while not grace_s and process_stamp(pid) == stamp and time.monotonic() < deadline:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)  # the second one ends its patience
+        time.sleep(0.1)
+    end_process(pid, stamp, grace_s and grace_s + RELAY_END_S)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
+import socket
+import struct
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.host import absolute_path, create_atomically, file_lock, process_stamp
+from agent_infra_core.host import absolute_path, create_atomically, file_lock, process_stamp, unix_address
 from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, decode_record
 from agent_infra_core.settings import KEY_PATTERN, Config, base_directory
 
@@ -39,6 +42,11 @@ class DeploymentPaths:
     def relay_record(self) -> Path:
         """JSON {pid, process, host, port}, by which `status` and `stop` find the relay."""
         return self.root / "relay.json"
+
+    @property
+    def drained(self) -> Path:
+        """JSON {replica: [job, process]} of replicas that an operator drained."""
+        return self.root / "drained.json"
 
     @property
     def history(self) -> Path:
@@ -202,6 +210,20 @@ def read_relay_record(paths: DeploymentPaths) -> dict[str, Any] | None:
         return record if process_stamp(record["pid"]) == record["process"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def unrecorded_relay(paths: DeploymentPaths) -> dict[str, Any] | None:
+    """``{pid, process}`` of a living relay whose record couldn't be written, by its socket.
+
+    Only for when no controller runs: the relay takes a connection for the next controller's.
+    """
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        with unix_address(str(paths.relay_socket)) as address:
+            probe.connect(address)
+        pid: int = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        return {"pid": pid, "process": process_stamp(pid)}
+    return None
 
 
 def client_key(config: Config, paths: DeploymentPaths) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import urllib.error
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,23 @@ from fake_engine import FakeEngine
 from patience import PATIENCE_S
 from program import Program, is_listening, program, wait_for
 from stats_schema import check_stats
+
+
+def is_replaced(app: Program, relay: int) -> bool:
+    """Whether another relay than this one answers."""
+    app.get("/health")
+    return relay not in dict(app.processes())
+
+
+@contextlib.contextmanager
+def unwritable(path: Path) -> Iterator[None]:
+    """The file ``path`` can't be written, as on a full disk, whoever one is."""
+    path.unlink()
+    path.mkdir()
+    try:
+        yield
+    finally:
+        path.rmdir()
 
 
 def test_the_proxy_alone_relays_and_leaves_nothing(app: Program, engine: FakeEngine) -> None:
@@ -102,6 +121,72 @@ def test_a_drained_backend_stays_drained_over_a_relays_end(app: Program, engine:
         ["curl", "-sf", "-X", "POST", f"{url}/admin/backends/smollm2-1/undrain"], check=True, timeout=PATIENCE_S
     )
     assert app.chat()[0]["choices"]
+    assert proxy.end() == 0
+
+
+@pytest.mark.parametrize("killed", [["proxy"], ["proxy", "relay"]])
+def test_a_drained_backend_stays_drained_over_a_controllers_end(
+    app: Program, engine: FakeEngine, killed: list[str]
+) -> None:
+    app.bring_up_proxy(engine.port)
+    kept = app.state / "agent-infra" / f"proxy-{app.port}" / "drained.json"
+    drain = ["curl", "-sf", "-X", "POST", f"http://127.0.0.1:{app.port}/admin/backends/smollm2-1/drain"]
+    subprocess.run(drain, check=True, timeout=PATIENCE_S)
+    wait_for(kept.exists, "the drain on the disk")
+    for role in killed:
+        os.kill(app.find(role), signal.SIGKILL)
+    wait_for(lambda: len(app.processes()) == 2 - len(killed), "their end")
+    proxy = app.spawn("proxy", "--port", str(app.port), "--backend", f"smollm2=127.0.0.1:{engine.port}")
+    proxy.wait_line("^proxy  http")
+    assert wait_for(lambda: app.get("/stats")["backends"], "the backend in /stats")[0]["state"] == "draining"
+    assert app.get("/health")["models"]["smollm2"]["ready"] == 0
+    assert proxy.end() == 0
+    proxy = app.bring_up_proxy(engine.port)  # an orderly end leaves no drain behind
+    assert proxy.end() == 0
+
+
+def test_a_relay_that_a_full_disk_left_unrecorded_is_recorded_later(app: Program, engine: FakeEngine) -> None:
+    proxy = app.bring_up_proxy(engine.port)
+    folder = app.state / "agent-infra" / f"proxy-{app.port}"
+    with unwritable(folder / "relay.json"):
+        killed = app.find("relay")
+        os.kill(killed, signal.SIGKILL)
+        wait_for(lambda: is_replaced(app, killed), "a relay")
+    wait_for((folder / "relay.json").exists, "the record")
+    assert json.loads((folder / "relay.json").read_text())["pid"] == app.find("relay")
+    assert proxy.end() == 0
+
+
+@pytest.mark.parametrize("verb", ["proxy", "stop"])
+def test_a_relay_without_record_or_controller_is_no_orphan(app: Program, engine: FakeEngine, verb: str) -> None:
+    app.bring_up_proxy(engine.port)
+    with unwritable(app.state / "agent-infra" / f"proxy-{app.port}" / "relay.json"):
+        killed = app.find("relay")
+        os.kill(killed, signal.SIGKILL)
+        wait_for(lambda: is_replaced(app, killed), "a relay")
+        os.kill(app.find("proxy"), signal.SIGKILL)
+        wait_for(lambda: len(app.processes()) == 1, "the controller's end")
+        relay = app.find("relay")
+    if verb == "proxy":
+        proxy = app.bring_up_proxy(engine.port)
+        assert app.find("relay") == relay
+        assert proxy.end() == 0
+    else:
+        assert f"stopped proxy (pid {relay})" in app.run("stop", "--name", f"proxy-{app.port}").stdout
+    wait_for(lambda: not app.processes(), "no process left")
+    assert not is_listening(app.port)
+
+
+def test_a_start_that_fails_leaves_another_ones_relay_its_files(app: Program, engine: FakeEngine) -> None:
+    proxy = app.bring_up_proxy(engine.port)
+    folder = app.state / "agent-infra" / f"proxy-{app.port}"
+    os.rename(folder / "controller.lock", folder / "other.lock")  # as on a file system that knows no locks
+    os.kill(app.find("relay"), signal.SIGSTOP)
+    (folder / "relay.json").unlink()
+    refused = app.run("proxy", "--port", str(app.port), "--backend", f"m=127.0.0.1:{engine.port}")
+    assert refused.returncode != 0
+    assert (folder / "relay.sock").exists()
+    os.kill(app.find("relay"), signal.SIGCONT)
     assert proxy.end() == 0
 
 
