@@ -139,7 +139,7 @@ VERBS = (
 def test_an_unknown_verb_is_answered_with_the_nearest_or_with_those_for_people(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for word, hint in (("stauts", "did you mean status?"), ("fly", f"there are: {', '.join(VERBS)}")):
+    for word, hint in (("stauts", "did you mean status?"), ("fly", f"known here: {', '.join(sorted(VERBS))}")):
         with pytest.raises(SystemExit) as caught:
             main([word])
         assert caught.value.code == 2
