@@ -30,6 +30,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from routing_baselines import BASELINES
+from routing_ours import Ours
 from routing_simulator import Fleet, Physics, Policy, Script, Step
 
 LONGEST_TOOL_S, LONGEST_HUMAN_S = 600.0, 1800.0
@@ -88,7 +89,7 @@ WORKLOADS: Mapping[str, Workload] = {
 }  # fmt: skip
 GRID = [name for name in WORKLOADS if name not in ("steady-64", "steady-256")]
 QUICK = ["swe", "kv-1.6", "no-reuse"]
-POLICIES: Mapping[str, Callable[[Fleet, int], Policy]] = BASELINES
+POLICIES: Mapping[str, Callable[[Fleet, int], Policy]] = {"ours": Ours, **BASELINES}
 
 
 class Scripts:
