@@ -90,7 +90,7 @@ class SessionRouter:
         self._random = random_source
         self._sessions: OrderedDict[str, SessionPlace] = OrderedDict()
         self._live: OrderedDict[str, SessionPlace] = OrderedDict()  # by last use, without the idle ones
-        self._live_tokens = self._in_flight = 0
+        self._live_tokens = 0
         self._output = 200.0  # decayed means: tokens of an answer, s of a turn, s of thinking between two
         self._turns_s = self._think_s = 1.0
         self._mean_slowness = 1.0
@@ -109,7 +109,8 @@ class SessionRouter:
         self, views: Sequence[ViewT], turn: SessionTurn, now: float, waited_s: float = 0.0,
         excluded: frozenset[str] = frozenset(),
     ) -> ViewT | None:  # fmt: skip
-        """Return the replica for a turn; None if none may take it, or the turn is held for room in a KV cache."""
+        """Return the replica for a turn; None if none may take it, or if waiting is better: for a slot where its prefix
+        is cached (as long as computing that elsewhere takes, at most), or for room in a KV cache (``turn.is_held``)."""
         self._expire(now)
         turn.is_held = False
         place = self._sessions.get(turn.session)
@@ -130,34 +131,37 @@ class SessionRouter:
     ) -> ViewT | None:  # fmt: skip
         home, cached = (source.home, min(source.cached, turn.prompt)) if source is not None else (None, 0)
         own = place.context if place is not None else 0
-        rates, output, prefix = self.rates, self._output, turn.prefix
-        prefill_s, neighbour_s = rates.prefill_s, output * rates.neighbour_s
-        base_s = (1.0 + self.horizon) * output * rates.step_s
-        load_s, holds = self._load_s(), self.holds
+        own_load = own if place is not None and place.is_live else 0
+        prefix, holds = turn.prefix, self.holds
+        prefill_s, neighbour_s, base_s, load_s, foreign_tokens = self._prices()
         since = now - self.return_s if waited_s < LONGEST_HOLD_S else math.inf
+        waits = waited_s < prefill_s * cached
         best, lowest, ties = None, math.inf, 0
         for view in views:
-            others = view.in_flight
-            if not view.accepts_work or 0 < view.capacity <= others or view.busy_until > now or view.id in excluded:
+            others, belief = view.in_flight, view.belief
+            is_full = 0 < view.capacity <= others
+            is_closed = not view.accepts_work or view.busy_until > now or view.id in excluded
+            if is_closed or (is_full and not (waits and belief is home)):
                 continue
-            belief = view.belief
             others += view.foreign_work
-            load, tokens = float(belief.live_tokens), float(turn.prompt)
+            load, tokens = belief.live_tokens + view.foreign_work * foreign_tokens, float(turn.prompt)
             if belief is home:
                 tokens -= cached
-                load -= own if place is not None and place.is_live else 0
+                load -= own_load
             else:
                 load += MOVE_MARGIN * own
             if prefix is not None and prefix in belief.warm:
                 tokens = min(tokens, turn.prompt - turn.prefix_tokens)
-            is_full = holds and tokens > MIN_EVIDENCE_TOKENS and 0 < belief.room_tokens < belief.used_tokens + tokens
-            if is_full and belief.would_evict(tokens, since):
+            is_tight = holds and tokens > MIN_EVIDENCE_TOKENS and 0 < belief.room_tokens < belief.used_tokens + tokens
+            if is_tight and belief.would_evict(tokens, since):
                 turn.is_held = True
                 continue
             if own and belief is not home:
                 tokens *= MOVE_COST
             score = tokens * prefill_s * (1 + others) + neighbour_s * others + base_s + load_s * load
             score = score * belief.slowness + max(0.0, belief.ready_at - now)
+            if is_full:
+                score += self._turns_s / view.capacity  # until one of its turns ends
             if score < lowest:
                 best, lowest, ties = view, score, 1
             elif score == lowest:
@@ -165,15 +169,17 @@ class SessionRouter:
                 if self._random.random() * ties < 1.0:
                     best = view
         turn.is_held = turn.is_held and best is None
-        return best
+        return None if best is not None and 0 < best.capacity <= best.in_flight else best
 
-    def _load_s(self) -> float:
-        """Seconds that a token of a live session costs another session there over its expected turns."""
-        if not self._live_tokens:
-            return 0.0
+    def _prices(self) -> tuple[float, float, float, float, float]:
+        """Seconds that a turn costs: per token to prefill, per turn that runs beside it, in any case, and per live
+        token beside it, in its session's expected turns. Last, the live tokens that a turn of others stands for."""
+        rates, output = self.rates, self._output
         in_turns = self._turns_s / (self._turns_s + self._think_s)  # share of their time that sessions spend in turns
-        contexts = len(self._live) / self._live_tokens
-        return LOAD_WEIGHT * self.horizon * self._output * self.rates.neighbour_s * in_turns * contexts
+        context = self._live_tokens / len(self._live) if self._live else 1.0
+        neighbour_s = output * rates.neighbour_s
+        load_s = LOAD_WEIGHT * self.horizon * neighbour_s * in_turns / context
+        return rates.prefill_s, neighbour_s, (1.0 + self.horizon) * output * rates.step_s, load_s, context / in_turns
 
     def place(self, view: ReplicaView, turn: SessionTurn, now: float, arrived: float) -> Placement:
         """Reserve a turn's work on the chosen replica; ``finish`` is then due."""
@@ -181,7 +187,9 @@ class SessionRouter:
         parent = self._sessions.get(turn.parent) if place is None and turn.parent is not None else None
         source = place or parent
         expected = min(source.cached, turn.prompt) if source is not None and source.home is belief else 0
-        shared = min(turn.prompt, parent.context) if parent is not None and parent.home is belief else 0
+        shared = min(turn.prompt, place.shared) if place is not None and place.home is belief else 0
+        if parent is not None and parent.home is belief:
+            shared = min(turn.prompt, parent.context)
         if turn.prefix is not None:
             shared = max(shared, min(turn.prompt, turn.prefix_tokens))
             if turn.prefix in belief.warm:
@@ -190,7 +198,6 @@ class SessionRouter:
                 belief.warm[turn.prefix] = turn.prefix_tokens
                 belief.used_tokens += turn.prefix_tokens
         used_at = place.used_at if place is not None else parent.used_at if parent is not None else -math.inf
-        self._in_flight += 1
         belief.room_tokens = belief.room_tokens or view.kv_tokens
         prefill_s = self.rates.prefill_s * belief.slowness
         waiting = max(0.0, belief.ready_at - now)
@@ -273,7 +280,6 @@ class SessionRouter:
         self, placement: Placement, now: float, others: int, prompt: int | None, cached: int | None, output: int | None
     ) -> None:
         """Release a turn's reservation and learn from its answer; None is what the engine didn't report."""
-        self._in_flight -= 1
         belief, place = placement.belief, self._sessions.get(placement.session)
         if place is not None:
             place.in_flight = max(0, place.in_flight - 1)
