@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class View:
     latency_ms: float | None = None
     last_chosen: int = 0
     kv_tokens: float = 0.0
+    ends_at: float = math.inf
     belief: ReplicaBelief = field(default_factory=ReplicaBelief)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,7 @@ class LiveReplica:
     def update(self, backend: Backend) -> None:
         """Take over a new row of the same replica, or a change of its state."""
         self.backend = backend
+        self.ends_at = math.inf if backend.ends_at is None else time.monotonic() + backend.ends_at - time.time()
         if self.override == backend.state:
             self.override = None
         state = self.override or backend.state

@@ -23,6 +23,7 @@ MOVE_COST = 2.0  # what a session that moves prefills counts twice: it also push
 MOVE_MARGIN = 8.0  # contexts of its own by which another replica's load must be lower before a session moves for that
 LOAD_WEIGHT = 4.0  # of the slowdown by the sessions that live on a replica
 MIN_EVIDENCE_TOKENS = 1024  # a shorter prefix that wasn't cached says nothing: engines cache whole blocks
+ENDS_SOON_S = 1e6  # added to the score of a replica whose walltime ends too soon: better than none
 LONGEST_HOLD_S = 60.0  # that a turn waits for room in a KV cache; then it goes on, and another session is evicted
 RETURNS_SOON = 0.9  # share of sessions that send their next turn within ``SessionRouter.return_s``
 MEASURE_EVERY_S = 0.05  # per replica: more turns add nothing to the fitted rates
@@ -35,6 +36,10 @@ class ReplicaView(BackendView, Protocol):
     @property
     def belief(self) -> ReplicaBelief:
         """Starts empty with the engine's process."""
+
+    @property
+    def ends_at(self) -> float:
+        """Clock time at which its walltime ends; infinity = unknown or never."""
 
     @property
     def kv_tokens(self) -> float:
@@ -133,7 +138,7 @@ class SessionRouter:
         own = place.context if place is not None else 0
         own_load = own if place is not None and place.is_live else 0
         prefix, holds = turn.prefix, self.holds
-        prefill_s, neighbour_s, base_s, load_s, foreign_tokens = self._prices()
+        prefill_s, neighbour_s, base_s, load_s, foreign_tokens, stay_s = self._prices(place is None)
         since = now - self.return_s if waited_s < LONGEST_HOLD_S else math.inf
         waits = waited_s < prefill_s * cached
         best, lowest, ties = None, math.inf, 0
@@ -160,8 +165,8 @@ class SessionRouter:
                 tokens *= MOVE_COST
             score = tokens * prefill_s * (1 + others) + neighbour_s * others + base_s + load_s * load
             score = score * belief.slowness + max(0.0, belief.ready_at - now)
-            if is_full:
-                score += self._turns_s / view.capacity  # until one of its turns ends
+            if is_full or view.ends_at < now + stay_s:
+                score += self._turns_s / view.capacity if is_full else ENDS_SOON_S  # until one of its turns ends
             if score < lowest:
                 best, lowest, ties = view, score, 1
             elif score == lowest:
@@ -171,15 +176,18 @@ class SessionRouter:
         turn.is_held = turn.is_held and best is None
         return None if best is not None and 0 < best.capacity <= best.in_flight else best
 
-    def _prices(self) -> tuple[float, float, float, float, float]:
+    def _prices(self, is_first: bool) -> tuple[float, float, float, float, float, float]:
         """Seconds that a turn costs: per token to prefill, per turn that runs beside it, in any case, and per live
-        token beside it, in its session's expected turns. Last, the live tokens that a turn of others stands for."""
+        token beside it, in its session's expected turns. Then the live tokens that a turn of others stands for, and the
+        seconds for which its replica must last: a session that lives somewhere can leave between two turns."""
         rates, output = self.rates, self._output
         in_turns = self._turns_s / (self._turns_s + self._think_s)  # share of their time that sessions spend in turns
         context = self._live_tokens / len(self._live) if self._live else 1.0
         neighbour_s = output * rates.neighbour_s
         load_s = LOAD_WEIGHT * self.horizon * neighbour_s * in_turns / context
-        return rates.prefill_s, neighbour_s, (1.0 + self.horizon) * output * rates.step_s, load_s, context / in_turns
+        base_s = (1.0 + self.horizon) * output * rates.step_s
+        stay_s = (1.0 + self.horizon) * (self._turns_s + self._think_s) if is_first else 2.0 * self._turns_s
+        return rates.prefill_s, neighbour_s, base_s, load_s, context / in_turns, stay_s
 
     def place(self, view: ReplicaView, turn: SessionTurn, now: float, arrived: float) -> Placement:
         """Reserve a turn's work on the chosen replica; ``finish`` is then due."""

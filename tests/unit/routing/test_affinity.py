@@ -277,3 +277,18 @@ def test_the_work_of_others_counts_as_load() -> None:
     fleet = Fleet(2)
     fleet.views[0].foreign_work = 9
     assert {fleet.turn(f"s{number}", 30) for number in range(6)} == {"r1"}
+
+
+def test_a_replica_that_ends_before_the_session_does_gets_it_only_if_there_is_no_other() -> None:
+    fleet = Fleet(2)
+    fleet.views[0].ends_at = 5.0
+    assert {fleet.turn(f"s{number}", 5000) for number in range(6)} == {"r1"}
+    fleet.views[1].accepts_work = False
+    assert fleet.turn("s9", 5000) == "r0"
+
+
+def test_a_session_moves_between_turns_before_its_replica_ends() -> None:
+    fleet = Fleet(2)
+    home = fleet.turn("a", 5000)
+    next(view for view in fleet.views if view.id == home).ends_at = fleet.now + 0.5
+    assert fleet.turn("a", 6000) != home
