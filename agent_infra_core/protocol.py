@@ -61,6 +61,7 @@ class Backend:
     state: str = "ready"  # ready | draining; the table holds no replicas in other states
     slots: int = 0  # turns that it runs at once; 0 = unknown: never full, so nothing queues
     node: str = ""
+    ends_at: float | None = None  # end of its walltime, s since the epoch
 
 
 # Frames on the Unix socket between controller and relay: one byte of kind, four bytes of length, the payload (JSON).
@@ -189,6 +190,60 @@ class SessionEnded:
 
 
 TurnEvent = TurnStarted | TurnSent | TurnAnswering | TurnFinished | SessionEnded
+MAX_CONVERSATIONS = 50_000  # answers kept to find the session of turns whose client names none
+MAX_GIVERS = 256  # of these, sessions that gave the same one
+
+
+class Conversations:
+    """Finds the session of a turn whose client names none: the session whose answer the turn continues.
+
+    Exact matches only. While a turn that continues an answer is open, and once it is completed, no other turn can
+    match that answer. So turns that continue one answer at the same time are sessions of their own. An answer given in
+    several sessions is continued by as many turns, by those sessions' age: their conversations are the same so far.
+    Keeps MAX_CONVERSATIONS answers; the longest unused is dropped.
+    The relay, which routes by it, and the controller, which keeps it for longer than a relay lives, both have one.
+    """
+
+    def __init__(self) -> None:
+        self._sessions: collections.OrderedDict[str, list[str]] = collections.OrderedDict()  # answer → who gave it
+        self._continued: collections.OrderedDict[str, str] = collections.OrderedDict()  # answers that were matched
+
+    def session_of(self, turn: str, session: str | None, follows: str | None) -> str | None:
+        """Return the session of a starting turn, a new one if there is no match; None if it continues nothing."""
+        if session or follows is None:
+            return session
+        givers = self._sessions.get(follows)
+        if givers is None:
+            return f"auto-{turn}"
+        found = givers.pop(0)
+        if not givers:
+            del self._sessions[follows]
+        self._continued[follows] = found
+        if len(self._continued) > MAX_CONVERSATIONS:
+            self._continued.popitem(last=False)
+        return found
+
+    def parent_of(self, follows: str | None) -> str | None:
+        """Return the session that gave an answer which another turn continues already: that of a fork's parent."""
+        return self._continued.get(follows) if follows else None
+
+    def answered(self, key: str, session: str) -> None:
+        """Record that ``session`` gave the answer with this ``key``, perhaps again."""
+        givers = self._sessions.setdefault(key, [])
+        if session not in givers:
+            givers.append(session)
+        del givers[:-MAX_GIVERS]
+        self._sessions.move_to_end(key)
+        if len(self._sessions) > MAX_CONVERSATIONS:
+            self._sessions.popitem(last=False)
+
+    def finish(self, turn: str, follows: str | None, key: str | None, session: str) -> None:
+        """Record the end of a turn. If it has no answer, the answer it continued can be matched again."""
+        if key is not None:
+            self.answered(key, session)
+        elif follows and session != f"auto-{turn}":
+            self.answered(follows, session)
+
 
 # Buckets of a histogram of durations. Number n starts at 2^(n / BUCKETS_PER_OCTAVE) ms.
 BUCKETS_PER_OCTAVE = 8  # a bucket is 9 % wide, so percentiles are off by at most 4.5 %

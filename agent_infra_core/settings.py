@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 STRATEGY_NAMES = ("least_load", "round_robin", "least_connections", "least_latency")
+AUTO_OR_OFF = ("auto", "off")
+# Claude Code; Codex, twice; opencode
+SESSION_HEADERS = ("X-Claude-Code-Session-Id", "session-id", "session_id", "x-session-affinity")
 ENGINE_NAMES = ("vllm", "llama_cpp", "command")
 CLUSTER_TYPES = ("local", "slurm")
 CONTAINER_RUNTIMES = ("apptainer", "pyxis")
@@ -74,6 +77,9 @@ class ProxyConfig:
     host: str = _key("127.0.0.1", pattern=r"\S+", allowed="an address to listen on, such as 127.0.0.1 or 0.0.0.0")
     port: int = _key(5800, low=0, high=65535)  # 0 = any free port
     strategy: str = _key("least_load", choices=STRATEGY_NAMES)
+    session_affinity: str = _key("auto", choices=AUTO_OR_OFF)  # auto = with least_load
+    kv_admission: str = _key("auto", choices=AUTO_OR_OFF)
+    session_headers: tuple[str, ...] = SESSION_HEADERS  # read after headers.session
     health_check_interval: float = _key(30.0, above=0)  # s
     load_poll_interval: float = _key(1.0, above=0)  # s
     request_timeout: float = _key(300.0, above=0)  # s without data from the replica

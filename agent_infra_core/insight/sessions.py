@@ -14,7 +14,6 @@ from agent_infra_core.protocol import TurnStarted
 LISTED_SESSIONS = 200  # in /stats: the most recently active
 LISTED_ENDED = 50  # and this many ended sessions
 OVERLAP_TOLERANCE_S = 0.01  # turns that overlap by more than this were open together; less is clock noise
-MAX_CONVERSATIONS = 50_000  # answers kept to find the session of turns whose client names none
 KEPT_PRINTS = 257  # of a session's last request: one for the part before the messages, 256 for the first messages
 
 
@@ -243,38 +242,3 @@ class SessionTable:
     def count_active(self, now: float) -> int:
         """Number of sessions with a turn in flight or activity in the last RECENT_S seconds."""
         return sum(1 for session in self if session.open_turns or session.last_seen > now - RECENT_S)
-
-
-class Conversations:
-    """Finds the session of a turn whose client names none: the session whose answer the turn continues.
-
-    Exact matches only. While a turn that continues an answer is open, and once it is completed, no other turn can
-    match that answer. So turns that continue one answer at the same time are sessions of their own, and so is a turn
-    that continues an answer given in several sessions. Keeps MAX_CONVERSATIONS answers; the longest unused is dropped.
-    """
-
-    def __init__(self) -> None:
-        self._sessions: collections.OrderedDict[str, str | None] = collections.OrderedDict()  # None: several gave it
-
-    def session_of(self, turn: TurnStarted) -> str | None:
-        """The session of a starting turn, a new one if there is no match; None if the turn continues nothing."""
-        if turn.session or turn.follows is None:
-            return turn.session
-        if (found := self._sessions.get(turn.follows)) is None:
-            return f"auto-{turn.turn}"
-        del self._sessions[turn.follows]
-        return found
-
-    def answered(self, key: str, session: str) -> None:
-        """Record that ``session`` gave the answer with this ``key``, perhaps again."""
-        self._sessions[key] = session if self._sessions.get(key, session) == session else None
-        self._sessions.move_to_end(key)
-        if len(self._sessions) > MAX_CONVERSATIONS:
-            self._sessions.popitem(last=False)
-
-    def finish(self, started: TurnStarted, key: str | None, session: str) -> None:
-        """Record the end of a turn. If it has no answer, the answer it continued can be matched again."""
-        if key is not None:
-            self.answered(key, session)
-        elif started.follows and session != f"auto-{started.turn}":
-            self.answered(started.follows, session)

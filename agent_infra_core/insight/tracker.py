@@ -13,14 +13,21 @@ from agent_infra_core.insight.rates import RATE_S, Pipeline, RecentHistogram, Th
 from agent_infra_core.insight.replicas import BackendTable, RelayReport, finite
 from agent_infra_core.insight.sessions import (
     LISTED_SESSIONS,
-    Conversations,
     Session,
     SessionTable,
     split_client,
     split_think_time,
 )
 from agent_infra_core.insight.turns import OpenTurn, TurnLedger, TurnLog, TurnRecord, finished_record, rounded
-from agent_infra_core.protocol import Backend, SessionEnded, TurnEvent, TurnFinished, TurnStarted, is_count
+from agent_infra_core.protocol import (
+    Backend,
+    Conversations,
+    SessionEnded,
+    TurnEvent,
+    TurnFinished,
+    TurnStarted,
+    is_count,
+)
 
 # Memory limits. Memory doesn't grow with the number of turns, nor with the number of sessions above these limits.
 MAX_LIVE_SESSIONS = 20_000  # above this, the longest silent session is dropped
@@ -351,12 +358,14 @@ class Tracker:
             turn.session.finish(record, at, turn.started.prints)
             self._sessions.touch(turn.session, at)
             if turn.started.follows is not None:
-                self._conversations.finish(turn.started, event.key, turn.session.id)
+                self._conversations.finish(event.turn, turn.started.follows, event.key, turn.session.id)
         self._log.add(record)
 
     def _begin(self, event: TurnStarted, at: float) -> OpenTurn:
         """Open a turn, with the known times before it."""
-        session = self._sessions.open(self._conversations.session_of(event), event, at)
+        session = self._sessions.open(
+            self._conversations.session_of(event.turn, event.session, event.follows), event, at
+        )
         if session is None:
             pre_ms, unaccounted_ms = split_think_time(None, event.pre_ms, event.post_ms)
             return OpenTurn(event, None, None, None, pre_ms, unaccounted_ms)

@@ -19,7 +19,8 @@ from agent_infra_core.relay.replicas import NO_DESCRIPTOR
 
 def is_same_endpoint(one: Backend, other: Backend) -> bool:
     """Whether two rows lead to one server: then connections and health carry over."""
-    return dataclasses.replace(one, state=other.state, slots=other.slots, node=other.node) == other
+    same = dataclasses.replace(one, state=other.state, slots=other.slots, node=other.node, ends_at=other.ends_at)
+    return same == other
 
 
 CONNECTED_STATES = (1, 4, 5)  # of Linux: established, or closed for sending by the client (FIN_WAIT1, FIN_WAIT2)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import heapq
 import math
+import random
 import time
 from typing import TYPE_CHECKING
 
 from agent_infra_core.http.errors import RequestError
 from agent_infra_core.relay.book import Turn
 from agent_infra_core.relay.replicas import LiveReplica, explain_absence
-from agent_infra_core.routing.queue_order import AttainedService, queue_key
+from agent_infra_core.relay.sessions import SessionRoutes
+from agent_infra_core.routing.queue_order import AttainedService, FairQueue, Waiting, queue_key
 from agent_infra_core.routing.strategies import ANYWHERE, RouteRequest, choose_backend
 
 if TYPE_CHECKING:
@@ -20,12 +21,21 @@ if TYPE_CHECKING:
 PROXY_STOPPED = "the proxy was stopped"
 
 
+def client_of(turn: Turn, client: ClientConnection) -> str:
+    """Return who shares the slots with others: the client that a turn names, else the host that it comes from."""
+    named = turn.labels.client
+    if named is not None:
+        return named.partition(" ")[0]
+    return str(client.peer[0]) if client.peer else ""
+
+
 class Admission:
     """Gives replicas' slots to turns. Owns the queue of every model and what sessions were served lately."""
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
-        self._queues: dict[str, list[tuple[float, int, Turn, ClientConnection]]] = {}  # heaps
+        self.sessions = SessionRoutes(relay, random.Random())  # noqa: S311 - it breaks ties, and hides nothing
+        self._queues: dict[str, FairQueue[Turn]] = {}
         self._attained = AttainedService()
         self._mean_service_s = 1.0
         self._choices = 0
@@ -34,10 +44,10 @@ class Admission:
     def acquire(self, turn: Turn, client: ClientConnection) -> LiveReplica:
         """Return a replica with a slot for ``turn``, after waiting where that may help; ``release`` is then due. Raises
         RequestError, ClientGone."""
-        if not self._queues.get(turn.model):  # else it would overtake those that wait
-            turn.replica = self._choose(turn, time.monotonic())
-            if turn.replica is not None:
-                return turn.replica
+        turn.sharer = client_of(turn, client)
+        is_first = not self._queue(turn.model)  # else it would overtake those that wait
+        if is_first and self._choose(turn) and turn.replica is not None:
+            return turn.replica
         attained_s = 0.0
         if turn.session is not None and not turn.charged_s:
             turn.charged_s = self._mean_service_s
@@ -50,8 +60,8 @@ class Admission:
         replica, turn.replica = turn.replica, None
         if replica is not None:
             replica.release()
-            if self._queues.get(turn.model):
-                self.dispatch(turn.model)
+            self._queue(turn.model).end(turn.sharer)
+            self.dispatch(turn.model)
 
     def charge(self, turn: Turn) -> None:
         """Charge the session of a turn that is over for the service that the turn really received."""
@@ -68,60 +78,68 @@ class Admission:
         """
         pool = self._relay.pools.get(model, ())
         if any(replica.accepts_work and replica.id not in route.excluded for replica in pool):
-            return "slot"
+            return "slot"  # also where it is excluded for a while only
         if model not in self._relay.loading:
             return "nothing"
         return "loading" if self._relay.control.is_connected else "slot"
 
     def dispatch(self, model: str) -> None:
         """Give free slots to those who wait, in their order."""
-        queue, passed_over = self._queues.get(model, []), []
+        queue = self._queue(model)
         while queue:
-            if (
-                choose_backend(self._relay.pools.get(model, ()), ANYWHERE, self._relay.strategy, time.monotonic())
-                is None
-            ):
-                break
-            entry = heapq.heappop(queue)
-            turn = entry[2]
-            turn.replica = self._choose(turn, time.monotonic())
-            if turn.replica is None:  # the free ones are those that it was at already
-                passed_over.append(entry)
-            else:
-                self.pending -= 1
-                self._relay.reactor.loop.run_callback(entry[3].wake)
-        for entry in passed_over:
-            heapq.heappush(queue, entry)
+            now = time.monotonic()
+            if not any(replica.has_room and replica.busy_until <= now for replica in self._relay.pools.get(model, ())):
+                return
+            given = queue.give(self._choose, self.sessions.is_warm)
+            if given is None:  # the free ones are those that they were at already, or their turns are held
+                return
+            self.pending -= 1
+            self._relay.reactor.loop.run_callback(given.turn.wake)
 
     def sweep(self) -> None:
         """Look at all queues again: a busy replica's time may be over, or the last one may be gone."""
         for model, queue in self._queues.items():
             if queue:
                 self.dispatch(model)
-                for entry in queue:
-                    if self.outlook(model, entry[2].route) == "nothing":
-                        self._relay.reactor.loop.run_callback(entry[3].wake)
+                for waiting in queue:
+                    if self.outlook(model, waiting.turn.route) == "nothing":
+                        self._relay.reactor.loop.run_callback(waiting.turn.wake)
 
     def waiting(self) -> list[Turn]:
         """All that wait, the longest first."""
-        return sorted((entry[2] for queue in self._queues.values() for entry in queue), key=lambda turn: turn.arrived)
+        turns = [waiting.turn for queue in self._queues.values() for waiting in queue]
+        return sorted(turns, key=lambda turn: turn.arrived)
 
-    def _choose(self, turn: Turn, now: float) -> LiveReplica | None:
-        relay = self._relay
-        replica = choose_backend(relay.pools.get(turn.model, ()), turn.route, relay.strategy, now)
-        if replica is not None:
-            self._choices += 1
-            replica.reserve(self._choices, turn.tokens)
-        return replica
+    def _queue(self, model: str) -> FairQueue[Turn]:
+        queue = self._queues.get(model)
+        if queue is None:
+            queue = self._queues[model] = FairQueue()
+        return queue
+
+    def _choose(self, turn: Turn) -> bool:
+        """Choose a replica for a turn and reserve its slot; False if the turn must wait."""
+        relay, now = self._relay, time.monotonic()
+        pool = relay.pools.get(turn.model, ())
+        if turn.routed is None or not relay.keeps_sessions:
+            replica = choose_backend(pool, turn.route, relay.strategy, now)
+        else:
+            replica = self.sessions.choose(turn, turn.routed, pool, now)
+        if replica is None:
+            return False
+        self._choices += 1
+        replica.reserve(self._choices, turn.tokens)
+        self._queue(turn.model).start(turn.sharer)
+        turn.replica = replica
+        return True
 
     def _wait(self, turn: Turn, client: ClientConnection, key: float) -> LiveReplica:
         settings = self._relay.settings.proxy
         if self.outlook(turn.model, turn.route) != "nothing" and self.pending >= settings.max_queue and not turn.sent:
             raise RequestError(429, f"{self.pending} requests wait already; try again later", retry_after_s=1)
         self._choices += 1
-        entry = (key, self._choices, turn, client)
-        queue = self._queues.setdefault(turn.model, [])
-        heapq.heappush(queue, entry)
+        turn.wake = client.wake
+        waiting, queue = Waiting(turn, turn.sharer, key, self._choices), self._queue(turn.model)
+        queue.add(waiting)
         self.pending += 1
         try:
             self.dispatch(turn.model)  # those ahead may wait for replicas that this one need not wait for
@@ -130,10 +148,7 @@ class Admission:
             self.release(turn)  # a slot may have come in the very moment of giving up
             raise
         finally:
-            if entry in queue:
-                queue.remove(entry)
-                heapq.heapify(queue)
-                self.pending -= 1
+            self.pending -= queue.remove(waiting)
 
     def _wait_for_slot(self, turn: Turn, client: ClientConnection, timeout_s: float) -> LiveReplica:
         since, was_loading = turn.arrived, False
@@ -145,7 +160,8 @@ class Admission:
                 if outlook == "nothing":
                     why = explain_absence(self._relay.pools.get(turn.model, ())) + self._relay.control.remedy
                     raise RequestError(503, f"no replica of {turn.model} is there to answer: {why}", retry_after_s=1)
-                if outlook == "loading" or was_loading:
+                is_held = turn.routed is not None and turn.routed.is_held  # that wait has a bound of its own
+                if outlook == "loading" or was_loading or is_held:
                     since, was_loading = now, outlook == "loading"
                 if now >= since + timeout_s:
                     raise RequestError(503, f"no slot came free within {timeout_s:g} s", retry_after_s=1)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # What is read of a request's body beside its messages; the last two as they stand there.
 KNOWN_FIELDS = ("model", "stream", "stream_options", "prompt", "input", "tools", "system")
+_CACHE_MARK = re.compile(rb',\s*"cache_control":\s*\{[^{}]*\}|"cache_control":\s*\{[^{}]*\}\s*,?\s*')
 _MESSAGES = b'{"messages":[0'  # in place of a beginning that is known: the 0 stands for its messages
 
 
@@ -179,8 +180,9 @@ class Codec:
         before: KnownBody | None = getattr(fields, "before", None)
         if before is None and not messages:
             return b"", None
-        head = zlib.crc32(fields.system, zlib.crc32(fields.tools))
-        prints = array("I", (head, *map(zlib.crc32, messages))).tobytes()
+        parts = [_said(part) for part in (fields.tools, fields.system, *messages)]
+        head = zlib.crc32(parts[1], zlib.crc32(parts[0]))
+        prints = array("I", (head, *map(zlib.crc32, parts[2:]))).tobytes()
         if before is not None:
             prints = prints[:4] + before.prints[4:] + prints[4:]
         if is_named:
@@ -197,6 +199,16 @@ class Codec:
                     answer = message_fingerprint(*message_text_and_calls(message.content, message.tool_calls))
                     return prints, conversation_key(prints[4 : 4 + 4 * (first + index)], answer)
         return prints, before.follows if before is not None else ""
+
+    def shared_prefix(self, fields: Any, prints: bytes) -> tuple[bytes, int]:
+        """What identifies the tools and system prompt of a conversation's first request, and their size in bytes."""
+        messages = getattr(fields, "messages", ())
+        if not messages or getattr(fields, "before", None) is not None or not prints:
+            return b"", 0
+        first = bytes(messages[0])
+        is_system = len(messages) > 1 and (first.find(b'"system"') >= 0 or first.find(b'"developer"') >= 0)
+        size = len(fields.system) + len(fields.tools)
+        return (prints[:8], size + len(first)) if is_system else (prints[:4], size)
 
     def last_words(self, fields: Any, limit: int) -> str:
         """The start of the last user message, or of the prompt."""
@@ -271,6 +283,12 @@ def plain_text(content: Any, depth: int = 8) -> str:
     if isinstance(content, list) and depth and not (content and isinstance(content[0], int)):
         return " ".join(filter(None, (plain_text(part, depth - 1) for part in content[:20])))
     return ""
+
+
+def _said(part: Any) -> Any:
+    """A part of a request without the marks that clients move: they don't change what was said."""
+    raw = bytes(part)
+    return _CACHE_MARK.sub(b"", raw) if raw.find(b'"cache_control"') >= 0 else raw
 
 
 def form_model(body: bytes | bytearray) -> str | None:

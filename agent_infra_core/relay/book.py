@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from agent_infra_core.http.errors import RequestError
@@ -11,6 +12,7 @@ from agent_infra_core.http.events import MAX_TRACED_BYTES, NO_DIGEST, AnswerDige
 from agent_infra_core.protocol import NO_GAPS, EventBatch, Histogram, SessionEnded, TurnAnswering, TurnSent
 from agent_infra_core.relay.bodies import KnownBodies, form_model
 from agent_infra_core.relay.requests import RequestPlan
+from agent_infra_core.routing.affinity import Placement, SessionTurn
 from agent_infra_core.routing.strategies import ANYWHERE, RouteRequest
 
 if TYPE_CHECKING:
@@ -37,6 +39,10 @@ class Turn:
 
     # What most turns leave as it is.
     route: RouteRequest = ANYWHERE
+    routed: SessionTurn | None = None  # None: it belongs to no session
+    placement: Placement | None = None  # while a replica is at work on it for its session
+    sharer = ""  # see client_of()
+    wake: Callable[[], None]  # of its client, while it waits
     charged_s = 0.0  # service that its session was charged in advance, when it had to wait
     retries = 0
     deaths = 0  # replicas that died with it
@@ -129,6 +135,7 @@ class TurnBook:
             turn.prompt = codec.last_words(fields, turn.wanted_text)
         if len(body) <= MAX_TRACED_BYTES:
             turn.prints, turn.follows = codec.trace(fields, turn.session is not None)
+        self._relay.admission.sessions.identify(turn, *codec.shared_prefix(fields, turn.prints))
         if turn.prints and len(body) >= LONG_BODY_BYTES:
             conversation = turn.session or peer
             goes_on = getattr(fields, "before", None) is not None or self._bodies.find(conversation) is None
@@ -149,7 +156,7 @@ class TurnBook:
             return
         turn.over = time.monotonic()
         turn.ended = turn.ended or turn.over
-        self._relay.admission.charge(turn)
+        self._read_outcome(turn)
         counters = self.counters
         if turn.retries:
             counters["retries"] += turn.retries
@@ -163,8 +170,18 @@ class TurnBook:
         if turn.labels.ends_session and turn.session is not None:
             self.end_session(turn.session)
 
+    def _read_outcome(self, turn: Turn) -> None:
+        """Have routing learn from a turn that is over."""
+        admission = self._relay.admission
+        admission.charge(turn)
+        try:
+            self.read_answer(turn)
+            is_known = turn.follows is not None and turn.outcome == "completed" and turn.digest is not None
+            admission.sessions.finish(turn, self._key(turn, turn.digest) if is_known and turn.digest else None)
+        except Exception as error:  # noqa: BLE001 - a bug costs this lesson, never the connection that brought it
+            self._relay.log_bug("a turn's lesson", error)
+
     def _finished_event(self, turn: Turn) -> Any:
-        self.read_answer(turn)
         digest, events = turn.digest or NO_DIGEST, turn.stream.events if turn.stream is not None else 0
         is_estimated = digest.completion_tokens is None and events > 0
         estimate = max(0, events - 2)  # the last two events carry the finish reason and [DONE]
@@ -187,6 +204,8 @@ class TurnBook:
         return conversation_key(turn.prints[4:], digest.print) if digest.print is not None else None
 
     def end_session(self, session: str) -> None:
+        """A session is over, its agent says."""
+        self._relay.admission.sessions.end(session)
         self._relay.control.add_ended_session(SessionEnded(session, time.time()))
 
     def news(self) -> EventBatch:
@@ -259,6 +278,7 @@ class TurnBook:
                 "session": turn.session,
                 "model": turn.model,
                 "waited_ms": round((now - turn.arrived) * 1000),
+                **({"held": True} if turn.routed is not None and turn.routed.is_held else {}),
             }
             for turn in waiting[:50]
         ]

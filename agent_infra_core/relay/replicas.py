@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from agent_infra_core.http.errors import WireError
 from agent_infra_core.http.heads import forwarded_head
 from agent_infra_core.protocol import Backend
 from agent_infra_core.relay.requests import RequestPlan
+from agent_infra_core.routing.beliefs import ReplicaBelief
 
 if TYPE_CHECKING:
     from agent_infra_core.relay.server import Relay
@@ -22,6 +24,7 @@ NO_DESCRIPTOR = errno.EMFILE, errno.ENFILE
 RECEIVE_BYTES = 64 << 10
 PROBE_S = 5.0
 EJECT_AFTER = 3  # transport errors in a row
+EJECT_AFTER_REFUSALS = 5  # answers of status 500 and above in a row
 FIRST_EJECTION_S = 0.5  # doubled with each ejection in a row, up to the health check interval
 AWAY_STATES = ("draining", "stopped", "failed")  # that a replica's own digest tells: it takes no turn
 NAMED_ABSENT = 3  # replicas that a refusal names
@@ -34,6 +37,7 @@ class LiveReplica:
         self.backend = backend
         self.id = backend.id
         self.host = f"{backend.host}:{backend.port}".encode("ascii")
+        self.belief = ReplicaBelief()
         self.in_flight = self.requests = self.errors = 0
         self.last_chosen = 0
         self.latency_ms: float | None = None
@@ -45,6 +49,7 @@ class LiveReplica:
         self.health = "up"  # up | trial (one turn at a time, after an ejection) | down
         self.reason: str | None = None
         self.failures = 0  # transport errors in a row
+        self.refusals = 0  # answers of status 500 and above in a row
         self.ejections = 0  # in a row
         self.probe_failures = 0  # in a row
         self.last_byte = 0.0  # of an answer
@@ -60,26 +65,34 @@ class LiveReplica:
     def update(self, backend: Backend) -> None:
         """Take over a new row of the same replica, or a change of its state."""
         self.backend = backend
+        self.ends_at = math.inf if backend.ends_at is None else time.monotonic() + backend.ends_at - time.time()
         if self.override == backend.state:
             self.override = None
         state = self.override or backend.state
         load: Mapping[str, Any] = self.load if isinstance(self.load, dict) else {}
         # Asleep, an engine answers its health probe and hangs every turn.
         is_away = bool(load.get("is_sleeping")) or load.get("state") in AWAY_STATES
+        if load.get("is_sleeping"):
+            self.belief.clear()  # its cache doesn't outlive its sleep
         self.accepts_work = state == "ready" and self.health != "down" and not is_away
         self.capacity = 1 if self.health == "trial" else backend.slots
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it takes work and has a free slot."""
+        return self.accepts_work and not 0 < self.capacity <= self.in_flight
 
     def set_health(self, health: str, reason: str | None) -> None:
         self.health, self.reason = health, reason
         self.update(self.backend)
 
-    def note_success(self, latency_ms: float, now: float) -> None:
-        """A turn got its whole answer from it."""
-        self.failures = 0
+    def note_success(self, latency_ms: float | None, now: float) -> None:
+        """A turn got its whole answer from it; ``latency_ms`` is None if nothing was generated."""
+        self.failures = self.refusals = 0
         self.last_byte = now
-        self.latency_ms = (
-            latency_ms if self.latency_ms is None else self.latency_ms + 0.2 * (latency_ms - self.latency_ms)
-        )
+        if latency_ms is not None:
+            former = self.latency_ms
+            self.latency_ms = latency_ms if former is None else former + 0.2 * (latency_ms - former)
         if self.health == "trial":
             self.ejections = 0
             self.set_health("up", None)
@@ -88,7 +101,23 @@ class LiveReplica:
         """A transport error; the last of several, or a proof of death, ejects it until a probe succeeds."""
         self.errors += 1
         self.failures += 1
-        if self.health != "down" and (is_dead or self.failures >= EJECT_AFTER or self.health == "trial"):
+        if is_dead:
+            self.belief.clear()
+        if is_dead or self.failures >= EJECT_AFTER or self.health == "trial":
+            self._eject(reason)
+
+    def note_refusal(self, status: int, is_alone: bool) -> None:
+        """An answer of status 500 or above from a live engine; several in a row eject it, unless it is the last one.
+
+        Such a replica is never full, so it would attract every turn.
+        """
+        self.errors += 1
+        self.refusals += 1
+        if not is_alone and (self.refusals >= EJECT_AFTER_REFUSALS or self.health == "trial"):
+            self._eject(f"answered {status}, the last of {self.refusals} errors in a row")
+
+    def _eject(self, reason: str) -> None:
+        if self.health != "down":
             self.ejections += 1
             self.set_health("down", reason)
             if self.look_at_once is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from agent_infra_core.http.heads import (
@@ -31,6 +31,7 @@ class Labels:
     pre_ms: float | None
     post_ms: float | None
     ends_session: bool
+    is_retry: bool  # a client library sends the same body again
 
 
 @dataclass(slots=True)
@@ -54,9 +55,10 @@ class RequestPlan:
 class LabelReader:
     """Reads labels from the configured headers."""
 
-    def __init__(self, names: HeadersConfig) -> None:
-        texts = names.session, names.task, names.client
-        self._session, self._task, self._client = (name.lower().encode() for name in texts)
+    def __init__(self, names: HeadersConfig, session_headers: Iterable[str] = ()) -> None:
+        """``session_headers`` also carry sessions' names; the first of them that a request has counts."""
+        self._sessions = [name.lower().encode() for name in (names.session, *session_headers)]
+        self._task, self._client = (name.lower().encode() for name in (names.task, names.client))
         self._pre, self._post = (name.lower().encode() for name in (names.timing_pre, names.timing_post))
 
     def read(self, fields: Mapping[bytes, bytes]) -> Labels:
@@ -64,12 +66,13 @@ class LabelReader:
         get = fields.get
         is_retry = get(b"x-stainless-retry-count", b"0") != b"0"
         return Labels(
-            _text(get(self._session)) or _text(get(b"x-session-affinity")),
+            next(filter(None, map(_text, map(get, self._sessions))), None),
             _text(get(self._task)),
             _text(get(self._client)),
             None if is_retry else _milliseconds(get(self._pre)),
             None if is_retry else _milliseconds(get(self._post)),
             get(b"x-session-end", b"").lower() == b"true",
+            is_retry,
         )
 
 

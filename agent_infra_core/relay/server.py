@@ -54,7 +54,7 @@ class RelaySettings:
     def __post_init__(self) -> None:
         self.max_body_bytes = int(self.proxy.max_body_mb * (1 << 20))
         self.max_buffered_bytes = int(self.proxy.max_buffered_mb * (1 << 20))
-        self.labels = LabelReader(self.headers)
+        self.labels = LabelReader(self.headers, self.proxy.session_headers)
 
 
 class Relay:
@@ -73,6 +73,7 @@ class Relay:
         self.app = make_app(self)
         self.settings = RelaySettings(ProxyConfig(api_key=secrets.token_hex(16)), HeadersConfig())
         self.strategy = self.settings.proxy.strategy
+        self.keeps_sessions = False  # session_affinity, with the strategy that it goes with
         self.models: list[str] = []
         self.loading: frozenset[str] = frozenset()
         self.replicas: dict[str, LiveReplica] = {}
@@ -106,6 +107,8 @@ class Relay:
         if table.get("settings"):
             self.settings = self.codec.convert(table["settings"], RelaySettings)
             self.strategy = self.settings.proxy.strategy
+            affinity = self.settings.proxy.session_affinity
+            self.keeps_sessions = affinity == "auto" and self.strategy == "least_load"
             self.door.set_key(self.settings.proxy.api_key)
             self.heads.known_requests.clear()  # labels are read by names that may be others now
             for client in self.connections:

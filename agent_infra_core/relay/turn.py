@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
 import struct
 import time
@@ -17,7 +18,6 @@ from agent_infra_core.relay.reactor import ClientGone
 from agent_infra_core.relay.replicas import RECEIVE_BYTES, LiveReplica
 from agent_infra_core.relay.requests import RequestPlan
 from agent_infra_core.relay.upstream import TransportError, Upstream
-from agent_infra_core.routing.strategies import RouteRequest
 
 if TYPE_CHECKING:
     from agent_infra_core.relay.connection import ClientConnection
@@ -26,6 +26,8 @@ APP_BODY_BYTES = 64 << 10
 BUFFERED_ANSWER_BYTES = 8 << 20  # a plain answer longer than this is passed on as it comes
 DIGESTED_ANSWER_BYTES = 4 << 20  # the usage of a longer one isn't read
 RACE_S = 1.0  # within which a close by the replica that crossed with a request shows: a round trip, and more
+GENERATING_PATHS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages")
+UNREACHABLE_S = 1.0  # that a turn avoids a replica that it couldn't reach
 BUSY_S = 0.5  # that a replica gets no work after 429 or 503, at least
 NO_RETRY_LEFT = f"it is not sent elsewhere: the retry budget, {RETRY_SHARE:.0%} of all requests, is spent"
 
@@ -125,8 +127,9 @@ class Delivery:
             after = head.fields.get(b"retry-after", b"").strip()
             pause = min(max(float(after), BUSY_S), 60.0) if after.isdigit() else BUSY_S
             replica.busy_until = time.monotonic() + pause
-            self._start_over()
-            return None
+            if self._relay.book.take_retry():
+                self._start_over()
+                return None
         turn.answer = body if len(body) <= DIGESTED_ANSWER_BYTES else b""
         if head.status >= 400 or body.find(b'"abort"') >= 0:  # find(): `in` first tries to read a number
             self._relay.book.read_answer(turn)
@@ -134,13 +137,15 @@ class Delivery:
         if turn.digest is not None and turn.digest.finish_reason == "abort":
             self._after_death(replica, "the engine was shut down", is_proven=True)
             return None
-        if head.status >= 500:
+        if head.status >= 500 and head.status != 503:
             if turn.deaths == 0 and not self._relay.watch.is_alive(replica):
                 self._after_death(replica, f"it answered {head.status} and died", is_proven=True)
                 return None
-            replica.errors += 1
-        else:
-            replica.note_success((turn.ended - turn.sent) * 1000.0, turn.ended)
+            pool = self._relay.pools.get(turn.model, ())
+            replica.note_refusal(head.status, not any(other.accepts_work for other in pool if other is not replica))
+        elif head.status not in (429, 503):
+            is_measured = head.status < 400 and turn.path in GENERATING_PATHS
+            replica.note_success((turn.ended - turn.sent) * 1000.0 if is_measured else None, turn.ended)
         turn.status = head.status
         keeps_alive = self._plan.request.keeps_alive
         head_bytes = returned_head(head, turn.answer_fields(), len(body), False, not keeps_alive)
@@ -171,7 +176,9 @@ class Delivery:
         """The replica got nothing of the request: any other one may get it, within the budget."""
         replica.note_failure(error, is_dead=True)
         self._unreachable += 1
-        self._exclude(replica)
+        route = self._turn.route  # it may be back in a moment, and it got nothing
+        until = (*route.until, (replica.id, time.monotonic() + UNREACHABLE_S))
+        self._turn.route = dataclasses.replace(route, until=until)
         if self._unreachable > self._relay.settings.proxy.max_retries:
             message = f"no replica of {self._turn.model} could be reached: {error}{self._relay.control.remedy}"
             raise RequestError(503, message, retry_after_s=1)
@@ -205,9 +212,10 @@ class Delivery:
         mates = {other.id for other in pool if other.backend.node == replica.backend.node}
         if with_node and any(other.accepts_work and other.id not in excluded | mates for other in pool):
             excluded |= mates
-        self._turn.route = RouteRequest(excluded)
+        self._turn.route = dataclasses.replace(self._turn.route, excluded=excluded)
 
     def _start_over(self) -> None:
+        self._relay.admission.sessions.give_up(self._turn, time.monotonic())
         self._turn.first = self._turn.ended = 0.0
         self._turn.digest, self._turn.answer, self._turn.stream = None, b"", None
 

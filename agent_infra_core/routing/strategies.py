@@ -55,9 +55,16 @@ class BackendView(Protocol):
 
 @dataclass(frozen=True)
 class RouteRequest:
-    """The constraints of a turn: replicas that must not get it (again)."""
+    """The constraints of a turn: replicas that must not get it (again), some only until a moment."""
 
     excluded: frozenset[str] = frozenset()
+    until: tuple[tuple[str, float], ...] = ()  # (replica, clock time): it couldn't be reached, so it got nothing
+
+    def excluded_at(self, now: float) -> frozenset[str]:
+        """Return the replicas that must not get the turn now."""
+        if not self.until:
+            return self.excluded
+        return self.excluded | {replica for replica, end in self.until if end > now}
 
 
 ANYWHERE = RouteRequest()
@@ -74,8 +81,10 @@ def _rank_least_connections(view: BackendView) -> RouteRank:
 
 
 def _rank_least_latency(view: BackendView) -> RouteRank:
-    """Lowest decayed mean latency; a replica without a sample comes first."""
-    return -1.0 if view.latency_ms is None else view.latency_ms, 0.0, view.last_chosen
+    """Lowest decayed mean latency; a replica without a sample comes first with one turn, then last until it answers."""
+    if view.latency_ms is None:
+        return (1e12 if view.in_flight else -1.0), view.in_flight, view.last_chosen
+    return view.latency_ms, 0.0, view.last_chosen
 
 
 def _rank_least_load(view: BackendView) -> RouteRank:
@@ -101,7 +110,7 @@ ViewT = TypeVar("ViewT", bound=BackendView)
 
 def choose_backend(views: Iterable[ViewT], request: RouteRequest, strategy: str, now: float) -> ViewT | None:
     """Return the replica for a turn, or None if no replica may take it or has a free slot."""
-    excluded, rank_of, best, lowest = request.excluded, STRATEGIES[strategy], None, NO_RANK
+    excluded, rank_of, best, lowest = request.excluded_at(now), STRATEGIES[strategy], None, NO_RANK
     for view in views:
         is_open = view.accepts_work and (not view.capacity or view.in_flight < view.capacity)
         if is_open and view.busy_until <= now and view.id not in excluded and (rank := rank_of(view)) < lowest:

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent_infra_core.relay.replicas import ejection_s
-from agent_infra_core.routing.queue_order import AttainedService, queue_key
 from agent_infra_core.routing.strategies import ANYWHERE, STRATEGIES, RouteRank, RouteRequest, choose_backend
 from agent_infra_core.settings import STRATEGY_NAMES
 
@@ -87,28 +86,16 @@ def test_whatever_is_chosen_may_take_a_turn(rows: list[tuple[int, int, bool]]) -
         assert (view in may) if may else view is None
 
 
-def test_a_session_that_had_more_service_waits_behind_one_that_had_less() -> None:
-    assert queue_key(10.0, 100.0, 60.0) > queue_key(0.0, 100.0, 60.0)
-
-
-def test_waiting_outweighs_any_service_within_half_the_queue_timeout() -> None:
-    assert queue_key(1e9, 100.0, 60.0) <= queue_key(0.0, 130.0, 60.0)
-
-
-def test_attained_service_halves_in_a_minute_and_can_be_given_back() -> None:
-    service = AttainedService()
-    assert service.charge("s", 8.0, 0.0) == 0.0
-    assert service.charge("s", -1.0, 60.0) == pytest.approx(4.0)
-    assert service.charge("s", 0.0, 60.0) == pytest.approx(3.0)
-
-
-def test_attained_service_is_kept_for_a_bounded_number_of_sessions() -> None:
-    service = AttainedService(limit=2)
-    for session in "abc":
-        service.charge(session, 5.0, 0.0)
-    assert service.charge("a", 0.0, 0.0) == 0.0
-    assert service.charge("c", 0.0, 0.0) == 5.0
-
-
 def test_a_replica_that_fails_for_ever_is_left_alone_for_a_bounded_time() -> None:
     assert [ejection_s(count, 30.0) for count in (1, 2, 3, 100, 5_000)] == [0.5, 1.0, 2.0, 30.0, 30.0]
+
+
+def test_least_latency_sends_one_turn_at_a_time_to_what_it_has_not_measured() -> None:
+    assert chosen("least_latency", View("a", latency_ms=0.1), View("b", in_flight=1)) == "a"
+    assert chosen("least_latency", View("a", in_flight=2), View("b", in_flight=1)) == "b"
+
+
+def test_an_exclusion_where_nothing_was_sent_expires() -> None:
+    request = RouteRequest(until=(("a", 5.0),))
+    assert chosen("least_load", View("a"), now=4.0, request=request) is None
+    assert chosen("least_load", View("a"), now=5.0, request=request) == "a"

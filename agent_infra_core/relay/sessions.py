@@ -1,0 +1,113 @@
+"""Sessions as the relay routes them: which one a turn belongs to, and which replica has its prefix cached."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from agent_infra_core.http.events import NO_DIGEST
+from agent_infra_core.protocol import Conversations
+from agent_infra_core.relay.replicas import LiveReplica
+from agent_infra_core.routing.affinity import Placement, SessionRouter, SessionTurn
+
+if TYPE_CHECKING:
+    from agent_infra_core.relay.book import Turn
+    from agent_infra_core.relay.server import Relay
+
+RETRIED_BODIES = 5_000  # bodies remembered, for the client libraries that send them again
+
+
+class SessionRoutes:
+    """Owns the session routers of all models, and what conversations are known by.
+
+    A session that its client names is known by that name. Otherwise a turn belongs to the session whose answer it
+    continues, as in the controller's tracking. A client library's retry of the same body is the same turn.
+    """
+
+    def __init__(self, relay: Relay, random_source: random.Random) -> None:
+        self._relay, self._random = relay, random_source
+        self._routers: dict[str, SessionRouter] = {}
+        self._conversations = Conversations()
+        self._sent: OrderedDict[bytes, str] = OrderedDict()  # prints of a body → session that sent it
+        self._tokens_per_guess = 1.0  # decayed mean: prompt tokens over those guessed from a body's size
+
+    def identify(self, turn: Turn, prefix: bytes, prefix_bytes: int) -> None:
+        """Find the session of a turn that was read. ``prefix`` identifies its tools and system prompt."""
+        if turn.session is None and turn.follows is None:
+            return
+        parent = None
+        session = self._sent.get(turn.prints) if turn.labels.is_retry and turn.session is None else None
+        if session is None:
+            parent = self._conversations.parent_of(turn.follows)
+            session = self._conversations.session_of(turn.id, turn.session, turn.follows)
+        if session is None:
+            return
+        if turn.follows is not None:
+            self._sent[turn.prints] = session
+            if len(self._sent) > RETRIED_BODIES:
+                self._sent.popitem(last=False)
+        tokens = self._tokens_per_guess
+        turn.routed = SessionTurn(session, max(1, round(turn.tokens * tokens)), parent)
+        if prefix_bytes:
+            turn.routed.prefix, turn.routed.prefix_tokens = prefix, round(prefix_bytes / 4 * tokens)
+
+    def choose(self, turn: Turn, routed: SessionTurn, pool: Sequence[LiveReplica], now: float) -> LiveReplica | None:
+        """Return the replica for a turn of a session, its work reserved there; None if none may take it, or the turn
+        does better to wait."""
+        router = self._router(turn.model)
+        replica = router.choose(pool, routed, now, now - turn.arrived, turn.route.excluded_at(now))
+        if replica is not None:
+            turn.placement = router.place(replica, routed, now, turn.arrived)
+        return replica
+
+    def give_up(self, turn: Turn, now: float) -> None:
+        """The replica of a turn that was placed won't answer it."""
+        if turn.placement is not None:
+            self._finish(turn.placement, turn, now)
+
+    def finish(self, turn: Turn, key: str | None) -> None:
+        """A turn is over: learn from its answer. ``key`` is what its conversation is known by from now on."""
+        routed = turn.routed
+        if routed is None:
+            return
+        digest = turn.digest if turn.outcome == "completed" and turn.digest is not None else NO_DIGEST
+        if turn.placement is not None:
+            prompt = digest.prompt_tokens
+            if prompt and turn.tokens:
+                self._tokens_per_guess += 0.02 * (prompt / turn.tokens - self._tokens_per_guess)
+            self._finish(turn.placement, turn, turn.ended, prompt, digest.cached_tokens, digest.completion_tokens)
+        if turn.follows is not None:
+            self._conversations.finish(turn.id, turn.follows, key, routed.session)
+        if turn.labels.ends_session:
+            self.end(routed.session)
+
+    def _finish(
+        self, placement: Placement, turn: Turn, now: float, prompt: int | None = None, cached: int | None = None,
+        output: int | None = None,
+    ) -> None:  # fmt: skip
+        turn.placement = None
+        replica = self._relay.replicas.get(turn.backend or "")
+        others = replica.in_flight if replica is not None else 0
+        self._router(turn.model).finish(placement, now, others, prompt, cached, output)
+
+    def end(self, session: str) -> None:
+        """A session is over."""
+        for router in self._routers.values():
+            router.end(session)
+
+    def is_warm(self, turn: Turn) -> bool:
+        """Whether a waiting turn's prefix is cached on a replica with a free slot."""
+        place = self._router(turn.model).find(turn.routed.session) if turn.routed is not None else None
+        if place is None or not place.cached:
+            return False
+        pool = self._relay.pools.get(turn.model, ())
+        return any(replica.belief is place.home and replica.has_room for replica in pool)
+
+    def _router(self, model: str) -> SessionRouter:
+        router = self._routers.get(model)
+        if router is None:
+            router = self._routers[model] = SessionRouter(self._random)
+        router.holds = self._relay.settings.proxy.kv_admission == "auto"
+        return router

@@ -1,0 +1,320 @@
+"""Which replica a session's next turn goes to: it stays with its cached prefix while that is expected to pay. Pure."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from agent_infra_core.routing.beliefs import ReplicaBelief, SessionPlace
+from agent_infra_core.routing.rates import ServiceRates
+from agent_infra_core.routing.strategies import BackendView
+
+IDLE_S = 300.0  # a session silent for longer, or for longer than most think, is no load any more
+MAX_SESSIONS = 20_000  # remembered; the longest silent goes first
+MAX_WARM_PREFIXES = 256  # remembered per replica
+LOOKED_AT = 8  # replicas of a larger fleet compared for one turn, besides the session's own
+# The next three were chosen on simulated fleets (benchmarks/routing.py): sessions that follow every imbalance lose more
+# to prefill than they win.
+MOVE_COST = 2.0  # what a session that moves prefills counts twice: it also pushes others out of that cache
+MOVE_MARGIN = 8.0  # contexts of its own by which another replica's load must be lower before a session moves for that
+LOAD_WEIGHT = 4.0  # of the slowdown by the sessions that live on a replica
+MIN_EVIDENCE_TOKENS = 1024  # a shorter prefix that wasn't cached says nothing: engines cache whole blocks
+ENDS_SOON_S = 1e6  # added to the score of a replica whose walltime ends too soon: better than none
+LONGEST_HOLD_S = 60.0  # that a turn waits for room in a KV cache; then it goes on, and another session is evicted
+RETURNS_SOON = 0.9  # share of sessions that send their next turn within ``SessionRouter.return_s``
+MEASURE_EVERY_S = 0.05  # per replica: more turns add nothing to the fitted rates
+RECENT_SESSIONS, RECENT_ANSWERS, RECENT_SPEEDS = 200.0, 50.0, 100.0  # windows of decayed means
+
+
+class ReplicaView(BackendView, Protocol):
+    """A replica that keeps sessions."""
+
+    @property
+    def belief(self) -> ReplicaBelief:
+        """Starts empty with the engine's process."""
+
+    @property
+    def ends_at(self) -> float:
+        """Clock time at which its walltime ends; infinity = unknown or never."""
+
+    @property
+    def kv_tokens(self) -> float:
+        """Capacity of its KV cache in tokens; 0 = unknown."""
+
+
+ViewT = TypeVar("ViewT", bound=ReplicaView)
+
+
+@dataclass(slots=True)
+class SessionTurn:
+    """A turn of a session before its replica is chosen."""
+
+    session: str
+    prompt: int  # tokens
+    parent: str | None = None  # session whose context it continues, if it is the first of its own
+    prefix: Hashable = None  # identifies what its prompt has in common with other sessions: tools and system prompt
+    prefix_tokens: int = 0
+    is_held: bool = False  # set by ``choose``: it waits for room in a KV cache, not for a slot
+
+
+@dataclass(slots=True)
+class Placement:
+    """A turn that was placed; ``finish`` needs it back."""
+
+    session: str
+    belief: ReplicaBelief
+    expected: int  # tokens of the prompt that should be cached
+    used_at: float  # when its session's prefix was used last before
+    sent: float
+    others: int  # turns that ran there when it was sent
+    kv_tokens: float
+    waiting_tokens: float  # to be prefilled before its own
+    sent_tokens: int  # to be prefilled there, up to its own, since the start
+
+
+class SessionRouter:
+    """Chooses replicas for the turns of one model's sessions, and remembers whose prefix is cached where.
+
+    The score of a replica is the seconds that the turn is expected to take there: prefill work that waits there, the
+    prompt's tokens that aren't cached there (each also delays the turns that run there), and the answer at that batch.
+    To this it adds, for each turn that the session is expected to have still, the slowdown by the sessions that live
+    there. The lowest score wins; ties are broken at random. The rates are fitted from the turns (see ServiceRates).
+
+    With ``holds``, a turn whose context isn't cached waits while it would evict a context that is expected to be used
+    again soon, LONGEST_HOLD_S at most.
+    """
+
+    def __init__(self, random_source: random.Random, holds: bool = True) -> None:
+        self.holds = holds
+        self.rates = ServiceRates()
+        self.return_s = 10.0
+        self._random = random_source
+        self._sessions: OrderedDict[str, SessionPlace] = OrderedDict()
+        self._live: OrderedDict[str, SessionPlace] = OrderedDict()  # by last use, without the idle ones
+        self._live_tokens = 0
+        self._output = 200.0  # decayed means: tokens of an answer, s of a turn, s of thinking between two
+        self._turns_s = self._think_s = 1.0
+        self._mean_slowness = 1.0
+        self._further_turns, self._started = 100.0, 10.0  # decayed counts: turns after a session's first; sessions
+
+    @property
+    def horizon(self) -> float:
+        """Turns that a session is expected to have still."""
+        return self._further_turns / self._started
+
+    def find(self, session: str) -> SessionPlace | None:
+        """What is known of a session."""
+        return self._sessions.get(session)
+
+    def choose(
+        self, views: Sequence[ViewT], turn: SessionTurn, now: float, waited_s: float = 0.0,
+        excluded: frozenset[str] = frozenset(),
+    ) -> ViewT | None:  # fmt: skip
+        """Return the replica for a turn; None if none may take it, or if waiting is better: for a slot where its prefix
+        is cached (as long as computing that elsewhere takes, at most), or for room in a KV cache (``turn.is_held``)."""
+        self._expire(now)
+        turn.is_held = False
+        place = self._sessions.get(turn.session)
+        source = place if place is not None or turn.parent is None else self._sessions.get(turn.parent)
+        if len(views) <= LOOKED_AT:
+            return self._lowest(views, turn, place, source, now, waited_s, excluded)
+        start = int(self._random.random() * len(views))
+        some = list(views[start : start + LOOKED_AT])
+        some += views[: LOOKED_AT - len(some)]
+        if source is not None:
+            some += [view for view in views if view.belief is source.home and view not in some]
+        found = self._lowest(some, turn, place, source, now, waited_s, excluded)
+        return found if found is not None else self._lowest(views, turn, place, source, now, waited_s, excluded)
+
+    def _lowest(
+        self, views: Sequence[ViewT], turn: SessionTurn, place: SessionPlace | None, source: SessionPlace | None,
+        now: float, waited_s: float, excluded: frozenset[str],
+    ) -> ViewT | None:  # fmt: skip
+        home, cached = (source.home, min(source.cached, turn.prompt)) if source is not None else (None, 0)
+        own = place.context if place is not None else 0
+        own_load = own if place is not None and place.is_live else 0
+        prefix, holds = turn.prefix, self.holds
+        prefill_s, neighbour_s, base_s, load_s, foreign_tokens, stay_s = self._prices(place is None)
+        since = now - self.return_s if waited_s < LONGEST_HOLD_S else math.inf
+        waits = waited_s < prefill_s * cached
+        best, lowest, ties = None, math.inf, 0
+        for view in views:
+            others, belief = view.in_flight, view.belief
+            is_full = 0 < view.capacity <= others
+            is_closed = not view.accepts_work or view.busy_until > now or view.id in excluded
+            if is_closed or (is_full and not (waits and belief is home)):
+                continue
+            others += view.foreign_work
+            load, tokens = belief.live_tokens + view.foreign_work * foreign_tokens, float(turn.prompt)
+            if belief is home:
+                tokens -= cached
+                load -= own_load
+            else:
+                load += MOVE_MARGIN * own
+            if prefix is not None and prefix in belief.warm:
+                tokens = min(tokens, turn.prompt - turn.prefix_tokens)
+            is_tight = holds and tokens > MIN_EVIDENCE_TOKENS and 0 < belief.room_tokens < belief.used_tokens + tokens
+            if is_tight and belief.would_evict(tokens, since):
+                turn.is_held = True
+                continue
+            if own and belief is not home:
+                tokens *= MOVE_COST
+            score = tokens * prefill_s * (1 + others) + neighbour_s * others + base_s + load_s * load
+            score = score * belief.slowness + max(0.0, belief.ready_at - now)
+            if is_full or view.ends_at < now + stay_s:
+                score += self._turns_s / view.capacity if is_full else ENDS_SOON_S  # until one of its turns ends
+            if score < lowest:
+                best, lowest, ties = view, score, 1
+            elif score == lowest:
+                ties += 1
+                if self._random.random() * ties < 1.0:
+                    best = view
+        turn.is_held = turn.is_held and best is None
+        return None if best is not None and 0 < best.capacity <= best.in_flight else best
+
+    def _prices(self, is_first: bool) -> tuple[float, float, float, float, float, float]:
+        """Seconds that a turn costs: per token to prefill, per turn that runs beside it, in any case, and per live
+        token beside it, in its session's expected turns. Then the live tokens that a turn of others stands for, and the
+        seconds for which its replica must last: a session that lives somewhere can leave between two turns."""
+        rates, output = self.rates, self._output
+        in_turns = self._turns_s / (self._turns_s + self._think_s)  # share of their time that sessions spend in turns
+        context = self._live_tokens / len(self._live) if self._live else 1.0
+        neighbour_s = output * rates.neighbour_s
+        load_s = LOAD_WEIGHT * self.horizon * neighbour_s * in_turns / context
+        base_s = (1.0 + self.horizon) * output * rates.step_s
+        stay_s = (1.0 + self.horizon) * (self._turns_s + self._think_s) if is_first else 2.0 * self._turns_s
+        return rates.prefill_s, neighbour_s, base_s, load_s, context / in_turns, stay_s
+
+    def place(self, view: ReplicaView, turn: SessionTurn, now: float, arrived: float) -> Placement:
+        """Reserve a turn's work on the chosen replica; ``finish`` is then due."""
+        belief, place = view.belief, self._sessions.get(turn.session)
+        parent = self._sessions.get(turn.parent) if place is None and turn.parent is not None else None
+        source = place or parent
+        expected = min(source.cached, turn.prompt) if source is not None and source.home is belief else 0
+        shared = min(turn.prompt, place.shared) if place is not None and place.home is belief else 0
+        if parent is not None and parent.home is belief:
+            shared = min(turn.prompt, parent.context)
+        if turn.prefix is not None:
+            shared = max(shared, min(turn.prompt, turn.prefix_tokens))
+            if turn.prefix in belief.warm:
+                expected = max(expected, turn.prefix_tokens)
+            elif len(belief.warm) < MAX_WARM_PREFIXES:
+                belief.warm[turn.prefix] = turn.prefix_tokens
+                belief.used_tokens += turn.prefix_tokens
+        used_at = place.used_at if place is not None else parent.used_at if parent is not None else -math.inf
+        belief.room_tokens = belief.room_tokens or view.kv_tokens
+        prefill_s = self.rates.prefill_s * belief.slowness
+        waiting = max(0.0, belief.ready_at - now)
+        belief.sent_tokens += turn.prompt - expected
+        belief.ready_at = now + waiting + prefill_s * (turn.prompt - expected)
+        self._settle(turn, belief, place, shared, now, arrived)
+        others = view.in_flight + view.foreign_work
+        waiting_tokens = waiting / prefill_s
+        return Placement(
+            turn.session, belief, expected, used_at, now, others, view.kv_tokens, waiting_tokens, belief.sent_tokens
+        )
+
+    def _settle(
+        self, turn: SessionTurn, belief: ReplicaBelief, place: SessionPlace | None, shared: int, now: float,
+        arrived: float,
+    ) -> None:  # fmt: skip
+        """Make a session live on a replica."""
+        if place is None:
+            fade = 1.0 - 1.0 / RECENT_SESSIONS
+            self._further_turns, self._started = self._further_turns * fade, self._started * fade + 1.0
+            place = self._sessions[turn.session] = SessionPlace(belief)
+            if len(self._sessions) > MAX_SESSIONS:
+                self.end(next(iter(self._sessions)))
+        else:
+            self._further_turns += 1.0
+            self._learn_return(arrived - place.used_at)
+            self._leave(turn.session, place)
+            self._sessions.move_to_end(turn.session)
+        place.home, place.context, place.shared, place.used_at = belief, max(1, turn.prompt), shared, now
+        place.in_flight += 1
+        self._join(turn.session, place)
+
+    def _learn_return(self, gap_s: float) -> None:
+        """Follow the think times' mean and their quantile RETURNS_SOON."""
+        self._think_s += (min(IDLE_S, max(0.0, gap_s)) - self._think_s) / RECENT_ANSWERS
+        step = RETURNS_SOON if gap_s > self.return_s else RETURNS_SOON - 1.0
+        self.return_s = min(IDLE_S, max(0.1, self.return_s * (1.0 + 0.1 * step)))
+
+    def _join(self, session: str, place: SessionPlace) -> None:
+        """Count a session as load and cached context of its home."""
+        place.home.live_tokens += place.context
+        self._live_tokens += place.context
+        place.is_live = True
+        self._live[session] = place
+        place.home.keep(session, place)
+
+    def _leave(self, session: str, place: SessionPlace) -> None:
+        place.home.drop(session)
+        self._retire(session, place)
+
+    def _retire(self, session: str, place: SessionPlace) -> None:
+        """A session is load no more."""
+        if place.is_live:
+            place.is_live = False
+            place.home.live_tokens -= place.context
+            self._live_tokens -= place.context
+            del self._live[session]
+
+    def _expire(self, now: float) -> None:
+        while self._live:
+            session, place = next(iter(self._live.items()))
+            if place.used_at > now - self.return_s:
+                return
+            if place.in_flight:
+                place.used_at = now
+                self._live.move_to_end(session)
+            else:
+                self._retire(session, place)
+
+    def end(self, session: str) -> None:
+        """A session is over: it is load no more. What is cached of it stays until it is evicted."""
+        place = self._sessions.pop(session, None)
+        if place is not None:
+            self._retire(session, place)
+            place.in_flight, place.used_at = 0, -math.inf
+            if not place.home.room_tokens:
+                place.home.drop(session)
+
+    def finish(
+        self, placement: Placement, now: float, others: int, prompt: int | None, cached: int | None, output: int | None
+    ) -> None:
+        """Release a turn's reservation and learn from its answer; None is what the engine didn't report."""
+        belief, place = placement.belief, self._sessions.get(placement.session)
+        if place is not None:
+            place.in_flight = max(0, place.in_flight - 1)
+            if place.home is belief:
+                self._leave(placement.session, place)
+                if prompt is not None:
+                    place.context = max(1, prompt + (output or 0))
+                    place.shared = min(place.shared, place.context)
+                place.used_at = now
+                self._join(placement.session, place)
+        belief.note_prefilled(placement.sent_tokens, self.rates.prefill_s, now)
+        if cached is not None and placement.expected > MIN_EVIDENCE_TOKENS:
+            if 2 * cached < placement.expected:
+                belief.note_miss(placement.used_at, placement.sent)
+            else:
+                belief.note_hit(placement.kv_tokens)
+        if output and prompt and now > belief.measured_at + MEASURE_EVERY_S:
+            belief.measured_at = now
+            known = min(placement.expected, prompt) if cached is None else cached
+            beside = (placement.others + others) / 2
+            computed = placement.waiting_tokens + max(0, prompt - known)
+            self._measure(belief, computed, output, beside, now - placement.sent)
+
+    def _measure(self, belief: ReplicaBelief, computed: float, output: int, others: float, seconds: float) -> None:
+        """Learn how fast the fleet is, and how slow this replica is beside the others: only that ratio can be told."""
+        self._output += (output - self._output) / RECENT_ANSWERS
+        self._turns_s += (seconds - self._turns_s) / RECENT_ANSWERS
+        belief.measure(seconds, self.rates.seconds(computed, output, others))
+        self._mean_slowness += (belief.slowness - self._mean_slowness) / RECENT_SPEEDS
+        self.rates.add(computed, output, others, seconds * self._mean_slowness / belief.slowness)

@@ -1,0 +1,73 @@
+"""How fast replicas prefill and decode, fitted online from their turns. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+# Until turns have been measured: 10,000 tokens prefilled per second, 10 ms per decoded token and 0.5 ms more for each
+# turn that runs beside it. They weigh as much as PRIOR_TURNS turns.
+DEFAULT_PREFILL_S, DEFAULT_STEP_S, DEFAULT_NEIGHBOUR_S = 1e-4, 0.010, 0.0005
+PRIOR_TURNS = 8.0
+WINDOW_TURNS = 500.0  # older turns fade
+REFIT_TURNS = 16
+
+
+class ServiceRates:
+    """Fits a turn's seconds: prefill_s · uncached tokens + (step_s + neighbour_s · others running) · output tokens.
+
+    Weighted least squares over all replicas of a model, with each turn's error relative to its length, older turns
+    fading. A replica's speed is the sum of its turns' seconds over the sum of what the fit predicts for them.
+    """
+
+    def __init__(self) -> None:
+        self.prefill_s, self.step_s, self.neighbour_s = DEFAULT_PREFILL_S, DEFAULT_STEP_S, DEFAULT_NEIGHBOUR_S
+        self._turns = 0
+        self._products = [[0.0] * 3 for _ in range(3)]
+        self._targets = [0.0] * 3
+        for prompt, output, others in ((8000.0, 10.0, 0.0), (100.0, 200.0, 0.0), (100.0, 200.0, 16.0)):
+            self._add((prompt, output, output * others), self.seconds(prompt, output, others), PRIOR_TURNS / 3)
+
+    def seconds(self, uncached: float, output: float, others: float) -> float:
+        """Expected seconds of a turn on a replica of average speed."""
+        return self.prefill_s * uncached + (self.step_s + self.neighbour_s * others) * output
+
+    def add(self, uncached: float, output: float, others: float, seconds: float) -> None:
+        """Learn from a finished turn: its prefilled and generated tokens, mean number of turns beside it, and time."""
+        self._add((uncached, output, output * others), seconds, 1.0)
+        self._turns += 1
+        if self._turns % REFIT_TURNS == 0:
+            self._refit()
+
+    def _add(self, features: Sequence[float], seconds: float, weight: float) -> None:
+        weight /= seconds * seconds + 1e-6
+        fade = 1.0 - 1.0 / WINDOW_TURNS
+        for row, value in zip(self._products, features, strict=True):
+            scaled = value * weight
+            for column, other in enumerate(features):
+                row[column] = row[column] * fade + scaled * other
+        self._targets = [
+            target * fade + value * weight * seconds for target, value in zip(self._targets, features, strict=True)
+        ]
+
+    def _refit(self) -> None:
+        solution = solve_three(self._products, self._targets)
+        if solution is not None:
+            prefill_s, step_s, neighbour_s = solution
+            self.prefill_s = max(prefill_s, 1e-7)
+            self.step_s = max(step_s, 1e-5)
+            self.neighbour_s = max(neighbour_s, 0.0)
+
+
+def solve_three(matrix: Sequence[Sequence[float]], target: Sequence[float]) -> tuple[float, float, float] | None:
+    """Solve three linear equations with a symmetric matrix; None if they are (nearly) dependent."""
+    (a, b, c), (_, d, e), (_, _, f) = matrix
+    minors = (d * f - e * e, c * e - b * f, b * e - c * d)
+    determinant = a * minors[0] + b * minors[1] + c * minors[2]
+    if determinant <= 1e-12 * abs(a * d * f):
+        return None
+    x, y, z = target
+    return (
+        (minors[0] * x + minors[1] * y + minors[2] * z) / determinant,
+        (minors[1] * x + (a * f - c * c) * y + (b * c - a * e) * z) / determinant,
+        (minors[2] * x + (b * c - a * e) * y + (a * d - b * b) * z) / determinant,
+    )

@@ -1,0 +1,213 @@
+"""Sessions through the relay: they stay on a replica, with and without headers; clients share the slots."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine
+from program import Program, wait_for
+from relay_harness import Answer, Client, RelayProcess, backend
+from testbed.ports import free_port
+
+Messages = list[dict[str, Any]]
+
+
+@pytest.fixture
+def relay(tmp_path: Path) -> Iterator[RelayProcess]:
+    with RelayProcess(tmp_path) as relay:
+        yield relay
+
+
+@pytest.fixture
+def engines() -> Iterator[list[FakeEngine]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(FakeEngine()) for _ in range(4)]
+
+
+def serve(relay: RelayProcess, engines: list[FakeEngine], proxy: Mapping[str, Any] | None = None, **row: Any) -> None:
+    rows = [backend(number, engine.port, **row) for number, engine in enumerate(engines, 1)]
+    relay.controller.send_table(rows, proxy=proxy)
+
+
+def converse(client: Client, first: str, turns: int, path: str = "/v1/chat/completions") -> list[str]:
+    """The replicas that answered a conversation's turns, each of which repeats all that was said before."""
+    messages: Messages = [{"role": "user", "content": first}]
+    served = []
+    for turn in range(turns):
+        answer = client.post(path, {"model": "m", "max_tokens": 5, "messages": messages})
+        assert answer.status == 200
+        served.append(answer.headers["x-agent-infra-backend"])
+        document = answer.json()
+        said = document["content"] if "content" in document else document["choices"][0]["message"]["content"]
+        messages += [{"role": "assistant", "content": said}, {"role": "user", "content": f"tool result {turn}"}]
+    return served
+
+
+@pytest.mark.parametrize("header", ["X-Session-ID", "X-Claude-Code-Session-Id", "session_id", "x-session-affinity"])
+def test_a_session_that_a_header_names_stays_on_one_replica(
+    relay: RelayProcess, engines: list[FakeEngine], header: str
+) -> None:
+    serve(relay, engines)
+    with Client(relay.port) as client:
+        served = {client.chat({header: "a"}).headers["x-agent-infra-backend"] for _ in range(12)}
+    assert len(served) == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_a_session_without_a_header_stays_on_one_replica(
+    relay: RelayProcess, engines: list[FakeEngine], path: str
+) -> None:
+    serve(relay, engines)
+    with Client(relay.port) as client:
+        assert len(set(converse(client, "hello", 10, path))) == 1
+
+
+def test_sessions_are_spread_though_each_comes_when_all_replicas_are_idle(
+    relay: RelayProcess, engines: list[FakeEngine]
+) -> None:
+    serve(relay, engines)
+    with Client(relay.port) as client:
+        homes = Counter(converse(client, f"task {number}: " + "x" * 400, 2)[0] for number in range(16))
+    assert sorted(homes.values()) == [4, 4, 4, 4]
+
+
+def test_a_client_librarys_retry_is_the_same_turn(relay: RelayProcess, engines: list[FakeEngine]) -> None:
+    serve(relay, engines)
+    with Client(relay.port) as client:
+        for number in range(8):
+            messages = [{"role": "user", "content": f"task {number}"}]
+            first = client.chat(messages=messages)
+            again = client.chat({"x-stainless-retry-count": "1"}, messages=messages)
+            assert first.headers["x-agent-infra-backend"] == again.headers["x-agent-infra-backend"]
+
+
+def test_identical_conversations_at_once_are_sessions_with_all_their_turns(
+    relay: RelayProcess, engines: list[FakeEngine]
+) -> None:
+    serve(relay, engines)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(Client(relay.port)) for _ in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            served = list(pool.map(lambda client: converse(client, "the same words", 4), clients))
+    assert sorted(Counter(replica for replicas in served for replica in replicas).values()) == [4] * 4
+
+
+def test_without_affinity_turns_are_spread(relay: RelayProcess, engines: list[FakeEngine]) -> None:
+    serve(relay, engines, {"session_affinity": "off"})
+    with Client(relay.port) as client:
+        assert len({client.chat({"X-Session-ID": "a"}).headers["x-agent-infra-backend"] for _ in range(8)}) == 4
+
+
+def test_a_session_leaves_a_draining_replica_once_and_stays_where_it_went(
+    relay: RelayProcess, engines: list[FakeEngine]
+) -> None:
+    serve(relay, engines)
+    with Client(relay.port) as client:
+
+        def turn() -> str:
+            return client.chat({"X-Session-ID": "a"}).headers["x-agent-infra-backend"]
+
+        home = turn()
+        rows = [backend(number, engine.port) for number, engine in enumerate(engines, 1)]
+        drained = [backend(int(home[1:]), engines[int(home[1:]) - 1].port, state="draining")]
+        relay.controller.send_table([row for row in rows if row.id != home] + drained)
+        second = wait_for(lambda: {turn()} - {home}, "another replica").pop()
+        relay.controller.send_table(rows)
+        assert {turn() for _ in range(8)} == {second}
+
+
+def test_a_killed_replicas_session_is_answered_elsewhere_and_stays_there(
+    relay: RelayProcess, engines: list[FakeEngine]
+) -> None:
+    serve(relay, engines)
+    with Client(relay.port) as client:
+        home = client.chat({"X-Session-ID": "a"}).headers["x-agent-infra-backend"]
+        engines[int(home[1:]) - 1].kill()
+        answers = [client.chat({"X-Session-ID": "a"}) for _ in range(8)]
+    assert [answer.status for answer in answers] == [200] * 8
+    assert len({answer.headers["x-agent-infra-backend"] for answer in answers} - {home}) == 1
+
+
+def test_a_replica_that_fails_at_once_doesnt_attract_every_turn(relay: RelayProcess) -> None:
+    with FakeEngine(status=500) as broken, FakeEngine(delay=0.02) as sound:
+        relay.controller.send_table([backend(1, broken.port), backend(2, sound.port)])
+        with Client(relay.port) as client:
+            statuses = Counter(client.chat({"X-Session-ID": f"s{number}"}).status for number in range(40))
+    assert statuses[500] <= 12  # until it is ejected, and a trial now and then
+    assert statuses[200] >= 28
+
+
+def test_the_only_replica_is_not_ejected_for_its_errors(relay: RelayProcess) -> None:
+    with FakeEngine(status=500) as engine:
+        relay.controller.send_table([backend(1, engine.port)])
+        with Client(relay.port) as client:
+            assert [client.chat().status for _ in range(10)] == [500] * 10
+
+
+def test_a_turn_comes_back_to_a_replica_that_it_could_not_reach(relay: RelayProcess) -> None:
+    port = free_port()
+    relay.controller.send_table([backend(1, port)], loading=["m"])
+    with ThreadPoolExecutor(1) as pool, Client(relay.port) as client:
+        answer = pool.submit(client.chat)
+        time.sleep(0.3)  # it was tried, and refused the connection
+        with FakeEngine(port=port):
+            assert answer.result().status == 200
+
+
+def test_a_polite_clients_turn_goes_before_a_greedy_ones_queue(relay: RelayProcess) -> None:
+    """However many sessions the greedy client names."""
+    with FakeEngine(delay=0.1) as engine:
+        relay.controller.send_table([backend(1, engine.port, slots=2)], proxy={"max_queue": 1000})
+        order: list[str] = []
+        lock = threading.Lock()
+
+        def send(client_id: str, session: str) -> Answer:
+            with Client(relay.port) as client:
+                answer = client.chat({"X-Client-ID": client_id, "X-Session-ID": session})
+            with lock:
+                order.append(client_id)
+            return answer
+
+        with ThreadPoolExecutor(61) as pool:
+            greedy = [pool.submit(send, "greedy", f"g{number}") for number in range(60)]
+            wait_for(lambda: relay.controller.gauges and relay.controller.gauges[-1]["queue"]["pending"] > 20)
+            before = len(order)
+            assert pool.submit(send, "polite", "p").result().status == 200
+            after = len(order) - before
+            assert all(future.result().status == 200 for future in greedy)
+    assert after <= 8  # two slots: those at work, those that came while it travelled, and itself
+
+
+@pytest.mark.parametrize("has_header", [True, False])
+def test_the_prefix_of_a_session_is_cached_on_the_replica_that_gets_its_next_turn(
+    app: Program, has_header: bool
+) -> None:
+    """Two real engines; each conversation alternates with others, and every answer says what was cached."""
+    app.configure(replicas=2)
+    assert app.run("start").returncode == 0
+    assert app.run("connect", "--background").returncode == 0
+    wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 2, "both replicas")
+    words = " ".join(f"item {number}" for number in range(60))
+    talks: list[Messages] = [[{"role": "user", "content": f"List {number}: {words}"}] for number in range(3)]
+    prompts, homes = [0] * len(talks), [set[str]() for _ in talks]
+    with Client(app.port) as client:
+        for turn in range(4):
+            for number, messages in enumerate(talks):
+                headers = {"X-Session-ID": f"talk-{number}"} if has_header else None
+                fields = {"model": "smollm2", "max_tokens": 4, "temperature": 0, "messages": messages}
+                answer = client.post("/v1/chat/completions", fields, headers)
+                document, usage = answer.json(), answer.json()["usage"]
+                assert usage["prompt_tokens_details"]["cached_tokens"] >= 0.8 * prompts[number], (turn, number)
+                prompts[number] = usage["prompt_tokens"]
+                homes[number].add(answer.headers["x-agent-infra-backend"])
+                messages.append({"role": "assistant", "content": document["choices"][0]["message"]["content"]})
+                messages.append({"role": "user", "content": f"Go on with step {turn}."})
+    assert [len(served) for served in homes] == [1, 1, 1]
