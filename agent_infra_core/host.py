@@ -116,6 +116,28 @@ def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
         raise
 
 
+def is_missing(path: Path) -> bool:
+    """Whether ``path`` certainly doesn't exist. A shared file system that fails for a moment says nothing."""
+    try:
+        path.stat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return False
+
+
+@contextlib.contextmanager
+def restore_on_error(*paths: Path) -> Iterator[None]:
+    """If the block raises, give these small files the content that they had before it, or remove them again."""
+    before = {path: path.read_text(encoding="utf-8") if path.exists() else None for path in paths}
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # report the first error, not these
+            for path, text in before.items():
+                path.unlink(missing_ok=True) if text is None else write_atomically(path, text)
+        raise
+
+
 def http_get(
     host: str, port: int, path: str, key: str | None = None, *, method: str = "GET", timeout_s: float = PROBE_TIMEOUT_S
 ) -> tuple[int, bytes]:

@@ -145,6 +145,7 @@ class SlurmConfig:
         pattern=r"(~|~?/[^\s%'\"\\$`]*)",
         allowed="an absolute path or one below ~/, without blanks, quotes and %",
     )
+    prologue: tuple[str, ...] = ()  # shell lines on the login side, before Slurm's commands
     setup: tuple[str, ...] = ()  # shell lines before the engine
     container: ContainerConfig | None = None
     template: str | None = _key(None, pattern=r"\S(.*\S)?", allowed="the path of a template")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -60,6 +60,10 @@ class Cluster(Protocol):
     logs: Logs
     poll_s: float  # between polls of the replicas
     problem: str | None  # why the result of replicas() may be out of date
+
+    @property
+    def started(self) -> Collection[str]:
+        """The replicas that this object has started."""
 
     def prepare(self, model: ModelConfig) -> ModelConfig:
         """Check a model and fetch its files before anything starts. Returns the model to start. RefusedError."""

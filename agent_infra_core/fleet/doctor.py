@@ -206,7 +206,7 @@ def _slurm(deployment: ExaminedDeployment) -> SlurmCluster:
 
 
 def _check_host(deployment: ExaminedDeployment) -> Iterator[Finding]:
-    done = _slurm(deployment).host.shell(
+    done = _slurm(deployment).host.slurm(
         "uname -n; for name in sbatch squeue scontrol scancel; do command -v $name; done"
     )
     name, *found = done.output.decode("utf-8", "replace").split()
@@ -214,12 +214,12 @@ def _check_host(deployment: ExaminedDeployment) -> Iterator[Finding]:
     if len(found) == 4:
         yield Finding("ok", where)
     else:
-        fix = "set cluster.ssh to the cluster's login host, or add them to PATH, for non-login shells too"
+        fix = "set cluster.ssh to the cluster's login host, or cluster.slurm.prologue to lines that put them on PATH"
         yield Finding("error", f"{where}: Slurm's commands are missing", fix)
 
 
 def _check_slurm(deployment: ExaminedDeployment) -> Iterator[Finding]:
-    done = _slurm(deployment).host.shell("sbatch --version; scontrol ping")
+    done = _slurm(deployment).host.slurm("sbatch --version; scontrol ping")
     lines = done.output.decode("utf-8", "replace").splitlines()
     said = [" ".join(line.split()) for line in lines if line.strip()]
     if any(" UP" in line for line in said):
@@ -235,7 +235,7 @@ def _check_slurm(deployment: ExaminedDeployment) -> Iterator[Finding]:
 def _check_partitions(deployment: ExaminedDeployment) -> Iterator[Finding]:
     host = _slurm(deployment).host
     nodes = host.nodes()  # raises RefusedError for a partition that doesn't exist
-    rows = parse_partitions(host.shell("LC_ALL=C scontrol --oneliner show partition").output.decode("utf-8", "replace"))
+    rows = parse_partitions(host.slurm("scontrol --oneliner show partition").output.decode("utf-8", "replace"))
     needs_gpus = any(ENGINES[model.engine].uses_gpus for model in deployment.config.models)
     for partition in deployment.config.cluster.slurm.partitions:
         key = f"{partition.gres} on {partition.name}"
@@ -256,7 +256,7 @@ def _check_partitions(deployment: ExaminedDeployment) -> Iterator[Finding]:
 
 def _check_walltime(deployment: ExaminedDeployment) -> Iterator[Finding]:
     cluster = _slurm(deployment)
-    text = cluster.host.shell("LC_ALL=C scontrol --oneliner show partition").output.decode("utf-8", "replace")
+    text = cluster.host.slurm("scontrol --oneliner show partition").output.decode("utf-8", "replace")
     rows = parse_partitions(text)
     loads = [r.ready_at - r.started_at for r in cluster.replicas() if r.ready_at is not None]
     load_s = max(loads, default=EXPECTED_LOAD_S)
@@ -284,7 +284,7 @@ def _check_accounts(deployment: ExaminedDeployment) -> Iterator[Finding]:
     slurm = deployment.config.cluster.slurm
     script = "LC_ALL=C; export LC_ALL; scontrol show config | grep '^AccountingStorageType'; "
     script += 'sacctmgr -nP show assoc user="$(id -un)" format=account,partition,qos 2> /dev/null'
-    first, _, rest = _slurm(deployment).host.shell(script).output.decode("utf-8", "replace").partition("\n")
+    first, _, rest = _slurm(deployment).host.slurm(script).output.decode("utf-8", "replace").partition("\n")
     asked = {name for name in (slurm.default_qos, *(each.qos for each in slurm.partitions)) if name}
     account = slurm.sbatch.get("account")
     if "none" in first.lower() or not rest.strip():

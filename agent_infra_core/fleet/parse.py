@@ -145,7 +145,11 @@ class JobEnd:
 
     state: str
     exit_code: int  # of its script; negative: the signal that ended it
-    reason: str = ""
+    reason: str = ""  # Slurm's word, or who cancelled it
+    is_partition_gone: bool = False
+
+
+PARTITION_GONE = "@partition is gone@"  # printed after the job if its partition no longer exists
 
 
 def parse_job_end(text: str) -> JobEnd | None:
@@ -153,14 +157,25 @@ def parse_job_end(text: str) -> JobEnd | None:
     state = re.search(r"\bJobState=(\w+)", text)
     code = re.search(r"\bExitCode=(\d+):(\d+)", text)
     reason = re.search(r"\bReason=(\S+)", text)
-    if state is None or code is None:
-        row = re.search(r"(?m)^([A-Z_]+)[^|\n]*\|(\d+):(\d+)(?:\|([^|\n]*))?", text)
-        if row is None or row[1] not in ENDED_JOB_STATES:
+    if state is not None and code is not None:
+        word, ended, told = state[1], (code[1], code[2]), reason[1] if reason else ""
+    else:
+        row = re.search(r"(?m)^([A-Z_]+) ?([^|\n]*)\|(\d+):(\d+)(?:\|([^|\n]*))?", text)
+        if row is None:
             return None
-        return JobEnd(row[1], -int(row[3]) if int(row[3]) else int(row[2]), row[4] or "")
-    if state[1] not in ENDED_JOB_STATES:
+        word, ended, told = row[1], (row[3], row[4]), row[5] if row[5] not in (None, "", "None") else row[2]
+    if word not in ENDED_JOB_STATES:
         return None
-    return JobEnd(state[1], -int(code[2]) if int(code[2]) else int(code[1]), reason[1] if reason else "")
+    exit_code = -int(ended[1]) if int(ended[1]) else int(ended[0])
+    return JobEnd(word, exit_code, told, PARTITION_GONE in text)
+
+
+UNCONFIRMED_JOB = "0"  # in a Submission: sbatch was called, and hasn't told the job's number
+
+
+def parse_job_number(text: str) -> str:
+    """The number that `sbatch --parsable` printed, among whatever a site's wrapper says. UNCONFIRMED_JOB if none."""
+    return next(reversed(re.findall(r"(?m)^(\d+)(?:;\S*)?$", text)), UNCONFIRMED_JOB)
 
 
 @dataclass(frozen=True)

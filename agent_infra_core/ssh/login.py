@@ -26,6 +26,7 @@ from agent_infra_core.ssh.routes import (
     SshRoute,
     load_paramiko,
 )
+from agent_infra_core.ssh.shell import LINE, framed_input, unframed
 
 
 def log_in(route: SshRoute, keyring: Keyring, ask: Callable[[str], str] | None, through: Any = None) -> Any:
@@ -269,15 +270,15 @@ class SshCommands:
             return self._transport
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
-        deadline = time.monotonic() + timeout_s
+        deadline, nonce = time.monotonic() + timeout_s, os.urandom(8).hex()
         channel = self._open_channel(deadline)
         transport = channel.get_transport()
         broken = (load_paramiko().SSHException, EOFError, OSError)
         try:
             with _close_after(transport, min(SSH_PATIENCE_S, deadline - time.monotonic())):
-                channel.exec_command(shlex.join(argv))
+                channel.exec_command(LINE)
             with _close_after(transport, deadline - time.monotonic() + 1.0):
-                result = _exchange_bytes(channel, stdin, deadline)
+                result = _exchange_bytes(channel, framed_input(argv, stdin, nonce), deadline)
             if result is None:
                 self._drop(transport)  # it is silent but open, and would block the next command too
         except broken as error:
@@ -290,7 +291,7 @@ class SshCommands:
             raise HostUnreachableError(
                 f"`{argv[0]}` on {self.route.alias} gave no answer within {timeout_s:g} s; is the network or host slow?"
             )
-        return result
+        return unframed(result, nonce, self.route.alias)
 
     def _open_channel(self, deadline: float) -> Any:
         """Open a session; reconnects once if the connection turns out to be dead."""

@@ -35,6 +35,7 @@ from agent_infra_core.ssh.routes import (
     read_ssh_config,
     ssh_options,
 )
+from agent_infra_core.ssh.shell import LINE, framed_input, unframed
 
 # ssh_config keys that only OpenSSH supports, with the values that don't need it.
 _OPENSSH_ONLY = {
@@ -218,18 +219,19 @@ class OpenSshCommands:
         return path
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
-        deadline = time.monotonic() + timeout_s
+        deadline, nonce = time.monotonic() + timeout_s, os.urandom(8).hex()
         self.login.ensure(min(deadline, time.monotonic() + 2 * SSH_PATIENCE_S))
         left = max(1.0, deadline - time.monotonic())
         try:
-            done = self._here.run([*self.login.client(), shlex.join(argv)], stdin=stdin, timeout_s=left)
+            sent = framed_input(argv, stdin, nonce)
+            done = self._here.run([*self.login.client(), LINE], stdin=sent, timeout_s=left)
         except HostUnreachableError as error:
             raise HostUnreachableError(
                 f"`{argv[0]}` on {self._ssh.host} gave no answer within {timeout_s:g} s; is the network or host slow?"
             ) from error
         if done.status == 255 and self._here.run(self.login.client("-O", "check")).status != 0:
             raise explain_openssh(done.errors.decode("utf-8", "replace"), self.login.route, lambda _: ())
-        return done
+        return unframed(done, nonce, self._ssh.host)
 
     def node(self, node: str) -> OpenSshMaster:
         """Return the master of a compute node, which goes through the login host; fetches unknown node keys."""

@@ -311,7 +311,7 @@ def test_a_cancelled_job_and_one_at_its_walltime_say_so(bed: SlurmBed, make: Mak
     bed.run("scancel", str(record.job_id))
     failed = wait_state(cluster, "g-1", "failed")
     assert failed.failure is not None
-    assert failed.failure.line == "its job was cancelled"
+    assert failed.failure.line == "its job was cancelled (Slurm: CANCELLED)"
 
 
 def test_every_script_of_ours_is_one_that_slurm_takes(bed: SlurmBed, make: Make) -> None:

@@ -76,6 +76,46 @@ def test_commands_run_there_with_their_input_output_and_exit_code(
     assert host.run(["no-such-program-here"]).status == 127
 
 
+TALKING_SHELL = """#!/bin/sh
+printf '%s\\n' '*****' '  Front end no. 3' '  Disk: 41 GB of 50 GB used' '*****'
+echo 'this shell is old' >&2
+{shell} -c "$SSH_ORIGINAL_COMMAND"; status=$?
+echo bye
+exit $status
+"""
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("shell", ["tcsh", "fish", "zsh", "bash"])
+def test_any_login_shell_will_do_and_what_it_prints_does_no_harm(
+    driver: str, shell: str, tmp_path: Path, connect: Connect
+) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    command = tmp_path / "shell"
+    command.write_text(TALKING_SHELL.format(shell=shell))
+    command.chmod(0o755)
+    with SshServer(tmp_path / "sshd", options={"ForceCommand": str(command)}) as server:
+        host = connect(server.ssh(), driver)
+        script = """cat
+echo "$1" >&2
+exit 3"""
+        done = host.run(["sh", "-c", script, "sh", "it's $HOME; `x` !! {a,b} \\"], stdin=b"in\0put\n" * 9)
+        assert (done.status, done.output, done.errors) == (3, b"in\0put\n" * 9, b"it's $HOME; `x` !! {a,b} \\\n")
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_login_shell_that_runs_no_command_is_told_with_what_it_prints(
+    driver: str, tmp_path: Path, connect: Connect
+) -> None:
+    command = tmp_path / "shell"
+    command.write_text("#!/bin/sh\necho This account is currently not available.\nexit 1\n")
+    command.chmod(0o755)
+    with SshServer(tmp_path / "sshd", options={"ForceCommand": str(command)}) as server:
+        told = failure(connect(server.ssh(), driver), HostUnreachableError)
+    assert "ran no command (exit code 1); it printed: This account is currently not available." in told
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_many_commands_at_once_share_one_login(driver: str, server: SshServer, connect: Connect) -> None:
     host = connect(server.ssh(), driver)

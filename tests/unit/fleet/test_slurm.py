@@ -25,6 +25,7 @@ from agent_infra_core.fleet.parse import (
     Submission,
     parse_gres,
     parse_job_end,
+    parse_job_number,
     parse_nodes,
     parse_squeue,
     squeue_format,
@@ -37,6 +38,8 @@ from agent_infra_core.fleet.place import (
     place_replicas,
     replica_shape,
 )
+from agent_infra_core.fleet.slurm import QueueView, view_queue
+from agent_infra_core.fleet.slurm_host import QueueAnswer
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ContainerConfig, ModelConfig, PartitionConfig, SlurmConfig
 
@@ -293,10 +296,36 @@ def test_every_pending_reason_of_slurm_has_words_of_its_own() -> None:
         *("PartitionDown", "ReqNodeNotAvail, UnavailableNodes:n[1-2]", "QOSMaxGRESPerUser", "AssocGrpGRES", "Licenses"),
         *("Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions",),
         *("QOSMaxJobsPerUserLimit", "AssocMaxJobsLimit", "QOSGrpCpuLimit", "launch failed requeued held", "None"),
+        *("QOSNotAllowed", "AccountNotAllowed", "QOSMinGRES", "QOSUsageThreshold", "JobArrayTaskLimit", "SchedDefer"),
+        *("MaxMemPerLimit", "Constraints", "PartitionConfig", "Cleaning", "BurstBufferStageIn", "ReservationDeleted"),
+        *("SystemFailure", "JobLaunchFailure", "PowerNotAvail", "FrontEndDown", "FedJobLock", "BeginTime"),
         *("ReqNodeNotAvail, Reserved for maintenance", "MaxGRESPerAccount", "InvalidQOS", "QOSMaxCpuPerUserLimit"),
     ):
         assert explain_pending(reason) != reason
     assert explain_pending("SomethingNew") == "SomethingNew"
+
+
+def test_a_job_whose_number_never_came_is_found_by_its_name() -> None:
+    def view(note: str, *jobs: SlurmJob, clock: float = NOW) -> QueueView:
+        answer = QueueAnswer(list(jobs), {"m-1": f"{note} gpu vllm m {NOW:.0f}"}, {}, clock, None)
+        return view_queue(answer, "d")
+
+    named = dataclasses.replace(JOB, id="8", name="agent-infra:d:m:1")
+    assert view("0", named).told["m-1"].job_id == "8"
+    assert view("7", named, dataclasses.replace(named, id="7")).told["m-1"].job_id == "7"
+    assert [held for _, held in view("7", named, dataclasses.replace(named, id="7")).jobs] == [{"m-1"}, {"m-1"}]
+    told = view("0", dataclasses.replace(named, state="CANCELLED")).told["m-1"]
+    assert told.job_id == "0"
+    waiting = reconcile_record("m-1", told, None, None, (NOW, NOW + 60))
+    assert waiting is not None
+    assert (waiting.state, waiting.message) == ("pending", "sbatch has not told its number yet")
+    assert reconcile_record("m-1", told, None, None, (NOW, NOW + 600)) is None
+    assert diagnose_job(None, "0", "").line == "sbatch did not answer, and its job is not in the queue"
+
+
+def test_of_what_a_sites_sbatch_says_only_the_number_counts() -> None:
+    assert parse_job_number("--- queue 12 ---\n42 more\n4711;cluster\n") == "4711"
+    assert parse_job_number("Welcome to host 3\n") == "0"
 
 
 def test_a_job_that_runs_without_a_report_is_starting_and_with_one_is_what_it_says() -> None:
@@ -331,8 +360,8 @@ def test_the_last_word_of_a_replica_outlives_its_job_and_silence_is_to_be_explai
         ("JobId=7 JobState=FAILED Reason=NonZeroExitCode ExitCode=3:0 X=1", JobEnd("FAILED", 3, "NonZeroExitCode")),
         ("JobId=7 JobState=FAILED Reason=RaisedSignal:53(Real-time_signal_19) ExitCode=0:53", -53),
         ("JobId=7 JobState=TIMEOUT Reason=TimeLimit ExitCode=0:15", JobEnd("TIMEOUT", -15, "TimeLimit")),
-        ("OUT_OF_MEMORY|0:125|None\n", JobEnd("OUT_OF_MEMORY", -125, "None")),
-        ("CANCELLED by 1000|0:0|None\n", JobEnd("CANCELLED", 0, "None")),
+        ("OUT_OF_MEMORY|0:125|None\n", JobEnd("OUT_OF_MEMORY", -125)),
+        ("CANCELLED by 1000|0:0|None\n", JobEnd("CANCELLED", 0, "by 1000")),
         ("JobId=7 JobState=RUNNING Reason=None ExitCode=0:0", None),
         ("RUNNING|0:0|None\n", None),
         ("", None),
@@ -349,6 +378,13 @@ def test_the_end_of_a_job_is_read_from_scontrol_and_from_sacct(text: str, end: J
         (JobEnd("TIMEOUT", -15), "", "timed_out", "reached its walltime"),
         (JobEnd("NODE_FAIL", 0), "", "node_failure", "its node failed"),
         (JobEnd("PREEMPTED", -15), "", "node_failure", "higher priority"),
+        (
+            JobEnd("NODE_FAIL", 0, "NodeDown", True),
+            "",
+            "bad_argument",
+            "its partition was removed (Slurm: NODE_FAIL, No",
+        ),
+        (JobEnd("CANCELLED", 0, "by 1000"), "", "unknown", "its job was cancelled (Slurm: CANCELLED, by 1000)"),
         (JobEnd("OUT_OF_MEMORY", -125), "Killed", "out_of_memory", "used more memory than it requested"),
         (JobEnd("FAILED", -53), "", "bad_argument", "could not open the job's log"),
         (JobEnd("FAILED", 78), "agent-infra: python3 is not Python 3.10", "bad_argument", "is not Python 3.10"),
