@@ -240,7 +240,7 @@ def test_a_job_whose_sbatch_timed_out_is_found_and_never_submitted_twice(
     stand_before_sbatch(app, tmp_path / "bin", LOSES_THE_ANSWER)
     start(app)
     app.environment["PATH"] = real_path
-    assert "1 of 1 replicas run already" in start(app).stdout
+    assert "1 of 1 replicas are already running" in start(app).stdout
     assert [state for _, state in jobs(app, bed)] == ["RUNNING"]
     assert app.run("stop").returncode == 0
     assert live(app, bed) == []
