@@ -98,7 +98,7 @@ if TYPE_CHECKING:
     from agent_infra_core.control.controller import Controller
     from agent_infra_core.control.handover import Handover
     from agent_infra_core.control.status import ProxyClient
-    from agent_infra_core.fleet.cluster import Cluster
+    from agent_infra_core.fleet.cluster import Cluster, Logs
     from agent_infra_core.fleet.place import JobRequest
     from agent_infra_core.http.heads import RequestHead
     from agent_infra_core.insight.history import HistoryFile
@@ -394,9 +394,12 @@ def shell_words(value: Any) -> str:
 
 def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, str | int | bool]]:
     """Return sbatch's options: ours, overridden by cluster.slurm.sbatch, then by the partition's; null removes one."""
-    from agent_infra_core.fleet.place import USR1_BEFORE_END_S, job_name
+    from agent_infra_core.fleet.place import USR1_BEFORE_END_S, job_name, job_options
 
     partition = request.partition
+    gpus = f"{partition.gres}:{request.gpus}".partition(":")[2]  # without the GRES' name: h100:4, or 4
+    memory = request.memory_mb and f"{request.memory_mb}M"
+    resources = {"account": slurm.account, "constraint": slurm.constraint, "mem": memory}
     options: dict[str, str | int | bool | None] = {
         "job-name": job_name(request),
         "partition": partition.name,
@@ -405,7 +408,8 @@ def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, s
         "nodes": request.nodes,
         "ntasks-per-node": 1,
         "cpus-per-task": request.cpus,
-        "gres": f"{partition.gres}:{request.gpus}" if request.gpus else None,
+        "gres": f"{partition.gres}:{request.gpus}" if request.gpus and slurm.gpu_flag == "gres" else None,
+        "gpus-per-node": gpus if request.gpus and slurm.gpu_flag == "gpus-per-node" else None,
         "exclusive": partition.exclusive or None,
         "output": f"{request.run_dir}/logs/{request.replicas[0]}.log",
         "open-mode": "append",  # otherwise a requeue empties the log
@@ -414,8 +418,8 @@ def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, s
         "requeue": True,
         "dependency": f"afterany:{request.after}" if request.after else None,
         "export": "HOME,USER,LOGNAME,SHELL,PATH,LANG",  # by default sbatch copies every variable, secrets included
-        **slurm.sbatch,
-        **partition.sbatch,
+        **{name: value for name, value in resources.items() if value},
+        **job_options(partition, slurm),
     }
     return [(name, value) for name, value in options.items() if value is not None]
 
@@ -1772,7 +1776,7 @@ def _run_status(arguments: argparse.Namespace) -> int:
             _show_status(status, clear=arguments.watch and sys.stdout.isatty())
         if not arguments.watch:
             return 3 if status["degraded"] else 0
-        time.sleep(1.0)
+        time.sleep(max(1.0, deployment.cluster.poll_s))
 
 
 def describe_model(row: Mapping[str, Any]) -> str:
@@ -1839,7 +1843,7 @@ def _show_status(status: Mapping[str, Any], clear: bool) -> None:
 
 
 def _run_logs(arguments: argparse.Namespace) -> int:
-    from agent_infra_core.fleet.cluster import LogFolder
+    from agent_infra_core.fleet.cluster import LogFolder, tail_logs
 
     deployment = _deployment(arguments)
     known = deployment.cluster.logs.names()
@@ -1852,36 +1856,22 @@ def _run_logs(arguments: argparse.Namespace) -> int:
     if missing:
         raise RefusedError(f"no log of {missing[0]}; there are: {', '.join(known)}")
 
-    def read(name: str, start: int, limit: int) -> tuple[bytes, int]:
-        here = LogFolder(deployment.paths.run / "logs")  # the proxy's log is always on this machine
-        return (here if name == "proxy" else deployment.cluster.logs).read(name, start, limit)
-
-    follow_logs(names, read, arguments.lines, arguments.follow, _say)
-    return 0
-
-
-def follow_logs(
-    names: Sequence[str],
-    read: Callable[[str, int, int], tuple[bytes, int]],
-    lines: int,
-    follow: bool,
-    say: Callable[[str], None],
-) -> None:
-    """Print the last ``lines`` of each log, with its name if there are several; with ``follow``, new lines for ever."""
+    here = LogFolder(deployment.paths.run / "logs")  # the proxy's log is always on this machine
+    mine = [name for name in names if name == "proxy"]
+    theirs = [name for name in names if name != "proxy"]
     prefix = {name: f"{name}: " if len(names) > 1 else "" for name in names}
-    offsets: dict[str, int] = {}
-    while True:
-        for name in names:
-            first = name not in offsets
-            content, end = read(name, offsets.get(name, -(1 << 20)), 1 << 20)
-            *complete, rest = content.split(b"\n")
-            offsets[name] = end - (len(rest) if follow else 0)
-            shown = complete + ([rest] if rest and not follow else [])
-            for line in shown[-lines:] if first and lines else shown if not first else []:
-                say(prefix[name] + line.decode(errors="replace"))
-        if not follow:
-            return
-        time.sleep(0.2)
+
+    def say(logs: Logs, from_names: Sequence[str]) -> None:
+        show = logs.follow if arguments.follow else functools.partial(tail_logs, logs)
+        for name, line in show(from_names, arguments.lines):
+            _say(prefix[name] + line.decode(errors="replace"))
+
+    if arguments.follow and theirs:
+        threading.Thread(target=say, args=(here, mine), daemon=True).start()
+    if theirs:
+        say(deployment.cluster.logs, theirs)
+    say(here, mine)
+    return 0
 
 
 def _run_pull(arguments: argparse.Namespace) -> int:

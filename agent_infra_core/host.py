@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -252,6 +252,12 @@ class CommandRunner(Protocol):
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
         """Run ``argv`` to its end, with any exit code. Raises HostUnreachableError if the host doesn't answer."""
 
+    def stream(self, argv: Sequence[str]) -> Generator[bytes, None, None]:
+        """Run ``argv`` and yield what it prints, as it comes; its standard input stays open until the generator closes.
+
+        Raises HostUnreachableError if the host can't be reached.
+        """
+
     def close(self) -> None:
         """Release the runner's resources."""
 
@@ -288,6 +294,26 @@ class LocalCommands:
                     f"`{argv[0]}` gave no answer within {timeout_s:g} s; is the file system or the scheduler hung?"
                 ) from error
         return CommandResult(process.returncode, output, errors)
+
+    def stream(self, argv: Sequence[str], first: bytes = b"") -> Generator[bytes, None, None]:
+        """``first`` is what to send to the command's standard input."""
+        with subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=self._environment,
+            start_new_session=True,
+        ) as process:
+            try:
+                if process.stdin and process.stdout:
+                    process.stdin.write(first)
+                    process.stdin.flush()
+                    while chunk := os.read(process.stdout.fileno(), 1 << 16):
+                        yield chunk
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         pass

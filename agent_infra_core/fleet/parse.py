@@ -74,23 +74,30 @@ def _slurm_span(text: str) -> float | None:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
+UNKNOWN_MEMORY_MB = 1 << 40  # of a node whose memory isn't shown: more than any job asks for
+
+
 @dataclass(frozen=True)
 class SlurmNode:
     """A node as reported by `scontrol --details show node`."""
 
     name: str
     partitions: tuple[str, ...]
-    is_usable: bool  # not down, drained, reserved or planned for another job
+    is_usable: bool  # not down, drained or planned for another job
     is_idle: bool  # no job is running there
     free_cpus: int
     gres: Mapping[str, int]  # name:type (or name) → number
     used: Mapping[str, int]
+    free_memory_mb: int = UNKNOWN_MEMORY_MB
+    reservation: str = ""  # that it belongs to now; empty: none
 
     def free(self, gres: str) -> int:
-        """Number of idle ``gres`` (a name counts all types); 0 if the node can't take a job."""
-        if not self.is_usable or self.free_cpus < 1:
-            return 0
+        """Number of ``gres`` (a name counts all types) that no job has."""
         return max(0, count_gres(self.gres, gres) - count_gres(self.used, gres))
+
+    def takes_jobs_of(self, reservation: str) -> bool:
+        """Whether it can run jobs that ask for this reservation (empty: for none)."""
+        return self.is_usable and self.free_cpus > 0 and self.reservation == reservation
 
 
 def count_gres(counts: Mapping[str, int], wanted: str) -> int:
@@ -98,8 +105,14 @@ def count_gres(counts: Mapping[str, int], wanted: str) -> int:
 
 
 def parse_gres(text: str) -> dict[str, int]:
-    """Parse ``gpu:h100:4(S:0),gpu:a100:2(IDX:0-1)`` into {gpu:h100: 4, gpu:a100: 2}; ``gpu`` alone counts as one."""
+    """Parse ``gpu:h100:4(S:0),gpu:a100:2(IDX:0-1)`` into {gpu:h100: 4, gpu:a100: 2}; ``gpu`` alone counts as one.
+
+    A GPU of which somebody has shards, as in ``shard:h100:3(2/4,1/4)``, counts as used.
+    """
     counts: dict[str, int] = {}
+    for kind, shares in re.findall(r"shard((?::[^:,(]+)?):\d+\((\d+/\d+(?:,\d+/\d+)*)\)", text):
+        counts["gpu" + kind.replace(":(null)", "")] = sum(not share.startswith("0/") for share in shares.split(","))
+    text = text.replace(":(null)", "")  # of entries without a type
     for entry in re.sub(r"\([^)]*\)", "", text).split(","):
         match = re.fullmatch(r"([\w.-]+(?::[A-Za-z_][\w.-]*|:[\w.-]*[A-Za-z_][\w.-]*)?)(?::(\d+)([KkMm]?))?", entry)
         if match and match[1] not in ("null", "none"):
@@ -109,7 +122,7 @@ def parse_gres(text: str) -> dict[str, int]:
 
 
 _NODE_UNUSABLE = re.compile(
-    r"DOWN|DRAIN|FAIL|MAINT|RESERVED|RESV|PLANNED|REBOOT|POWER|UNKNOWN|FUTURE|ERROR|BLOCKED|INVAL|NO_RESPOND|NOT_RESP|\*"
+    r"DOWN|DRAIN|FAIL|MAINT|PLANNED|REBOOT|POWER|UNKNOWN|FUTURE|ERROR|BLOCKED|INVAL|NO_RESPOND|NOT_RESP|\*"
 )
 
 
@@ -129,11 +142,13 @@ def parse_nodes(text: str) -> list[SlurmNode]:
             SlurmNode(
                 name=values["NodeName"],
                 partitions=tuple(values.get("Partitions", "").split(",")),
-                is_usable=state.startswith(("IDLE", "MIXED")) and not _NODE_UNUSABLE.search(state),
-                is_idle=state.startswith("IDLE") and used_cpus == 0,
+                is_usable=state.startswith(("IDLE", "MIXED", "RESERVED")) and not _NODE_UNUSABLE.search(state),
+                is_idle=state.startswith(("IDLE", "RESERVED")) and used_cpus == 0,
                 free_cpus=max(0, cpus - used_cpus),
                 gres=parse_gres(values.get("Gres", "")),
                 used=parse_gres(values.get("GresUsed", "")),
+                free_memory_mb=int(values.get("RealMemory") or UNKNOWN_MEMORY_MB) - int(values.get("AllocMem") or 0),
+                reservation=values.get("ReservationName", "?") if "RES" in state else "",
             )
         )
     return nodes

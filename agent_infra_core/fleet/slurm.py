@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +100,7 @@ class SlurmCluster:
 
     def prepare(self, model: ModelConfig) -> ModelConfig:
         check_engine_args(model)
-        place_replicas(1, model, self._config.slurm.partitions, ())
+        place_replicas(1, model, self._config.slurm, ())
         engine_bind_host(model, self._config.tunnel)
         self.host.install()
         if model.engine == "llama_cpp" and model.model_path == PACKAGED_MODEL:
@@ -249,13 +249,13 @@ class SlurmCluster:
     def _plan(self, model: ModelConfig, count: int, taken: set[str]) -> list[JobRequest]:
         """The jobs needed for ``count`` more replicas."""
         requests = []
-        for partition, held in place_replicas(count, model, self._config.slurm.partitions, self.host.nodes()):
+        for partition, held in place_replicas(count, model, self._config.slurm, self.host.nodes()):
             replicas = []
             for _ in range(held):
                 replicas.append(free_replica_id(model.name, taken))
                 taken.add(replicas[-1])
-            shape = replica_shape(model, partition)
-            gpus = partition.gpus_per_node if partition.exclusive and shape.gpus else shape.gpus
+            shape = replica_shape(model, partition, self._config.slurm)
+            times = partition.gpus_per_node // shape.gpus if partition.exclusive and shape.gpus else 1  # whole nodes
             request = JobRequest(
                 deployment=self._config.name,
                 model=model,
@@ -265,8 +265,9 @@ class SlurmCluster:
                 run_dir=self.host.run_dir,
                 program=self.host.program,
                 nodes=shape.nodes,
-                gpus=gpus,
-                cpus=shape.cpus,
+                gpus=partition.gpus_per_node if partition.exclusive and shape.gpus else shape.gpus,
+                cpus=shape.cpus and shape.cpus * times,
+                memory_mb=shape.memory_mb and shape.memory_mb * times,
             )
             requests.append(request)
         return requests
@@ -346,7 +347,7 @@ class SlurmExamination:
     def _request(self, model: ModelConfig) -> JobRequest:
         """A short job in the preferred partition. Its name isn't that of any replica."""
         partition = max(self._config.slurm.partitions, key=lambda each: each.priority)
-        shape = replica_shape(model, partition)
+        shape = replica_shape(model, partition, self._config.slurm)
         return JobRequest(
             deployment=f"{self._config.name}:doctor",
             model=model,
@@ -357,7 +358,15 @@ class SlurmExamination:
             program=self._host.program,
             gpus=shape.gpus,
             cpus=shape.cpus,
+            memory_mb=shape.memory_mb,
         )
+
+
+_FOLLOW_SCRIPT = """\
+cd "$1/logs" || exit 3; lines=$2; shift 2
+for name; do tail -n "$lines" -F "$name.log" 2> /dev/null | sed -u "s/^/$name\\t/" & done
+cat > /dev/null; kill 0
+"""
 
 
 class SlurmLogs:
@@ -374,6 +383,17 @@ class SlurmLogs:
         if done.status != 0 or not size.strip().isdigit():
             return b"", max(start, 0)
         return content, (start if start >= 0 else max(0, int(size) + start)) + len(content)
+
+    def follow(self, names: Sequence[str], lines: int) -> Iterator[tuple[str, bytes]]:
+        """One command for all of them, which runs until the generator closes: its end closes the script's input."""
+        self._host.locate()
+        rest = b""
+        with contextlib.closing(self._host.stream(_FOLLOW_SCRIPT, self._host.run_dir, str(lines), *names)) as chunks:
+            for chunk in chunks:
+                *complete, rest = (rest + chunk).split(b"\n")
+                for line in complete:
+                    name, _, text = line.partition(b"\t")
+                    yield name.decode("utf-8", "replace"), text
 
     def names(self) -> list[str]:
         names = self._shell('cd "$1/logs" && ls').output.decode("utf-8", "replace").split()

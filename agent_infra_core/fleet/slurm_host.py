@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,6 +178,10 @@ class SlurmHost:
     def shell(self, script: str, *words: str, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
         return self._runner.run(["sh", "-c", script, "sh", *words], stdin=stdin, timeout_s=timeout_s)
 
+    def stream(self, script: str, *words: str) -> Generator[bytes, None, None]:
+        """Run a script that goes on until the generator closes; yields what it prints."""
+        return self._runner.stream(["sh", "-c", script, "sh", *words])
+
     def slurm(self, script: str, *words: str, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
         """Run a script that calls commands of Slurm, after cluster.slurm.prologue in a login shell if there is one."""
         script, prologue = _SLURM_ENVIRONMENT + script, self._config.slurm.prologue
@@ -259,12 +263,15 @@ class SlurmHost:
         return job.work_dir == self.run_dir and job_replicas(job.name, self._config.name) is not None
 
     def nodes(self) -> list[SlurmNode]:
-        """Every node of the cluster. RefusedError if a configured partition doesn't exist."""
-        done = self.asked(self.slurm("scontrol --oneliner --details show node"))
+        """Every node that Slurm shows: none where PrivateData hides them, and sbatch has to decide.
+
+        RefusedError if a configured partition doesn't exist.
+        """
+        done = self.asked(self.slurm("scontrol --all --oneliner --details show node"))
         nodes = parse_nodes(done.output.decode("utf-8", "replace"))
         known = {name for node in nodes for name in node.partitions}
         for partition in self._config.slurm.partitions:
-            if partition.name not in known:
+            if nodes and partition.name not in known:
                 raise RefusedError(
                     f"cluster.slurm.partitions: there is no partition {partition.name}; there are: "
                     f"{', '.join(sorted(known - {''})) or 'none'}"
@@ -393,14 +400,14 @@ class SlurmHost:
 SUBMIT_PROBLEMS = (
     (r"[Ii]nvalid partition", "correct cluster.slurm.partitions; `sinfo` lists them"),
     (r"[Ii]nvalid qos", "correct qos or default_qos; `sacctmgr show assoc user=$USER format=qos` lists yours"),
-    (r"[Ii]nvalid account", "set account under cluster.slurm.sbatch; `sacctmgr show assoc user=$USER` lists yours"),
+    (r"[Ii]nvalid account", "set cluster.slurm.account; `sacctmgr show assoc user=$USER` lists yours"),
     (r"time limit", "lower time_limit to what the partition allows (`sinfo -o '%P %l'`)"),
     (r"violates accounting|QOS|AssocMax|limit", "a limit of your account or QoS: start fewer replicas"),
     (
         r"configuration is not available|gres|TRES|[Ii]nvalid generic resource",
         "correct gres and gpus_per_node (`sinfo -o '%P %G'`)",
     ),
-    (r"[Ii]nvalid feature", "correct constraint under sbatch (`sinfo -o '%P %f'`)"),
+    (r"[Ii]nvalid feature", "correct cluster.slurm.constraint (`sinfo -o '%P %f'`)"),
     (r"unrecognized option|[Ii]nvalid.*argument", "correct sbatch under cluster.slurm"),
 )
 

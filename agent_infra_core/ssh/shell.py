@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from agent_infra_core.host import CommandResult, HostUnreachableError
 
@@ -34,3 +34,14 @@ def unframed(done: CommandResult, nonce: str, host: str) -> CommandResult:
         )
     status = int(output[2]) if output[2] else done.status
     return CommandResult(status, output[1], errors[1] if errors else done.errors)
+
+
+def unframed_chunks(chunks: Iterable[bytes], nonce: str) -> Iterator[bytes]:
+    """What a command prints that runs until it is ended, without what the login shell printed before."""
+    mark, before = f"@{nonce}@".encode(), b""
+    for chunk in chunks:
+        if mark not in before:
+            before += chunk
+            chunk = before.partition(mark)[2]
+        if chunk:
+            yield chunk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,11 +16,15 @@ from typing import Any
 
 import pytest
 from patience import PATIENCE_S
-from program import Program, is_listening, wait_for
+from program import Program, is_listening, processes_with, wait_for
 from testbed.ports import free_port
-from testbed.slurm import SlurmBed, missing_programs, slurm_bed
+from testbed.slurm import SlurmBed, missing_programs, slurm_bed, slurm_cluster
 from testbed.sshd import SSHD, SshServer
 from weights import packaged_gguf
+
+from agent_infra_core.fleet.place import idle_gpus
+from agent_infra_core.fleet.state import deployment_paths
+from agent_infra_core.settings import ClusterConfig, ModelConfig, PartitionConfig, SlurmConfig
 
 SBATCH = shutil.which("sbatch") or ""
 TALKS = r"""#!/bin/sh
@@ -309,6 +314,17 @@ def test_the_story_behind_a_tcsh_that_talks_and_a_slurm_that_needs_a_prologue(
         wait_for(lambda: app.get("/health")["models"]["m"]["ready"] == 1, "the replica in the proxy")
         assert app.chat(model="m")[0]["choices"]
         assert "agent-infra: starting" in app.run("logs", "m-1").stdout
+        before = server.log.read_text().count("Starting session")
+        following = app.spawn("logs", "--follow", "--lines", "1")
+        following.wait_line("^m-1: ")
+        [log] = (tmp_path / "work").glob("*/run/logs/m-1.log")
+        for number in range(20):
+            with log.open("a") as file:
+                file.write(f"line {number}\n")
+            following.wait_line(f"^m-1: line {number}$")
+        following.end()
+        assert server.log.read_text().count("Starting session") - before <= 3  # one of them is the tail
+        wait_for(lambda: not [pid for pid in processes_with("") if "tail -n 1 -F m-1.log" in pid[1]], "the tail's end")
         stopped = app.run("stop")
         assert stopped.returncode == 0, stopped.stderr
     assert live(app, bed) == []
@@ -370,6 +386,43 @@ def test_files_that_jobs_run_are_known_by_their_content(app: Program, bed: Slurm
     assert app.run("pull").returncode == 0
     assert program.read_bytes() == before
     assert weights.read_bytes() == packaged_gguf().read_bytes()
+
+
+# --- GPUs as they are. -----------------------------------------------------------------------------------------------
+
+
+def test_gpus_without_a_type_and_ones_of_a_reservation_are_counted_as_slurm_gives_them(tmp_path: Path) -> None:
+    if missing := missing_programs():
+        pytest.skip(f"a real Slurm needs {', '.join(missing)}")
+    times = "Nodes=ALL MaxTime=1:00:00 DefaultTime=00:10:00"
+    partitions = (f"PartitionName=main Default=YES {times}", f"PartitionName=hidden Hidden=YES {times}")
+    with slurm_bed(nodes=3, gpus=2, gpu_type="", cpus=4, partitions=partitions) as untyped:
+        untyped.submit("sleep 600", "--gres=gpu:1", "--nodelist", untyped.nodes[0], "--cpus-per-task=1")
+        untyped.run(
+            *("scontrol", "create", "reservation", "ReservationName=grp", "StartTime=now", "Duration=60"),
+            *("Users=root", f"Nodes={untyped.nodes[2]}"),
+        )
+        wait_for(lambda: "RUNNING" in "".join(untyped.jobs()), "the foreign job")
+        slurm = SlurmConfig(
+            partitions=(PartitionConfig("main", gpus_per_node=2), PartitionConfig("hidden", gpus_per_node=2)),
+            work_dir=str(tmp_path / "work"),
+            cpus_per_gpu=2,
+            memory_per_gpu="100",
+            setup=(f"export AGENT_INFRA_PYTHON={sys.executable}", "exec sleep 600"),
+        )
+        config = ClusterConfig(type="slurm", name="u", tunnel="none", poll_interval=0.2, slurm=slurm)
+        cluster = slurm_cluster(config, deployment_paths("u", os.environ), untyped.environment)
+        nodes = wait_for(lambda: [n for n in cluster.host.nodes() if n.reservation] and cluster.host.nodes(), "grp")
+        reserved = dataclasses.replace(slurm, sbatch={"reservation": "grp"})
+        main = slurm.partitions[0]
+        assert [idle_gpus(node, main, slurm) for node in nodes] == [1, 2, 0]
+        assert [idle_gpus(node, main, reserved) for node in nodes] == [0, 0, 2]
+        started = cluster.start_replicas(cluster.prepare(ModelConfig("g", "org/m")), 4)
+        assert [record.partition for record in started] == ["main", "main", "main", "main"]
+        wait_for(lambda: sum(record.state == "starting" for record in cluster.replicas()) == 3, "three that fit")
+        told = untyped.run("scontrol", "--oneliner", "show", "job", str(started[0].job_id))
+        assert "CPUs/Task=2" in told
+        assert "MinMemoryNode=100M" in told
 
 
 # --- Why jobs ended. -------------------------------------------------------------------------------------------------

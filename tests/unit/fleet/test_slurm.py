@@ -33,6 +33,7 @@ from agent_infra_core.fleet.parse import (
 from agent_infra_core.fleet.place import (
     JobRequest,
     engine_bind_host,
+    idle_gpus,
     job_name,
     job_replicas,
     place_replicas,
@@ -144,11 +145,12 @@ def test_idle_gpus_are_those_of_the_wanted_type_that_no_job_has() -> None:
     ],
 )
 def test_nodes_that_take_no_job_have_no_idle_gpus(state: str) -> None:
-    assert node(State=state).free("gpu") == 0
+    assert idle_gpus(node(State=state), GPU, SlurmConfig()) == 0
 
 
 def test_gpus_of_a_node_whose_processors_are_all_taken_are_not_idle() -> None:
-    assert node(CPUAlloc="8").free("gpu") == 0
+    assert idle_gpus(node(CPUAlloc="8"), GPU, SlurmConfig()) == 0
+    assert idle_gpus(node(), GPU, SlurmConfig()) == 3
 
 
 @pytest.mark.parametrize(
@@ -160,6 +162,9 @@ def test_gpus_of_a_node_whose_processors_are_all_taken_are_not_idle() -> None:
         ("gpu:1g.10gb:7(S:0)", {"gpu:1g.10gb": 7}),
         ("gpu:nvidia_a100_80gb_pcie:2(IDX:0,3)", {"gpu:nvidia_a100_80gb_pcie": 2}),
         ("gpu", {"gpu": 1}),
+        ("gpu:(null):3(IDX:0-2)", {"gpu": 3}),
+        ("gpu:(null):0(IDX:N/A)", {"gpu": 0}),
+        ("gpu:h100:0(IDX:N/A),shard:h100:3(2/4,0/4,1/4)", {"gpu:h100": 2, "shard:h100": 3}),
         ("(null)", {}),
         ("", {}),
     ],
@@ -176,7 +181,7 @@ def idle(name: str, partitions: str, gpus: int = 4, cpus: int = 32) -> SlurmNode
 
 
 def placed(count: int, model: ModelConfig, partitions: list[PartitionConfig], *nodes: SlurmNode) -> list[Any]:
-    return [(each.name, held) for each, held in place_replicas(count, model, partitions, nodes)]
+    return [(each.name, held) for each, held in place_replicas(count, model, SlurmConfig(tuple(partitions)), nodes)]
 
 
 HIGH, LOW = PartitionConfig("high", priority=10), PartitionConfig("low", priority=1)
@@ -214,7 +219,7 @@ def test_an_exclusive_partition_gives_whole_nodes_and_a_job_holds_what_fits() ->
 def test_a_replica_larger_than_a_node_takes_several_that_have_the_room() -> None:
     nodes = [idle(name, "gpu", 8) for name in "abc"]
     eight = PartitionConfig("gpu", gpus_per_node=8)
-    shape = replica_shape(SIXTEEN, eight)
+    shape = replica_shape(SIXTEEN, eight, SlurmConfig())
     assert (shape.nodes, shape.gpus) == (2, 8)
     assert placed(2, SIXTEEN, [eight, LOW], *nodes) == [("gpu", 1)] * 2
 
@@ -232,6 +237,60 @@ def test_an_engine_without_gpus_goes_where_processors_are_idle() -> None:
     assert placed(3, model, [LOW, HIGH], idle("a", "high", 0, cpus=4), idle("b", "low", 0, cpus=9)) == [
         *(("high", 1), ("high", 1), ("low", 1)),
     ]
+
+
+def test_a_reservation_has_its_own_nodes_and_no_other() -> None:
+    reserved = node(State="IDLE+RESERVED", Version="23.11 ReservationName=grp", CPUAlloc="0")
+    mine = PartitionConfig("gpu", sbatch={"reservation": "grp"})
+    assert idle_gpus(reserved, mine, SlurmConfig()) == 3
+    assert idle_gpus(reserved, GPU, SlurmConfig(sbatch={"reservation": "grp"})) == 3
+    assert idle_gpus(reserved, GPU, SlurmConfig()) == 0
+    assert idle_gpus(reserved, GPU, SlurmConfig(sbatch={"reservation": "other"})) == 0
+    assert idle_gpus(node(), mine, SlurmConfig()) == 0
+    maintained = node(State="IDLE+MAINT+RESERVED", Version="23.11 ReservationName=grp")
+    assert idle_gpus(maintained, mine, SlurmConfig()) == 0
+
+
+def test_without_gres_the_gpus_of_a_node_without_jobs_are_idle() -> None:
+    bare = dataclasses.replace(idle("c1", "gh,old"), gres={})
+    whole = PartitionConfig("gh", exclusive=True, gpus_per_node=1, sbatch={"gres": None})
+    assert placed(2, VLLM, [whole, PartitionConfig("other")], bare, dataclasses.replace(bare, name="c2")) == (
+        [("gh", 1), ("gh", 1)]
+    )
+    none = SlurmConfig((PartitionConfig("old", gpus_per_node=2),), gpu_flag="none")
+    assert idle_gpus(bare, none.partitions[0], none) == 2
+    assert idle_gpus(dataclasses.replace(bare, is_idle=False), none.partitions[0], none) == 0
+
+
+def test_processors_and_memory_count_too() -> None:
+    slurm = SlurmConfig((HIGH, LOW), cpus_per_gpu=8, memory_per_gpu="64G")
+    shape = replica_shape(dataclasses.replace(VLLM, tensor_parallel_size=2), HIGH, slurm)
+    assert (shape.cpus, shape.memory_mb) == (16, 131072)
+    few_cpus = idle("a", "high", cpus=17)
+    little_memory = dataclasses.replace(idle("b", "low"), free_memory_mb=3 * 65536)
+    held = place_replicas(6, VLLM, slurm, (few_cpus, little_memory))
+    assert [each.name for each, _ in held] == ["high", "high", "low", "low", "low", "high"]
+
+
+def test_where_slurm_shows_no_nodes_everything_is_left_to_sbatch() -> None:
+    assert placed(2, VLLM, [LOW, HIGH]) == [("high", 1), ("high", 1)]
+
+
+@pytest.mark.parametrize(
+    ("flag", "gres", "option"),
+    [
+        ("gres", "gpu:h100", ("gres", "gpu:h100:2")),
+        ("gpus-per-node", "gpu:h100", ("gpus-per-node", "h100:2")),
+        ("gpus-per-node", "gpu", ("gpus-per-node", "2")),
+        ("none", "gpu", None),
+    ],
+)
+def test_gpus_are_asked_for_as_the_site_wants_it(flag: str, gres: str, option: tuple[str, str] | None) -> None:
+    slurm = SlurmConfig(account="abc", constraint="a100&ib", gpu_flag=flag)
+    request = dataclasses.replace(REQUEST, partition=PartitionConfig("gpu", gres=gres), gpus=2, memory_mb=1024)
+    options = job_directives(request, slurm)
+    assert [each for each in options if each[0] in ("gres", "gpus-per-node")] == ([option] if option else [])
+    assert {("account", "abc"), ("constraint", "a100&ib"), ("mem", "1024M")} <= set(options)
 
 
 def test_only_engines_that_ask_for_the_key_everywhere_listen_beyond_loopback() -> None:
