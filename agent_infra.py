@@ -1013,15 +1013,19 @@ class Deployment:
         """
         from agent_infra_core.control.handover import read_successions
         from agent_infra_core.control.lock import describe_holder, is_here, lock_holder
-        from agent_infra_core.control.status import list_problems, summarize
+        from agent_infra_core.control.status import list_problems, summarize, unreached
 
         records = [r for r in self.cluster.replicas() if r.state != "stopped" or r.is_idle]
         wanted = self.wanted()
         relay, holder, proxy = read_relay_record(self.paths), lock_holder(self.paths.lock), self.proxy()
         stats = proxy.stats() if proxy else {}
-        models = [summarize(name, wanted[name], records, stats.get("backends", ())) for name in wanted]
+        rows = stats.get("backends", ())
+        models = [summarize(name, wanted[name], records, rows) for name in wanted]
         successions = read_successions(self.paths)
         degraded = list_problems(models, records)
+        degraded += [
+            f"{name} is ready, but no turn reaches it: {why}" for name, why in unreached(records, rows).items()
+        ]
         if self.cluster.problem:
             degraded.append(self.cluster.problem)
         if relay is None and holder and not is_here(holder, self.paths.lock):

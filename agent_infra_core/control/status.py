@@ -6,7 +6,7 @@ import collections
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,20 +104,35 @@ def count_missing(model: ModelConfig, serving: Iterable[ReplicaRecord], report: 
     return max(0, model.replicas - present)
 
 
+def unreached(records: Iterable[ReplicaRecord], rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Ready replica → why no turn reaches it, for those that the proxy, whose backends ``rows`` are, can't use."""
+    ready = {record.replica for record in records if record.state == "ready"}
+    return {
+        row["id"]: (row.get("tunnel") or {}).get("reason") or row.get("reason") or "the proxy gets no answer from it"
+        for row in rows
+        if row.get("id") in ready and (row.get("healthy") is False or row["state"] not in ("ready", "draining"))
+    }
+
+
 def summarize(
-    model: str, wanted: int, records: Iterable[ReplicaRecord], rows: Iterable[Mapping[str, Any]] = ()
+    model: str,
+    wanted: int,
+    records: Iterable[ReplicaRecord],
+    rows: Collection[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """A model's row in `status`: ``{name, wanted, running, ready, idle, in_flight, sessions}``.
 
-    ``idle`` replicas shut down because they were idle, as configured. ``rows`` are the backends of /stats; without
-    them, turns in flight and sessions are None (unknown).
+    ``ready`` leaves out replicas that no turn reaches. ``idle`` replicas shut down because they were idle, as
+    configured. ``rows`` are the backends of /stats; without them, turns in flight and sessions are None (unknown).
     """
+    records = list(records)
     states = collections.Counter(
         "idle" if record.is_idle and record.state == "stopped" else record.state
         for record in records
         if record.model == model
     )
     served = [row for row in rows if row["model"] == model]
+    lost = unreached(records, rows)
     counts = {
         name: sum(row[key] or 0 for row in served) for name, key in (("in_flight", "inflight"), ("sessions",) * 2)
     }
@@ -125,7 +140,7 @@ def summarize(
         "name": model,
         "wanted": wanted,
         "running": sum(states[state] for state in LIVE_STATES),
-        "ready": states["ready"],
+        "ready": states["ready"] - sum(row["model"] == model and row.get("id") in lost for row in rows),
         "idle": states["idle"],
         **(counts if served else dict.fromkeys(counts)),
     }

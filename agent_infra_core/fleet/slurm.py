@@ -29,7 +29,7 @@ from agent_infra_core.fleet.place import JobRequest, engine_bind_host, job_repli
 from agent_infra_core.fleet.slurm_host import Order, QueueAnswer, SchedulerError, SlurmHost, failure_text
 from agent_infra_core.fleet.state import DeploymentPaths, free_replica_id, read_or_make_key, replica_order, start_lock
 from agent_infra_core.fleet.weights import fetch_packaged_model, model_cache
-from agent_infra_core.host import CommandResult, CommandRunner
+from agent_infra_core.host import CommandResult, CommandRunner, HostUnreachableError
 from agent_infra_core.node.hub import is_hub_id
 from agent_infra_core.protocol import ReplicaRecord, ServeSpec, decode_record
 from agent_infra_core.settings import PACKAGED_MODEL, ClusterConfig, ModelConfig, SlurmConfig
@@ -394,6 +394,7 @@ class SlurmLogs:
                 for line in complete:
                     name, _, text = line.partition(b"\t")
                     yield name.decode("utf-8", "replace"), text
+        raise HostUnreachableError("the cluster's host no longer sends its logs; run `logs --follow` again")
 
     def names(self) -> list[str]:
         names = self._shell('cd "$1/logs" && ls').output.decode("utf-8", "replace").split()

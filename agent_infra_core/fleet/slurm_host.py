@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -226,6 +225,8 @@ class SlurmHost:
         """Find the deployment's directories, once, without writing: a full disk must not hide its jobs."""
         if not self.run_dir:
             done = self.shell(_LOCATE_SCRIPT, self._config.slurm.work_dir)
+            if done.status or not done.output.startswith(b"/"):
+                raise HostUnreachableError(f"the cluster's host did not run a script: {failure_text(done)}; try again")
             self._place(done.output.decode("utf-8", "replace").strip())
 
     def _place(self, work_dir: str) -> None:
@@ -279,27 +280,24 @@ class SlurmHost:
         return nodes
 
     def submit(self, orders: Sequence[Order]) -> Iterator[str]:
-        """Submit jobs, in one call. Yields their numbers ("0": accepted, but the number is unknown), in order.
+        """Submit jobs, in one call if sbatch tells all their numbers. Yields the numbers, in order.
 
         RefusedError with sbatch's message, or SchedulerError, for the first job that wasn't accepted; no later one was
         submitted then.
         """
-        stdin, nonce = b"", os.urandom(8).hex()
-        for order in orders:
-            script, request = order.script.encode(), order.request
-            words = [str(len(script)), request.partition.name, request.model.engine, request.model.name]
-            specs = [json.dumps(dataclasses.asdict(spec)) for spec in order.specs]
-            stdin += "\n".join([" ".join([*words, *request.replicas]), *specs, ""]).encode() + script
-        done = self.slurm(_SUBMIT_SCRIPT, self.run_dir, nonce, stdin=stdin, timeout_s=60.0 + 5.0 * len(orders))
-        answers = re.findall(
-            rf"(?ms)^@{nonce}@(\d+) (\d+)\n(.*?)(?=^@{nonce}@|\Z)", done.output.decode("utf-8", "replace")
-        )
-        for order, answer in itertools.zip_longest(orders, answers):
-            status, job, said = answer or (done.status, UNCONFIRMED_JOB, done.errors.decode("utf-8", "replace"))
-            if done.status == NAME_TAKEN:
+        while orders:
+            nonce, stdin = os.urandom(8).hex(), b"".join(_order_text(order) for order in orders)
+            done = self.slurm(_SUBMIT_SCRIPT, self.run_dir, nonce, stdin=stdin, timeout_s=60.0 + 5.0 * len(orders))
+            text = done.output.decode("utf-8", "replace")
+            answers = re.findall(rf"(?ms)^@{nonce}@(\d+) (\d+)\n(.*?)(?=^@{nonce}@|\Z)", text)
+            if done.status == NAME_TAKEN and not answers:
                 raise RefusedError("another machine is starting replicas of this deployment too; run `start` again")
-            is_known = status == "0" and job != UNCONFIRMED_JOB
-            yield job if is_known else self._find_submitted(order.request, int(status), said)
+            if not answers:
+                raise RefusedError(f"{self.run_dir} cannot be written on the cluster: {failure_text(done)}")
+            for order, (status, job, said) in zip(orders, answers, strict=False):
+                is_known = status == "0" and job != UNCONFIRMED_JOB
+                yield job if is_known else self._find_submitted(order.request, int(status), said)
+            orders = orders[len(answers) :]
 
     def _find_submitted(self, request: JobRequest, status: int, said: str) -> str:
         """The number of a job of which sbatch didn't tell it, found by its name. RefusedError, SchedulerError."""
@@ -394,6 +392,14 @@ class SlurmHost:
 
     def close(self) -> None:
         self._runner.close()
+
+
+def _order_text(order: Order) -> bytes:
+    """What _SUBMIT_SCRIPT reads for one job."""
+    script, request = order.script.encode(), order.request
+    words = [str(len(script)), request.partition.name, request.model.engine, request.model.name, *request.replicas]
+    specs = [json.dumps(dataclasses.asdict(spec)) for spec in order.specs]
+    return "\n".join([" ".join(words), *specs, ""]).encode() + script
 
 
 # Messages of sbatch when it rejects a job → what to do.

@@ -240,13 +240,13 @@ def test_a_wrapper_of_sbatch_may_say_what_it_likes(app: Program, bed: SlurmBed, 
 def test_a_job_whose_sbatch_timed_out_is_found_and_never_submitted_twice(
     app: Program, bed: SlurmBed, tmp_path: Path
 ) -> None:
-    configure(app, tmp_path / "work")
+    configure(app, tmp_path / "work", replicas=2)
     real_path = app.environment["PATH"]
     stand_before_sbatch(app, tmp_path / "bin", LOSES_THE_ANSWER)
     start(app)
     app.environment["PATH"] = real_path
-    assert "1 of 1 replicas are already running" in start(app).stdout
-    assert [state for _, state in jobs(app, bed)] == ["RUNNING"]
+    assert "2 of 2 replicas are already running" in start(app).stdout
+    assert [state for _, state in jobs(app, bed)] == ["RUNNING", "RUNNING"]
     assert app.run("stop").returncode == 0
     assert live(app, bed) == []
     assert "FAILED" not in [state for _, state in jobs(app, bed)]
@@ -328,6 +328,27 @@ def test_the_story_behind_a_tcsh_that_talks_and_a_slurm_that_needs_a_prologue(
         stopped = app.run("stop")
         assert stopped.returncode == 0, stopped.stderr
     assert live(app, bed) == []
+
+
+def test_a_login_host_that_forbids_forwarding_makes_no_replica_ready(
+    app: Program, bed: SlurmBed, tmp_path: Path
+) -> None:
+    if SSHD is None:
+        pytest.skip("needs sshd")
+    options = {"AllowTcpForwarding": "no", "SetEnv": f"SLURM_CONF={bed.folder}/slurm.conf"}
+    with SshServer(tmp_path / "sshd", options=options) as server:
+        configure(app, tmp_path / "work")
+        document = json.loads(app.config.read_text())
+        document["cluster"] |= {"ssh": dataclasses.asdict(server.ssh()), "tunnel": "login"}
+        app.config.write_text(json.dumps(document))
+        start(app)
+        assert app.run("connect", "--background").returncode == 0
+        wait_for(lambda: "no turn reaches it" in app.run("status").stdout, "the reason")
+        told = app.run("status")
+        assert told.returncode == 3
+        assert "m  0 of 1 ready" in told.stdout
+        assert re.search("m-1 is ready, but no turn reaches it: .*(forward|prohibited)", told.stdout), told.stdout
+        assert app.run("stop").returncode == 0
 
 
 # --- Other users. ----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from agent_infra_core.control.status import (
     choose_to_stop,
     list_problems,
     summarize,
+    unreached,
 )
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.engines import check_engine_args
@@ -101,6 +102,20 @@ def test_what_the_proxy_knows_of_a_model_is_summed_over_its_replicas() -> None:
     ]
     row = summarize("m", 1, [replica("m-1")], [*rows, {"model": "other", "inflight": 9, "sessions": 9}])
     assert describe_model(row) == "m  1 of 1 ready, 2 turns in flight, 4 sessions"
+
+
+def test_a_replica_that_no_turn_reaches_is_not_ready_and_has_the_reason() -> None:
+    records = [replica("m-1"), replica("m-2"), replica("m-3"), replica("m-4", "loading")]
+    plain = {"model": "m", "inflight": 0, "sessions": 0, "healthy": True, "reason": None, "tunnel": None}
+    rows = [
+        {**plain, "id": "m-1", "state": "loading", "healthy": None, "tunnel": {"reason": "forwarding is prohibited"}},
+        {**plain, "id": "m-2", "state": "ready", "healthy": False, "reason": "no answer for 5 s"},
+        {**plain, "id": "m-3", "state": "ready"},
+        {**plain, "id": "m-4", "state": "loading"},
+    ]
+    assert unreached(records, rows) == {"m-1": "forwarding is prohibited", "m-2": "no answer for 5 s"}
+    assert summarize("m", 4, records, rows)["ready"] == 1
+    assert summarize("m", 4, records)["ready"] == 3
 
 
 def test_gpu_hours_are_told_where_a_gpu_was_held() -> None:
