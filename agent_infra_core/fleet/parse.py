@@ -107,11 +107,13 @@ def count_gres(counts: Mapping[str, int], wanted: str) -> int:
 def parse_gres(text: str) -> dict[str, int]:
     """Parse ``gpu:h100:4(S:0),gpu:a100:2(IDX:0-1)`` into {gpu:h100: 4, gpu:a100: 2}; ``gpu`` alone counts as one.
 
-    A GPU of which somebody has shards, as in ``shard:h100:3(2/4,1/4)``, counts as used.
+    A GPU of which somebody has shards counts as used. Slurm 22.05 prints those GPUs (``shard:h100:2(IDX:0-1)``), later
+    releases the shares of each (``shard:h100:3(2/4,0/4,1/4)``).
     """
     counts: dict[str, int] = {}
-    for kind, shares in re.findall(r"shard((?::[^:,(]+)?):\d+\((\d+/\d+(?:,\d+/\d+)*)\)", text):
-        counts["gpu" + kind.replace(":(null)", "")] = sum(not share.startswith("0/") for share in shares.split(","))
+    for kind, number, shares in re.findall(r"shard((?::[^:,(]+)?):(\d+)\((IDX:[^)]*|\d+/\d+(?:,\d+/\d+)*)\)", text):
+        used = int(number) if "IDX" in shares else sum(not share.startswith("0/") for share in shares.split(","))
+        counts["gpu" + kind.replace(":(null)", "")] = used
     text = text.replace(":(null)", "")  # of entries without a type
     for entry in re.sub(r"\([^)]*\)", "", text).split(","):
         match = re.fullmatch(r"([\w.-]+(?::[A-Za-z_][\w.-]*|:[\w.-]*[A-Za-z_][\w.-]*)?)(?::(\d+)([KkMm]?))?", entry)

@@ -165,6 +165,7 @@ def test_gpus_of_a_node_whose_processors_are_all_taken_are_not_idle() -> None:
         ("gpu:(null):3(IDX:0-2)", {"gpu": 3}),
         ("gpu:(null):0(IDX:N/A)", {"gpu": 0}),
         ("gpu:h100:0(IDX:N/A),shard:h100:3(2/4,0/4,1/4)", {"gpu:h100": 2, "shard:h100": 3}),
+        ("gpu:h100:1(IDX:1),shard:h100:1(IDX:0)", {"gpu:h100": 2, "shard:h100": 1}),  # seen with 22.05
         ("(null)", {}),
         ("", {}),
     ],
