@@ -1475,8 +1475,11 @@ def _connect(arguments: argparse.Namespace, detach: Callable[[Path], None] | Non
         signals.on_second = controller.relay.terminate
         controller.refresh()
         _greet(controller, deployment)
-        for reason in deployment.status()["degraded"]:
-            _say(f"degraded: {reason}")
+        try:
+            for reason in deployment.status()["degraded"]:
+                _say(f"degraded: {reason}")
+        except HostUnreachableError as error:  # the proxy serves what it knows
+            _say(f"degraded: {error}")
         if detach is not None:
             log = deployment.paths.log("proxy")
             _say(f"runs in the background: `stop` ends it and the replicas, `kill {os.getpid()}` it alone; log: {log}")

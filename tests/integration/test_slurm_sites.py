@@ -330,6 +330,27 @@ def test_the_story_behind_a_tcsh_that_talks_and_a_slurm_that_needs_a_prologue(
     assert live(app, bed) == []
 
 
+def test_a_login_host_that_is_away_for_a_moment_ends_no_start(app: Program, bed: SlurmBed, tmp_path: Path) -> None:
+    if SSHD is None:
+        pytest.skip("needs sshd")
+    with SshServer(tmp_path / "sshd", options={"SetEnv": f"SLURM_CONF={bed.folder}/slurm.conf"}) as server:
+        go_on = tmp_path / "go-on"
+        wait = f"while [ ! -e {go_on} ]; do sleep 0.2; done"
+        configure(app, tmp_path / "work", setup=[f"export AGENT_INFRA_PYTHON={sys.executable}", wait])
+        document = json.loads(app.config.read_text())
+        document["cluster"] |= {"ssh": dataclasses.asdict(server.ssh()), "tunnel": "login"}
+        app.config.write_text(json.dumps(document))
+        starting = app.spawn("start")
+        starting.wait_line("^m-1  RUNNING")
+        server.stop()
+        starting.wait_line("the replicas start without it$")
+        server.start()
+        go_on.touch()
+        starting.wait_line("^m-1  READY")
+        assert starting.process.wait(PATIENCE_S) == 0
+        assert app.run("stop").returncode == 0
+
+
 def test_a_login_host_that_forbids_forwarding_makes_no_replica_ready(
     app: Program, bed: SlurmBed, tmp_path: Path
 ) -> None:
