@@ -68,6 +68,7 @@ try:
         printable_text,
         release_free_memory,
         resource,
+        restore_on_error,
         self_command,
         write_atomically,
     )
@@ -101,7 +102,7 @@ if TYPE_CHECKING:
     from agent_infra_core.control.controller import Controller
     from agent_infra_core.control.handover import Handover
     from agent_infra_core.control.status import ProxyClient
-    from agent_infra_core.fleet.cluster import Cluster
+    from agent_infra_core.fleet.cluster import Cluster, Logs
     from agent_infra_core.fleet.place import JobRequest
     from agent_infra_core.http.heads import RequestHead
     from agent_infra_core.insight.history import HistoryFile
@@ -123,7 +124,8 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
     """Read and validate a YAML configuration.
 
     ``path`` defaults to ``./config.yaml`` if it exists, else to the embedded default (the packaged model on this
-    machine).  ``${NAME}`` in a string is replaced by that environment variable.
+    machine).  ``${NAME}`` in a string is replaced by that environment variable, except in shell lines (``setup`` and
+    ``prologue``); ``$${NAME}`` stands for ``${NAME}``.
 
     Raises ConfigError when the file cannot be read or is invalid; the message names every invalid key.
     """
@@ -225,21 +227,29 @@ def _refuse_duplicates(node: Any) -> None:
         _refuse_duplicates(child)
 
 
+_SHELL_LINES = r"cluster\.slurm\.(setup|prologue)\b"  # keys whose values a shell on the cluster expands
+
+
 def _expand_environment(value: Any, environment: Mapping[str, str], path: str, problems: list[str]) -> Any:
-    """Return ``value`` with ``${NAME}`` replaced in all strings; adds unset variables to ``problems``."""
+    """Return ``value`` with ``${NAME}`` replaced in all strings but shell lines, and ``$${NAME}`` by ``${NAME}``.
+
+    Adds unset variables to ``problems``.
+    """
     if isinstance(value, dict):
         return {key: _expand_environment(item, environment, _join(path, key), problems) for key, item in value.items()}
     if isinstance(value, list):
         return [_expand_environment(item, environment, _join(path, i), problems) for i, item in enumerate(value)]
-    if not isinstance(value, str):
+    if not isinstance(value, str) or re.match(_SHELL_LINES, path):
         return value
 
     def replace(match: re.Match[str]) -> str:
-        if match[1] not in environment:
-            problems.append(f"{path}: the environment variable {match[1]} is not set; export it or write the value")
-        return environment.get(match[1], match[0])
+        if match[1]:
+            return match[0][1:]
+        if match[2] not in environment:
+            problems.append(f"{path}: the environment variable {match[2]} is not set; export it or write the value")
+        return environment.get(match[2], match[0])
 
-    return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", replace, value)
+    return re.sub(r"(\$?)\$\{([A-Za-z_][A-Za-z0-9_]*)\}", replace, value)
 
 
 def _join(path: str, key: object) -> str:
@@ -369,6 +379,8 @@ def _slurm_contradictions(slurm: SlurmConfig) -> Iterator[str]:
         for name in directives:
             if name in RESERVED_DIRECTIVES:
                 yield f"{path}.{name}: is set by this program (see the keys of cluster.slurm and of its partitions)"
+            if name == "clusters":
+                yield f"{path}.{name}: set cluster.ssh to that cluster's own login host; its jobs would be lost here"
 
 
 def saved_config(paths: DeploymentPaths) -> Config | None:
@@ -402,9 +414,12 @@ def shell_words(value: Any) -> str:
 
 def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, str | int | bool]]:
     """Return sbatch's options: ours, overridden by cluster.slurm.sbatch, then by the partition's; null removes one."""
-    from agent_infra_core.fleet.place import USR1_BEFORE_END_S, job_name
+    from agent_infra_core.fleet.place import USR1_BEFORE_END_S, job_name, job_options
 
     partition = request.partition
+    gpus = f"{partition.gres}:{request.gpus}".partition(":")[2]  # without the GRES' name: h100:4, or 4
+    memory = request.memory_mb and f"{request.memory_mb}M"
+    resources = {"account": slurm.account, "constraint": slurm.constraint, "mem": memory}
     options: dict[str, str | int | bool | None] = {
         "job-name": job_name(request),
         "partition": partition.name,
@@ -413,7 +428,8 @@ def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, s
         "nodes": request.nodes,
         "ntasks-per-node": 1,
         "cpus-per-task": request.cpus,
-        "gres": f"{partition.gres}:{request.gpus}" if request.gpus else None,
+        "gres": f"{partition.gres}:{request.gpus}" if request.gpus and slurm.gpu_flag == "gres" else None,
+        "gpus-per-node": gpus if request.gpus and slurm.gpu_flag == "gpus-per-node" else None,
         "exclusive": partition.exclusive or None,
         "output": f"{request.run_dir}/logs/{request.replicas[0]}.log",
         "open-mode": "append",  # otherwise a requeue empties the log
@@ -422,8 +438,8 @@ def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, s
         "requeue": True,
         "dependency": f"afterany:{request.after}" if request.after else None,
         "export": "HOME,USER,LOGNAME,SHELL,PATH,LANG",  # by default sbatch copies every variable, secrets included
-        **slurm.sbatch,
-        **partition.sbatch,
+        **{name: value for name, value in resources.items() if value},
+        **job_options(partition, slurm),
     }
     return [(name, value) for name, value in options.items() if value is not None]
 
@@ -804,7 +820,6 @@ def run_relay(socket_path: str, listener_fd: int) -> int:
 ENDING_S = 10.0  # time for replicas to disappear after a stop without grace
 SCALE_DRAIN_S = 300.0  # time for a replica's turns to finish when `scale` removes it
 STARTING_POLL_S = 5.0  # longest interval between checks while a command waits for replicas
-LOAD_DEADLINE_S = 3600.0  # time for a replica to become ready; the same as `serve` gives its engine
 
 
 def make_cluster(
@@ -826,16 +841,14 @@ def make_cluster(
 
 
 @contextlib.contextmanager
-def end_new_replicas_on_error(cluster: Cluster, models: Collection[str]) -> Iterator[None]:
-    """If the block raises, end the replicas of ``models`` that did not run before it."""
-    from agent_infra_core.control.status import LIVE_STATES
-
-    before = {record.replica for record in cluster.replicas() if record.state in LIVE_STATES}
+def end_new_replicas_on_error(cluster: Cluster) -> Iterator[None]:
+    """If the block raises, end the replicas that this process has started in it: others' are none of its business."""
+    before = set(cluster.started)
     try:
         yield
     except BaseException:
         with contextlib.suppress(AgentInfraError, OSError):  # report the first error, not these
-            new = [r.replica for r in cluster.replicas() if r.model in models and r.replica not in before]
+            new = set(cluster.started) - before
             cluster.stop(new, now=True)
             cluster.wait_stopped(new, time.monotonic() + ENDING_S)
         raise
@@ -882,8 +895,8 @@ class Deployment:
 
         prepared = [self.cluster.prepare(model) for model in models]
         running, started = self.serving(), list[ReplicaRecord]()
-        self.want({model.name: model.replicas for model in models})
-        with end_new_replicas_on_error(self.cluster, {model.name for model in models}):
+        with restore_on_error(self.paths.wanted, self.paths.config), end_new_replicas_on_error(self.cluster):
+            self.want({model.name: model.replicas for model in models})
             for model in prepared:
                 if missing := count_missing(model, running, self.report):
                     started += self.cluster.start_replicas(model, missing)
@@ -930,28 +943,32 @@ class Deployment:
         show: Callable[[Sequence[ReplicaRecord]], None],
         should_stop: Callable[[], bool],
         only: Collection[str] | None = None,
-    ) -> None:
-        """Show the replicas until each is ready or failed. Raises AgentInfraError if a model has no ready replica.
+    ) -> Sequence[ReplicaRecord]:
+        """Show the replicas until they have settled (see StartWatch). Returns them.
 
-        With ``only``, wait for these replicas alone; then any failure raises AgentInfraError.
+        Raises AgentInfraError if all of a model's replicas have failed or ended.  With ``only``, wait for these
+        replicas alone; then any failure raises.
         """
-        from agent_infra_core.control.status import explain_failure
+        from agent_infra_core.control.status import StartWatch, explain_lost
 
-        deadline = time.monotonic() + LOAD_DEADLINE_S
+        watch, problem = StartWatch(), ""
         while not should_stop():
-            records = [record for record in self.cluster.replicas() if only is None or record.replica in only]
-            show(records)
-            if all(record.state not in ("pending", "starting", "loading") for record in records):
-                break
-            if time.monotonic() > deadline:
-                raise AgentInfraError(f"not ready after {LOAD_DEADLINE_S:g} s; see `logs`")
+            try:
+                records = [record for record in self.cluster.replicas() if only is None or record.replica in only]
+            except HostUnreachableError as error:  # says nothing about the replicas
+                if problem != str(error):
+                    self.report(f"{error}; the replicas start without it")
+                problem = str(error)
+            else:
+                problem = ""
+                show(records)
+                if watch.is_over(records, time.monotonic()):
+                    lost = explain_lost(records, self.cluster, is_each_needed=only is not None)
+                    if lost:
+                        raise AgentInfraError(lost)
+                    return records
             time.sleep(min(self.cluster.poll_s, STARTING_POLL_S))
-        else:
-            return
-        ready = {record.model for record in records if record.state == "ready"} if only is None else set()
-        failed = [record for record in records if record.failure is not None and record.model not in ready]
-        if failed:
-            raise AgentInfraError("; ".join(explain_failure(record, self.cluster) for record in failed))
+        return ()
 
     def claim(self, verb: str) -> None:
         """Make this process the deployment's controller. RefusedError when another process already is."""
@@ -1015,19 +1032,25 @@ class Deployment:
         wanted state.
         """
         from agent_infra_core.control.handover import read_successions
-        from agent_infra_core.control.lock import lock_holder
-        from agent_infra_core.control.status import list_problems, summarize
+        from agent_infra_core.control.lock import describe_holder, is_here, lock_holder
+        from agent_infra_core.control.status import list_problems, summarize, unreached
 
         records = [r for r in self.cluster.replicas() if r.state != "stopped" or r.is_idle]
         wanted = self.wanted()
         relay, holder, proxy = read_relay_record(self.paths), lock_holder(self.paths.lock), self.proxy()
         stats = proxy.stats() if proxy else {}
-        models = [summarize(name, wanted[name], records, stats.get("backends", ())) for name in wanted]
+        rows = stats.get("backends", ())
+        models = [summarize(name, wanted[name], records, rows) for name in wanted]
         successions = read_successions(self.paths)
         degraded = list_problems(models, records)
+        degraded += [
+            f"{name} is ready, but no turn reaches it: {why}" for name, why in unreached(records, rows).items()
+        ]
         if self.cluster.problem:
             degraded.append(self.cluster.problem)
-        if relay is None:
+        if relay is None and holder and not is_here(holder, self.paths.lock):
+            degraded.append(f"the proxy runs elsewhere, by {describe_holder(holder)}: `status` there says how it does")
+        elif relay is None:
             degraded.append("no proxy is running; `connect` starts one")
         elif holder is None:
             degraded.append("the proxy is running without its controller; `connect` takes it over")
@@ -1045,17 +1068,17 @@ class Deployment:
         """End the deployment's controller and relay, then its replicas. Returns the names of what it ended.
 
         Turns in flight have DRAIN_S to finish, or no time with ``now``.  Safe to call again; never touches other
-        deployments.  Raises AgentInfraError when something still runs at the end.
+        deployments.  Raises AgentInfraError when the cluster doesn't answer: then nothing was ended, except a proxy
+        of this process; or when something still runs at the end.
         """
         from agent_infra_core.control.link import DRAIN_S, end_relay
         from agent_infra_core.control.lock import end_controller
-        from agent_infra_core.control.status import LIVE_STATES
         from agent_infra_core.fleet.state import unrecorded_relay
 
-        records = [r for r in self.cluster.replicas() if r.state in LIVE_STATES]
-        ended = [] if self._lock.is_held else end_controller(self.paths, now)
-        if self.controller is not None:
-            ended.append("proxy")
+        own = self.controller is not None
+        if not own:
+            self.cluster.stop((), now)  # raises if it couldn't end any
+        ended = ["proxy"] if own else [] if self._lock.is_held else end_controller(self.paths, now)
         self.disconnect(0.0 if now else DRAIN_S)
         relay = read_relay_record(self.paths) or unrecorded_relay(self.paths)
         if relay is not None:
@@ -1063,7 +1086,21 @@ class Deployment:
             ended.append(f"proxy (pid {relay['pid']})")
         for leftover in (self.paths.relay_record, self.paths.relay_socket):
             leftover.unlink(missing_ok=True)
-        names = [record.replica for record in self.cluster.replicas()]
+        try:
+            ended += self._end_replicas(now)
+        except AgentInfraError as error:
+            raise type(error)(f"{error}; ended: {', '.join(ended) or 'nothing'}") from error
+        for leftover in (self.paths.wanted, self.paths.config, self.paths.handover, self.paths.drained):
+            leftover.unlink(missing_ok=True)
+        return ended
+
+    def _end_replicas(self, now: bool) -> list[str]:
+        """End all replicas. Returns their names. Raises AgentInfraError when some still run at the end."""
+        from agent_infra_core.control.link import DRAIN_S
+        from agent_infra_core.control.status import LIVE_STATES
+
+        records = self.cluster.replicas()
+        names = [record.replica for record in records]
         self.cluster.stop(names, now)
         left = self.cluster.wait_stopped(names, time.monotonic() + DRAIN_S + 10.0)
         if left and not now:
@@ -1071,9 +1108,8 @@ class Deployment:
             left = self.cluster.wait_stopped(left, time.monotonic() + ENDING_S)
         if left:
             raise AgentInfraError(f"{', '.join(left)} did not end; see `logs`")
-        for leftover in (self.paths.wanted, self.paths.config, self.paths.handover, self.paths.drained):
-            leftover.unlink(missing_ok=True)
-        return ended + [record.replica + (f" (job {record.job_id})" if record.job_id else "") for record in records]
+        live = [record for record in records if record.state in LIVE_STATES]
+        return [record.replica + (f" (job {record.job_id})" if record.job_id else "") for record in live]
 
 
 class Scaling:
@@ -1093,6 +1129,8 @@ class Scaling:
 
         [model] = self._deployment.select_models(name)
         running = [record for record in self._deployment.serving() if record.model == name]
+        if self._cluster.problem:
+            raise AgentInfraError(f"{self._cluster.problem}; nothing was changed, try again")
         proxy = self._deployment.proxy()
         rows = proxy.backends() if proxy else {}
         surplus = choose_to_stop(running, rows, max(0, len(running) - replicas))
@@ -1232,7 +1270,7 @@ class ConnectionManager:
         models = deployment.select_models()
         deployment.claim(LIBRARY_HOLDER_VERB)  # first: if this is refused, nothing needs to be stopped
         try:
-            with end_new_replicas_on_error(deployment.cluster, {model.name for model in models}):
+            with end_new_replicas_on_error(deployment.cluster):
                 deployment.start(models)
                 deployment.wait_ready(lambda _: None, should_stop)
                 if should_stop():
@@ -1322,6 +1360,11 @@ def _say(line: str, *, error: bool = False) -> None:
     print(printable_text(line), file=sys.stderr if error else sys.stdout, flush=True)
 
 
+def _say_log_line(prefix: str, line: bytes) -> None:
+    """Print a line of a log; of a progress bar, its last state."""
+    _say(prefix + line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace"))
+
+
 def _deployment(arguments: argparse.Namespace) -> Deployment:
     """Return the deployment that the command line names."""
     config = load_config(arguments.config)
@@ -1358,13 +1401,23 @@ def _run_start(arguments: argparse.Namespace) -> int:
         _say(f"started {', '.join(record.replica for record in started) or 'nothing'}; `status` shows their progress")
         return 0
     with ReplicaBoard() as board:
-        deployment.wait_ready(board.show, signals.came)
+        records = deployment.wait_ready(board.show, signals.came)
     if signals.came():
         _say("the replicas keep loading; `status` shows them, `stop` ends them")
         return 130
+    _tell_queued(records)
     given = f" --config {shlex.quote(arguments.config)}" if arguments.config else ""
     _say(f"next: {command_name()} connect{given}")
     return 0
+
+
+def _tell_queued(records: Sequence[ReplicaRecord]) -> None:
+    """Say which replicas aren't ready yet."""
+    from agent_infra_core.control.status import SERVING_STATES, describe_replica
+
+    for record in records:
+        if record.state in SERVING_STATES and record.state != "ready":
+            _say(f"{record.replica} joins later: {describe_replica(record)}")
 
 
 def _greet(controller: Controller, deployment: Deployment) -> None:
@@ -1454,8 +1507,11 @@ def _connect(arguments: argparse.Namespace, detach: Callable[[Path], None] | Non
         signals.on_second = controller.relay.terminate
         controller.refresh()
         _greet(controller, deployment)
-        for reason in deployment.status()["degraded"]:
-            _say(f"degraded: {reason}")
+        try:
+            for reason in deployment.status()["degraded"]:
+                _say(f"degraded: {reason}")
+        except HostUnreachableError as error:  # the proxy serves what it knows
+            _say(f"degraded: {error}")
         if detach is not None:
             log = deployment.paths.log("proxy")
             _say(f"runs in the background: `stop` ends it and the replicas, `kill {os.getpid()}` it alone; log: {log}")
@@ -1613,6 +1669,19 @@ def _run_dashboard(arguments: argparse.Namespace) -> int:
     return serve_page(script, port, proxy, arguments.token_file)
 
 
+def _wait_for_some(deployment: Deployment, controller: Controller, signals: OperatorSignals) -> Sequence[ReplicaRecord]:
+    """Wait until the replicas have settled. Raises AgentInfraError if none is ready; models that failed are told of."""
+    try:
+        with ReplicaBoard() as board:
+            return deployment.wait_ready(board.show, signals.came)
+    except AgentInfraError as error:
+        records = controller.discovery.records
+        if all(record.state != "ready" for record in records):
+            raise
+        _say(f"degraded: {error}")
+        return records
+
+
 def _run_up(arguments: argparse.Namespace) -> int:
     deployment = _deployment(arguments)
     models = deployment.select_models(arguments.model, arguments.replicas)
@@ -1633,11 +1702,11 @@ def _run_up(arguments: argparse.Namespace) -> int:
     try:
         controller.refresh()
         controller.expected = frozenset()
-        with ReplicaBoard() as board:
-            deployment.wait_ready(board.show, signals.came)
+        records = _wait_for_some(deployment, controller, signals)
         if not signals.came():
             controller.refresh()
             _greet(controller, deployment)
+            _tell_queued(records)
             if arguments.dashboard:
                 page = PageProcess(deployment, controller.url)
                 _say(f"page   {page.url}")
@@ -1748,7 +1817,7 @@ def _run_status(arguments: argparse.Namespace) -> int:
             _show_status(status, clear=arguments.watch and sys.stdout.isatty())
         if not arguments.watch:
             return 3 if status["degraded"] else 0
-        time.sleep(1.0)
+        time.sleep(max(1.0, deployment.cluster.poll_s))
 
 
 def describe_model(row: Mapping[str, Any]) -> str:
@@ -1815,7 +1884,7 @@ def _show_status(status: Mapping[str, Any], clear: bool) -> None:
 
 
 def _run_logs(arguments: argparse.Namespace) -> int:
-    from agent_infra_core.fleet.cluster import LogFolder
+    from agent_infra_core.fleet.cluster import LogFolder, tail_logs
 
     deployment = _deployment(arguments)
     known = deployment.cluster.logs.names()
@@ -1828,37 +1897,22 @@ def _run_logs(arguments: argparse.Namespace) -> int:
     if missing:
         raise RefusedError(f"no log of {missing[0]}; there are: {', '.join(known)}")
 
-    def read(name: str, start: int, limit: int) -> tuple[bytes, int]:
-        here = LogFolder(deployment.paths.run / "logs")  # the proxy's log is always on this machine
-        return (here if name == "proxy" else deployment.cluster.logs).read(name, start, limit)
-
-    follow_logs(names, read, arguments.lines, arguments.follow, _say)
-    return 0
-
-
-def follow_logs(
-    names: Sequence[str],
-    read: Callable[[str, int, int], tuple[bytes, int]],
-    lines: int,
-    follow: bool,
-    say: Callable[[str], None],
-) -> None:
-    """Print the last ``lines`` of each log, with its name if there are several; with ``follow``, new lines for ever."""
+    here = LogFolder(deployment.paths.run / "logs")  # the proxy's log is always on this machine
+    mine = [name for name in names if name == "proxy"]
+    theirs = [name for name in names if name != "proxy"]
     prefix = {name: f"{name}: " if len(names) > 1 else "" for name in names}
-    offsets: dict[str, int] = {}
-    while True:
-        for name in names:
-            first = name not in offsets
-            content, end = read(name, offsets.get(name, -(1 << 20)), 1 << 20)
-            *complete, rest = content.split(b"\n")
-            offsets[name] = end - (len(rest) if follow else 0)
-            shown = complete + ([rest] if rest and not follow else [])
-            for line in shown[-lines:] if first and lines else shown if not first else []:
-                shown_part = line.rstrip(b"\r").rpartition(b"\r")[2]  # of a progress bar, the last state
-                say(prefix[name] + shown_part.decode(errors="replace"))
-        if not follow:
-            return
-        time.sleep(0.2)
+
+    def say(logs: Logs, from_names: Sequence[str]) -> None:
+        show = logs.follow if arguments.follow else functools.partial(tail_logs, logs)
+        for name, line in show(from_names, arguments.lines):
+            _say_log_line(prefix[name], line)
+
+    if arguments.follow and theirs:
+        threading.Thread(target=say, args=(here, mine), daemon=True).start()
+    if theirs:
+        say(deployment.cluster.logs, theirs)
+    say(here, mine)
+    return 0
 
 
 def _run_pull(arguments: argparse.Namespace) -> int:

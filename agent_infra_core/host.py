@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -119,6 +119,28 @@ def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+def is_missing(path: Path) -> bool:
+    """Whether ``path`` certainly doesn't exist. A shared file system that fails for a moment says nothing."""
+    try:
+        path.stat()
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return False
+
+
+@contextlib.contextmanager
+def restore_on_error(*paths: Path) -> Iterator[None]:
+    """If the block raises, give these small files the content that they had before it, or remove them again."""
+    before = {path: path.read_text(encoding="utf-8") if path.exists() else None for path in paths}
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # report the first error, not these
+            for path, text in before.items():
+                path.unlink(missing_ok=True) if text is None else write_atomically(path, text)
         raise
 
 
@@ -253,6 +275,12 @@ class CommandRunner(Protocol):
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
         """Run ``argv`` to its end, with any exit code. Raises HostUnreachableError if the host doesn't answer."""
 
+    def stream(self, argv: Sequence[str]) -> Generator[bytes, None, None]:
+        """Run ``argv`` and yield what it prints, as it comes; its standard input stays open until the generator closes.
+
+        Raises HostUnreachableError if the host can't be reached.
+        """
+
     def close(self) -> None:
         """Release the runner's resources."""
 
@@ -289,6 +317,26 @@ class LocalCommands:
                     f"`{argv[0]}` gave no answer within {timeout_s:g} s; is the file system or the scheduler hung?"
                 ) from error
         return CommandResult(process.returncode, output, errors)
+
+    def stream(self, argv: Sequence[str], first: bytes = b"") -> Generator[bytes, None, None]:
+        """``first`` is what to send to the command's standard input."""
+        with subprocess.Popen(
+            argv,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=self._environment,
+            start_new_session=True,
+        ) as process:
+            try:
+                if process.stdin and process.stdout:
+                    process.stdin.write(first)
+                    process.stdin.flush()
+                    while chunk := os.read(process.stdout.fileno(), 1 << 16):
+                        yield chunk
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
     def close(self) -> None:
         pass

@@ -18,6 +18,7 @@ SESSION_HEADERS = ("X-Claude-Code-Session-Id", "session-id", "session_id", "x-se
 ENGINE_NAMES = ("vllm", "llama_cpp", "command")
 CLUSTER_TYPES = ("local", "slurm")
 CONTAINER_RUNTIMES = ("apptainer", "pyxis")
+GPU_FLAGS = ("gres", "gpus-per-node", "none")  # the sbatch option that asks for GPUs
 TUNNEL_MODES = ("auto", "login", "node", "none")
 TUNNEL_DRIVERS = ("auto", "sshtunnel", "openssh")
 PACKAGED_MODEL = "smollm2-135m-instruct"
@@ -146,11 +147,19 @@ class SlurmConfig:
 
     partitions: tuple[PartitionConfig, ...] = ()
     default_qos: str | None = _key(None, pattern=r"[\w.@+-]{1,64}", allowed="the name of a QoS")
+    account: str | None = _key(None, pattern=r"[\w.@+-]{1,64}", allowed="the name of an account")
+    constraint: str | None = _key(None, pattern=r"[^\s\"']+", allowed="features of nodes, as sbatch takes them")
+    cpus_per_gpu: int | None = _key(None, low=1)  # None: the site's default
+    memory_per_gpu: str | None = _key(
+        None, pattern=r"[1-9]\d*[KMGT]?", allowed='a size as sbatch takes it, such as "64G" (without a unit: MB)'
+    )
+    gpu_flag: str = _key("gres", choices=GPU_FLAGS)
     work_dir: str = _key(
         "~/.agent-infra",
         pattern=r"(~|~?/[^\s%'\"\\$`]*)",
         allowed="an absolute path or one below ~/, without blanks, quotes and %",
     )
+    prologue: tuple[str, ...] = ()  # shell lines on the login side, before Slurm's commands
     setup: tuple[str, ...] = ()  # shell lines before the engine
     container: ContainerConfig | None = None
     template: str | None = _key(None, pattern=r"\S(.*\S)?", allowed="the path of a template")

@@ -14,7 +14,7 @@ missing=()
 PATH=$PATH:/usr/sbin
 for pair in gcc:gcc cc:libc6-dev curl:curl \
     slurmctld:slurmctld slurmd:slurmd sbatch:slurm-client munged:munge sshd:openssh-server \
-    ssh:openssh-client ip:iproute2 \
+    ssh:openssh-client ip:iproute2 tcsh:tcsh fish:fish zsh:zsh \
     chromium:chromium npm:npm; do
   command -v "${pair%%:*}" >/dev/null || missing+=("${pair##*:}")
 done

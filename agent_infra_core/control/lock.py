@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,12 @@ class DeploymentLock:
             holder = lock_holder(self._path) or {"verb": "another command", "pid": "?"}
             name, other = self._path.parent.name, "--port" if verb == "proxy" else "cluster.name"
             raise RefusedError(
-                f"the deployment {name} is already run by `{holder['verb']}` (pid {holder['pid']}); "
+                f"the deployment {name} is already run by {describe_holder(holder)}; "
                 f"end that with `{command_name()} stop --name {name}`, or give this one another {other}"
             ) from None
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "verb": verb}).encode(), 0)
+        holder = {"pid": os.getpid(), "verb": verb, "node": os.uname().nodename, "process": process_stamp(os.getpid())}
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
         self._file = descriptor
 
     @property
@@ -57,7 +59,11 @@ class DeploymentLock:
 
 
 def lock_holder(path: Path) -> dict[str, Any] | None:
-    """``{pid, verb}`` of the process that holds a deployment's lock; None if it is free."""
+    """``{pid, verb, node, process}`` of the process that holds a deployment's lock; None if it is free.
+
+    The home directory may be shared, so the process may run on another machine: see is_here(). Version 0.1.0 wrote
+    neither ``node`` nor ``process``.
+    """
     try:
         descriptor = os.open(path, os.O_RDWR)
     except OSError:
@@ -74,19 +80,39 @@ def lock_holder(path: Path) -> dict[str, Any] | None:
     return None
 
 
+def is_here(holder: Mapping[str, Any], path: Path) -> bool:
+    """Whether the process that holds the lock at ``path`` runs on this machine, and so may be signalled.
+
+    A pid alone says nothing: on another machine, the same number is another process.
+    """
+    if "process" in holder:
+        return bool(process_stamp(holder["pid"]) == holder["process"])
+    with contextlib.suppress(OSError):  # 0.1.0: does that process have this file open?
+        return any(os.path.samefile(entry, path) for entry in Path(f"/proc/{holder['pid']}/fd").iterdir())
+    return False
+
+
+def describe_holder(holder: Mapping[str, Any]) -> str:
+    """The process that holds the lock, for a message: its verb, pid and machine."""
+    return f"`{holder['verb']}` (pid {holder['pid']} on {holder.get('node', 'this or another machine')})"
+
+
 def end_controller(paths: DeploymentPaths, now: bool) -> list[str]:
     """End the process that holds the deployment's lock: ask it to shut down, and kill it if that fails."""
     holder = lock_holder(paths.lock)
     if holder is None:
         return []
+    if not is_here(holder, paths.lock):
+        raise AgentInfraError(
+            f"the deployment is run by {describe_holder(holder)}, this is {os.uname().nodename}: run `stop` there. "
+            f"If that machine is gone for good, delete {paths.lock}"
+        )
     if holder["verb"] == LIBRARY_HOLDER_VERB:
         raise AgentInfraError(
             f"the deployment is run by a program that imported agent_infra (pid {holder['pid']}); "
             "let that program call stop(), or end it, then run stop again"
         )
-    stamp = process_stamp(holder["pid"]) if holder["pid"] else None
-    if stamp is None:
-        raise AgentInfraError(f"{paths.lock} is locked by a process on another machine; stop it there")
+    stamp = process_stamp(holder["pid"]) or ""
     os.kill(holder["pid"], signal.SIGTERM)
     deadline = time.monotonic() + (10.0 if now else 2 * DRAIN_S + 10.0)
     while process_stamp(holder["pid"]) == stamp and time.monotonic() < deadline:

@@ -6,7 +6,7 @@ import collections
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ def describe_replica(record: ReplicaRecord) -> str:
     """A replica's state as text: ``LOADING 5/9``, ``READY 127.0.0.1:5901``, ``FAILED out_of_memory: …``."""
     words = record.state.upper()
     if record.state == "pending":
-        start = time.strftime("est. %H:%M", time.localtime(record.starts_at)) if record.starts_at else ""
+        start = time.strftime("est. %a %H:%M", time.localtime(record.starts_at)) if record.starts_at else ""
         told = ", ".join(part for part in (record.pending_reason, start) if part)
         return words + (f" ({told})" if told else "")
     if record.state == "ready":
@@ -104,20 +104,35 @@ def count_missing(model: ModelConfig, serving: Iterable[ReplicaRecord], report: 
     return max(0, model.replicas - present)
 
 
+def unreached(records: Iterable[ReplicaRecord], rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Ready replica → why no turn reaches it, for those that the proxy, whose backends ``rows`` are, can't use."""
+    ready = {record.replica for record in records if record.state == "ready"}
+    return {
+        row["id"]: (row.get("tunnel") or {}).get("reason") or row.get("reason") or "the proxy gets no answer from it"
+        for row in rows
+        if row.get("id") in ready and (row.get("healthy") is False or row["state"] not in ("ready", "draining"))
+    }
+
+
 def summarize(
-    model: str, wanted: int, records: Iterable[ReplicaRecord], rows: Iterable[Mapping[str, Any]] = ()
+    model: str,
+    wanted: int,
+    records: Iterable[ReplicaRecord],
+    rows: Collection[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """A model's row in `status`: ``{name, wanted, running, ready, idle, in_flight, sessions}``.
 
-    ``idle`` replicas shut down because they were idle, as configured. ``rows`` are the backends of /stats; without
-    them, turns in flight and sessions are None (unknown).
+    ``ready`` leaves out replicas that no turn reaches. ``idle`` replicas shut down because they were idle, as
+    configured. ``rows`` are the backends of /stats; without them, turns in flight and sessions are None (unknown).
     """
+    records = list(records)
     states = collections.Counter(
         "idle" if record.is_idle and record.state == "stopped" else record.state
         for record in records
         if record.model == model
     )
     served = [row for row in rows if row["model"] == model]
+    lost = unreached(records, rows)
     counts = {
         name: sum(row[key] or 0 for row in served) for name, key in (("in_flight", "inflight"), ("sessions",) * 2)
     }
@@ -125,7 +140,7 @@ def summarize(
         "name": model,
         "wanted": wanted,
         "running": sum(states[state] for state in LIVE_STATES),
-        "ready": states["ready"],
+        "ready": states["ready"] - sum(row["model"] == model and row.get("id") in lost for row in rows),
         "idle": states["idle"],
         **(counts if served else dict.fromkeys(counts)),
     }
@@ -155,8 +170,59 @@ def list_problems(models: Sequence[Mapping[str, Any]], records: Sequence[Replica
     return reasons
 
 
+QUEUE_PATIENCE_S = 15.0  # how long replicas that wait in the queue are waited for once one is ready
+LOAD_DEADLINE_S = 3600.0  # time for a replica to become ready after it left the queue; `serve` gives its engine as long
+
+
+class StartWatch:
+    """Tells when starting replicas have settled: some are ready and none is loading, or none is left to wait for.
+
+    Time in the queue has no limit while none is ready. Once one is, the others are waited for while they load, and
+    QUEUE_PATIENCE_S while they wait in the queue: those that start later join later.
+    """
+
+    def __init__(self) -> None:
+        self._ready_at: float | None = None
+        self._left_queue: dict[str, float] = {}  # loading replica → since when
+        self._awaited: set[str] = set()
+
+    def is_over(self, records: Iterable[ReplicaRecord], now: float) -> bool:
+        """Whether they have settled. Call it with each new look; ``now`` is monotonic s."""
+        states = {record.replica: record.state for record in records}
+        if self._ready_at is None and "ready" in states.values():
+            self._ready_at = now
+        since = self._left_queue
+        self._left_queue = {r: since.get(r, now) for r, state in states.items() if state in ("starting", "loading")}
+        loading = {replica for replica, at in self._left_queue.items() if now - at < LOAD_DEADLINE_S}
+        if self._ready_at is None or now - self._ready_at < QUEUE_PATIENCE_S:
+            self._awaited = loading | {replica for replica, state in states.items() if state == "pending"}
+        else:
+            self._awaited &= loading
+        return not self._awaited
+
+
+def explain_lost(records: Sequence[ReplicaRecord], cluster: Cluster, is_each_needed: bool) -> str:
+    """Why replicas that were started can't serve; empty if each model has one that serves or waits in the queue.
+
+    With ``is_each_needed``, one that failed is enough.
+    """
+    if not records:
+        return "no replica is left: another command has ended them"
+    serving = {record.model for record in records if record.state in ("ready", "pending")}
+    lost = [
+        record
+        for record in records
+        if record.state in ("starting", "loading", "failed", "stopped")
+        and not record.is_idle
+        and (is_each_needed or record.model not in serving)
+    ]
+    return "; ".join(explain_failure(record, cluster) for record in lost)
+
+
 def explain_failure(record: ReplicaRecord, cluster: Cluster) -> str:
-    """A failed replica with the reason, the fix and the path of its log."""
+    """Why a replica isn't ready, with the fix and the path of its log."""
     failure = record.failure
+    if record.state in ("starting", "loading"):
+        return f"{record.replica} is not ready after {LOAD_DEADLINE_S:g} s: {describe_replica(record)}"
     reason = f"{failure.kind}: {failure.line}; {failure.hint}" if failure else record.message or "it stopped"
     return f"{record.replica} failed: {reason} (log: {cluster.logs.where(record.replica)})"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -15,11 +16,22 @@ KEPT_LOGS = 20  # of former replicas
 LOG_BYTES = 16 << 20  # a longer log is renamed to .log.old when its replica restarts
 
 
+TAIL_BYTES = 1 << 20  # of a log that may be shown
+FOLLOW_POLL_S = 0.2
+
+
+def last(lines: Sequence[bytes], count: int) -> Sequence[bytes]:
+    return lines[-count:] if count else ()
+
+
 class Logs(Protocol):
     """The logs of a deployment's replicas, including former ones."""
 
     def read(self, name: str, start: int, limit: int) -> tuple[bytes, int]:
         """Up to ``limit`` bytes of a log from ``start`` (negative: from its end), and the position after them."""
+
+    def follow(self, names: Sequence[str], lines: int) -> Iterator[tuple[str, bytes]]:
+        """The last ``lines`` lines of these logs, each with its name, and then new ones as they are written."""
 
     def names(self) -> list[str]:
         """The replicas that have a log."""
@@ -43,11 +55,29 @@ class LogFolder:
         except FileNotFoundError:
             return b"", max(start, 0)
 
+    def follow(self, names: Sequence[str], lines: int) -> Iterator[tuple[str, bytes]]:
+        offsets: dict[str, int] = {}
+        while True:
+            for name in names:
+                first = name not in offsets
+                content, end = self.read(name, offsets.get(name, -TAIL_BYTES), TAIL_BYTES)
+                *complete, rest = content.split(b"\n")
+                offsets[name] = end - len(rest)  # an unfinished line is read again
+                yield from ((name, line) for line in (last(complete, lines) if first else complete))
+            time.sleep(FOLLOW_POLL_S)
+
     def names(self) -> list[str]:
         return sorted(path.stem for path in self._folder.glob("*.log"))
 
     def where(self, name: str) -> str:
         return str(self._folder / f"{name}.log")
+
+
+def tail_logs(logs: Logs, names: Iterable[str], lines: int) -> Iterator[tuple[str, bytes]]:
+    """The last ``lines`` lines of each log, each with its name; the last may be unfinished."""
+    for name in names:
+        content = logs.read(name, -TAIL_BYTES, TAIL_BYTES)[0]
+        yield from ((name, line) for line in last(content.removesuffix(b"\n").split(b"\n") if content else (), lines))
 
 
 class Cluster(Protocol):
@@ -60,6 +90,10 @@ class Cluster(Protocol):
     logs: Logs
     poll_s: float  # between polls of the replicas
     problem: str | None  # why the result of replicas() may be out of date
+
+    @property
+    def started(self) -> Collection[str]:
+        """The replicas that this object has started."""
 
     def prepare(self, model: ModelConfig) -> ModelConfig:
         """Check a model and fetch its files before anything starts. Returns the model to start. RefusedError."""

@@ -16,7 +16,7 @@ from agent_infra_core.fleet.cluster import Cluster
 from agent_infra_core.fleet.engines import ENGINES, check_engine_args
 from agent_infra_core.fleet.local import find_engine
 from agent_infra_core.fleet.parse import count_gres, describe_span, parse_partitions, slurm_limit_s
-from agent_infra_core.fleet.place import HANDOVER_RESERVE_S
+from agent_infra_core.fleet.place import HANDOVER_RESERVE_S, idle_gpus, job_options
 from agent_infra_core.fleet.slurm import SlurmCluster, SlurmExamination
 from agent_infra_core.fleet.slurm_host import failure_text
 from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
@@ -206,7 +206,7 @@ def _slurm(deployment: ExaminedDeployment) -> SlurmCluster:
 
 
 def _check_host(deployment: ExaminedDeployment) -> Iterator[Finding]:
-    done = _slurm(deployment).host.shell(
+    done = _slurm(deployment).host.slurm(
         "uname -n; for name in sbatch squeue scontrol scancel; do command -v $name; done"
     )
     name, *found = done.output.decode("utf-8", "replace").split()
@@ -214,12 +214,12 @@ def _check_host(deployment: ExaminedDeployment) -> Iterator[Finding]:
     if len(found) == 4:
         yield Finding("ok", where)
     else:
-        fix = "set cluster.ssh to the cluster's login host, or add them to PATH, for non-login shells too"
+        fix = "set cluster.ssh to the cluster's login host, or cluster.slurm.prologue to lines that put them on PATH"
         yield Finding("error", f"{where}: Slurm's commands are missing", fix)
 
 
 def _check_slurm(deployment: ExaminedDeployment) -> Iterator[Finding]:
-    done = _slurm(deployment).host.shell("sbatch --version; scontrol ping")
+    done = _slurm(deployment).host.slurm("sbatch --version; scontrol ping")
     lines = done.output.decode("utf-8", "replace").splitlines()
     said = [" ".join(line.split()) for line in lines if line.strip()]
     if any(" UP" in line for line in said):
@@ -235,17 +235,23 @@ def _check_slurm(deployment: ExaminedDeployment) -> Iterator[Finding]:
 def _check_partitions(deployment: ExaminedDeployment) -> Iterator[Finding]:
     host = _slurm(deployment).host
     nodes = host.nodes()  # raises RefusedError for a partition that doesn't exist
-    rows = parse_partitions(host.shell("LC_ALL=C scontrol --oneliner show partition").output.decode("utf-8", "replace"))
+    rows = parse_partitions(host.slurm("scontrol --all --oneliner show partition").output.decode("utf-8", "replace"))
     needs_gpus = any(ENGINES[model.engine].uses_gpus for model in deployment.config.models)
-    for partition in deployment.config.cluster.slurm.partitions:
+    if not nodes:
+        fix = "Slurm decides where replicas go; nothing can be said of idle GPUs"
+        yield Finding("warning", "Slurm shows no nodes here (PrivateData?)", fix)
+        return
+    slurm = deployment.config.cluster.slurm
+    for partition in slurm.partitions:
+        has_gres = slurm.gpu_flag != "none" and job_options(partition, slurm).get("gres", "") is not None
         key = f"{partition.gres} on {partition.name}"
         members = [node for node in nodes if partition.name in node.partitions]
         most = max((count_gres(node.gres, partition.gres) for node in members), default=0)
-        idle = sum(node.free(partition.gres) for node in members)
+        idle = sum(idle_gpus(node, partition, slurm) for node in members)
         state = rows.get(partition.name, {}).get("State", "UP")
         if state != "UP":
             yield Finding("warning", f"{partition.name} is {state}: jobs wait there", "raise another's priority")
-        elif needs_gpus and most < partition.gpus_per_node:
+        elif needs_gpus and has_gres and most < partition.gpus_per_node:
             kinds = ", ".join(sorted({name for node in members for name in node.gres})) or "no GRES"
             fix = f"correct gres or gpus_per_node; its nodes have {kinds}"
             yield Finding("error", f"{key}: no node has {partition.gpus_per_node}, the most is {most}", fix)
@@ -256,7 +262,7 @@ def _check_partitions(deployment: ExaminedDeployment) -> Iterator[Finding]:
 
 def _check_walltime(deployment: ExaminedDeployment) -> Iterator[Finding]:
     cluster = _slurm(deployment)
-    text = cluster.host.shell("LC_ALL=C scontrol --oneliner show partition").output.decode("utf-8", "replace")
+    text = cluster.host.slurm("scontrol --all --oneliner show partition").output.decode("utf-8", "replace")
     rows = parse_partitions(text)
     loads = [r.ready_at - r.started_at for r in cluster.replicas() if r.ready_at is not None]
     load_s = max(loads, default=EXPECTED_LOAD_S)
@@ -284,9 +290,9 @@ def _check_accounts(deployment: ExaminedDeployment) -> Iterator[Finding]:
     slurm = deployment.config.cluster.slurm
     script = "LC_ALL=C; export LC_ALL; scontrol show config | grep '^AccountingStorageType'; "
     script += 'sacctmgr -nP show assoc user="$(id -un)" format=account,partition,qos 2> /dev/null'
-    first, _, rest = _slurm(deployment).host.shell(script).output.decode("utf-8", "replace").partition("\n")
+    first, _, rest = _slurm(deployment).host.slurm(script).output.decode("utf-8", "replace").partition("\n")
     asked = {name for name in (slurm.default_qos, *(each.qos for each in slurm.partitions)) if name}
-    account = slurm.sbatch.get("account")
+    account = slurm.sbatch.get("account", slurm.account)
     if "none" in first.lower() or not rest.strip():
         level = "warning" if asked or account else "ok"
         fix = "check them yourself: Slurm won't" if asked or account else None

@@ -6,7 +6,14 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from agent_infra_core.fleet.parse import ENDED_JOB_STATES, WAITING_JOB_STATES, JobEnd, SlurmJob, Submission
+from agent_infra_core.fleet.parse import (
+    ENDED_JOB_STATES,
+    UNCONFIRMED_JOB,
+    WAITING_JOB_STATES,
+    JobEnd,
+    SlurmJob,
+    Submission,
+)
 from agent_infra_core.node.failures import classify_failure, describe_exit
 from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord
 
@@ -18,7 +25,10 @@ PENDING_REASONS = (
     (r"Dependency.*", "it waits for another job to end"),
     (r"JobHeldUser", "you hold it: `scontrol release` lets it go"),
     (r"JobHeldAdmin|JobHoldMaxRequeue|.*requeued held.*|.*Hold.*", "it is held: ask the administrators to release it"),
-    (r"PartitionNodeLimit|PartitionTimeLimit", "it asks for more than the partition allows: lower time_limit or nodes"),
+    (
+        r"PartitionNodeLimit|PartitionTimeLimit|PartitionConfig",
+        "it asks for more than the partition allows: lower time_limit or nodes",
+    ),
     (r"PartitionDown|PartitionInactive", "the partition accepts no jobs at the moment"),
     (
         r"ReqNodeNotAvail.*[Rr]eserv.*|Reservation.*",
@@ -27,7 +37,11 @@ PENDING_REASONS = (
     (r"ReqNodeNotAvail.*", "the nodes that could run it are down, drained or reserved (`sinfo -R` says why)"),
     (r"Nodes required for job are DOWN.*", "the nodes that could run it are down, drained or reserved (`sinfo -R`)"),
     (
-        r"InvalidQOS|InvalidAccount",
+        r"QOSMin\w*",
+        "it asks for less than its QoS demands (`sacctmgr show qos`): another qos, or whole nodes (exclusive)",
+    ),
+    (
+        r"InvalidQOS|InvalidAccount|QOSNotAllowed|AccountNotAllowed",
         "its QoS or account does not exist or is not yours: correct qos, or account under sbatch",
     ),
     (
@@ -35,14 +49,18 @@ PENDING_REASONS = (
         "you or your group already use all the GPUs that the QoS or account allows",
     ),
     (
-        r"QOS.*Limit|QOSMax.*|QOSGrp.*|Assoc.*|Max.*Per.*|AccountingPolicy",
+        r"QOS.*Limit|QOSMax.*|QOSGrp.*|QOSUsageThreshold|Assoc.*|Max.*Per.*|AccountingPolicy|JobArrayTaskLimit",
         "a limit of your QoS or account is reached (`sacctmgr show qos`)",
     ),
     (r"Licenses", "it waits for a licence"),
     (
-        r"launch failed requeued held|BadConstraints",
+        r"launch failed requeued held|BadConstraints|Constraints|MaxMemPerLimit",
         "no node can ever run it: correct gres, or the constraint under sbatch",
     ),
+    (r"SchedDefer|FedJobLock|Cleaning", "Slurm is busy with it, or with the job that it was before"),
+    (r"BurstBuffer\w*", "it waits for its burst buffer"),
+    (r"PowerNotAvail|PowerReserved|FrontEndDown", "the cluster has no power, or no front end, for it now"),
+    (r"SystemFailure|JobLaunchFailure", "Slurm failed to start it; tell the administrators if it stays so"),
     (r"NodeDown|Prolog", "the node chosen for it failed; Slurm is looking for another"),
     (r"None", "Slurm has not looked at it yet"),
 )
@@ -70,9 +88,18 @@ JOB_ENDINGS: Mapping[str, tuple[str, str, str]] = {
         "a job with higher priority took its place",
         "start it again; use a partition or QoS that is not preempted",
     ),
-    "CANCELLED": ("unknown", "its job was cancelled", "somebody ran scancel; start it again"),
+    "CANCELLED": (
+        "unknown",
+        "its job was cancelled",
+        "somebody ran scancel, perhaps an administrator (`sacct` says who); start it again",
+    ),
     "REVOKED": ("unknown", "its job was revoked", "another cluster of the federation took it"),
 }
+_PARTITION_GONE = (
+    "bad_argument",
+    "its partition was removed",
+    "correct cluster.slurm.partitions (`sinfo` lists them), and start it again",
+)
 JOB_EXIT_CODES: Mapping[int, tuple[str, str, str]] = {
     -53: (
         "bad_argument",
@@ -87,12 +114,17 @@ JOB_EXIT_CODES: Mapping[int, tuple[str, str, str]] = {
 
 def diagnose_job(end: JobEnd | None, job_id: str, log: str) -> ReplicaFailure:
     """Why a replica's job ended, if the replica itself didn't report it. ``log`` is the end of its log."""
+    if job_id == UNCONFIRMED_JOB:
+        return ReplicaFailure("unknown", "sbatch did not answer, and its job is not in the queue", "start it again")
     if end is None:
         hint = "start it again; `sacct` may know more"
         return ReplicaFailure("unknown", f"job {job_id} is no longer known to Slurm, so the reason is unknown", hint)
     lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("--- ")]
     told = [line for line in lines if " agent-infra: " not in line or line.startswith("agent-infra: ")]
-    known = JOB_ENDINGS.get(end.state) or JOB_EXIT_CODES.get(end.exit_code)
+    slurms_word = f" (Slurm: {end.state}{f', {end.reason}' if end.reason not in ('', 'None') else ''})"
+    is_removed = end.is_partition_gone and end.state in ("NODE_FAIL", "CANCELLED")
+    known = _PARTITION_GONE if is_removed else JOB_ENDINGS.get(end.state)
+    known = (known[0], known[1] + slurms_word, known[2]) if known else JOB_EXIT_CODES.get(end.exit_code)
     if known is not None and end.state != "CANCELLED":
         kind, what, hint = known
         ours = [line for line in told if line.startswith("agent-infra: ")]  # printed by the job's script
@@ -103,6 +135,7 @@ def diagnose_job(end: JobEnd | None, job_id: str, log: str) -> ReplicaFailure:
     return failure
 
 
+CONFIRM_S = 120.0  # time for a job to appear in the queue if sbatch didn't print its number
 CLOCK_SLACK_S = 5.0  # how far a node's clock may be behind that of Slurm's controller
 
 
@@ -116,6 +149,8 @@ def reconcile_record(
     """
     now, cluster_now = clock
     is_over = record is not None and record.state in ("stopped", "failed")
+    if job is None and told.job_id == UNCONFIRMED_JOB and cluster_now < told.at + CONFIRM_S:
+        return dataclasses.replace(reported_record(replica, told, None), message="sbatch has not told its number yet")
     if job is None or job.state in ENDED_JOB_STATES:
         return dataclasses.replace(record, partition=told.partition) if record is not None and is_over else None
     started = min(job.starts_at or cluster_now, cluster_now)

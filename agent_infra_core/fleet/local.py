@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.cluster import LOG_BYTES, LogFolder, Logs, surplus_logs
@@ -58,6 +58,10 @@ class LocalCluster:
         self._report = report
         self.logs: Logs = LogFolder(paths.run / "logs")
         self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    @property
+    def started(self) -> Collection[str]:
+        return self._children.keys()
 
     def prepare(self, model: ModelConfig) -> ModelConfig:
         check_engine_args(model)

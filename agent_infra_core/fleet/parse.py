@@ -74,23 +74,30 @@ def _slurm_span(text: str) -> float | None:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
+UNKNOWN_MEMORY_MB = 1 << 40  # of a node whose memory isn't shown: more than any job asks for
+
+
 @dataclass(frozen=True)
 class SlurmNode:
     """A node as reported by `scontrol --details show node`."""
 
     name: str
     partitions: tuple[str, ...]
-    is_usable: bool  # not down, drained, reserved or planned for another job
+    is_usable: bool  # not down, drained or planned for another job
     is_idle: bool  # no job is running there
     free_cpus: int
     gres: Mapping[str, int]  # name:type (or name) → number
     used: Mapping[str, int]
+    free_memory_mb: int = UNKNOWN_MEMORY_MB
+    reservation: str = ""  # that it belongs to now; empty: none
 
     def free(self, gres: str) -> int:
-        """Number of idle ``gres`` (a name counts all types); 0 if the node can't take a job."""
-        if not self.is_usable or self.free_cpus < 1:
-            return 0
+        """Number of ``gres`` (a name counts all types) that no job has."""
         return max(0, count_gres(self.gres, gres) - count_gres(self.used, gres))
+
+    def takes_jobs_of(self, reservation: str) -> bool:
+        """Whether it can run jobs that ask for this reservation (empty: for none)."""
+        return self.is_usable and self.free_cpus > 0 and self.reservation == reservation
 
 
 def count_gres(counts: Mapping[str, int], wanted: str) -> int:
@@ -98,8 +105,16 @@ def count_gres(counts: Mapping[str, int], wanted: str) -> int:
 
 
 def parse_gres(text: str) -> dict[str, int]:
-    """Parse ``gpu:h100:4(S:0),gpu:a100:2(IDX:0-1)`` into {gpu:h100: 4, gpu:a100: 2}; ``gpu`` alone counts as one."""
+    """Parse ``gpu:h100:4(S:0),gpu:a100:2(IDX:0-1)`` into {gpu:h100: 4, gpu:a100: 2}; ``gpu`` alone counts as one.
+
+    A GPU of which somebody has shards counts as used. Slurm 22.05 prints those GPUs (``shard:h100:2(IDX:0-1)``), later
+    releases the shares of each (``shard:h100:3(2/4,0/4,1/4)``).
+    """
     counts: dict[str, int] = {}
+    for kind, number, shares in re.findall(r"shard((?::[^:,(]+)?):(\d+)\((IDX:[^)]*|\d+/\d+(?:,\d+/\d+)*)\)", text):
+        used = int(number) if "IDX" in shares else sum(not share.startswith("0/") for share in shares.split(","))
+        counts["gpu" + kind.replace(":(null)", "")] = used
+    text = text.replace(":(null)", "")  # of entries without a type
     for entry in re.sub(r"\([^)]*\)", "", text).split(","):
         match = re.fullmatch(r"([\w.-]+(?::[A-Za-z_][\w.-]*|:[\w.-]*[A-Za-z_][\w.-]*)?)(?::(\d+)([KkMm]?))?", entry)
         if match and match[1] not in ("null", "none"):
@@ -109,7 +124,7 @@ def parse_gres(text: str) -> dict[str, int]:
 
 
 _NODE_UNUSABLE = re.compile(
-    r"DOWN|DRAIN|FAIL|MAINT|RESERVED|RESV|PLANNED|REBOOT|POWER|UNKNOWN|FUTURE|ERROR|BLOCKED|INVAL|NO_RESPOND|NOT_RESP|\*"
+    r"DOWN|DRAIN|FAIL|MAINT|PLANNED|REBOOT|POWER|UNKNOWN|FUTURE|ERROR|BLOCKED|INVAL|NO_RESPOND|NOT_RESP|\*"
 )
 
 
@@ -129,11 +144,13 @@ def parse_nodes(text: str) -> list[SlurmNode]:
             SlurmNode(
                 name=values["NodeName"],
                 partitions=tuple(values.get("Partitions", "").split(",")),
-                is_usable=state.startswith(("IDLE", "MIXED")) and not _NODE_UNUSABLE.search(state),
-                is_idle=state.startswith("IDLE") and used_cpus == 0,
+                is_usable=state.startswith(("IDLE", "MIXED", "RESERVED")) and not _NODE_UNUSABLE.search(state),
+                is_idle=state.startswith(("IDLE", "RESERVED")) and used_cpus == 0,
                 free_cpus=max(0, cpus - used_cpus),
                 gres=parse_gres(values.get("Gres", "")),
                 used=parse_gres(values.get("GresUsed", "")),
+                free_memory_mb=int(values.get("RealMemory") or UNKNOWN_MEMORY_MB) - int(values.get("AllocMem") or 0),
+                reservation=values.get("ReservationName", "?") if "RES" in state else "",
             )
         )
     return nodes
@@ -145,7 +162,11 @@ class JobEnd:
 
     state: str
     exit_code: int  # of its script; negative: the signal that ended it
-    reason: str = ""
+    reason: str = ""  # Slurm's word, or who cancelled it
+    is_partition_gone: bool = False
+
+
+PARTITION_GONE = "@partition is gone@"  # printed after the job if its partition no longer exists
 
 
 def parse_job_end(text: str) -> JobEnd | None:
@@ -153,14 +174,25 @@ def parse_job_end(text: str) -> JobEnd | None:
     state = re.search(r"\bJobState=(\w+)", text)
     code = re.search(r"\bExitCode=(\d+):(\d+)", text)
     reason = re.search(r"\bReason=(\S+)", text)
-    if state is None or code is None:
-        row = re.search(r"(?m)^([A-Z_]+)[^|\n]*\|(\d+):(\d+)(?:\|([^|\n]*))?", text)
-        if row is None or row[1] not in ENDED_JOB_STATES:
+    if state is not None and code is not None:
+        word, ended, told = state[1], (code[1], code[2]), reason[1] if reason else ""
+    else:
+        row = re.search(r"(?m)^([A-Z_]+) ?([^|\n]*)\|(\d+):(\d+)(?:\|([^|\n]*))?", text)
+        if row is None:
             return None
-        return JobEnd(row[1], -int(row[3]) if int(row[3]) else int(row[2]), row[4] or "")
-    if state[1] not in ENDED_JOB_STATES:
+        word, ended, told = row[1], (row[3], row[4]), row[5] if row[5] not in (None, "", "None") else row[2]
+    if word not in ENDED_JOB_STATES:
         return None
-    return JobEnd(state[1], -int(code[2]) if int(code[2]) else int(code[1]), reason[1] if reason else "")
+    exit_code = -int(ended[1]) if int(ended[1]) else int(ended[0])
+    return JobEnd(word, exit_code, told, PARTITION_GONE in text)
+
+
+UNCONFIRMED_JOB = "0"  # in a Submission: sbatch was called, and hasn't told the job's number
+
+
+def parse_job_number(text: str) -> str:
+    """The number that `sbatch --parsable` printed, among whatever a site's wrapper says. UNCONFIRMED_JOB if none."""
+    return next(reversed(re.findall(r"(?m)^(\d+)(?:;\S*)?$", text)), UNCONFIRMED_JOB)
 
 
 @dataclass(frozen=True)

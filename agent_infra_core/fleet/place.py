@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.engines import ENGINES, llama_cpp_options
 from agent_infra_core.fleet.parse import SlurmNode
-from agent_infra_core.settings import ModelConfig, PartitionConfig
+from agent_infra_core.settings import ModelConfig, PartitionConfig, SlurmConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class JobRequest:
     nodes: int = 1
     gpus: int = 0  # per node
     cpus: int | None = None  # per node; None: the partition's default
+    memory_mb: int | None = None  # per node; None: the partition's default
     after: str | None = None  # a job that must end first
 
 
@@ -55,9 +56,10 @@ class ReplicaShape:
     gpus: int  # per node; 0: uses none
     cpus: int | None  # per node; None: the partition's default
     per_job: int  # replicas per job: 1, or in an exclusive partition as many as fit on a node
+    memory_mb: int | None = None  # per node; None: the partition's default
 
 
-def replica_shape(model: ModelConfig, partition: PartitionConfig) -> ReplicaShape:
+def replica_shape(model: ModelConfig, partition: PartitionConfig, slurm: SlurmConfig) -> ReplicaShape:
     """The shape of a model's replica in a partition. RefusedError if it doesn't fit."""
     engine = ENGINES[model.engine]
     total = model.tensor_parallel_size * model.pipeline_parallel_size
@@ -77,11 +79,34 @@ def replica_shape(model: ModelConfig, partition: PartitionConfig) -> ReplicaShap
             f"as a multiple of {nodes}, or at most {partition.gpus_per_node}"
         )
     gpus = total // nodes
-    return ReplicaShape(nodes, gpus, None, partition.gpus_per_node // gpus if partition.exclusive and nodes == 1 else 1)
+    per_job = partition.gpus_per_node // gpus if partition.exclusive and nodes == 1 else 1
+    cpus = slurm.cpus_per_gpu * gpus if slurm.cpus_per_gpu else None
+    memory_mb = parse_memory_mb(slurm.memory_per_gpu) * gpus if slurm.memory_per_gpu else None
+    return ReplicaShape(nodes, gpus, cpus, per_job, memory_mb)
+
+
+def parse_memory_mb(text: str) -> int:
+    """A size as sbatch takes it (``64G``, ``512``) in MB."""
+    return int(text.rstrip("KMGT")) * {"K": 1, "M": 1024, "G": 1024**2, "T": 1024**3}.get(text[-1], 1024) // 1024
+
+
+def job_options(partition: PartitionConfig, slurm: SlurmConfig) -> Mapping[str, str | int | bool | None]:
+    """The sbatch options that the configuration adds; null removes one of ours."""
+    return {**slurm.sbatch, **partition.sbatch}
+
+
+def idle_gpus(node: SlurmNode, partition: PartitionConfig, slurm: SlurmConfig) -> int:
+    """GPUs of a node that a job in this partition could have at once. Without GRES, those of nodes without a job."""
+    options = job_options(partition, slurm)
+    if partition.name not in node.partitions or not node.takes_jobs_of(str(options.get("reservation") or "")):
+        return 0
+    if slurm.gpu_flag == "none" or options.get("gres", "") is None:
+        return partition.gpus_per_node if node.is_idle else 0
+    return node.free(partition.gres)
 
 
 def place_replicas(
-    count: int, model: ModelConfig, partitions: Sequence[PartitionConfig], nodes: Sequence[SlurmNode]
+    count: int, model: ModelConfig, slurm: SlurmConfig, nodes: Sequence[SlurmNode]
 ) -> list[tuple[PartitionConfig, int]]:
     """Jobs for ``count`` replicas, each with its partition and number of replicas.
 
@@ -89,9 +114,9 @@ def place_replicas(
     RefusedError if the model fits no partition.
     """
     fitting, problem = [], None
-    for partition in sorted(partitions, key=lambda each: -each.priority):
+    for partition in sorted(slurm.partitions, key=lambda each: -each.priority):
         try:
-            fitting.append((partition, replica_shape(model, partition)))
+            fitting.append((partition, replica_shape(model, partition, slurm)))
         except RefusedError as error:
             problem = problem or error
     if not fitting:
@@ -100,7 +125,7 @@ def place_replicas(
     taken: dict[str, int] = {}  # node → replicas placed there by this call
     left = count
     for partition, shape in fitting:
-        for _ in range(_count_idle_jobs(partition, shape, nodes, taken, -(-left // shape.per_job))):
+        for _ in range(_count_idle_jobs(partition, shape, slurm, nodes, taken, -(-left // shape.per_job))):
             placed.append((partition, min(left, shape.per_job)))
             left -= placed[-1][1]
     preferred, shape = fitting[0]
@@ -111,21 +136,28 @@ def place_replicas(
 
 
 def _count_idle_jobs(
-    partition: PartitionConfig, shape: ReplicaShape, nodes: Sequence[SlurmNode], taken: dict[str, int], wanted: int
+    partition: PartitionConfig,
+    shape: ReplicaShape,
+    slurm: SlurmConfig,
+    nodes: Sequence[SlurmNode],
+    taken: dict[str, int],
+    wanted: int,
 ) -> int:
     """Number of jobs of this shape, up to ``wanted``, that would start at once. Adds their nodes to ``taken``."""
-    rooms = []  # a node appears once for each job, or part of a job, that fits on it
+    rooms: list[str] = []  # a node appears once for each job, or part of a job, that fits on it
+    reservation = str(job_options(partition, slurm).get("reservation") or "")
     for node in nodes:
-        if partition.name not in node.partitions:
+        if partition.name not in node.partitions or not node.takes_jobs_of(reservation):
             continue
+        gpus, used = idle_gpus(node, partition, slurm), taken.get(node.name, 0)
         if partition.exclusive:
-            has_room = node.is_usable and node.is_idle and node.free(partition.gres) >= shape.gpus * shape.per_job
-            rooms += [node.name] if has_room and not taken.get(node.name) else []
+            has_room = node.is_idle and gpus >= shape.gpus * shape.per_job
+            rooms += [node.name] if has_room and not used else []
             continue
-        used = taken.get(node.name, 0)
-        by_cpus = (node.free_cpus if node.is_usable else 0) // (shape.cpus or 1)
-        room = node.free(partition.gres) // shape.gpus if shape.gpus else by_cpus
-        rooms += [node.name] * max(0, min(room, by_cpus) - used)
+        fits = [node.free_cpus // (shape.cpus or 1)]
+        fits += [gpus // shape.gpus] if shape.gpus else []
+        fits += [node.free_memory_mb // shape.memory_mb] if shape.memory_mb else []
+        rooms += [node.name] * max(0, min(fits) - used)
     if shape.nodes > 1:
         rooms = list(dict.fromkeys(rooms))
     jobs = min(wanted, len(rooms) // shape.nodes)

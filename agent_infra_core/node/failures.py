@@ -20,7 +20,8 @@ class FailureSign:
 
 _GGUF_HINT = "model_path must name a GGUF file of llama.cpp; check that it was downloaded whole"
 
-# The first row that matches wins, so specific rows come before general ones.
+# The first row that matches wins, so specific rows come before general ones. `offline` comes last: programs complain
+# about the network, go on without it, and fail for another reason.
 FAILURE_SIGNS = (
     FailureSign(
         "out_of_memory",
@@ -65,15 +66,27 @@ FAILURE_SIGNS = (
         "check model_path: a Hugging Face id as on huggingface.co, or a path that this node can read",
     ),
     FailureSign(
-        "offline",
-        r"OfflineModeIsEnabled|outgoing traffic has been disabled|LocalEntryNotFoundError|couldn't connect to 'https"
-        r"|Temporary failure in name resolution|Name or service not known|Network is unreachable",
-        "this node has no network: fetch the model where there is one, and set model_path to its folder",
+        "rate_limited",
+        r"429 Client Error|Too Many Requests|had to rate limit",
+        "the hub refuses so many requests: fetch the model once with `pull`, or log in (HF_TOKEN under env)",
     ),
     FailureSign(
         "port_in_use",
         r"[Aa]ddress already in use|EADDRINUSE|Errno 98\b|couldn't bind",
         "another server took the port; the next start moves on to another. If it happens often, set another base_port",
+    ),
+    FailureSign(
+        "driver",
+        r"driver on your system is too old|driver version is insufficient|unsupported display driver"
+        r"|forward compatibility was attempted|PTX was compiled with an unsupported toolchain",
+        "the node's NVIDIA driver is older than this engine needs: install the engine's build for an older CUDA, or "
+        "choose nodes with a newer driver (constraint under cluster.slurm.sbatch)",
+    ),
+    FailureSign(
+        "node_failure",
+        r"NCCL error|ncclSystemError|ncclUnhandledCudaError|ncclInternalError|ncclRemoteError",
+        "GPUs or nodes of this replica cannot reach each other: NCCL_DEBUG=INFO under env says more; if only one node "
+        "does it, keep away from it and tell its administrators",
     ),
     FailureSign(
         "node_failure",
@@ -105,8 +118,20 @@ FAILURE_SIGNS = (
     ),
     FailureSign(
         "bad_argument",
+        r"cannot open shared object file|error while loading shared libraries",
+        "a library is missing on the node: load the module that has it, or extend LD_LIBRARY_PATH, under "
+        "cluster.slurm.setup",
+    ),
+    FailureSign(
+        "bad_argument",
         r"No module named",
         "install it for the Python that runs the engine, named first in the log (vllm: pip install 'agent-infra[gpu]')",
+    ),
+    FailureSign(
+        "offline",
+        r"OfflineModeIsEnabled|outgoing traffic has been disabled|LocalEntryNotFoundError|couldn't connect to 'https"
+        r"|Temporary failure in name resolution|Name or service not known|Network is unreachable",
+        "this node has no network: fetch the model where there is one, and set model_path to its folder",
     ),
     FailureSign("node_failure", "", "the engine was built for another processor; install one built for it", -4),
     FailureSign(
@@ -115,7 +140,13 @@ FAILURE_SIGNS = (
 )
 
 # A restart cannot fix these, unless the replica was ready before.
-PERMANENT_FAILURES = ("model_not_found", "gated_model", "quota", "bad_argument", "timed_out")
+PERMANENT_FAILURES = ("model_not_found", "gated_model", "quota", "bad_argument", "driver", "timed_out")
+
+# What a program logs and survives: levels below error, and requests that the hub's client sends again.
+_HARMLESS = re.compile(
+    r"^(\([^)]*\) )?(\d{4}-\d\d-\d\d\S* \S+ )?\[?(DEBUG|INFO|WARNING)\b|^(DEBUG|INFO|WARNING):"
+    r"|thrown while requesting|^Retrying in"
+)
 
 
 def classify_failure(log: str, exit_code: int | None) -> ReplicaFailure:
@@ -125,11 +156,12 @@ def classify_failure(log: str, exit_code: int | None) -> ReplicaFailure:
     whatever its log contains.
     """
     lines = [line.strip()[:400] for line in re.split(r"[\r\n]+", log) if line.strip()]
+    evidence = [line for line in lines if not _HARMLESS.search(line)]
     ended = describe_exit(exit_code)
     for sign in FAILURE_SIGNS:
         if sign.exit_code is not None and sign.exit_code != exit_code:
             continue
-        line = next((line for line in lines if sign.pattern and re.search(sign.pattern, line)), None)
+        line = next((line for line in evidence if sign.pattern and re.search(sign.pattern, line)), None)
         if line is not None or not sign.pattern:
             return ReplicaFailure(sign.kind, line or ended, sign.hint)
     last = lines[-1] if lines else "it wrote nothing"

@@ -182,8 +182,9 @@ class EngineProcess:
         self._watcher.forget()
 
     def log_tail(self) -> str:
-        """Return the last LOG_TAIL_BYTES that this run wrote."""
-        with open(self._log, "rb") as file:
+        """Return the last LOG_TAIL_BYTES that this run wrote; empty while they can't be read."""
+        with contextlib.suppress(OSError), open(self._log, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(self._log_start, size - LOG_TAIL_BYTES))
             return file.read(LOG_TAIL_BYTES).decode("utf-8", "replace")
+        return ""

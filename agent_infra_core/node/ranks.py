@@ -41,9 +41,12 @@ class Rank:
         return 0
 
     def _follow(self, watcher: Watcher) -> None:
-        told = ""
-        with contextlib.suppress(FileNotFoundError):
+        try:
             told = self._lead.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            told = ""
+        except OSError:  # the shared file system fails for a moment; the engine needn't end for that
+            return
         if told != self._told:
             self._end()
             self._told = told

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.host import process_stamp, program_home, self_command, write_atomically
+from agent_infra_core.host import is_missing, process_stamp, program_home, self_command, write_atomically
 from agent_infra_core.node.failures import PERMANENT_FAILURES, classify_failure
 from agent_infra_core.node.gpus import GpuSampler, sampled_gpus
 from agent_infra_core.node.guard import server_identity
@@ -285,7 +285,7 @@ class Replica:
         """Update the record and write it if it changed. If the disk is full, the next call tries again."""
         record = dataclasses.replace(self._record, **changes)
         path = self._directory / "replicas" / f"{record.replica}.json"
-        if record != self._record or not self._is_written or not path.exists():
+        if record != self._record or not self._is_written or is_missing(path):
             self._record, self._is_written = record, False
             with contextlib.suppress(OSError):
                 write_atomically(path, json.dumps(dataclasses.asdict(record)))

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from agent_infra_core.host import self_command, write_atomically
+from agent_infra_core.host import is_missing, self_command, write_atomically
 from agent_infra_core.node.gpus import allocate_gpus, gpu_pool, list_gpus
 from agent_infra_core.node.process import StopSignals
 from agent_infra_core.node.replica import read_spec
@@ -43,7 +43,7 @@ def serve_together(run_directory: str, replicas: Sequence[str]) -> int:
     told, urgent = set[str](), False
     while any(child.poll() is None for child in children.values()):
         for replica, child in children.items():
-            is_wanted = not signals.is_asked and (folder / "specs" / f"{replica}.json").exists()
+            is_wanted = not signals.is_asked and not is_missing(folder / "specs" / f"{replica}.json")
             if child.poll() is None and ((not is_wanted and replica not in told) or (signals.is_urgent and not urgent)):
                 told.add(replica)
                 child.send_signal(signal.SIGTERM)

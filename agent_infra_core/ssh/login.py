@@ -10,7 +10,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ from agent_infra_core.ssh.routes import (
     LoginError,
     SshRoute,
     load_paramiko,
+    public_half,
 )
+from agent_infra_core.ssh.shell import LINE, framed_input, unframed, unframed_chunks
 
 
 def log_in(route: SshRoute, keyring: Keyring, ask: Callable[[str], str] | None, through: Any = None) -> Any:
@@ -197,9 +199,14 @@ def _denied(route: SshRoute, tried: Sequence[str]) -> str:
 def _offered_keys(
     route: SshRoute, keyring: Keyring, ask: Callable[[str], str] | None, tried: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield (name, key) of the keys to offer, in order; appends a readable name of each to ``tried``."""
+    """Yield (name, key) of the keys to offer; appends a readable name of each to ``tried``.
+
+    In this order: the key accepted before, those named in identity_file or IdentityFile, the agent's, other files, and
+    files that need a passphrase. Raises LoginError if a file can't be used and no other key was accepted.
+    """
     files = [Path(os.path.expanduser(name)) for name in route.identity_files]
-    wanted = {words[1] for file in files for words in [_public_half(file)] if len(words) > 1}
+    wanted = {words[1] for file in files for words in [public_half(file)] if len(words) > 1}
+    unusable: dict[str, LoginError] = {}
     with contextlib.ExitStack() as held_open:  # the agent must stay connected while its keys are tried
         agent: list[Any] = []
         with contextlib.suppress(load_paramiko().SSHException, OSError):
@@ -208,21 +215,24 @@ def _offered_keys(
             agent = [key for key in link.get_keys() if not route.identities_only or key.get_base64() in wanted]
         offers: list[tuple[str, Any]] = [(key.get_base64(), key) for key in agent]
         held = {name for name, _ in offers}
-        offers += [(str(file), None) for file in files if file.exists() and not held & set(_public_half(file))]
-        for name, key in sorted(offers, key=lambda offer: offer[0] != keyring.accepted):
-            tried.append(name if key is None else f"the agent's {key.get_name()} {key_fingerprint(name)}")
-            yield name, key or _load_key(name, keyring, ask)
+        private = [file for file in files if file.suffix != ".pub"]  # a .pub names a key that only the agent has
+        offers += [(str(file), None) for file in private if file.exists() and not held & set(public_half(file))]
+        for name, key in sorted(offers, key=lambda offer: (offer[0] != keyring.accepted, offer[0] not in wanted)):
+            try:
+                key = key or _load_key(name, keyring, None)
+            except LoginError as error:
+                unusable[name] = error
+                continue
+            tried.append(name if name not in held else f"the agent's {key.get_name()} {key_fingerprint(name)}")
+            yield name, key
+    for name, problem in unusable.items():
+        if ask is None or not isinstance(problem.__cause__, TypeError):  # TypeError: it needs a passphrase
+            raise problem
+        tried.append(name)
+        yield name, _load_key(name, keyring, ask)
     named = [file for file in files if not file.exists()]
     if route.identities_only and named and not tried:
         raise LoginError(f"key file {named[0]} does not exist; check identity_file")
-
-
-def _public_half(file: Path) -> list[str]:
-    """Return the fields of the .pub file beside a private key; empty if there is no such file."""
-    try:
-        return file.with_name(file.name + ".pub").read_text(encoding="utf-8", errors="replace").split()
-    except OSError:
-        return []
 
 
 def _load_key(name: str, keyring: Keyring, ask: Callable[[str], str] | None) -> Any:
@@ -269,15 +279,15 @@ class SshCommands:
             return self._transport
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
-        deadline = time.monotonic() + timeout_s
+        deadline, nonce = time.monotonic() + timeout_s, os.urandom(8).hex()
         channel = self._open_channel(deadline)
         transport = channel.get_transport()
         broken = (load_paramiko().SSHException, EOFError, OSError)
         try:
             with _close_after(transport, min(SSH_PATIENCE_S, deadline - time.monotonic())):
-                channel.exec_command(shlex.join(argv))
+                channel.exec_command(LINE)
             with _close_after(transport, deadline - time.monotonic() + 1.0):
-                result = _exchange_bytes(channel, stdin, deadline)
+                result = _exchange_bytes(channel, framed_input(argv, stdin, nonce), deadline)
             if result is None:
                 self._drop(transport)  # it is silent but open, and would block the next command too
         except broken as error:
@@ -290,20 +300,34 @@ class SshCommands:
             raise HostUnreachableError(
                 f"`{argv[0]}` on {self.route.alias} gave no answer within {timeout_s:g} s; is the network or host slow?"
             )
-        return result
+        return unframed(result, nonce, self.route.alias)
+
+    def stream(self, argv: Sequence[str]) -> Generator[bytes, None, None]:
+        nonce = os.urandom(8).hex()
+        with contextlib.closing(self._open_channel(time.monotonic() + SSH_PATIENCE_S)) as channel:
+            channel.exec_command(LINE)
+            channel.sendall(framed_input(argv, b"", nonce))
+            yield from unframed_chunks(iter(lambda: channel.recv(1 << 16), b""), nonce)
 
     def _open_channel(self, deadline: float) -> Any:
-        """Open a session; reconnects once if the connection turns out to be dead."""
+        """Open a session; reconnects once if the connection turns out to be dead.
+
+        Where the host allows few sessions (MaxSessions), wait for another command to end.
+        """
         paramiko = load_paramiko()
-        for attempt in (1, 2):
+        deadline, is_again = min(deadline, time.monotonic() + SSH_PATIENCE_S), False
+        while True:
             transport = self.connect()
             try:
-                return transport.open_session(timeout=max(0.1, min(SSH_PATIENCE_S, deadline - time.monotonic())))
+                return transport.open_session(timeout=max(0.1, deadline - time.monotonic()))
             except (paramiko.SSHException, EOFError, OSError) as error:
-                self._drop(transport)
-                if attempt == 2 or isinstance(error, paramiko.ChannelException) or time.monotonic() > deadline:
+                is_dead = not isinstance(error, paramiko.ChannelException)
+                if is_dead:
+                    self._drop(transport)
+                if time.monotonic() > deadline or (is_dead and is_again):
                     raise HostUnreachableError(f"{self.route.alias} opened no session: {error}; try again") from error
-        raise AssertionError
+                is_again = is_again or is_dead
+            time.sleep(0.1)
 
     def _drop(self, transport: Any) -> None:
         """Close a broken connection, unless another command has already closed or replaced it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 from agent_infra_core.errors import AgentInfraError
 from agent_infra_core.host import CommandResult, HostUnreachableError
@@ -82,6 +82,9 @@ class LoginHost:
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
         return self.commands().run(argv, stdin=stdin, timeout_s=timeout_s)
+
+    def stream(self, argv: Sequence[str]) -> Generator[bytes, None, None]:
+        return self.commands().stream(argv)
 
     def close(self) -> None:
         with self._lock:

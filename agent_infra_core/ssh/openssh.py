@@ -11,7 +11,7 @@ import shlex
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,11 @@ from agent_infra_core.ssh.routes import (
     LoginError,
     SshRoute,
     make_route,
+    public_half,
     read_ssh_config,
     ssh_options,
 )
+from agent_infra_core.ssh.shell import LINE, framed_input, unframed, unframed_chunks
 
 # ssh_config keys that only OpenSSH supports, with the values that don't need it.
 _OPENSSH_ONLY = {
@@ -44,6 +46,8 @@ _OPENSSH_ONLY = {
     "pkcs11provider": ("none",),
     "certificatefile": ("none",),
     "gssapiauthentication": ("no",),
+    "identityagent": ("SSH_AUTH_SOCK",),
+    "securitykeyprovider": ("internal",),
 }
 
 
@@ -58,6 +62,9 @@ def reason_for_openssh(ssh: SshConfig) -> str | None:
     if asked:
         return f"{path} says {asked} for {ssh.host}"
     route = make_route(ssh, ssh.host, options)
+    for name in route.identity_files:
+        if any(kind.startswith("sk-") for kind in public_half(Path(os.path.expanduser(name)))[:1]):
+            return f"{name} is a security key"
     if any(marker == "@cert-authority" for marker, _, _ in read_host_keys(route)):
         return f"known_hosts has a certificate authority for {ssh.host}"
     return None
@@ -218,18 +225,27 @@ class OpenSshCommands:
         return path
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
-        deadline = time.monotonic() + timeout_s
+        deadline, nonce = time.monotonic() + timeout_s, os.urandom(8).hex()
         self.login.ensure(min(deadline, time.monotonic() + 2 * SSH_PATIENCE_S))
         left = max(1.0, deadline - time.monotonic())
         try:
-            done = self._here.run([*self.login.client(), shlex.join(argv)], stdin=stdin, timeout_s=left)
+            sent = framed_input(argv, stdin, nonce)
+            done = self._here.run([*self.login.client(), LINE], stdin=sent, timeout_s=left)
         except HostUnreachableError as error:
             raise HostUnreachableError(
                 f"`{argv[0]}` on {self._ssh.host} gave no answer within {timeout_s:g} s; is the network or host slow?"
             ) from error
         if done.status == 255 and self._here.run(self.login.client("-O", "check")).status != 0:
             raise explain_openssh(done.errors.decode("utf-8", "replace"), self.login.route, lambda _: ())
-        return done
+        return unframed(done, nonce, self._ssh.host)
+
+    def stream(self, argv: Sequence[str]) -> Generator[bytes, None, None]:
+        self.login.ensure(time.monotonic() + 2 * SSH_PATIENCE_S)
+        nonce = os.urandom(8).hex()
+        with contextlib.closing(
+            self._here.stream([*self.login.client(), LINE], framed_input(argv, b"", nonce))
+        ) as chunks:
+            yield from unframed_chunks(chunks, nonce)
 
     def node(self, node: str) -> OpenSshMaster:
         """Return the master of a compute node, which goes through the login host; fetches unknown node keys."""

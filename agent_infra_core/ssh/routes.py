@@ -125,3 +125,12 @@ def load_paramiko() -> Any:
     if not logger.handlers:
         logger.addHandler(logging.NullHandler())
     return paramiko
+
+
+def public_half(file: Path) -> list[str]:
+    """Return the fields of a public key: the file itself, or the one beside a private key; empty if there is none."""
+    try:
+        path = file if file.suffix == ".pub" else file.with_name(file.name + ".pub")
+        return path.read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return []

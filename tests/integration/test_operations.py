@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 from patience import PATIENCE_S
-from program import MODULE, Program, parent_of, wait_for
+from program import MODULE, Program, Running, parent_of, wait_for
 from testbed.ports import free_port
 from weights import packaged_gguf
+
+from agent_infra_core.host import process_stamp
 
 FAKE_ENGINE = Path(__file__).parents[1] / "fake_engine.py"
 
@@ -369,3 +371,25 @@ def test_who_is_cancelled_while_entering_leaves_nothing_behind(app: Program) -> 
     app.configure(models=[loading])
     assert imported(app, CANCELLED) == "True []\n"
     assert app.processes() == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a machine of its own needs root")
+def test_a_proxy_on_another_machine_of_the_same_home_is_named_and_its_pid_signalled_nowhere(app: Program) -> None:
+    words = ["unshare", "--uts", "--pid", "--mount-proc", "--fork", "--kill-child", "sh", "-c"]
+    command = [*words, 'hostname login2; "$@" & wait', "sh", *app.command("connect")]
+    options: dict[str, Any] = {"env": app.environment, "cwd": app.folder, "text": True, "stdout": subprocess.PIPE}
+    other = Running(subprocess.Popen(command, stderr=subprocess.STDOUT, **options))
+    app.running.append(other)
+    other.wait_line("export OPENAI_BASE_URL")
+    holder = json.loads((app.state / "agent-infra" / "default" / "controller.lock").read_text())
+    assert process_stamp(holder["pid"]) not in (None, holder["process"])  # here, another process has its number
+    told = f"`connect` (pid {holder['pid']} on login2)"
+    assert f"the proxy runs elsewhere, by {told}" in app.run("status").stdout
+    stopped = app.run("stop")
+    assert stopped.returncode == 1
+    assert f"is run by {told}, this is {os.uname().nodename}: run `stop` there" in stopped.stderr
+    refused = app.run("connect", "--background")
+    assert refused.returncode == 2
+    assert f"already run by {told}" in refused.stderr
+    assert other.process.poll() is None
+    assert app.get("/health")["status"]

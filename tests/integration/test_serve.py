@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -225,6 +226,23 @@ def test_a_port_lost_to_another_server_is_left_for_the_next(serve: Serve, port: 
     record = serve(model, restart_backoff=0.001).wait_for_state("ready")
     assert record.port is not None
     assert record.port > port
+
+
+def test_a_shared_file_system_that_fails_for_a_moment_ends_no_engine(serve: Serve, port: int, tmp_path: Path) -> None:
+    library, flag = tmp_path / "stale_files.so", tmp_path / "stale"
+    source = Path(__file__).parents[1] / "testbed" / "stale_files.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, timeout=PATIENCE_S)
+    run = tmp_path / "run0"
+    environment = {"LD_PRELOAD": str(library), "STALE_BELOW": str(run), "STALE_WHILE": str(flag)}
+    served = serve(command_model(port), environment=environment, hang_timeout=1.0)
+    first = served.wait_for_state("ready")
+    pid = served.request("/v1/chat/completions", {})["pid"]
+    flag.touch()
+    time.sleep(2.0)  # it looks at its record four times a second
+    flag.unlink()
+    assert served.request("/v1/chat/completions", {})["pid"] == pid
+    assert served.record == first
+    assert served.stop() == 0
 
 
 def test_when_serve_is_killed_its_engine_and_its_watcher_die(serve: Serve, port: int) -> None:

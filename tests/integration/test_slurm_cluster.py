@@ -23,7 +23,7 @@ from weights import packaged_gguf
 from agent_infra import render_job
 from agent_infra_core.control.status import describe_replica
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.fleet.place import JobRequest
+from agent_infra_core.fleet.place import JobRequest, idle_gpus
 from agent_infra_core.fleet.slurm import SlurmCluster
 from agent_infra_core.fleet.slurm_host import SchedulerError
 from agent_infra_core.fleet.state import deployment_paths
@@ -203,11 +203,13 @@ def test_idle_gpus_are_counted_as_slurm_gives_them(bed: SlurmBed, make: Make) ->
     cluster = make()
     bed.submit("sleep 600", "--partition=first", "--gres=gpu:h100:1", "--cpus-per-task=1")
     wait_for(lambda: len([line for line in bed.jobs() if "RUNNING" in line]) == 1, "the foreign job")
-    free = {node.name: node.free("gpu:h100") for node in cluster.host.nodes()}
+    typed = PartitionConfig("urgent", gres="gpu:h100")
+    free = {node.name: idle_gpus(node, typed, SlurmConfig()) for node in cluster.host.nodes()}
     assert free == {bed.nodes[0]: 1, bed.nodes[1]: 2}
     bed.drain(bed.nodes[1], "Gres=gpu:9 test")
     try:
-        assert {node.name: node.free("gpu") for node in cluster.host.nodes()} == {bed.nodes[0]: 1, bed.nodes[1]: 0}
+        free = {node.name: idle_gpus(node, PartitionConfig("urgent"), SlurmConfig()) for node in cluster.host.nodes()}
+        assert free == {bed.nodes[0]: 1, bed.nodes[1]: 0}
         held = [(record.replica, record.partition) for record in start(cluster, 3)]
         assert held == [("g-1", "first"), ("g-2", "first"), ("g-3", "first")]
     finally:
@@ -232,7 +234,7 @@ def test_what_slurm_refuses_is_told_with_what_to_do(bed: SlurmBed, make: Make) -
         start(make(name="nowhere"))
     with pytest.raises(RefusedError, match=r"Slurm refused: .*configuration.*; correct gres and gpus_per_node"):
         start(make(gres="gpu:v100", has_second=False))
-    with pytest.raises(RefusedError, match=r"Slurm refused: .*correct constraint under sbatch"):
+    with pytest.raises(RefusedError, match=r"Slurm refused: .*correct cluster.slurm.constraint"):
         start(make(sbatch={"constraint": "warp"}))
     assert bed.jobs() == []
     assert make().replicas() == []
@@ -311,7 +313,7 @@ def test_a_cancelled_job_and_one_at_its_walltime_say_so(bed: SlurmBed, make: Mak
     bed.run("scancel", str(record.job_id))
     failed = wait_state(cluster, "g-1", "failed")
     assert failed.failure is not None
-    assert failed.failure.line == "its job was cancelled"
+    assert failed.failure.line == "its job was cancelled (Slurm: CANCELLED)"
 
 
 def test_every_script_of_ours_is_one_that_slurm_takes(bed: SlurmBed, make: Make) -> None:

@@ -28,6 +28,7 @@ import agent_infra
 from agent_infra_core.host import CommandRunner, HostUnreachableError, private_temp_directory
 from agent_infra_core.settings import ClusterConfig, SshConfig
 from agent_infra_core.ssh.login_host import LoginHost
+from agent_infra_core.ssh.openssh import reason_for_openssh
 from agent_infra_core.ssh.routes import InteractiveLoginError, LoginError
 
 pytestmark = pytest.mark.skipif(SSHD is None or shutil.which("ssh") is None, reason="needs sshd and ssh")
@@ -74,6 +75,46 @@ def test_commands_run_there_with_their_input_output_and_exit_code(
     assert host.run(["cat"]).output == b""  # without input, a command sees its end at once
     assert host.run(["true"], stdin=b"x" * 5_000_000).status == 0  # what a command does not read is its own affair
     assert host.run(["no-such-program-here"]).status == 127
+
+
+TALKING_SHELL = """#!/bin/sh
+printf '%s\\n' '*****' '  Front end no. 3' '  Disk: 41 GB of 50 GB used' '*****'
+echo 'this shell is old' >&2
+{shell} -c "$SSH_ORIGINAL_COMMAND"; status=$?
+echo bye
+exit $status
+"""
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("shell", ["tcsh", "fish", "zsh", "bash"])
+def test_any_login_shell_will_do_and_what_it_prints_does_no_harm(
+    driver: str, shell: str, tmp_path: Path, connect: Connect
+) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+    command = tmp_path / "shell"
+    command.write_text(TALKING_SHELL.format(shell=shell))
+    command.chmod(0o755)
+    with SshServer(tmp_path / "sshd", options={"ForceCommand": str(command)}) as server:
+        host = connect(server.ssh(), driver)
+        script = """cat
+echo "$1" >&2
+exit 3"""
+        done = host.run(["sh", "-c", script, "sh", "it's $HOME; `x` !! {a,b} \\"], stdin=b"in\0put\n" * 9)
+        assert (done.status, done.output, done.errors) == (3, b"in\0put\n" * 9, b"it's $HOME; `x` !! {a,b} \\\n")
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_login_shell_that_runs_no_command_is_told_with_what_it_prints(
+    driver: str, tmp_path: Path, connect: Connect
+) -> None:
+    command = tmp_path / "shell"
+    command.write_text("#!/bin/sh\necho This account is currently not available.\nexit 1\n")
+    command.chmod(0o755)
+    with SshServer(tmp_path / "sshd", options={"ForceCommand": str(command)}) as server:
+        told = failure(connect(server.ssh(), driver), HostUnreachableError)
+    assert "ran no command (exit code 1); it printed: This account is currently not available." in told
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -213,6 +254,70 @@ def test_a_passphrase_is_asked_for_once_and_a_wrong_one_is_told(
     assert "wrong passphrase" in failure(connect(ssh, "sshtunnel", lambda _: "guess"))
 
 
+def test_a_locked_key_before_an_open_one_asks_for_nothing(
+    server: SshServer, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+    make_key(tmp_path / "locked", passphrase="open sesame")
+    config = tmp_path / "ssh_config"
+    config.write_text(f"Host *\n  IdentityFile {tmp_path}/locked\n  IdentityFile {server.client_key}\n")
+    ssh = server.ssh(identity_file=None, config_file=str(config))
+    asked: list[str] = []
+    assert connect(ssh, "sshtunnel").run(["true"]).status == 0
+    assert connect(ssh, "sshtunnel", lambda question: asked.append(question) or "").run(["true"]).status == 0  # type: ignore[func-returns-value]
+    assert asked == []
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_public_half_names_the_one_of_the_agents_keys_that_is_offered(
+    driver: str, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [make_key(tmp_path / f"key{number}") for number in range(8)]
+    (tmp_path / "only-in-agent.pub").write_text(public_key(keys[-1]) + "\n")
+    socket_path = tmp_path / "agent"
+    with (
+        SshServer(tmp_path / "sshd", options={"MaxAuthTries": "3"}) as server,
+        subprocess.Popen(["ssh-agent", "-D", "-a", socket_path], stdout=subprocess.DEVNULL) as agent,
+    ):
+        wait_for(socket_path.exists, "the agent")
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(socket_path))
+        for key in keys:
+            subprocess.run(["ssh-add", "-q", key], check=True, timeout=PATIENCE_S)
+            key.unlink()
+        server.authorized.write_text(public_key(keys[-1]) + "\n")
+        config = tmp_path / "ssh_config"
+        config.write_text(f"Host *\n  IdentitiesOnly yes\n  IdentityFile {tmp_path}/only-in-agent.pub\n")
+        ssh = server.ssh(identity_file=None, config_file=str(config))
+        assert connect(ssh, driver).run(["true"]).status == 0
+        assert "Failed publickey" not in server.log.read_text()
+        agent.kill()
+
+
+def test_an_agent_of_ssh_config_and_a_security_key_are_left_to_openssh(
+    server: SshServer, connect: Connect, tmp_path: Path
+) -> None:
+    config = tmp_path / "ssh_config"
+    config.write_text(f'Host *\n  IdentityAgent "{tmp_path}/vault agent.sock"\n  IdentityFile {server.client_key}\n')
+    host = connect(server.ssh(identity_file=None, config_file=str(config)))
+    assert host.run(["true"]).status == 0
+    assert (host.driver, host.reason) == ("openssh", f"{config} says identityagent for 127.0.0.1")
+    (tmp_path / "token.pub").write_text("sk-ssh-ed25519@openssh.com AAAA comment\n")
+    assert reason_for_openssh(server.ssh(identity_file=f"{tmp_path}/token")) == f"{tmp_path}/token is a security key"
+
+
+def test_a_host_that_allows_one_session_serves_commands_one_after_the_other(tmp_path: Path, connect: Connect) -> None:
+    with SshServer(tmp_path / "sshd", options={"MaxSessions": "1"}) as server:
+        host = connect(server.ssh(), "sshtunnel")
+        host.run(["true"])
+        statuses: list[int] = []
+        threads = [threading.Thread(target=lambda: statuses.append(host.run(["sleep", "0.3"]).status)) for _ in "abcd"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert statuses == [0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_a_key_in_the_agent_opens_without_a_question(
     driver: str, server: SshServer, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -318,6 +423,7 @@ ONE_TIME = """
 import getpass, os, sys
 from agent_infra_core.settings import ClusterConfig, SshConfig
 from agent_infra_core.ssh.login_host import LoginHost
+from agent_infra_core.ssh.openssh import reason_for_openssh
 host = LoginHost(ClusterConfig(ssh=SshConfig(*sys.argv[2:])), os.environ, sys.argv[1], getpass.getpass)
 host.lead()
 for word in ("first", "second"):

@@ -133,11 +133,12 @@ class SlurmBed:
         for name, port in zip(self.nodes, ports[1:], strict=True):
             address = addresses(name) if addresses else "127.0.0.1"
             shape = f"CPUs={cpus} Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=16000"
-            gres = f" Gres=gpu:{gpu_type}:{gpus}" if gpus else ""
+            kind = f":{gpu_type}" if gpu_type else ""
+            gres = f" Gres=gpu{kind}:{gpus}" if gpus else ""
             lines.append(f"NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} {shape}{gres}")
             if gpus:
                 files = f"{self.folder}/{name}-gpu[0-{gpus - 1}]"
-                devices.append(f"NodeName={name} Name=gpu Type={gpu_type} File={files}")
+                devices.append(f"NodeName={name} Name=gpu {f'Type={gpu_type} ' if gpu_type else ''}File={files}")
         for folder in ("state", "spool"):
             (self.folder / folder).mkdir()
         for name in self.nodes:

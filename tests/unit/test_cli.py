@@ -10,20 +10,18 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import venv
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from patience import PATIENCE_S
 
 import agent_infra
-from agent_infra import follow_logs, main, parse_backend
+from agent_infra import main, parse_backend
 from agent_infra_core.control.discovery import replica_table
 from agent_infra_core.control.status import describe_replica
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.fleet.cluster import LogFolder
+from agent_infra_core.fleet.cluster import LogFolder, tail_logs
 from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord
 
 MODULE = Path(agent_infra.__file__)
@@ -78,48 +76,32 @@ def test_only_replicas_that_can_answer_are_in_the_table() -> None:
     ]
 
 
-def reader(folder: Path) -> Callable[[str, int, int], tuple[bytes, int]]:
-    return LogFolder(folder).read
-
-
 def test_logs_show_the_last_lines_of_each(tmp_path: Path) -> None:
     one, two = tmp_path / "one.log", tmp_path / "two.log"
     one.write_text("a\nb\nc\n")
     two.write_text("x\nunfinished")
-    said: list[str] = []
-    follow_logs(["one", "two", "gone"], reader(tmp_path), 2, False, said.append)
-    assert said == ["one: b", "one: c", "two: x", "two: unfinished"]
+    shown = list(tail_logs(LogFolder(tmp_path), ["one", "two", "gone"], 2))
+    assert shown == [("one", b"b"), ("one", b"c"), ("two", b"x"), ("two", b"unfinished")]
+    assert list(tail_logs(LogFolder(tmp_path), ["one"], 0)) == []
 
 
 def test_a_log_line_shows_a_progress_bars_last_state_and_controls_no_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "one.log").write_bytes(b"\rLoading 10%\rLoading 100%\r\n\x1b[32mready\x1b[0m \x1b]0;boo\x07\n")
-    follow_logs(["one"], reader(tmp_path), 10, False, agent_infra._say)
+    for _, line in tail_logs(LogFolder(tmp_path), ["one"], 10):
+        agent_infra._say_log_line("", line)
     assert capsys.readouterr().out == "Loading 100%\nready \\x1b]0;boo\\x07\n"
 
 
 def test_following_a_log_says_each_line_once_and_whole(tmp_path: Path) -> None:
     log = tmp_path / "one.log"
-    log.write_text("old\npar")
-    said: list[str] = []
-    enough = threading.Event()
-
-    class EnoughError(Exception):
-        pass
-
-    def say(line: str) -> None:
-        said.append(line)
-        if line == "old":
-            with log.open("a") as file:
-                file.write("tial\nnew\n")
-        if line == "new":
-            enough.set()
-            raise EnoughError
-
-    with pytest.raises(EnoughError):
-        follow_logs(["one"], reader(tmp_path), 10, True, say)
-    assert said == ["old", "partial", "new"]
+    log.write_text("older\nold\npar")
+    followed = LogFolder(tmp_path).follow(["one"], 1)
+    assert next(followed) == ("one", b"old")
+    with log.open("a") as file:
+        file.write("tial\nnew\n")
+    assert [next(followed), next(followed)] == [("one", b"partial"), ("one", b"new")]
 
 
 def test_no_verb_and_a_wrong_option_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,6 +94,7 @@ def test_example_yaml_shows_every_key_with_its_default() -> None:
         (slurm("partitions: [{name: a}], container: {runtime: pyxis}"), "cluster.slurm.container.image: is required"),
         (slurm("partitions: [{name: a}], work_dir: runs"), "cluster.slurm.work_dir: found"),
         (slurm("partitions: [{name: a}], sbatch: {output: x}"), "cluster.slurm.sbatch.output: is set by this program"),
+        (slurm("partitions: [{name: a}], sbatch: {clusters: x}"), "clusters: set cluster.ssh to that cluster's own"),
         (slurm("partitions: [{name: a, sbatch: {qos: x}}]"), "cluster.slurm.partitions[0].sbatch.qos: is set by"),
         (slurm('partitions: [{name: a}], sbatch: {account: "a\\nrm x"}'), "cluster.slurm.sbatch: found"),
         (slurm("partitions: [{name: a}], sbatch: {Account: a}"), "cluster.slurm.sbatch: found"),
@@ -120,6 +121,15 @@ def test_the_example_for_slurm_is_valid_and_keeps_every_kind_of_directive() -> N
 def test_all_wrong_keys_are_named_at_once() -> None:
     message = problem(MODEL + "proxy: {port: -1, host: 5}\ncluster: {nam: x}")
     assert all(part in message for part in ("proxy.port", "proxy.host", "cluster.nam: unknown key; did you mean name?"))
+
+
+def test_shell_lines_are_for_the_shell_that_runs_them() -> None:
+    lines = ["source ${SLURM_TMPDIR}/env/bin/activate", "echo $${HOME}"]
+    text = MODEL + f"cluster: {{type: slurm, slurm: {{partitions: [{{name: g}}], setup: {lines}, prologue: {lines}}}}}"
+    slurm = parse_config(text, {}).cluster.slurm
+    assert list(slurm.setup) == list(slurm.prologue) == lines
+    model = parse_config("models: [{name: m, model_path: p, env: {A: '$${B}/$${C}$$', D: '$${E}${F}'}}]", {"F": "f"})
+    assert model.models[0].env == {"A": "${B}/${C}$$", "D": "${E}f"}
 
 
 def test_environment_variables_are_expanded_in_strings() -> None:

@@ -11,7 +11,15 @@ from agent_infra import (
     describe_model,
     describe_succession,
 )
-from agent_infra_core.control.status import choose_to_stop, list_problems, summarize
+from agent_infra_core.control.status import (
+    LOAD_DEADLINE_S,
+    QUEUE_PATIENCE_S,
+    StartWatch,
+    choose_to_stop,
+    list_problems,
+    summarize,
+    unreached,
+)
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.engines import check_engine_args
 from agent_infra_core.protocol import ReplicaRecord
@@ -24,6 +32,38 @@ def replica(name: str, state: str = "ready", **fields: Any) -> ReplicaRecord:
 
 def names(records: list[ReplicaRecord]) -> list[str]:
     return [record.replica for record in records]
+
+
+def settles(*looks: tuple[float, str]) -> list[bool]:
+    """What StartWatch says of looks: each a time in s and the states of m-1, m-2, …"""
+    watch = StartWatch()
+    return [
+        watch.is_over([replica(f"m-{n}", state) for n, state in enumerate(states.split(), 1)], now)
+        for now, states in looks
+    ]
+
+
+def test_time_in_the_queue_has_no_limit_and_is_no_time_of_loading() -> None:
+    late = 30 * 86400.0
+    assert settles((0, "pending"), (late, "pending"), (late + 1, "loading"), (late + LOAD_DEADLINE_S, "loading")) == (
+        [False] * 4
+    )
+    assert settles((0, "loading"), (LOAD_DEADLINE_S, "loading")) == [False, True]
+    assert settles((0, "loading"), (9, "pending"), (late, "loading"), (late + 9, "ready")) == [False] * 3 + [True]
+
+
+def test_some_that_are_ready_are_enough_but_those_that_load_beside_them_are_waited_for() -> None:
+    after = QUEUE_PATIENCE_S + 1
+    assert settles((0, "ready pending"), (1, "ready pending"), (after, "ready pending")) == [False, False, True]
+    assert settles((0, "ready loading"), (after, "ready loading"), (90, "ready ready")) == [False, False, True]
+    # Later than that, one that leaves the queue isn't waited for: of 200 replicas, some always do.
+    looks = ((0, "ready loading pending"), (after, "ready loading pending"), (90, "ready ready loading"))
+    assert settles(*looks) == [False, False, True]
+
+
+def test_what_has_failed_or_ended_is_not_waited_for() -> None:
+    assert settles((0, "failed stopped")) == [True]
+    assert settles((0, "failed pending")) == [False]
 
 
 def test_what_serves_nobody_yet_is_taken_away_first() -> None:
@@ -62,6 +102,20 @@ def test_what_the_proxy_knows_of_a_model_is_summed_over_its_replicas() -> None:
     ]
     row = summarize("m", 1, [replica("m-1")], [*rows, {"model": "other", "inflight": 9, "sessions": 9}])
     assert describe_model(row) == "m  1 of 1 ready, 2 turns in flight, 4 sessions"
+
+
+def test_a_replica_that_no_turn_reaches_is_not_ready_and_has_the_reason() -> None:
+    records = [replica("m-1"), replica("m-2"), replica("m-3"), replica("m-4", "loading")]
+    plain = {"model": "m", "inflight": 0, "sessions": 0, "healthy": True, "reason": None, "tunnel": None}
+    rows = [
+        {**plain, "id": "m-1", "state": "loading", "healthy": None, "tunnel": {"reason": "forwarding is prohibited"}},
+        {**plain, "id": "m-2", "state": "ready", "healthy": False, "reason": "no answer for 5 s"},
+        {**plain, "id": "m-3", "state": "ready"},
+        {**plain, "id": "m-4", "state": "loading"},
+    ]
+    assert unreached(records, rows) == {"m-1": "forwarding is prohibited", "m-2": "no answer for 5 s"}
+    assert summarize("m", 4, records, rows)["ready"] == 1
+    assert summarize("m", 4, records)["ready"] == 3
 
 
 def test_gpu_hours_are_told_where_a_gpu_was_held() -> None:

@@ -25,6 +25,7 @@ from agent_infra_core.fleet.parse import (
     Submission,
     parse_gres,
     parse_job_end,
+    parse_job_number,
     parse_nodes,
     parse_squeue,
     squeue_format,
@@ -32,11 +33,14 @@ from agent_infra_core.fleet.parse import (
 from agent_infra_core.fleet.place import (
     JobRequest,
     engine_bind_host,
+    idle_gpus,
     job_name,
     job_replicas,
     place_replicas,
     replica_shape,
 )
+from agent_infra_core.fleet.slurm import QueueView, view_queue
+from agent_infra_core.fleet.slurm_host import QueueAnswer
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ContainerConfig, ModelConfig, PartitionConfig, SlurmConfig
 
@@ -141,11 +145,12 @@ def test_idle_gpus_are_those_of_the_wanted_type_that_no_job_has() -> None:
     ],
 )
 def test_nodes_that_take_no_job_have_no_idle_gpus(state: str) -> None:
-    assert node(State=state).free("gpu") == 0
+    assert idle_gpus(node(State=state), GPU, SlurmConfig()) == 0
 
 
 def test_gpus_of_a_node_whose_processors_are_all_taken_are_not_idle() -> None:
-    assert node(CPUAlloc="8").free("gpu") == 0
+    assert idle_gpus(node(CPUAlloc="8"), GPU, SlurmConfig()) == 0
+    assert idle_gpus(node(), GPU, SlurmConfig()) == 3
 
 
 @pytest.mark.parametrize(
@@ -157,6 +162,10 @@ def test_gpus_of_a_node_whose_processors_are_all_taken_are_not_idle() -> None:
         ("gpu:1g.10gb:7(S:0)", {"gpu:1g.10gb": 7}),
         ("gpu:nvidia_a100_80gb_pcie:2(IDX:0,3)", {"gpu:nvidia_a100_80gb_pcie": 2}),
         ("gpu", {"gpu": 1}),
+        ("gpu:(null):3(IDX:0-2)", {"gpu": 3}),
+        ("gpu:(null):0(IDX:N/A)", {"gpu": 0}),
+        ("gpu:h100:0(IDX:N/A),shard:h100:3(2/4,0/4,1/4)", {"gpu:h100": 2, "shard:h100": 3}),
+        ("gpu:h100:1(IDX:1),shard:h100:1(IDX:0)", {"gpu:h100": 2, "shard:h100": 1}),  # seen with 22.05
         ("(null)", {}),
         ("", {}),
     ],
@@ -173,7 +182,7 @@ def idle(name: str, partitions: str, gpus: int = 4, cpus: int = 32) -> SlurmNode
 
 
 def placed(count: int, model: ModelConfig, partitions: list[PartitionConfig], *nodes: SlurmNode) -> list[Any]:
-    return [(each.name, held) for each, held in place_replicas(count, model, partitions, nodes)]
+    return [(each.name, held) for each, held in place_replicas(count, model, SlurmConfig(tuple(partitions)), nodes)]
 
 
 HIGH, LOW = PartitionConfig("high", priority=10), PartitionConfig("low", priority=1)
@@ -211,7 +220,7 @@ def test_an_exclusive_partition_gives_whole_nodes_and_a_job_holds_what_fits() ->
 def test_a_replica_larger_than_a_node_takes_several_that_have_the_room() -> None:
     nodes = [idle(name, "gpu", 8) for name in "abc"]
     eight = PartitionConfig("gpu", gpus_per_node=8)
-    shape = replica_shape(SIXTEEN, eight)
+    shape = replica_shape(SIXTEEN, eight, SlurmConfig())
     assert (shape.nodes, shape.gpus) == (2, 8)
     assert placed(2, SIXTEEN, [eight, LOW], *nodes) == [("gpu", 1)] * 2
 
@@ -229,6 +238,60 @@ def test_an_engine_without_gpus_goes_where_processors_are_idle() -> None:
     assert placed(3, model, [LOW, HIGH], idle("a", "high", 0, cpus=4), idle("b", "low", 0, cpus=9)) == [
         *(("high", 1), ("high", 1), ("low", 1)),
     ]
+
+
+def test_a_reservation_has_its_own_nodes_and_no_other() -> None:
+    reserved = node(State="IDLE+RESERVED", Version="23.11 ReservationName=grp", CPUAlloc="0")
+    mine = PartitionConfig("gpu", sbatch={"reservation": "grp"})
+    assert idle_gpus(reserved, mine, SlurmConfig()) == 3
+    assert idle_gpus(reserved, GPU, SlurmConfig(sbatch={"reservation": "grp"})) == 3
+    assert idle_gpus(reserved, GPU, SlurmConfig()) == 0
+    assert idle_gpus(reserved, GPU, SlurmConfig(sbatch={"reservation": "other"})) == 0
+    assert idle_gpus(node(), mine, SlurmConfig()) == 0
+    maintained = node(State="IDLE+MAINT+RESERVED", Version="23.11 ReservationName=grp")
+    assert idle_gpus(maintained, mine, SlurmConfig()) == 0
+
+
+def test_without_gres_the_gpus_of_a_node_without_jobs_are_idle() -> None:
+    bare = dataclasses.replace(idle("c1", "gh,old"), gres={})
+    whole = PartitionConfig("gh", exclusive=True, gpus_per_node=1, sbatch={"gres": None})
+    assert placed(2, VLLM, [whole, PartitionConfig("other")], bare, dataclasses.replace(bare, name="c2")) == (
+        [("gh", 1), ("gh", 1)]
+    )
+    none = SlurmConfig((PartitionConfig("old", gpus_per_node=2),), gpu_flag="none")
+    assert idle_gpus(bare, none.partitions[0], none) == 2
+    assert idle_gpus(dataclasses.replace(bare, is_idle=False), none.partitions[0], none) == 0
+
+
+def test_processors_and_memory_count_too() -> None:
+    slurm = SlurmConfig((HIGH, LOW), cpus_per_gpu=8, memory_per_gpu="64G")
+    shape = replica_shape(dataclasses.replace(VLLM, tensor_parallel_size=2), HIGH, slurm)
+    assert (shape.cpus, shape.memory_mb) == (16, 131072)
+    few_cpus = idle("a", "high", cpus=17)
+    little_memory = dataclasses.replace(idle("b", "low"), free_memory_mb=3 * 65536)
+    held = place_replicas(6, VLLM, slurm, (few_cpus, little_memory))
+    assert [each.name for each, _ in held] == ["high", "high", "low", "low", "low", "high"]
+
+
+def test_where_slurm_shows_no_nodes_everything_is_left_to_sbatch() -> None:
+    assert placed(2, VLLM, [LOW, HIGH]) == [("high", 1), ("high", 1)]
+
+
+@pytest.mark.parametrize(
+    ("flag", "gres", "option"),
+    [
+        ("gres", "gpu:h100", ("gres", "gpu:h100:2")),
+        ("gpus-per-node", "gpu:h100", ("gpus-per-node", "h100:2")),
+        ("gpus-per-node", "gpu", ("gpus-per-node", "2")),
+        ("none", "gpu", None),
+    ],
+)
+def test_gpus_are_asked_for_as_the_site_wants_it(flag: str, gres: str, option: tuple[str, str] | None) -> None:
+    slurm = SlurmConfig(account="abc", constraint="a100&ib", gpu_flag=flag)
+    request = dataclasses.replace(REQUEST, partition=PartitionConfig("gpu", gres=gres), gpus=2, memory_mb=1024)
+    options = job_directives(request, slurm)
+    assert [each for each in options if each[0] in ("gres", "gpus-per-node")] == ([option] if option else [])
+    assert {("account", "abc"), ("constraint", "a100&ib"), ("mem", "1024M")} <= set(options)
 
 
 def test_only_engines_that_ask_for_the_key_everywhere_listen_beyond_loopback() -> None:
@@ -293,10 +356,36 @@ def test_every_pending_reason_of_slurm_has_words_of_its_own() -> None:
         *("PartitionDown", "ReqNodeNotAvail, UnavailableNodes:n[1-2]", "QOSMaxGRESPerUser", "AssocGrpGRES", "Licenses"),
         *("Nodes required for job are DOWN, DRAINED or reserved for jobs in higher priority partitions",),
         *("QOSMaxJobsPerUserLimit", "AssocMaxJobsLimit", "QOSGrpCpuLimit", "launch failed requeued held", "None"),
+        *("QOSNotAllowed", "AccountNotAllowed", "QOSMinGRES", "QOSUsageThreshold", "JobArrayTaskLimit", "SchedDefer"),
+        *("MaxMemPerLimit", "Constraints", "PartitionConfig", "Cleaning", "BurstBufferStageIn", "ReservationDeleted"),
+        *("SystemFailure", "JobLaunchFailure", "PowerNotAvail", "FrontEndDown", "FedJobLock", "BeginTime"),
         *("ReqNodeNotAvail, Reserved for maintenance", "MaxGRESPerAccount", "InvalidQOS", "QOSMaxCpuPerUserLimit"),
     ):
         assert explain_pending(reason) != reason
     assert explain_pending("SomethingNew") == "SomethingNew"
+
+
+def test_a_job_whose_number_never_came_is_found_by_its_name() -> None:
+    def view(note: str, *jobs: SlurmJob, clock: float = NOW) -> QueueView:
+        answer = QueueAnswer(list(jobs), {"m-1": f"{note} gpu vllm m {NOW:.0f}"}, {}, clock, None)
+        return view_queue(answer, "d")
+
+    named = dataclasses.replace(JOB, id="8", name="agent-infra:d:m:1")
+    assert view("0", named).told["m-1"].job_id == "8"
+    assert view("7", named, dataclasses.replace(named, id="7")).told["m-1"].job_id == "7"
+    assert [held for _, held in view("7", named, dataclasses.replace(named, id="7")).jobs] == [{"m-1"}, {"m-1"}]
+    told = view("0", dataclasses.replace(named, state="CANCELLED")).told["m-1"]
+    assert told.job_id == "0"
+    waiting = reconcile_record("m-1", told, None, None, (NOW, NOW + 60))
+    assert waiting is not None
+    assert (waiting.state, waiting.message) == ("pending", "sbatch has not told its number yet")
+    assert reconcile_record("m-1", told, None, None, (NOW, NOW + 600)) is None
+    assert diagnose_job(None, "0", "").line == "sbatch did not answer, and its job is not in the queue"
+
+
+def test_of_what_a_sites_sbatch_says_only_the_number_counts() -> None:
+    assert parse_job_number("--- queue 12 ---\n42 more\n4711;cluster\n") == "4711"
+    assert parse_job_number("Welcome to host 3\n") == "0"
 
 
 def test_a_job_that_runs_without_a_report_is_starting_and_with_one_is_what_it_says() -> None:
@@ -331,8 +420,8 @@ def test_the_last_word_of_a_replica_outlives_its_job_and_silence_is_to_be_explai
         ("JobId=7 JobState=FAILED Reason=NonZeroExitCode ExitCode=3:0 X=1", JobEnd("FAILED", 3, "NonZeroExitCode")),
         ("JobId=7 JobState=FAILED Reason=RaisedSignal:53(Real-time_signal_19) ExitCode=0:53", -53),
         ("JobId=7 JobState=TIMEOUT Reason=TimeLimit ExitCode=0:15", JobEnd("TIMEOUT", -15, "TimeLimit")),
-        ("OUT_OF_MEMORY|0:125|None\n", JobEnd("OUT_OF_MEMORY", -125, "None")),
-        ("CANCELLED by 1000|0:0|None\n", JobEnd("CANCELLED", 0, "None")),
+        ("OUT_OF_MEMORY|0:125|None\n", JobEnd("OUT_OF_MEMORY", -125)),
+        ("CANCELLED by 1000|0:0|None\n", JobEnd("CANCELLED", 0, "by 1000")),
         ("JobId=7 JobState=RUNNING Reason=None ExitCode=0:0", None),
         ("RUNNING|0:0|None\n", None),
         ("", None),
@@ -349,6 +438,13 @@ def test_the_end_of_a_job_is_read_from_scontrol_and_from_sacct(text: str, end: J
         (JobEnd("TIMEOUT", -15), "", "timed_out", "reached its walltime"),
         (JobEnd("NODE_FAIL", 0), "", "node_failure", "its node failed"),
         (JobEnd("PREEMPTED", -15), "", "node_failure", "higher priority"),
+        (
+            JobEnd("NODE_FAIL", 0, "NodeDown", True),
+            "",
+            "bad_argument",
+            "its partition was removed (Slurm: NODE_FAIL, No",
+        ),
+        (JobEnd("CANCELLED", 0, "by 1000"), "", "unknown", "its job was cancelled (Slurm: CANCELLED, by 1000)"),
         (JobEnd("OUT_OF_MEMORY", -125), "Killed", "out_of_memory", "used more memory than it requested"),
         (JobEnd("FAILED", -53), "", "bad_argument", "could not open the job's log"),
         (JobEnd("FAILED", 78), "agent-infra: python3 is not Python 3.10", "bad_argument", "is not Python 3.10"),

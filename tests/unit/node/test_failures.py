@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from agent_infra_core.node.failures import FAILURE_SIGNS, classify_failure
+from agent_infra_core.node.failures import FAILURE_SIGNS, PERMANENT_FAILURES, classify_failure
 
 FAILURES = [
     ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.", 1, "out_of_memory"),
@@ -43,6 +43,21 @@ FAILURES = [
     ("/usr/bin/python: No module named vllm", 1, "bad_argument"),
     ("RuntimeError: No CUDA GPUs are available", 1, "node_failure"),
     ("CUDA error: uncorrectable ECC error encountered", 1, "node_failure"),
+    ("RuntimeError: NCCL error: unhandled system error (run with NCCL_DEBUG=INFO for details)", 1, "node_failure"),
+    ("RuntimeError: The NVIDIA driver on your system is too old (found version 11080).", 1, "driver"),
+    ("CUDA error: CUDA driver version is insufficient for CUDA runtime version", 1, "driver"),
+    (
+        "python3: error while loading shared libraries: libgomp.so.1: cannot open shared object file",
+        127,
+        "bad_argument",
+    ),
+    ("ImportError: libgomp.so.1: cannot open shared object file: No such file or directory", 1, "bad_argument"),
+    ("ImportError: libcuda.so.1: cannot open shared object file: No such file or directory", 1, "node_failure"),
+    (
+        "huggingface_hub.errors.HfHubHTTPError: 429 Client Error: Too Many Requests for url: https://x",
+        1,
+        "rate_limited",
+    ),
     ("loading", -4, "node_failure"),
     ("loading", None, "timed_out"),
     ("something odd", 1, "unknown"),
@@ -73,3 +88,37 @@ def test_an_option_error_in_the_log_counts_only_with_its_exit_code() -> None:
 def test_a_lone_signal_is_no_evidence_of_a_class() -> None:
     failure = classify_failure("all is well\n", -9)
     assert (failure.kind, failure.line) == ("unknown", "ended by signal 9")
+
+
+HARMLESS = """\
+DEBUG 11-02 09:14:01 [__init__.py:153] XPU platform is not available because: No module named 'intel_extension'
+WARNING 11-02 09:14:05 [_custom_ops.py:20] Failed to import from vllm._rocm_C with ImportError("No module named")
+(Worker pid=7) INFO 11-02 09:14:09 [memory.py:4] an earlier profile ended with CUDA out of memory
+'[Errno -3] Temporary failure in name resolution' thrown while requesting HEAD https://huggingface.co/org/m/config.json
+Retrying in 1s [Retry 1/5].
+"""
+
+
+def test_what_a_program_survived_is_not_why_it_ended() -> None:
+    nccl = (
+        "(Worker_TP1 pid=4188) ERROR 11-02 09:15:02 [executor.py:597] RuntimeError: NCCL error: unhandled system error"
+    )
+    failure = classify_failure(HARMLESS + nccl + "\n(APIServer pid=1) RuntimeError: Engine core failed.\n", 1)
+    assert (failure.kind, failure.line) == ("node_failure", nccl)
+    assert classify_failure(HARMLESS + "RuntimeError: something odd\n", 1).kind == "unknown"
+    offline = "OSError: We couldn't connect to 'https://huggingface.co' to load the files\n"
+    assert classify_failure(HARMLESS + offline, 1).kind == "offline"
+    assert classify_failure(offline + "ImportError: No module named 'flash_attn'\n", 1).kind == "bad_argument"
+
+
+def test_a_hub_that_limits_the_rate_is_a_network_that_is_there() -> None:
+    log = """HTTP Error 429 thrown while requesting HEAD https://huggingface.co/org/m/resolve/main/config.json
+Retrying in 1s [Retry 1/5].
+(APIServer pid=9) huggingface_hub.errors.HfHubHTTPError: 429 Client Error: Too Many Requests for url: https://x
+(APIServer pid=9) OSError: We couldn't connect to 'https://huggingface.co' to load the files
+"""
+    failure = classify_failure(log, 1)
+    assert failure.kind == "rate_limited"
+    assert "429" in failure.line
+    assert "`pull`" in failure.hint
+    assert failure.kind not in PERMANENT_FAILURES
