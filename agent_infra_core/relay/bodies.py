@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from agent_infra_core.http.events import (
     AnswerDigest,
+    answer_text_and_calls,
     conversation_key,
     message_fingerprint,
     message_text_and_calls,
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 # What is read of a request's body beside its messages; the last two as they stand there.
 KNOWN_FIELDS = ("model", "stream", "stream_options", "prompt", "input", "tools", "system")
+ANSWER_FIELDS = (
+    *("usage", "choices", "stop_reason", "error", "content", "output"),
+    *("status", "incomplete_details", "type", "object", "message"),
+)
 _MESSAGES = b'{"messages":[0'  # in place of a beginning that is known: the 0 stands for its messages
 
 
@@ -117,7 +122,7 @@ class Codec:
         usage = msgspec.defstruct("Usage", [*counts, ("prompt_tokens_details", details | None, None)])
         plain = [("choices", list[choice]), ("usage", usage)]  # type: ignore[valid-type]
         self._plain_answer = msgspec.json.Decoder(msgspec.defstruct("PlainAnswer", plain)).decode
-        answered = [(name, Any, None) for name in ("usage", "choices", "stop_reason", "error", "content", "output")]
+        answered = [(name, Any, None) for name in ANSWER_FIELDS]
         self._request = msgspec.json.Decoder(msgspec.defstruct("RoutedBody", routed)).decode
         rest: list[Any] = [("messages", list[msgspec.Raw]), *((name, Any, msgspec.UNSET) for name in KNOWN_FIELDS[:-2])]
         rest += [(name, msgspec.Raw | msgspec.UnsetType, msgspec.UNSET) for name in KNOWN_FIELDS[-2:]]
@@ -222,19 +227,13 @@ class Codec:
         except (ValueError, RecursionError):
             return None
         digest = AnswerDigest()
-        names = ("usage", "choices", "stop_reason", "error")
+        document = {name: getattr(answer, name) for name in ANSWER_FIELDS}
         with contextlib.suppress(RecursionError):
-            digest.add({name: getattr(answer, name) for name in names})
-        if wanted_text or traces:
-            words: Any = answer.content or answer.output
-            said, calls = words, None
-            if isinstance(answer.choices, list) and answer.choices and isinstance(answer.choices[0], dict):
-                words = answer.choices[0].get("message") or answer.choices[0].get("text")
-                said, calls = (
-                    (words.get("content"), words.get("tool_calls")) if isinstance(words, dict) else (None, None)
-                )
-            digest.text = plain_text(words)[:wanted_text]
-            digest.print = message_fingerprint(*message_text_and_calls(said, calls)) if traces else None
+            digest.add(document)
+            if wanted_text or traces:
+                words, calls = answer_text_and_calls(document)
+                digest.text = sendable_text(words[:wanted_text])
+                digest.print = message_fingerprint(words, calls) if traces else None
         return digest
 
     def _plain_digest(self, answer: Any, wanted_text: int, traces: bool) -> AnswerDigest:
@@ -249,7 +248,7 @@ class Codec:
             sendable_text(choice.finish_reason) if choice.finish_reason is not None else None,
             None,
             sendable_text(words[:wanted_text]),
-            message_fingerprint(words, [call.id for call in calls] if calls else ()) if traces else None,
+            message_fingerprint(words, [call.id for call in calls if call.id] if calls else ()) if traces else None,
         )
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from agent_infra_core.host import printable_text
 from agent_infra_core.http.heads import RequestHead
 from agent_infra_core.protocol import FRAME_GAUGES, FRAME_STATS, FRAME_TABLE, Backend
 from agent_infra_core.relay.access import Doorkeeper, is_same_endpoint
@@ -32,6 +33,8 @@ from agent_infra_core.relay.requests import HeadReader, LabelReader
 from agent_infra_core.settings import HeadersConfig, ProxyConfig
 
 SWEEP_S = 0.1  # how late a deadline may be noticed, and how often the controller is told what happened
+LAST_WORD_S = 0.5  # for the clients to be told that their turns are cut
+REFUSALS_LOGGED_A_SECOND = 5
 LAST_FLUSH_S = 2.0  # for the last events, at the relay's end: its controller may take none
 
 
@@ -69,6 +72,7 @@ class Relay:
         self.listener.setblocking(False)
         self.control = ControlChannel(self, socket_path, self.listener)
         self.admission = Admission(self)
+        self.refusals = RefusalLog(self.log)
         self.book = TurnBook(self)
         self.app = make_app(self)
         self.settings = RelaySettings(ProxyConfig(api_key=secrets.token_hex(16)), HeadersConfig())
@@ -86,6 +90,7 @@ class Relay:
         self._stopped, self._has_news = self.reactor.new_event(), self.reactor.new_event()
         self._watchers: list[Any] = []
         self._exit_code = 0
+        self._ends_at = 0.0  # monotonic; when stopping
         self.watch = ReplicaWatch(self)
         self._reception = Reception(self)
 
@@ -106,7 +111,7 @@ class Relay:
         if table.get("settings"):
             self.settings = self.codec.convert(table["settings"], RelaySettings)
             self.strategy = self.settings.proxy.strategy
-            self.door.set_key(self.settings.proxy.api_key)
+            self.door.configure(self.settings.proxy)
             self.heads.known_requests.clear()  # labels are read by names that may be others now
             for client in self.connections:
                 client.authorization = None
@@ -210,26 +215,27 @@ class Relay:
 
     def _on_signal(self) -> None:
         if self.is_stopping:
-            self.log("warning", "second signal: ended at once")
-            self._exit_code = 1
-            self._stopped.set()
+            if not self.is_over:
+                self.log("warning", "second signal: the turns in flight are cut")
+            self._ends_at = 0.0
             return
-        self.is_stopping = True
+        self.is_stopping, self._ends_at = True, time.monotonic() + self.settings.drain_seconds
         self.reactor.spawn(self._stop).link_exception(self._on_task_failed)
 
     def _stop(self) -> None:
         """Accept nothing more, let the turns end that are on their way, up to the deadline; then go."""
         self.log("info", f"stopping: {len(self.book.turns)} turns to finish")
         self._reception.close()
-        deadline = time.monotonic() + self.settings.drain_seconds
-        while self.connections and time.monotonic() < deadline:
+        while self.connections and time.monotonic() < self._ends_at:
             for client in [client for client in self.connections if client.is_idle]:
                 self.reactor.loop.run_callback(client.leave_idle)
             self.reactor.sleep(0.05)
         self.is_over = True
         for client in list(self.connections):
             self.reactor.loop.run_callback(client.wake)
-        self.reactor.sleep(0.2 if self.connections else 0.0)
+        end = time.monotonic() + LAST_WORD_S
+        while self.connections and time.monotonic() < end:
+            self.reactor.sleep(0.02)
         self._stopped.set()
 
     def _on_task_failed(self, greenlet: Any) -> None:
@@ -247,7 +253,27 @@ class Relay:
             line = json.dumps({"at": at, "level": level, "role": "relay", "message": message, **details})
         else:
             line = f"{at} {level} relay: {message}" + "".join(f"\n{detail}" for detail in details.values())
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a full disk
+            print(line, file=sys.stderr, flush=True)
+
+
+class RefusalLog:
+    """A line in the log for each request that was refused or failed; a flood of them is counted instead."""
+
+    def __init__(self, log: Callable[[str, str], None]) -> None:
+        self._log = log
+        self._second, self._count = 0, 0
+
+    def note(self, words: str) -> None:
+        """Log a refusal, in printable words."""
+        second = int(time.monotonic())
+        if second != self._second:
+            if self._count > REFUSALS_LOGGED_A_SECOND:
+                self._log("warning", f"and {self._count - REFUSALS_LOGGED_A_SECOND} more like that")
+            self._second, self._count = second, 0
+        self._count += 1
+        if self._count <= REFUSALS_LOGGED_A_SECOND:
+            self._log("warning", printable_text(words[:500]))
 
 
 class Reception:

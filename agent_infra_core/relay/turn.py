@@ -51,14 +51,9 @@ def serve_turn(client: ClientConnection) -> bool:
     relay, turn = client.relay, None
     try:
         plan, length, authorization = client.read_head()
-        if plan.path != b"/health":
-            relay.door.authorize(client, plan.request, authorization)
-        if b"upgrade" in plan.request.fields and b"websocket" in plan.request.fields[b"upgrade"].lower():
-            raise RequestError(501, "WebSocket is not supported; the same models answer over HTTP", closes=True)
+        authorize(client, plan, authorization)
         if not plan.is_inference:
-            body = client.read_body(plan, length, APP_BODY_BYTES)
-            client.send_all(relay.app.answer(plan.request, plan.path, plan.query, bytes(body)))
-            return plan.request.keeps_alive
+            return answer_otherwise(client, plan, length)
         body = client.read_body(plan, length, relay.settings.max_body_bytes)
         turn = relay.book.open(plan, body, client.peer)  # identify
         delivery, may_follow = Delivery(client, turn, plan, body), None
@@ -71,8 +66,7 @@ def serve_turn(client: ClientConnection) -> bool:
         return may_follow and plan.request.keeps_alive
     except RequestError as refusal:
         if turn is None:
-            relay.book.counters["rejected"] += 1
-            return client.refuse(refusal, b"")
+            return client.refuse(refusal, relay.book.refused(refusal, client.plan))
         turn.status, turn.error = refusal.status, str(refusal)
         turn.outcome = "rejected" if refusal.status in (429, 503) else "error"
         relay.book.finish(turn)  # before the client is told, so that it counts by then
@@ -81,6 +75,27 @@ def serve_turn(client: ClientConnection) -> bool:
         if turn is not None:
             relay.book.finish(turn)
         client.release_body()
+
+
+def authorize(client: ClientConnection, plan: RequestPlan, authorization: bytes) -> None:
+    """Raise RequestError unless the client may ask for this. /health and a browser's question are open to all."""
+    request, door = plan.request, client.relay.door
+    if plan.path != b"/health" and door.preflight(request) is None:
+        door.authorize(client, request, authorization)
+    if b"upgrade" in request.fields and b"websocket" in request.fields[b"upgrade"].lower():
+        raise RequestError(501, "WebSocket is not supported; the same models answer over HTTP", closes=True)
+
+
+def answer_otherwise(client: ClientConnection, plan: RequestPlan, length: int | None) -> bool:
+    """Answer what isn't inference. Returns whether the connection may carry another request."""
+    request, relay = plan.request, client.relay
+    body = client.read_body(plan, length, APP_BODY_BYTES)
+    answer = relay.door.preflight(request) or relay.app.answer(request, plan.path, plan.query, bytes(body))
+    if (cors := relay.door.cors_fields(request)) and request.method != b"OPTIONS":
+        status_line, _, rest = answer.partition(b"\r\n")
+        answer = b"%b\r\n%b%b" % (status_line, cors, rest)
+    client.send_all(answer)
+    return request.keeps_alive
 
 
 class Delivery:
@@ -165,7 +180,8 @@ class Delivery:
             return exchange.end_broken(broken)
         if broken.kind == "timeout":
             message += "; it may be overloaded, or the answer too long for request_timeout"
-        raise RequestError(500 if broken.kind == "failed" else 504, message, closes=broken.kind == "stopped")
+        status = {"failed": 500, "stopped": 503}.get(broken.kind, 504)
+        raise RequestError(status, message, closes=broken.kind == "stopped")
 
     def _try_elsewhere(self, replica: LiveReplica, error: str) -> None:
         """The replica got nothing of the request: any other one may get it, within the budget."""
@@ -392,7 +408,7 @@ class Exchange:
     def _end_events(self, head: bytes) -> None:
         """The replica closed the connection: the end of an answer that lasts until then, unless it was reset."""
         events: Any = self.events
-        if self._is_reset or not self._decoder.is_until_close:
+        if (self._is_reset or not self._decoder.is_until_close) and not events.is_answered:
             raise BrokenAnswer("the replica died")
         out = events.close()
         if events.fault is not None:
@@ -419,10 +435,22 @@ class Exchange:
                 self.body = b"".join(pieces)
                 return
             data = self._receive()
+            if not data and decoder.is_until_close and not self._is_reset and self._is_cut_json(pieces):
+                raise BrokenAnswer("the replica ended its answer in the middle")
             if not data and decoder.is_until_close and not self._is_reset:
                 decoder.is_over = True
             elif not data:
                 raise BrokenAnswer("the replica died")
+
+    def _is_cut_json(self, pieces: list[bytes]) -> bool:
+        """Whether a plain answer that lasts until its connection ends isn't the whole document."""
+        if self.is_passed_on or b"json" not in self.head.fields.get(b"content-type", b""):
+            return False
+        try:
+            self._relay.codec.decode(b"".join(pieces))
+        except (ValueError, RecursionError):
+            return True
+        return False
 
     def _pass_on(self, payload: bytes, is_last: bool) -> None:
         """Send a part of a plain answer to the client, after its head if that is still to come."""
@@ -460,7 +488,8 @@ class Exchange:
         if upstream is None:
             return
         has_excess = self.events.has_excess if self.events is not None else self._has_excess
-        if self._is_whole and self._is_sent and self.head.is_reusable and not has_excess and not decoder.is_until_close:
+        is_over = self._is_whole and decoder.is_over and not decoder.is_until_close
+        if is_over and self._is_sent and self.head.is_reusable and not has_excess:
             upstream.rest()
         else:
             upstream.close()
