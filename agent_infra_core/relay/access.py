@@ -119,6 +119,7 @@ class Doorkeeper:
             raise RequestError(401, message, code="invalid_api_key")
         # A request that passed by another header says nothing about the next one.
         client.authorization = authorization if b"x-api-key" not in request.fields else None
+        client.is_known = True
 
     def _has_key(self, request: RequestHead, authorization: bytes) -> bool:
         scheme, _, sent = authorization.partition(b" ")

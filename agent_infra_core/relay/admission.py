@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from agent_infra_core.http.errors import RequestError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from agent_infra_core.relay.server import Relay
 
 PROXY_STOPPED = "the proxy was stopped"
+PATIENCE_WITH_BUSY_S = 5.0  # for replicas that answer 429 or 503; then the client learns it
 
 
 class Admission:
@@ -62,16 +64,28 @@ class Admission:
             self._attained.charge(turn.session, took_s - turn.charged_s, turn.over)
 
     def outlook(self, model: str, route: RouteRequest = ANYWHERE) -> str:
-        """What waiting may bring: ``slot`` (all are busy), ``loading`` (one is on its way), or ``nothing``.
+        """What waiting may bring: ``slot`` (all are busy), ``loading`` (one is on its way), ``nothing``, or ``refusal``
+        (those that serve asked to be left alone for long).
 
         What is on its way is known from the controller; while there is none, waiting has its bound.
         """
-        pool = self._relay.pools.get(model, ())
-        if any(replica.accepts_work and replica.id not in route.excluded for replica in pool):
-            return "slot"
+        soonest = self._soonest(model, route)
+        if soonest is not None:
+            return "slot" if soonest <= time.monotonic() + PATIENCE_WITH_BUSY_S else "refusal"
         if model not in self._relay.loading:
             return "nothing"
         return "loading" if self._relay.control.is_connected else "slot"
+
+    def is_served_by(self, turn: Turn, moment: float) -> bool:
+        """Whether a replica that may serve ``turn`` takes work by then."""
+        soonest = self._soonest(turn.model, turn.route)
+        return soonest is not None and soonest <= moment
+
+    def _soonest(self, model: str, route: RouteRequest) -> float | None:
+        """When the first of the model's replicas takes work again, or took it already; None: none serves."""
+        pool = self._relay.pools.get(model, ())
+        serving = (r.busy_until for r in pool if r.accepts_work and r.id not in route.excluded)
+        return min(serving, default=None)
 
     def dispatch(self, model: str) -> None:
         """Give free slots to those who wait, in their order."""
@@ -99,7 +113,7 @@ class Admission:
             if queue:
                 self.dispatch(model)
                 for entry in queue:
-                    if self.outlook(model, entry[2].route) == "nothing":
+                    if self.outlook(model, entry[2].route) in ("nothing", "refusal"):
                         self._relay.reactor.loop.run_callback(entry[3].wake)
 
     def waiting(self) -> list[Turn]:
@@ -117,7 +131,7 @@ class Admission:
     def _wait(self, turn: Turn, client: ClientConnection, key: float) -> LiveReplica:
         settings = self._relay.settings.proxy
         if self.outlook(turn.model, turn.route) != "nothing" and self.pending >= settings.max_queue and not turn.sent:
-            raise RequestError(429, f"{self.pending} requests wait already; try again later", retry_after_s=1)
+            self._make_room(client)
         self._choices += 1
         entry = (key, self._choices, turn, client)
         queue = self._queues.setdefault(turn.model, [])
@@ -135,16 +149,40 @@ class Admission:
                 heapq.heapify(queue)
                 self.pending -= 1
 
+    def _make_room(self, client: ClientConnection) -> None:
+        """The queue is full: the last turn of the client that waits with most gives way to one with fewer. RequestError
+        429 if that is no other."""
+        waiting = [entry for queue in self._queues.values() for entry in queue]
+        counts = Counter(entry[3].identity for entry in waiting)
+        greediest, most = max(counts.items(), key=lambda item: item[1], default=("", 0))
+        if most <= counts[client.identity] + 1:
+            raise self._full()
+        entry = max((entry for entry in waiting if entry[3].identity == greediest), key=lambda entry: entry[2].arrived)
+        self._queues[entry[2].model].remove(entry)
+        heapq.heapify(self._queues[entry[2].model])
+        self.pending -= 1
+        entry[2].gives_way = True
+        self._relay.reactor.loop.run_callback(entry[3].wake)
+
+    def _full(self) -> RequestError:
+        return RequestError(429, f"{self.pending} requests wait already; try again later", retry_after_s=1)
+
     def _wait_for_slot(self, turn: Turn, client: ClientConnection, timeout_s: float) -> LiveReplica:
         since, was_loading = turn.arrived, False
         try:
             while turn.replica is None:
                 if self._relay.is_over:
                     raise RequestError(503, PROXY_STOPPED, closes=True)
+                if turn.gives_way:
+                    raise self._full()
                 outlook, now = self.outlook(turn.model, turn.route), time.monotonic()
                 if outlook == "nothing":
                     why = explain_absence(self._relay.pools.get(turn.model, ())) + self._relay.control.remedy
                     raise RequestError(503, f"no replica of {turn.model} is there to answer: {why}", retry_after_s=1)
+                if outlook == "refusal":
+                    wait_s = math.ceil((self._soonest(turn.model, turn.route) or now) - now)
+                    message = f"the replicas of {turn.model} are overloaded, and ask for {wait_s} s without requests"
+                    raise RequestError(429, message, retry_after_s=max(1, wait_s))
                 if outlook == "loading" or was_loading:
                     since, was_loading = now, outlook == "loading"
                 if now >= since + timeout_s:

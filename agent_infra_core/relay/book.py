@@ -45,6 +45,8 @@ class Turn:
     is_told = False  # the controller knows of it; likewise the moments below
     told_sent = 0.0
     told_first = 0.0
+    refused_since = 0.0  # when a replica first answered 429 or 503
+    gives_way = False  # its place in the queue goes to a client that waits with fewer turns
     cors = b""  # header lines for a web page that may read the answer
 
     def __init__(self, name: str, model: str, plan: RequestPlan, wanted_text: int) -> None:
@@ -271,6 +273,8 @@ class TurnBook:
         if model is None:
             raise RequestError(400, f"name a model; served here: {', '.join(self._relay.models) or 'none'}")
         if model not in self._relay.models:
+            if (base := self._relay.adapters().get(model)) is not None:
+                return base
             message = (
                 f"the model {model[:100]!r} does not exist; served here: {', '.join(self._relay.models) or 'none'}"
             )

@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -85,6 +86,7 @@ class Relay:
         self.stats: tuple[bytes, float] | None = None  # the finished document, and when it came
         self.stats_read = 0  # how often
         self.buffered_bytes = 0
+        self.held_bytes: Counter[str] = Counter()  # the same, by client
         self.is_stopping = self.is_over = False  # over: the time to end is, too
         self._statm = os.open("/proc/self/statm", os.O_RDONLY)  # kept: it is read when there is no descriptor, too
         self._stopped, self._has_news = self.reactor.new_event(), self.reactor.new_event()
@@ -145,6 +147,15 @@ class Relay:
         for greenlet in replica.greenlets:
             greenlet.link_exception(self._on_task_failed)
         return replica
+
+    def adapters(self) -> dict[str, str]:
+        """The LoRA adapters that engines report, and the model that each belongs to."""
+        return {
+            name: replica.backend.model
+            for replica in self.replicas.values()
+            for name in replica.model_rows
+            if name not in self.models
+        }
 
     # The process.
 
@@ -324,9 +335,17 @@ class Reception:
             client = ClientConnection(relay, sock, peer)
             relay.connections.add(client)
             relay.reactor.spawn(client.serve)
-            if descriptor >= self._limit():
+            if descriptor >= self._limit() and not self._make_room():
                 self._pause(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
                 return
+
+    def _make_room(self) -> bool:
+        """Close the oldest connections that hold descriptors without a request; whether there were any."""
+        strangers = [client for client in self._relay.connections if client.is_idle and not client.is_known]
+        strangers.sort(key=lambda client: client.deadline)
+        for client in strangers[: len(strangers) // 2 + 1]:
+            self._relay.reactor.loop.run_callback(client.leave_idle)
+        return bool(strangers)
 
     def _limit(self) -> int:
         """Clients get no descriptor from here on: who is accepted while none is left for replicas is not served."""

@@ -12,6 +12,7 @@ from agent_infra_core.http.errors import RequestError, WireError, error_event
 from agent_infra_core.http.events import EventStream
 from agent_infra_core.http.heads import MAX_HEAD_BYTES, returned_head
 from agent_infra_core.protocol import Histogram
+from agent_infra_core.relay.admission import PATIENCE_WITH_BUSY_S
 from agent_infra_core.relay.book import RETRY_SHARE, Turn
 from agent_infra_core.relay.reactor import ClientGone
 from agent_infra_core.relay.replicas import RECEIVE_BYTES, LiveReplica
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
 APP_BODY_BYTES = 64 << 10
 BUFFERED_ANSWER_BYTES = 8 << 20  # a plain answer longer than this is passed on as it comes
 DIGESTED_ANSWER_BYTES = 4 << 20  # the usage of a longer one isn't read
+MAX_INTERIM_ANSWERS = 20
 RACE_S = 1.0  # within which a close by the replica that crossed with a request shows: a round trip, and more
-BUSY_S = 0.5  # that a replica gets no work after 429 or 503, at least
+BUSY_S, MAX_BUSY_S = 0.5, 60.0  # that a replica gets no work after 429 or 503
 NO_RETRY_LEFT = f"it is not sent elsewhere: the retry budget, {RETRY_SHARE:.0%} of all requests, is spent"
 
 
@@ -54,9 +56,9 @@ def serve_turn(client: ClientConnection) -> bool:
         authorize(client, plan, authorization)
         if not plan.is_inference:
             return answer_otherwise(client, plan, length)
-        body = client.read_body(plan, length, relay.settings.max_body_bytes)
-        turn = relay.book.open(plan, body, client.peer)  # identify
-        delivery, may_follow = Delivery(client, turn, plan, body), None
+        client.read_body(plan, length, relay.settings.max_body_bytes)
+        turn = relay.book.open(plan, client.body, client.peer)  # identify
+        delivery, may_follow = Delivery(client, turn, plan), None
         while may_follow is None:
             replica = relay.admission.acquire(turn, client)  # admit and choose
             try:
@@ -89,8 +91,8 @@ def authorize(client: ClientConnection, plan: RequestPlan, authorization: bytes)
 def answer_otherwise(client: ClientConnection, plan: RequestPlan, length: int | None) -> bool:
     """Answer what isn't inference. Returns whether the connection may carry another request."""
     request, relay = plan.request, client.relay
-    body = client.read_body(plan, length, APP_BODY_BYTES)
-    answer = relay.door.preflight(request) or relay.app.answer(request, plan.path, plan.query, bytes(body))
+    client.read_body(plan, length, APP_BODY_BYTES)
+    answer = relay.door.preflight(request) or relay.app.answer(request, plan.path, plan.query, bytes(client.body))
     if (cors := relay.door.cors_fields(request)) and request.method != b"OPTIONS":
         status_line, _, rest = answer.partition(b"\r\n")
         answer = b"%b\r\n%b%b" % (status_line, cors, rest)
@@ -101,11 +103,11 @@ def answer_otherwise(client: ClientConnection, plan: RequestPlan, length: int | 
 class Delivery:
     """Takes one turn to its answer: sends it to a replica, and decides what follows if that replica fails."""
 
-    __slots__ = ("_body", "_client", "_plan", "_relay", "_turn", "_unreachable")
+    __slots__ = ("_client", "_plan", "_relay", "_turn", "_unreachable")
 
-    def __init__(self, client: ClientConnection, turn: Turn, plan: RequestPlan, body: bytes | bytearray) -> None:
+    def __init__(self, client: ClientConnection, turn: Turn, plan: RequestPlan) -> None:
         self._relay, self._client, self._turn = client.relay, client, turn
-        self._plan, self._body = plan, body
+        self._plan = plan
         self._unreachable = 0
 
     def attempt(self, replica: LiveReplica) -> bool | None:
@@ -113,7 +115,7 @@ class Delivery:
         carry another request. Raises RequestError or ClientGone."""
         turn = self._turn
         turn.send_to(replica, time.monotonic())
-        exchange = Exchange(self._client, turn, replica, replica.head(self._plan, len(self._body)), self._body)
+        exchange = Exchange(self._client, turn, replica, replica.head(self._plan, len(self._client.body)))
         try:
             exchange.run()
         except TransportError as error:
@@ -138,10 +140,14 @@ class Delivery:
         turn, head, body = self._turn, exchange.head, exchange.body
         if head.status in (429, 503):
             after = head.fields.get(b"retry-after", b"").strip()
-            pause = min(max(float(after), BUSY_S), 60.0) if after.isdigit() else BUSY_S
-            replica.busy_until = time.monotonic() + pause
-            self._start_over()
-            return None
+            pause = min(max(float(after), BUSY_S), MAX_BUSY_S) if after.isdigit() and len(after) < 9 else BUSY_S
+            now = time.monotonic()
+            replica.busy_until = now + pause
+            turn.refused_since = turn.refused_since or now
+            if self._relay.admission.is_served_by(turn, turn.refused_since + PATIENCE_WITH_BUSY_S):
+                self._start_over()
+                return None
+            # Else the client learns at once what the replica said: its own retry is better than a silent minute.
         turn.answer = body if len(body) <= DIGESTED_ANSWER_BYTES else b""
         if head.status >= 400 or body.find(b'"abort"') >= 0:  # find(): `in` first tries to read a number
             self._relay.book.read_answer(turn)
@@ -149,19 +155,19 @@ class Delivery:
         if turn.digest is not None and turn.digest.finish_reason == "abort":
             self._after_death(replica, "the engine was shut down", is_proven=True)
             return None
-        if head.status >= 500:
+        if head.status >= 500 and head.status != 503:
             if turn.deaths == 0 and not self._relay.watch.is_alive(replica):
                 self._after_death(replica, f"it answered {head.status} and died", is_proven=True)
                 return None
             replica.errors += 1
-        else:
+        elif head.status not in (429, 503):
             replica.note_success((turn.ended - turn.sent) * 1000.0, turn.ended)
         turn.status = head.status
         keeps_alive = self._plan.request.keeps_alive
         head_bytes = returned_head(head, turn.answer_fields(), len(body), False, not keeps_alive)
         self._relay.admission.release(turn)  # the replica is done, however slowly the client reads
         self._client.send_all(head_bytes + body)
-        turn.outcome = "completed" if head.status < 400 else "error"
+        turn.outcome = "completed" if head.status < 400 else "rejected" if head.status in (429, 503) else "error"
         if head.status >= 400 and turn.digest is not None:
             turn.error = turn.digest.error
         return keeps_alive
@@ -245,12 +251,10 @@ class Exchange:
     _length: int | None = 0
     _decoder: Any = None
 
-    def __init__(
-        self, client: ClientConnection, turn: Turn, replica: LiveReplica, head: bytes, body: bytes | bytearray
-    ) -> None:
-        """``head`` and ``body`` are the request as it is sent."""
+    def __init__(self, client: ClientConnection, turn: Turn, replica: LiveReplica, request_head: bytes) -> None:
+        """``request_head`` is sent before the body, which the client holds for as long as it may be sent again."""
         self._relay, self._client, self._turn, self._replica = client.relay, client, turn, replica
-        self._request = head, body
+        self._request_head = request_head
         self._timeout_s = client.relay.settings.proxy.request_timeout
         self._upstream: Any = None
         self._to_chunks = True  # as HTTP/1.1 clients take it; what an older one gets ends with the connection
@@ -309,8 +313,8 @@ class Exchange:
     def _ask_on(self, upstream: Upstream) -> bytes:
         self._upstream = upstream
         self._client.extend_deadline(self._timeout_s)
-        self._is_sent = upstream.send(*self._request, self._client)
-        data = b""
+        self._is_sent = upstream.send(self._request_head, self._client.body, self._client)
+        data, interim = b"", 0
         while True:
             more = self._receive()
             if not more:
@@ -323,6 +327,9 @@ class Exchange:
                 if head.status >= 200:  # else an interim answer, which the real one follows
                     self.head = head
                     return data
+                interim += 1
+                if interim > MAX_INTERIM_ANSWERS:
+                    raise WireError("the replica sends interim answers without end")
             if len(data) > MAX_HEAD_BYTES:
                 raise WireError("the replica's head is too long")
 
@@ -378,6 +385,7 @@ class Exchange:
                 raise BrokenAnswer(events.fault, unsent=out)
             if head and (out or events.is_over):
                 out, head, self.is_passed_on = head + out, b"", True
+                client.release_body()  # it won't be sent again
             if out:
                 self._send(out)
             if events.is_over:

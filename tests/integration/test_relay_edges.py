@@ -153,7 +153,7 @@ class ScriptedEngine:
     def _serve(self, sock: socket.socket) -> None:
         with sock, contextlib.suppress(OSError):
             while data := sock.recv(65536):
-                if data.startswith(b"GET /health"):
+                if data.startswith(b"GET"):
                     sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
                     continue
                 sock.sendall(self.answer)
@@ -243,3 +243,130 @@ def test_a_second_signal_tells_the_clients_of_plain_turns_and_streams(relay: Rel
         assert b'"error": {"message": "the proxy was stopped"' in rest
         assert rest.endswith(b"0\r\n\r\n")
         relay.process.wait(PATIENCE_S)
+
+
+# Greedy clients, and engines that refuse.
+
+
+def begin(relay: RelayProcess, stack: contextlib.ExitStack, **options: Any) -> Client:
+    """A client that has asked, and whose answer is still to come."""
+    client = stack.enter_context(Client(relay.port))
+    name = options.pop("name", "someone")
+    client.sock.sendall(request(**options).replace(b"Host: t\r\n", b"Host: t\r\nX-Client-ID: %b\r\n" % name.encode()))
+    return client
+
+
+def waiting(relay: RelayProcess) -> int:
+    with Client(relay.port) as client:
+        return int(client.get("/queue/status").json()["pending"])
+
+
+def test_a_full_queue_has_room_for_a_client_that_waits_with_less(tmp_path: Path, engine: FakeEngine) -> None:
+    engine.call({"held": True})
+    with RelayProcess(tmp_path) as relay, contextlib.ExitStack() as stack:
+        relay.controller.send_table([backend(1, engine.port, slots=1)], proxy={"max_queue": 4})
+        greedy = []
+        for count in range(5):
+            greedy.append(begin(relay, stack, name="greedy"))
+            wait_for(lambda count=count: waiting(relay) == count, "it to wait")  # type: ignore[misc]
+        with Client(relay.port) as another:
+            assert another.chat({"X-Client-ID": "greedy"}).status == 429
+        modest = begin(relay, stack, name="modest")
+        refused = greedy.pop().read()
+        assert (refused.status, refused.headers["retry-after"]) == (429, "1")
+        engine.call({})
+        engine.call({"release": True})
+        assert [client.read().status for client in [*greedy, modest]] == [200] * 5
+
+
+def test_the_body_of_a_stream_that_runs_is_held_no_longer(tmp_path: Path, engine: FakeEngine) -> None:
+    engine.call({"held_after": 1})
+    with RelayProcess(tmp_path) as relay, contextlib.ExitStack() as stack:
+        relay.controller.send_table([backend(1, engine.port, slots=50)], proxy={"max_buffered_mb": 1})
+        for _ in range(10):
+            client = begin(relay, stack, stream=True, padding="x" * 300_000)
+            assert client.sock.recv(12) == b"HTTP/1.1 200"
+            assert b"data: " in client.sock.recv(65536)
+
+
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("after", ["60", "99999", "999999999999999999999"])
+def test_a_client_learns_at_once_that_an_engine_wants_to_be_left_alone(tmp_path: Path, status: int, after: str) -> None:
+    body = b'{"error":{"message":"too many"}}'
+    fields = f"Retry-After: {after}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = f"HTTP/1.1 {status} No\r\n{fields}\r\n\r\n"
+    with relay_before(tmp_path, head.encode() + body, closes=False) as relay, Client(relay.port) as client:
+        first, second = client.chat(), client.chat()
+        if len(after) < 9:
+            assert (first.status, first.headers["retry-after"], first.body) == (status, after, body)
+            assert (second.status, int(second.headers["retry-after"]) > 50) == (429, True)
+        turns = relay.controller.finished(2)
+        assert {turn["outcome"] for turn in turns} == {"rejected"}
+
+
+def test_a_short_refusal_is_waited_for_and_not_for_a_minute(tmp_path: Path) -> None:
+    head = b"HTTP/1.1 429 No\r\nRetry-After: 1\r\nContent-Length: 2\r\n\r\n{}"
+    with relay_before(tmp_path, head, closes=False, queue_timeout=PATIENCE_S) as relay, Client(relay.port) as client:
+        assert client.chat().status == 429
+        assert relay.controller.finished()[0]["queue_ms"] < 10_000
+
+
+def test_an_engine_that_answers_with_interim_answers_for_ever_is_broken(tmp_path: Path) -> None:
+    endless = b"HTTP/1.1 103 Early Hints\r\n\r\n" * 100
+    with relay_before(tmp_path, endless, closes=False) as relay, Client(relay.port) as client:
+        assert client.chat().status == 502
+
+
+def test_a_connection_without_a_request_is_closed_soon_and_one_with_is_kept(tmp_path: Path, engine: FakeEngine) -> None:
+    with RelayProcess(tmp_path, STRANGER_S=0.3) as relay:
+        relay.controller.send_table([backend(1, engine.port)])
+        with Client(relay.port) as known, Client(relay.port) as stranger:
+            assert known.chat().status == 200
+            assert stranger.is_closed()
+            assert known.chat().status == 200
+
+
+def test_strangers_make_room_when_descriptors_run_out(tmp_path: Path, engine: FakeEngine) -> None:
+    prelude = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))"
+    with RelayProcess(tmp_path, prelude=prelude) as relay, contextlib.ExitStack() as stack:
+        relay.controller.send_table([backend(1, engine.port)])
+        for _ in range(200):
+            stack.enter_context(Client(relay.port))
+        with Client(relay.port) as client:
+            assert client.chat().status == 200
+
+
+# What clients expect.
+
+
+def test_models_are_listed_as_their_engines_report_them(tmp_path: Path) -> None:
+    """The shortest context counts; an adapter is a model of its own, and its turns go to its base."""
+    with FakeEngine() as one, FakeEngine() as two, RelayProcess(tmp_path) as relay:
+        row = {"id": "m", "object": "model", "created": 1700, "root": "org/m"}
+        adapter = {"id": "org/sql", "parent": "m", "root": "/sql", "created": 1800}
+        one.call({"models": [{**row, "max_model_len": 32768}, adapter]})
+        two.call({"models": [{**row, "max_model_len": 16384}, adapter]})
+        relay.controller.send_table([backend(1, one.port), backend(2, two.port)], proxy={"health_check_interval": 0.1})
+        with Client(relay.port) as client:
+            wait_for(lambda: client.get("/v1/models/m").json().get("max_model_len") == 16384, "what the engines say")
+            listed = client.get("/v1/models").json()["data"]
+            assert [(each["id"], each.get("parent")) for each in listed] == [("m", None), ("org/sql", "m")]
+            assert (listed[0]["created"], listed[0]["root"]) == (1700, "org/m")
+            for path in ("/v1/models/org/sql", "/v1/models/org%2Fsql", "/v1//models/org/sql/"):
+                assert client.get(path).json() == listed[1]
+            assert client.post("/v1/chat/completions", {"model": "org/sql", "messages": []}).status == 200
+            assert '"model": "org/sql"' in one.call()["body"] + two.call()["body"]
+            unknown = client.get("/v1/models/nope")
+            assert (unknown.status, unknown.json()["error"]["code"]) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize("path", ["/v1//chat/completions", "//v1/chat/completions", "/v1/chat/completions/"])
+def test_slashes_too_many_mean_nothing(relay: RelayProcess, path: str) -> None:
+    assert asks(relay, "POST", path, CHAT).status == 200
+    assert asks(relay, "GET", path.replace("chat/completions", "models")).json()["data"]
+
+
+def test_a_base_url_without_v1_gets_a_hint(relay: RelayProcess) -> None:
+    missing = asks(relay, "POST", "/chat/completions", CHAT)
+    assert missing.status == 404
+    assert "the base URL ends in /v1" in missing.json()["error"]["message"]
