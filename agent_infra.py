@@ -648,6 +648,7 @@ class RelayApp:
             ("/metrics", "GET", self._metrics),
             ("/queue/status", "GET", self._queue_status),
             ("/v1/models", "GET", self._models),
+            ("/v1/models/<path:model>", "GET", self._model),
             ("/<path:model>/v1/models", "GET", self._models),
             ("/sessions/<anything:session>/end", "POST", self._end_session),
             ("/admin/backends/<path:backend>/<any(drain, undrain):operation>", "POST", self._drain),
@@ -755,11 +756,25 @@ class RelayApp:
         return self._relay.book.queue_status()
 
     def _models(self, model: str | None = None) -> Any:
-        names = [name for name in self._relay.models if model in (None, name)]
-        if model is not None and not names:
-            return self._error(404, f"the model {model[:100]!r} does not exist")
-        rows = [{"id": name, "object": "model", "created": 0, "owned_by": "agent-infra"} for name in names]
-        return {"object": "list", "data": rows}
+        names = [name for name in [*self._relay.models, *self._relay.adapters()] if model in (None, name)]
+        return {"object": "list", "data": [self._model_row(name) for name in names]} if names else self._no_model(model)
+
+    def _model(self, model: str) -> Any:
+        is_served = model in self._relay.models or model in self._relay.adapters()
+        return self._model_row(model) if is_served else self._no_model(model)
+
+    def _no_model(self, model: str | None) -> Any:
+        served = ", ".join(self._relay.models) or "none"
+        words = f"the model {(model or '')[:100]!r} does not exist; served here: {served}"
+        return self._error(404, words, "model_not_found") if model else {"object": "list", "data": []}
+
+    def _model_row(self, name: str) -> dict[str, Any]:
+        """A model or adapter as the engines report it; of several context lengths, the shortest."""
+        told = [r.model_rows[name] for r in self._relay.replicas.values() if name in r.model_rows]
+        lengths = [row["max_model_len"] for row in told if isinstance(row.get("max_model_len"), int)]
+        first = {key: told[0][key] for key in ("created", "root", "parent") if told and told[0].get(key)}
+        row = {"id": name, "object": "model", "created": 0, "owned_by": "agent-infra", **first}
+        return {**row, "max_model_len": min(lengths)} if lengths else row
 
     def _end_session(self, session: str) -> Any:
         self._relay.book.end_session(session[:256])
@@ -776,10 +791,10 @@ class RelayApp:
         self._relay.control.add_request({"op": operation, "backend": backend})
         return {"backend": backend, "op": operation, "in_flight": replica.in_flight}
 
-    def _error(self, status: int, message: str, is_anthropic: bool = False) -> Any:
+    def _error(self, status: int, message: str, code: str | None = None, is_anthropic: bool = False) -> Any:
         from agent_infra_core.http.errors import error_document
 
-        document = error_document(status, message, None, is_anthropic)
+        document = error_document(status, message, code, is_anthropic)
         return self._flask.Response(document, status, mimetype="application/json")
 
     def _on_http_error(self, error: Any) -> Any:
@@ -792,7 +807,10 @@ class RelayApp:
             allowed = {"POST"}
         fix = f"{'POST' if 'POST' in allowed else 'GET'} it" if allowed else "GET / lists the paths"
         status = 405 if allowed else error.code or 500
-        answer = self._error(status, f"{http_phrase(status)}: {method} {path[:100]}; {fix}", "/v1/messages" in path)
+        if not allowed and split_inference_path(f"/v1{path}".encode("utf-8", "replace")):
+            fix = "the base URL ends in /v1"
+        words = f"{http_phrase(status)}: {method} {path[:100]}; {fix}"
+        answer = self._error(status, words, is_anthropic="/v1/messages" in path)
         if allowed:
             answer.headers["Allow"] = ", ".join(sorted(allowed))
         return answer

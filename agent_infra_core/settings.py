@@ -58,7 +58,8 @@ class Rule:
         if self.choices is not None:
             return value in self.choices
         if self.pattern is not None:
-            return isinstance(value, str) and re.fullmatch(self.pattern, value) is not None
+            values = value if isinstance(value, (list, tuple)) else [value]
+            return all(isinstance(each, str) and re.fullmatch(self.pattern, each) for each in values)
         too_low = (self.low is not None and value < self.low) or (self.above is not None and value <= self.above)
         return not too_low and not (self.high is not None and value > self.high)
 
@@ -77,6 +78,11 @@ class ProxyConfig:
 
     host: str = _key("127.0.0.1", pattern=r"\S+", allowed="an address to listen on, such as 127.0.0.1 or 0.0.0.0")
     port: int = _key(5800, low=0, high=65535)  # 0 = any free port
+    require_key: bool = False  # also from programs of the same user
+    # Web pages that may call the API.
+    cors_origins: tuple[str, ...] = _key(
+        (), pattern=r"https?://[^\s/,*]+", allowed="origins, such as https://chat.example.org or http://localhost:3000"
+    )
     strategy: str = _key("least_load", choices=STRATEGY_NAMES)
     session_affinity: str = _key("auto", choices=AUTO_OR_OFF)  # auto = with least_load
     kv_admission: str = _key("auto", choices=AUTO_OR_OFF)

@@ -12,7 +12,7 @@ likewise), ``status`` (answer with it), ``retry_after``, ``usage`` (stream it ev
 connection, likewise; "reset": reset it in the middle of a whole answer), ``no_done``, ``close`` (after the answer, with
 or without saying so: "silently"), ``linger`` (s between a stream's last event and its end), ``size`` (bytes of
 content), ``framing`` ("length", "close", "chunked"), ``split`` (send the answer in pieces of so many bytes), ``health``
-(status of /health), ``health_s`` (that its answer takes), ``load`` (the /load digest).
+(status of /health), ``health_s`` (that its answer takes), ``load`` (the /load digest), ``models`` (rows of its list).
 
 ``GET /fake`` tells what it saw: requests, aborted (whose client left first), running, probes (of /health, answered),
 the heads and the last body, and the seconds that answers took it in all.
@@ -138,6 +138,8 @@ class Connection:
                 engine.probes += 1
         elif path == "/load":
             self.send_json(200, engine.behaviour.get("load", {}))
+        elif path == "/v1/models":
+            self.send_json(200, {"object": "list", "data": engine.behaviour.get("models", [])})
         else:
             with engine.lock:
                 engine.requests += 1

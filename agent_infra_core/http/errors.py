@@ -28,6 +28,7 @@ class WireError(RequestError):
 _ERROR_TYPES: Mapping[int, tuple[str, str]] = {  # status → OpenAI's error type, Anthropic's error type
     400: ("invalid_request_error", "invalid_request_error"),
     401: ("authentication_error", "authentication_error"),
+    403: ("permission_error", "permission_error"),
     404: ("not_found_error", "not_found_error"),
     405: ("invalid_request_error", "invalid_request_error"),
     408: ("invalid_request_error", "invalid_request_error"),

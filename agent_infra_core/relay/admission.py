@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from agent_infra_core.http.errors import RequestError
@@ -19,14 +20,7 @@ if TYPE_CHECKING:
     from agent_infra_core.relay.server import Relay
 
 PROXY_STOPPED = "the proxy was stopped"
-
-
-def client_of(turn: Turn, client: ClientConnection) -> str:
-    """Return who shares the slots with others: the client that a turn names, else the host that it comes from."""
-    named = turn.labels.client
-    if named is not None:
-        return named.partition(" ")[0]
-    return str(client.peer[0]) if client.peer else ""
+PATIENCE_WITH_BUSY_S = 5.0  # for replicas that answer 429 or 503; then the client learns it
 
 
 class Admission:
@@ -44,7 +38,7 @@ class Admission:
     def acquire(self, turn: Turn, client: ClientConnection) -> LiveReplica:
         """Return a replica with a slot for ``turn``, after waiting where that may help; ``release`` is then due. Raises
         RequestError, ClientGone."""
-        turn.sharer = client_of(turn, client)
+        turn.sharer = client.identity
         is_first = not self._queue(turn.model)  # else it would overtake those that wait
         if is_first and self._choose(turn) and turn.replica is not None:
             return turn.replica
@@ -72,16 +66,28 @@ class Admission:
             self._attained.charge(turn.session, took_s - turn.charged_s, turn.over)
 
     def outlook(self, model: str, route: RouteRequest = ANYWHERE) -> str:
-        """What waiting may bring: ``slot`` (all are busy), ``loading`` (one is on its way), or ``nothing``.
+        """What waiting may bring: ``slot`` (all are busy), ``loading`` (one is on its way), ``nothing``, or ``refusal``
+        (those that serve asked to be left alone for long).
 
         What is on its way is known from the controller; while there is none, waiting has its bound.
         """
-        pool = self._relay.pools.get(model, ())
-        if any(replica.accepts_work and replica.id not in route.excluded for replica in pool):
-            return "slot"  # also where it is excluded for a while only
+        soonest = self._soonest(model, route)
+        if soonest is not None:
+            return "slot" if soonest <= time.monotonic() + PATIENCE_WITH_BUSY_S else "refusal"
         if model not in self._relay.loading:
             return "nothing"
         return "loading" if self._relay.control.is_connected else "slot"
+
+    def is_served_by(self, turn: Turn, moment: float) -> bool:
+        """Whether a replica that may serve ``turn`` takes work by then."""
+        soonest = self._soonest(turn.model, turn.route)
+        return soonest is not None and soonest <= moment
+
+    def _soonest(self, model: str, route: RouteRequest) -> float | None:
+        """When the first of the model's replicas takes work again, or took it already; None: none serves."""
+        pool = self._relay.pools.get(model, ())
+        serving = (r.busy_until for r in pool if r.accepts_work and r.id not in route.excluded)
+        return min(serving, default=None)
 
     def dispatch(self, model: str) -> None:
         """Give free slots to those who wait, in their order."""
@@ -102,7 +108,7 @@ class Admission:
             if queue:
                 self.dispatch(model)
                 for waiting in queue:
-                    if self.outlook(model, waiting.turn.route) == "nothing":
+                    if self.outlook(model, waiting.turn.route) in ("nothing", "refusal"):
                         self._relay.reactor.loop.run_callback(waiting.turn.wake)
 
     def waiting(self) -> list[Turn]:
@@ -135,7 +141,7 @@ class Admission:
     def _wait(self, turn: Turn, client: ClientConnection, key: float) -> LiveReplica:
         settings = self._relay.settings.proxy
         if self.outlook(turn.model, turn.route) != "nothing" and self.pending >= settings.max_queue and not turn.sent:
-            raise RequestError(429, f"{self.pending} requests wait already; try again later", retry_after_s=1)
+            self._make_room(turn)
         self._choices += 1
         turn.wake = client.wake
         waiting, queue = Waiting(turn, turn.sharer, key, self._choices), self._queue(turn.model)
@@ -150,16 +156,38 @@ class Admission:
         finally:
             self.pending -= queue.remove(waiting)
 
+    def _make_room(self, turn: Turn) -> None:
+        """The queue is full: the last turn of the client with the most waiting turns gives way to one with fewer.
+        Raises RequestError 429 if no other client has more."""
+        waiting = [each for queue in self._queues.values() for each in queue]
+        counts = Counter(each.client for each in waiting)
+        greediest, most = max(counts.items(), key=lambda item: item[1], default=("", 0))
+        if most <= counts[turn.sharer] + 1:
+            raise self._full()
+        last = max((each for each in waiting if each.client == greediest), key=lambda each: each.turn.arrived)
+        self.pending -= self._queue(last.turn.model).remove(last)
+        last.turn.gives_way = True
+        self._relay.reactor.loop.run_callback(last.turn.wake)
+
+    def _full(self) -> RequestError:
+        return RequestError(429, f"{self.pending} requests wait already; try again later", retry_after_s=1)
+
     def _wait_for_slot(self, turn: Turn, client: ClientConnection, timeout_s: float) -> LiveReplica:
         since, was_loading = turn.arrived, False
         try:
             while turn.replica is None:
                 if self._relay.is_over:
                     raise RequestError(503, PROXY_STOPPED, closes=True)
+                if turn.gives_way:
+                    raise self._full()
                 outlook, now = self.outlook(turn.model, turn.route), time.monotonic()
                 if outlook == "nothing":
                     why = explain_absence(self._relay.pools.get(turn.model, ())) + self._relay.control.remedy
                     raise RequestError(503, f"no replica of {turn.model} is there to answer: {why}", retry_after_s=1)
+                if outlook == "refusal":
+                    wait_s = math.ceil((self._soonest(turn.model, turn.route) or now) - now)
+                    message = f"the replicas of {turn.model} are overloaded, and ask for {wait_s} s without requests"
+                    raise RequestError(429, message, retry_after_s=max(1, wait_s))
                 is_held = turn.routed is not None and turn.routed.is_held  # that wait has a bound of its own
                 if outlook == "loading" or was_loading or is_held:
                     since, was_loading = now, outlook == "loading"

@@ -51,6 +51,9 @@ class Turn:
     is_told = False  # the controller knows of it; likewise the moments below
     told_sent = 0.0
     told_first = 0.0
+    refused_since = 0.0  # when a replica first answered 429 or 503
+    gives_way = False  # its place in the queue goes to a client that waits with fewer turns
+    cors = b""  # header lines for a web page that may read the answer
 
     def __init__(self, name: str, model: str, plan: RequestPlan, wanted_text: int) -> None:
         self.id = name
@@ -92,7 +95,8 @@ class Turn:
     def answer_fields(self) -> bytes:
         """Return the header lines that every answer to the turn carries."""
         backend = b"x-agent-infra-backend: %b\r\n" % self.backend.encode("ascii", "replace") if self.backend else b""
-        return b"x-request-id: %b\r\n%bx-agent-infra-queue-ms: %d\r\n" % (self.id.encode(), backend, self.queue_ms)
+        lines = b"x-request-id: %b\r\n%bx-agent-infra-queue-ms: %d\r\n%b"
+        return lines % (self.id.encode(), backend, self.queue_ms, self.cors)
 
 
 class TurnBook:
@@ -101,6 +105,7 @@ class TurnBook:
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
         self.count = 0  # turns that have begun
+        self.finished = 0  # turns that are over
         self.counters = dict.fromkeys(("errors", "retries", "aborted", "rejected"), 0)
         self.turns: dict[str, Turn] = {}  # between begin and finish
         self._retry_tokens = RETRY_FLOOR
@@ -120,6 +125,8 @@ class TurnBook:
         name = f"{self._prefix}-{count}"
         self.turns[name] = turn = Turn(name, model, plan, self._relay.settings.proxy.capture_text)
         turn.tokens = len(body) // 4
+        if b"origin" in plan.request.fields:
+            turn.cors = self._relay.door.cors_fields(plan.request)
         if self._retry_tokens < 10 * RETRY_FLOOR:
             self._retry_tokens += RETRY_SHARE
         if fields is not None:
@@ -142,6 +149,14 @@ class TurnBook:
             # Otherwise agents may share a connection: the next body is kept, not each in vain.
             self._bodies.keep(conversation, codec.known_body(fields, body, turn) if goes_on else None)
 
+    def refused(self, refusal: RequestError, plan: RequestPlan | None) -> bytes:
+        """Count a request that is refused before it is a turn. Returns the header lines of its answer."""
+        self.counters["rejected"] += 1
+        name = f"{self._prefix}-r{self.counters['rejected']}"
+        self._relay.refusals.note(f"refused {name}: {refusal.status} {refusal}")
+        cors = self._relay.door.cors_fields(plan.request) if plan is not None else b""
+        return b"x-request-id: %b\r\n%b" % (name.encode(), cors)
+
     def read_answer(self, turn: Turn) -> None:
         """Read what tracking needs of the answer that was passed on, once."""
         if turn.stream is not None and turn.digest is None:
@@ -156,11 +171,15 @@ class TurnBook:
             return
         turn.over = time.monotonic()
         turn.ended = turn.ended or turn.over
+        self.finished += 1
         self._read_outcome(turn)
         counters = self.counters
         if turn.retries:
             counters["retries"] += turn.retries
         if turn.outcome != "completed":
+            if turn.status >= 429 or turn.outcome == "cut":
+                words = f"{turn.outcome} {turn.id} at {turn.backend}: {turn.status} {turn.error or ''}"
+                self._relay.refusals.note(words)
             counters[{"aborted": "aborted", "rejected": "rejected"}.get(turn.outcome, "errors")] += 1
         try:
             self._relay.control.add_finished(self._relay.codec.encode(self._finished_event(turn)))
@@ -171,15 +190,17 @@ class TurnBook:
             self.end_session(turn.session)
 
     def _read_outcome(self, turn: Turn) -> None:
-        """Have routing learn from a turn that is over."""
+        """Read the answer: an error in it makes the turn a failed one. Routing learns from the rest."""
         admission = self._relay.admission
         admission.charge(turn)
         try:
             self.read_answer(turn)
+            if turn.outcome == "completed" and turn.digest is not None and turn.digest.error:
+                turn.outcome, turn.error = "error", turn.digest.error
             is_known = turn.follows is not None and turn.outcome == "completed" and turn.digest is not None
             admission.sessions.finish(turn, self._key(turn, turn.digest) if is_known and turn.digest else None)
-        except Exception as error:  # noqa: BLE001 - a bug costs this lesson, never the connection that brought it
-            self._relay.log_bug("a turn's lesson", error)
+        except Exception as error:  # noqa: BLE001 - a bug costs these figures, never the connection that brought them
+            self._relay.log_bug("an answer's figures", error)
 
     def _finished_event(self, turn: Turn) -> Any:
         digest, events = turn.digest or NO_DIGEST, turn.stream.events if turn.stream is not None else 0
@@ -263,6 +284,8 @@ class TurnBook:
         if model is None:
             raise RequestError(400, f"name a model; served here: {', '.join(self._relay.models) or 'none'}")
         if model not in self._relay.models:
+            if (base := self._relay.adapters().get(model)) is not None:
+                return base
             message = (
                 f"the model {model[:100]!r} does not exist; served here: {', '.join(self._relay.models) or 'none'}"
             )

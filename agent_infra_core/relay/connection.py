@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from agent_infra_core.relay.server import Relay
 
 IDLE_CLIENT_S = 300.0  # between two requests of one connection
+STRANGER_S = 15.0  # for the first request of a connection
 HEAD_S = 15.0  # from a head's first byte to its last
 BODY_S = 30.0  # without a byte of the body
+CHUNKED_BYTES_AT_ONCE = 8 << 10  # between two looks at other clients: chunks of one byte take 2 ms
+CLIENT_SHARE = 0.75  # of the bytes of all bodies, that one client may hold
 LINGER_S = 2.0  # for a refused client to read why
 
 
@@ -42,12 +45,14 @@ class ClientConnection:
         self.gone = False
         self.is_idle = False  # waits for the first byte of a request
         self.deadline = math.inf  # monotonic; the sweep wakes the greenlet then
+        self.is_known = False  # sent a request that was let pass
         self.is_trusted: bool | None = None  # whether the socket's owner needs no key; asked once
         self.authorization: bytes | None = None  # of the last request that was let pass
         self.plan: RequestPlan | None = None  # of the request in progress
         self.has_unread_body = False
         self._greenlet: Any = None
         self._is_parked = self._is_receiving = False
+        self.body: bytes | bytearray = b""  # of the request in progress, for as long as it may be sent again
         self._held_bytes = 0
         self._watcher = relay.reactor.watch_reads(sock, self._on_readable)
 
@@ -56,7 +61,8 @@ class ClientConnection:
         self._greenlet = self.relay.reactor.current()
         try:
             while serve_turn(self) and not self.relay.is_stopping:
-                pass
+                if self.unread:  # the next request is here: nobody waits for this client's last one
+                    self.relay.reactor.sleep(0.0)
         except (ClientGone, OSError):
             pass
         except Exception as error:  # noqa: BLE001 - a bug ends this connection, never the relay
@@ -242,27 +248,26 @@ class ClientConnection:
     def _receive_first(self) -> bytes:
         self.is_idle = True
         try:
-            data: bytes = self.receive(IDLE_CLIENT_S, "")
+            data: bytes = self.receive(IDLE_CLIENT_S if self.is_known else STRANGER_S, "")
         finally:
             self.is_idle = False
         if not data:
             raise ClientGone
         return data
 
-    def read_body(self, plan: RequestPlan, length: int | None, limit: int) -> bytes | bytearray:
-        """Take the request's body off the unread bytes and out of its framing. Raises RequestError 413 or 429 beyond
-        the limits, WireError, ClientGone."""
+    def read_body(self, plan: RequestPlan, length: int | None, limit: int) -> None:
+        """Take the request's ``body`` off the unread bytes and out of its framing. Raises RequestError 413 or 429
+        beyond the limits, WireError, ClientGone."""
         if length == 0:
-            return b""
+            return
         if length is not None:
             self._hold(length, limit)
         request = plan.request
         expect = request.fields.get(b"expect")
         if expect and request.version and expect.lower() == b"100-continue" and not self.unread:
             self.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self._read_chunks(limit) if length is None else self._read_sized(length)
+        self.body = self._read_chunks(limit) if length is None else self._read_sized(length)
         self.has_unread_body = False
-        return body
 
     def _read_sized(self, length: int) -> bytes | bytearray:
         got = len(self.unread)
@@ -280,14 +285,17 @@ class ClientConnection:
         decoder, body = BodyDecoder(None), bytearray()
         while True:
             pieces: list[bytes] = []  # joined at once: a piece of one byte takes forty
-            end = decoder.feed(self.unread, 0, pieces)
+            end = decoder.feed(self.unread[:CHUNKED_BYTES_AT_ONCE], 0, pieces)
             self.unread = self.unread[end:]
             received = b"".join(pieces)
             self._hold(len(received), limit)
             body += received
             if decoder.is_over:
                 return body
-            self.unread = self._receive_body()
+            if self.unread:
+                self.relay.reactor.sleep(0.0)
+            else:
+                self.unread = self._receive_body()
 
     def _receive_body(self, into: memoryview | None = None) -> Any:
         received = self.receive(BODY_S, "the rest of the body did not come in time", into)
@@ -299,14 +307,31 @@ class ClientConnection:
         """Count ``size`` more bytes of this body against both limits."""
         if self._held_bytes + size > limit:
             raise RequestError(413, f"the body is larger than {limit} bytes", closes=True)
-        if self.relay.buffered_bytes + size > self.relay.settings.max_buffered_bytes:
+        relay, most = self.relay, self.relay.settings.max_buffered_bytes
+        held = relay.held_bytes[self.identity] + size
+        # One client alone may hold most of it, not all.
+        if relay.buffered_bytes + size > most or (held > CLIENT_SHARE * most and held > size):
             raise RequestError(429, "too many bytes of requests are held already", retry_after_s=1, closes=True)
         self._held_bytes += size
-        self.relay.buffered_bytes += size
+        relay.held_bytes[self.identity] = held
+        relay.buffered_bytes += size
 
     def release_body(self) -> None:
-        self.relay.buffered_bytes -= self._held_bytes
-        self._held_bytes = 0
+        """Forget the body; safe to call again."""
+        if self._held_bytes:
+            relay, identity = self.relay, self.identity
+            relay.buffered_bytes -= self._held_bytes
+            relay.held_bytes[identity] -= self._held_bytes
+            if not relay.held_bytes[identity]:
+                del relay.held_bytes[identity]
+        self.body, self._held_bytes = b"", 0
+
+    @property
+    def identity(self) -> str:
+        """Whom the shares of limits and slots are for: the client that a request names, else this user, else the host
+        that has the key."""
+        named = self.plan.labels.client if self.plan is not None else None
+        return named.partition(" ")[0] if named else "this user" if self.is_trusted else str(self.peer[0])
 
     def refuse(self, refusal: RequestError, extra: bytes) -> bool:
         """Answer with an error; ``extra`` is complete header lines. Returns whether another request may follow."""

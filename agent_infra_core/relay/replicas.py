@@ -27,6 +27,7 @@ EJECT_AFTER = 3  # transport errors in a row
 EJECT_AFTER_REFUSALS = 5  # answers of status 500 and above in a row
 FIRST_EJECTION_S = 0.5  # doubled with each ejection in a row, up to the health check interval
 AWAY_STATES = ("draining", "stopped", "failed")  # that a replica's own digest tells: it takes no turn
+MAX_MODEL_ROWS = 1000  # of a replica's list of models
 NAMED_ABSENT = 3  # replicas that a refusal names
 
 
@@ -59,6 +60,7 @@ class LiveReplica:
         self.look_at_once: Any = None  # event: probe now
         self.accepts_work = True
         self.is_gone = False  # from the table
+        self.model_rows: dict[str, dict[str, Any]] = {}  # of its own GET /v1/models: its model's, and its adapters'
         self.capacity = backend.slots
         self.update(backend)
 
@@ -217,6 +219,7 @@ class ReplicaWatch:
                 continue
             if problem is None:
                 self._readmit(replica)
+                self._read_models(replica)
                 pause = interval
             else:
                 self._note_problem(replica, problem, is_proven)
@@ -229,6 +232,21 @@ class ReplicaWatch:
             replica.set_health("trial", f"on trial after: {replica.reason}")
             self._relay.log("info", f"replica {replica.id} answers again and is tried")
             self._relay.admission.dispatch(replica.backend.model)
+
+    def _read_models(self, replica: LiveReplica) -> None:
+        """Read what a replica reports of its model and of the adapters that it serves; else keep what it reported."""
+        backend = replica.backend
+        try:
+            status, body = self._get(backend.host, backend.port, b"/v1/models", backend.key)
+            rows = self._relay.codec.decode(body)["data"] if status == 200 else []
+            known = {row["id"]: row for row in rows[:MAX_MODEL_ROWS] if isinstance(row["id"], str)}
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, WireError):
+            return
+        bases = [row for row in known.values() if not row.get("parent")]
+        own = known.get(backend.model) or (bases[0] if bases else None)
+        replica.model_rows = {name: row for name, row in known.items() if row.get("parent")}
+        if own is not None:
+            replica.model_rows[backend.model] = own
 
     def _note_problem(self, replica: LiveReplica, problem: str, is_proven: bool) -> None:
         """A probe failed. Silence alone is no death while answers come: an engine may be too busy to say it is well."""

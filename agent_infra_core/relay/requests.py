@@ -15,6 +15,7 @@ from agent_infra_core.http.heads import (
     origin_form,
     parse_answer_head,
     parse_request_head,
+    single_slashes,
     split_inference_path,
 )
 from agent_infra_core.protocol import MAX_FIGURE
@@ -98,7 +99,7 @@ class HeadReader:
         request = parse_request_head(head, self._request_lines)
         path, _, query = origin_form(request.target).partition(b"?")
         route = split_inference_path(path) if request.method == b"POST" else None
-        model, path = route or (None, path)
+        model, path = route or (None, single_slashes(path))
         found, is_form = labels.read(request.fields), b"multipart" in request.fields.get(b"content-type", b"")
         target = path + b"?" + query if query else path
         plan = RequestPlan(request, path, query, target, route is not None, model, found, is_form)

@@ -14,10 +14,12 @@ import socket
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from agent_infra_core.host import printable_text
 from agent_infra_core.http.heads import RequestHead
 from agent_infra_core.protocol import FRAME_GAUGES, FRAME_STATS, FRAME_TABLE, Backend
 from agent_infra_core.relay.access import Doorkeeper, is_same_endpoint
@@ -32,6 +34,8 @@ from agent_infra_core.relay.requests import HeadReader, LabelReader
 from agent_infra_core.settings import HeadersConfig, ProxyConfig
 
 SWEEP_S = 0.1  # how late a deadline may be noticed, and how often the controller is told what happened
+LAST_WORD_S = 0.5  # for the clients to be told that their turns are cut
+REFUSALS_LOGGED_A_SECOND = 5
 LAST_FLUSH_S = 2.0  # for the last events, at the relay's end: its controller may take none
 
 
@@ -69,6 +73,7 @@ class Relay:
         self.listener.setblocking(False)
         self.control = ControlChannel(self, socket_path, self.listener)
         self.admission = Admission(self)
+        self.refusals = RefusalLog(self.log)
         self.book = TurnBook(self)
         self.app = make_app(self)
         self.settings = RelaySettings(ProxyConfig(api_key=secrets.token_hex(16)), HeadersConfig())
@@ -82,11 +87,13 @@ class Relay:
         self.stats: tuple[bytes, float] | None = None  # the finished document, and when it came
         self.stats_read = 0  # how often
         self.buffered_bytes = 0
+        self.held_bytes: Counter[str] = Counter()  # the same, by client
         self.is_stopping = self.is_over = False  # over: the time to end is, too
         self._statm = os.open("/proc/self/statm", os.O_RDONLY)  # kept: it is read when there is no descriptor, too
         self._stopped, self._has_news = self.reactor.new_event(), self.reactor.new_event()
         self._watchers: list[Any] = []
         self._exit_code = 0
+        self._ends_at = 0.0  # monotonic; when stopping
         self.watch = ReplicaWatch(self)
         self._reception = Reception(self)
 
@@ -109,7 +116,7 @@ class Relay:
             self.strategy = self.settings.proxy.strategy
             affinity = self.settings.proxy.session_affinity
             self.keeps_sessions = affinity == "auto" and self.strategy == "least_load"
-            self.door.set_key(self.settings.proxy.api_key)
+            self.door.configure(self.settings.proxy)
             self.heads.known_requests.clear()  # labels are read by names that may be others now
             for client in self.connections:
                 client.authorization = None
@@ -143,6 +150,15 @@ class Relay:
         for greenlet in replica.greenlets:
             greenlet.link_exception(self._on_task_failed)
         return replica
+
+    def adapters(self) -> dict[str, str]:
+        """The LoRA adapters that engines report, and the model that each belongs to."""
+        return {
+            name: replica.backend.model
+            for replica in self.replicas.values()
+            for name in replica.model_rows
+            if name not in self.models
+        }
 
     # The process.
 
@@ -213,26 +229,27 @@ class Relay:
 
     def _on_signal(self) -> None:
         if self.is_stopping:
-            self.log("warning", "second signal: ended at once")
-            self._exit_code = 1
-            self._stopped.set()
+            if not self.is_over:
+                self.log("warning", "second signal: the turns in flight are cut")
+            self._ends_at = 0.0
             return
-        self.is_stopping = True
+        self.is_stopping, self._ends_at = True, time.monotonic() + self.settings.drain_seconds
         self.reactor.spawn(self._stop).link_exception(self._on_task_failed)
 
     def _stop(self) -> None:
         """Accept nothing more, let the turns end that are on their way, up to the deadline; then go."""
         self.log("info", f"stopping: {len(self.book.turns)} turns to finish")
         self._reception.close()
-        deadline = time.monotonic() + self.settings.drain_seconds
-        while self.connections and time.monotonic() < deadline:
+        while self.connections and time.monotonic() < self._ends_at:
             for client in [client for client in self.connections if client.is_idle]:
                 self.reactor.loop.run_callback(client.leave_idle)
             self.reactor.sleep(0.05)
         self.is_over = True
         for client in list(self.connections):
             self.reactor.loop.run_callback(client.wake)
-        self.reactor.sleep(0.2 if self.connections else 0.0)
+        end = time.monotonic() + LAST_WORD_S
+        while self.connections and time.monotonic() < end:
+            self.reactor.sleep(0.02)
         self._stopped.set()
 
     def _on_task_failed(self, greenlet: Any) -> None:
@@ -250,7 +267,27 @@ class Relay:
             line = json.dumps({"at": at, "level": level, "role": "relay", "message": message, **details})
         else:
             line = f"{at} {level} relay: {message}" + "".join(f"\n{detail}" for detail in details.values())
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a full disk
+            print(line, file=sys.stderr, flush=True)
+
+
+class RefusalLog:
+    """A line in the log for each request that was refused or failed; a flood of them is counted instead."""
+
+    def __init__(self, log: Callable[[str, str], None]) -> None:
+        self._log = log
+        self._second, self._count = 0, 0
+
+    def note(self, words: str) -> None:
+        """Log a refusal, in printable words."""
+        second = int(time.monotonic())
+        if second != self._second:
+            if self._count > REFUSALS_LOGGED_A_SECOND:
+                self._log("warning", f"and {self._count - REFUSALS_LOGGED_A_SECOND} more like that")
+            self._second, self._count = second, 0
+        self._count += 1
+        if self._count <= REFUSALS_LOGGED_A_SECOND:
+            self._log("warning", printable_text(words[:500]))
 
 
 class Reception:
@@ -301,9 +338,17 @@ class Reception:
             client = ClientConnection(relay, sock, peer)
             relay.connections.add(client)
             relay.reactor.spawn(client.serve)
-            if descriptor >= self._limit():
+            if descriptor >= self._limit() and not self._make_room():
                 self._pause(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
                 return
+
+    def _make_room(self) -> bool:
+        """Close the oldest connections that hold descriptors without a request; whether there were any."""
+        strangers = [client for client in self._relay.connections if client.is_idle and not client.is_known]
+        strangers.sort(key=lambda client: client.deadline)
+        for client in strangers[: len(strangers) // 2 + 1]:
+            self._relay.reactor.loop.run_callback(client.leave_idle)
+        return bool(strangers)
 
     def _limit(self) -> int:
         """Clients get no descriptor from here on: who is accepted while none is left for replicas is not served."""

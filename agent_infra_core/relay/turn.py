@@ -13,6 +13,7 @@ from agent_infra_core.http.errors import RequestError, WireError, error_event
 from agent_infra_core.http.events import EventStream
 from agent_infra_core.http.heads import MAX_HEAD_BYTES, returned_head
 from agent_infra_core.protocol import Histogram
+from agent_infra_core.relay.admission import PATIENCE_WITH_BUSY_S
 from agent_infra_core.relay.book import RETRY_SHARE, Turn
 from agent_infra_core.relay.reactor import ClientGone
 from agent_infra_core.relay.replicas import RECEIVE_BYTES, LiveReplica
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
 APP_BODY_BYTES = 64 << 10
 BUFFERED_ANSWER_BYTES = 8 << 20  # a plain answer longer than this is passed on as it comes
 DIGESTED_ANSWER_BYTES = 4 << 20  # the usage of a longer one isn't read
+MAX_INTERIM_ANSWERS = 20
 RACE_S = 1.0  # within which a close by the replica that crossed with a request shows: a round trip, and more
 GENERATING_PATHS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages")
 UNREACHABLE_S = 1.0  # that a turn avoids a replica that it couldn't reach
-BUSY_S = 0.5  # that a replica gets no work after 429 or 503, at least
+BUSY_S, MAX_BUSY_S = 0.5, 60.0  # that a replica gets no work after 429 or 503
 NO_RETRY_LEFT = f"it is not sent elsewhere: the retry budget, {RETRY_SHARE:.0%} of all requests, is spent"
 
 
@@ -53,17 +55,12 @@ def serve_turn(client: ClientConnection) -> bool:
     relay, turn = client.relay, None
     try:
         plan, length, authorization = client.read_head()
-        if plan.path != b"/health":
-            relay.door.authorize(client, plan.request, authorization)
-        if b"upgrade" in plan.request.fields and b"websocket" in plan.request.fields[b"upgrade"].lower():
-            raise RequestError(501, "WebSocket is not supported; the same models answer over HTTP", closes=True)
+        authorize(client, plan, authorization)
         if not plan.is_inference:
-            body = client.read_body(plan, length, APP_BODY_BYTES)
-            client.send_all(relay.app.answer(plan.request, plan.path, plan.query, bytes(body)))
-            return plan.request.keeps_alive
-        body = client.read_body(plan, length, relay.settings.max_body_bytes)
-        turn = relay.book.open(plan, body, client.peer)  # identify
-        delivery, may_follow = Delivery(client, turn, plan, body), None
+            return answer_otherwise(client, plan, length)
+        client.read_body(plan, length, relay.settings.max_body_bytes)
+        turn = relay.book.open(plan, client.body, client.peer)  # identify
+        delivery, may_follow = Delivery(client, turn, plan), None
         while may_follow is None:
             replica = relay.admission.acquire(turn, client)  # admit and choose
             try:
@@ -73,8 +70,7 @@ def serve_turn(client: ClientConnection) -> bool:
         return may_follow and plan.request.keeps_alive
     except RequestError as refusal:
         if turn is None:
-            relay.book.counters["rejected"] += 1
-            return client.refuse(refusal, b"")
+            return client.refuse(refusal, relay.book.refused(refusal, client.plan))
         turn.status, turn.error = refusal.status, str(refusal)
         turn.outcome = "rejected" if refusal.status in (429, 503) else "error"
         relay.book.finish(turn)  # before the client is told, so that it counts by then
@@ -85,14 +81,35 @@ def serve_turn(client: ClientConnection) -> bool:
         client.release_body()
 
 
+def authorize(client: ClientConnection, plan: RequestPlan, authorization: bytes) -> None:
+    """Raise RequestError unless the client may ask for this. /health and a browser's question are open to all."""
+    request, door = plan.request, client.relay.door
+    if plan.path != b"/health" and door.preflight(request) is None:
+        door.authorize(client, request, authorization)
+    if b"upgrade" in request.fields and b"websocket" in request.fields[b"upgrade"].lower():
+        raise RequestError(501, "WebSocket is not supported; the same models answer over HTTP", closes=True)
+
+
+def answer_otherwise(client: ClientConnection, plan: RequestPlan, length: int | None) -> bool:
+    """Answer what isn't inference. Returns whether the connection may carry another request."""
+    request, relay = plan.request, client.relay
+    client.read_body(plan, length, APP_BODY_BYTES)
+    answer = relay.door.preflight(request) or relay.app.answer(request, plan.path, plan.query, bytes(client.body))
+    if (cors := relay.door.cors_fields(request)) and request.method != b"OPTIONS":
+        status_line, _, rest = answer.partition(b"\r\n")
+        answer = b"%b\r\n%b%b" % (status_line, cors, rest)
+    client.send_all(answer)
+    return request.keeps_alive
+
+
 class Delivery:
     """Takes one turn to its answer: sends it to a replica, and decides what follows if that replica fails."""
 
-    __slots__ = ("_body", "_client", "_plan", "_relay", "_turn", "_unreachable")
+    __slots__ = ("_client", "_plan", "_relay", "_turn", "_unreachable")
 
-    def __init__(self, client: ClientConnection, turn: Turn, plan: RequestPlan, body: bytes | bytearray) -> None:
+    def __init__(self, client: ClientConnection, turn: Turn, plan: RequestPlan) -> None:
         self._relay, self._client, self._turn = client.relay, client, turn
-        self._plan, self._body = plan, body
+        self._plan = plan
         self._unreachable = 0
 
     def attempt(self, replica: LiveReplica) -> bool | None:
@@ -100,7 +117,7 @@ class Delivery:
         carry another request. Raises RequestError or ClientGone."""
         turn = self._turn
         turn.send_to(replica, time.monotonic())
-        exchange = Exchange(self._client, turn, replica, replica.head(self._plan, len(self._body)), self._body)
+        exchange = Exchange(self._client, turn, replica, replica.head(self._plan, len(self._client.body)))
         try:
             exchange.run()
         except TransportError as error:
@@ -125,11 +142,15 @@ class Delivery:
         turn, head, body = self._turn, exchange.head, exchange.body
         if head.status in (429, 503):
             after = head.fields.get(b"retry-after", b"").strip()
-            pause = min(max(float(after), BUSY_S), 60.0) if after.isdigit() else BUSY_S
-            replica.busy_until = time.monotonic() + pause
-            if self._relay.book.take_retry():
+            pause = min(max(float(after), BUSY_S), MAX_BUSY_S) if after.isdigit() and len(after) < 9 else BUSY_S
+            now = time.monotonic()
+            replica.busy_until = now + pause
+            turn.refused_since = turn.refused_since or now
+            is_served = self._relay.admission.is_served_by(turn, turn.refused_since + PATIENCE_WITH_BUSY_S)
+            if is_served and self._relay.book.take_retry():
                 self._start_over()
                 return None
+            # Else the client learns at once what the replica said: its own retry is better than a silent minute.
         turn.answer = body if len(body) <= DIGESTED_ANSWER_BYTES else b""
         if head.status >= 400 or body.find(b'"abort"') >= 0:  # find(): `in` first tries to read a number
             self._relay.book.read_answer(turn)
@@ -151,7 +172,7 @@ class Delivery:
         head_bytes = returned_head(head, turn.answer_fields(), len(body), False, not keeps_alive)
         self._relay.admission.release(turn)  # the replica is done, however slowly the client reads
         self._client.send_all(head_bytes + body)
-        turn.outcome = "completed" if head.status < 400 else "error"
+        turn.outcome = "completed" if head.status < 400 else "rejected" if head.status in (429, 503) else "error"
         if head.status >= 400 and turn.digest is not None:
             turn.error = turn.digest.error
         return keeps_alive
@@ -170,7 +191,8 @@ class Delivery:
             return exchange.end_broken(broken)
         if broken.kind == "timeout":
             message += "; it may be overloaded, or the answer too long for request_timeout"
-        raise RequestError(500 if broken.kind == "failed" else 504, message, closes=broken.kind == "stopped")
+        status = {"failed": 500, "stopped": 503}.get(broken.kind, 504)
+        raise RequestError(status, message, closes=broken.kind == "stopped")
 
     def _try_elsewhere(self, replica: LiveReplica, error: str) -> None:
         """The replica got nothing of the request: any other one may get it, within the budget."""
@@ -237,12 +259,10 @@ class Exchange:
     _length: int | None = 0
     _decoder: Any = None
 
-    def __init__(
-        self, client: ClientConnection, turn: Turn, replica: LiveReplica, head: bytes, body: bytes | bytearray
-    ) -> None:
-        """``head`` and ``body`` are the request as it is sent."""
+    def __init__(self, client: ClientConnection, turn: Turn, replica: LiveReplica, request_head: bytes) -> None:
+        """``request_head`` is sent before the body, which the client holds for as long as it may be sent again."""
         self._relay, self._client, self._turn, self._replica = client.relay, client, turn, replica
-        self._request = head, body
+        self._request_head = request_head
         self._timeout_s = client.relay.settings.proxy.request_timeout
         self._upstream: Any = None
         self._to_chunks = True  # as HTTP/1.1 clients take it; what an older one gets ends with the connection
@@ -301,8 +321,8 @@ class Exchange:
     def _ask_on(self, upstream: Upstream) -> bytes:
         self._upstream = upstream
         self._client.extend_deadline(self._timeout_s)
-        self._is_sent = upstream.send(*self._request, self._client)
-        data = b""
+        self._is_sent = upstream.send(self._request_head, self._client.body, self._client)
+        data, interim = b"", 0
         while True:
             more = self._receive()
             if not more:
@@ -315,6 +335,9 @@ class Exchange:
                 if head.status >= 200:  # else an interim answer, which the real one follows
                     self.head = head
                     return data
+                interim += 1
+                if interim > MAX_INTERIM_ANSWERS:
+                    raise WireError("the replica sends interim answers without end")
             if len(data) > MAX_HEAD_BYTES:
                 raise WireError("the replica's head is too long")
 
@@ -370,6 +393,7 @@ class Exchange:
                 raise BrokenAnswer(events.fault, unsent=out)
             if head and (out or events.is_over):
                 out, head, self.is_passed_on = head + out, b"", True
+                client.release_body()  # it won't be sent again
             if out:
                 self._send(out)
             if events.is_over:
@@ -400,7 +424,7 @@ class Exchange:
     def _end_events(self, head: bytes) -> None:
         """The replica closed the connection: the end of an answer that lasts until then, unless it was reset."""
         events: Any = self.events
-        if self._is_reset or not self._decoder.is_until_close:
+        if (self._is_reset or not self._decoder.is_until_close) and not events.is_answered:
             raise BrokenAnswer("the replica died")
         out = events.close()
         if events.fault is not None:
@@ -427,10 +451,22 @@ class Exchange:
                 self.body = b"".join(pieces)
                 return
             data = self._receive()
+            if not data and decoder.is_until_close and not self._is_reset and self._is_cut_json(pieces):
+                raise BrokenAnswer("the replica ended its answer in the middle")
             if not data and decoder.is_until_close and not self._is_reset:
                 decoder.is_over = True
             elif not data:
                 raise BrokenAnswer("the replica died")
+
+    def _is_cut_json(self, pieces: list[bytes]) -> bool:
+        """Whether a plain answer that lasts until its connection ends isn't the whole document."""
+        if self.is_passed_on or b"json" not in self.head.fields.get(b"content-type", b""):
+            return False
+        try:
+            self._relay.codec.decode(b"".join(pieces))
+        except (ValueError, RecursionError):
+            return True
+        return False
 
     def _pass_on(self, payload: bytes, is_last: bool) -> None:
         """Send a part of a plain answer to the client, after its head if that is still to come."""
@@ -468,7 +504,8 @@ class Exchange:
         if upstream is None:
             return
         has_excess = self.events.has_excess if self.events is not None else self._has_excess
-        if self._is_whole and self._is_sent and self.head.is_reusable and not has_excess and not decoder.is_until_close:
+        is_over = self._is_whole and decoder.is_over and not decoder.is_until_close
+        if is_over and self._is_sent and self.head.is_reusable and not has_excess:
             upstream.rest()
         else:
             upstream.close()

@@ -147,6 +147,7 @@ class Interrupt:
         if name == "agent_infra_core.settings":
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupt())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal; a job in the background ignores it
 sys.argv = ["agent_infra.py", "status"]
 runpy.run_path({str(MODULE)!r}, run_name="__main__")
 """

@@ -352,6 +352,34 @@ def test_requirements_txt_says_what_pyproject_says() -> None:
     assert [line for line in lines if line and not line.startswith("#")] == declared_dependencies()
 
 
+def test_the_documented_limits_are_those_of_the_code() -> None:
+    from agent_infra_core.http import events, heads
+    from agent_infra_core.relay import admission, bodies, connection, server, turn
+
+    rows = {row[0]: row[1] for row in table(documentation().partition("\n## Limits\n")[2].partition("\n## ")[0])}
+    assert {
+        "a request's first line": f"{heads.MAX_REQUEST_LINE_BYTES >> 10} KB",
+        "a request's head": f"{heads.MAX_HEAD_BYTES >> 10} KB; {connection.HEAD_S:g} s from first to last byte",
+        "a body": f"`max_body_mb`; {connection.BODY_S:g} s without a byte",
+        "a body of anything but inference": f"{turn.APP_BODY_BYTES >> 10} KB",
+        f"values in a JSON body of more than {bodies.HEAVY_BODY_BYTES >> 20} MB": f"{bodies.MAX_SKIPPED_VALUES:,}",
+        "all bodies that may still be sent": (
+            f"`max_buffered_mb`, of which one client may hold {connection.CLIENT_SHARE * 100:g} %"
+        ),
+        "time for replicas that answer 429 or 503": (
+            f"{admission.PATIENCE_WITH_BUSY_S:g} s; at once where they ask for more"
+        ),
+        "a connection without a request that was let pass": f"{connection.STRANGER_S:g} s",
+        "a connection between two requests": f"{connection.IDLE_CLIENT_S:g} s",
+        "a replica's head; interim answers": f"{heads.MAX_HEAD_BYTES >> 10} KB; {turn.MAX_INTERIM_ANSWERS}",
+        "a plain answer kept for a retry": f"{turn.BUFFERED_ANSWER_BYTES >> 20} MB",
+        "a body whose conversation is followed": (
+            f"{events.MAX_TRACED_BYTES >> 20} MB and {bodies.MAX_READ_VALUES:,} values"
+        ),
+        "refusals in the log": f"{server.REFUSALS_LOGGED_A_SECOND} a second",
+    }.items() <= rows.items()
+
+
 FIRST_SAFE_VERSIONS = {  # package → first version without a published advisory
     "flask": (3, 1, 3),  # CVE-2026-27205
     "gevent": (23, 9),  # CVE-2023-41419
