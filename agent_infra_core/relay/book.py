@@ -41,7 +41,7 @@ class Turn:
     route: RouteRequest = ANYWHERE
     routed: SessionTurn | None = None  # None: it belongs to no session
     placement: Placement | None = None  # while a replica is at work on it for its session
-    sharer = ""  # see client_of()
+    sharer = ""  # see ClientConnection.identity
     wake: Callable[[], None]  # of its client, while it waits
     charged_s = 0.0  # service that its session was charged in advance, when it had to wait
     retries = 0
