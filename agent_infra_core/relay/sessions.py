@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from agent_infra_core.http.events import NO_DIGEST
 from agent_infra_core.protocol import Conversations
 from agent_infra_core.relay.replicas import LiveReplica
-from agent_infra_core.routing.affinity import Placement, SessionRouter, SessionTurn
+from agent_infra_core.routing.affinity import MIN_EVIDENCE_TOKENS, Placement, SessionRouter, SessionTurn
 
 if TYPE_CHECKING:
     from agent_infra_core.relay.book import Turn
@@ -98,9 +98,9 @@ class SessionRoutes:
             router.end(session)
 
     def is_warm(self, turn: Turn) -> bool:
-        """Whether a waiting turn's prefix is cached on a replica with a free slot."""
+        """Whether a waiting turn's prefix is cached on a replica with a free slot, and long enough to skip others."""
         place = self._router(turn.model).find(turn.routed.session) if turn.routed is not None else None
-        if place is None or not place.cached:
+        if place is None or place.cached < MIN_EVIDENCE_TOKENS:
             return False
         pool = self._relay.pools.get(turn.model, ())
         return any(replica.belief is place.home and replica.has_room for replica in pool)
