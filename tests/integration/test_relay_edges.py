@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import signal
@@ -370,3 +371,24 @@ def test_a_base_url_without_v1_gets_a_hint(relay: RelayProcess) -> None:
     missing = asks(relay, "POST", "/chat/completions", CHAT)
     assert missing.status == 404
     assert "the base URL ends in /v1" in missing.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("coding", "status"), [("gzip", 200), ("identity", 200), ("zstd", 415), ("br", 415)])
+def test_compressed_bodies_are_decoded_or_refused_by_name(
+    relay: RelayProcess, engine: FakeEngine, coding: str, status: int
+) -> None:
+    body = gzip.compress(CHAT.encode()) if coding == "gzip" else CHAT.encode()
+    with Client(relay.port) as client:
+        answer = client.post("/v1/chat/completions", body, {"Content-Encoding": coding})
+        assert answer.status == status
+        assert status == 200 or coding in answer.json()["error"]["message"]
+        assert client.chat().status == 200
+    assert engine.call()["body"].startswith("{")
+    assert all("content-encoding" not in head.lower() for head in engine.call()["heads"])
+
+
+def test_an_old_client_that_asks_keeps_its_connection(relay: RelayProcess) -> None:
+    head = b"POST /v1/chat/completions HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n" % len(CHAT)
+    with Client(relay.port) as client:
+        for data in (head + CHAT.encode(), head.replace(b"chat/", b"none/") + CHAT.encode(), head + b"x" * len(CHAT)):
+            assert client.raw(data).headers["connection"] == "keep-alive"
