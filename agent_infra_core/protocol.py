@@ -61,6 +61,7 @@ class Backend:
     state: str = "ready"  # ready | draining; the table holds no replicas in other states
     slots: int = 0  # turns that it runs at once; 0 = unknown: never full, so nothing queues
     node: str = ""
+    is_own: bool = False  # `serve` or a tunnel of this user's listens there, so nobody else's server may
 
 
 # Frames on the Unix socket between controller and relay: one byte of kind, four bytes of length, the payload (JSON).

@@ -86,6 +86,7 @@ def replica_table(
             state=state,
             slots=record.slots,
             node=record.node,
+            is_own=record.pid > 0,
         )
         backends.append(dataclasses.asdict(backend))
     return {"models": list(models), "loading": sorted(loading), "backends": backends}
