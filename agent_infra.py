@@ -690,8 +690,8 @@ class RelayApp:
         kept = [(name, value) for name, value in fields if name.lower() not in ("content-length", "connection")]
         length = {name.lower(): value for name, value in fields}.get("content-length", len(content))  # HEAD: as GET
         lines = [f"HTTP/1.1 {status}", *(f"{name}: {value}" for name, value in kept), f"content-length: {length}"]
-        if not request.keeps_alive:
-            lines.append("connection: close")
+        if not request.keeps_alive or not request.version:
+            lines.append(f"connection: {'keep-alive' if request.keeps_alive else 'close'}")
         return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + (b"" if request.method == b"HEAD" else content)
 
     def _index(self) -> Any:

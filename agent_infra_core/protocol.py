@@ -62,6 +62,7 @@ class Backend:
     slots: int = 0  # turns that it runs at once; 0 = unknown: never full, so nothing queues
     node: str = ""
     ends_at: float | None = None  # end of its walltime, s since the epoch
+    is_own: bool = False  # `serve` or a tunnel of this user's listens there, so nobody else's server may
 
 
 # Frames on the Unix socket between controller and relay: one byte of kind, four bytes of length, the payload (JSON).

@@ -87,6 +87,7 @@ def replica_table(
             slots=record.slots,
             node=record.node,
             ends_at=record.ends_at,
+            is_own=record.pid > 0,
         )
         backends.append(dataclasses.asdict(backend))
     return {"models": list(models), "loading": sorted(loading), "backends": backends}

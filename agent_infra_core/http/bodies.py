@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import zlib
+from collections.abc import Iterator
 
-from agent_infra_core.http.errors import WireError
+from agent_infra_core.http.errors import RequestError, WireError
 
 MAX_CHUNK_LINE_BYTES = 4 << 10
 MAX_TRAILER_LINES = 64
+MAX_PIECE_BYTES = 1 << 20  # of a compressed body, decoded at once
 
 
 class BodyDecoder:
@@ -100,3 +103,25 @@ def encode_chunk(payload: bytes) -> bytes:
 
 LAST_CHUNK = b"0\r\n\r\n"
 CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})\r\n")
+
+
+def decode_content(body: bytes | bytearray, coding: bytes, limit: int) -> Iterator[bytes]:
+    """Yield the pieces of a body whose Content-Encoding is ``coding``, at most MAX_PIECE_BYTES each.
+
+    Raises RequestError: 415 for a coding that isn't understood, 413 beyond ``limit`` bytes, 400 for broken data.
+    """
+    if coding not in (b"gzip", b"x-gzip", b"deflate"):
+        name = coding.decode("latin-1")[:40]
+        raise RequestError(415, f"Content-Encoding {name} is not supported; send the body uncompressed, or as gzip")
+    decoder, size, rest = zlib.decompressobj(zlib.MAX_WBITS | 32), 0, bytes(body)
+    while not decoder.eof:
+        try:
+            piece = decoder.decompress(rest, MAX_PIECE_BYTES)
+        except zlib.error as error:
+            raise RequestError(400, f"the body is not what its Content-Encoding says: {error}") from None
+        rest, size = decoder.unconsumed_tail, size + len(piece)
+        if size > limit:
+            raise RequestError(413, f"the body, once decoded, is larger than {limit} bytes")
+        if not piece and not rest and not decoder.eof:
+            raise RequestError(400, "the body ends before its Content-Encoding does")
+        yield piece

@@ -30,7 +30,10 @@ _HOP_BY_HOP = frozenset(
 )
 
 # No Accept-Encoding, because a compressed stream can't be read; no keys, because they are for this proxy only.
-NOT_FORWARDED = _HOP_BY_HOP | frozenset(b"host expect accept-encoding authorization x-api-key api-key cookie".split())
+# No Content-Encoding, because bodies are decoded here.
+NOT_FORWARDED = _HOP_BY_HOP | frozenset(
+    b"host expect accept-encoding content-encoding authorization x-api-key api-key cookie".split()
+)
 NOT_RETURNED = _HOP_BY_HOP | frozenset(b"server x-request-id set-cookie".split())
 _OWN_NAMES = b"x-agent-infra-", b"access-control-"  # how these begin that only the proxy sets; never passed on
 _ONLY_ONCE = frozenset(b"content-length transfer-encoding host expect authorization".split())
@@ -173,6 +176,11 @@ class RequestHead:
     keeps_alive: bool
     forwarded: bytes  # header lines for the replica
 
+    @property
+    def keep_alive_line(self) -> bytes:
+        """The header line by which an HTTP/1.0 client learns that its connection stays open; empty for others."""
+        return b"connection: keep-alive\r\n" if self.keeps_alive and not self.version else b""
+
 
 def parse_request_head(head: bytes, known: HeaderLines) -> RequestHead:
     """Parse a request's head, including its final empty line. Raises WireError if it is invalid or ambiguous."""
@@ -197,7 +205,7 @@ def parse_request_head(head: bytes, known: HeaderLines) -> RequestHead:
         int(version),
         fields,
         _body_length(fields, version),
-        version and b"close" not in connection,
+        b"close" not in connection and (version or b"keep-alive" in connection),
         b"".join([passed for name, _, passed in rows if name not in connection]),
     )
 

@@ -11,7 +11,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any
 
-from agent_infra_core.http.bodies import BodyDecoder
+from agent_infra_core.http.bodies import BodyDecoder, decode_content
 from agent_infra_core.http.errors import RequestError, WireError, encode_answer, error_document
 from agent_infra_core.http.heads import MAX_HEAD_BYTES
 from agent_infra_core.relay.reactor import WRITABLE, ClientGone
@@ -268,6 +268,17 @@ class ClientConnection:
             self.send_all(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.body = self._read_chunks(limit) if length is None else self._read_sized(length)
         self.has_unread_body = False
+        coding = request.fields.get(b"content-encoding", b"identity").strip().lower()
+        if coding not in (b"identity", b""):
+            self._decode_body(coding, limit)
+
+    def _decode_body(self, coding: bytes, limit: int) -> None:
+        decoded = bytearray()
+        for piece in decode_content(self.body, coding, limit):
+            self._hold(len(piece), limit)
+            decoded += piece
+            self.relay.reactor.sleep(0.0)
+        self.body = decoded
 
     def _read_sized(self, length: int) -> bytes | bytearray:
         got = len(self.unread)
@@ -343,6 +354,8 @@ class ClientConnection:
         closes = refusal.closes or self.has_unread_body or (plan is not None and not plan.request.keeps_alive)
         is_anthropic = plan is not None and plan.is_anthropic
         body = error_document(refusal.status, str(refusal), refusal.code, is_anthropic)
+        if plan is not None and not closes:
+            extra += plan.request.keep_alive_line
         answer = encode_answer(refusal.status, body, extra=extra, closes=closes)
         self.send_all(answer[: -len(body)] if plan is not None and plan.request.method == b"HEAD" else answer)
         if closes:

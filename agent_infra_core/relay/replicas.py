@@ -13,6 +13,7 @@ from agent_infra_core.http.bodies import BodyDecoder
 from agent_infra_core.http.errors import WireError
 from agent_infra_core.http.heads import forwarded_head
 from agent_infra_core.protocol import Backend
+from agent_infra_core.relay.owners import NO_DESCRIPTOR, kernel_answers, prove_own_server
 from agent_infra_core.relay.requests import RequestPlan
 from agent_infra_core.routing.beliefs import ReplicaBelief
 
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
     from agent_infra_core.relay.server import Relay
     from agent_infra_core.relay.upstream import Upstream
 
-NO_DESCRIPTOR = errno.EMFILE, errno.ENFILE
 RECEIVE_BYTES = 64 << 10
 PROBE_S = 5.0
 EJECT_AFTER = 3  # transport errors in a row
 EJECT_AFTER_REFUSALS = 5  # answers of status 500 and above in a row
 FIRST_EJECTION_S = 0.5  # doubled with each ejection in a row, up to the health check interval
 AWAY_STATES = ("draining", "stopped", "failed")  # that a replica's own digest tells: it takes no turn
+LOOPBACK = ("127.0.0.1", "::1")
 MAX_MODEL_ROWS = 1000  # of a replica's list of models
 NAMED_ABSENT = 3  # replicas that a refusal names
 
@@ -60,6 +61,9 @@ class LiveReplica:
         self.look_at_once: Any = None  # event: probe now
         self.accepts_work = True
         self.is_gone = False  # from the table
+        # Its port may be taken over by another user while it is down: nothing is sent before the kernel has said whose
+        # server accepted the connection.
+        self.needs_proof = backend.is_own and backend.host in LOOPBACK and kernel_answers()
         self.model_rows: dict[str, dict[str, Any]] = {}  # of its own GET /v1/models: its model's, and its adapters'
         self.capacity = backend.slots
         self.update(backend)
@@ -237,7 +241,7 @@ class ReplicaWatch:
         """Read what a replica reports of its model and of the adapters that it serves; else keep what it reported."""
         backend = replica.backend
         try:
-            status, body = self._get(backend.host, backend.port, b"/v1/models", backend.key)
+            status, body = self._get(replica, backend.port, b"/v1/models", backend.key)
             rows = self._relay.codec.decode(body)["data"] if status == 200 else []
             known = {row["id"]: row for row in rows[:MAX_MODEL_ROWS] if isinstance(row["id"], str)}
         except (OSError, ValueError, TypeError, KeyError, RecursionError, WireError):
@@ -262,7 +266,7 @@ class ReplicaWatch:
         while True:
             backend = replica.backend
             try:
-                status, body = self._get(backend.host, backend.telemetry_port or 0, b"/load", backend.key)
+                status, body = self._get(replica, backend.telemetry_port or 0, b"/load", backend.key)
                 replica.take_load(self._relay.codec.decode(body) if status == 200 else None)
                 missed = 0
             except (OSError, ValueError, TypeError, ArithmeticError, RecursionError, WireError) as error:
@@ -290,7 +294,7 @@ class ReplicaWatch:
         OSError without a free descriptor: that says nothing of the replica.
         """
         try:
-            status, _ = self._get(replica.backend.host, replica.backend.port, b"/health", None)
+            status, _ = self._get(replica, replica.backend.port, b"/health", None)
         except TimeoutError:
             return f"no answer to GET /health within {PROBE_S:g} s", False
         except (OSError, WireError) as error:
@@ -300,13 +304,16 @@ class ReplicaWatch:
         # A server without /health answers 404, and serves; an engine that died behind its server answers 5xx.
         return (None, False) if 200 <= status < 500 else (f"GET /health says {status}", True)
 
-    def _get(self, host: str, port: int, path: bytes, key: str | None) -> tuple[int, bytes]:
+    def _get(self, replica: LiveReplica, port: int, path: bytes, key: str | None) -> tuple[int, bytes]:
         """Status and body of one GET, on a connection of its own; OSError or WireError."""
+        host = replica.backend.host
         authorization = b"authorization: Bearer %b\r\n" % key.encode("latin-1") if key else b""
         deadline = time.monotonic() + PROBE_S
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as sock:
             sock.settimeout(PROBE_S)
             sock.connect((host, port))
+            if key is not None and replica.needs_proof:
+                prove_own_server(sock, host, port, self._relay.reactor.sleep, lambda: time.monotonic() >= deadline)
             head = b"GET %b HTTP/1.1\r\nhost: %b:%d\r\n%bconnection: close\r\n\r\n"
             sock.sendall(head % (path, host.encode(), port, authorization))
             received, status, decoder, pieces = b"", 0, None, list[bytes]()

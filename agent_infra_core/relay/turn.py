@@ -169,7 +169,8 @@ class Delivery:
             replica.note_success((turn.ended - turn.sent) * 1000.0 if is_measured else None, turn.ended)
         turn.status = head.status
         keeps_alive = self._plan.request.keeps_alive
-        head_bytes = returned_head(head, turn.answer_fields(), len(body), False, not keeps_alive)
+        fields = turn.answer_fields() + self._plan.request.keep_alive_line
+        head_bytes = returned_head(head, fields, len(body), False, not keeps_alive)
         self._relay.admission.release(turn)  # the replica is done, however slowly the client reads
         self._client.send_all(head_bytes + body)
         turn.outcome = "completed" if head.status < 400 else "rejected" if head.status in (429, 503) else "error"

@@ -7,6 +7,8 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 from agent_infra_core.errors import AgentInfraError
+from agent_infra_core.relay.owners import prove_own_server
+from agent_infra_core.relay.reactor import ClientGone
 
 if TYPE_CHECKING:
     from agent_infra_core.relay.connection import ClientConnection
@@ -32,7 +34,15 @@ class Upstream:
     @classmethod
     def connect(cls, replica: LiveReplica, client: ClientConnection) -> Upstream:
         """Connect on behalf of ``client``, whose greenlet waits. Raises TransportError, ClientGone, RequestError."""
-        return cls(replica, client.connect(replica.backend.host, replica.backend.port), client)
+        host, port = replica.backend.host, replica.backend.port
+        sock = client.connect(host, port)
+        try:
+            if replica.needs_proof:
+                _prove(sock, host, port, client)
+        except BaseException:
+            sock.close()
+            raise
+        return cls(replica, sock, client)
 
     def send(self, head: bytes, body: bytes | bytearray, client: ClientConnection) -> bool:
         """Send a request and have the replica's bytes wake ``client``. Returns False if not all of it was sent: the
@@ -86,6 +96,18 @@ class Upstream:
         self.watcher.stop()
         self.watcher.close()
         self.sock.close()
+
+
+def _prove(sock: Any, host: str, port: int, client: ClientConnection) -> None:
+    """Raise TransportError unless a server of this user's accepts the connection; ClientGone."""
+    client.extend_deadline(client.relay.settings.proxy.connect_timeout)
+    try:
+        sleep = client.relay.reactor.sleep
+        prove_own_server(sock, host, port, sleep, lambda: client.gone or client.must_stop)
+    except OSError as error:
+        if client.gone:
+            raise ClientGone from None
+        raise TransportError(error.strerror or str(error)) from None
 
 
 def new_stream_socket(make: Any, host: str) -> Any:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -370,3 +373,55 @@ def test_a_base_url_without_v1_gets_a_hint(relay: RelayProcess) -> None:
     missing = asks(relay, "POST", "/chat/completions", CHAT)
     assert missing.status == 404
     assert "the base URL ends in /v1" in missing.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("coding", "status"), [("gzip", 200), ("identity", 200), ("zstd", 415), ("br", 415)])
+def test_compressed_bodies_are_decoded_or_refused_by_name(
+    relay: RelayProcess, engine: FakeEngine, coding: str, status: int
+) -> None:
+    body = gzip.compress(CHAT.encode()) if coding == "gzip" else CHAT.encode()
+    with Client(relay.port) as client:
+        answer = client.post("/v1/chat/completions", body, {"Content-Encoding": coding})
+        assert answer.status == status
+        assert status == 200 or coding in answer.json()["error"]["message"]
+        assert client.chat().status == 200
+    assert engine.call()["body"].startswith("{")
+    assert all("content-encoding" not in head.lower() for head in engine.call()["heads"])
+
+
+def test_an_old_client_that_asks_keeps_its_connection(relay: RelayProcess) -> None:
+    head = b"POST /v1/chat/completions HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n" % len(CHAT)
+    with Client(relay.port) as client:
+        for data in (head + CHAT.encode(), head.replace(b"chat/", b"none/") + CHAT.encode(), head + b"x" * len(CHAT)):
+            assert client.raw(data).headers["connection"] == "keep-alive"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("is_own", [True, False])
+def test_nothing_is_sent_to_another_users_server_on_a_replicas_port(tmp_path: Path, is_own: bool) -> None:
+    """As after a crash of ours. Where it was never ours (verb `proxy`), it may be anybody's."""
+    script = (
+        "import socket; l = socket.create_server(('127.0.0.1', 0)); print(l.getsockname()[1], flush=True)\n"
+        "while True:\n"
+        "    s, _ = l.accept(); d = s.recv(99999)\n"
+        "    if not d.startswith(b'GET /health'): print(d, flush=True)\n"
+        "    s.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\nConnection: close\\r\\n\\r\\n{}'); s.close()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, user=65534) as other:
+        try:
+            assert other.stdout is not None
+            row = backend(1, int(other.stdout.readline()), is_own=is_own, telemetry_port=None)
+            with RelayProcess(tmp_path) as relay, Client(relay.port) as client:
+                relay.controller.send_table([row])
+                answer = client.chat()
+                assert answer.status == (503 if is_own else 200)
+                assert not is_own or "another user's server listens on its port" in answer.json()["error"]["message"]
+        finally:
+            other.kill()
+        assert ("replica-key" in other.stdout.read()) is not is_own
+
+
+def test_a_server_of_ours_is_proven_and_used(tmp_path: Path, engine: FakeEngine) -> None:
+    with RelayProcess(tmp_path) as relay, Client(relay.port) as client:
+        relay.controller.send_table([backend(1, engine.port, is_own=True)])
+        assert [client.chat().status for _ in range(3)] == [200] * 3

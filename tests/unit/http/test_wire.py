@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
+import zlib
 from itertools import pairwise
 
 import pytest
@@ -11,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import agent_infra_core.http.heads as heads_module
-from agent_infra_core.http.bodies import BodyDecoder, encode_chunk
-from agent_infra_core.http.errors import WireError, error_document, error_event
+from agent_infra_core.http.bodies import BodyDecoder, decode_content, encode_chunk
+from agent_infra_core.http.errors import RequestError, WireError, error_document, error_event
 from agent_infra_core.http.events import EventStream
 from agent_infra_core.http.heads import AnswerHead, HeaderLines, RequestHead, forwarded_head, split_inference_path
 from agent_infra_core.protocol import FrameReader, encode_frame
@@ -420,6 +422,55 @@ def test_errors_have_the_shape_of_their_api() -> None:
         "error": {"type": "rate_limit_error", "message": "no"},
     }
     assert error_event("x", True).startswith(b"event: error\ndata: {")
+
+
+# Compressed bodies.
+
+
+def decoded(body: bytes, coding: bytes, limit: int = 1 << 30) -> bytes:
+    return b"".join(decode_content(body, coding, limit))
+
+
+def test_a_compressed_body_is_decoded() -> None:
+    text = b'{"model":"m"}' * 300_000
+    assert decoded(gzip.compress(text), b"gzip") == text
+    assert decoded(gzip.compress(text), b"x-gzip") == text
+    assert decoded(zlib.compress(text), b"deflate") == text
+
+
+@pytest.mark.parametrize(
+    ("body", "coding", "status"),
+    [
+        (b"anything", b"br", 415),
+        (b"anything", b"zstd", 415),
+        (b"anything", b"gzip, br", 415),
+        (b"anything", b"gzip", 400),
+        (gzip.compress(b"a" * 1000)[:-9], b"gzip", 400),
+        (b"", b"gzip", 400),
+        (gzip.compress(b"a" * (1 << 24)), b"gzip", 413),
+    ],
+)
+def test_a_body_that_cannot_be_decoded_within_the_limit_is_refused(body: bytes, coding: bytes, status: int) -> None:
+    with pytest.raises(RequestError) as caught:
+        decoded(body, coding, 1 << 20)
+    assert caught.value.status == status
+    assert status != 415 or coding.decode() in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "connection", "keeps_alive", "line"),
+    [
+        (1, b"", True, b""),
+        (0, b"", False, b""),
+        (0, b"Connection: Keep-Alive\r\n", True, b"connection: keep-alive\r\n"),
+        (0, b"Connection: keep-alive, close\r\n", False, b""),
+    ],
+)
+def test_http_1_0_keeps_a_connection_where_it_asks_to(
+    version: int, connection: bytes, keeps_alive: bool, line: bytes
+) -> None:
+    head = parse_request_head(b"GET / HTTP/1.%d\r\nHost: t\r\n%b\r\n" % (version, connection))
+    assert (head.keeps_alive, head.keep_alive_line) == (keeps_alive, line)
 
 
 # Answers and frames.
