@@ -309,6 +309,7 @@ class Tracker:
             "watchdog": self._watchdog.rows,
             "analysis": [],
             "accounting": None,
+            "runs": [],
             "history": None,
             "relay": self._relay.document(),
         }
