@@ -193,7 +193,7 @@ def _validated(document: Any, problems: list[str]) -> Config:
             return config
     except marshmallow.ValidationError as error:
         problems += _describe_errors(error.messages, "")
-        if error.messages_dict.keys() <= {"version", "proxy", "models", "headers"}:
+        if error.messages_dict.keys() <= {"version", "proxy", "models", "headers", "analysis"}:
             valid: Any = error.valid_data
             deployment = valid.get("cluster", DEFAULT_CONFIG.cluster).name
     raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems), deployment)
@@ -620,6 +620,7 @@ def _forward(transport: Any, local: Sequence[int], remote: Sequence[tuple[str, i
 # =====================================================================================================================
 
 
+MAX_RUN_TASKS = 100_000
 STATS_FRESH_S = 1.5  # an older /stats document is requested again; while clients read /stats, one comes every second
 
 
@@ -645,6 +646,8 @@ class RelayApp:
             ("/health", "GET", self._health),
             ("/stats", "GET", self._stats),
             ("/stats/sessions/<anything:session>", "GET", self._session),
+            ("/runs", "GET", self._runs),
+            ("/runs", "POST", self._announce_run),
             ("/metrics", "GET", self._metrics),
             ("/queue/status", "GET", self._queue_status),
             ("/v1/models", "GET", self._models),
@@ -736,6 +739,16 @@ class RelayApp:
 
     def _metrics(self) -> Any:
         return self._ask("metrics")
+
+    def _runs(self) -> Any:
+        return self._ask("runs")
+
+    def _announce_run(self) -> Any:
+        body = self._flask.request.get_json(force=True, silent=True)
+        name, tasks = (body.get("name"), body.get("tasks")) if isinstance(body, dict) else (None, None)
+        if not (isinstance(name, str) and 0 < len(name) <= 256 and type(tasks) is int and 0 < tasks <= MAX_RUN_TASKS):
+            return self._error(400, f'send {{"name": "…", "tasks": N}}, with N from 1 to {MAX_RUN_TASKS}')
+        return self._ask("run", name=name, tasks=tasks)
 
     def _session(self, session: str) -> Any:
         return self._ask("session", session=session[:256])

@@ -11,6 +11,7 @@ from agent_infra_core.client import attach as attach
 from agent_infra_core.errors import AgentInfraError as AgentInfraError
 from agent_infra_core.errors import ConfigError as ConfigError
 from agent_infra_core.errors import RefusedError as RefusedError
+from agent_infra_core.settings import AnalysisConfig as AnalysisConfig
 from agent_infra_core.settings import ClusterConfig as ClusterConfig
 from agent_infra_core.settings import Config as Config
 from agent_infra_core.settings import ContainerConfig as ContainerConfig

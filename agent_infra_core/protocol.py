@@ -77,8 +77,9 @@ FRAME_EVENTS = b"E"  # relay → controller: EventBatch
 FRAME_GAUGES = b"G"  # relay → controller, once a second: see Relay.gauges()
 FRAME_REQUEST = b"R"  # relay → controller: a client's HTTP request: {"op": "drain"|"undrain", "backend"}, or
 
-# {"op": "metrics", "id"}, {"op": "session", "id", "session"} or {"op": "stats", "id"}. The controller answers these
-# three with a FRAME_ANSWER; for "stats" it first sends a FRAME_STATS if there is news.
+# {"op": "metrics", "id"}, {"op": "session", "id", "session"}, {"op": "runs", "id"}, {"op": "run", "id", "name",
+# "tasks"} or {"op": "stats", "id"}. The controller answers these with a FRAME_ANSWER; for "stats" it first sends a
+# FRAME_STATS if there is news.
 FRAME_ANSWER = b"A"  # controller → relay: {"id", "status", "type", "body"}: an HTTP answer
 _FRAME_HEAD = struct.Struct(">cI")
 MAX_FRAME_BYTES = 256 << 20

@@ -218,12 +218,20 @@ class HeadersConfig:
 
 
 @dataclass(frozen=True)
+class AnalysisConfig:
+    """What the analysis of a run should aim at."""
+
+    latency_goal_s: float | None = _key(None, above=0)  # 95 % of the answers should take no longer
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole configuration, validated. ``models`` isn't empty, and names are unique."""
 
     models: tuple[ModelConfig, ...]
     version: str = _key("1.0", choices=("1.0",))
     proxy: ProxyConfig = ProxyConfig()
+    analysis: AnalysisConfig = AnalysisConfig()
     cluster: ClusterConfig = ClusterConfig()
     headers: HeadersConfig = HeadersConfig()
 

@@ -22,7 +22,7 @@ import heapq
 import math
 import random
 import sys
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -86,6 +86,7 @@ class Job:
     turn: str
     arrived: float
     prompt: int
+    held: int  # tokens of it that the session's last turn left in a cache
     output: int
     work: float  # for a planted replica: service time in units of R(n)
     first: float | None = None  # when its first token came
@@ -102,7 +103,7 @@ class Sample:
     at: float
     in_flight: dict[str, int]
     queued: int
-    agents: int
+    agents: int  # amid a session
     oldest_s: float = 0.0  # how long the turn that has waited longest has
     kv_usage: dict[str, float] = field(default_factory=dict)  # 0 to 1, of replicas that have a KV cache
 
@@ -182,7 +183,7 @@ class PlantedReplica:
     def _admit(self, now: float) -> None:
         while self._waiting and len(self._serving) < self._slots:
             job = self._waiting.popleft()
-            job.admitted, job.cached = now, 0
+            job.admitted, job.cached = now, job.held
             heapq.heappush(self._serving, (self._virtual + job.work, next(self._numbers), job))
         self.due = now + (self._serving[0][0] - self._virtual) * self._turn_s if self._serving else math.inf
 
@@ -357,6 +358,7 @@ class Agent:
     session: int = -1
     turn: int = 0
     context: int = 0
+    held: int = 0  # tokens that the last turn of the session left in a cache
     think_s: float | None = None  # before the turn that is under way; None: first of its session, or not known
     replica: int = 0
     is_leaving: bool = False
@@ -374,6 +376,7 @@ class ClosedLoop:
     workload: Workload = field(default_factory=Workload)
     seed: int = 0
     model: str = "simulated"
+    routing: str = "affinity"  # a session stays where its context is; or a strategy of the proxy without affinity
     now: float = 0.0
     records: list[TurnRecord] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
@@ -384,6 +387,7 @@ class ClosedLoop:
         self._arrivals: list[tuple[float, int, Agent]] = []
         self._agents: dict[int, Agent] = {}
         self._flying: dict[str, tuple[Agent, float, int]] = {}  # turn → agent, arrival, number of its replica
+        self._chosen: Counter[str] = Counter()  # replica → number of its latest turn
         self._next_sample = self.now
         wanted, self.agents = self.agents, 0
         self.set_agents(wanted, spread=True)
@@ -443,6 +447,7 @@ class ClosedLoop:
 
     def _begin_session(self, agent: Agent) -> None:
         agent.session, agent.turn, agent.context = next(self._sessions), 0, self.workload.base_tokens
+        agent.held = 0
         agent.think_s = None
         agent.replica = min(range(len(self.replicas)), key=self._residents)
 
@@ -456,14 +461,27 @@ class ClosedLoop:
     def _tokens(self, mean: int) -> int:
         return max(1, round(self._gamma(mean, self.workload.size_cv)))
 
+    def _route(self, agent: Agent) -> int:
+        """Number of the replica for a turn. Without affinity as routing/strategies.py ranks them, all of equal size."""
+        if self.routing != "affinity" or agent.replica >= len(self.replicas):
+            numbers, latest = range(len(self.replicas)), self._chosen
+            if self.routing == "affinity":
+                return min(numbers, key=self._residents)
+            if self.routing == "round_robin":
+                return min(numbers, key=lambda number: latest[self.replicas[number].name])
+            loads = [replica.in_flight + replica.queued for replica in self.replicas]
+            return min(numbers, key=lambda number: (loads[number], latest[self.replicas[number].name]))
+        return agent.replica
+
     def _arrive(self, agent: Agent) -> None:
-        if agent.replica >= len(self.replicas):
-            agent.replica = min(range(len(self.replicas)), key=self._residents)
+        agent.replica = self._route(agent)
         output = self._tokens(self.workload.output_tokens)
         work = output / self.workload.output_tokens * self._gamma(1.0, self.workload.service_cv)
-        turn = f"turn-{next(self._turns)}"
+        number = next(self._turns)
+        turn = f"turn-{number}"
+        self._chosen[self.replicas[agent.replica].name] = number + 1
         self._flying[turn] = agent, self.now, agent.replica
-        job = Job(agent.session, turn, self.now, agent.context, output, work)
+        job = Job(agent.session, turn, self.now, agent.context, agent.held, output, work)
         self.replicas[agent.replica].submit(job, self.now)
 
     def _finish(self, job: Job, replica: Replica) -> None:
@@ -489,8 +507,10 @@ class ClosedLoop:
                 prompt_tokens=job.prompt,
                 completion_tokens=job.output,
                 cached_tokens=max(0, job.cached),
+                expected_cached_tokens=job.held or None,
             )
         )
+        agent.held = job.prompt + job.output - 1
         self._think(agent, job.output)
 
     def _think(self, agent: Agent, output: int) -> None:
@@ -512,7 +532,9 @@ class ClosedLoop:
         kv_usage = {replica.name: replica.kv_usage for replica in self.replicas}
         known = {name: usage for name, usage in kv_usage.items() if usage is not None}
         at = START + self._next_sample
-        self.samples.append(Sample(at, in_flight, queued, len(self._agents), oldest_s, known))
+        waiting = {agent.number for agent, _, _ in self._flying.values()}
+        agents = sum(agent.turn > 0 or agent.number in waiting for agent in self._agents.values())
+        self.samples.append(Sample(at, in_flight, queued, agents, oldest_s, known))
         self._next_sample += 1.0
 
 
@@ -551,8 +573,20 @@ def judge(loop: ClosedLoop, kv_tokens: int | None = None, slots: int | None = No
 def show(analysis: CapacityAnalysis, loop: ClosedLoop, kv_tokens: int | None = None, slots: int | None = None) -> None:
     """Give what the fleet did since it was shown last, and forget it here."""
     for sample in loop.samples:
-        in_flight, agents = sample.in_flight, sample.agents
-        analysis.sample(FleetSample(sample.at, loop.model, "simulated", in_flight, agents, slots, kv_tokens))
+        in_flight, agents, turns = sample.in_flight, sample.agents, sum(sample.in_flight.values()) + sample.queued
+        analysis.sample(
+            FleetSample(
+                sample.at,
+                loop.model,
+                "simulated",
+                in_flight,
+                agents,
+                slots,
+                kv_tokens,
+                waiting_agents=turns,
+                open_turns=turns,
+            )
+        )
     for record in loop.records:
         analysis.add(record)
     loop.samples.clear()

@@ -228,6 +228,7 @@ def busy(replicas: int = 4, clients: int = 6, sessions: int = 40, **changes: Any
             "sampled_at": NOW,
         },
         "analysis": analysis("GPU-BOUND"),
+        "runs": [],
         "watchdog": [
             {
                 "kind": "repeating",

@@ -20,6 +20,7 @@ from agent_infra_core.insight.history import RESTORED_S, History, HistoryBatch, 
 from agent_infra_core.insight.measure import fleet_samples
 from agent_infra_core.insight.metrics import StatsMetrics, TurnMetrics, metrics_text
 from agent_infra_core.insight.replicas import as_mapping
+from agent_infra_core.insight.runs import RunBook
 from agent_infra_core.insight.tracker import Tracker
 from agent_infra_core.insight.turns import TurnRecord
 from agent_infra_core.protocol import ReplicaRecord, SessionEnded, TurnEvent
@@ -51,17 +52,21 @@ class Analyst:
     reads the analysis or no turn has ended since the last one.
     """
 
-    def __init__(self, tracker: Tracker, log: Callable[[str, str], None]) -> None:
+    def __init__(self, tracker: Tracker, log: Callable[[str, str], None], latency_goal_s: float | None = None) -> None:
         """``log`` takes a message and its level."""
         self._tracker, self._log = tracker, log
-        self._analysis = CapacityAnalysis(time.time, random.Random())  # noqa: S311  dice, not keys
+        dice = random.Random()  # noqa: S311  not keys
+        self._analysis = CapacityAnalysis(time.time, dice, latency_goal_s)
         self._stop = threading.Event()
         self._change = threading.Event()  # _stop or _is_watched has changed
         self._is_watched = False
         self._thread = threading.Thread(target=self._run, name="analysis", daemon=True)
         self._told: str | None = None  # the error logged last
         self._has_news = False  # set when data is added, cleared by the thread
+        self._runs = RunBook()
+        self._ends_at: dict[str, list[float]] = {}  # model → walltimes of its replicas
         self.document: list[dict[str, Any]] = []  # ``analysis`` of /stats; replaced as a whole, so readers need no lock
+        self.runs: list[dict[str, Any]] = []  # ``runs`` of /stats; likewise
 
     def start(self) -> None:
         self._thread.start()
@@ -77,16 +82,29 @@ class Analyst:
         """Add finished turns."""
         for record in turns:
             self._analysis.add(record)
+            self._runs.add(record)
             self._has_news = True
+
+    def announce_run(self, name: str, tasks: int) -> None:
+        """Begin a run of so many tasks, or change their number."""
+        self._runs.announce(name, tasks, time.time())
+        self._has_news = True
 
     def end_session(self, session: str, at: float) -> None:
         """Record that an agent ended its session."""
         self._analysis.end(session, at)
+        self._runs.end_session(session)
         self._has_news = True
 
     def sample(self, replicas: Iterable[Mapping[str, Any]]) -> None:
         """Sample the fleets from the rows of Tracker.replicas; call once a second."""
-        for sample in fleet_samples(time.time(), replicas, self._tracker.silences(), self._analysis.presence):
+        rows = list(replicas)
+        ends_at: dict[str, list[float]] = {}
+        for row in rows:
+            if row["state"] == "ready" and row["ends_at"] is not None:
+                ends_at.setdefault(row["model"], []).append(row["ends_at"])
+        self._ends_at = ends_at
+        for sample in fleet_samples(time.time(), rows, self._tracker.silences(), self._analysis.presence):
             self._analysis.sample(sample)
 
     def watch(self, is_watched: bool) -> None:
@@ -112,8 +130,9 @@ class Analyst:
         began = time.thread_time()
         try:
             self.document, self._told = self._analysis.document(), None
+            self.runs = self._runs.document(time.time(), self._analysis.model, self._ends_at, self._analysis.dice)
         except Exception as error:  # noqa: BLE001  an analysis that fails must not end the next
-            self.document = []  # no data is better than old data
+            self.document, self.runs = [], []  # no data is better than old data
             if self._told != repr(error):
                 self._log(f"the analysis failed: {traceback.format_exc().strip()}", "error")
             self._told = repr(error)
@@ -140,7 +159,7 @@ class Bookkeeper:
         self._told_totals = dict(tracker.totals)
         self._verdicts_due = 0.0
         self._told_until = 0.0  # points of throughput.history up to this time have been written
-        self._analyst = Analyst(tracker, log)
+        self._analyst = Analyst(tracker, log, config.analysis.latency_goal_s)
         self._metrics = TurnMetrics()
 
     def open(self) -> None:
@@ -227,11 +246,25 @@ class Bookkeeper:
         self._analyst.sample(replicas)
         self._keep_verdicts(self._analyst.document, time.time())
 
+    def announce_run(self, name: str, tasks: int) -> None:
+        """Begin a run of so many tasks, or change their number."""
+        self._analyst.announce_run(name, tasks)
+
+    @property
+    def runs(self) -> list[dict[str, Any]]:
+        """``runs`` of /stats."""
+        return self._analyst.runs
+
     def document(self) -> dict[str, Any]:
-        """``history``, ``accounting`` and ``analysis`` of /stats."""
+        """``history``, ``accounting``, ``analysis`` and ``runs`` of /stats."""
         off = {"path": None, "state": "off", "reason": None, "turns": None}
         history = self._history.document() if self._history is not None else off
-        return {"history": history, "accounting": self._replica_time.document(), "analysis": self._analyst.document}
+        return {
+            "history": history,
+            "accounting": self._replica_time.document(),
+            "analysis": self._analyst.document,
+            "runs": self.runs,
+        }
 
     def close(self, takes_rest: bool = True) -> None:
         """Write the remaining data. Pass ``takes_rest=False`` if the controller's thread may still use the tracker."""

@@ -332,6 +332,11 @@ class Controller:
             body = self._books.metrics(stats).decode() if request["op"] == "metrics" else ""
             self._answer(request, 200, METRICS_TYPE, body)
             return
+        if request["op"] in ("runs", "run"):
+            if request["op"] == "run":
+                self._books.announce_run(request["name"], request["tasks"])
+            self._answer(request, 200, "application/json", json.dumps({"runs": self._books.runs}))
+            return
         if request["op"] == "session":
             document = self._tracker.session(request["session"])
             error = "this session is unknown or was forgotten; /stats lists the known ones"

@@ -6,21 +6,37 @@ import dataclasses
 import math
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from agent_infra_core.insight.capacity import LEAST_TURNS, Basis, Estimate, Outlook, capacity_models, percent
+from agent_infra_core.insight.capacity import (
+    LEAST_TURNS,
+    RESAMPLES,
+    STRUCTURE,
+    Basis,
+    CapacityModel,
+    Estimate,
+    Outlook,
+    capacity_models,
+    misfit,
+    percent,
+    widened,
+)
 from agent_infra_core.insight.fit import ServiceFit, ThinkFit, fit_service, fit_think, regress
 from agent_infra_core.insight.measure import (
+    MOST_ABORTED,
     FleetSample,
     Measured,
     ObservedTurn,
+    Operating,
     kv_agent_limit,
     littles_law,
     measure,
     mix_change,
     observed_turn,
     operating,
+    operating_change,
+    think_change,
 )
 from agent_infra_core.insight.suggestion import cost, figures, suggest
 from agent_infra_core.insight.turns import TurnRecord
@@ -34,7 +50,11 @@ MAX_SAMPLES = 900  # of the fleet, one per second
 MAX_INBOX = 10_000  # items that wait for the next document()
 MAX_ANALYSED = 32  # pairs of model and GPU type; above this, the longest silent pair is dropped
 OPERATING_S = 300.0  # window of the current figures, or five cycles of an agent if they take longer
+WINDOW_S = 60.0  # predicted and measured throughput are compared in windows of this length
 SETTLED_CHANGE = 5  # consecutive samples that must agree on a new number of replicas
+HELD_S = 15.0  # a new verdict replaces one that was shown after it has been found for this long
+KEPT_FITS = 40  # fits of the think time, one every FITS_S, for how long a silence was to be expected when it began
+FITS_S = 15.0
 
 
 class FleetAnalysis:
@@ -53,7 +73,25 @@ class FleetAnalysis:
         self._why = ""  # reason for that restart
         self._flagged: dict[str, float] = {}  # flag → time it was raised
         self._replicas: int | None = None
-        self.think: ThinkFit | None = None
+        self._speed_since: dict[str, float] = {}  # replica → time its speed last changed
+        self._thinks: tuple[tuple[float, ThinkFit], ...] = ()  # (time of the fit, fit), oldest first
+        self.model_now: CapacityModel | None = None  # the latest fit; None if it may not be reported
+        self._shown: dict[str, Any] | None = None  # the verdict shown last
+        self._rival_since = math.inf  # time since when another one has been found
+
+    def presence(self, silent_s: float, now: float) -> float:
+        """Probability that a silent session is still thinking. A guess until think times are known.
+
+        Where sessions report their end, the fit made before the silence began judges it: those who died together can't
+        pass for the long think times of the living.
+        """
+        if not self._thinks:
+            return float(silent_s < 60)
+        think = self._thinks[-1][1]
+        if think.ends_reported:
+            older = [fit for at, fit in self._thinks if at <= now - silent_s]
+            think = older[-1] if older else self._thinks[0][1]
+        return think.presence(silent_s)
 
     def sample(self, sample: FleetSample) -> None:
         """Add a sample. Restart the fit if the number of replicas has changed for SETTLED_CHANGE samples."""
@@ -73,6 +111,7 @@ class FleetAnalysis:
     def _restart(self, at: float, why: str) -> None:
         self._since, self._why = max(self._since, at), why
         self._remembered.clear()
+        self._speed_since.clear()
         # Keep turns that ended after the restart: later turns overlapped with them.
         self._turns = [turn for turn in self._turns if turn.end >= at]
         while self._samples and self._samples[0].at < at:
@@ -91,9 +130,9 @@ class FleetAnalysis:
 
     def _forget(self, before: float) -> None:
         gone, self._turns = self._turns, [turn for turn in self._turns if turn.end >= before]
-        rows, beginnings, replica = measure(gone, self._start, before)
+        rows, beginnings, replica, _ = measure(gone, self._start, before, self._speed_since)
         if len(rows.seconds) >= LEAST_TURNS:
-            regress(rows, beginnings, replica)
+            rows.seconds /= regress(rows, beginnings, replica).speed
             for row in zip(*dataclasses.astuple(rows), strict=True):
                 load = math.floor(2 * math.log2(max(1.0, row[3])))
                 self._remembered.setdefault(load, deque(maxlen=REMEMBERED)).append(row)
@@ -117,12 +156,14 @@ class FleetAnalysis:
         columns = zip(dataclasses.astuple(rows), np.array(kept).T, strict=True)
         return Measured(*(np.concatenate(pair) for pair in columns))
 
-    def document(self, now: float, ended: Mapping[str, float], rng: Any) -> dict[str, Any]:
+    def document(self, now: float, ended: Mapping[str, float], goal_s: float | None, rng: Any) -> dict[str, Any]:
         """This model's entry of ``analysis`` in /stats, at time ``now``."""
-        change = mix_change([turn for turn in self._turns if turn.begin >= self._start])
+        start = self._start
+        change = mix_change([turn for turn in self._turns if turn.begin >= start])
         if change is not None:
             self._restart(change[0], f"the {change[1]} changed")
         outlook = self._outlook(now, ended, rng)
+        self.model_now = None if outlook.few or outlook.reason or outlook.evicting else outlook.model
         what_ifs = outlook.what_ifs()
         flags = find_flags(outlook, self._samples)
         self._flagged = {name: self._flagged.get(name, now) for name in flags}
@@ -132,15 +173,29 @@ class FleetAnalysis:
             "gpu": self.gpu,
             "replicas": self.replicas,
             "computed_at": now,
-            "verdict": judge(outlook, what_ifs),
+            "verdict": self._verdict(outlook, what_ifs, now),
             "flags": [{"name": name, "since": self._flagged[name], "sentence": flags[name]} for name in flags],
             **figures(outlook),
-            "suggestion": suggest(outlook),
+            "suggestion": suggest(outlook, goal_s),
             "curve": outlook.curve(),
             "what_ifs": what_ifs,
             "cost": cost(outlook, gpus, self._turns, ended, rng),
             "littles_law": littles_law(outlook.here, None if outlook.few else outlook.model.think_s or None),
         }
+
+    def _verdict(self, outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]], now: float) -> dict[str, Any]:
+        """The verdict to show: one that differs from the last is shown when it has been found for HELD_S."""
+        before = self._shown["name"] if self._shown else None
+        found = judge(outlook, what_ifs, before)
+        if found["name"] == before:
+            self._rival_since = math.inf
+        else:
+            self._rival_since = min(self._rival_since, now)
+            if self._shown and before != "NO DATA" and not outlook.few and now < self._rival_since + HELD_S:
+                return self._shown
+            self._rival_since = math.inf
+        self._shown = found
+        return found
 
     def _outlook(self, now: float, ended: Mapping[str, float], rng: Any) -> Outlook:
         """Fit the model and collect all figures for the document."""
@@ -148,35 +203,68 @@ class FleetAnalysis:
         recent = [turn.seconds for turn in self._turns[-500:]]
         # Turns are recorded when they end, so figures on turns that began after this may still change.
         settled = now - min(120.0, 1.1 * max(recent, default=0.0))
-        self.think = fit_think(self._turns, start, settled, ended, rng)
-        think_s = self.think.mean_s if self.think else None
+        think_since = max(start, think_change([turn for turn in self._turns if turn.end >= start]))
+        think = self._fit_think(think_since, settled, ended, rng)
+        think_s = think.mean_s if think else None
         cycle_s = (think_s or 0.0) + sum(recent) / max(1, len(recent))
-        since = max(start, now - max(OPERATING_S, 5 * cycle_s), self._samples[0].at if self._samples else 0.0)
+        point = max(think_since, operating_change(self._turns, self._samples), *self._speed_since.values(), 0.0)
+        since = max(point, now - max(OPERATING_S, 5 * cycle_s), self._samples[0].at if self._samples else 0.0)
         here = operating(self._turns, self._samples, since, now, rng)
-        measured, beginnings, replica = measure(self._turns, start, settled)
+        measured, beginnings, replica, names = measure(self._turns, start, settled, self._speed_since)
         rows = self._with_remembered(measured)
-        turns, few = len(rows.seconds), None
+        turns, few, slots = len(rows.seconds), None, last.slots if last else None
         if turns < LEAST_TURNS:
             few = f"{turns} of {LEAST_TURNS} turns{self._why and f' since {self._why}'}: too few for any number"
         elif not here.turns:
             few = f"no turn ended in the last {here.window_s:.0f} s"
-        fit = fit_service(rows, beginnings, replica, rng) if few is None else None
+        fit = fit_service(rows, beginnings, replica, names, since, rng) if few is None else None
+        if fit is not None:
+            self._speed_since |= fit.changes
+            fit = fit.at_full_slots(here, self.replicas, slots)
         law = littles_law(here, think_s)
         agents = here.agents if here.agents is not None else law["agents_computed"]
-        model, draws = capacity_models(max(1, self.replicas), fit, self.think, last.slots if last else None)
+        model, draws = capacity_models(max(1, self.replicas), fit, think, here.parallel, slots)
+        if fit is not None and agents:
+            draws = widened(
+                model, draws, agents, self._misfit(model, max(point, self._samples[0].at if last else 0), now)
+            )
         kv_tokens = (last.kv_capacity_tokens or 0) * self.replicas if last else 0
         return Outlook(
             model=model,
             draws=draws,
             fit=fit,
-            think=self.think,
+            think=think,
             here=here,
             agents=agents or 0.0,
             basis=Basis(turns, round(float(rows.begin.max() - rows.begin.min()), 1) if turns else 0.0),
-            reason=self._refusal(fit, agents, law),
+            reason=self._refusal(fit, think, here, agents, law),
             few=few,
-            kv=kv_agent_limit([turn for turn in self._turns if turn.end >= start], kv_tokens, rng),
+            doubt=1 + STRUCTURE * rng.standard_normal(RESAMPLES),
+            kv=kv_agent_limit([turn for turn in self._turns if turn.end >= start], kv_tokens, self.replicas, rng),
         )
+
+    def _fit_think(self, since: float, until: float, ended: Mapping[str, float], rng: Any) -> ThinkFit | None:
+        think = fit_think(self._turns, since, until, ended, lambda silent_s: self.presence(silent_s, until), rng)
+        if think is not None:
+            kept = self._thinks
+            if len(kept) > 1 and kept[-1][0] < kept[-2][0] + FITS_S:
+                kept = kept[:-1]  # the latest fit is always there; of earlier ones, one every FITS_S
+            self._thinks = (*kept, (until, think))[-KEPT_FITS:]
+        return think
+
+    def _misfit(self, model: CapacityModel, since: float, until: float) -> float:
+        """How far the model's X is off in earlier windows of the same run."""
+        import numpy as np
+
+        edges = np.arange(until, since - 1e-6, -WINDOW_S)[::-1]
+        looks = [(look.at, look.active_agents) for look in self._samples if look.active_agents is not None]
+        if len(edges) < 2 or not looks:
+            return misfit(model, np.zeros(0), np.zeros(0), WINDOW_S)
+        turns, _ = np.histogram([turn.end for turn in self._turns if not turn.is_aborted], edges)
+        number, _ = np.histogram([at for at, _ in looks], edges)
+        agents, _ = np.histogram([at for at, _ in looks], edges, weights=[agents for _, agents in looks])
+        known = (number > 0) & (agents > 0)
+        return misfit(model, agents[known] / number[known], turns[known], WINDOW_S)
 
     @property
     def replicas(self) -> int:
@@ -185,12 +273,24 @@ class FleetAnalysis:
             return len(self._samples[-1].in_flight)
         return len({turn.replica for turn in self._turns})
 
-    def _refusal(self, fit: ServiceFit | None, agents: float | None, law: Mapping[str, Any]) -> str | None:
+    def _refusal(
+        self,
+        fit: ServiceFit | None,
+        think: ThinkFit | None,
+        here: Operating,
+        agents: float | None,
+        law: Mapping[str, Any],
+    ) -> str | None:
         """Why figures that depend on the fit are withheld; None if they may be reported."""
-        if self.think is None:
+        if think is None:
             return "think times are not known: no session had two turns (name them: attach() or X-Session-ID)"
         if not self.replicas or not agents:
             return "no agent is active" if self.replicas else "no replica serves"
+        if here.aborted > MOST_ABORTED:
+            return (
+                f"{percent(here.aborted)} of the turns had no answer: clients left or turns failed, and what these did "
+                "at another load cannot be told"
+            )
         if law["holds"] is False:
             return (
                 f"Little's law is off by {percent(abs(law['error']))}: {law['agents_computed']:.4g} agents by the "
@@ -216,8 +316,8 @@ class CapacityAnalysis:
     repeatable.
     """
 
-    def __init__(self, clock: Callable[[], float], dice: random.Random) -> None:
-        self._clock, self._dice = clock, dice
+    def __init__(self, clock: Callable[[], float], dice: random.Random, latency_goal_s: float | None = None) -> None:
+        self._clock, self._dice, self._goal_s = clock, dice, latency_goal_s
         self._inbox: deque[TurnRecord | FleetSample | tuple[str, float]] = deque(maxlen=MAX_INBOX)
         self._fleets: OrderedDict[tuple[str, str | None], FleetAnalysis] = OrderedDict()
         self._homes: OrderedDict[str, tuple[str, str | None]] = OrderedDict()  # replica → model and GPU type
@@ -238,8 +338,18 @@ class CapacityAnalysis:
     def presence(self, model: str, gpu: str | None, silent_s: float) -> float:
         """Probability that a silent session is still thinking. A guess until think times are known."""
         fleet = self._fleets.get((model, gpu))
-        think = fleet.think if fleet is not None else None
-        return think.presence(silent_s) if think is not None else float(silent_s < 60)
+        return fleet.presence(silent_s, self._clock()) if fleet is not None else float(silent_s < 60)
+
+    def dice(self) -> Any:
+        """A numpy random generator."""
+        import numpy as np
+
+        return np.random.default_rng(self._dice.getrandbits(64))
+
+    def model(self, name: str | None) -> CapacityModel | None:
+        """The model of the fleet that serves ``name``, as fitted by the latest document(); None if none may be used."""
+        fitted = [fleet.model_now for fleet in self._fleets.values() if fleet.model == name and fleet.model_now]
+        return fitted[-1] if fitted else None
 
     def document(self) -> list[dict[str, Any]]:
         """One entry per model and GPU type that had a turn, as described in docs/stats.schema.json."""
@@ -248,10 +358,8 @@ class CapacityAnalysis:
         fleets = [fleet for fleet in self._fleets.values() if fleet.has_turns]
         if not fleets:
             return []  # don't load numpy without traffic
-        import numpy as np
-
-        rng = np.random.default_rng(self._dice.getrandbits(64))
-        return [_plain(fleet.document(now, self._ended, rng)) for fleet in fleets]
+        rng = self.dice()
+        return [_plain(fleet.document(now, self._ended, self._goal_s, rng)) for fleet in fleets]
 
     def _sort_inbox(self, now: float) -> None:
         arrived = [self._inbox.popleft() for _ in range(len(self._inbox))]

@@ -16,8 +16,12 @@ LEAST_TURNS = 30  # with fewer turns, no figures are reported; below POINT_TURNS
 POINT_TURNS = 300
 RESAMPLES = 300
 CONFIDENCE = 0.9  # share of resampled fits needed for a verdict, and confidence level of intervals
+FULL = 0.7  # share of samples with every slot taken above which slots are the limit
 GROWTH_LIMIT = 2.0  # no predictions above this many times the highest number of turns in flight seen
-MAX_CURVE_POINTS = 60
+MAX_CURVE_POINTS = 40
+SHARED_TOOLS = "agents think longer the more of them think: they share tools, which the model doesn't have"
+STRUCTURE = 0.06  # standard error of a predicted change, as a share of it: what the model leaves out
+LEAST_MISFIT = 0.01  # relative error of X that every prediction allows for
 EPSILON = 1e-9  # lower bound for denominators that may be zero
 Figure = Any  # a float, or an array with one value per resampled fit
 Array = Any  # a numpy array; naming the type would import numpy
@@ -32,21 +36,23 @@ class CapacityModel:
     N = X·(Z + R) (Denning & Buzen 1978, "The Operational Analysis of Queueing Network Models"; Lazowska et al. 1984,
     "Quantitative System Performance", ch. 3) and Little's law n = X·R / k (Little 1961) this is a quadratic in n.
     The model replaces distributions by their means. n includes the turn itself. A turn that runs alone loses part of
-    its own share B, so X is too high by at most B / (Z + A + B). Any field may be an array of draws.
+    its own share B, so X is too high by at most B / (Z + A + B). An agent that sends p turns at once waits R / p for
+    each. Any field but the slots may be an array of draws.
     """
 
     replicas: Figure  # k
     base_s: Figure  # A
     per_request_s: Figure  # B
-    think_s: Figure  # Z
+    think_s: Figure  # Z, per turn
+    parallel: Figure = 1.0  # p: turns in flight of an agent that waits
     slots: float = math.inf  # of one replica
 
     def in_flight(self, agents: Figure) -> Figure:
-        """Turns in flight on each replica: n = [−q + √(q² + 4ABm)] / 2B with m = N/k, q = Z + A − mB."""
+        """Turns in flight on each replica: n = [−q + √(q² + 4ABm)] / 2B with m = pN/k, q = pZ + A − mB."""
         import numpy as np
 
-        crowd = agents / self.replicas
-        slack = self.think_s + self.base_s - crowd * self.per_request_s
+        crowd = self.parallel * agents / self.replicas
+        slack = self.parallel * self.think_s + self.base_s - crowd * self.per_request_s
         root = (slack**2 + 4 * self.base_s * self.per_request_s * crowd) ** 0.5
         # Numerator and denominator are multiplied by (q + √…), which also works for B = 0.
         return np.minimum(2 * self.base_s * crowd / np.maximum(slack + root, EPSILON), self.slots)
@@ -59,6 +65,10 @@ class CapacityModel:
         """X = k·n / (A + B·n), in turns per second."""
         return self.replicas * self.in_flight(agents) / self.answer_s(agents)
 
+    def wait_s(self, agents: Figure) -> Figure:
+        """W = p·(N/X − Z): time from a turn's arrival to its answer, with the wait for a slot, in seconds."""
+        return self.parallel * (agents / self.throughput(agents) - self.think_s)
+
     def utilisation(self, agents: Figure) -> Figure:
         """ρ = B·X / k: throughput of a replica as a fraction of its maximum, 1 / B turns per second."""
         return self.per_request_s * self.throughput(agents) / self.replicas
@@ -66,12 +76,12 @@ class CapacityModel:
     def shares(self, agents: Figure) -> tuple[Figure, Figure, Figure]:
         """Elasticities of X: ``(agent, base latency, contention)``, the rise of X in % for 1 % less of each.
 
-        d ln X / d ln of Z, A and 1/k, from X = N / (Z + R) and R = A / (1 − ρ): with D = Z + R + R·ρ/(1 − ρ) they are
-        Z/D, R/D and the rest, and sum to 1.  When the slots are full, X depends only on the replicas.
+        d ln X / d ln of Z, A and 1/k, from X = N / (Z + R/p) and R = A / (1 − ρ): with D = Z + (R + R·ρ/(1 − ρ))/p they
+        are Z/D, (R/p)/D and the rest, and sum to 1.  When the slots are full, X depends only on the replicas.
         """
         import numpy as np
 
-        answer, busy = self.answer_s(agents), self.utilisation(agents)
+        answer, busy = self.answer_s(agents) / self.parallel, self.utilisation(agents)
         crowding = answer * busy / np.maximum(1 - busy, EPSILON)
         whole = self.think_s + answer + crowding
         is_full = self.in_flight(agents) >= self.slots
@@ -80,24 +90,23 @@ class CapacityModel:
 
     @property
     def knee(self) -> Figure:
-        """N* = k·(Z + A + B) / B, where the asymptotes of X, N / (Z + A + B) and k / B, meet."""
+        """N* = k·(Z + (A + B)/p) / B, where the asymptotes of X, N / (Z + (A + B)/p) and k / B, meet."""
         import numpy as np
 
-        return (
-            self.replicas * (self.think_s + self.base_s + self.per_request_s) / np.maximum(self.per_request_s, EPSILON)
-        )
+        alone = (self.base_s + self.per_request_s) / self.parallel
+        return self.replicas * (self.think_s + alone) / np.maximum(self.per_request_s, EPSILON)
 
     def agents_at(self, in_flight: Figure) -> Figure:
-        """N that puts n turns in flight on each replica: k·n·(Z + A + B·n) / (A + B·n)."""
+        """N that puts n turns in flight on each replica: k·n·(Z + R/p) / R with R = A + B·n."""
         answer = self.base_s + self.per_request_s * in_flight
-        return self.replicas * in_flight * (self.think_s + answer) / answer
+        return self.replicas * in_flight * (self.think_s + answer / self.parallel) / answer
 
     def agents_at_utilisation(self, utilisation: float) -> Figure:
-        """N at utilisation ρ: (kρ/B)·(Z + A/(1 − ρ))."""
+        """N at utilisation ρ: (kρ/B)·(Z + A/(p·(1 − ρ)))."""
         import numpy as np
 
         rate = self.replicas * utilisation / np.maximum(self.per_request_s, EPSILON)
-        return rate * (self.think_s + self.base_s / (1 - utilisation))
+        return rate * (self.think_s + self.base_s / (1 - utilisation) / self.parallel)
 
 
 @dataclass(frozen=True)
@@ -137,8 +146,11 @@ def estimate(unit: str, basis: Basis, value: Figure, draws: Figure = None, reaso
         reason = f"{basis.turns} of {LEAST_TURNS} turns: too few for any number"
     if reason is not None or value is None:
         return Estimate(None, None, None, unit, basis, reason or "not known")
-    spread = np.atleast_1d(value if draws is None else draws)
-    low, high = (significant(bound) for bound in np.quantile(spread, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
+    spread = np.sort(np.atleast_1d(value if draws is None else draws))
+    at = np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]) * (len(spread) - 1)
+    low, high = map(
+        significant, np.interp(at, np.arange(len(spread)), spread)
+    )  # as np.quantile, in a tenth of its time
     if high is None or not math.isfinite(value) or abs(high) > 1e6 * (1 + abs(low or 0)):
         few = "the load was too light to tell how a replica slows down under more"
         return Estimate(None, low, None, unit, basis, few)
@@ -162,6 +174,14 @@ class Outlook:
     reason: str | None  # why figures that depend on the fit are withheld
     few: str | None  # why all figures are withheld
     kv: tuple[float, Array] | None
+    doubt: (
+        Array  # factors on the draws of a change: it is known to within STRUCTURE of itself, however much was measured
+    )
+
+    @property
+    def is_full(self) -> bool:
+        """Whether turns wait because every slot is taken."""
+        return self.here.full >= FULL
 
     def told(self, unit: str, figure: Callable[[CapacityModel], Figure], reason: str | None = None) -> Estimate:
         """Estimate a figure that depends on the fit. A ``reason`` withholds it."""
@@ -187,11 +207,18 @@ class Outlook:
 
     def beyond(self, agents: float) -> str | None:
         """Why no prediction is made for this many agents; None if one is."""
+        if self.crowding and agents != self.agents:
+            return SHARED_TOOLS
         if self.fit is not None and self.fit.is_alone and agents > self.agents:
             return "no replica ever served two turns at once, so it cannot be told how one slows down"
         if agents > self.most_agents * 1.0001:
             return f"{agents:.0f} agents are beyond twice the load seen; run more than {self.agents:.0f} to know"
         return None
+
+    @property
+    def crowding(self) -> float:
+        """The exponent by which think time grows with the agents that think."""
+        return self.think.crowding if self.think else 0.0
 
     @property
     def evicting(self) -> str | None:
@@ -203,16 +230,22 @@ class Outlook:
     def what_if(self, name: str, change: Callable[[CapacityModel], CapacityModel], agents: float) -> dict[str, Any]:
         """Throughput after a change to the system, and the gain as a fraction."""
         reason = self.evicting or self.beyond(agents)
+        if self.crowding and change(self.model).think_s != self.model.think_s:
+            reason = SHARED_TOOLS
         if reason is None and self.kv is not None and self.agents < agents and agents > self.kv[0]:
             reason = f"the contexts of {agents:.0f} agents would not fit into the KV cache"
+        rate = self.told("turns/h", lambda model: 3600 * change(model).throughput(agents), reason)
+        if rate.low is None or agents == 0:
+            return {
+                "name": name,
+                "turns_per_hour": rate,
+                "change": estimate("fraction", self.basis, None, reason=rate.reason),
+            }
+        value, draws = (change(m).throughput(agents) / m.throughput(self.agents) - 1 for m in (self.model, self.draws))
         return {
             "name": name,
-            "turns_per_hour": self.told("turns/h", lambda model: 3600 * change(model).throughput(agents), reason),
-            "change": self.told(
-                "fraction",
-                lambda model: change(model).throughput(agents) / model.throughput(self.agents) - 1,
-                reason,
-            ),
+            "turns_per_hour": rate,
+            "change": estimate("fraction", self.basis, float(value), draws * self.doubt),
         }
 
     def what_ifs(self) -> list[dict[str, Any]]:
@@ -265,23 +298,58 @@ def in_words(what: Mapping[str, Any], with_range: bool = False) -> str:
         return f"{what['name']} → {low} % turns/h"
     if change.value is None:
         return f"{what['name']} → {low} to {high} % turns/h"
-    words = f"{what['name']} → {100 * change.value:+.0f} %".replace("-", "−")
+    value = f"{100 * change.value:+.0f}".replace("-", "−")
+    words = f"{what['name']} → {value} %"
     return f"{words} turns/h [{low.lstrip('+')}, {high.lstrip('+')}]" if with_range else words
 
 
 def capacity_models(
-    replicas: int, fit: ServiceFit | None, think: ThinkFit | None, slots: int | None
+    replicas: int, fit: ServiceFit | None, think: ThinkFit | None, parallel: float, slots: int | None
 ) -> tuple[CapacityModel, CapacityModel]:
     """The models of the estimates and of their draws. Without a fit, A and B are placeholders: don't use them."""
     import numpy as np
 
     zeros = np.zeros(RESAMPLES)
     limit = float(slots) if slots else math.inf
-    point = CapacityModel(replicas, 1.0, 0.0, think.mean_s if think else 0.0, limit)
-    draws = CapacityModel(replicas, zeros + 1, zeros, think.draws if think else zeros, limit)
+    point = CapacityModel(replicas, 1.0, 0.0, think.mean_s if think else 0.0, parallel, limit)
+    draws = CapacityModel(replicas, zeros + 1, zeros, think.draws if think else zeros, parallel, limit)
     if fit is None:
         return point, draws
     return (
         dataclasses.replace(point, base_s=fit.base_s, per_request_s=fit.per_request_s),
         dataclasses.replace(draws, base_s=fit.base_draws, per_request_s=fit.per_request_draws),
+    )
+
+
+def misfit(model: CapacityModel, agents: Array, turns: Array, window_s: float) -> float:
+    """Relative error of X in earlier windows, beyond what counting explains: at least LEAST_MISFIT.
+
+    ``agents`` and ``turns`` have one value per window of ``window_s``.
+    """
+    import numpy as np
+
+    error = np.log(model.throughput(agents) * window_s / np.maximum(turns, 1.0))
+    beyond = float(np.mean(error**2 - 0.5 / np.maximum(turns, 1.0))) if len(turns) else 0.0
+    return max(LEAST_MISFIT, math.sqrt(max(beyond, 0.0)))
+
+
+def widened(model: CapacityModel, draws: CapacityModel, agents: float, error: float) -> CapacityModel:
+    """Draws of A, B and Z spread so that those of X are off by ``error`` besides what resampling explains.
+
+    Resampled fits differ by what turns happened; they agree on what the model leaves out.
+    """
+    import numpy as np
+
+    rate = draws.throughput(agents)
+    spread = max(float(np.std(rate) / np.mean(rate)), EPSILON)
+    factor = min(math.hypot(spread, error) / spread, 10.0)
+
+    def spread_out(value: float, drawn: Array) -> Array:
+        return np.maximum(value + factor * (drawn - value), 0.1 * value)
+
+    return dataclasses.replace(
+        draws,
+        base_s=spread_out(model.base_s, draws.base_s),
+        per_request_s=spread_out(model.per_request_s, draws.per_request_s),
+        think_s=spread_out(model.think_s, draws.think_s),
     )

@@ -3,22 +3,47 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from agent_infra_core.insight.capacity import EPSILON, RESAMPLES, Array
+from agent_infra_core.insight.capacity import EPSILON, FULL, RESAMPLES, Array
+from agent_infra_core.insight.statistics import STEP_RATIO, change_point, interval_widening, resample_counts
 
 if TYPE_CHECKING:
-    from agent_infra_core.insight.measure import Beginnings, Measured, ObservedTurn
+    from agent_infra_core.insight.capacity import CapacityModel
+    from agent_infra_core.insight.measure import Beginnings, Measured, ObservedTurn, Operating
 
 MAX_SILENCES = 1200  # think times used to fit Z; with more, only every second, third, … session is used
+SLOW_FACTOR = 1.2  # a replica is as fast as the others unless it differs by more, and by SURE_ERRORS standard errors
+SURE_ERRORS = 6.0
+LEAST_SPEED_TURNS = 20  # of a replica before its speed is judged
+ABANDONED = 0.01  # share of silences that never end where sessions report their end: agents that die
+LEAST_CROWDING = 0.5  # exponent that shows shared tools; early think times are the short ones, which looks like 0.3
+QUIET_S = 60.0  # a session silent for longer may have been abandoned
+REPORTING = 0.1  # reported ends, as a share of the quiet sessions, which show that clients report them
+
+
+@dataclass
+class SlowReplica:
+    """A replica's speed factor, and by what A and B of the fleet would change if it were as fast as the others."""
+
+    factor: float
+    base: float
+    per_request: float
+
+    def healed(self, model: CapacityModel) -> CapacityModel:
+        """The fleet with a replica of the others' speed in its place."""
+        return dataclasses.replace(
+            model, base_s=self.base * model.base_s, per_request_s=self.per_request * model.per_request_s
+        )
 
 
 @dataclass
 class ServiceFit:
-    """R(n) = A + B·n: the estimates of A and B and their resampled draws, in seconds."""
+    """R(n) = A + B·n of the fleet as it is: the estimates of A and B and their resampled draws, in seconds."""
 
     base_s: float
     per_request_s: float
@@ -27,68 +52,155 @@ class ServiceFit:
     turns: int
     most_in_flight: float  # 99th percentile of the turns in flight
     is_alone: bool  # no replica ever served two turns at once, so B is unknown
+    slow: Mapping[str, SlowReplica]
+    changes: Mapping[str, float]  # replica → when its speed changed, if it did
     reason: str | None = None  # why B can't be determined
+
+    def at_full_slots(self, here: Operating, replicas: int, slots: int | None) -> ServiceFit:
+        """The fit if B can't be determined but isn't needed: with every slot taken, R follows from X = k·c / R."""
+        if self.reason is None or not slots or here.full < FULL:
+            return self
+        answers = [slots * replicas / per_s for per_s in (here.per_s, here.per_s_draws)]
+        return dataclasses.replace(
+            self,
+            base_s=answers[0],
+            base_draws=answers[1],
+            per_request_s=0.0,
+            per_request_draws=0 * answers[1],
+            reason=None,
+        )
+
+
+@dataclass
+class Regression:
+    """The weighted regression of ``seconds / speed`` on ``design``."""
+
+    design: Array
+    weight: Array
+    found: Array  # coefficients
+    speed: Array  # factor of each turn's replica
+    off: Array  # relative error of each turn
+
+
+def _design(rows: Measured) -> Array:
+    """The regressors: 1, answer length, in flight x length, turns that began, excess context x length."""
+    import numpy as np
+
+    size = rows.size
+    return np.stack([np.ones(len(size)), size - 1, size * rows.in_flight, rows.began, size * rows.excess], axis=1)
 
 
 def _solve(design: Array, seconds: Array, weight: Array) -> Array:
     import numpy as np
 
-    scale = np.sqrt(weight)
-    return np.linalg.lstsq(design * scale[:, None], seconds * scale, rcond=1e-9)[0]
+    scaled = design * weight[:, None]
+    return np.linalg.pinv(scaled.T @ design, rcond=1e-9, hermitian=True) @ (scaled.T @ seconds)
 
 
-def _design(rows: Measured, in_flight: Array) -> Array:
-    """The regressors: 1, answer length, in flight x length, turns that began, excess context x length."""
-    import numpy as np
+def _speeds(design: Array, seconds: Array, weight: Array, base: Array, deviation: float, replica: Array) -> Array:
+    """The speed factor of each replica relative to the lower median; 1 unless it differs for sure.
 
-    size = rows.size
-    return np.stack([np.ones(len(size)), size - 1, size * in_flight, rows.began, size * rows.excess], axis=1)
-
-
-def regress(rows: Measured, beginnings: list[Beginnings], replica: Array) -> tuple[Array, Array, Array]:
-    """``(design, weights, coefficients)`` of the last of four passes; each pass needs the result of the one before.
-
-    Weights are 1/R², because errors are proportional to R. Rows off by more than five deviations (1.48 times the
-    median absolute deviation) are dropped. Two regressors depend on the fit. The in-flight count is weighted by the
-    speed at which the turn progressed (to second order). Turns that began are counted over the time that the turn
-    should have taken, since the time it did take would count a turn's own bad luck as its cause. ``replica`` numbers
-    the first rows; the rows after them are remembered ones, which don't change.
+    One Gauss-Newton step of R = f·(A + B·n + …) from f = 1: a regressor ``base`` for each replica but the one with most
+    turns is eliminated from the normal equations. Fitting A, B and f together tells a slow replica from one with more
+    turns in flight.
     """
     import numpy as np
 
-    now = len(replica)
-    typical = np.median(rows.seconds)
-    expected, weight, in_flight = rows.seconds * 0 + typical, np.ones(len(rows.seconds)), rows.in_flight
+    count = int(replica.max()) + 1
+    number = np.bincount(replica)
+    own = np.maximum(np.bincount(replica, weight * base**2), EPSILON)
+    cross = np.stack([np.bincount(replica, weight * base * column) for column in design.T], axis=1)
+    total = np.bincount(replica, weight * base * seconds)
+    cross[number.argmax()] = total[number.argmax()] = 0.0
+    scaled = design * weight[:, None]
+    inverse = np.linalg.pinv(scaled.T @ design - (cross / own[:, None]).T @ cross, rcond=1e-9, hermitian=True)
+    found = inverse @ (scaled.T @ seconds - cross.T @ (total / own))
+    gain = (total - cross @ found) / own
+    error = deviation * np.sqrt(1 / own + np.einsum("ri,ij,rj->r", cross, inverse, cross) / own**2)
+    known = number >= LEAST_SPEED_TURNS
+    if known.sum() < 2:
+        return np.ones(count)
+    factor = np.maximum(1 + gain, 0.1)
+    factor = factor / np.sort(factor[known])[(known.sum() - 1) // 2]
+    is_sure = np.abs(np.log(factor)) > np.maximum(math.log(SLOW_FACTOR), SURE_ERRORS * error)
+    return np.where(known & is_sure, factor, 1.0)
+
+
+def regress(rows: Measured, beginnings: list[Beginnings], replica: Array) -> Regression:
+    """The last of four passes; each pass needs the result of the one before.
+
+    Weights are 1/R², because errors are proportional to R. Rows off by more than five deviations (1.48 times the
+    median absolute deviation) are dropped. Turns that began are counted over the time that the turn should have taken,
+    since the time it did take would count a turn's own bad luck as its cause. ``replica`` numbers the first rows; the
+    rows after them are remembered ones, which don't change and were divided by their replica's speed.
+    """
+    import numpy as np
+
+    now, typical = len(replica), np.median(rows.seconds)
+    expected, weight, speed = rows.seconds * 0 + typical, np.ones(len(rows.seconds)), np.ones(len(rows.seconds))
     for _ in range(4):
         last = rows.begin[:now] + expected[:now]
         for index, began in enumerate(beginnings):
             here = np.flatnonzero(replica == index)
             rows.began[here] = began.between(rows.begin[here], last[here])
-        design = _design(rows, in_flight)
-        found = _solve(design, rows.seconds, weight)
-        expected = np.maximum(design @ found, 0.05 * typical)
-        off = (rows.seconds - expected) / expected
+        design, seconds = _design(rows), rows.seconds / speed
+        found = _solve(design, seconds, weight)
+        base = np.maximum(design @ found, 0.05 * typical)
+        off = (seconds - base) / base
         deviation = 1.4826 * np.median(np.abs(off - np.median(off)))
-        weight = (np.abs(off) <= 5 * deviation + 1e-6) * (typical / expected) ** 2
-        slope = max(0.0, found[2])
-        in_flight = rows.in_flight - slope * rows.variance / np.maximum(found[0] + slope * rows.in_flight, typical / 10)
-    return design, weight, found
+        if len(beginnings) > 1 and now:
+            factors = _speeds(design[:now], rows.seconds[:now], weight[:now], base[:now], deviation * typical, replica)
+            speed[:now] = factors[replica]
+        expected = base * speed
+        off = (rows.seconds - expected) / expected
+        weight = (np.abs(off) <= 5 * deviation + 1e-6) * (typical / base) ** 2
+    return Regression(design, weight, _solve(design, rows.seconds / speed, weight), speed, off)
 
 
-def resample_counts(blocks: int, rng: Any) -> Array:
-    """How often each block is drawn in each of RESAMPLES resamplings."""
+def _slow_replicas(speed: Array, in_flight: Array, replica: Array, names: Sequence[str]) -> dict[str, SlowReplica]:
+    """The replicas that are slower than the others, and what their speed costs, by turns that began lately."""
+    found = {}
+    for index, name in enumerate(names):
+        here = replica == index
+        if here.any() and (factor := float(speed[here][-1])) > 1:
+            healed = speed.copy()
+            healed[here] = 1.0
+            found[name] = SlowReplica(factor, healed.mean() / speed.mean(), (healed @ in_flight) / (speed @ in_flight))
+    return found
+
+
+def _speed_changes(rows: Measured, off: Array, replica: Array, names: Sequence[str]) -> dict[str, float]:
+    """When each replica last became faster or slower, where it did."""
     import numpy as np
 
-    return rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=RESAMPLES).astype(float)
+    found = {}
+    for index, name in enumerate(names):
+        here = np.flatnonzero(replica == index)[-500:]
+        at = change_point(np.log(np.maximum(1 + off[here], 0.05)), math.log(STEP_RATIO))
+        if at is not None:
+            found[name] = float(rows.begin[here[at]])
+    return found
 
 
-def interval_widening(blocks: int, unknowns: int) -> float:
-    """Factor that corrects resampled deviations, which are too small for few blocks (Student's t, not normal)."""
-    free = max(1.0, blocks - unknowns)
-    return math.sqrt(blocks / max(1.0, blocks - 1)) * (1 + 0.93 / free)
+def _resampled(fit: Regression, rows: Measured, rng: Any) -> tuple[Array, Array]:
+    """The coefficients, and the mean duration, of each resampling of the blocks."""
+    import numpy as np
+
+    _, block = np.unique(rows.block, return_inverse=True)
+    blocks, design = int(block.max()) + 1, fit.design
+    moments, totals = np.zeros((blocks, 5, 5)), np.zeros((blocks, 5))
+    np.add.at(moments, block, fit.weight[:, None, None] * design[:, :, None] * design[:, None, :])
+    np.add.at(totals, block, (fit.weight * rows.seconds / fit.speed)[:, None] * design)
+    counts = resample_counts(blocks, rng)
+    left = np.tensordot(counts, moments, 1)
+    drawn = (np.linalg.pinv(left, rcond=1e-9, hermitian=True) @ (counts @ totals)[:, :, None])[:, :, 0]
+    drawn = fit.found + interval_widening(blocks, 5) * (drawn - fit.found)
+    return drawn, (counts @ np.bincount(block, rows.seconds)) / (counts @ np.bincount(block))
 
 
-def fit_service(rows: Measured, beginnings: list[Beginnings], replica: Array, rng: Any) -> ServiceFit:
+def fit_service(
+    rows: Measured, beginnings: list[Beginnings], replica: Array, names: Sequence[str], since: float, rng: Any
+) -> ServiceFit:
     """Regress the turns' durations on the turns in flight; draws come from resampled blocks of turns.
 
     Blocks are used because turns are correlated: Künsch 1989, "The jackknife and the bootstrap for general stationary
@@ -96,22 +208,15 @@ def fit_service(rows: Measured, beginnings: list[Beginnings], replica: Array, rn
     regressor) plus the cost of its beginning (on average, each turn in flight sees as many begin as are in flight).
     These differ: one is decoding, the other prefilling. The excess-context regressor absorbs the cost of long
     neighbours. Without it, this cost would look like an effect of many neighbours, because slow turns pile up.
+
+    A and B of the fleet are those of a replica of speed 1, times the mean speed factor of the turns since ``since``,
+    for B weighted by the turns in flight: so they hold for the way in which turns are routed now.
     """
     import numpy as np
 
     low, high = np.quantile(rows.in_flight, [0.05, 0.95])
-    design, weight, found = regress(rows, beginnings, replica)
-    _, block = np.unique(rows.block, return_inverse=True)
-    blocks = int(block.max()) + 1
-    moments = np.zeros((blocks, 5, 5))
-    totals = np.zeros((blocks, 5))
-    np.add.at(moments, block, weight[:, None, None] * design[:, :, None] * design[:, None, :])
-    np.add.at(totals, block, (weight * rows.seconds)[:, None] * design)
-    counts = resample_counts(blocks, rng)
-    sums = counts @ np.stack([np.bincount(block), np.bincount(block, rows.seconds)], axis=1)
-    left = np.tensordot(counts, moments, 1)
-    drawn = (np.linalg.pinv(left, rcond=1e-9, hermitian=True) @ (counts @ totals)[:, :, None])[:, :, 0]
-    drawn = found + interval_widening(blocks, 5) * (drawn - found)
+    fit = regress(rows, beginnings, replica)
+    drawn, means = _resampled(fit, rows, rng)
     is_alone = bool(high <= 1.2)
     reason = None
     if not is_alone and high - low < 0.25 + 0.05 * high:
@@ -119,28 +224,37 @@ def fit_service(rows: Measured, beginnings: list[Beginnings], replica: Array, rn
             f"the load hardly varied ({low:.1f} to {high:.1f} turns in flight on a replica), so it cannot be told how "
             "one slows down under more; run half the agents for a minute"
         )
-    slope, slopes = found[2] + found[3], drawn[:, 2] + drawn[:, 3]
+    now = len(replica)
+    recent = np.flatnonzero(rows.begin[:now] >= since)
+    recent = recent if len(recent) else np.arange(now)
+    speed, crowd = fit.speed[recent], rows.in_flight[recent]
+    base_factor, slope_factor = (speed.mean(), speed @ crowd / crowd.sum()) if now else (1.0, 1.0)
+    slope, slopes = fit.found[2] + fit.found[3], drawn[:, 2] + drawn[:, 3]
     mean = rows.seconds.mean()
     return ServiceFit(
-        base_s=mean if is_alone else max(found[0], mean / 100),
-        per_request_s=0.0 if is_alone else max(slope, 0.0),
-        base_draws=sums[:, 1] / sums[:, 0] if is_alone else np.maximum(drawn[:, 0], mean / 100),
-        per_request_draws=np.zeros(RESAMPLES) if is_alone else np.maximum(slopes, 0.0),
+        base_s=mean if is_alone else max(base_factor * fit.found[0], mean / 100),
+        per_request_s=0.0 if is_alone else max(slope_factor * slope, 0.0),
+        base_draws=means if is_alone else np.maximum(base_factor * drawn[:, 0], mean / 100),
+        per_request_draws=np.zeros(RESAMPLES) if is_alone else np.maximum(slope_factor * slopes, 0.0),
         turns=len(rows.seconds),
         most_in_flight=float(np.quantile(rows.in_flight, 0.99)),
         is_alone=is_alone,
+        slow=_slow_replicas(speed, crowd, replica[recent], names),
+        changes=_speed_changes(rows, fit.off, replica, names),
         reason=reason,
     )
 
 
 @dataclass
 class ThinkFit:
-    """Z: mean think time and its resampled draws, in seconds, and what to expect of a silent session."""
+    """Z: mean think time per turn and its resampled draws, in seconds, and what to expect of a silent session."""
 
     mean_s: float
     draws: Array
     turns: int
     observing_share: float  # share of ``pre`` in the think time
+    crowding: float  # how think time grows with the agents that think, as an exponent; 0 unless it does for sure
+    ends_reported: bool
     left: float  # share of silences that never end because the session was abandoned
     durations: Sequence[float]  # ascending
     surviving: Sequence[float]  # share of the other silences that last longer than each duration
@@ -148,7 +262,10 @@ class ThinkFit:
     def presence(self, silent_s: float) -> float:
         """Probability that a session silent for this long is thinking and hasn't been abandoned."""
         index = bisect.bisect_right(self.durations, silent_s) - 1
-        lasting = (1 - self.left) * (self.surviving[index] if index >= 0 else 1.0)
+        lasting = self.surviving[index] if index >= 0 else 1.0
+        if index == len(self.durations) - 1:  # longer than any: as rare as one more than was seen, and rarer
+            lasting = max(lasting, (self.durations[-1] / silent_s) ** 2 / (len(self.durations) + 1))
+        lasting *= 1 - self.left
         return lasting / (lasting + self.left)
 
 
@@ -209,14 +326,87 @@ def _returning(durations: Array, over: Array, counts: Array) -> tuple[Array, flo
     return returning, float(left[0])
 
 
-def fit_think(
-    turns: Sequence[ObservedTurn], since: float, until: float, ended: Mapping[str, float], rng: Any
-) -> ThinkFit | None:
-    """Mean think time after Kaplan & Meier (1958, "Nonparametric estimation from incomplete observations").
+def _crowding(turns: Sequence[ObservedTurn]) -> float:
+    """The exponent by which think time grows with the agents that think at its beginning; 0 unless it does for sure.
 
-    A silence that lasts to the end of the data may never end; it is weighted by the probability that it does.
-    Resampling is by session, since an agent's think times are similar; with fewer than 20 sessions, by stretches of
-    ten think times. None with fewer than two complete think times.
+    Agents that don't share anything give 0, those that queue for the same machines up to 1.
+    """
+    import numpy as np
+
+    known = [(turn.arrived, turn.think_s) for turn in turns if turn.think_s is not None]
+    if len(known) < 100:
+        return 0.0
+    end, seconds = np.array(known).T
+    begin = end - seconds
+    order = np.sort(begin), np.sort(end)
+    crowd = np.searchsorted(order[0], begin) - np.searchsorted(order[1], begin)
+    x, y = np.log(np.maximum(crowd, 1.0)), np.log(np.maximum(seconds, 1e-3))
+    x, y = x - x.mean(), y - y.mean()
+    slope = float(x @ y / max(float(x @ x), EPSILON))
+    error = float(np.std(y - slope * x)) / math.sqrt(max(float(x @ x), EPSILON))
+    return min(slope, 1.0) if slope > max(LEAST_CROWDING, 5 * error) else 0.0
+
+
+def _thinking_share(turns: Sequence[ObservedTurn], since: float, until: float, ends: float) -> float:
+    """Share of turns that have a think time, once as many sessions begin as end: steps per turn, less ends per step.
+
+    Early in a run most turns are the first of their session, which says nothing of how many will be.
+    """
+    own = [turn for turn in turns if turn.session is not None and since <= turn.begin <= until]
+    steps = sum(turn.think_s is not None for turn in own) + len({turn.session for turn in own if turn.think_s is None})
+    return min(1.0, steps / max(1, len(own))) * (1 - min(0.95, ends / max(1, steps)))
+
+
+def _observing_share(turns: Sequence[ObservedTurn]) -> float:
+    """Share of ``pre`` in the think time; 1 if no client split it."""
+    known = [(turn.pre_s, turn.think_s) for turn in turns if turn.pre_s is not None and turn.think_s]
+    spent_s = sum(think for _, think in known)
+    return sum(min(pre, think) for pre, think in known) / spent_s if known else 1.0
+
+
+def _think_blocks(sessions: Sequence[str]) -> Array:
+    """The number of each think time's block: its session, or with few sessions a stretch of ten of its think times."""
+    import numpy as np
+
+    length = 10 if len(set(sessions)) < 20 else len(sessions)
+    seen: dict[str, int] = {}
+    numbers: dict[tuple[str, int], int] = {}
+    block = []
+    for session in sessions:
+        seen[session] = seen.get(session, 0) + 1
+        block.append(numbers.setdefault((session, (seen[session] - 1) // length), len(numbers)))
+    return np.array(block)
+
+
+def _kaplan_meier(durations: Array, over: Array, weight: Array) -> tuple[Array, Array]:
+    """The mean for each row of ``weight``, and the share that lasts longer than each duration for the first.
+
+    Kaplan & Meier 1958, "Nonparametric estimation from incomplete observations".
+    """
+    import numpy as np
+
+    at_risk = np.cumsum(weight[:, ::-1], axis=1)[:, ::-1]
+    ending = np.where(at_risk > 0, weight * over / np.maximum(at_risk, EPSILON), 0.0)
+    surviving = np.cumprod(1 - ending, axis=1)
+    drop = np.hstack([np.ones((len(weight), 1)), surviving[:, :-1]]) * ending
+    # Beyond the longest duration observed, think times are assumed to end at the rate of the longer half.
+    half = durations[-1] / 2
+    beyond = (weight @ np.maximum(durations - half, 0.0)) / np.maximum(weight @ (over * (durations > half)), 1.0)
+    return drop @ durations + surviving[:, -1] * (durations[-1] + beyond), surviving[0]
+
+
+def fit_think(
+    turns: Sequence[ObservedTurn],
+    since: float,
+    until: float,
+    ended: Mapping[str, float],
+    presence: Callable[[float], float],
+    rng: Any,
+) -> ThinkFit | None:
+    """Mean think time per turn, from Kaplan & Meier's mean and _thinking_share; None with fewer than two think times.
+
+    A silence that lasts to the end of the data may never end; it is weighted by the probability that it does: by
+    ``presence(seconds)`` where sessions report their end, otherwise by a cure model.
     """
     import numpy as np
 
@@ -225,32 +415,28 @@ def fit_think(
         return None
     order = np.argsort(seconds, kind="stable")
     durations, over = np.array(seconds)[order], np.array(is_over, dtype=float)[order]
-    seen: dict[str, int] = {}
-    clusters: dict[tuple[str, int], int] = {}
-    length = 10 if len(set(sessions)) < 20 else len(sessions)
-    block = []
-    for session in sessions:
-        seen[session] = seen.get(session, 0) + 1
-        block.append(clusters.setdefault((session, (seen[session] - 1) // length), len(clusters)))
-    counts = np.vstack([np.ones(len(clusters)), resample_counts(len(clusters), rng)])
-    weight = counts[:, np.array(block)[order]]
-    returning, left = _returning(durations, over, weight)
-    weight = weight * returning
-    at_risk = np.cumsum(weight[:, ::-1], axis=1)[:, ::-1]
-    ending = np.where(at_risk > 0, weight * over / np.maximum(at_risk, EPSILON), 0.0)
-    surviving = np.cumprod(1 - ending, axis=1)
-    drop = np.hstack([np.ones((len(counts), 1)), surviving[:, :-1]]) * ending
-    exposure = (weight @ durations) / np.maximum(weight @ over, 1.0)
-    # Beyond the longest duration observed, think times are assumed to be exponential with the mean.
-    means = drop @ durations + surviving[:, -1] * (durations[-1] + exposure)
-    known = [(turn.pre_s, turn.think_s) for turn in turns if turn.pre_s is not None and turn.think_s]
-    observing = sum(min(pre, think) for pre, think in known) / max(EPSILON, sum(think for _, think in known))
+    named = {turn.session for turn in turns if turn.session is not None}
+    quiet = ((over == 0) & (durations > QUIET_S)).sum()
+    ends_reported = sum(session in ended for session in named) >= max(1, REPORTING * quiet)
+    block = _think_blocks(sessions)
+    counts = np.vstack([np.ones(block.max() + 1), resample_counts(block.max() + 1, rng)])
+    weight, left = counts[:, block[order]], ABANDONED
+    if ends_reported:
+        alive = np.array([1.0 if done else presence(s) for s, done in zip(durations, over, strict=True)])
+        weight, ends = weight * alive, sum(since <= ended.get(name, 0.0) <= until for name in named)
+    else:
+        returning, left = _returning(durations, over, weight)
+        weight, ends = weight * returning, (1 - returning[0]).sum() * len(named) / len(set(sessions))
+    means, surviving = _kaplan_meier(durations, over, weight)
+    means = means * _thinking_share(turns, since, until, ends)
     return ThinkFit(
         mean_s=float(means[0]),
-        draws=means[0] + interval_widening(len(clusters), 1) * (means[1:] - means[0]),
+        draws=means[0] + interval_widening(counts.shape[1], 1) * (means[1:] - means[0]),
         turns=int(sum(is_over)),
-        observing_share=observing if known else 1.0,
+        observing_share=_observing_share(turns),
+        crowding=_crowding(turns),
+        ends_reported=ends_reported,
         left=left,
         durations=durations.tolist(),
-        surviving=surviving[0].tolist(),
+        surviving=surviving.tolist(),
     )

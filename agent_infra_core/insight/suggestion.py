@@ -6,7 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from agent_infra_core.insight.capacity import EPSILON, RESAMPLES, Array, Estimate, Outlook, estimate, percent
+from agent_infra_core.insight.capacity import (
+    EPSILON,
+    LEAST_TURNS,
+    RESAMPLES,
+    Array,
+    CapacityModel,
+    Estimate,
+    Figure,
+    Outlook,
+    estimate,
+    percent,
+)
 from agent_infra_core.insight.fit import ThinkFit
 from agent_infra_core.insight.measure import ObservedTurn
 
@@ -33,44 +44,122 @@ def turns_per_ended(
     return (named / over, over) if over >= 5 else None
 
 
-def suggest(outlook: Outlook) -> dict[str, Any]:
-    """How many agents to run: the lowest of three limits.
+def _loads(outlook: Outlook, goal_s: float | None) -> list[tuple[str, Figure, Array]]:
+    """``(name, N, its draws)`` of the loads worth knowing: good utilisation, knee, most efficient, latency goal.
 
-    These are GOOD_UTILISATION of the GPUs, contexts that fit into the KV cache, and the range of the fit's predictions.
+    Most efficient is the N with the highest X / R ("power", Kleinrock 1979), which puts n = A/B turns on a replica. At
+    the latency goal, 95 % of the turns wait no longer, if waits spread as they do now.
     """
     import numpy as np
 
-    nothing = outlook.few or outlook.reason
-    if nothing is None and outlook.fit is not None and outlook.fit.is_alone:
-        nothing = outlook.beyond(math.inf)
-    if nothing is not None:
-        none = estimate("agents", outlook.basis, None, reason=nothing)
-        return {"agents": none, "bound_by": None, "sentence": f"No suggestion: {nothing}."}
-    model, draws = outlook.model, outlook.draws
-    most, now = outlook.most_agents, round(outlook.agents)
-    evicting = outlook.evicting
-    busy = [
-        np.minimum(
-            m.agents_at_utilisation(GOOD_UTILISATION), m.agents_at(m.slots) if math.isfinite(m.slots) else math.inf
-        )
-        for m in (model, draws)
-    ]
+    wait_s = (goal_s or 0.0) * outlook.here.wait_s / max(outlook.here.slow_wait_s, EPSILON)
+
+    def loads(model: CapacityModel) -> dict[str, Figure]:
+        slope = np.maximum(model.per_request_s, EPSILON)
+        found = {
+            "utilisation": model.agents_at_utilisation(GOOD_UTILISATION),
+            "knee": model.knee,
+            "efficient": model.agents_at(model.base_s / slope),
+        }
+        if goal_s is not None:
+            found["latency_goal"] = model.agents_at(np.maximum((wait_s - model.base_s) / slope, 0.0))
+        most = model.agents_at(model.slots) if math.isfinite(model.slots) else math.inf
+        return {name: np.minimum(agents, most) for name, agents in found.items()}
+
+    draws = loads(outlook.draws)
+    return [(name, agents, draws[name]) for name, agents in loads(outlook.model).items()]
+
+
+def _priced(outlook: Outlook, agents: float) -> dict[str, Estimate]:
+    """What it is to run so many agents: throughput, the wait for an answer, and the change of throughput."""
+    what = outlook.what_if("", lambda model: model, agents)
+    reason = what["change"].reason if what["change"].low is None else None
+    return {
+        "turns_per_hour": what["turns_per_hour"],
+        "wait_s": outlook.told("s", lambda model: model.wait_s(agents), reason),
+        "change": what["change"],
+    }
+
+
+def _price_in_words(now: Mapping[str, Estimate], then: Mapping[str, Estimate]) -> str:
+    """``+12 % turns/h, and answers take 3.1 s instead of 2.4 s.``; empty if unknown."""
+    change, waits = then["change"], [row["wait_s"].value for row in (now, then)]
+    if change.low is None or change.high is None:
+        return ""
+    bounds = (
+        f"{100 * change.low:+.0f} to {100 * change.high:+.0f}" if change.value is None else f"{100 * change.value:+.0f}"
+    )
+    words = f" {bounds} % turns/h".replace("-", "−")
+    return words + (f"; answers take {waits[1]:.3g} s instead of {waits[0]:.3g} s." if all(waits) else ".")
+
+
+def _limits(
+    outlook: Outlook, load: tuple[str, Figure, Array], goal_s: float | None
+) -> list[tuple[float, Array, str | None, str]]:
+    """``(N, its draws, name, why)`` of the limits on the number of agents, of which the lowest decides."""
+    import numpy as np
+
+    name, value, draws = load
+    why = f"the GPUs would be {percent(GOOD_UTILISATION)} busy."
+    if name == "latency_goal":
+        why = f"95 % of the answers would take at most {goal_s:g} s."
+    elif math.isfinite(outlook.model.slots) and outlook.is_full:
+        name, why = "slots", "that takes every slot; more would only wait for one."
+        value, draws = (model.agents_at(model.slots) for model in (outlook.model, outlook.draws))
+    most = outlook.most_agents
     limits: list[tuple[float, Array, str | None, str]] = [
-        (float(busy[0]), busy[1], "utilisation", f"the GPUs would be {percent(GOOD_UTILISATION)} busy."),
+        (float(value), draws, name, why),
         (most, np.full(RESAMPLES, most), None, "more would be beyond twice the load seen. Then look again."),
     ]
     if outlook.kv is not None:
         tokens = "beyond that their contexts do not fit into the KV cache, and are computed again."
         fitting = (GOOD_KV_SHARE * outlook.kv[0], GOOD_KV_SHARE * outlook.kv[1], "kv", tokens)
-        limits = [fitting] if evicting else [*limits, fitting]
+        limits = [fitting] if outlook.evicting else [*limits, fitting]
+    return limits
+
+
+def suggest(outlook: Outlook, goal_s: float | None) -> dict[str, Any]:
+    """How many agents to run: the lowest of three limits, and what they and other loads cost and bring.
+
+    The limits are GOOD_UTILISATION of the GPUs (or the latency goal, if there is one), contexts that fit into the KV
+    cache, and the range of the fit's predictions.
+    """
+    import numpy as np
+
+    nothing = outlook.few or outlook.reason
+    if nothing is None and (outlook.crowding or (outlook.fit is not None and outlook.fit.is_alone)):
+        nothing = outlook.beyond(math.inf)
+    if nothing is not None:
+        none = estimate("agents", outlook.basis, None, reason=nothing)
+        unknown = dict.fromkeys(("turns_per_hour", "wait_s", "change"), none)
+        sentence = f"No suggestion: {nothing}."
+        return {"agents": none, "bound_by": None, "sentence": sentence, "now": unknown, "then": unknown, "options": []}
+    loads = _loads(outlook, goal_s)
+    limits = _limits(outlook, loads[-1 if goal_s is not None else 0], goal_s)
     value, _, bound_by, why = min(limits, key=lambda limit: limit[0])
+    value = max(1.0, round(value))
     spread = np.maximum(1.0, np.round(np.min([limit[1] for limit in limits], axis=0)))
-    agents = estimate("agents", outlook.basis, max(1.0, round(value)), spread)
-    if agents.value is None and agents.low != agents.high:
-        sentence = f"Run {agents.low:.0f} to {agents.high:.0f} agents (now {now}): {why}"
-    else:
-        sentence = f"Run {agents.low if agents.value is None else agents.value:.0f} agents (now {now}): {why}"
-    return {"agents": agents, "bound_by": bound_by, "sentence": sentence}
+    agents = estimate("agents", outlook.basis, value, spread)
+    told = (
+        f"{value:.0f}"
+        if agents.value is not None or agents.low == agents.high
+        else f"{agents.low:.0f} to {agents.high:.0f}"
+    )
+    prices = [_priced(outlook, number) for number in (outlook.agents, value)]
+    most = min([limit[0] for limit in limits[1:]], default=value)
+    options = [
+        {"name": option, "agents": estimate("agents", outlook.basis, min(float(at), most), np.minimum(drawn, most))}
+        | _priced(outlook, min(float(at), most))
+        for option, at, drawn in loads
+    ]
+    return {
+        "agents": agents,
+        "bound_by": bound_by,
+        "sentence": f"Run {told} agents (now {round(outlook.agents)}): {why}{_price_in_words(*prices)}",
+        "now": prices[0],
+        "then": prices[1],
+        "options": options,
+    }
 
 
 def figures(outlook: Outlook) -> dict[str, Any]:
@@ -118,18 +207,36 @@ def figures(outlook: Outlook) -> dict[str, Any]:
     }
 
 
+def missed_gpu_share(turns: Sequence[ObservedTurn], since: float, replicas: int, until: float) -> float | None:
+    """Share of GPU time spent on tokens that should have been cached, by the TTFT per fresh token; None if unknown."""
+    import numpy as np
+
+    known = [turn for turn in turns if turn.end >= since and turn.ttft_s and turn.fresh and turn.cached is not None]
+    if len(known) < LEAST_TURNS or until <= since:
+        return None
+    known.sort(key=lambda turn: turn.fresh or 0)
+    tenths = np.array_split(np.array([[turn.fresh, turn.ttft_s] for turn in known], dtype=float), 10)
+    # Medians, since some turns also waited for what was prefilled beside them.
+    fresh, ttft = np.array([np.median(part, axis=0) for part in tenths]).T
+    token_s = max(0.0, float(np.polyfit(fresh, ttft, 1)[0])) if fresh[-1] > fresh[0] else 0.0
+    missed = sum(max(0, turn.expected - (turn.cached or 0)) for turn in known if turn.expected is not None)
+    return missed * token_s / (replicas * (until - since))
+
+
 def cost(
     outlook: Outlook, gpus: int, turns: Sequence[ObservedTurn], ended: Mapping[str, float], rng: Any
 ) -> dict[str, Estimate]:
-    """GPU-seconds per turn, session and task: in each second, ``gpus`` GPUs do X turns."""
+    """GPU-seconds per turn, session and task: in each second, ``gpus`` GPUs do X turns. And the share of misses."""
     here, think = outlook.here, outlook.think
+    missed = missed_gpu_share(turns, here.since, int(outlook.model.replicas), here.until)
     each = {
         "gpu_seconds_per_turn": outlook.measured(
             "GPU-s",
             gpus / here.per_s if here.per_s else None,
             gpus / here.per_s_draws if here.per_s else None,
             "no turn ended",
-        )
+        ),
+        "cache_miss_share": outlook.measured("fraction", missed, missed, "cached tokens or first tokens are not known"),
     }
     for name in ("session", "task"):
         counted = turns_per_ended(turns, name, think, ended, here.until) if think else None

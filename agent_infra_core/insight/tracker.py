@@ -316,6 +316,7 @@ class Tracker:
             "watchdog": self._watchdog.rows,
             "analysis": [],
             "accounting": None,
+            "runs": [],
             "history": None,
             "relay": self._relay.document(),
         }

@@ -10,12 +10,18 @@ from agent_infra_core.insight.capacity import CONFIDENCE, RESAMPLES, Outlook, in
 from agent_infra_core.insight.measure import FleetSample
 from agent_infra_core.insight.suggestion import GOOD_KV_SHARE
 
+VERDICTS = ("AGENT-BOUND", "LATENCY-BOUND", "GPU-BOUND")
+KEPT = 0.6  # share of the resampled fits that keeps a verdict
 
-def judge(outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The verdict: the largest share, if it leads in at least CONFIDENCE of the resampled fits; otherwise BALANCED."""
+
+def judge(outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]], before: str | None) -> dict[str, Any]:
+    """The verdict: the largest share, if it leads in at least CONFIDENCE of the resampled fits; otherwise BALANCED.
+
+    The verdict ``before`` stays while it leads in KEPT of them and no other one is sure.
+    """
     import numpy as np
 
-    names = ("agent", "base_latency", "contention")
+    names = ("agent", "base_latency", "contention")  # in the order of VERDICTS
     reason = outlook.few or outlook.reason
     shares = {
         name: outlook.told("fraction", lambda model, index=index: model.shares(outlook.agents)[index])  # type: ignore[misc]
@@ -27,9 +33,10 @@ def judge(outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]]) -> dict[str, 
     point = [float(share) for share in outlook.model.shares(outlook.agents)]
     drawn = np.argmax(np.stack([np.broadcast_to(d, RESAMPLES) for d in outlook.draws.shares(outlook.agents)]), axis=0)
     counts = np.bincount(drawn, minlength=3) / RESAMPLES
-    largest = int(np.argmax(counts))
+    largest = VERDICTS.index(before) if before in VERDICTS and max(counts) < CONFIDENCE else int(np.argmax(counts))
     confidence = float(counts[largest])
-    name = ("AGENT-BOUND", "LATENCY-BOUND", "GPU-BOUND")[largest] if confidence >= CONFIDENCE else "BALANCED"
+    is_named = confidence >= (KEPT if VERDICTS[largest] == before else CONFIDENCE)
+    name = VERDICTS[largest] if is_named else "BALANCED"
     sentence = verdict_sentence(name, confidence, point, outlook, what_ifs)
     return {"name": name, "confidence": round(confidence, 3), "sentence": sentence, "reason": None, "shares": shares}
 
@@ -74,6 +81,16 @@ def find_flags(outlook: Outlook, samples: Sequence[FleetSample]) -> dict[str, st
             f"The contexts of {outlook.agents:.0f} agents do not fit into the KV cache, those of {outlook.kv[0]:.0f} "
             f"do: thinking sessions are evicted and computed again. Run {GOOD_KV_SHARE * outlook.kv[0]:.0f} agents, or "
             "add a replica."
+        )
+    for name, slow in (outlook.fit.slow if outlook.fit and not outlook.few else {}).items():
+        gain = in_words(outlook.what_if("A replica as fast as the others", slow.healed, outlook.agents), True)
+        found["SLOW"] = f"{name} takes {slow.factor:.1f} times as long as the others for the same turns." + (
+            f" {gain}." if gain else ""
+        )
+    if outlook.crowding and not outlook.few:
+        found["TOOLS"] = (
+            f"Agents think longer the more of them think (by a power of {outlook.crowding:.1f}): they queue for the "
+            "tools that they act with, so more agents bring little."
         )
     preemptions = [sample.preemptions for sample in looks if sample.preemptions is not None]
     if "KV-BOUND" not in found and len(preemptions) > 1 and preemptions[-1] > preemptions[0]:

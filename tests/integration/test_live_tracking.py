@@ -66,6 +66,22 @@ def test_a_session_can_be_looked_at_and_ended_whatever_it_is_called(app: Program
         assert (missing.status, missing.json()["error"]["type"]) == (404, "not_found_error")
 
 
+def test_an_announced_run_is_followed_to_its_end(app: Program, engine: FakeEngine) -> None:
+    app.bring_up_proxy(engine.port, model="m")
+    with Client(app.port) as client:
+        refused: list[Any] = [{}, {"name": "night"}, {"name": "night", "tasks": 0}, {"name": "", "tasks": 3}, []]
+        for wrong in refused:
+            assert client.post("/runs", wrong).status == 400
+        assert client.post("/runs", {"name": "night", "tasks": 3}).status == 200
+        for number in range(3):
+            headers = {"X-Session-ID": f"s{number}", "X-Task-ID": f"night-{number}"}
+            assert client.chat(headers).status == 200
+            assert client.post(f"/sessions/s{number}/end", {}).status == 200
+        wait_for(lambda: [run["done"] for run in app.get("/stats")["runs"]] == [3], "the end of its tasks")
+        [run] = app.get("/runs")["runs"]
+        assert (run["name"], run["tasks"], run["model"], run["remaining_s"]["value"]) == ("night", 3, "m", 0.0)
+
+
 # --- an agent that sends no header at all
 
 

@@ -19,6 +19,7 @@ from agent_infra_core.node.failures import FAILURE_SIGNS
 from agent_infra_core.settings import (
     ENGINE_NAMES,
     STRATEGY_NAMES,
+    AnalysisConfig,
     ClusterConfig,
     ContainerConfig,
     HeadersConfig,
@@ -44,6 +45,7 @@ KINDS = {
     "container": ContainerConfig,
     "models": ModelConfig,
     "headers": HeadersConfig,
+    "analysis": AnalysisConfig,
 }
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [SOURCE, *FILES]}
 

@@ -21,13 +21,17 @@ from patience import PATIENCE_S
 from agent_infra_core.control.bookkeeping import Analyst
 from agent_infra_core.insight.analysis import CapacityAnalysis
 from agent_infra_core.insight.capacity import LEAST_TURNS, POINT_TURNS, CapacityModel
-from agent_infra_core.insight.measure import FleetSample, change_point, fleet_samples
+from agent_infra_core.insight.measure import FleetSample, fleet_samples
+from agent_infra_core.insight.statistics import change_point
 from agent_infra_core.insight.tracker import Tracker
 from agent_infra_core.insight.turns import TurnRecord
 from agent_infra_core.protocol import TurnFinished, TurnStarted
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden"
 WORKED = CapacityModel(replicas=4, base_s=1.875, per_request_s=0.269, think_s=10.0)
+# Of simulated agents with 15 turns a session: the first turn of each has no think time, and agents between two sessions
+# aren't counted.
+SIMULATED = replace(WORKED, think_s=10.0 * 14 / 15)
 PLANTED = (1.875, 0.269)
 
 
@@ -158,7 +162,7 @@ def test_the_verdict_flips_where_it_is_planted(verdict: str, agents: int, think_
 
 def test_where_no_share_is_the_largest_for_sure_the_verdict_is_balanced() -> None:
     balance = next(
-        agents for agents in range(40, 400) if WORKED.shares(agents)[0] < WORKED.shares(agents)[2]
+        agents for agents in range(40, 400) if SIMULATED.shares(agents)[0] < SIMULATED.shares(agents)[2]
     )  # as many agents as make think time and contention equal
     verdict = entry_of(planted_run(balance, 400))["verdict"]
     assert verdict["name"] == "BALANCED"
@@ -209,7 +213,7 @@ def check_coverage(seeds: range, turns: int, agents: int) -> tuple[int, float]:
         assert knee["basis"]["turns"] > POINT_TURNS
         if knee["value"] is None:  # refused, with a reason: not covered
             continue
-        covered += knee["low"] <= float(WORKED.knee) <= knee["high"]
+        covered += knee["low"] <= float(SIMULATED.knee) <= knee["high"]
         widths.append((knee["high"] - knee["low"]) / 2 / knee["value"])
     return covered, sorted(widths)[len(widths) // 2]
 
@@ -231,7 +235,7 @@ def test_the_interval_of_the_knee_holds_the_planted_one_in_85_of_100_runs(turns:
 @pytest.mark.slow
 def test_the_interval_holds_for_engines_whose_law_follows_from_their_constants() -> None:
     physics, workload = Physics(kv_tokens=10**9), Workload()
-    knee = float(CapacityModel(4, *closed_loop.service_law(physics, workload), workload.think_s).knee)
+    knee = float(CapacityModel(4, *closed_loop.service_law(physics, workload), SIMULATED.think_s).knee)
     covered, widths = 0, []
     for seed in range(100):
         loop = ClosedLoop(engine_fleet(4, physics), 100, workload, seed)
@@ -266,7 +270,7 @@ def test_agents_that_do_not_add_up_are_refused(factor: float) -> None:
     loop.samples = [replace(sample, agents=round(factor * sample.agents)) for sample in loop.samples]
     entry = entry_of(loop)
     assert entry["littles_law"]["holds"] is False
-    assert entry["littles_law"]["agents_computed"] == pytest.approx(100, rel=0.1)
+    assert entry["littles_law"]["agents_computed"] == pytest.approx(93, rel=0.15)
     assert entry["verdict"]["name"] == "NO DATA"
     assert "Little's law" in entry["suggestion"]["sentence"]
     assert all(estimate["value"] is None for estimate in estimates([entry["limits"], entry["what_ifs"]]))
@@ -275,7 +279,7 @@ def test_agents_that_do_not_add_up_are_refused(factor: float) -> None:
 def test_little_s_law_holds_for_what_was_sampled() -> None:
     law = entry_of(planted_run(60, 500))["littles_law"]
     assert law["holds"] is True
-    assert law["agents_sampled"] == 60
+    assert law["agents_sampled"] == pytest.approx(60 * 14 / 15, rel=0.05)  # the others are between two sessions
     assert abs(law["error"]) < 0.1
 
 
@@ -327,7 +331,7 @@ class Watched:
 
 
 def knee_of(replicas: int, factor: float = 1.0) -> float:
-    model = CapacityModel(replicas, factor * PLANTED[0], factor * PLANTED[1], 10.0)
+    model = CapacityModel(replicas, factor * PLANTED[0], factor * PLANTED[1], SIMULATED.think_s)
     return float(model.knee)
 
 
@@ -490,6 +494,7 @@ def test_the_golden_document_has_the_keys_of_a_real_one() -> None:
     full["curve"] = golden[0]["curve"]  # none is told where contexts are evicted
     assert shape(full) == shape(golden[0])
     assert shape({**empty, "flags": []}) == shape({**golden[2], "flags": []})
+    empty["suggestion"]["options"] = golden[1]["suggestion"]["options"]  # nor is there a suggestion below thirty turns
     assert shape({**empty, "curve": golden[1]["curve"]}) == shape(golden[1])
 
 

@@ -144,7 +144,29 @@ def sample() -> Any:
     analysis = json.loads((GOLDEN / "analysis.json").read_text())
     document["throughput"]["history"] = document["throughput"]["history"][-60:]
     document["recent_turns"] = document["recent_turns"][:40]
-    return {**document, "accounting": accounting, "history": {**history, "turns": 2874}, "analysis": analysis}
+    left = {"value": 1260.0, "low": 1100.0, "high": 1480.0, "reason": None}
+    straggler = {"task": "task-7", "turns": 61, "usual_turns": 28.0, "running_s": 940.5}
+    run = {
+        "name": "night",
+        "model": "qwen",
+        "announced_at": START,
+        "tasks": 200,
+        "done": 81,
+        "running": 20,
+        "aborted_share": 0.0041,
+        "remaining_s": left,
+        "walltime_at": START + 86_000,
+        "ends_before_walltime": 1.0,
+        "stragglers": [straggler],
+        "what_ifs": [{"name": name, "remaining_s": left} for name in ("+1 replica", "−25 % agents")],
+    }
+    return {
+        **document,
+        "accounting": accounting,
+        "history": {**history, "turns": 2874},
+        "analysis": analysis,
+        "runs": [run],
+    }
 
 
 def as_text(value: Any, indent: str = "") -> str:

@@ -1,0 +1,328 @@
+"""Announced runs: how far each has come, when it will end, and which tasks hold it up. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from agent_infra_core.insight.capacity import EPSILON, RESAMPLES, Array, CapacityModel
+from agent_infra_core.insight.turns import TurnRecord
+
+MAX_RUNS = 20  # above this, the oldest is dropped
+MAX_TASKS = 100_000  # of a run
+MAX_GAPS = 500  # latest times between two answers of a task
+LEAST_DONE = 5  # tasks that must be over before the end of a run is estimated
+SILENT_FACTOR = 5.0  # a task silent for this many times its run's longest gap, and for SILENT_S, is over
+SILENT_S = 60.0
+RECENT_S = 300.0
+LISTED_STRAGGLERS = 10
+TAIL = 2.0  # exponent of the distribution of turns beyond the longest task seen
+STRAGGLER_SHARE = 0.9  # a straggler has had more turns than this share of the tasks that are over
+MAX_SCHEDULED = 300  # tasks that haven't begun and are scheduled one by one; of more, the sum is shared by all agents
+
+
+@dataclass
+class Task:
+    """A task of a run. Times are s since the epoch."""
+
+    begun: float
+    last_end: float
+    turns: int = 0
+    live: set[str] = field(default_factory=set)  # sessions that haven't ended
+    is_over: bool = False
+
+
+@dataclass
+class Run:
+    """A run of ``tasks`` tasks on one model, from its announcement."""
+
+    name: str
+    tasks: int
+    announced_at: float
+    model: str | None = None
+    seen: dict[str, Task] = field(default_factory=dict)
+    gaps: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_GAPS))
+    longest_gap: float = 0.0
+    answered_s: float = 0.0  # time that replicas spent on its turns
+    aborted_s: float = 0.0  # of that, on turns without an answer
+
+    def add(self, key: str, record: TurnRecord) -> None:
+        """Add a finished turn of the task ``key``."""
+        begun = record.finished_at if record.started_at is None else record.started_at
+        task = self.seen.get(key)
+        if task is None:
+            if begun < self.announced_at or len(self.seen) >= MAX_TASKS:
+                return  # of an earlier run
+            task = self.seen[key] = Task(begun, begun)
+        self.model = record.model or self.model
+        gap = max(0.0, record.finished_at - task.last_end)
+        self.gaps.append(gap)
+        self.longest_gap = max(self.longest_gap, gap)
+        task.turns, task.last_end, task.is_over = task.turns + 1, max(task.last_end, record.finished_at), False
+        if record.session is not None:
+            task.live.add(record.session)
+        spent = (record.inference_ms or 0.0) / 1000
+        self.answered_s += spent
+        self.aborted_s += spent if record.outcome != "completed" else 0.0
+
+    def end_session(self, session: str) -> None:
+        for task in self.seen.values():
+            if session in task.live:
+                task.live.discard(session)
+                task.is_over = not task.live
+
+    def agents(self, now: float) -> int:
+        """Tasks that ran at once, on average of the last RECENT_S: an agent may pause between two of them."""
+        since = max(now - RECENT_S, min(task.begun for task in self.seen.values()))
+        ends = ((task.begun, task.last_end if task.is_over else now) for task in self.seen.values())
+        together = sum(max(0.0, end - max(begun, since)) for begun, end in ends)
+        return max(1, round(together / max(now - since, EPSILON)))
+
+    def settle(self, now: float) -> None:
+        """End the tasks that have been silent for too long."""
+        for task in self.seen.values():
+            if now - task.last_end > max(SILENT_S, SILENT_FACTOR * self.longest_gap):
+                task.is_over = True
+
+
+def _survival(turns: Array, is_over: Array, draws: int, rng: Any) -> tuple[Array, Array]:
+    """``(turns, shares)``: the share of tasks that take more turns, a row per draw (Kaplan & Meier 1958).
+
+    Each draw weighs the tasks anew (Rubin 1981, "The Bayesian bootstrap"). Tasks that are still running count as far as
+    they are; short tasks end first, so those that are over are too short on average.
+    """
+    import numpy as np
+
+    # One task more than was seen may take longer than any.
+    turns, is_over = np.append(turns, turns.max()), np.append(is_over, False)
+    order = np.lexsort((~is_over, turns))
+    turns, is_over = turns[order], is_over[order]
+    weight = rng.exponential(size=(draws, len(turns)))
+    at_risk = np.cumsum(weight[:, ::-1], axis=1)[:, ::-1]
+    return turns, np.cumprod(1 - weight * is_over / np.maximum(at_risk, EPSILON), axis=1)
+
+
+def _draw_turns(turns: Array, shares: Array, so_far: Array, rng: Any) -> Array:
+    """Turns yet to come of tasks that have had ``so_far``: a row per draw, a column per task."""
+    import numpy as np
+
+    index = np.searchsorted(turns, so_far, side="right") - 1
+    lasting = np.where(index >= 0, shares[:, index], 1.0)
+    wanted = rng.random(lasting.shape) * lasting
+    drawn = np.stack(
+        [np.append(turns, np.inf)[np.searchsorted(-row, -level)] for row, level in zip(shares, wanted, strict=True)]
+    )
+    # Beyond the longest, on average by as much as the longest quarter exceeds the shortest of it; heavy-tailed (Lomax).
+    longer = turns[3 * len(turns) // 4 :]
+    excess = max(0.5, float(longer.mean() - longer[0])) * (TAIL - 1)
+    further = np.maximum(turns[-1], so_far) + excess * rng.pareto(TAIL, lasting.shape)
+    drawn = np.where(np.isfinite(drawn), drawn, further)
+    return np.maximum(drawn - so_far, 0.5)
+
+
+def _finish_times(running: Array, waiting: Array, agents: int, speedup: Array) -> Array:
+    """When the last task ends, in s from now, for each draw.
+
+    ``running`` are the durations left of tasks that have begun, ``waiting`` those of tasks that an agent begins when it
+    is free; a row per draw. ``speedup[a]`` is the duration of a turn with ``a`` agents left, as a share of now.
+    """
+    import numpy as np
+
+    draws = len(running)
+    free = np.zeros((draws, max(agents, running.shape[1])))
+    free[:, : running.shape[1]] = running
+    free = np.sort(free, axis=1)
+    if agents < free.shape[1] and waiting.shape[1]:  # fewer agents: those with most left keep the others' tasks waiting
+        waiting = np.concatenate([free[:, agents:], waiting], axis=1)
+        free = free[:, :agents]
+    if waiting.shape[1] > MAX_SCHEDULED:
+        free = free + waiting[:, MAX_SCHEDULED:].sum(axis=1, keepdims=True) / free.shape[1]
+    rows = np.arange(draws)
+    for number in range(min(waiting.shape[1], MAX_SCHEDULED)):
+        first = free.argmin(axis=1)
+        free[rows, first] += waiting[:, number]
+    free = np.sort(free, axis=1)
+    left = np.arange(free.shape[1] - 1, 0, -1)  # agents at work between two of the ends
+    return free[:, 0] + np.diff(free, axis=1) @ speedup[np.minimum(left, len(speedup) - 1)]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What the end of a run depends on."""
+
+    so_far: Array  # turns that each running task has had
+    waiting: int  # tasks that haven't begun
+    turns: Array  # see _survival
+    shares: Array
+    gap_s: float
+    gap_cv: float
+
+    def finish_s(self, agents: int, pace: float, speedup: Array, rng: Any) -> Array:
+        """Draws of the time until the last task ends, if a turn takes ``pace`` times as long as now."""
+        import numpy as np
+
+        def seconds(so_far: Array) -> Array:
+            turns = _draw_turns(self.turns, self.shares, so_far, rng)
+            spread = max(self.gap_cv, 0.05) ** 2
+            return pace * self.gap_s * spread * rng.gamma(turns / spread)
+
+        waiting = seconds(np.zeros(self.waiting)) if self.waiting else np.zeros((len(self.shares), 0))
+        return _finish_times(seconds(self.so_far), waiting, agents, speedup)
+
+
+def _interval(draws: Array | None, reason: str | None = None) -> dict[str, Any]:
+    """A time with its 90 % interval."""
+    import numpy as np
+
+    if draws is None:
+        return {"value": None, "low": None, "high": None, "reason": reason}
+    low, value, high = (round(float(at), 1) for at in np.quantile(draws, [0.05, 0.5, 0.95]))
+    return {"value": value, "low": low, "high": high, "reason": None}
+
+
+def _pace(model: CapacityModel | None, agents: int, then: int, more_replicas: int = 0) -> tuple[float, Array]:
+    """How long a cycle of ``then`` agents takes as a share of one of ``agents``, and with 0, 1, … of them left."""
+    import numpy as np
+
+    if model is None:
+        return 1.0, np.ones(2)
+    other = dataclasses.replace(model, replicas=model.replicas + more_replicas)
+    counts = np.maximum(np.arange(then + 1), 1.0)
+    cycles = counts / other.throughput(counts)
+    return float(cycles[-1] * model.throughput(float(agents)) / agents), cycles / cycles[-1]
+
+
+class RunBook:
+    """The announced runs. A task belongs to the run whose name its id begins with; otherwise to the latest run.
+
+    ``announce``, ``add`` and ``end_session`` only queue; ``document`` does the work, in any one thread.
+    """
+
+    def __init__(self) -> None:
+        self._inbox: deque[Run | TurnRecord | str] = deque(maxlen=10_000)
+        self._runs: OrderedDict[str, Run] = OrderedDict()
+
+    def announce(self, name: str, tasks: int, at: float) -> None:
+        """Begin a run, or change the number of tasks of one."""
+        self._inbox.append(Run(name, tasks, at))
+
+    def add(self, record: TurnRecord) -> None:
+        """Add a finished turn."""
+        self._inbox.append(record)
+
+    def end_session(self, session: str) -> None:
+        """Record that an agent ended its session."""
+        self._inbox.append(session)
+
+    def document(
+        self,
+        now: float,
+        model_of: Callable[[str | None], CapacityModel | None],
+        ends_at: Mapping[str, Sequence[float]],
+        rng_of: Callable[[], Any],
+    ) -> list[dict[str, Any]]:
+        """``runs`` of /stats, the latest first. ``ends_at`` has the walltimes of each model's replicas."""
+        for item in [self._inbox.popleft() for _ in range(len(self._inbox))]:
+            self._take(item)
+        runs = list(reversed(self._runs.values()))
+        return [_run_row(run, now, model_of(run.model), ends_at.get(run.model or "", ()), rng_of) for run in runs]
+
+    def _take(self, item: Run | TurnRecord | str) -> None:
+        if isinstance(item, Run):
+            known = self._runs.get(item.name)
+            if known is not None:
+                known.tasks = item.tasks
+            self._runs.setdefault(item.name, item)
+            while len(self._runs) > MAX_RUNS:
+                self._runs.popitem(last=False)
+        elif isinstance(item, str):
+            for run in self._runs.values():
+                run.end_session(item)
+        elif self._runs and (key := item.task or item.session) is not None:
+            named = [run for name, run in self._runs.items() if key.startswith(name)]
+            (named or list(self._runs.values()))[-1].add(key, item)
+
+
+def _run_row(
+    run: Run, now: float, model: CapacityModel | None, walltimes: Sequence[float], rng_of: Callable[[], Any]
+) -> dict[str, Any]:
+    """A run's entry in /stats."""
+    run.settle(now)
+    over = [task.turns for task in run.seen.values() if task.is_over]
+    running = {key: task for key, task in run.seen.items() if not task.is_over}
+    waiting = max(0, run.tasks - len(run.seen))
+    row: dict[str, Any] = {
+        "name": run.name,
+        "model": run.model,
+        "announced_at": run.announced_at,
+        "tasks": run.tasks,
+        "done": len(over),
+        "running": len(running),
+        "aborted_share": round(run.aborted_s / run.answered_s, 4) if run.answered_s else None,
+        "remaining_s": _interval(None, None),
+        "walltime_at": min(walltimes, default=None),
+        "ends_before_walltime": None,
+        "stragglers": [],
+        "what_ifs": [],
+    }
+    reason = None
+    if not running and not waiting:
+        row["remaining_s"] = {"value": 0.0, "low": 0.0, "high": 0.0, "reason": None}
+        return row
+    if len(over) < LEAST_DONE:
+        reason = f"{len(over)} of {LEAST_DONE} tasks are over: too few to tell how long one takes"
+    elif not running:
+        reason = "no task is running"
+    if reason is not None:
+        row["remaining_s"] = _interval(None, reason)
+        return row
+    _forecast(row, over, running, waiting, run, now, model, rng_of())
+    return row
+
+
+def _forecast(
+    row: dict[str, Any],
+    over: Sequence[int],
+    running: Mapping[str, Task],
+    waiting: int,
+    run: Run,
+    now: float,
+    model: CapacityModel | None,
+    rng: Any,
+) -> None:
+    """Fill in the figures about the end of a run."""
+    import numpy as np
+
+    so_far = np.array([task.turns for task in running.values()], dtype=float)
+    is_over = np.array([True] * len(over) + [False] * len(so_far))
+    turns, shares = _survival(np.concatenate([np.array(over, dtype=float), so_far]), is_over, RESAMPLES, rng)
+    gaps = np.array(run.gaps)
+    forecast = Forecast(
+        so_far, waiting, turns, shares, float(gaps.mean()), float(gaps.std() / max(gaps.mean(), EPSILON))
+    )
+    agents = run.agents(now) if waiting else len(running)
+    draws = forecast.finish_s(agents, *_pace(model, agents, agents), rng)
+    row["remaining_s"] = _interval(draws)
+    if row["walltime_at"] is not None:
+        row["ends_before_walltime"] = round(float(np.mean(now + draws <= row["walltime_at"])), 3)
+    usual = float(np.quantile(over, STRAGGLER_SHARE))
+    slow = sorted((key for key in running if running[key].turns > usual), key=lambda key: -running[key].turns)
+    row["stragglers"] = [
+        {
+            "task": key,
+            "turns": running[key].turns,
+            "usual_turns": usual,
+            "running_s": round(now - running[key].begun, 1),
+        }
+        for key in slow[:LISTED_STRAGGLERS]
+    ]
+    if model is not None:
+        fewer = max(1, math.floor(0.75 * agents))
+        row["what_ifs"] = [
+            {"name": name, "remaining_s": _interval(forecast.finish_s(then, *_pace(model, agents, then, more), rng))}
+            for name, then, more in (("+1 replica", agents, 1), ("−25 % agents", fewer, 0))
+        ]

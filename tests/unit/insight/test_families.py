@@ -1,0 +1,161 @@
+"""The analysis of runs that aren't linear: simulated families of runs, seen through the program's own tracker."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from families import FAMILIES, SETTLE_S, Family, Habits, Watched, thinking
+
+from agent_infra_core.insight.analysis import CapacityAnalysis
+
+FAMILY = {family.name: family for family in FAMILIES}
+
+
+def watch(family: Family, seconds: float) -> list[dict[str, Any]]:
+    """The documents of a run, each with the time when it was made."""
+    watched = Watched(replace(family, seconds=seconds), seed=3)
+    return [{**entry, "at": watched.world.now} for entry in watched.documents()]
+
+
+@functools.cache
+def entry_of(name: str, seconds: float = 150.0) -> dict[str, Any]:
+    """The last document of a family's run."""
+    return watch(FAMILY[name], seconds)[-1]
+
+
+def flags(entry: dict[str, Any]) -> dict[str, str]:
+    return {flag["name"]: flag["sentence"] for flag in entry["flags"]}
+
+
+def change(entry: dict[str, Any], name: str) -> dict[str, Any]:
+    [found] = [what["change"] for what in entry["what_ifs"] if what["name"] == name]
+    estimate: dict[str, Any] = found
+    return estimate
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("fan_out", 150.0), ("short", 150.0), ("tests", 240.0)])
+def test_turns_without_a_think_time_are_not_charged_one(name: str, seconds: float) -> None:
+    """Parallel turns and first turns have none; long think times that aren't over yet are no abandoned sessions."""
+    entry = entry_of(name, seconds)
+    assert entry["littles_law"]["holds"] is True
+    assert entry["verdict"]["name"] in ("AGENT-BOUND", "BALANCED")
+
+
+def test_agents_that_send_several_turns_at_once_are_still_counted_once() -> None:
+    agents = entry_of("fan_out")["operating"]["agents"]["value"]
+    assert agents == pytest.approx(FAMILY["fan_out"].agents, rel=0.1)
+
+
+@pytest.mark.parametrize("routing", ["least_load", "round_robin", "affinity"])
+def test_a_slow_replica_is_named_with_its_factor_however_turns_are_routed(routing: str) -> None:
+    entry = watch(replace(FAMILY["slow_load"], routing=routing), 150.0)[-1]
+    sentence = flags(entry)["SLOW"]
+    assert sentence.startswith(("replica-3 takes 1.9", "replica-3 takes 2.0", "replica-3 takes 2.1"))
+    assert "A replica as fast as the others → +" in sentence
+    assert entry["verdict"]["name"] in ("GPU-BOUND", "BALANCED")
+
+
+def test_replicas_of_equal_speed_are_not_told_apart() -> None:
+    assert "SLOW" not in flags(entry_of("plain"))
+
+
+def test_full_slots_with_a_queue_need_no_fit() -> None:
+    entry = entry_of("slots")
+    assert entry["verdict"]["name"] == "GPU-BOUND"
+    assert "all 8 slots of each replica are taken" in entry["verdict"]["sentence"]
+    assert entry["suggestion"]["bound_by"] == "slots"
+    assert change(entry, "+25 % agents")["value"] == 0
+    assert change(entry, "+1 replica")["value"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_nothing_is_predicted_where_clients_leave_before_their_answers() -> None:
+    entry = entry_of("timeouts")
+    assert entry["verdict"]["name"] == "NO DATA"
+    assert "had no answer" in entry["verdict"]["reason"]
+
+
+def test_a_few_lost_turns_are_no_reason_to_refuse() -> None:
+    assert entry_of("timeouts_rare")["verdict"]["name"] != "NO DATA"
+
+
+def test_agents_that_queue_for_tools_are_promised_nothing_for_more_of_them() -> None:
+    entry = entry_of("tools", 240.0)
+    assert "queue for the tools" in flags(entry)["TOOLS"]
+    for name in ("+25 % agents", "half the observation time"):
+        assert change(entry, name)["value"] is None
+        assert "share tools" in change(entry, name)["reason"]
+    assert entry["suggestion"]["agents"]["value"] is None
+
+
+def test_contexts_that_grow_do_not_start_the_fit_over() -> None:
+    basis = entry_of("growth", 200.0)["fit"]["base_latency_s"]["basis"]
+    assert basis["window_s"] > 150
+
+
+@pytest.mark.parametrize("name", ["think", "doubled", "killed", "slowed"])
+def test_a_change_in_mid_run_is_judged_right_within_a_minute_and_stays_so(name: str) -> None:
+    family = replace(FAMILY[name], change_s=120.0)
+    after = [
+        entry["verdict"]["name"]
+        for entry in watch(family, family.change_s + SETTLE_S + 60.0)
+        if entry["at"] >= family.change_s + SETTLE_S + 10.0
+    ]
+    assert set(after) == {"AGENT-BOUND" if name == "killed" else "GPU-BOUND"}
+
+
+def test_a_verdict_that_is_found_once_is_not_shown_at_once() -> None:
+    names = [entry["verdict"]["name"] for entry in watch(FAMILY["light"], 300.0)]
+    assert sum(now != before for before, now in itertools.pairwise(names)) <= 1
+
+
+# --- The price of a suggestion. ---------------------------------------------------------------------------------------
+
+
+def test_a_suggestion_that_costs_throughput_says_so() -> None:
+    suggestion = entry_of("heavy")["suggestion"]
+    price = suggestion["then"]
+    assert price["change"]["value"] < -0.05
+    assert f"−{-100 * price['change']['value']:.0f} % turns/h" in suggestion["sentence"]
+    assert price["wait_s"]["value"] < suggestion["now"]["wait_s"]["value"]
+    assert f"instead of {suggestion['now']['wait_s']['value']:.3g} s" in suggestion["sentence"]
+
+
+def test_the_other_loads_worth_knowing_have_a_price_too() -> None:
+    options = {option["name"]: option for option in entry_of("heavy")["suggestion"]["options"]}
+    assert list(options) == ["utilisation", "knee", "efficient"]
+    for name in ("utilisation", "knee"):
+        for figure in ("agents", "wait_s", "turns_per_hour"):
+            assert options["efficient"][figure]["value"] < options[name][figure]["value"]
+
+
+def test_a_latency_goal_decides_how_many_agents_are_suggested() -> None:
+    family = Family("goal", 150, workload=thinking(10.0), habits=Habits())
+    found = {}
+    for goal_s in (4.0, 8.0):
+        watched = Watched(replace(family, seconds=200.0), seed=1)
+        watched.analysis = CapacityAnalysis(watched.analysis._clock, watched.analysis._dice, goal_s)
+        found[goal_s] = list(watched.documents())[-1]["suggestion"]
+        assert found[goal_s]["bound_by"] == "latency_goal"
+        assert f"95 % of the answers would take at most {goal_s:g} s" in found[goal_s]["sentence"]
+    assert found[4.0]["agents"]["value"] < found[8.0]["agents"]["value"]
+
+
+def test_gpu_time_lost_to_cache_misses_is_what_the_missing_tokens_cost() -> None:
+    family = replace(FAMILY["copies"], seconds=300.0)
+    watched = Watched(family, seed=1)
+    entry = list(watched.documents())[-1]
+    records = [record for record in watched.tracker._log.latest(100_000) if record.expected_cached_tokens is not None]
+    since = watched.analysis._clock() - 300.0
+    missed = sum(
+        max(0, (record.expected_cached_tokens or 0) - (record.cached_tokens or 0))
+        for record in records
+        if record.finished_at > since
+    )
+    assert family.physics is not None
+    true = missed * family.physics.prefill_token_s / (family.replicas * 300.0)
+    assert true > 0.02
+    assert entry["cost"]["cache_miss_share"]["value"] == pytest.approx(true, rel=0.15)
