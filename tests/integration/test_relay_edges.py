@@ -220,7 +220,7 @@ def test_a_plain_answer_that_ends_with_its_connection_is_whole_or_an_error(tmp_p
     with relay_before(tmp_path, b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n" + body) as relay:
         with Client(relay.port) as client:
             answer = client.chat()
-        assert answer.status == (502 if cut else 200)
+        assert answer.status in ((502, 503) if cut else (200,))  # it counts as a dead replica's: another one is tried
         assert cut or answer.body == WHOLE
 
 
@@ -401,13 +401,14 @@ def test_an_old_client_that_asks_keeps_its_connection(relay: RelayProcess) -> No
 def test_nothing_is_sent_to_another_users_server_on_a_replicas_port(tmp_path: Path, is_own: bool) -> None:
     """As after a crash of ours. Where it was never ours (verb `proxy`), it may be anybody's."""
     script = (
-        "import socket; l = socket.create_server(('127.0.0.1', 0)); print(l.getsockname()[1], flush=True)\n"
+        "import os, socket; os.setuid(65534); l = socket.create_server(('127.0.0.1', 0))\n"
+        "print(l.getsockname()[1], flush=True)\n"
         "while True:\n"
         "    s, _ = l.accept(); d = s.recv(99999)\n"
         "    if not d.startswith(b'GET /health'): print(d, flush=True)\n"
         "    s.sendall(b'HTTP/1.1 200 OK\\r\\nContent-Length: 2\\r\\nConnection: close\\r\\n\\r\\n{}'); s.close()\n"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, user=65534) as other:
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as other:
         try:
             assert other.stdout is not None
             row = backend(1, int(other.stdout.readline()), is_own=is_own, telemetry_port=None)
