@@ -74,6 +74,7 @@ def _slurm_span(text: str) -> float | None:
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
+UNNAMED_RESERVATION = "?"  # of a reserved node; Slurm 22.05 doesn't say which
 UNKNOWN_MEMORY_MB = 1 << 40  # of a node whose memory isn't shown: more than any job asks for
 
 
@@ -97,7 +98,8 @@ class SlurmNode:
 
     def takes_jobs_of(self, reservation: str) -> bool:
         """Whether it can run jobs that ask for this reservation (empty: for none)."""
-        return self.is_usable and self.free_cpus > 0 and self.reservation == reservation
+        is_for_them = self.reservation in (reservation, UNNAMED_RESERVATION) if reservation else not self.reservation
+        return self.is_usable and self.free_cpus > 0 and is_for_them
 
 
 def count_gres(counts: Mapping[str, int], wanted: str) -> int:
@@ -150,7 +152,7 @@ def parse_nodes(text: str) -> list[SlurmNode]:
                 gres=parse_gres(values.get("Gres", "")),
                 used=parse_gres(values.get("GresUsed", "")),
                 free_memory_mb=int(values.get("RealMemory") or UNKNOWN_MEMORY_MB) - int(values.get("AllocMem") or 0),
-                reservation=values.get("ReservationName", "?") if "RES" in state else "",
+                reservation=values.get("ReservationName", UNNAMED_RESERVATION) if "RES" in state else "",
             )
         )
     return nodes

@@ -315,16 +315,18 @@ class SshCommands:
         Where the host allows few sessions (MaxSessions), wait for another command to end.
         """
         paramiko = load_paramiko()
-        deadline, is_again = min(deadline, time.monotonic() + SSH_PATIENCE_S), False
+        give_up_at, is_again = min(deadline, time.monotonic() + 2 * SSH_PATIENCE_S), False
         while True:
-            transport = self.connect()
+            transport, late = self.connect(), min(deadline, time.monotonic() + SSH_PATIENCE_S)
             try:
-                return transport.open_session(timeout=max(0.1, deadline - time.monotonic()))
+                return transport.open_session(timeout=max(0.1, late - time.monotonic()))
             except (paramiko.SSHException, EOFError, OSError) as error:
-                is_dead = not isinstance(error, paramiko.ChannelException)
+                # Threads take each other's ChannelException from paramiko, so any error may mean a refusal.
+                is_refusal = isinstance(error, paramiko.ChannelException) or time.monotonic() < late
+                is_dead = not (transport.is_active() and is_refusal)
                 if is_dead:
                     self._drop(transport)
-                if time.monotonic() > deadline or (is_dead and is_again):
+                if time.monotonic() > give_up_at or (is_dead and is_again):
                     raise HostUnreachableError(f"{self.route.alias} opened no session: {error}; try again") from error
                 is_again = is_again or is_dead
             time.sleep(0.1)
