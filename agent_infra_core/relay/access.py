@@ -18,7 +18,7 @@ from agent_infra_core.settings import ProxyConfig
 
 
 def is_same_endpoint(one: Backend, other: Backend) -> bool:
-    """Whether two rows lead to one server: then connections and health carry over."""
+    """Whether two rows lead to the same server, whose connections and health then carry over."""
     same = dataclasses.replace(one, state=other.state, slots=other.slots, node=other.node, ends_at=other.ends_at)
     return same == other
 

@@ -24,7 +24,7 @@ PATIENCE_WITH_BUSY_S = 5.0  # for replicas that answer 429 or 503; then the clie
 
 
 class Admission:
-    """Gives replicas' slots to turns. Owns the queue of every model and what sessions were served lately."""
+    """Assigns replicas' slots to turns. Owns each model's queue and the service that sessions received lately."""
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
@@ -39,7 +39,7 @@ class Admission:
         """Return a replica with a slot for ``turn``, after waiting where that may help; ``release`` is then due. Raises
         RequestError, ClientGone."""
         turn.sharer = client.identity
-        is_first = not self._queue(turn.model)  # else it would overtake those that wait
+        is_first = not self._queue(turn.model)  # otherwise it would overtake the turns that wait
         if is_first and self._choose(turn) and turn.replica is not None:
             return turn.replica
         attained_s = 0.0
@@ -69,7 +69,7 @@ class Admission:
         """What waiting may bring: ``slot`` (all are busy), ``loading`` (one is on its way), ``nothing``, or ``refusal``
         (those that serve asked to be left alone for long).
 
-        What is on its way is known from the controller; while there is none, waiting has its bound.
+        The controller knows what is on its way. Without a controller, the wait stays bounded.
         """
         soonest = self._soonest(model, route)
         if soonest is not None:
@@ -90,7 +90,7 @@ class Admission:
         return min(serving, default=None)
 
     def dispatch(self, model: str) -> None:
-        """Give free slots to those who wait, in their order."""
+        """Give free slots to the waiting turns, in queue order."""
         queue = self._queue(model)
         while queue:
             now = time.monotonic()
@@ -103,7 +103,7 @@ class Admission:
             self._relay.reactor.loop.run_callback(given.turn.wake)
 
     def sweep(self) -> None:
-        """Look at all queues again: a busy replica's time may be over, or the last one may be gone."""
+        """Check all queues again: a busy replica may take work again, or the last replica may be gone."""
         for model, queue in self._queues.items():
             if queue:
                 self.dispatch(model)
@@ -112,7 +112,7 @@ class Admission:
                         self._relay.reactor.loop.run_callback(waiting.turn.wake)
 
     def waiting(self) -> list[Turn]:
-        """All that wait, the longest first."""
+        """Return all waiting turns, the longest wait first."""
         turns = [waiting.turn for queue in self._queues.values() for waiting in queue]
         return sorted(turns, key=lambda turn: turn.arrived)
 
@@ -148,10 +148,10 @@ class Admission:
         queue.add(waiting)
         self.pending += 1
         try:
-            self.dispatch(turn.model)  # those ahead may wait for replicas that this one need not wait for
+            self.dispatch(turn.model)  # turns ahead may wait for replicas that this one may not use
             return self._wait_for_slot(turn, client, settings.queue_timeout)
         except BaseException:
-            self.release(turn)  # a slot may have come in the very moment of giving up
+            self.release(turn)  # it may have got a slot just before it gave up
             raise
         finally:
             self.pending -= queue.remove(waiting)

@@ -26,7 +26,7 @@ from agent_infra_core.protocol import MAX_FIGURE, TurnFinished, TurnStarted
 if TYPE_CHECKING:
     from agent_infra_core.relay.book import Turn
 
-# What is read of a request's body beside its messages; the last two as they stand there.
+# The fields that are read besides messages; the last two stay undecoded.
 KNOWN_FIELDS = ("model", "stream", "stream_options", "prompt", "input", "tools", "system")
 _CACHE_MARK = re.compile(rb',\s*"cache_control":\s*\{[^{}]*\}|"cache_control":\s*\{[^{}]*\}\s*,?\s*')
 # A megabyte of JSON is read in 2 ms if it is text, in 150 ms if it is millions of empty lists.
@@ -36,15 +36,15 @@ ANSWER_FIELDS = (
     *("usage", "choices", "stop_reason", "error", "content", "output"),
     *("status", "incomplete_details", "type", "object", "message"),
 )
-_MESSAGES = b'{"messages":[0'  # in place of a beginning that is known: the 0 stands for its messages
+_MESSAGES = b'{"messages":[0'  # replaces a known beginning; the 0 stands for its messages
 
 
 @dataclass(slots=True)
 class KnownBody:
-    """What a long body began with, up to and with its last message, and what was found there.
+    """The beginning of a long body, up to its last message, and what was read there.
 
-    A conversation's next request repeats it and goes on; so only what is new has to be read. Exact: the beginning is
-    compared byte for byte, and it was read in full before.
+    A conversation's next request repeats it and continues, so only the new part must be read. This is exact: the
+    beginning is compared byte for byte, and was read in full before.
     """
 
     start: memoryview
@@ -55,7 +55,7 @@ class KnownBody:
 
 
 class ContinuedBody:
-    """The fields of a body that goes on from a known one; ``messages`` are those behind it."""
+    """The fields of a body that continues a known one; ``messages`` are the new ones."""
 
     __slots__ = ("before", "messages", *KNOWN_FIELDS)
     messages: list[Any]
@@ -71,7 +71,7 @@ class ContinuedBody:
 
 
 class KnownBodies:
-    """The last long body of each conversation; bounded in bytes, the longest unused goes first."""
+    """The last long body of each conversation, bounded in bytes; the least recently used goes first."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
@@ -82,7 +82,7 @@ class KnownBodies:
         return self._bodies.get(conversation)
 
     def keep(self, conversation: Any, known: KnownBody | None) -> None:
-        """Take ``known`` in place of what was kept; None: nothing."""
+        """Keep ``known`` instead of the former body; None keeps nothing."""
         former = self._bodies.pop(conversation, None)
         self.bytes += self._size(known) - self._size(former)
         if known is not None:
@@ -95,14 +95,14 @@ class KnownBodies:
 
 
 class Codec:
-    """The JSON that is read or written for every request, by msgspec: typed, so that what is not needed is skipped."""
+    """Reads and writes the JSON of every request with msgspec, which skips what the types don't name."""
 
     def __init__(self) -> None:
         import msgspec
 
         self.encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
-        # Events as they are encoded: made in C. What says nothing is said, too: a field that the controller's decoder
-        # misses costs it an exception.
+        # Events to encode, created in C. Empty fields are encoded too: a missing field costs the controller's decoder
+        # an exception.
         self.turn_started, self.turn_finished = (
             msgspec.defstruct(kind.__name__, [_encoded_field(item) for item in dataclasses.fields(kind)])
             for kind in (TurnStarted, TurnFinished)
@@ -137,23 +137,23 @@ class Codec:
         self._answer = msgspec.json.Decoder(msgspec.defstruct("AnswerBody", answered)).decode
 
     def joined(self, packs: Iterable[bytes]) -> Any:
-        """A list of what was encoded already, as it is encoded: each of ``packs`` is items with commas between."""
+        """Return encoded items as an encoded list."""
         return self._raw(b"[" + b",".join(packs) + b"]")
 
     def request(self, body: bytes | bytearray, known: KnownBody | None = None) -> Any:
-        """A request's fields that routing needs (``model``, ``stream``, ``stream_options``), and those that its words
-        stand in where they have the usual types; None when the body is no JSON object. Where it goes on from
-        ``known``, ``messages`` are those that are new."""
+        """Return the fields that routing needs (``model``, ``stream``, ``stream_options``), and those with text if they
+        have the usual types; None if the body isn't a JSON object. If the body continues ``known``, ``messages`` are
+        the new ones."""
         if len(body) > LIGHT_BODY_BYTES and body.count(b",") > MAX_READ_VALUES:
             return self._request_alone(body)
         if known is not None and body.startswith(known.start):
             try:
                 return ContinuedBody(known, self._rest_of_request(_MESSAGES + body[len(known.start) :]), self._unset)
             except (ValueError, RecursionError):
-                pass  # the common way tells what it is
+                pass  # read in full below
         try:
             return self._worded_request(body)
-        except (ValueError, RecursionError):  # bad UTF-8 is no error of msgspec's own
+        except (ValueError, RecursionError):  # bad UTF-8 is a plain ValueError
             return self._request_alone(body)
 
     def _request_alone(self, body: bytes | bytearray) -> Any:
@@ -168,10 +168,10 @@ class Codec:
             return None
 
     def known_body(self, fields: Any, body: bytes | bytearray, turn: Turn) -> KnownBody | None:
-        """What to keep of a body that was read, for the next one of its conversation; None where that is not sure.
+        """Return what to keep of a body for its conversation's next one; None if that isn't certain.
 
-        It ends with the last message, which is looked for. That this is the very place is sure when what is before it
-        makes a whole request once it is closed.
+        It ends with the last message, which is searched for. The place is certain if everything before it, once closed,
+        is a whole request.
         """
         before: KnownBody | None = getattr(fields, "before", None)
         if not fields.messages:
@@ -189,11 +189,11 @@ class Codec:
             values = before.fields
         else:
             values = {name: getattr(closed, name) for name in KNOWN_FIELDS}
-            values |= {name: bytes(values[name]) for name in KNOWN_FIELDS[-2:]}  # else they would hold what was read
+            values |= {name: bytes(values[name]) for name in KNOWN_FIELDS[-2:]}  # not views of it
         return KnownBody(memoryview(body)[:end], values, turn.prints, turn.follows, turn.prompt)
 
     def trace(self, fields: Any, is_named: bool) -> tuple[bytes, str | None]:
-        """``prints`` and ``follows`` of TurnStarted; a session that its client names is followed by nothing else."""
+        """Return ``prints`` and ``follows`` of TurnStarted. A session that its client names needs no ``follows``."""
         messages = getattr(fields, "messages", ())
         before: KnownBody | None = getattr(fields, "before", None)
         if before is None and not messages:
@@ -229,20 +229,20 @@ class Codec:
         return (prints[:8], size + len(first)) if is_system else (prints[:4], size)
 
     def last_words(self, fields: Any, limit: int) -> str:
-        """The start of the last user message, or of the prompt."""
+        """Return the start of the last user message or of the prompt."""
         for message in reversed(getattr(fields, "messages", ())):
             if bytes(message).find(b'"user"') >= 0:  # cheaper than `in`
                 try:
                     said: Any = self._message(message)
                     return plain_text(said.content or self.decode(message))[:limit]
-                except (ValueError, RecursionError):  # skipped so far, now read for the first time
+                except (ValueError, RecursionError):  # decoded here for the first time
                     continue
         if (before := getattr(fields, "before", None)) is not None:
             return str(before.words)
         return plain_text(getattr(fields, "prompt", None) or getattr(fields, "input", None))[:limit]
 
     def digest(self, body: bytes, wanted_text: int, traces: bool = False) -> AnswerDigest | None:
-        """What tracking keeps of a whole answer, with ``traces`` also its print; None where it is no JSON object."""
+        """Return what tracking keeps of a whole answer (``traces``: its print too); None if it isn't a JSON object."""
         try:
             return self._plain_digest(self._plain_answer(body), wanted_text, traces)
         except (ValueError, IndexError, RecursionError):
@@ -262,7 +262,7 @@ class Codec:
         return digest
 
     def _plain_digest(self, answer: Any, wanted_text: int, traces: bool) -> AnswerDigest:
-        """The digest of a completion of the common shape, which nearly all answers have."""
+        """Return the digest of a completion of the common shape, which nearly all answers have."""
         choice, usage, details = answer.choices[0], answer.usage, answer.usage.prompt_tokens_details
         words = (choice.message.content if choice.message is not None else choice.text) or ""
         calls = choice.message.tool_calls if traces and choice.message is not None else None
@@ -278,7 +278,7 @@ class Codec:
 
 
 def _encoded_field(item: dataclasses.Field[Any]) -> Any:
-    """A dataclass's field as msgspec.defstruct takes it."""
+    """Return a dataclass's field in the form that msgspec.defstruct takes."""
     import msgspec
 
     if item.default_factory is not dataclasses.MISSING:
@@ -287,7 +287,7 @@ def _encoded_field(item: dataclasses.Field[Any]) -> Any:
 
 
 def plain_text(content: Any, depth: int = 8) -> str:
-    """The words of a message or its content: a string, or the text of its parts, down to some depth."""
+    """Return the text of a message or its content: a string, or the text of its parts, down to ``depth``."""
     if isinstance(content, str):
         return content
     if isinstance(content, dict) and depth:
@@ -304,6 +304,6 @@ def _said(part: Any) -> Any:
 
 
 def form_model(body: bytes | bytearray) -> str | None:
-    """The field ``model`` of a multipart form."""
+    """Return the field ``model`` of a multipart form."""
     match = re.search(rb'name="?model"?\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]{1,200})\r\n', body)
     return match[1].decode("utf-8", "replace") if match else None

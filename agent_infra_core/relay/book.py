@@ -37,7 +37,7 @@ class Turn:
         "sent", "session", "status", "stream", "tokens", "wanted_text",
     )  # fmt: skip
 
-    # What most turns leave as it is.
+    # Defaults that most turns keep.
     route: RouteRequest = ANYWHERE
     routed: SessionTurn | None = None  # None: it belongs to no session
     placement: Placement | None = None  # while a replica is at work on it for its session
@@ -48,7 +48,7 @@ class Turn:
     deaths = 0  # replicas that died with it
     error: str | None = None
     gaps: Histogram = NO_GAPS
-    is_told = False  # the controller knows of it; likewise the moments below
+    is_told = False  # reported to the controller; likewise the times below
     told_sent = 0.0
     told_first = 0.0
     refused_since = 0.0  # when a replica first answered 429 or 503
@@ -67,13 +67,13 @@ class Turn:
         self.is_stream = False
         self.cuts_usage = True
         self.tokens = 0  # of the prompt, roughly
-        self.replica: LiveReplica | None = None  # that holds a slot for it
+        self.replica: LiveReplica | None = None  # holds a slot for it
         self.backend: str | None = None
         self.sent = 0.0
         self.queue_ms = 0.0
         self.first = 0.0  # byte (of a stream: event) of the answer
         self.ended = 0.0
-        self.over = 0.0  # when nothing more was to be done for it
+        self.over = 0.0  # when nothing was left to do for it
         self.status = 0
         self.outcome = "aborted"
         self.stream: EventStream | None = None  # a streamed answer
@@ -146,7 +146,7 @@ class TurnBook:
         if turn.prints and len(body) >= LONG_BODY_BYTES:
             conversation = turn.session or peer
             goes_on = getattr(fields, "before", None) is not None or self._bodies.find(conversation) is None
-            # Otherwise agents may share a connection: the next body is kept, not each in vain.
+            # Otherwise several agents may share a connection: keep only every other body.
             self._bodies.keep(conversation, codec.known_body(fields, body, turn) if goes_on else None)
 
     def refused(self, refusal: RequestError, plan: RequestPlan | None) -> bytes:
@@ -166,7 +166,7 @@ class TurnBook:
             turn.answer = b""
 
     def finish(self, turn: Turn) -> None:
-        """The turn is over, whatever became of it: its counters, its last event. Once is enough."""
+        """Record the end of a turn, whatever its outcome: counters and the last event. Safe to call again."""
         if self.turns.pop(turn.id, None) is None:
             return
         turn.over = time.monotonic()
@@ -230,7 +230,7 @@ class TurnBook:
         self._relay.control.add_ended_session(SessionEnded(session, time.time()))
 
     def news(self) -> EventBatch:
-        """Return what the controller wasn't told yet of the turns in flight; it counts as told from here on."""
+        """Return what is new about the turns in flight, and mark it as reported."""
         started: list[Any] = []
         sent: list[TurnSent] = []
         answering: list[TurnAnswering] = []
@@ -247,7 +247,7 @@ class TurnBook:
         return EventBatch(started, sent, answering)
 
     def forget_told(self) -> None:
-        """A new controller came, which knows nothing of the turns in flight."""
+        """Mark nothing as reported, because a new controller came."""
         for turn in self.turns.values():
             turn.is_told, turn.told_sent, turn.told_first = False, 0.0, 0.0
 

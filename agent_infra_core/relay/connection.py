@@ -153,7 +153,7 @@ class ClientConnection:
             return None
         except OSError:
             data = b""
-        self.unread += data  # the next request, ahead of its time
+        self.unread += data  # the next request, sent ahead
         if data and len(self.unread) <= MAX_HEAD_BYTES:
             return None
         self._watcher.stop()  # the rest stays in the socket
@@ -171,7 +171,7 @@ class ClientConnection:
         self._is_receiving = True
         try:
             while True:
-                self.park()  # first, because most often nothing has come yet
+                self.park()  # first, because usually nothing has come yet
                 try:
                     return self.sock.recv(RECEIVE_BYTES) if into is None else self.sock.recv_into(into)
                 except BlockingIOError:
@@ -295,7 +295,7 @@ class ClientConnection:
     def _read_chunks(self, limit: int) -> bytearray:
         decoder, body = BodyDecoder(None), bytearray()
         while True:
-            pieces: list[bytes] = []  # joined at once: a piece of one byte takes forty
+            pieces: list[bytes] = []  # joined at once: a one-byte piece takes forty bytes
             end = decoder.feed(self.unread[:CHUNKED_BYTES_AT_ONCE], 0, pieces)
             self.unread = self.unread[end:]
             received = b"".join(pieces)

@@ -36,7 +36,7 @@ MAX_BUFFERED_EVENTS = 50_000
 
 
 class ControlChannel:
-    """The Unix socket to the controller: the newest one to connect is served, events wait for it when there is none."""
+    """The Unix socket to the controller. The latest controller to connect is served; without one, events wait."""
 
     def __init__(self, relay: Relay, path: str, listener: Any) -> None:
         self._relay, self._listener = relay, listener
@@ -44,7 +44,7 @@ class ControlChannel:
         self._ended: deque[SessionEnded] = deque(maxlen=MAX_BUFFERED_EVENTS)
         self._unsent = b""  # a batch, encoded
         self._controller: Any = None
-        self._write_lock = relay.reactor.new_lock()  # one frame after the other: three greenlets send
+        self._write_lock = relay.reactor.new_lock()  # one frame at a time: several greenlets send
         self.events_dropped = 0
         self.questions = Questions(self, relay.reactor)
         with contextlib.suppress(FileNotFoundError):
@@ -59,7 +59,7 @@ class ControlChannel:
         self._server.listen(8)
 
     def run(self) -> None:
-        """Accept controllers, for ever; a greenlet runs this."""
+        """Accept controllers until the relay ends; a greenlet runs this."""
         started_at, told = time.time(), -math.inf
         while True:
             try:
@@ -70,7 +70,7 @@ class ControlChannel:
                     self._relay.log("error", f"no controller can be accepted for now: {error}")
                 self._relay.reactor.sleep(1.0)
                 continue
-            if self._relay.is_stopping:  # it has no listening socket left to hand on
+            if self._relay.is_stopping:  # no listening socket is left to hand over
                 controller.close()
                 continue
             former, self._controller = self._controller, None
@@ -112,18 +112,18 @@ class ControlChannel:
 
     @property
     def is_connected(self) -> bool:
-        """Whether there is a controller."""
+        """Whether a controller is connected."""
         return self._controller is not None
 
     @property
     def remedy(self) -> str:
-        """The end of a message that a replica is missing: what to do about it; empty while the controller does it."""
+        """The end of a message about a missing replica: what to do. Empty while a controller takes care of it."""
         gone = "; the proxy's controller is gone, and with it the tunnels that it held: `connect` takes over"
         return "" if self.is_connected else gone
 
     @property
     def has_news(self) -> bool:
-        """Whether a batch may have something to say."""
+        """Whether there may be something to report."""
         return bool(self._finished or self._relay.book.turns or self._ended or self._unsent)
 
     def add_finished(self, event: bytes) -> None:
@@ -138,12 +138,12 @@ class ControlChannel:
         self._ended.append(event)
 
     def add_request(self, request: Mapping[str, str]) -> None:
-        """Tell the controller what an operator asked for; it is lost when there is none."""
+        """Pass an operator's request to the controller. Without a controller it is lost."""
         payload = json.dumps(request).encode()
         self._relay.reactor.spawn(self.send, FRAME_REQUEST, payload)
 
     def flush(self) -> None:
-        """Send what happened since the last batch; one that did not go out is sent before anything else."""
+        """Send what happened since the last batch. A batch that failed to go out is sent first."""
         while self._controller is not None:
             if not self._unsent:
                 finished = [self._finished.popleft() for _ in range(min(BATCHED_TURNS, len(self._finished)))]
@@ -161,7 +161,7 @@ class ControlChannel:
             self._unsent = b""
 
     def send(self, kind: bytes, payload: bytes) -> bool:
-        """Send one frame; whether a controller took it. Blocks this greenlet (alone) while the controller is slow."""
+        """Send one frame. Returns whether a controller took it. A slow controller blocks only this greenlet."""
         with self._write_lock:
             controller = self._controller
             if controller is None:
@@ -174,7 +174,7 @@ class ControlChannel:
 
 
 class Questions:
-    """What clients ask that only the controller knows: each question waits for its answer, QUESTION_S at most."""
+    """Questions from clients that only the controller can answer. Each waits at most QUESTION_S."""
 
     def __init__(self, channel: ControlChannel, reactor: Reactor) -> None:
         self._channel, self._reactor = channel, reactor
@@ -182,13 +182,13 @@ class Questions:
         self._count = 0
 
     def ask(self, op: str, **details: Any) -> dict[str, Any] | None:
-        """A FRAME_ANSWER; None without a controller, or when it says nothing in time. Blocks this greenlet."""
+        """Return a FRAME_ANSWER; None if no controller answers in time. Blocks this greenlet."""
         self._count += 1
         number, result = self._count, self._reactor.new_result()
         self._waiting[number] = result
         try:
             question = json.dumps({"op": op, "id": number, **details}).encode()
-            # Sent by a greenlet of its own: a controller that takes nothing must not hold this one beyond its time.
+            # Sent by another greenlet: a controller that reads nothing must not hold this one beyond its time.
             self._reactor.spawn(self._channel.send, FRAME_REQUEST, question)
             answer: dict[str, Any] | None = result.wait(QUESTION_S) if self._channel.is_connected else None
             return answer
@@ -196,7 +196,7 @@ class Questions:
             del self._waiting[number]
 
     def take(self, payload: bytes) -> None:
-        """A FRAME_ANSWER has come; one that nobody waits for any more is left out."""
+        """Deliver a FRAME_ANSWER, unless nobody waits for it any more."""
         answer = json.loads(payload)
         if (result := self._waiting.get(answer["id"])) is not None:
             result.set(answer)

@@ -26,14 +26,14 @@ PROBE_S = 5.0
 EJECT_AFTER = 3  # transport errors in a row
 EJECT_AFTER_REFUSALS = 5  # answers of status 500 and above in a row
 FIRST_EJECTION_S = 0.5  # doubled with each ejection in a row, up to the health check interval
-AWAY_STATES = ("draining", "stopped", "failed")  # that a replica's own digest tells: it takes no turn
+AWAY_STATES = ("draining", "stopped", "failed")  # in a replica's own digest: it takes no turn
 LOOPBACK = ("127.0.0.1", "::1")
 MAX_MODEL_ROWS = 1000  # of a replica's list of models
-NAMED_ABSENT = 3  # replicas that a refusal names
+NAMED_ABSENT = 3  # number of replicas that a refusal names
 
 
 class LiveReplica:
-    """One backend as the relay sees it: its row, its connections, its load and its health. A routing view."""
+    """A backend as the relay sees it: its row, connections, load and health. Routing's view of a replica."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -47,7 +47,7 @@ class LiveReplica:
         self.foreign_work = 0
         self.gpu_utilization = self.kv_usage = self.kv_tokens = 0.0
         self.load: Any = None
-        self.override: str | None = None  # what an operator asked for, until the table says the same
+        self.override: str | None = None  # state that an operator asked for, until the table agrees
         self.health = "up"  # up | trial (one turn at a time, after an ejection) | down
         self.reason: str | None = None
         self.failures = 0  # transport errors in a row
@@ -55,12 +55,12 @@ class LiveReplica:
         self.ejections = 0  # in a row
         self.probe_failures = 0  # in a row
         self.last_byte = 0.0  # of an answer
-        self.dead_until = 0.0  # a probe found nobody there; believed until then
+        self.dead_until = 0.0  # a probe found it dead; believed until this time
         self.idle: dict[Upstream, None] = {}  # the most recently used last
         self.greenlets: list[Any] = []  # of its health and load, killed with it
         self.look_at_once: Any = None  # event: probe now
         self.accepts_work = True
-        self.is_gone = False  # from the table
+        self.is_gone = False  # the table no longer has it
         # Its port may be taken over by another user while it is down: nothing is sent before the kernel has said whose
         # server accepted the connection.
         self.needs_proof = backend.is_own and backend.host in LOOPBACK and kernel_answers()
@@ -69,14 +69,14 @@ class LiveReplica:
         self.update(backend)
 
     def update(self, backend: Backend) -> None:
-        """Take over a new row of the same replica, or a change of its state."""
+        """Apply a new row of the same replica, or a change of its state."""
         self.backend = backend
         self.ends_at = math.inf if backend.ends_at is None else time.monotonic() + backend.ends_at - time.time()
         if self.override == backend.state:
             self.override = None
         state = self.override or backend.state
         load: Mapping[str, Any] = self.load if isinstance(self.load, dict) else {}
-        # Asleep, an engine answers its health probe and hangs every turn.
+        # A sleeping engine answers its health probe and hangs every turn.
         is_away = bool(load.get("is_sleeping")) or load.get("state") in AWAY_STATES
         if load.get("is_sleeping"):
             self.belief.clear()  # its cache doesn't outlive its sleep
@@ -104,7 +104,7 @@ class LiveReplica:
             self.set_health("up", None)
 
     def note_failure(self, reason: str, is_dead: bool) -> None:
-        """A transport error; the last of several, or a proof of death, ejects it until a probe succeeds."""
+        """Note a transport error. Several in a row, or a proof of death, eject the replica until a probe succeeds."""
         self.errors += 1
         self.failures += 1
         if is_dead:
@@ -130,7 +130,7 @@ class LiveReplica:
                 self.look_at_once.set()
 
     def take_load(self, load: Any) -> None:
-        """Take over a /load digest; one with a figure that is none changes nothing, and raises what that does."""
+        """Apply a /load digest. An invalid figure raises ValueError or TypeError and changes nothing."""
         digest: dict[str, Any] = load if isinstance(load, dict) else {}
         work = int(digest.get("running") or 0) + int(digest.get("waiting") or 0)
         kv_usage, kv_tokens = (float(digest.get(name) or 0.0) for name in ("kv_usage", "kv_capacity_tokens"))
@@ -142,7 +142,7 @@ class LiveReplica:
         self.update(self.backend)
 
     def reserve(self, choice: int, tokens: int) -> None:
-        """It is chosen. Promise room for a prompt at once: its own report comes too late for the next choice."""
+        """Count a turn that chose it, and its prompt at once: the next report comes too late for the next choice."""
         self.last_chosen = choice
         self.in_flight += 1
         self.requests += 1
@@ -150,11 +150,11 @@ class LiveReplica:
             self.kv_usage += tokens / self.kv_tokens
 
     def head(self, plan: RequestPlan, length: int) -> bytes:
-        """The head of a request as it is sent to it, with a body of ``length`` bytes."""
+        """Return the head to send to it for a request with a body of ``length`` bytes."""
         return forwarded_head(plan.request, plan.target, self.host, self.backend.key, length)
 
     def release(self) -> None:
-        """A turn that it was chosen for is over."""
+        """Note that a turn there is over."""
         self.in_flight -= 1
 
     def forget(self, upstream: Upstream) -> None:
@@ -163,7 +163,7 @@ class LiveReplica:
         upstream.close()
 
     def close(self) -> None:
-        """It left the table: no more probes, no idle connections; turns that it has go on."""
+        """Stop probes and close idle connections, because it left the table. Its turns go on."""
         self.is_gone = True
         for greenlet in self.greenlets:
             greenlet.kill(block=False)
@@ -172,7 +172,7 @@ class LiveReplica:
 
 
 def why_away(replica: LiveReplica) -> str:
-    """Why a replica gets no turn, in words that follow its name."""
+    """Return why a replica gets no turns, to follow its name in a sentence."""
     load: Mapping[str, Any] = replica.load or {}
     if replica.health == "down":
         return f"is down ({replica.reason})"
@@ -186,7 +186,7 @@ def why_away(replica: LiveReplica) -> str:
 
 
 def explain_absence(replicas: Sequence[LiveReplica]) -> str:
-    """Why none of a model's replicas can answer, and what to do; a few are named."""
+    """Explain why none of a model's replicas can answer, and what to do; names a few."""
     words = [f"{replica.id} {why_away(replica)}" for replica in replicas[:NAMED_ABSENT]]
     if len(replicas) > NAMED_ABSENT:
         words.append(f"{len(replicas) - NAMED_ABSENT} more")
@@ -194,23 +194,23 @@ def explain_absence(replicas: Sequence[LiveReplica]) -> str:
 
 
 def ejection_s(ejections: int, most_s: float) -> float:
-    """For how long a replica is left alone after so many ejections in a row."""
+    """Return how long a replica stays out after this many ejections in a row."""
     return min(FIRST_EJECTION_S * 2.0 ** min(ejections - 1, 16), most_s)
 
 
 class ReplicaWatch:
-    """Asks replicas how they are: health on the engine's port, load on its telemetry port."""
+    """Polls the replicas: health on the engine's port, load on its telemetry port."""
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
 
     def health(self, replica: LiveReplica) -> None:
-        """Probe for ever: each interval, and after an ejection sooner, backing off; a greenlet runs this."""
+        """Probe at each interval, and sooner after an ejection, with backoff; a greenlet runs this."""
         interval = self._relay.settings.proxy.health_check_interval
         pause = 0.0
         while True:
             replica.look_at_once.wait(pause)
-            if replica.look_at_once.is_set():  # just ejected: give it the time that its ejections call for
+            if replica.look_at_once.is_set():  # just ejected: back off
                 replica.look_at_once.clear()
                 self._relay.log("warning", f"replica {replica.id} is out: {replica.reason}")
                 pause = ejection_s(replica.ejections, interval)
@@ -253,7 +253,7 @@ class ReplicaWatch:
             replica.model_rows[backend.model] = own
 
     def _note_problem(self, replica: LiveReplica, problem: str, is_proven: bool) -> None:
-        """A probe failed. Silence alone is no death while answers come: an engine may be too busy to say it is well."""
+        """Note a failed probe. Silence isn't death while answers flow: an engine may be too busy to answer a probe."""
         replica.probe_failures += 1
         is_moving = time.monotonic() - replica.last_byte < self._relay.settings.proxy.health_check_interval
         if replica.health != "down" and (is_proven or (replica.probe_failures >= 2 and not is_moving)):
@@ -261,7 +261,7 @@ class ReplicaWatch:
             self._relay.log("warning", f"replica {replica.id} is out: {problem}")
 
     def load(self, replica: LiveReplica) -> None:
-        """Poll its load for ever; a greenlet runs this. A poll that fails leaves the last figures for a while."""
+        """Poll its load; a greenlet runs this. After a failed poll, the last figures stay for a while."""
         missed = 0
         while True:
             backend = replica.backend
@@ -276,7 +276,7 @@ class ReplicaWatch:
             self._relay.reactor.sleep(self._relay.settings.proxy.load_poll_interval)
 
     def is_alive(self, replica: LiveReplica) -> bool:
-        """Whether it answers its health probe now, or cannot be asked; a death just found is believed for a moment."""
+        """Whether it answers a health probe now, or can't be asked. A death just found is believed for a moment."""
         now = time.monotonic()
         if now < replica.dead_until:
             return False
@@ -289,9 +289,9 @@ class ReplicaWatch:
         return problem is None
 
     def _probe(self, replica: LiveReplica) -> tuple[str | None, bool]:
-        """What is wrong with it (None: nothing), and whether that is proof of death rather than silence.
+        """Return what is wrong with it (None: nothing), and whether that proves its death or is mere silence.
 
-        OSError without a free descriptor: that says nothing of the replica.
+        Raises OSError without a free descriptor, which says nothing about the replica.
         """
         try:
             status, _ = self._get(replica, replica.backend.port, b"/health", None)
@@ -301,11 +301,11 @@ class ReplicaWatch:
             if getattr(error, "errno", None) in NO_DESCRIPTOR:
                 raise
             return f"health probe: {getattr(error, 'strerror', None) or error}", True
-        # A server without /health answers 404, and serves; an engine that died behind its server answers 5xx.
+        # A server without /health answers 404 and still serves; a server whose engine died answers 5xx.
         return (None, False) if 200 <= status < 500 else (f"GET /health says {status}", True)
 
     def _get(self, replica: LiveReplica, port: int, path: bytes, key: str | None) -> tuple[int, bytes]:
-        """Status and body of one GET, on a connection of its own; OSError or WireError."""
+        """Return status and body of a GET on a new connection. Raises OSError or WireError."""
         host = replica.backend.host
         authorization = b"authorization: Bearer %b\r\n" % key.encode("latin-1") if key else b""
         deadline = time.monotonic() + PROBE_S
@@ -333,5 +333,5 @@ class ReplicaWatch:
                     if answer.status >= 200:
                         status, decoder = answer.status, BodyDecoder(length)
                         decoder.feed(received, end, pieces)
-                    received = received[end:]  # behind an interim answer, the real one follows
+                    received = received[end:]  # the real answer follows an interim one
             return status, b"".join(pieces)

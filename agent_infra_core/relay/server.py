@@ -33,22 +33,22 @@ from agent_infra_core.relay.replicas import LiveReplica, ReplicaWatch
 from agent_infra_core.relay.requests import HeadReader, LabelReader
 from agent_infra_core.settings import HeadersConfig, ProxyConfig
 
-SWEEP_S = 0.1  # how late a deadline may be noticed, and how often the controller is told what happened
+SWEEP_S = 0.1  # how late a deadline is noticed at most, and how often events go to the controller
 LAST_WORD_S = 0.5  # for the clients to be told that their turns are cut
 REFUSALS_LOGGED_A_SECOND = 5
-LAST_FLUSH_S = 2.0  # for the last events, at the relay's end: its controller may take none
+LAST_FLUSH_S = 2.0  # for the last events when the relay ends; the controller may not take them
 
 
 class HttpApp(Protocol):
-    """What answers requests that are not inference."""
+    """Answers requests other than inference."""
 
     def answer(self, request: RequestHead, path: bytes, query: bytes, body: bytes) -> bytes:
-        """The whole answer, ready to send."""
+        """Return the whole answer, ready to send."""
 
 
 @dataclass
 class RelaySettings:
-    """What the controller's first table says once."""
+    """The settings in the controller's first table."""
 
     proxy: ProxyConfig
     headers: HeadersConfig
@@ -62,10 +62,10 @@ class RelaySettings:
 
 
 class Relay:
-    """The data plane's process: its clients, replicas, counters, and what the controller said last."""
+    """The data plane's process. Owns clients, replicas, counters and the last table."""
 
     def __init__(self, socket_path: str, listener_fd: int, make_app: Callable[[Relay], HttpApp]) -> None:
-        """``make_app`` makes what answers all that is not inference."""
+        """``make_app`` returns what answers requests other than inference."""
         self.reactor = Reactor()
         self.codec = Codec()
         self.heads, self.door = HeadReader(), Doorkeeper()
@@ -88,8 +88,10 @@ class Relay:
         self.stats_read = 0  # how often
         self.buffered_bytes = 0
         self.held_bytes: Counter[str] = Counter()  # the same, by client
-        self.is_stopping = self.is_over = False  # over: the time to end is, too
-        self._statm = os.open("/proc/self/statm", os.O_RDONLY)  # kept: it is read when there is no descriptor, too
+        self.is_stopping = self.is_over = False  # over: the time to finish turns has passed
+        self._statm = os.open(
+            "/proc/self/statm", os.O_RDONLY
+        )  # kept open, so that it can be read without a free descriptor
         self._stopped, self._has_news = self.reactor.new_event(), self.reactor.new_event()
         self._watchers: list[Any] = []
         self._exit_code = 0
@@ -97,10 +99,10 @@ class Relay:
         self.watch = ReplicaWatch(self)
         self._reception = Reception(self)
 
-    # The controller's word.
+    # Frames from the controller.
 
     def take_frame(self, kind: bytes, payload: bytes) -> None:
-        """Act on a frame; one that cannot be read changes nothing."""
+        """Handle a frame. An unreadable one changes nothing."""
         if kind == FRAME_STATS:
             self.stats = payload, time.monotonic()
         elif kind == FRAME_TABLE:
@@ -117,7 +119,7 @@ class Relay:
             affinity = self.settings.proxy.session_affinity
             self.keeps_sessions = affinity == "auto" and self.strategy == "least_load"
             self.door.configure(self.settings.proxy)
-            self.heads.known_requests.clear()  # labels are read by names that may be others now
+            self.heads.known_requests.clear()  # the names of the label headers may have changed
             for client in self.connections:
                 client.authorization = None
         self.models = list(table["models"])
@@ -163,7 +165,7 @@ class Relay:
     # The process.
 
     def run(self) -> int:
-        """Serve until a signal ends it; the exit code."""
+        """Serve until a signal ends it. Returns the exit code."""
         for number, action in ((signal.SIGTERM, self._on_signal), (signal.SIGINT, None)):
             if action is None:
                 signal.signal(number, signal.SIG_IGN)  # Ctrl-C is the controller's; it reaches the whole process group
@@ -201,7 +203,7 @@ class Relay:
             self.reactor.sleep(1.0)
 
     def gauges(self) -> dict[str, Any]:
-        """What FRAME_GAUGES carries."""
+        """Return the content of FRAME_GAUGES."""
         backends = {
             replica.id: {
                 "healthy": replica.health != "down",
@@ -237,7 +239,7 @@ class Relay:
         self.reactor.spawn(self._stop).link_exception(self._on_task_failed)
 
     def _stop(self) -> None:
-        """Accept nothing more, let the turns end that are on their way, up to the deadline; then go."""
+        """Accept nobody, let turns in flight finish until the deadline, then end."""
         self.log("info", f"stopping: {len(self.book.turns)} turns to finish")
         self._reception.close()
         while self.connections and time.monotonic() < self._ends_at:
@@ -261,7 +263,7 @@ class Relay:
         self.log("error", f"{what} failed: {type(error).__name__}: {error}", trace=traceback.format_exc())
 
     def log(self, level: str, message: str, **details: Any) -> None:
-        """One line to standard error: text, or JSON. Nothing from a client's head goes here: it may hold a key."""
+        """Print a line to standard error, as text or JSON. Never log a client's head: it may hold a key."""
         at = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         if self.settings.log_format == "json":
             line = json.dumps({"at": at, "level": level, "role": "relay", "message": message, **details})
@@ -291,8 +293,8 @@ class RefusalLog:
 
 
 class Reception:
-    """Accepts clients while there are descriptors, for them and for what they ask; the others wait in the queue of the
-    listening socket."""
+    """Accepts clients while descriptors are left for them and their replicas. The others wait in the listening socket's
+    queue."""
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
@@ -300,18 +302,18 @@ class Reception:
         self._shortage_told = -math.inf
 
     def open(self) -> None:
-        """Accept from now on."""
+        """Start accepting."""
         if self._watcher is None and not self._relay.is_stopping:
             self._watcher = self._relay.reactor.watch_reads(self._relay.listener, self._accept)
 
     def close(self) -> None:
-        """Accept nobody any more."""
+        """Stop accepting."""
         if self._watcher is not None:
             self._watcher.stop()
         self._relay.listener.close()
 
     def sweep(self) -> None:
-        """Go on accepting when there are descriptors again."""
+        """Accept again once descriptors are free."""
         if self._watcher is None or self._watcher.active or self._relay.is_stopping:
             return
         with contextlib.suppress(OSError):
@@ -324,7 +326,7 @@ class Reception:
         relay = self._relay
         for _ in range(64):
             try:
-                descriptor, peer = relay.listener._accept()  # accept() would make one of gevent's patched sockets
+                descriptor, peer = relay.listener._accept()  # accept() would create one of gevent's patched sockets
             except BlockingIOError:
                 return
             except ConnectionAbortedError:
@@ -351,11 +353,11 @@ class Reception:
         return bool(strangers)
 
     def _limit(self) -> int:
-        """Clients get no descriptor from here on: who is accepted while none is left for replicas is not served."""
+        """Return the first descriptor that clients don't get: a client is no use without one left for its replica."""
         return resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4
 
     def _pause(self, error: OSError) -> None:
-        """Look away until the next sweep: a listener with clients waiting stays readable."""
+        """Stop watching until the next sweep, because a listener with waiting clients stays readable."""
         self._watcher.stop()
         now = time.monotonic()
         if now >= self._shortage_told + SHORTAGE_S:

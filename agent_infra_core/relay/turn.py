@@ -27,7 +27,7 @@ APP_BODY_BYTES = 64 << 10
 BUFFERED_ANSWER_BYTES = 8 << 20  # a plain answer longer than this is passed on as it comes
 DIGESTED_ANSWER_BYTES = 4 << 20  # the usage of a longer one isn't read
 MAX_INTERIM_ANSWERS = 20
-RACE_S = 1.0  # within which a close by the replica that crossed with a request shows: a round trip, and more
+RACE_S = 1.0  # a replica's close that crossed with a request shows within this time: more than a round trip
 GENERATING_PATHS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages")
 UNREACHABLE_S = 1.0  # that a turn avoids a replica that it couldn't reach
 BUSY_S, MAX_BUSY_S = 0.5, 60.0  # that a replica gets no work after 429 or 503
@@ -185,7 +185,9 @@ class Delivery:
         if broken.kind == "lost" and not exchange.is_passed_on:
             self._after_death(replica, message, is_proven=turn.first > 0.0)
             return None
-        if broken.kind in ("lost", "timeout") and not self._relay.is_stopping:  # else it may not be the replica's fault
+        if (
+            broken.kind in ("lost", "timeout") and not self._relay.is_stopping
+        ):  # otherwise it may not be the replica's fault
             replica.note_failure(message, is_dead=False)
         if exchange.is_passed_on:
             turn.outcome, turn.error = "cut", message
@@ -230,7 +232,7 @@ class Delivery:
         self._start_over()
 
     def _exclude(self, replica: LiveReplica, with_node: bool = False) -> None:
-        """Go elsewhere; ``with_node``: to another node, if one serves, because the node may have killed the replica."""
+        """Exclude a replica; with ``with_node`` its node too if another node serves, because the node may be at fault."""
         excluded, pool = self._turn.route.excluded | {replica.id}, self._relay.pools.get(self._turn.model, ())
         mates = {other.id for other in pool if other.backend.node == replica.backend.node}
         if with_node and any(other.accepts_work and other.id not in excluded | mates for other in pool):
@@ -250,7 +252,7 @@ class Exchange:
     if its replica dies. Either way every byte of an answer passes ``_receive``, and ``_send`` if it is passed on.
     """
 
-    head: Any = None  # AnswerHead, once it came; shared by equal heads, so the body's length stands beside it
+    head: Any = None  # AnswerHead, shared by equal heads; so the body's length is kept beside it
     events: EventStream | None = None  # of a stream
     body = b""  # of a plain answer that is whole
     is_passed_on = False  # the client has the answer's head
@@ -266,7 +268,7 @@ class Exchange:
         self._request_head = request_head
         self._timeout_s = client.relay.settings.proxy.request_timeout
         self._upstream: Any = None
-        self._to_chunks = True  # as HTTP/1.1 clients take it; what an older one gets ends with the connection
+        self._to_chunks = True  # for HTTP/1.1 clients; an HTTP/1.0 client's answer ends with the connection
 
     @property
     def status(self) -> int:
@@ -349,7 +351,7 @@ class Exchange:
         client = self._client
         while True:
             client.park()
-            if client.is_late:  # also while bytes come: a plain answer has its time as a whole
+            if client.is_late:  # even while bytes come: the deadline is for the whole plain answer
                 raise BrokenAnswer(f"the replica was silent for {self._timeout_s:g} s", "timeout")
             if self._relay.is_over:
                 raise BrokenAnswer("the proxy was stopped", "stopped")
@@ -495,7 +497,7 @@ class Exchange:
         if self.events is not None:
             client.send_all(broken.unsent + self.events.failure(error_event(str(broken), self._turn.is_anthropic)))
             return self._to_chunks
-        if self.ends_by_closing:  # only a reset shows that this isn't the answer's end
+        if self.ends_by_closing:  # only a reset shows that the answer isn't complete
             client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         return False
 
