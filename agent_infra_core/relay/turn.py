@@ -232,7 +232,7 @@ class Delivery:
         self._start_over()
 
     def _exclude(self, replica: LiveReplica, with_node: bool = False) -> None:
-        """Exclude a replica; with ``with_node`` its node too if another node serves, because the node may be at fault."""
+        """Exclude a replica, with ``with_node`` its node too if another serves: the node may be at fault."""
         excluded, pool = self._turn.route.excluded | {replica.id}, self._relay.pools.get(self._turn.model, ())
         mates = {other.id for other in pool if other.backend.node == replica.backend.node}
         if with_node and any(other.accepts_work and other.id not in excluded | mates for other in pool):
