@@ -97,7 +97,7 @@ def forget(book, turn):
 def relay_only(stream, *arguments, make=EventStream.__init__, **options):
     make(stream, *arguments, **{{**options, "wanted_text": 0, "traces": False}})
 
-Codec.last_words = lambda codec, fields, limit: ""
+Codec.prompt_excerpt = lambda codec, fields, limit: ""
 Codec.trace = lambda codec, fields, is_named: (b"", None)
 TurnBook.finish = forget
 Codec.digest = lambda codec, body, wanted_text, traces=False: None

@@ -32,7 +32,7 @@ STAGES = {  # function → stage
     "connection.ClientConnection.read_head": "read: the head",
     "requests.HeadReader.plan": "read: parse the head",
     "connection.ClientConnection.read_body": "read: the body",
-    "access.Doorkeeper.authorize": "authorise",
+    "access.AccessControl.authorize": "authorise",
     "book.TurnBook.open": "identify: the body's fields and messages",
     "admission.Admission.acquire": "admit, choose",
     "upstream.Upstream.send": "send",

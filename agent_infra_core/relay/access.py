@@ -28,7 +28,7 @@ _EXPOSED = b"x-request-id, x-agent-infra-backend, x-agent-infra-queue-ms, retry-
 MAX_KNOWN_HOSTS = 100
 
 
-class Doorkeeper:
+class AccessControl:
     """Lets this user's own programs pass, and everybody who has the key.
 
     A browser runs as the user, too, and does what web pages say. So without a key a request must not come from a page

@@ -228,7 +228,7 @@ class Codec:
         size = len(fields.system) + len(fields.tools)
         return (prints[:8], size + len(first)) if is_system else (prints[:4], size)
 
-    def last_words(self, fields: Any, limit: int) -> str:
+    def prompt_excerpt(self, fields: Any, limit: int) -> str:
         """Return the start of the last user message or of the prompt."""
         for message in reversed(getattr(fields, "messages", ())):
             if bytes(message).find(b'"user"') >= 0:  # cheaper than `in`

@@ -48,9 +48,9 @@ class Turn:
     deaths = 0  # replicas that died with it
     error: str | None = None
     gaps: Histogram = NO_GAPS
-    is_told = False  # reported to the controller; likewise the times below
-    told_sent = 0.0
-    told_first = 0.0
+    is_reported = False  # reported to the controller; likewise the times below
+    reported_sent = 0.0
+    reported_first = 0.0
     refused_since = 0.0  # when a replica first answered 429 or 503
     gives_way = False  # its place in the queue goes to a client that waits with fewer turns
     cors = b""  # header lines for a web page that may read the answer
@@ -126,7 +126,7 @@ class TurnBook:
         self.turns[name] = turn = Turn(name, model, plan, self._relay.settings.proxy.capture_text)
         turn.tokens = len(body) // 4
         if b"origin" in plan.request.fields:
-            turn.cors = self._relay.door.cors_fields(plan.request)
+            turn.cors = self._relay.access.cors_fields(plan.request)
         if self._retry_tokens < 10 * RETRY_FLOOR:
             self._retry_tokens += RETRY_SHARE
         if fields is not None:
@@ -139,7 +139,7 @@ class TurnBook:
             turn.cuts_usage = not (isinstance(options, dict) and options.get("include_usage"))
         codec = self._relay.codec
         if turn.wanted_text:
-            turn.prompt = codec.last_words(fields, turn.wanted_text)
+            turn.prompt = codec.prompt_excerpt(fields, turn.wanted_text)
         if len(body) <= MAX_TRACED_BYTES:
             turn.prints, turn.follows = codec.trace(fields, turn.session is not None)
         self._relay.admission.sessions.identify(turn, *codec.shared_prefix(fields, turn.prints))
@@ -154,7 +154,7 @@ class TurnBook:
         self.counters["rejected"] += 1
         name = f"{self._prefix}-r{self.counters['rejected']}"
         self._relay.refusals.note(f"refused {name}: {refusal.status} {refusal}")
-        cors = self._relay.door.cors_fields(plan.request) if plan is not None else b""
+        cors = self._relay.access.cors_fields(plan.request) if plan is not None else b""
         return b"x-request-id: %b\r\n%b" % (name.encode(), cors)
 
     def read_answer(self, turn: Turn) -> None:
@@ -235,21 +235,21 @@ class TurnBook:
         sent: list[TurnSent] = []
         answering: list[TurnAnswering] = []
         for turn in self.turns.values():
-            if not turn.is_told:
-                turn.is_told = True
+            if not turn.is_reported:
+                turn.is_reported = True
                 started.append(self._started(turn))
-            if turn.sent != turn.told_sent and turn.backend is not None:
-                turn.told_sent = turn.sent
+            if turn.sent != turn.reported_sent and turn.backend is not None:
+                turn.reported_sent = turn.sent
                 sent.append(TurnSent(turn.id, self._at(turn, turn.sent), turn.backend, turn.queue_ms))
-            if turn.first and turn.first != turn.told_first:
-                turn.told_first = turn.first
+            if turn.first and turn.first != turn.reported_first:
+                turn.reported_first = turn.first
                 answering.append(TurnAnswering(turn.id, self._at(turn, turn.first), (turn.first - turn.sent) * 1000.0))
         return EventBatch(started, sent, answering)
 
-    def forget_told(self) -> None:
+    def forget_reported(self) -> None:
         """Mark nothing as reported, because a new controller came."""
         for turn in self.turns.values():
-            turn.is_told, turn.told_sent, turn.told_first = False, 0.0, 0.0
+            turn.is_reported, turn.reported_sent, turn.reported_first = False, 0.0, 0.0
 
     def _started(self, turn: Turn) -> Any:
         labels = turn.labels
@@ -260,7 +260,7 @@ class TurnBook:
         )
         # fmt: on
 
-    def take_retry(self) -> bool:
+    def spend_retry(self) -> bool:
         """Take one retry from the budget, a share of the requests. Returns False if it is spent."""
         if self._retry_tokens < 1.0:
             return False

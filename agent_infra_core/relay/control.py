@@ -89,7 +89,7 @@ class ControlChannel:
             except OSError:
                 controller.close()
                 continue
-            self._relay.book.forget_told()  # another controller knows nothing of the turns in flight
+            self._relay.book.forget_reported()  # another controller knows nothing of the turns in flight
             self._controller = controller
             self._relay.reactor.spawn(self._read, controller)
 
@@ -99,9 +99,9 @@ class ControlChannel:
             while data := controller.recv(1 << 20):
                 for kind, payload in reader.feed(data):
                     if kind == FRAME_ANSWER:
-                        self.questions.take(payload)
+                        self.questions.deliver(payload)
                     else:
-                        self._relay.take_frame(kind, payload)
+                        self._relay.handle_frame(kind, payload)
         except (OSError, ValueError) as error:
             self._relay.log("warning", f"the controller's connection broke: {error}")
         finally:
@@ -195,7 +195,7 @@ class Questions:
         finally:
             del self._waiting[number]
 
-    def take(self, payload: bytes) -> None:
+    def deliver(self, payload: bytes) -> None:
         """Deliver a FRAME_ANSWER, unless nobody waits for it any more."""
         answer = json.loads(payload)
         if (result := self._waiting.get(answer["id"])) is not None:

@@ -58,7 +58,7 @@ class LiveReplica:
         self.dead_until = 0.0  # a probe found it dead; believed until this time
         self.idle: dict[Upstream, None] = {}  # the most recently used last
         self.greenlets: list[Any] = []  # of its health and load, killed with it
-        self.look_at_once: Any = None  # event: probe now
+        self.probe_now: Any = None  # event: probe now
         self.accepts_work = True
         self.is_gone = False  # the table no longer has it
         # Its port may be taken over by another user while it is down: nothing is sent before the kernel has said whose
@@ -126,10 +126,10 @@ class LiveReplica:
         if self.health != "down":
             self.ejections += 1
             self.set_health("down", reason)
-            if self.look_at_once is not None:
-                self.look_at_once.set()
+            if self.probe_now is not None:
+                self.probe_now.set()
 
-    def take_load(self, load: Any) -> None:
+    def apply_load(self, load: Any) -> None:
         """Apply a /load digest. An invalid figure raises ValueError or TypeError and changes nothing."""
         digest: dict[str, Any] = load if isinstance(load, dict) else {}
         work = int(digest.get("running") or 0) + int(digest.get("waiting") or 0)
@@ -209,9 +209,9 @@ class ReplicaWatch:
         interval = self._relay.settings.proxy.health_check_interval
         pause = 0.0
         while True:
-            replica.look_at_once.wait(pause)
-            if replica.look_at_once.is_set():  # just ejected: back off
-                replica.look_at_once.clear()
+            replica.probe_now.wait(pause)
+            if replica.probe_now.is_set():  # just ejected: back off
+                replica.probe_now.clear()
                 self._relay.log("warning", f"replica {replica.id} is out: {replica.reason}")
                 pause = ejection_s(replica.ejections, interval)
                 continue
@@ -267,12 +267,12 @@ class ReplicaWatch:
             backend = replica.backend
             try:
                 status, body = self._get(replica, backend.telemetry_port or 0, b"/load", backend.key)
-                replica.take_load(self._relay.codec.decode(body) if status == 200 else None)
+                replica.apply_load(self._relay.codec.decode(body) if status == 200 else None)
                 missed = 0
             except (OSError, ValueError, TypeError, ArithmeticError, RecursionError, WireError) as error:
                 missed += getattr(error, "errno", None) not in NO_DESCRIPTOR
                 if missed == 5:
-                    replica.take_load(None)
+                    replica.apply_load(None)
             self._relay.reactor.sleep(self._relay.settings.proxy.load_poll_interval)
 
     def is_alive(self, replica: LiveReplica) -> bool:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from agent_infra_core.host import printable_text
 from agent_infra_core.http.heads import RequestHead
 from agent_infra_core.protocol import FRAME_GAUGES, FRAME_STATS, FRAME_TABLE, Backend
-from agent_infra_core.relay.access import Doorkeeper, is_same_endpoint
+from agent_infra_core.relay.access import AccessControl, is_same_endpoint
 from agent_infra_core.relay.admission import Admission
 from agent_infra_core.relay.bodies import Codec
 from agent_infra_core.relay.book import TurnBook
@@ -68,7 +68,7 @@ class Relay:
         """``make_app`` returns what answers requests other than inference."""
         self.reactor = Reactor()
         self.codec = Codec()
-        self.heads, self.door = HeadReader(), Doorkeeper()
+        self.heads, self.access = HeadReader(), AccessControl()
         self.listener = self.reactor.new_socket(fileno=listener_fd)
         self.listener.setblocking(False)
         self.control = ControlChannel(self, socket_path, self.listener)
@@ -97,28 +97,28 @@ class Relay:
         self._exit_code = 0
         self._ends_at = 0.0  # monotonic; when stopping
         self.watch = ReplicaWatch(self)
-        self._reception = Reception(self)
+        self._acceptor = Acceptor(self)
 
     # Frames from the controller.
 
-    def take_frame(self, kind: bytes, payload: bytes) -> None:
+    def handle_frame(self, kind: bytes, payload: bytes) -> None:
         """Handle a frame. An unreadable one changes nothing."""
         if kind == FRAME_STATS:
             self.stats = payload, time.monotonic()
         elif kind == FRAME_TABLE:
             try:
-                self._take_table(self.codec.decode(payload))
+                self._apply_table(self.codec.decode(payload))
             except (KeyError, TypeError, ValueError) as error:
                 self.log("error", f"the controller's table was not understood: {type(error).__name__}: {error}")
 
-    def _take_table(self, table: Mapping[str, Any]) -> None:
+    def _apply_table(self, table: Mapping[str, Any]) -> None:
         rows = [self.codec.convert(row, Backend) for row in table["backends"]]
         if table.get("settings"):
             self.settings = self.codec.convert(table["settings"], RelaySettings)
             self.strategy = self.settings.proxy.strategy
             affinity = self.settings.proxy.session_affinity
             self.keeps_sessions = affinity == "auto" and self.strategy == "least_load"
-            self.door.configure(self.settings.proxy)
+            self.access.configure(self.settings.proxy)
             self.heads.known_requests.clear()  # the names of the label headers may have changed
             for client in self.connections:
                 client.authorization = None
@@ -140,11 +140,11 @@ class Relay:
             self.pools.setdefault(replica.backend.model, []).append(replica)
         self.admission.sweep()
         if table.get("settings"):
-            self._reception.open()
+            self._acceptor.open()
 
     def _add_replica(self, row: Backend) -> LiveReplica:
         replica = LiveReplica(row)
-        replica.look_at_once = self.reactor.new_event()
+        replica.probe_now = self.reactor.new_event()
         tasks = [self.watch.health]
         if row.telemetry_port is not None:
             tasks.append(self.watch.load)
@@ -189,7 +189,7 @@ class Relay:
         self.admission.sweep()
         if self.control.has_news:
             self._has_news.set()
-        self._reception.sweep()
+        self._acceptor.sweep()
 
     def _flush_events(self) -> None:
         while True:
@@ -241,7 +241,7 @@ class Relay:
     def _stop(self) -> None:
         """Accept nobody, let turns in flight finish until the deadline, then end."""
         self.log("info", f"stopping: {len(self.book.turns)} turns to finish")
-        self._reception.close()
+        self._acceptor.close()
         while self.connections and time.monotonic() < self._ends_at:
             for client in [client for client in self.connections if client.is_idle]:
                 self.reactor.loop.run_callback(client.leave_idle)
@@ -292,14 +292,14 @@ class RefusalLog:
             self._log("warning", printable_text(words[:500]))
 
 
-class Reception:
+class Acceptor:
     """Accepts clients while descriptors are left for them and their replicas. The others wait in the listening socket's
     queue."""
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
         self._watcher: Any = None
-        self._shortage_told = -math.inf
+        self._shortage_logged = -math.inf
 
     def open(self) -> None:
         """Start accepting."""
@@ -360,6 +360,6 @@ class Reception:
         """Stop watching until the next sweep, because a listener with waiting clients stays readable."""
         self._watcher.stop()
         now = time.monotonic()
-        if now >= self._shortage_told + SHORTAGE_S:
-            self._shortage_told = now
+        if now >= self._shortage_logged + SHORTAGE_S:
+            self._shortage_logged = now
             self._relay.log("error", f"no connection can be accepted for now: {descriptor_trouble(error)}")

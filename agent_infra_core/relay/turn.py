@@ -83,9 +83,9 @@ def serve_turn(client: ClientConnection) -> bool:
 
 def authorize(client: ClientConnection, plan: RequestPlan, authorization: bytes) -> None:
     """Raise RequestError unless the client may ask for this. /health and a browser's question are open to all."""
-    request, door = plan.request, client.relay.door
-    if plan.path != b"/health" and door.preflight(request) is None:
-        door.authorize(client, request, authorization)
+    request, access = plan.request, client.relay.access
+    if plan.path != b"/health" and access.preflight(request) is None:
+        access.authorize(client, request, authorization)
     if b"upgrade" in request.fields and b"websocket" in request.fields[b"upgrade"].lower():
         raise RequestError(501, "WebSocket is not supported; the same models answer over HTTP", closes=True)
 
@@ -94,8 +94,8 @@ def answer_otherwise(client: ClientConnection, plan: RequestPlan, length: int | 
     """Answer what isn't inference. Returns whether the connection may carry another request."""
     request, relay = plan.request, client.relay
     client.read_body(plan, length, APP_BODY_BYTES)
-    answer = relay.door.preflight(request) or relay.app.answer(request, plan.path, plan.query, bytes(client.body))
-    if (cors := relay.door.cors_fields(request)) and request.method != b"OPTIONS":
+    answer = relay.access.preflight(request) or relay.app.answer(request, plan.path, plan.query, bytes(client.body))
+    if (cors := relay.access.cors_fields(request)) and request.method != b"OPTIONS":
         status_line, _, rest = answer.partition(b"\r\n")
         answer = b"%b\r\n%b%b" % (status_line, cors, rest)
     client.send_all(answer)
@@ -124,20 +124,20 @@ class Delivery:
             self._try_elsewhere(replica, str(error))
             return None
         except BrokenAnswer as broken:
-            return self._take_break(replica, exchange, broken)
+            return self._on_broken_answer(replica, exchange, broken)
         except ClientGone:
             if not exchange.has_whole_stream:
                 turn.status = exchange.status if turn.first else 0
                 raise
             exchange.ends_by_closing = True  # many clients leave at the last event, before the body's end
         if not exchange.is_passed_on:
-            return self._take_answer(replica, exchange)
+            return self._on_answer(replica, exchange)
         turn.status, turn.outcome = exchange.status, "completed"
         turn.ended = time.monotonic()
         replica.note_success((turn.ended - turn.sent) * 1000.0, turn.ended)
         return not exchange.ends_by_closing
 
-    def _take_answer(self, replica: LiveReplica, exchange: Exchange) -> bool | None:
+    def _on_answer(self, replica: LiveReplica, exchange: Exchange) -> bool | None:
         """Pass on a whole plain answer, unless it says to go elsewhere."""
         turn, head, body = self._turn, exchange.head, exchange.body
         if head.status in (429, 503):
@@ -147,7 +147,7 @@ class Delivery:
             replica.busy_until = now + pause
             turn.refused_since = turn.refused_since or now
             is_served = self._relay.admission.is_served_by(turn, turn.refused_since + PATIENCE_WITH_BUSY_S)
-            if is_served and self._relay.book.take_retry():
+            if is_served and self._relay.book.spend_retry():
                 self._start_over()
                 return None
             # Else the client learns at once what the replica said: its own retry is better than a silent minute.
@@ -178,7 +178,7 @@ class Delivery:
             turn.error = turn.digest.error
         return keeps_alive
 
-    def _take_break(self, replica: LiveReplica, exchange: Exchange, broken: BrokenAnswer) -> bool | None:
+    def _on_broken_answer(self, replica: LiveReplica, exchange: Exchange, broken: BrokenAnswer) -> bool | None:
         """The answer broke off."""
         turn, message = self._turn, str(broken)
         turn.status = exchange.status
@@ -207,7 +207,7 @@ class Delivery:
         if self._unreachable > self._relay.settings.proxy.max_retries:
             message = f"no replica of {self._turn.model} could be reached: {error}{self._relay.control.remedy}"
             raise RequestError(503, message, retry_after_s=1)
-        if not self._relay.book.take_retry():
+        if not self._relay.book.spend_retry():
             raise RequestError(503, f"replica {replica.id}: {error}; {NO_RETRY_LEFT}", retry_after_s=1)
         self._turn.retries += 1
         self._start_over()
@@ -226,7 +226,7 @@ class Delivery:
         if self._turn.deaths > 1:
             message = f"replica {replica.id} died with this request, as one did before; it is not sent again"
             raise RequestError(502, message, code="replica_lost")
-        if not self._relay.book.take_retry():
+        if not self._relay.book.spend_retry():
             raise RequestError(502, f"replica {replica.id}: {error}; {NO_RETRY_LEFT}", code="replica_lost")
         self._turn.retries += 1
         self._start_over()

@@ -629,10 +629,10 @@ def test_no_nesting_is_too_deep_for_the_relay(opening: bytes, depth: int) -> Non
     codec = Codec()
     for name in (b"prompt", b"input"):
         fields = codec.request(b'{"%b":%b}' % (name, nested))
-        codec.last_words(fields, 50)
+        codec.prompt_excerpt(fields, 50)
     for role in (b"user", b"assistant"):
         fields = codec.request(b'{"messages":[{"role":"%b","content":%b}]}' % (role, nested))
-        codec.last_words(fields, 50)
+        codec.prompt_excerpt(fields, 50)
         codec.trace(fields, is_named=False)
     for name in (b"error", b"content", b"choices", b"usage"):
         codec.digest(b'{"%b":%b}' % (name, nested), 50, traces=True)
@@ -647,7 +647,7 @@ def test_words_that_are_no_text_can_be_told(bad: bytes) -> None:
     message = b'{"messages":[{"role":"%b","content":"%%b"}]}'
     for body in (b'{"prompt":"%b"}', message % b"user", message % b"assistant", b'{"model":"%b"}'):
         fields = codec.request(body % bad)
-        codec.encode(codec.last_words(fields, 50))
+        codec.encode(codec.prompt_excerpt(fields, 50))
         codec.encode(codec.trace(fields, is_named=False))
     assert codec.encode(codec.digest(b'{"choices":[{"message":{"content":"%b"}}]}' % bad, 50, traces=True))
 

@@ -17,12 +17,12 @@ def test_of_a_body_of_very_many_values_only_what_routes_it_is_read(field: str, v
     fields = CODEC.request(body)
     assert (fields.model, fields.stream) == ("m", True)
     assert CODEC.trace(fields, is_named=False) == (b"", None)
-    assert CODEC.last_words(fields, 50) == ""
+    assert CODEC.prompt_excerpt(fields, 50) == ""
 
 
 def test_a_heavy_body_of_text_is_read_and_one_of_millions_of_values_is_refused() -> None:
     text = b'{"model":"m","messages":[{"role":"user","content":"%b"}]}' % (b"word " * (HEAVY_BODY_BYTES // 5))
-    assert CODEC.last_words(CODEC.request(text), 4) == "word"
+    assert CODEC.prompt_excerpt(CODEC.request(text), 4) == "word"
     values = b'{"model":"m","other":[%b]}' % b",".join([b"1234"] * (MAX_SKIPPED_VALUES + 10))
     with pytest.raises(RequestError) as caught:
         CODEC.request(values)

@@ -23,7 +23,7 @@ def read(body: bytes, known: KnownBody | None, is_named: bool) -> tuple[dict[str
     if fields is None:
         return {}, None, False
     prints, follows = CODEC.trace(fields, is_named)
-    words = CODEC.last_words(fields, 50)
+    words = CODEC.prompt_excerpt(fields, 50)
     said = {name: getattr(fields, name) for name in KNOWN_FIELDS} | {"prints": prints, "follows": follows}
     said |= {"tools": bytes(fields.tools), "system": bytes(fields.system), "words": words}
     turn: Any = SimpleNamespace(prints=prints, follows=follows, prompt=words)
