@@ -40,6 +40,7 @@ _ONLY_ONCE = frozenset(b"content-length transfer-encoding host expect authorizat
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}) ([\x21-\x7e]+) HTTP/1\.([01])")
 _ABSOLUTE_TARGET = re.compile(rb"(?i:http)://[^/?#@]+(?=[/?]|\Z)")
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([^\r\n]*))?")
+_INTERIM_LINE = re.compile(rb"HTTP/1\.[01] 1[0-9]{2}[ \r]")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 # No control characters except tab, so that no CR or LF is accepted or passed on.
@@ -319,6 +320,14 @@ def _answer_length(status: int, fields: Mapping[bytes, bytes]) -> int | None:
     if not length.isdigit() or len(length) > 18:
         raise WireError("the replica's Content-Length is not a number")
     return int(length)
+
+
+def after_interim_answers(data: bytes) -> bytes:
+    """Return what follows the complete interim answers (1xx) at the start of ``data``."""
+    at = 0
+    while _INTERIM_LINE.match(data, at) and (end := data.find(b"\r\n\r\n", at) + 4) >= 4:
+        at = end
+    return data[at:] if at else data
 
 
 def returned_head(answer: AnswerHead, extra: bytes, length: int | None, chunked: bool, closes: bool) -> bytes:

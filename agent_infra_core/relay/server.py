@@ -233,7 +233,7 @@ class Relay:
         if self.is_stopping:
             if not self.is_over:
                 self.log("warning", "second signal: the turns in flight are cut")
-            self._ends_at = 0.0
+            self._ends_at, self._exit_code = 0.0, 1
             return
         self.is_stopping, self._ends_at = True, time.monotonic() + self.settings.drain_seconds
         self.reactor.spawn(self._stop).link_exception(self._on_task_failed)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from agent_infra_core.http.bodies import LAST_CHUNK, BodyDecoder, encode_chunk
 from agent_infra_core.http.errors import RequestError, WireError, error_event
 from agent_infra_core.http.events import EventStream
-from agent_infra_core.http.heads import MAX_HEAD_BYTES, returned_head
+from agent_infra_core.http.heads import MAX_HEAD_BYTES, after_interim_answers, returned_head
 from agent_infra_core.protocol import Histogram
 from agent_infra_core.relay.admission import PATIENCE_WITH_BUSY_S
 from agent_infra_core.relay.book import RETRY_SHARE, Turn
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 APP_BODY_BYTES = 64 << 10
 BUFFERED_ANSWER_BYTES = 8 << 20  # a plain answer longer than this is passed on as it comes
 DIGESTED_ANSWER_BYTES = 4 << 20  # the usage of a longer one isn't read
-MAX_INTERIM_ANSWERS = 20
+INTERIM_PAUSE_S = 0.02  # between two looks at interim answers
 RACE_S = 1.0  # a replica's close that crossed with a request shows within this time: more than a round trip
 GENERATING_PATHS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages")
 UNREACHABLE_S = 1.0  # that a turn avoids a replica that it couldn't reach
@@ -325,22 +325,19 @@ class Exchange:
         self._upstream = upstream
         self._client.extend_deadline(self._timeout_s)
         self._is_sent = upstream.send(self._request_head, self._client.body, self._client)
-        data, interim = b"", 0
+        data = b""
         while True:
             more = self._receive()
             if not more:
                 raise BrokenAnswer("the replica died")
             self._is_received = True
-            data = data + more if data else more
-            while (end := data.find(b"\r\n\r\n") + 4) >= 4:
-                head, self._length = self._relay.heads.answer(data, end)
-                data = data[end:]
-                if head.status >= 200:  # else an interim answer, which the real one follows
-                    self.head = head
-                    return data
-                interim += 1
-                if interim > MAX_INTERIM_ANSWERS:
-                    raise WireError("the replica sends interim answers without end")
+            came = data + more if data else more
+            data = after_interim_answers(came)
+            if (end := data.find(b"\r\n\r\n") + 4) >= 4:
+                self.head, self._length = self._relay.heads.answer(data, end)
+                return data[end:]
+            if len(data) < len(came):  # some engines hint for ever: let others work meanwhile
+                self._relay.reactor.sleep(INTERIM_PAUSE_S)
             if len(data) > MAX_HEAD_BYTES:
                 raise WireError("the replica's head is too long")
 

@@ -314,12 +314,6 @@ def test_a_short_refusal_is_waited_for_and_not_for_a_minute(tmp_path: Path) -> N
         assert relay.controller.finished()[0]["queue_ms"] < 10_000
 
 
-def test_an_engine_that_answers_with_interim_answers_for_ever_is_broken(tmp_path: Path) -> None:
-    endless = b"HTTP/1.1 103 Early Hints\r\n\r\n" * 100
-    with relay_before(tmp_path, endless, closes=False) as relay, Client(relay.port) as client:
-        assert client.chat().status == 502
-
-
 def test_a_connection_without_a_request_is_closed_soon_and_one_with_is_kept(tmp_path: Path, engine: FakeEngine) -> None:
     with RelayProcess(tmp_path, STRANGER_S=0.3) as relay:
         relay.controller.send_table([backend(1, engine.port)])

@@ -373,7 +373,7 @@ def test_the_documented_limits_are_those_of_the_code() -> None:
         ),
         "a connection without a request that was let pass": f"{connection.STRANGER_S:g} s",
         "a connection between two requests": f"{connection.IDLE_CLIENT_S:g} s",
-        "a replica's head; interim answers": f"{heads.MAX_HEAD_BYTES >> 10} KB; {turn.MAX_INTERIM_ANSWERS}",
+        "a replica's head": f"{heads.MAX_HEAD_BYTES >> 10} KB",
         "a plain answer kept for a retry": f"{turn.BUFFERED_ANSWER_BYTES >> 20} MB",
         "a body whose conversation is followed": (
             f"{events.MAX_TRACED_BYTES >> 20} MB and {bodies.MAX_READ_VALUES:,} values"

@@ -500,6 +500,12 @@ def test_an_answer_that_can_be_read_in_two_ways_is_refused(lines: bytes) -> None
         parse_answer_head(b"HTTP/1.1 200 OK\r\n%b\r\n" % lines)
 
 
+def test_interim_answers_are_passed_over() -> None:
+    hint, final = b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n"
+    for rest in (final, b"", b"HTTP/1.1 1", hint[:-2], b"HTTP/1.1 1000 No\r\n\r\n"):
+        assert heads_module.after_interim_answers(hint * 3 + rest) == rest
+
+
 def test_an_answer_that_is_no_http_is_refused() -> None:
     with pytest.raises(WireError):
         parse_answer_head(b"SSH-2.0\r\n\r\n")
