@@ -73,6 +73,17 @@ class ClientConnection:
             self._watcher.close()
             self.sock.close()
 
+    def is_silent_stranger(self, latest: float) -> bool:
+        """Whether no request was let pass here and none waits to be read; ``latest``: its deadline is no later."""
+        if self.is_known or not self.is_idle or self.deadline > latest:
+            return False
+        try:
+            return not self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
     def leave_idle(self) -> None:
         """End the connection unless a request has come; only for event-loop callbacks."""
         if self.is_idle:

@@ -26,7 +26,7 @@ from agent_infra_core.relay.access import AccessControl, is_same_endpoint
 from agent_infra_core.relay.admission import Admission
 from agent_infra_core.relay.bodies import Codec
 from agent_infra_core.relay.book import TurnBook
-from agent_infra_core.relay.connection import ClientConnection, descriptor_trouble
+from agent_infra_core.relay.connection import STRANGER_S, ClientConnection, descriptor_trouble
 from agent_infra_core.relay.control import SHORTAGE_S, ControlChannel
 from agent_infra_core.relay.reactor import Reactor
 from agent_infra_core.relay.replicas import LiveReplica, ReplicaWatch
@@ -35,6 +35,7 @@ from agent_infra_core.settings import HeadersConfig, ProxyConfig
 
 SWEEP_S = 0.1  # how late a deadline is noticed at most, and how often events go to the controller
 LAST_WORD_S = 0.5  # for the clients to be told that their turns are cut
+STRANGERS_WHILE_S = 0.5  # that a new connection has for its first bytes when descriptors run out
 REFUSALS_LOGGED_A_SECOND = 5
 LAST_FLUSH_S = 2.0  # for the last events when the relay ends; the controller may not take them
 
@@ -321,6 +322,8 @@ class Acceptor:
             os.close(lowest)
             if lowest < self._limit():
                 self._watcher.start(self._accept)
+            else:
+                self._make_room()
 
     def _accept(self) -> None:
         relay = self._relay
@@ -345,8 +348,10 @@ class Acceptor:
                 return
 
     def _make_room(self) -> bool:
-        """Close the oldest connections that hold descriptors without a request; whether there were any."""
-        strangers = [client for client in self._relay.connections if client.is_idle and not client.is_known]
+        """Close the older half of the connections that have held a descriptor for a while and sent no request; return
+        whether there were any."""
+        latest = time.monotonic() + STRANGER_S - STRANGERS_WHILE_S
+        strangers = [client for client in self._relay.connections if client.is_silent_stranger(latest)]
         strangers.sort(key=lambda client: client.deadline)
         for client in strangers[: len(strangers) // 2 + 1]:
             self._relay.reactor.loop.run_callback(client.leave_idle)

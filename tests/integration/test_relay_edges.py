@@ -329,6 +329,7 @@ def test_strangers_make_room_when_descriptors_run_out(tmp_path: Path, engine: Fa
         relay.controller.send_table([backend(1, engine.port)])
         for _ in range(200):
             stack.enter_context(Client(relay.port))
+        wait_for(lambda: "no connection can be accepted" in relay.log(), "the lack of descriptors")
         with Client(relay.port) as client:
             assert client.chat().status == 200
 
