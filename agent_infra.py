@@ -1104,11 +1104,13 @@ class Deployment:
         """
         from agent_infra_core.control.link import DRAIN_S, end_relay
         from agent_infra_core.control.lock import end_controller
+        from agent_infra_core.control.status import LIVE_STATES
         from agent_infra_core.fleet.state import unrecorded_relay
 
         own = self.controller is not None
         if not own:
             self.cluster.stop((), now)  # raises if it couldn't end any
+        live = {record.replica: record for record in self.cluster.replicas() if record.state in LIVE_STATES}
         ended = ["proxy"] if own else [] if self._lock.is_held else end_controller(self.paths, now)
         self.disconnect(0.0 if now else DRAIN_S)
         relay = read_relay_record(self.paths) or unrecorded_relay(self.paths)
@@ -1118,15 +1120,15 @@ class Deployment:
         for leftover in (self.paths.relay_record, self.paths.relay_socket):
             leftover.unlink(missing_ok=True)
         try:
-            ended += self._end_replicas(now)
+            live |= {record.replica: record for record in self._end_replicas(now)}
         except AgentInfraError as error:
             raise type(error)(f"{error}; ended: {', '.join(ended) or 'nothing'}") from error
         for leftover in (self.paths.wanted, self.paths.config, self.paths.handover, self.paths.drained):
             leftover.unlink(missing_ok=True)
-        return ended
+        return ended + [name + (f" (job {record.job_id})" if record.job_id else "") for name, record in live.items()]
 
-    def _end_replicas(self, now: bool) -> list[str]:
-        """End all replicas. Returns their names. Raises AgentInfraError when some still run at the end."""
+    def _end_replicas(self, now: bool) -> list[ReplicaRecord]:
+        """End all replicas. Returns those that were alive. Raises AgentInfraError when some still run at the end."""
         from agent_infra_core.control.link import DRAIN_S
         from agent_infra_core.control.status import LIVE_STATES
 
@@ -1139,8 +1141,7 @@ class Deployment:
             left = self.cluster.wait_stopped(left, time.monotonic() + ENDING_S)
         if left:
             raise AgentInfraError(f"{', '.join(left)} did not end; see `logs`")
-        live = [record for record in records if record.state in LIVE_STATES]
-        return [record.replica + (f" (job {record.job_id})" if record.job_id else "") for record in live]
+        return [record for record in records if record.state in LIVE_STATES]
 
 
 class Scaling:

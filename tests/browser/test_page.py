@@ -222,7 +222,7 @@ def test_a_page_without_figures_says_why_and_what_to_do(site: Site, document: An
 def test_nobody_without_the_key_sees_anything(site: Site) -> None:
     tab = site.browser.new_page()
     tab.goto(site.url.partition("?")[0])
-    tab.wait_for_selector("text=whole address")
+    tab.wait_for_selector("text=complete address")
     assert tab.query_selector("[data-panel]") is None
     assert site.key not in " ".join(site.command.process.args)  # type: ignore[arg-type]
 

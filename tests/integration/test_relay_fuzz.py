@@ -18,7 +18,7 @@ CLIENTS = 12
 REQUESTS_PER_CLIENT = 100
 BODY = b'{"model":"m","messages":[{"role":"user","content":"h\xc3\xa9 \\u00e9"}],"stream":false}'
 STREAM = BODY.replace(b"false", b"true")
-EXPECTED = {100, 200, 308, 400, 401, 404, 405, 408, 413, 414, 415, 429, 431, 501, 502, 503, 504}
+EXPECTED = {100, 200, 308, 400, 401, 403, 404, 405, 408, 413, 414, 415, 429, 431, 501, 502, 503, 504}
 
 
 def post(body: bytes, path: bytes = b"/v1/chat/completions", fields: bytes = b"") -> bytes:

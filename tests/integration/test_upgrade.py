@@ -137,8 +137,8 @@ def test_beside_connect_of_0_1_0_today_s_is_refused_and_today_s_replicas_serve(a
     refused = app.run("connect", "--background")
     assert refused.returncode == 2
     assert (
-        f"already run by `connect` (pid {controller}); end that with `agent_infra.py stop --name default`"
-        in refused.stderr
+        f"already run by `connect` (pid {controller} on this or another machine); "
+        "end that with `agent_infra.py stop --name default`" in refused.stderr
     )
     scaled = app.run("scale", "smollm2", "2")
     assert scaled.returncode == 0, scaled.stderr
