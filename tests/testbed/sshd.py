@@ -39,13 +39,12 @@ def public_key(path: Path) -> str:
 def descendants(pid: int) -> list[int]:
     """The processes that ``pid`` has started, and those that they have."""
     found = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(word) for word in task.read_text().split()]
-        except OSError:
-            continue
-        for child in children:
-            found += [child, *descendants(child)]
+    try:
+        for task in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in map(int, task.read_text().split()):
+                found += [child, *descendants(child)]
+    except OSError:  # it has just ended
+        pass
     return found
 
 
