@@ -54,6 +54,7 @@ class Turn:
     refused_since = 0.0  # when a replica first answered 429 or 503
     gives_way = False  # its place in the queue goes to a client that waits with fewer turns
     cors = b""  # header lines for a web page that may read the answer
+    key: str | None = None  # what its conversation is known by from now on; see TurnFinished
 
     def __init__(self, name: str, model: str, plan: RequestPlan, wanted_text: int) -> None:
         self.id = name
@@ -197,8 +198,10 @@ class TurnBook:
             self.read_answer(turn)
             if turn.outcome == "completed" and turn.digest is not None and turn.digest.error:
                 turn.outcome, turn.error = "error", turn.digest.error
-            is_known = turn.follows is not None and turn.outcome == "completed" and turn.digest is not None
-            admission.sessions.finish(turn, self._key(turn, turn.digest) if is_known and turn.digest else None)
+            printed = turn.digest.print if turn.digest is not None else None
+            if printed is not None and turn.follows is not None and turn.outcome == "completed":
+                turn.key = conversation_key(turn.prints[4:], printed)
+            admission.sessions.finish(turn, turn.key)
         except Exception as error:  # noqa: BLE001 - a bug costs these figures, never the connection that brought them
             self._relay.log_bug("an answer's figures", error)
 
@@ -215,14 +218,9 @@ class TurnBook:
             (turn.ended - turn.sent) * 1000.0 if has_first else None,
             turn.retries, digest.prompt_tokens, estimate if is_estimated else digest.completion_tokens,
             digest.cached_tokens, is_estimated, digest.finish_reason, turn.error or digest.error,
-            turn.gaps.by_name(), digest.text,
-            self._key(turn, digest) if turn.follows is not None and turn.outcome == "completed" else None,
-            self._started(turn),
+            turn.gaps.by_name(), digest.text, turn.key, self._started(turn),
         )
         # fmt: on
-
-    def _key(self, turn: Turn, digest: AnswerDigest) -> str | None:
-        return conversation_key(turn.prints[4:], digest.print) if digest.print is not None else None
 
     def end_session(self, session: str) -> None:
         """A session is over, its agent says."""

@@ -90,9 +90,7 @@ class Relay:
         self.buffered_bytes = 0
         self.held_bytes: Counter[str] = Counter()  # the same, by client
         self.is_stopping = self.is_over = False  # over: the time to finish turns has passed
-        self._statm = os.open(
-            "/proc/self/statm", os.O_RDONLY
-        )  # kept open, so that it can be read without a free descriptor
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY)  # kept open for when no descriptor is free
         self._stopped, self._has_news = self.reactor.new_event(), self.reactor.new_event()
         self._watchers: list[Any] = []
         self._exit_code = 0
