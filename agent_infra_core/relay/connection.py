@@ -94,11 +94,12 @@ class ClientConnection:
 
     def park(self) -> None:
         """Wait for a wake-up; only for the connection's own greenlet. Raises ClientGone."""
-        self._is_parked = True
-        try:
-            self.relay.reactor.park()
-        finally:
-            self._is_parked = False
+        if not self.gone:  # it may have left while the greenlet slept or asked a replica: that woke nobody
+            self._is_parked = True
+            try:
+                self.relay.reactor.park()
+            finally:
+                self._is_parked = False
         if self.gone:
             raise ClientGone
 
@@ -174,8 +175,6 @@ class ClientConnection:
     def receive(self, seconds: float, late: str, into: memoryview | None = None) -> Any:
         """Return bytes from the client (their number, with ``into``); none at its end. Raises ClientGone, or WireError
         408 with the message ``late`` (if empty: ClientGone) after ``seconds``."""
-        if self.gone:
-            raise ClientGone
         if not self._watcher.active:  # it was stopped because the client sent ahead
             self._watcher.start(self._on_readable)
         self.extend_deadline(seconds)

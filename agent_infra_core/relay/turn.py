@@ -185,9 +185,7 @@ class Delivery:
         if broken.kind == "lost" and not exchange.is_passed_on:
             self._after_death(replica, message, is_proven=turn.first > 0.0)
             return None
-        if (
-            broken.kind in ("lost", "timeout") and not self._relay.is_stopping
-        ):  # otherwise it may not be the replica's fault
+        if broken.kind in ("lost", "timeout") and not self._relay.is_stopping:  # a stop may be what broke it
             replica.note_failure(message, is_dead=False)
         if exchange.is_passed_on:
             turn.outcome, turn.error = "cut", message
@@ -220,7 +218,7 @@ class Delivery:
         is_dead = is_proven or not self._relay.watch.is_alive(replica)
         replica.note_failure(error, is_dead=is_dead)
         self._turn.deaths += 1
-        self._exclude(replica, with_node=True)
+        self._exclude(replica)
         if not is_dead:
             raise RequestError(502, f"replica {replica.id} broke off without an answer: {error}", code="replica_lost")
         if self._turn.deaths > 1:
@@ -231,11 +229,11 @@ class Delivery:
         self._turn.retries += 1
         self._start_over()
 
-    def _exclude(self, replica: LiveReplica, with_node: bool = False) -> None:
-        """Exclude a replica, with ``with_node`` its node too if another serves: the node may be at fault."""
+    def _exclude(self, replica: LiveReplica) -> None:
+        """Exclude a replica, and its node too if another one serves: the node may be at fault."""
         excluded, pool = self._turn.route.excluded | {replica.id}, self._relay.pools.get(self._turn.model, ())
         mates = {other.id for other in pool if other.backend.node == replica.backend.node}
-        if with_node and any(other.accepts_work and other.id not in excluded | mates for other in pool):
+        if any(other.accepts_work and other.id not in excluded | mates for other in pool):
             excluded |= mates
         self._turn.route = dataclasses.replace(self._turn.route, excluded=excluded)
 
@@ -268,7 +266,8 @@ class Exchange:
         self._request_head = request_head
         self._timeout_s = client.relay.settings.proxy.request_timeout
         self._upstream: Any = None
-        self._to_chunks = True  # for HTTP/1.1 clients; an HTTP/1.0 client's answer ends with the connection
+        # For HTTP/1.1 clients; the answer to an older one ends with the connection.
+        self._to_chunks = client.plan is None or client.plan.request.version == 1
 
     @property
     def status(self) -> int:
@@ -337,7 +336,9 @@ class Exchange:
                 self.head, self._length = self._relay.heads.answer(data, end)
                 return data[end:]
             if len(data) < len(came):  # some engines hint for ever: let others work meanwhile
+                upstream.watcher.stop()  # otherwise its bytes would wake the loop all the time
                 self._relay.reactor.sleep(INTERIM_PAUSE_S)
+                upstream.watcher.start(self._client.wake)
             if len(data) > MAX_HEAD_BYTES:
                 raise WireError("the replica's head is too long")
 
@@ -405,9 +406,8 @@ class Exchange:
 
     def _start_stream(self) -> bytes:
         """Return the head for the client, which goes out with the first bytes of the body."""
-        turn, client = self._turn, self._client
-        if client.plan is not None and client.plan.request.version != 1:
-            self._to_chunks, self.ends_by_closing = False, True
+        turn = self._turn
+        self.ends_by_closing = not self._to_chunks
         self._decoder = BodyDecoder(self._length)
         turn.gaps = Histogram()
         self.events = EventStream(
@@ -451,12 +451,13 @@ class Exchange:
                 self.body = b"".join(pieces)
                 return
             data = self._receive()
-            if not data and decoder.is_until_close and not self._is_reset and self._is_cut_json(pieces):
-                raise BrokenAnswer("the replica ended its answer in the middle")
-            if not data and decoder.is_until_close and not self._is_reset:
-                decoder.is_over = True
-            elif not data:
+            if data:
+                continue
+            if self._is_reset or not decoder.is_until_close:
                 raise BrokenAnswer("the replica died")
+            if self._is_cut_json(pieces):
+                raise BrokenAnswer("the replica ended its answer in the middle")
+            decoder.is_over = True
 
     def _is_cut_json(self, pieces: list[bytes]) -> bool:
         """Whether a plain answer that lasts until its connection ends isn't the whole document."""
@@ -474,12 +475,10 @@ class Exchange:
         if not self.is_passed_on:
             self.is_passed_on = True
             length = self._length if self._length != BodyDecoder.UNTIL_CLOSE else None
-            is_http_1_1 = self._client.plan is not None and self._client.plan.request.version == 1
-            self._to_chunks = is_http_1_1 and length is None
-            self.ends_by_closing = not is_http_1_1 or (not self._to_chunks and length is None)
-            head = returned_head(
-                self.head, self._turn.answer_fields(), length, self._to_chunks, not self._to_chunks and length is None
-            )
+            self.ends_by_closing = not self._to_chunks
+            self._to_chunks = self._to_chunks and length is None
+            closes = self.ends_by_closing and length is None
+            head = returned_head(self.head, self._turn.answer_fields(), length, self._to_chunks, closes)
         out = head + (encode_chunk(payload) if self._to_chunks else payload)
         if is_last and self._to_chunks:
             out += LAST_CHUNK

@@ -221,6 +221,51 @@ def test_interim_answers_without_end_are_an_answer_that_does_not_come(relay: Rel
         assert client.read().status == 504
 
 
+# Counts how often event-loop callbacks want to resume a client's greenlet, for its log.
+COUNT_WAKES = """
+import atexit, sys
+import agent_infra_core.relay.connection as connection
+count, wake = [0], connection.ClientConnection.wake
+def counted(client):
+    count[0] += 1
+    wake(client)
+connection.ClientConnection.wake = counted
+atexit.register(lambda: print(f"wakes={count[0]}", file=sys.stderr))
+"""
+
+
+def test_interim_answers_without_end_do_not_keep_the_relay_busy(tmp_path: Path) -> None:
+    def hint_for_ever(sock: socket.socket) -> None:
+        while True:
+            sock.sendall(INTERIM * 1000)
+
+    with RelayProcess(tmp_path, prelude=COUNT_WAKES, INTERIM_PAUSE_S=0.2) as relay, bare_server(hint_for_ever) as port:
+        relay.controller.send_table([backend(1, port)], proxy={"request_timeout": 2.0})
+        with Client(relay.port) as client:
+            assert client.chat().status == 504
+        relay.process.send_signal(signal.SIGTERM)
+        assert relay.process.wait(PATIENCE_S) == 0
+    # Ten looks at the replica; whatever else the two seconds had.
+    assert int(relay.log().rpartition("wakes=")[2].split()[0]) < 200
+
+
+def test_a_client_that_leaves_between_two_looks_at_interim_answers_aborts_its_turn(tmp_path: Path) -> None:
+    hung_up = threading.Event()
+
+    def hint_once(sock: socket.socket) -> None:
+        sock.sendall(INTERIM)
+        if not sock.recv(1):
+            hung_up.set()
+
+    with RelayProcess(tmp_path, INTERIM_PAUSE_S=1.0) as relay, bare_server(hint_once) as port:
+        relay.controller.send_table([backend(1, port)])
+        with Client(relay.port) as client:
+            client.sock.sendall(request())
+            wait_for(lambda: relay.controller.events, "the turn, with the replica")
+            time.sleep(0.2)  # the relay has seen the hint, and looks again in a second
+        assert hung_up.wait(PATIENCE_S)
+
+
 def test_an_interim_answer_to_a_health_probe_is_not_yet_the_answer(relay: RelayProcess) -> None:
     unwell = INTERIM + INTERIM + b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\n\r\n"
     with bare_server(socket.socket.close, health=unwell) as port:
