@@ -72,7 +72,7 @@ try:
         self_command,
         write_atomically,
     )
-    from agent_infra_core.protocol import CONFIG_FORMAT, STATS_PREFIX, ReplicaRecord, rebuild
+    from agent_infra_core.protocol import CONFIG_FORMAT, MAX_RUN_TASKS, STATS_PREFIX, ReplicaRecord, rebuild
     from agent_infra_core.settings import (
         DEFAULT_CONFIG,
         NAME_PATTERN,
@@ -620,7 +620,6 @@ def _forward(transport: Any, local: Sequence[int], remote: Sequence[tuple[str, i
 # =====================================================================================================================
 
 
-MAX_RUN_TASKS = 100_000
 STATS_FRESH_S = 1.5  # an older /stats document is requested again; while clients read /stats, one comes every second
 
 
@@ -741,6 +740,7 @@ class RelayApp:
         return self._ask("metrics")
 
     def _runs(self) -> Any:
+        self._relay.stats_read += 1  # keeps the analysis fresh, like a read of /stats
         return self._ask("runs")
 
     def _announce_run(self) -> Any:
@@ -770,16 +770,18 @@ class RelayApp:
 
     def _models(self, model: str | None = None) -> Any:
         names = [name for name in [*self._relay.models, *self._relay.adapters()] if model in (None, name)]
-        return {"object": "list", "data": [self._model_row(name) for name in names]} if names else self._no_model(model)
+        if model is not None and not names:
+            return self._no_model(model)
+        return {"object": "list", "data": [self._model_row(name) for name in names]}
 
     def _model(self, model: str) -> Any:
         is_served = model in self._relay.models or model in self._relay.adapters()
         return self._model_row(model) if is_served else self._no_model(model)
 
-    def _no_model(self, model: str | None) -> Any:
+    def _no_model(self, model: str) -> Any:
         served = ", ".join(self._relay.models) or "none"
-        words = f"the model {(model or '')[:100]!r} does not exist; served here: {served}"
-        return self._error(404, words, "model_not_found") if model else {"object": "list", "data": []}
+        message = f"the model {model[:100]!r} does not exist; served here: {served}"
+        return self._error(404, message, "model_not_found")
 
     def _model_row(self, name: str) -> dict[str, Any]:
         """A model or adapter as the engines report it; of several context lengths, the shortest."""
@@ -873,7 +875,7 @@ def make_cluster(
 
 @contextlib.contextmanager
 def end_new_replicas_on_error(cluster: Cluster) -> Iterator[None]:
-    """If the block raises, end the replicas that this process has started in it: others' are none of its business."""
+    """If the block raises, end the replicas that this process started in it, and no others."""
     before = set(cluster.started)
     try:
         yield
@@ -1080,7 +1082,7 @@ class Deployment:
         if self.cluster.problem:
             degraded.append(self.cluster.problem)
         if relay is None and holder and not is_here(holder, self.paths.lock):
-            degraded.append(f"the proxy runs elsewhere, by {describe_holder(holder)}: `status` there says how it does")
+            degraded.append(f"the proxy runs elsewhere, by {describe_holder(holder)}; run `status` there")
         elif relay is None:
             degraded.append("no proxy is running; `connect` starts one")
         elif holder is None:
@@ -1107,10 +1109,10 @@ class Deployment:
         from agent_infra_core.control.status import LIVE_STATES
         from agent_infra_core.fleet.state import unrecorded_relay
 
-        own = self.controller is not None
-        if not own:
+        own, records = self.controller is not None, self.cluster.replicas()
+        if self.cluster.problem and not own:
             self.cluster.stop((), now)  # raises if it couldn't end any
-        live = {record.replica: record for record in self.cluster.replicas() if record.state in LIVE_STATES}
+        live = {record.replica: record for record in records if record.state in LIVE_STATES}
         ended = ["proxy"] if own else [] if self._lock.is_held else end_controller(self.paths, now)
         self.disconnect(0.0 if now else DRAIN_S)
         relay = read_relay_record(self.paths) or unrecorded_relay(self.paths)
@@ -1226,7 +1228,6 @@ class ConnectionManager:
     @property
     def api_key(self) -> str:
         """``api_key`` for an OpenAI client."""
-
         return client_key(self.config, self._open().paths)
 
     def _open(self) -> Deployment:
@@ -1588,7 +1589,6 @@ def page_port(wanted: int | None) -> int:
 
 def page_environment(deployment: Deployment, token: str | None) -> dict[str, str]:
     """Return the variables with the page's key and the proxy's key, which must not appear on a command line."""
-
     told = {"AGENT_INFRA_PAGE_KEY": read_or_make_key(deployment.paths.page_key)}
     return told if token is None else {**told, "AGENT_INFRA_TOKEN": token}
 
@@ -1628,7 +1628,6 @@ class PageProcess:
     """Runs the page in a child process, which ends when this process does, even if killed. Owns the child's stdin."""
 
     def __init__(self, deployment: Deployment, proxy: str) -> None:
-
         port, key = page_port(None), client_key(deployment.config, deployment.paths)
         told = page_environment(deployment, key)
         self.url = f"http://127.0.0.1:{port}/?key={told['AGENT_INFRA_PAGE_KEY']}"
@@ -1674,7 +1673,6 @@ def _run_page(arguments: argparse.Namespace) -> int:
 
 def _expected_proxy(deployment: Deployment) -> str:
     """Return the URL of the deployment's proxy, running or not. Raises RefusedError if it cannot be known."""
-
     relay, settings = read_relay_record(deployment.paths), deployment.config.proxy
     if relay is not None:
         return proxy_url(relay["host"], relay["port"])
@@ -1685,7 +1683,6 @@ def _expected_proxy(deployment: Deployment) -> str:
 
 
 def _run_dashboard(arguments: argparse.Namespace) -> int:
-
     deployment = _deployment(arguments)
     script, port = page_script(), page_port(arguments.page_port)
     proxy, token = arguments.proxy, None
@@ -1702,7 +1699,7 @@ def _run_dashboard(arguments: argparse.Namespace) -> int:
 
 
 def _wait_for_some(deployment: Deployment, controller: Controller, signals: OperatorSignals) -> Sequence[ReplicaRecord]:
-    """Wait until the replicas have settled. Raises AgentInfraError if none is ready; models that failed are told of."""
+    """Wait until the replicas have settled. Raises AgentInfraError if none is ready; reports models that failed."""
     try:
         with ReplicaBoard() as board:
             return deployment.wait_ready(board.show, signals.came)
@@ -1814,7 +1811,6 @@ def parse_backend(text: str, number: int) -> ReplicaRecord:
 
 
 def _run_scale(arguments: argparse.Namespace) -> int:
-
     from agent_infra_core.control.lock import lock_holder
 
     deployment = _deployment(arguments)
@@ -2093,8 +2089,10 @@ def verb_parsers(parser: argparse.ArgumentParser) -> Mapping[str, argparse.Argum
 def completion_script(shell: str, command: str) -> str:
     """Return a script for ``shell`` that completes the verbs and options of ``command``."""
     verbs = verb_parsers(build_parser())
-    option = re.compile(r"^  (?:-\w(?: [A-Z]+)?, )?(--[a-z-]+)( [A-Z{])?", re.MULTILINE)
-    options = {name: option.findall(verb.format_help()) for name, verb in verbs.items()}
+    options = {
+        name: [(action.option_strings[-1], action.nargs != 0) for action in verb._actions if action.option_strings]
+        for name, verb in verbs.items()
+    }
     if shell == "fish":
         lines = [f"complete -c {command} -f"]
         for name, verb in verbs.items():
@@ -2145,7 +2143,7 @@ def _add_read_only_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("--job", action="store_true", help="also check a node, with a small Slurm job per model")
     added = verb("status", _run_status, "show replicas and proxy; exit code 3 when something is missing", "config")
     added.add_argument("--json", action="store_true", help="print JSON")
-    added.add_argument("--watch", action="store_true", help="repeat every second until Ctrl-C")
+    added.add_argument("--watch", action="store_true", help="repeat until Ctrl-C")
     added = verb("logs", _run_logs, "print the logs of a replica or of the proxy", "config")
     added.add_argument("name", nargs="?", metavar="REPLICA|proxy", help="whose log (default: all)")
     added.add_argument("-f", "--follow", action="store_true", help="follow the log as it grows")

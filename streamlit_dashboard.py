@@ -1249,7 +1249,7 @@ def sessions_panel(
     if is_known(counts.get("live")) and is_known(counts.get("listed")) and counts["live"] > counts["listed"]:
         told += f"; the {count(counts['listed'])} most recent are listed"
     more = show_all("clients", len(clients), LISTED_CLIENTS, "clients", "clients" in open_names)
-    legend = phase_legend(("pre", "queue", "prefill", "decode", "inference", "post", "unaccounted"))
+    legend = phase_legend()
     aside = el("span", {"class": "ai-muted"}, told)
     return panel(
         "sessions", "Session Tracking", legend, table("sessions by client", _SESSION_COLUMNS, rows), more, aside=aside

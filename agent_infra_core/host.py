@@ -293,15 +293,7 @@ class LocalCommands:
 
     def run(self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0) -> CommandResult:
         try:
-            # Its own process group: at the deadline a shell's children end too, or they would keep the pipes open.
-            process = subprocess.Popen(
-                argv,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env=self._environment,
-                start_new_session=True,
-            )
+            process = self._start(argv, subprocess.PIPE)
         except FileNotFoundError as error:
             return CommandResult(127, b"", f"{error.filename}: not found".encode())  # as a shell reports it
         except OSError as error:
@@ -318,20 +310,18 @@ class LocalCommands:
                 ) from error
         return CommandResult(process.returncode, output, errors)
 
+    def _start(self, argv: Sequence[str], errors: int) -> subprocess.Popen[bytes]:
+        """Start a command in its own process group: a shell's children would keep the pipes open after its end."""
+        pipe, environment = subprocess.PIPE, self._environment
+        return subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=errors, env=environment, start_new_session=True)
+
     def stream(self, argv: Sequence[str], first: bytes = b"") -> Generator[bytes, None, None]:
         """``first`` is what to send to the command's standard input."""
-        with subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=self._environment,
-            start_new_session=True,
-        ) as process:
+        with self._start(argv, subprocess.DEVNULL) as process:
             try:
                 if process.stdin and process.stdout:
-                    process.stdin.write(first)
-                    process.stdin.flush()
+                    with contextlib.suppress(BrokenPipeError):  # it has ended; its output says why
+                        os.write(process.stdin.fileno(), first)
                     while chunk := os.read(process.stdout.fileno(), 1 << 16):
                         yield chunk
             finally:

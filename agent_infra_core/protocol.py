@@ -65,6 +65,8 @@ class Backend:
     is_own: bool = False  # `serve` or a tunnel of this user's listens there, so nobody else's server may
 
 
+MAX_RUN_TASKS = 100_000  # of an announced run
+
 # Frames on the Unix socket between controller and relay: one byte of kind, four bytes of length, the payload (JSON).
 # FRAME_TABLE: {"settings": {"proxy": ProxyConfig with its api_key, "headers": HeadersConfig, "log_format": "text" or
 # "json", "drain_seconds"} (in a controller's first table, then only when they change), "models": [names that clients

@@ -92,7 +92,9 @@ from agent_infra_core.relay.control import ControlChannel
 def forget(book, turn):
     if book.turns.pop(turn.id, None) is not None:
         turn.over = time.monotonic()
+        turn.ended = turn.ended or turn.over
         book._relay.admission.charge(turn)  # what a session has had is asked by the queue, tracked or not
+        book._relay.admission.sessions.finish(turn, None)  # routing learns from it, tracked or not
 
 def relay_only(stream, *arguments, make=EventStream.__init__, **options):
     make(stream, *arguments, **{{**options, "wanted_text": 0, "traces": False}})

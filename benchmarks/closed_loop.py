@@ -463,15 +463,15 @@ class ClosedLoop:
 
     def _route(self, agent: Agent) -> int:
         """Number of the replica for a turn. Without affinity as routing/strategies.py ranks them, all of equal size."""
-        if self.routing != "affinity" or agent.replica >= len(self.replicas):
-            numbers, latest = range(len(self.replicas)), self._chosen
-            if self.routing == "affinity":
-                return min(numbers, key=self._residents)
-            if self.routing == "round_robin":
-                return min(numbers, key=lambda number: latest[self.replicas[number].name])
-            loads = [replica.in_flight + replica.queued for replica in self.replicas]
-            return min(numbers, key=lambda number: (loads[number], latest[self.replicas[number].name]))
-        return agent.replica
+        if self.routing == "affinity" and agent.replica < len(self.replicas):
+            return agent.replica
+        numbers, latest = range(len(self.replicas)), self._chosen
+        if self.routing == "affinity":
+            return min(numbers, key=self._residents)
+        if self.routing == "round_robin":
+            return min(numbers, key=lambda number: latest[self.replicas[number].name])
+        loads = [replica.in_flight + replica.queued for replica in self.replicas]
+        return min(numbers, key=lambda number: (loads[number], latest[self.replicas[number].name]))
 
     def _arrive(self, agent: Agent) -> None:
         agent.replica = self._route(agent)

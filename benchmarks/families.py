@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import functools
 import heapq
 import itertools
 import json
@@ -482,7 +481,6 @@ def run_one(task: tuple[str, int, dict[str, Any]]) -> tuple[str, Score]:
     return name, score(next(family for family in FAMILIES if family.name == name), seed, true)
 
 
-@functools.cache
 def known_truth(name: str) -> dict[str, Any]:
     return truth(next(family for family in FAMILIES if family.name == name))
 

@@ -66,7 +66,6 @@ class Session:
     step: int = 0
     waits_for: int = 0  # sub-agents that still run
     replica: int = -1  # of its last turn
-    is_over: bool = False
 
     @property
     def context(self) -> int:
@@ -83,7 +82,6 @@ class Turn:
     output: int
     arrived: float
     replica: int = -1
-    sent: float = math.nan
     admitted: float = math.nan
     first: float = math.nan
     finished: float = math.nan
@@ -381,7 +379,7 @@ class Fleet:
             self._send(turn, number)
 
     def _send(self, turn: Turn, number: int) -> None:
-        turn.replica, turn.sent = number, self.now
+        turn.replica = number
         session = turn.session
         self.moves += session.replica not in (-1, number)
         session.replica = number
@@ -427,7 +425,6 @@ class Fleet:
             heapq.heappush(self._events, (self.now + step.think_s, next(self._order), session))
 
     def _end(self, session: Session) -> None:
-        session.is_over = True
         del self._live[session.id]
         parent = session.parent
         if parent is None:

@@ -68,8 +68,8 @@ def finite(name: str, seed: int, agents: int, replicas: int) -> FiniteWorld:
     return world
 
 
-def play(name: str, seed: int, agents: int, replicas: int) -> tuple[float, list[tuple[float, dict[str, Any], Any]]]:
-    """The time that a run took, and the documents and turns so far at SHARES of it."""
+def play(name: str, seed: int, agents: int, replicas: int) -> list[tuple[float, dict[str, Any], Any]]:
+    """The time left, the document and the turns so far at SHARES of a run."""
     rehearsal = finite(name, seed, agents, replicas)
     while rehearsal._agents:
         rehearsal.run(1.0)
@@ -93,7 +93,7 @@ def play(name: str, seed: int, agents: int, replicas: int) -> tuple[float, list[
         clock = closed_loop.START + world.now
         [row] = book.document(clock, lambda _: None, {}, lambda: rng)
         found.append((end - world.now, row, oracle(name, next(iter(book._runs.values())), rng)))
-    return end, found
+    return found
 
 
 def oracle(name: str, run: Run, rng: Any) -> float:
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in LENGTHS:
         errors, best, held, widths = [], [], [], []
         for seed in range(options.seeds):
-            _, found = play(name, seed, options.agents, options.replicas)
+            found = play(name, seed, options.agents, options.replicas)
             for left, row, known in found:
                 told = row["remaining_s"]
                 if told["value"] is None or known is None:

@@ -153,6 +153,7 @@ class Controller:
         self.expected: frozenset[str] = frozenset()  # models about to get replicas; replaced as a whole
         # Replicas, with their job and process: those that an operator drained, and as of the last look.
         self._known: dict[str, tuple[str | None, str]] = _read_drained(paths.drained)
+        self._drain_lock = threading.Lock()  # for changes of _drained, which discovery and the controller make
         # Replica → when its drain was asked for, monotonic s; replaced as a whole.
         self._drained: Mapping[str, float] = dict.fromkeys(self._known, time.monotonic())
         self._saved_drained = frozenset(self._drained)
@@ -201,7 +202,8 @@ class Controller:
         asked_at = self._drained.get(replica)
         reported_at, gauges = self._gauges
         if asked_at is None:
-            self._drained = {**self._drained, replica: time.monotonic()}
+            with self._drain_lock:
+                self._drained = {**self._drained, replica: time.monotonic()}
         elif reported_at > asked_at + 2 * SNAPSHOT_INTERVAL_S:
             return int(gauges["backends"].get(replica, {}).get("in_flight", 0))
         return None
@@ -298,9 +300,10 @@ class Controller:
     def _forget_drained(self, records: Sequence[ReplicaRecord]) -> None:
         """A replica that is gone or was restarted under the same name is no longer drained."""
         known = {record.replica: (record.job_id, record.process) for record in records}
-        self._drained = {
-            name: at for name, at in self._drained.items() if name in known and known[name] == self._known.get(name)
-        }
+        with self._drain_lock:
+            self._drained = {
+                name: at for name, at in self._drained.items() if name in known and known[name] == self._known.get(name)
+            }
         self._known = known
 
     def _save_drained(self) -> None:
@@ -343,8 +346,9 @@ class Controller:
             body = json.dumps(document) if document else error_document(404, error, None, False).decode()
             self._answer(request, 200 if document else 404, "application/json", body)
             return
-        others = {name: at for name, at in self._drained.items() if name != request["backend"]}
-        self._drained = {**others, request["backend"]: time.monotonic()} if request["op"] == "drain" else others
+        with self._drain_lock:
+            others = {name: at for name, at in self._drained.items() if name != request["backend"]}
+            self._drained = {**others, request["backend"]: time.monotonic()} if request["op"] == "drain" else others
 
     def _answer(self, request: Mapping[str, Any], status: int, content_type: str, body: str) -> None:
         answer = {"id": request["id"], "status": status, "type": content_type, "body": body}

@@ -80,7 +80,8 @@ class RelayLink:
     def _retire(self) -> None:
         """Let a relay of another version finish its turns. Its events can't be read."""
         control, self._control, self._stamp = self._control, None, None
-        os.kill(self.pid, signal.SIGTERM)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGTERM)
         if control is not None:
             control.close()
         self.retired = self.pid
@@ -227,7 +228,8 @@ class RelayLink:
             self._listener.close()  # otherwise connections would queue for a relay that never comes
             self._listener = None
         if self._stamp is not None and process_stamp(self.pid) == self._stamp:
-            os.kill(self.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it may end at this moment
+                os.kill(self.pid, signal.SIGTERM)
 
     def close(self) -> None:
         """End the relay, close the sockets, and remove the relay's record and socket file.

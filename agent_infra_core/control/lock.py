@@ -113,7 +113,8 @@ def end_controller(paths: DeploymentPaths, now: bool) -> list[str]:
             "let that program call stop(), or end it, then run stop again"
         )
     stamp = process_stamp(holder["pid"]) or ""
-    os.kill(holder["pid"], signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):  # it may end at this moment
+        os.kill(holder["pid"], signal.SIGTERM)
     deadline = time.monotonic() + (10.0 if now else 2 * DRAIN_S + 10.0)
     while process_stamp(holder["pid"]) == stamp and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -12,7 +12,7 @@ from typing import Any
 
 from agent_infra_core.fleet.cluster import Cluster
 from agent_infra_core.host import http_get
-from agent_infra_core.protocol import ReplicaRecord
+from agent_infra_core.protocol import ReplicaRecord, ServeSpec
 from agent_infra_core.settings import ModelConfig
 
 
@@ -171,7 +171,7 @@ def list_problems(models: Sequence[Mapping[str, Any]], records: Sequence[Replica
 
 
 QUEUE_PATIENCE_S = 15.0  # how long replicas that wait in the queue are waited for once one is ready
-LOAD_DEADLINE_S = 3600.0  # time for a replica to become ready after it left the queue; `serve` gives its engine as long
+LOAD_DEADLINE_S = ServeSpec.load_timeout  # time for a replica to become ready after it left the queue
 
 
 class StartWatch:

@@ -20,7 +20,7 @@ TAIL_BYTES = 1 << 20  # of a log that may be shown
 FOLLOW_POLL_S = 0.2
 
 
-def last(lines: Sequence[bytes], count: int) -> Sequence[bytes]:
+def last_lines(lines: Sequence[bytes], count: int) -> Sequence[bytes]:
     return lines[-count:] if count else ()
 
 
@@ -62,8 +62,10 @@ class LogFolder:
                 first = name not in offsets
                 content, end = self.read(name, offsets.get(name, -TAIL_BYTES), TAIL_BYTES)
                 *complete, rest = content.split(b"\n")
+                if len(rest) == TAIL_BYTES:  # a progress bar: shown unfinished, or it would be read again for ever
+                    complete, rest = [rest], b""
                 offsets[name] = end - len(rest)  # an unfinished line is read again
-                yield from ((name, line) for line in (last(complete, lines) if first else complete))
+                yield from ((name, line) for line in (last_lines(complete, lines) if first else complete))
             time.sleep(FOLLOW_POLL_S)
 
     def names(self) -> list[str]:
@@ -77,7 +79,9 @@ def tail_logs(logs: Logs, names: Iterable[str], lines: int) -> Iterator[tuple[st
     """The last ``lines`` lines of each log, each with its name; the last may be unfinished."""
     for name in names:
         content = logs.read(name, -TAIL_BYTES, TAIL_BYTES)[0]
-        yield from ((name, line) for line in last(content.removesuffix(b"\n").split(b"\n") if content else (), lines))
+        yield from (
+            (name, line) for line in last_lines(content.removesuffix(b"\n").split(b"\n") if content else (), lines)
+        )
 
 
 class Cluster(Protocol):

@@ -16,7 +16,7 @@ from agent_infra_core.fleet.cluster import Cluster
 from agent_infra_core.fleet.engines import ENGINES, check_engine_args
 from agent_infra_core.fleet.local import find_engine
 from agent_infra_core.fleet.parse import count_gres, describe_span, parse_partitions, slurm_limit_s
-from agent_infra_core.fleet.place import HANDOVER_RESERVE_S, idle_gpus, job_options
+from agent_infra_core.fleet.place import HANDOVER_RESERVE_S, asks_for_gpus, idle_gpus
 from agent_infra_core.fleet.slurm import SlurmCluster, SlurmExamination
 from agent_infra_core.fleet.slurm_host import failure_text
 from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
@@ -238,12 +238,11 @@ def _check_partitions(deployment: ExaminedDeployment) -> Iterator[Finding]:
     rows = parse_partitions(host.slurm("scontrol --all --oneliner show partition").output.decode("utf-8", "replace"))
     needs_gpus = any(ENGINES[model.engine].uses_gpus for model in deployment.config.models)
     if not nodes:
-        fix = "Slurm decides where replicas go; nothing can be said of idle GPUs"
+        fix = "Slurm decides where replicas go; the number of idle GPUs is unknown"
         yield Finding("warning", "Slurm shows no nodes here (PrivateData?)", fix)
         return
     slurm = deployment.config.cluster.slurm
     for partition in slurm.partitions:
-        has_gres = slurm.gpu_flag != "none" and job_options(partition, slurm).get("gres", "") is not None
         key = f"{partition.gres} on {partition.name}"
         members = [node for node in nodes if partition.name in node.partitions]
         most = max((count_gres(node.gres, partition.gres) for node in members), default=0)
@@ -251,7 +250,7 @@ def _check_partitions(deployment: ExaminedDeployment) -> Iterator[Finding]:
         state = rows.get(partition.name, {}).get("State", "UP")
         if state != "UP":
             yield Finding("warning", f"{partition.name} is {state}: jobs wait there", "raise another's priority")
-        elif needs_gpus and has_gres and most < partition.gpus_per_node:
+        elif needs_gpus and asks_for_gpus(partition, slurm) and most < partition.gpus_per_node:
             kinds = ", ".join(sorted({name for node in members for name in node.gres})) or "no GRES"
             fix = f"correct gres or gpus_per_node; its nodes have {kinds}"
             yield Finding("error", f"{key}: no node has {partition.gpus_per_node}, the most is {most}", fix)

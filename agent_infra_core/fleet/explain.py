@@ -42,7 +42,7 @@ PENDING_REASONS = (
     ),
     (
         r"InvalidQOS|InvalidAccount|QOSNotAllowed|AccountNotAllowed",
-        "its QoS or account does not exist or is not yours: correct qos, or account under sbatch",
+        "its QoS or account does not exist or is not yours: correct qos or cluster.slurm.account",
     ),
     (
         r"QOSMaxGRESPerUser|QOSMaxGRES.*|.*MaxTRES.*|.*GrpTRES.*|.*GrpGRES.*",
@@ -55,12 +55,12 @@ PENDING_REASONS = (
     (r"Licenses", "it waits for a licence"),
     (
         r"launch failed requeued held|BadConstraints|Constraints|MaxMemPerLimit",
-        "no node can ever run it: correct gres, or the constraint under sbatch",
+        "no node can ever run it: correct gres, cluster.slurm.constraint or memory_per_gpu",
     ),
-    (r"SchedDefer|FedJobLock|Cleaning", "Slurm is busy with it, or with the job that it was before"),
+    (r"SchedDefer|FedJobLock|Cleaning", "Slurm is still cleaning up its previous run, or has deferred it"),
     (r"BurstBuffer\w*", "it waits for its burst buffer"),
-    (r"PowerNotAvail|PowerReserved|FrontEndDown", "the cluster has no power, or no front end, for it now"),
-    (r"SystemFailure|JobLaunchFailure", "Slurm failed to start it; tell the administrators if it stays so"),
+    (r"PowerNotAvail|PowerReserved|FrontEndDown", "a power limit, or a front-end node that is down, delays it"),
+    (r"SystemFailure|JobLaunchFailure", "Slurm failed to start it; tell the administrators if it stays that way"),
     (r"NodeDown|Prolog", "the node chosen for it failed; Slurm is looking for another"),
     (r"None", "Slurm has not looked at it yet"),
 )
@@ -81,7 +81,7 @@ JOB_ENDINGS: Mapping[str, tuple[str, str, str]] = {
     "OUT_OF_MEMORY": (
         "out_of_memory",
         "its job used more memory than it requested",
-        "raise mem under cluster.slurm.sbatch (weights go through memory while they load)",
+        "raise cluster.slurm.memory_per_gpu, or mem under sbatch (weights go through memory while they load)",
     ),
     "PREEMPTED": (
         "node_failure",
@@ -150,7 +150,9 @@ def reconcile_record(
     now, cluster_now = clock
     is_over = record is not None and record.state in ("stopped", "failed")
     if job is None and told.job_id == UNCONFIRMED_JOB and cluster_now < told.at + CONFIRM_S:
-        return dataclasses.replace(reported_record(replica, told, None), message="sbatch has not told its number yet")
+        return dataclasses.replace(
+            reported_record(replica, told, None), message="sbatch has not printed its number yet"
+        )
     if job is None or job.state in ENDED_JOB_STATES:
         return dataclasses.replace(record, partition=told.partition) if record is not None and is_over else None
     started = min(job.starts_at or cluster_now, cluster_now)

@@ -95,12 +95,17 @@ def job_options(partition: PartitionConfig, slurm: SlurmConfig) -> Mapping[str, 
     return {**slurm.sbatch, **partition.sbatch}
 
 
+def asks_for_gpus(partition: PartitionConfig, slurm: SlurmConfig) -> bool:
+    """Whether jobs of GPU engines ask Slurm for GPUs there; sites without GRES don't."""
+    return slurm.gpu_flag != "none" and job_options(partition, slurm).get(slurm.gpu_flag, "") is not None
+
+
 def idle_gpus(node: SlurmNode, partition: PartitionConfig, slurm: SlurmConfig) -> int:
     """GPUs of a node that a job in this partition could have at once. Without GRES, those of nodes without a job."""
     options = job_options(partition, slurm)
     if partition.name not in node.partitions or not node.takes_jobs_of(str(options.get("reservation") or "")):
         return 0
-    if slurm.gpu_flag == "none" or options.get("gres", "") is None:
+    if not asks_for_gpus(partition, slurm):
         return partition.gpus_per_node if node.is_idle else 0
     return node.free(partition.gres)
 

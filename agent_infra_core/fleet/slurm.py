@@ -134,7 +134,9 @@ class SlurmCluster:
         view = self._look()
         self.problem = None
         if view.unreadable and (view.told or self._read):
-            self.problem = f"{self.host.run_dir} cannot be read ({view.unreadable}); replicas are as seen last"
+            self.problem = (
+                f"{self.host.run_dir} cannot be read ({view.unreadable}); this shows the replicas as last seen"
+            )
         if view.problem:
             self.problem = f"Slurm does not answer ({view.problem}); this is what the replicas last reported"
             return [reported_record(replica, told, view.records.get(replica)) for replica, told in view.told.items()]
@@ -143,7 +145,12 @@ class SlurmCluster:
         for replica, told in view.told.items():
             record = view.records.get(replica)
             found = reconcile_record(replica, told, view.job_of(replica), record, clock)
-            judged.append(self._steady(found) if found else self._write_final_record(replica, told, record))
+            if found is not None:
+                judged.append(self._steady(found))
+            elif view.unreadable:  # its final record may exist
+                judged.append(reported_record(replica, told, record))
+            else:
+                judged.append(self._write_final_record(replica, told, record))
         return sorted(judged, key=replica_order)
 
     def stop(self, replicas: Iterable[str], now: bool = False) -> None:

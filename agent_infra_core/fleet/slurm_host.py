@@ -70,7 +70,11 @@ mkdir -p "$work/$2" "$work/programs" "$work/models"; me=$(id -u); up=$work
 bad=$(find "$work/$2" "$work/programs" "$work/models" -prune ! -user "$me")
 [ -n "$bad" ] || bad=$(find "$work" -prune \\( ! -user "$me" ! -user 0 -o -perm -0020 ! -perm -1000 \\))
 while [ -z "$bad" ] && [ -n "$up" ]; do bad=$(find "$up" -prune -perm -0002 ! -perm -1000); up=${up%/*}; done
-if [ -n "$bad" ]; then ls -ld $bad | sed 's/^/others can change /' >&2; exit 76; fi
+if [ -n "$bad" ]; then
+  ls -ld $bad | sed 's/^/others can change /' >&2
+  find $bad -prune -user "$me" -exec printf 'run `chmod +t %s`\\n' {} \\; >&2
+  exit 76
+fi
 chmod go= "$work/$2" "$work/programs" "$work/models"; cd "$work/$2"
 for name in specs replicas logs jobs ranks; do mkdir -p "run/$name"; : > "run/$name/.probe"; rm "run/$name/.probe"; done
 if [ ! -s replica_key ]; then
@@ -332,10 +336,8 @@ class SlurmHost:
 
     def explain(self, job: str, log: str, partition: str) -> tuple[JobEnd | None, bool, str]:
         """How a job ended, if Slurm still knows; whether it is still active after all; and the end of a log."""
-        text = self.slurm(_EXPLAIN_SCRIPT, self.run_dir, job, log, partition, PARTITION_GONE).output.decode(
-            "utf-8", "replace"
-        )
-        told, _, tail = text.partition("@log@\n")
+        done = self.slurm(_EXPLAIN_SCRIPT, self.run_dir, job, log, partition, PARTITION_GONE)
+        told, _, tail = done.output.decode("utf-8", "replace").partition("@log@\n")
         end = parse_job_end(told)
         return end, end is None and "JobState=" in told, tail
 

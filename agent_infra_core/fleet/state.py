@@ -196,7 +196,7 @@ def failed_record(record: ReplicaRecord, line: str) -> ReplicaRecord:
         kind, message = "node_failure", f"{record.node} was restarted while it ran"
         hint = "start it again"
     else:
-        kind, message = ("unknown", f"its `serve` (pid {record.pid}) ended without a report: killed, or out of memory")
+        kind, message = "unknown", f"its `serve` (pid {record.pid}) ended without a report: killed, or out of memory"
         hint = "start it again; its log and the kernel's (dmesg) may say more"
     # A line that `serve` logged in normal operation doesn't explain the failure; any other line may.
     decisive = line if line and " agent-infra: " not in line and not line.startswith("--- ") else message

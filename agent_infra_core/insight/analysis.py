@@ -203,12 +203,14 @@ class FleetAnalysis:
         recent = [turn.seconds for turn in self._turns[-500:]]
         # Turns are recorded when they end, so figures on turns that began after this may still change.
         settled = now - min(120.0, 1.1 * max(recent, default=0.0))
-        think_since = max(start, think_change([turn for turn in self._turns if turn.end >= start]))
+        turns_since = [turn for turn in self._turns if turn.end >= start]
+        first_at = self._samples[0].at if self._samples else 0.0
+        think_since = max(start, think_change(turns_since))
         think = self._fit_think(think_since, settled, ended, rng)
         think_s = think.mean_s if think else None
         cycle_s = (think_s or 0.0) + sum(recent) / max(1, len(recent))
-        point = max(think_since, operating_change(self._turns, self._samples), *self._speed_since.values(), 0.0)
-        since = max(point, now - max(OPERATING_S, 5 * cycle_s), self._samples[0].at if self._samples else 0.0)
+        point = max(think_since, operating_change(self._turns, self._samples), first_at, *self._speed_since.values())
+        since = max(point, now - max(OPERATING_S, 5 * cycle_s))
         here = operating(self._turns, self._samples, since, now, rng)
         measured, beginnings, replica, names = measure(self._turns, start, settled, self._speed_since)
         rows = self._with_remembered(measured)
@@ -225,9 +227,7 @@ class FleetAnalysis:
         agents = here.agents if here.agents is not None else law["agents_computed"]
         model, draws = capacity_models(max(1, self.replicas), fit, think, here.parallel, slots)
         if fit is not None and agents:
-            draws = widened(
-                model, draws, agents, self._misfit(model, max(point, self._samples[0].at if last else 0), now)
-            )
+            draws = widened(model, draws, agents, self._misfit(model, point, now))
         kv_tokens = (last.kv_capacity_tokens or 0) * self.replicas if last else 0
         return Outlook(
             model=model,
@@ -240,10 +240,11 @@ class FleetAnalysis:
             reason=self._refusal(fit, think, here, agents, law),
             few=few,
             doubt=1 + STRUCTURE * rng.standard_normal(RESAMPLES),
-            kv=kv_agent_limit([turn for turn in self._turns if turn.end >= start], kv_tokens, self.replicas, rng),
+            kv=kv_agent_limit(turns_since, kv_tokens, self.replicas, rng),
         )
 
     def _fit_think(self, since: float, until: float, ended: Mapping[str, float], rng: Any) -> ThinkFit | None:
+        """Fit the think time, and keep the fit for ``presence``."""
         think = fit_think(self._turns, since, until, ended, lambda silent_s: self.presence(silent_s, until), rng)
         if think is not None:
             kept = self._thinks
@@ -288,8 +289,8 @@ class FleetAnalysis:
             return "no agent is active" if self.replicas else "no replica serves"
         if here.aborted > MOST_ABORTED:
             return (
-                f"{percent(here.aborted)} of the turns had no answer: clients left or turns failed, and what these did "
-                "at another load cannot be told"
+                f"{percent(here.aborted)} of the turns had no answer: clients left or turns failed, and how these "
+                "would behave at another load is unknown"
             )
         if law["holds"] is False:
             return (

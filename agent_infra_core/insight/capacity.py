@@ -148,9 +148,8 @@ def estimate(unit: str, basis: Basis, value: Figure, draws: Figure = None, reaso
         return Estimate(None, None, None, unit, basis, reason or "not known")
     spread = np.sort(np.atleast_1d(value if draws is None else draws))
     at = np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]) * (len(spread) - 1)
-    low, high = map(
-        significant, np.interp(at, np.arange(len(spread)), spread)
-    )  # as np.quantile, in a tenth of its time
+    # As np.quantile, in a tenth of its time.
+    low, high = map(significant, np.interp(at, np.arange(len(spread)), spread))
     if high is None or not math.isfinite(value) or abs(high) > 1e6 * (1 + abs(low or 0)):
         few = "the load was too light to tell how a replica slows down under more"
         return Estimate(None, low, None, unit, basis, few)
@@ -174,9 +173,7 @@ class Outlook:
     reason: str | None  # why figures that depend on the fit are withheld
     few: str | None  # why all figures are withheld
     kv: tuple[float, Array] | None
-    doubt: (
-        Array  # factors on the draws of a change: it is known to within STRUCTURE of itself, however much was measured
-    )
+    doubt: Array  # factors on the draws of a change: it is known to within STRUCTURE of itself at best
 
     @property
     def is_full(self) -> bool:
@@ -288,19 +285,30 @@ def percent(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
+def _signed(share: float) -> str:
+    return f"{100 * share:+.0f}".replace("-", "−")
+
+
+def change_in_words(change: Estimate) -> str:
+    """``+38 %``, without a point ``+31 to +44 %``; empty if unknown."""
+    if change.low is None or change.high is None:
+        return ""
+    low, high = _signed(change.low), _signed(change.high)
+    if change.value is not None:
+        return f"{_signed(change.value)} %"
+    return f"{low} %" if low == high else f"{low} to {high} %"
+
+
 def in_words(what: Mapping[str, Any], with_range: bool = False) -> str:
     """``+1 replica → +38 % turns/h [31, 44]``; empty if the change is unknown."""
     change: Estimate = what["change"]
-    if change.low is None or change.high is None:
+    if not (words := change_in_words(change)):
         return ""
-    low, high = (f"{100 * bound:+.0f}".replace("-", "−") for bound in (change.low, change.high))
-    if change.value is None and low == high:
-        return f"{what['name']} → {low} % turns/h"
-    if change.value is None:
-        return f"{what['name']} → {low} to {high} % turns/h"
-    value = f"{100 * change.value:+.0f}".replace("-", "−")
-    words = f"{what['name']} → {value} %"
-    return f"{words} turns/h [{low.lstrip('+')}, {high.lstrip('+')}]" if with_range else words
+    words = f"{what['name']} → {words}"
+    if change.value is None or change.low is None or change.high is None:
+        return f"{words} turns/h"
+    low, high = (_signed(bound).lstrip("+") for bound in (change.low, change.high))
+    return f"{words} turns/h [{low}, {high}]" if with_range else words
 
 
 def capacity_models(

@@ -366,7 +366,8 @@ def operating_change(turns: Sequence[ObservedTurn], samples: Sequence[FleetSampl
     agents = [(look.at, math.log(max(1.0, look.active_agents))) for look in samples if look.active_agents is not None]
     errors = [(turn.end, float(turn.is_aborted)) for turn in turns]
     at, ratio = last_change(agents, math.log(STEP_RATIO)), math.log(STEP_RATIO) / 2
-    before, after = ([number for time, number in agents if (time >= at) is is_after] for is_after in (False, True))
+    before = [number for time, number in agents if time < at]
+    after = [number for time, number in agents if time >= at]
     levels = [sum(part) / len(part) for start in range(0, len(before), 30) if (part := before[start : start + 30])]
     if levels and min(levels) - ratio <= sum(after) / len(after) <= max(levels) + ratio:
         at = 0.0  # batches come and go: the number has been there before
@@ -398,12 +399,13 @@ def kv_agent_limit(
     held = [(turn.session or "", turn.prompt + (turn.output or 0)) for turn in turns if turn.prompt]
     if not held or not kv_tokens:
         return None
-    home: dict[str | None, str] = {}
+    places = [(turn.session, turn.replica) for turn in turns if turn.session is not None]
+    home: dict[str, str] = {}
     moves = 0
-    for turn in turns:
-        moves += home.get(turn.session, turn.replica) != turn.replica
-        home[turn.session] = turn.replica
-    copies = min(replicas, 1 + replicas * moves / max(1, len(turns) - len(home)))
+    for name, replica in places:
+        moves += home.get(name, replica) != replica
+        home[name] = replica
+    copies = min(replicas, 1 + replicas * moves / max(1, len(places) - len(home)))
     _, session = np.unique([name for name, _ in held], return_inverse=True)
     tokens, number = np.zeros((2, int(session.max()) + 1))
     np.add.at(tokens, session, [copies * context for _, context in held])

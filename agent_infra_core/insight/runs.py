@@ -11,9 +11,10 @@ from typing import Any
 
 from agent_infra_core.insight.capacity import EPSILON, RESAMPLES, Array, CapacityModel
 from agent_infra_core.insight.turns import TurnRecord
+from agent_infra_core.protocol import MAX_RUN_TASKS
 
 MAX_RUNS = 20  # above this, the oldest is dropped
-MAX_TASKS = 100_000  # of a run
+MAX_INBOX = 10_000  # items that wait for the next document()
 MAX_GAPS = 500  # latest times between two answers of a task
 LEAST_DONE = 5  # tasks that must be over before the end of a run is estimated
 SILENT_FACTOR = 5.0  # a task silent for this many times its run's longest gap, and for SILENT_S, is over
@@ -46,6 +47,7 @@ class Run:
     model: str | None = None
     seen: dict[str, Task] = field(default_factory=dict)
     gaps: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_GAPS))
+    of_session: dict[str, dict[str, Task]] = field(default_factory=dict)  # session that hasn't ended → its tasks
     longest_gap: float = 0.0
     answered_s: float = 0.0  # time that replicas spent on its turns
     aborted_s: float = 0.0  # of that, on turns without an answer
@@ -55,7 +57,7 @@ class Run:
         begun = record.finished_at if record.started_at is None else record.started_at
         task = self.seen.get(key)
         if task is None:
-            if begun < self.announced_at or len(self.seen) >= MAX_TASKS:
+            if begun < self.announced_at or len(self.seen) >= MAX_RUN_TASKS:
                 return  # of an earlier run
             task = self.seen[key] = Task(begun, begun)
         self.model = record.model or self.model
@@ -65,15 +67,15 @@ class Run:
         task.turns, task.last_end, task.is_over = task.turns + 1, max(task.last_end, record.finished_at), False
         if record.session is not None:
             task.live.add(record.session)
+            self.of_session.setdefault(record.session, {})[key] = task
         spent = (record.inference_ms or 0.0) / 1000
         self.answered_s += spent
         self.aborted_s += spent if record.outcome != "completed" else 0.0
 
     def end_session(self, session: str) -> None:
-        for task in self.seen.values():
-            if session in task.live:
-                task.live.discard(session)
-                task.is_over = not task.live
+        for task in self.of_session.pop(session, {}).values():
+            task.live.discard(session)
+            task.is_over = not task.live
 
     def agents(self, now: float) -> int:
         """Tasks that ran at once, on average of the last RECENT_S: an agent may pause between two of them."""
@@ -92,7 +94,7 @@ class Run:
 def _survival(turns: Array, is_over: Array, draws: int, rng: Any) -> tuple[Array, Array]:
     """``(turns, shares)``: the share of tasks that take more turns, a row per draw (Kaplan & Meier 1958).
 
-    Each draw weighs the tasks anew (Rubin 1981, "The Bayesian bootstrap"). Tasks that are still running count as far as
+    Each draw reweights the tasks (Rubin 1981, "The Bayesian bootstrap"). Tasks that are still running count as far as
     they are; short tasks end first, so those that are over are too short on average.
     """
     import numpy as np
@@ -174,12 +176,10 @@ class Forecast:
         return _finish_times(seconds(self.so_far), waiting, agents, speedup)
 
 
-def _interval(draws: Array | None, reason: str | None = None) -> dict[str, Any]:
+def _interval(draws: Array) -> dict[str, Any]:
     """A time with its 90 % interval."""
     import numpy as np
 
-    if draws is None:
-        return {"value": None, "low": None, "high": None, "reason": reason}
     low, value, high = (round(float(at), 1) for at in np.quantile(draws, [0.05, 0.5, 0.95]))
     return {"value": value, "low": low, "high": high, "reason": None}
 
@@ -203,7 +203,7 @@ class RunBook:
     """
 
     def __init__(self) -> None:
-        self._inbox: deque[Run | TurnRecord | str] = deque(maxlen=10_000)
+        self._inbox: deque[Run | TurnRecord | str] = deque(maxlen=MAX_INBOX)
         self._runs: OrderedDict[str, Run] = OrderedDict()
 
     def announce(self, name: str, tasks: int, at: float) -> None:
@@ -255,6 +255,11 @@ def _run_row(
     over = [task.turns for task in run.seen.values() if task.is_over]
     running = {key: task for key, task in run.seen.items() if not task.is_over}
     waiting = max(0, run.tasks - len(run.seen))
+    reason = None
+    if len(over) < LEAST_DONE:
+        reason = f"{len(over)} of {LEAST_DONE} tasks are over: too few to tell how long one takes"
+    elif not running:
+        reason = "no task is running"
     row: dict[str, Any] = {
         "name": run.name,
         "model": run.model,
@@ -263,24 +268,16 @@ def _run_row(
         "done": len(over),
         "running": len(running),
         "aborted_share": round(run.aborted_s / run.answered_s, 4) if run.answered_s else None,
-        "remaining_s": _interval(None, None),
+        "remaining_s": {"value": None, "low": None, "high": None, "reason": reason},
         "walltime_at": min(walltimes, default=None),
         "ends_before_walltime": None,
         "stragglers": [],
         "what_ifs": [],
     }
-    reason = None
     if not running and not waiting:
         row["remaining_s"] = {"value": 0.0, "low": 0.0, "high": 0.0, "reason": None}
-        return row
-    if len(over) < LEAST_DONE:
-        reason = f"{len(over)} of {LEAST_DONE} tasks are over: too few to tell how long one takes"
-    elif not running:
-        reason = "no task is running"
-    if reason is not None:
-        row["remaining_s"] = _interval(None, reason)
-        return row
-    _forecast(row, over, running, waiting, run, now, model, rng_of())
+    elif reason is None:
+        _forecast(row, over, running, waiting, run, now, model, rng_of())
     return row
 
 

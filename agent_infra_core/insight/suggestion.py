@@ -15,6 +15,7 @@ from agent_infra_core.insight.capacity import (
     Estimate,
     Figure,
     Outlook,
+    change_in_words,
     estimate,
     percent,
 )
@@ -82,15 +83,12 @@ def _priced(outlook: Outlook, agents: float) -> dict[str, Estimate]:
 
 
 def _price_in_words(now: Mapping[str, Estimate], then: Mapping[str, Estimate]) -> str:
-    """``+12 % turns/h, and answers take 3.1 s instead of 2.4 s.``; empty if unknown."""
-    change, waits = then["change"], [row["wait_s"].value for row in (now, then)]
-    if change.low is None or change.high is None:
+    """`` +12 % turns/h; answers take 3.1 s instead of 2.4 s.``; empty if unknown."""
+    change, waits = change_in_words(then["change"]), [row["wait_s"].value for row in (now, then)]
+    if not change:
         return ""
-    bounds = (
-        f"{100 * change.low:+.0f} to {100 * change.high:+.0f}" if change.value is None else f"{100 * change.value:+.0f}"
-    )
-    words = f" {bounds} % turns/h".replace("-", "−")
-    return words + (f"; answers take {waits[1]:.3g} s instead of {waits[0]:.3g} s." if all(waits) else ".")
+    wait = f"; answers take {waits[1]:.3g} s instead of {waits[0]:.3g} s" if all(waits) else ""
+    return f" {change} turns/h{wait}."
 
 
 def _limits(
@@ -131,7 +129,8 @@ def suggest(outlook: Outlook, goal_s: float | None) -> dict[str, Any]:
         nothing = outlook.beyond(math.inf)
     if nothing is not None:
         none = estimate("agents", outlook.basis, None, reason=nothing)
-        unknown = dict.fromkeys(("turns_per_hour", "wait_s", "change"), none)
+        units = {"turns_per_hour": "turns/h", "wait_s": "s", "change": "fraction"}
+        unknown = {name: estimate(unit, outlook.basis, None, reason=nothing) for name, unit in units.items()}
         sentence = f"No suggestion: {nothing}."
         return {"agents": none, "bound_by": None, "sentence": sentence, "now": unknown, "then": unknown, "options": []}
     loads = _loads(outlook, goal_s)

@@ -213,7 +213,7 @@ class Tracker:
 
         ``{"at", "backends": {id: {"healthy", "reason", "in_flight", "requests", "errors", "load": digest | None}},
         "queue": {"pending", "in_flight", "oldest_ms", "waiting": [...]}, "counters": {...}, "rss_bytes",
-        "connections", "stats_read": number of reads of /stats}``.
+        "connections", "stats_read": number of reads of /stats and /runs}``.
         """
         now = self._clock()
         self._relay.read(gauges)
@@ -290,7 +290,7 @@ class Tracker:
     def snapshot(self, records: Iterable[Mapping[str, Any]], table: Iterable[Backend], strategy: str) -> dict[str, Any]:
         """The current /stats document, which docs/stats.schema.json describes. Its times are s since the epoch.
 
-        ``records`` and ``table`` are as for ``replicas``. The controller adds analysis, accounting and history.
+        ``records`` and ``table`` are as for ``replicas``. The controller adds analysis, accounting, runs and history.
         """
         now = self._clock()
         sessions = collections.Counter(session.backend for session in self._sessions)

@@ -82,11 +82,13 @@ def find_flags(outlook: Outlook, samples: Sequence[FleetSample]) -> dict[str, st
             f"do: thinking sessions are evicted and computed again. Run {GOOD_KV_SHARE * outlook.kv[0]:.0f} agents, or "
             "add a replica."
         )
+    slow_ones = []
     for name, slow in (outlook.fit.slow if outlook.fit and not outlook.few else {}).items():
         gain = in_words(outlook.what_if("A replica as fast as the others", slow.healed, outlook.agents), True)
-        found["SLOW"] = f"{name} takes {slow.factor:.1f} times as long as the others for the same turns." + (
-            f" {gain}." if gain else ""
-        )
+        sentence = f"{name} takes {slow.factor:.1f} times as long as the others for the same turns."
+        slow_ones.append(f"{sentence} {gain}." if gain else sentence)
+    if slow_ones:
+        found["SLOW"] = " ".join(slow_ones)
     if outlook.crowding and not outlook.few:
         found["TOOLS"] = (
             f"Agents think longer the more of them think (by a power of {outlook.crowding:.1f}): they queue for the "

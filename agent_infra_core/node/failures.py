@@ -68,7 +68,7 @@ FAILURE_SIGNS = (
     FailureSign(
         "rate_limited",
         r"429 Client Error|Too Many Requests|had to rate limit",
-        "the hub refuses so many requests: fetch the model once with `pull`, or log in (HF_TOKEN under env)",
+        "the hub limits the rate of requests: fetch the model once with `pull`, or log in (HF_TOKEN under env)",
     ),
     FailureSign(
         "port_in_use",
@@ -80,7 +80,7 @@ FAILURE_SIGNS = (
         r"driver on your system is too old|driver version is insufficient|unsupported display driver"
         r"|forward compatibility was attempted|PTX was compiled with an unsupported toolchain",
         "the node's NVIDIA driver is older than this engine needs: install the engine's build for an older CUDA, or "
-        "choose nodes with a newer driver (constraint under cluster.slurm.sbatch)",
+        "choose nodes with a newer driver (cluster.slurm.constraint)",
     ),
     FailureSign(
         "node_failure",
@@ -144,7 +144,7 @@ PERMANENT_FAILURES = ("model_not_found", "gated_model", "quota", "bad_argument",
 
 # What a program logs and survives: levels below error, and requests that the hub's client sends again.
 _HARMLESS = re.compile(
-    r"^(\([^)]*\) )?(\d{4}-\d\d-\d\d\S* \S+ )?\[?(DEBUG|INFO|WARNING)\b|^(DEBUG|INFO|WARNING):"
+    r"^(\([^)]*\) )?(\d{4}-\d\d-\d\d\S* \S+ )?\[?(DEBUG|INFO|WARNING)\b"
     r"|thrown while requesting|^Retrying in"
 )
 

@@ -86,7 +86,7 @@ class Relay:
         self.pools: dict[str, list[LiveReplica]] = {}
         self.connections: set[ClientConnection] = set()
         self.stats: tuple[bytes, float] | None = None  # the finished document, and when it came
-        self.stats_read = 0  # how often
+        self.stats_read = 0  # how often /stats and /runs were read
         self.buffered_bytes = 0
         self.held_bytes: Counter[str] = Counter()  # the same, by client
         self.is_stopping = self.is_over = False  # over: the time to finish turns has passed

@@ -15,7 +15,6 @@ from agent_infra_core.routing.strategies import BackendView
 
 IDLE_S = 300.0  # a session silent for longer, or for longer than most think, is no load any more
 MAX_SESSIONS = 20_000  # remembered; the longest silent goes first
-MAX_WARM_PREFIXES = 256  # remembered per replica
 LOOKED_AT = 8  # replicas of a larger fleet compared for one turn, besides the session's own
 # The next three were chosen on simulated fleets (benchmarks/routing.py): sessions that follow every imbalance lose more
 # to prefill than they win.
@@ -137,9 +136,9 @@ class SessionRouter:
         home, cached = (source.home, min(source.cached, turn.prompt)) if source is not None else (None, 0)
         own = place.context if place is not None else 0
         own_load = own if place is not None and place.is_live else 0
-        prefix, holds = turn.prefix, self.holds
+        prefix, holds = turn.prefix, self.holds and waited_s < LONGEST_HOLD_S
         prefill_s, neighbour_s, base_s, load_s, foreign_tokens, stay_s = self._prices(place is None)
-        since = now - self.return_s if waited_s < LONGEST_HOLD_S else math.inf
+        since = now - self.return_s
         waits = waited_s < prefill_s * cached
         best, lowest, ties = None, math.inf, 0
         for view in views:
@@ -157,7 +156,7 @@ class SessionRouter:
                 load += MOVE_MARGIN * own
             if prefix is not None and prefix in belief.warm:
                 tokens = min(tokens, turn.prompt - turn.prefix_tokens)
-            is_tight = holds and tokens > MIN_EVIDENCE_TOKENS and 0 < belief.room_tokens < belief.used_tokens + tokens
+            is_tight = holds and MIN_EVIDENCE_TOKENS < tokens <= belief.room_tokens < belief.used_tokens + tokens
             if is_tight and belief.would_evict(tokens, since):
                 turn.is_held = True
                 continue
@@ -202,9 +201,7 @@ class SessionRouter:
             shared = max(shared, min(turn.prompt, turn.prefix_tokens))
             if turn.prefix in belief.warm:
                 expected = max(expected, turn.prefix_tokens)
-            elif len(belief.warm) < MAX_WARM_PREFIXES:
-                belief.warm[turn.prefix] = turn.prefix_tokens
-                belief.used_tokens += turn.prefix_tokens
+            belief.warm_up(turn.prefix, turn.prefix_tokens)
         used_at = place.used_at if place is not None else parent.used_at if parent is not None else -math.inf
         belief.room_tokens = belief.room_tokens or view.kv_tokens
         prefill_s = self.rates.prefill_s * belief.slowness

@@ -8,6 +8,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 RESTART_SHARE = 0.5  # a prefix that is gone while less of the cache is in use was lost in a restart, not evicted
+MAX_WARM_PREFIXES = 256  # remembered per replica
+WARM_SHARE = 0.25  # of the room, that shared prefixes may take
 SPEED_TURNS = 100.0  # over which a replica's speed is averaged
 REGAIN_SHARE = 0.01  # of the room that a miss has shown to be taken, regained with each turn
 
@@ -57,6 +59,14 @@ class ReplicaBelief:
         self.prefilled_tokens = max(self.prefilled_tokens, tokens)
         rest_s = (self.sent_tokens - self.prefilled_tokens) * prefill_s * self.slowness
         self.ready_at = min(self.ready_at, now + rest_s)
+
+    def warm_up(self, prefix: Hashable, tokens: int) -> None:
+        """A shared prefix is used; those that were unused for longest are forgotten first."""
+        self.used_tokens += tokens - self.warm.pop(prefix, 0)
+        self.warm[prefix] = tokens
+        most = WARM_SHARE * self.room_tokens or math.inf
+        while len(self.warm) > 1 and (len(self.warm) > MAX_WARM_PREFIXES or sum(self.warm.values()) > most):
+            self.used_tokens -= self.warm.pop(next(iter(self.warm)))
 
     def keep(self, session: str, place: SessionPlace) -> None:
         """A session's whole context is cached now; what doesn't fit any more was evicted."""

@@ -201,8 +201,9 @@ def _offered_keys(
 ) -> Iterator[tuple[str, Any]]:
     """Yield (name, key) of the keys to offer; appends a readable name of each to ``tried``.
 
-    In this order: the key accepted before, those named in identity_file or IdentityFile, the agent's, other files, and
-    files that need a passphrase. Raises LoginError if a file can't be used and no other key was accepted.
+    In this order: the key accepted before, the agent's keys that identity_file or IdentityFile names, the agent's other
+    keys, key files, and files that need a passphrase. Raises LoginError if a file can't be used and no other key was
+    accepted.
     """
     files = [Path(os.path.expanduser(name)) for name in route.identity_files]
     wanted = {words[1] for file in files for words in [public_half(file)] if len(words) > 1}
@@ -305,8 +306,12 @@ class SshCommands:
     def stream(self, argv: Sequence[str]) -> Generator[bytes, None, None]:
         nonce = os.urandom(8).hex()
         with contextlib.closing(self._open_channel(time.monotonic() + SSH_PATIENCE_S)) as channel:
-            channel.exec_command(LINE)
-            channel.sendall(framed_input(argv, b"", nonce))
+            try:
+                with _close_after(channel.get_transport(), SSH_PATIENCE_S):
+                    channel.exec_command(LINE)
+                    channel.sendall(framed_input(argv, b"", nonce))
+            except (load_paramiko().SSHException, EOFError, OSError) as error:
+                raise HostUnreachableError(f"the connection to {self.route.alias} broke: {error}; try again") from error
             yield from unframed_chunks(iter(lambda: channel.recv(1 << 16), b""), nonce)
 
     def _open_channel(self, deadline: float) -> Any:

@@ -10,18 +10,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import venv
 from pathlib import Path
 
 import pytest
 from patience import PATIENCE_S
+from program import wait_for
 
 import agent_infra
 from agent_infra import main, parse_backend
 from agent_infra_core.control.discovery import replica_table
 from agent_infra_core.control.status import describe_replica
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.fleet.cluster import LogFolder, tail_logs
+from agent_infra_core.fleet.cluster import TAIL_BYTES, LogFolder, tail_logs
 from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord
 
 MODULE = Path(agent_infra.__file__)
@@ -83,6 +85,25 @@ def test_logs_show_the_last_lines_of_each(tmp_path: Path) -> None:
     shown = list(tail_logs(LogFolder(tmp_path), ["one", "two", "gone"], 2))
     assert shown == [("one", b"b"), ("one", b"c"), ("two", b"x"), ("two", b"unfinished")]
     assert list(tail_logs(LogFolder(tmp_path), ["one"], 0)) == []
+
+
+def test_a_line_without_end_is_not_read_again_for_ever(tmp_path: Path) -> None:
+    log, shown = tmp_path / "one.log", list[bytes]()
+
+    def follow() -> None:
+        for _, line in LogFolder(tmp_path).follow(["one"], 10):
+            shown.append(line)
+            if line == b"ready":
+                return
+
+    log.write_bytes(b"begin\n")
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    wait_for(lambda: shown == [b"begin"])
+    with log.open("ab") as file:
+        file.write(b"\r10%" * (TAIL_BYTES // 4) + b"\nready\n")
+    thread.join(PATIENCE_S)
+    assert shown[-1:] == [b"ready"]
 
 
 def test_a_log_line_shows_a_progress_bars_last_state_and_controls_no_terminal(

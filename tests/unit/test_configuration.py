@@ -44,8 +44,9 @@ def test_example_yaml_shows_every_key_with_its_default() -> None:
     expected = dataclasses.asdict(parse_config("models: [{name: my_model, model_path: Qwen/Qwen2.5-7B-Instruct}]", {}))
     shown = dataclasses.asdict(load_config(ROOT / "configs" / "example.yaml"))
     assert {**shown, "models": shown["models"][:1]} == expected
-    for section in ("proxy", "cluster", "headers"):
+    for section in ("proxy", "cluster", "headers", "analysis"):
         assert set(document[section]) == set(expected[section])
+    assert set(document["cluster"]["slurm"]) == set(expected["cluster"]["slurm"])
     assert set(document["models"][0]) == set(expected["models"][0])
 
 

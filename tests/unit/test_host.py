@@ -13,7 +13,7 @@ import pytest
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.state import state_home
 from agent_infra_core.fleet.weights import model_cache, resolve_model_path
-from agent_infra_core.host import absolute_path, printable_text, private_temp_directory
+from agent_infra_core.host import LocalCommands, absolute_path, printable_text, private_temp_directory
 from agent_infra_core.insight.history import history_path
 from agent_infra_core.node.hub import hub_cache, is_in_hub_cache
 from agent_infra_core.settings import ModelConfig, SshConfig
@@ -104,3 +104,8 @@ def test_a_directory_under_the_usual_name_that_is_not_ours_alone_blocks_nobody(
     assert (found == usual) is (spoiled == "missing")
     assert stat.S_IMODE(found.lstat().st_mode) == 0o700
     assert private_temp_directory() == found  # all processes share their locks
+
+
+def test_a_streamed_command_that_ends_without_reading_its_input_is_no_error() -> None:
+    commands = LocalCommands({"PATH": os.environ["PATH"]})
+    assert list(commands.stream(["sh", "-c", "exec <&-; echo done"], b"x" * (1 << 20))) == [b"done\n"]

@@ -378,7 +378,7 @@ def test_a_job_whose_number_never_came_is_found_by_its_name() -> None:
     assert told.job_id == "0"
     waiting = reconcile_record("m-1", told, None, None, (NOW, NOW + 60))
     assert waiting is not None
-    assert (waiting.state, waiting.message) == ("pending", "sbatch has not told its number yet")
+    assert (waiting.state, waiting.message) == ("pending", "sbatch has not printed its number yet")
     assert reconcile_record("m-1", told, None, None, (NOW, NOW + 600)) is None
     assert diagnose_job(None, "0", "").line == "sbatch did not answer, and its job is not in the queue"
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from families import FAMILIES, SETTLE_S, Family, Habits, Watched, thinking
 
 from agent_infra_core.insight.analysis import CapacityAnalysis
+from agent_infra_core.insight.capacity import Basis, Estimate
+from agent_infra_core.insight.verdict import find_flags
 
 FAMILY = {family.name: family for family in FAMILIES}
 
@@ -159,3 +162,20 @@ def test_gpu_time_lost_to_cache_misses_is_what_the_missing_tokens_cost() -> None
     true = missed * family.physics.prefill_token_s / (family.replicas * 300.0)
     assert true > 0.02
     assert entry["cost"]["cache_miss_share"]["value"] == pytest.approx(true, rel=0.15)
+
+
+def test_each_of_several_slow_replicas_is_named() -> None:
+    slow = {name: SimpleNamespace(factor=factor, healed=None) for name, factor in (("r1", 2.0), ("r2", 3.0))}
+    unknown = Estimate(None, None, None, "fraction", Basis(0, 0.0))
+    outlook: Any = SimpleNamespace(
+        fit=SimpleNamespace(slow=slow),
+        here=SimpleNamespace(since=0.0),
+        what_if=lambda name, *_: {"name": name, "change": unknown},
+        few=None,
+        kv=None,
+        crowding=None,
+        agents=8.0,
+    )
+    sentence = find_flags(outlook, ())["SLOW"]
+    assert "r1 takes 2.0 times" in sentence
+    assert "r2 takes 3.0 times" in sentence

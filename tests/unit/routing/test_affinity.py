@@ -170,6 +170,25 @@ def test_a_turn_that_would_evict_a_session_that_returns_soon_is_held_for_a_bound
     assert not turn.is_held
 
 
+def test_a_prompt_larger_than_the_cache_is_never_held() -> None:
+    fleet = Fleet(2, kv_tokens=100_000)
+    turn = SessionTurn("image", 500_000)
+    assert fleet.router.choose(fleet.views, turn, fleet.now, 0.0) is not None
+    assert not turn.is_held
+
+
+def test_shared_prefixes_that_nobody_uses_any_more_make_room() -> None:
+    fleet = Fleet(1, kv_tokens=100_000)
+    for number in range(100):
+        view, placement = fleet.send(SessionTurn(f"s{number}", 3100, prefix=number, prefix_tokens=3000))
+        fleet.answer(view, placement, 3100, 0)
+        fleet.router.end(f"s{number}")
+    belief = fleet.views[0].belief
+    assert 99 in belief.warm
+    assert 0 not in belief.warm
+    assert sum(belief.warm.values()) <= 25_000
+
+
 def test_a_held_turn_goes_on_when_the_others_stay_away() -> None:
     fleet = Fleet(1, kv_tokens=100_000)
     for count in range(1, 6):
