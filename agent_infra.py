@@ -620,6 +620,7 @@ def _forward(transport: Any, local: Sequence[int], remote: Sequence[tuple[str, i
 # =====================================================================================================================
 
 
+QUESTION_S = 2.0  # time the controller has to answer
 STATS_FRESH_S = 1.5  # an older /stats document is requested again; while clients read /stats, one comes every second
 
 
@@ -630,6 +631,8 @@ class RelayApp:
         import flask
         from werkzeug.exceptions import HTTPException
         from werkzeug.routing import BaseConverter
+
+        from agent_infra_core.http.errors import RequestError
 
         class Anything(BaseConverter):
             """A client's session id: any text, slashes included."""
@@ -645,6 +648,8 @@ class RelayApp:
             ("/health", "GET", self._health),
             ("/stats", "GET", self._stats),
             ("/stats/sessions/<anything:session>", "GET", self._session),
+            ("/sessions", "GET", self._sessions),
+            ("/history", "GET", self._history),
             ("/runs", "GET", self._runs),
             ("/runs", "POST", self._announce_run),
             ("/metrics", "GET", self._metrics),
@@ -657,6 +662,7 @@ class RelayApp:
         ):
             app.add_url_rule(rule, view.__name__, view, methods=[methods])
         app.register_error_handler(HTTPException, self._on_http_error)
+        app.register_error_handler(RequestError, lambda error: self._error(error.status, str(error)))
 
     def answer(self, request: RequestHead, path: bytes, query: bytes, body: bytes) -> bytes:
         """Return the whole HTTP answer, ready to send."""
@@ -729,9 +735,9 @@ class RelayApp:
         relay = self._relay
         relay.stats_read += 1
         if relay.stats is None or time.monotonic() - relay.stats[1] > STATS_FRESH_S:
-            relay.control.questions.ask("stats")  # the document arrives before the answer
+            relay.control.questions.ask("stats", QUESTION_S)  # the document arrives before the answer
         if relay.stats is None:
-            return self._unanswered()
+            return self._unanswered(QUESTION_S)
         document, at = relay.stats
         age = b'{"snapshot_age_ms":%d,' % ((time.monotonic() - at) * 1000)
         return self._flask.Response(age + document.removeprefix(STATS_PREFIX), mimetype="application/json")
@@ -751,19 +757,32 @@ class RelayApp:
         return self._ask("run", name=name, tasks=tasks)
 
     def _session(self, session: str) -> Any:
-        return self._ask("session", session=session[:256])
+        return self._ask_history("session", session=session[:256])
 
-    def _ask(self, op: str, **details: Any) -> Any:
+    def _sessions(self) -> Any:
+        return self._ask_history("sessions")
+
+    def _history(self) -> Any:
+        return self._ask_history("history")
+
+    def _ask_history(self, op: str, **details: Any) -> Any:
+        """Ask the controller what its history says, with the parameters that the client gave."""
+        from agent_infra_core.http.queries import PARAMETERS, read_query
+        from agent_infra_core.relay.control import HISTORY_QUESTION_S
+
+        given = read_query(self._flask.request.args, PARAMETERS[op])
+        return self._ask(op, HISTORY_QUESTION_S, **given, **details)
+
+    def _ask(self, op: str, patience_s: float | None = None, **details: Any) -> Any:
         """Ask the controller and return its answer."""
-        answer = self._relay.control.questions.ask(op, **details)
+        patience_s = patience_s or QUESTION_S
+        answer = self._relay.control.questions.ask(op, patience_s, **details)
         if answer is None:
-            return self._unanswered()
+            return self._unanswered(patience_s)
         return self._flask.Response(answer["body"], answer["status"], content_type=answer["type"])
 
-    def _unanswered(self) -> Any:
-        from agent_infra_core.relay.control import QUESTION_S
-
-        return self._error(503, f"no controller has answered within {QUESTION_S:g} s; `connect` starts one")
+    def _unanswered(self, patience_s: float) -> Any:
+        return self._error(503, f"no controller has answered within {patience_s:g} s; `connect` starts one")
 
     def _queue_status(self) -> Any:
         return self._relay.book.queue_status()
