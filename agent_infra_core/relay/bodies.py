@@ -8,7 +8,7 @@ import re
 import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -192,13 +192,18 @@ class Codec:
             values |= {name: bytes(values[name]) for name in KNOWN_FIELDS[-2:]}  # not views of it
         return KnownBody(memoryview(body)[:end], values, turn.prints, turn.follows, turn.prompt)
 
-    def trace(self, fields: Any, is_named: bool) -> tuple[bytes, str | None]:
-        """Return ``prints`` and ``follows`` of TurnStarted. A session that its client names needs no ``follows``."""
+    def trace(self, fields: Any, is_named: bool, has_marks: bool = True) -> tuple[bytes, str | None]:
+        """Return ``prints`` and ``follows`` of TurnStarted. A session that its client names needs no ``follows``.
+
+        ``has_marks``: the body may have marks that clients move (see ``_said``).
+        """
         messages = getattr(fields, "messages", ())
         before: KnownBody | None = getattr(fields, "before", None)
         if before is None and not messages:
             return b"", None
-        parts = [_said(part) for part in (fields.tools, fields.system, *messages)]
+        parts: Sequence[Any] = (fields.tools, fields.system, *messages)
+        if has_marks:
+            parts = [*map(_said, parts)]
         head = zlib.crc32(parts[1], zlib.crc32(parts[0]))
         prints = array("I", (head, *map(zlib.crc32, parts[2:]))).tobytes()
         if before is not None:

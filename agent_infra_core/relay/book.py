@@ -33,15 +33,12 @@ class Turn:
 
     __slots__ = (
         "__dict__", "answer", "arrived", "arrived_at", "backend", "cuts_usage", "digest", "ended", "first", "follows",
-        "id", "is_stream", "labels", "model", "outcome", "over", "path", "prints", "prompt", "queue_ms", "replica",
-        "sent", "session", "status", "stream", "tokens", "wanted_text",
+        "id", "is_stream", "labels", "model", "outcome", "over", "path", "placement", "prints", "prompt", "queue_ms",
+        "replica", "routed", "sent", "session", "sharer", "status", "stream", "tokens", "wanted_text",
     )  # fmt: skip
 
     # Defaults that most turns keep.
     route: RouteRequest = ANYWHERE
-    routed: SessionTurn | None = None  # None: it belongs to no session
-    placement: Placement | None = None  # while a replica is at work on it for its session
-    sharer = ""  # see ClientConnection.identity
     wake: Callable[[], None]  # of its client, while it waits
     charged_s = 0.0  # service that its session was charged in advance, when it had to wait
     retries = 0
@@ -68,6 +65,9 @@ class Turn:
         self.is_stream = False
         self.cuts_usage = True
         self.tokens = 0  # of the prompt, roughly
+        self.sharer = ""  # see ClientConnection.identity
+        self.routed: SessionTurn | None = None  # None: it belongs to no session
+        self.placement: Placement | None = None  # while a replica is at work on it for its session
         self.replica: LiveReplica | None = None  # holds a slot for it
         self.backend: str | None = None
         self.sent = 0.0
@@ -142,7 +142,9 @@ class TurnBook:
         if turn.wanted_text:
             turn.prompt = codec.prompt_excerpt(fields, turn.wanted_text)
         if len(body) <= MAX_TRACED_BYTES:
-            turn.prints, turn.follows = codec.trace(fields, turn.session is not None)
+            turn.prints, turn.follows = codec.trace(
+                fields, turn.session is not None, body.find(b'"cache_control"') >= 0
+            )
         self._relay.admission.sessions.identify(turn, *codec.shared_prefix(fields, turn.prints))
         if turn.prints and len(body) >= LONG_BODY_BYTES:
             conversation = turn.session or peer
