@@ -11,12 +11,14 @@ from agent_infra_core.http.events import NO_DIGEST
 from agent_infra_core.protocol import Conversations
 from agent_infra_core.relay.replicas import LiveReplica
 from agent_infra_core.routing.affinity import MIN_EVIDENCE_TOKENS, Placement, SessionRouter, SessionTurn
+from agent_infra_core.routing.strategies import RouteRequest
 
 if TYPE_CHECKING:
     from agent_infra_core.relay.book import Turn
     from agent_infra_core.relay.server import Relay
 
 RETRIED_BODIES = 5_000  # bodies remembered, for the client libraries that send them again
+HELD_RESPONSES = 50_000  # answers of /v1/responses remembered, for the requests that continue them by their id
 
 
 class SessionRoutes:
@@ -32,6 +34,7 @@ class SessionRoutes:
         self._holds = True
         self._conversations = Conversations()
         self._sent: OrderedDict[bytes, str] = OrderedDict()  # prints of a body → session that sent it
+        self._responses: OrderedDict[str, tuple[str | None, str]] = OrderedDict()  # id → session, who holds it
         self._tokens_per_guess = 1.0  # decayed mean: prompt tokens over those guessed from a body's size
 
     def identify(self, turn: Turn, prefix: bytes, prefix_bytes: int) -> None:
@@ -42,9 +45,18 @@ class SessionRoutes:
         if session is not None:
             tokens = self._tokens_per_guess
             shared = int(prefix_bytes / 4 * tokens)
-            turn.routed = SessionTurn(
-                session, int(turn.tokens * tokens) or 1, parent, prefix if shared else None, shared
-            )
+            prompt = int(turn.tokens * tokens) or 1
+            if turn.route.holder is not None and (place := self._router(turn.model).find(session)) is not None:
+                prompt += place.context  # the holder knows it already
+            turn.routed = SessionTurn(session, prompt, parent, prefix if shared else None, shared)
+
+    def find_holder(self, turn: Turn, response: str) -> None:
+        """A turn continues an answer of /v1/responses by its id: its session is that one's, and its replica the one
+        that keeps the answer."""
+        session, holder = self._responses.get(response, (None, None))
+        turn.session = turn.session or session
+        turn.follows = "" if turn.session is None else None
+        turn.route = RouteRequest(holder=holder)
 
     def _follow(self, turn: Turn, follows: str) -> tuple[str, str | None]:
         """Find the session whose answer a turn continues; if another turn continues it already, that of its parent."""
@@ -76,9 +88,13 @@ class SessionRoutes:
     def finish(self, turn: Turn, key: str | None) -> None:
         """A turn is over: learn from its answer. ``key`` is what its conversation is known by from now on."""
         routed = turn.routed
+        digest = turn.digest if turn.outcome == "completed" and turn.digest is not None else NO_DIGEST
+        if digest.response is not None and turn.backend is not None:
+            self._responses[digest.response] = routed.session if routed is not None else None, turn.backend
+            if len(self._responses) > HELD_RESPONSES:
+                self._responses.popitem(last=False)
         if routed is None:
             return
-        digest = turn.digest if turn.outcome == "completed" and turn.digest is not None else NO_DIGEST
         if turn.placement is not None:
             prompt = digest.prompt_tokens
             if prompt and turn.tokens:
