@@ -114,6 +114,7 @@ class Replica:
             job_id=os.environ.get("SLURM_JOB_ID") if spec.is_job else spec.job_id,
             started_at=time.time(),
             slots=spec.engine.slots,
+            takes_priority=spec.engine.takes_priority,
             gpus=self._gpus.sample(),
             gpu_ids=spec.gpu_ids,
         )

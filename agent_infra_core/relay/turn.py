@@ -14,6 +14,7 @@ from agent_infra_core.http.events import EventStream
 from agent_infra_core.http.heads import MAX_HEAD_BYTES, after_interim_answers, returned_head
 from agent_infra_core.protocol import Histogram
 from agent_infra_core.relay.admission import PATIENCE_WITH_BUSY_S
+from agent_infra_core.relay.bodies import with_priority
 from agent_infra_core.relay.book import RETRY_SHARE, Turn
 from agent_infra_core.relay.reactor import ClientGone
 from agent_infra_core.relay.replicas import RECEIVE_BYTES, LiveReplica
@@ -28,6 +29,7 @@ BUFFERED_ANSWER_BYTES = 8 << 20  # a plain answer longer than this is passed on 
 DIGESTED_ANSWER_BYTES = 4 << 20  # the usage of a longer one isn't read
 INTERIM_PAUSE_S = 0.02  # between two looks at interim answers
 RACE_S = 1.0  # a replica's close that crossed with a request shows within this time: more than a round trip
+PRIORITY_PATHS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses")  # vLLM's other requests have none
 GENERATING_PATHS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages")
 UNREACHABLE_S = 1.0  # that a turn avoids a replica that it couldn't reach
 BUSY_S, MAX_BUSY_S = 0.5, 60.0  # that a replica gets no work after 429 or 503
@@ -117,7 +119,7 @@ class Delivery:
         carry another request. Raises RequestError or ClientGone."""
         turn = self._turn
         turn.send_to(replica, time.monotonic())
-        exchange = Exchange(self._client, turn, replica, replica.head(self._plan, len(self._client.body)))
+        exchange = Exchange(self._client, turn, replica, *self._request_for(replica))
         try:
             exchange.run()
         except TransportError as error:
@@ -136,6 +138,16 @@ class Delivery:
         turn.ended = time.monotonic()
         replica.note_success((turn.ended - turn.sent) * 1000.0, turn.ended)
         return not exchange.ends_by_closing
+
+    def _request_for(self, replica: LiveReplica) -> tuple[bytes, bytes | bytearray | memoryview]:
+        """Return the bytes to send before the body, and the body: as it came, or with our priority where the engine
+        schedules by it and the client set none."""
+        turn, body = self._turn, self._client.body
+        if replica.backend.takes_priority and turn.path in PRIORITY_PATHS and not turn.has_priority:
+            parts = with_priority(body, self._relay.admission.priority(turn))
+            if parts is not None:
+                return replica.head(self._plan, len(parts[0]) + len(parts[1])) + parts[0], parts[1]
+        return replica.head(self._plan, len(body)), body
 
     def _on_answer(self, replica: LiveReplica, exchange: Exchange) -> bool | None:
         """Pass on a whole plain answer, unless it says to go elsewhere."""
@@ -260,10 +272,13 @@ class Exchange:
     _length: int | None = 0
     _decoder: Any = None
 
-    def __init__(self, client: ClientConnection, turn: Turn, replica: LiveReplica, request_head: bytes) -> None:
+    def __init__(
+        self, client: ClientConnection, turn: Turn, replica: LiveReplica, request_head: bytes,
+        request_body: bytes | bytearray | memoryview,
+    ) -> None:  # fmt: skip
         """``request_head`` is sent before the body, which the client holds for as long as it may be sent again."""
         self._relay, self._client, self._turn, self._replica = client.relay, client, turn, replica
-        self._request_head = request_head
+        self._request_head, self._request_body = request_head, request_body
         self._timeout_s = client.relay.settings.proxy.request_timeout
         self._upstream: Any = None
         # For HTTP/1.1 clients; the answer to an older one ends with the connection.
@@ -323,7 +338,7 @@ class Exchange:
     def _ask_on(self, upstream: Upstream) -> bytes:
         self._upstream = upstream
         self._client.extend_deadline(self._timeout_s)
-        self._is_sent = upstream.send(self._request_head, self._client.body, self._client)
+        self._is_sent = upstream.send(self._request_head, self._request_body, self._client)
         data = b""
         while True:
             more = self._receive()
@@ -395,6 +410,7 @@ class Exchange:
             if head and (out or events.is_over):
                 out, head, self.is_passed_on = head + out, b"", True
                 client.release_body()  # it won't be sent again
+                self._request_body = b""
             if out:
                 self._send(out)
             if events.is_over:
