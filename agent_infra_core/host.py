@@ -145,14 +145,21 @@ def restore_on_error(*paths: Path) -> Iterator[None]:
 
 
 def http_get(
-    host: str, port: int, path: str, key: str | None = None, *, method: str = "GET", timeout_s: float = PROBE_TIMEOUT_S
+    host: str,
+    port: int,
+    path: str,
+    key: str | None = None,
+    *,
+    method: str = "GET",
+    timeout_s: float = PROBE_TIMEOUT_S,
+    body: bytes | None = None,
 ) -> tuple[int, bytes]:
-    """Send a request without a body, ignoring http_proxy. Returns status and body; status 0 if no answer in time."""
+    """Send a request, ignoring http_proxy. Returns status and body; status 0 if no answer in time."""
     import http.client
 
     connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
-        connection.request(method, path, headers={"Authorization": f"Bearer {key}"} if key else {})
+        connection.request(method, path, body, headers={"Authorization": f"Bearer {key}"} if key else {})
         response = connection.getresponse()
         return response.status, response.read(64 << 20)
     except (OSError, http.client.HTTPException):

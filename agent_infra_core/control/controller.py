@@ -24,6 +24,7 @@ from agent_infra_core.control.link import (
     RelayLink,
 )
 from agent_infra_core.control.status import describe_replica
+from agent_infra_core.errors import AgentInfraError
 from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.host import append_line, write_atomically
 from agent_infra_core.insight.metrics import METRICS_TYPE
@@ -186,6 +187,11 @@ class Controller:
     @property
     def is_running(self) -> bool:
         return self._thread.is_alive()
+
+    def check(self) -> None:
+        """Raise AgentInfraError if the thread has failed."""
+        if not self.is_running:
+            raise AgentInfraError(f"the controller failed: {self.failure!r}; the proxy's log says more")
 
     def refresh(self, deadline_s: float = 5.0) -> None:
         """Poll the replicas now, and return when the relay has the result or after ``deadline_s``."""
