@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import http.server
 import json
@@ -26,7 +27,7 @@ from testbed.sshd import SSHD, SshServer, descendants, make_key, public_key
 
 import agent_infra
 from agent_infra_core.fleet.engines import GUARDED_ENGINES
-from agent_infra_core.host import HostUnreachableError, http_get, process_stamp
+from agent_infra_core.host import HostUnreachableError, HttpConnection, http_get, process_stamp
 from agent_infra_core.node.guard import server_identity
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ClusterConfig, ModelConfig
@@ -113,7 +114,8 @@ def proves(*words: Any) -> bool:
     said: list[bool | None] = []
 
     def ask() -> bool:
-        said.append(verifies_identity(*words))
+        with contextlib.closing(HttpConnection(*words[:2])) as server:
+            said.append(verifies_identity(server, *words[2:]))
         return said[-1] is not None
 
     wait_for(ask, "an answer")
