@@ -8,7 +8,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from agent_infra_core.ssh.links import Link, Links, TunnelTarget
 from agent_infra_core.ssh.login_host import LoginHost
 from agent_infra_core.ssh.routes import SSH_PATIENCE_S, LoginError
 
-TUNNEL_PROBE_S = 2.0  # interval between probes of a tunnel
+TUNNEL_PROBE_S = 2.5  # interval between probes of a tunnel
 TUNNEL_RETRY_S = 0.2  # the same, after one that got no answer
 SUSPECT_AFTER_S = 5.0  # silence until a tunnel is suspect
 REPLACED_AFTER_S = 15.0  # silence until a tunnel is replaced
@@ -221,6 +221,8 @@ class TunnelSet:
         self._tunnels: dict[str, Tunnel] = {}
         self._reasons: dict[str, str] = {}  # mode → why it is used
         self.links = Links(login)
+        self._followed: Sequence[ReplicaRecord] | None = None  # the latest records, and their targets
+        self._wanted: Mapping[str, TunnelTarget] = {}
         self._is_closed = False
 
     def follow(self, records: Sequence[ReplicaRecord]) -> list[ReplicaRecord]:
@@ -228,7 +230,10 @@ class TunnelSet:
 
         Opens and closes tunnels as records appear, change and disappear. Doesn't wait for them.
         """
-        wanted = {target.replica: target for record in records if (target := self._target(record))}
+        if records is not self._followed:  # this is called several times a second
+            self._followed = records
+            self._wanted = {target.replica: target for record in records if (target := self._target(record))}
+        wanted = self._wanted
         driver = self._login.driver if self._login is not None else "sshtunnel"
         self.links.release_ports()
         with self._lock:
