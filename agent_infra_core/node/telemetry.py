@@ -33,6 +33,7 @@ class Telemetry:
             "log_message": lambda *_: None,
             "timeout": 30,
             "protocol_version": "HTTP/1.1",
+            "wbufsize": -1,  # head and body in one packet: through a tunnel, each costs
         }
         handler = type("LoadHandler", (http.server.BaseHTTPRequestHandler,), body)
         # Not an HTTPServer, which resolves the host's name first.

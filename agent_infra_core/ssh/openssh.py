@@ -187,6 +187,15 @@ class OpenSshMaster:
     def _forwarding(port: int, target: tuple[str, int]) -> str:
         return f"127.0.0.1:{port}:[{target[0]}]:{target[1]}"
 
+    def watch(self, wake: Callable[[], None]) -> None:
+        """Have ``wake`` called when the connection may have ended."""
+        if (child := self._child) is not None:
+            child.watch(wake)
+
+    def unwatch(self, wake: Callable[[], None]) -> None:
+        if (child := self._child) is not None:
+            child.unwatch(wake)
+
     def close(self) -> None:
         with self._lock:
             if self._child is not None:
