@@ -39,8 +39,9 @@ NO_RETRY_LEFT = f"it is not sent elsewhere: the retry budget, {RETRY_SHARE:.0%} 
 class BrokenAnswer(Exception):  # noqa: N818 - a replica's failure, which decides what becomes of the turn
     """An attempt ended without a whole answer.
 
-    ``kind``: ``lost`` (the connection or its framing broke) · ``timeout`` (silence) · ``stopped`` (the proxy ends) ·
-    ``failed`` (a bug of ours). ``unsent`` is what came of a stream and still goes to the client.
+    ``kind``: ``lost`` (the connection or its framing broke) · ``died`` (likewise, and nobody accepts another one) ·
+    ``timeout`` (silence) · ``stopped`` (the proxy ends) · ``failed`` (a bug of ours). ``unsent`` is what came of a
+    stream and still goes to the client.
     """
 
     def __init__(self, message: str, kind: str = "lost", unsent: bytes = b"") -> None:
@@ -171,7 +172,7 @@ class Delivery:
             self._after_death(replica, "the engine was shut down", is_proven=True)
             return None
         if head.status >= 500 and head.status != 503:
-            if turn.deaths == 0 and not self._relay.watch.is_alive(replica):
+            if turn.deaths == 0 and not self._relay.watch.has_lived(replica, turn.sent):
                 self._after_death(replica, f"it answered {head.status} and died", is_proven=True)
                 return None
             pool = self._relay.pools.get(turn.model, ())
@@ -194,8 +195,8 @@ class Delivery:
         """The answer broke off."""
         turn, message = self._turn, str(broken)
         turn.status = exchange.status
-        if broken.kind == "lost" and not exchange.is_passed_on:
-            self._after_death(replica, message, is_proven=turn.first > 0.0)
+        if broken.kind in ("lost", "died") and not exchange.is_passed_on:
+            self._after_death(replica, message, is_proven=broken.kind == "died" or turn.first > 0.0)
             return None
         if broken.kind in ("lost", "timeout") and not self._relay.is_stopping:  # a stop may be what broke it
             replica.note_failure(message, is_dead=False)
@@ -227,7 +228,7 @@ class Delivery:
 
         A prompt that kills engines must not kill them all.
         """
-        is_dead = is_proven or not self._relay.watch.is_alive(replica)
+        is_dead = is_proven or not self._relay.watch.has_lived(replica, self._turn.sent)
         replica.note_failure(error, is_dead=is_dead)
         self._turn.deaths += 1
         self._exclude(replica)
@@ -332,7 +333,7 @@ class Exchange:
                 self._upstream = None
                 return self._ask_on(Upstream.connect(self._replica, self._client))
             except TransportError as error:
-                raise BrokenAnswer(str(error)) from None
+                raise BrokenAnswer(str(error), "died") from None
         return self._ask_on(Upstream.connect(self._replica, self._client))
 
     def _ask_on(self, upstream: Upstream) -> bytes:
