@@ -316,19 +316,16 @@ class TurnBook:
 
     def queue_status(self) -> dict[str, Any]:
         """Return GET /queue/status: how many turns wait, how many are with a replica, and the 50 that wait longest."""
-        now, waiting = time.monotonic(), self._relay.admission.waiting()
-        rows = [
-            {
-                "turn": turn.id,
-                "session": turn.session,
-                "model": turn.model,
-                "waited_ms": round((now - turn.arrived) * 1000),
-                **({"held": True} if turn.routed is not None and turn.routed.is_held else {}),
-            }
-            for turn in waiting[:50]
-        ]
+        now, waiting, sessions = time.monotonic(), self._relay.admission.waiting(), self._relay.admission.sessions
+        rows: list[dict[str, Any]] = []
+        for turn in waiting[:50]:
+            waited_ms = round((now - turn.arrived) * 1000)
+            rows.append({"turn": turn.id, "session": turn.session, "model": turn.model, "waited_ms": waited_ms})
+            if (why := sessions.why_held(turn)) is not None:
+                rows[-1] |= {"held": True, "why": why}
         return {
             "pending": len(waiting),
+            "held": sum(turn.routed is not None and turn.routed.is_held for turn in waiting),
             "in_flight": len(self.turns) - len(waiting),
             "oldest_ms": rows[0]["waited_ms"] if rows else 0,
             "waiting": rows,

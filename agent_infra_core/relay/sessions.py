@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING
 from agent_infra_core.http.events import NO_DIGEST
 from agent_infra_core.protocol import Conversations
 from agent_infra_core.relay.replicas import LiveReplica
-from agent_infra_core.routing.affinity import MIN_EVIDENCE_TOKENS, Placement, SessionRouter, SessionTurn
+from agent_infra_core.routing.affinity import (
+    LONGEST_HOLD_S,
+    MIN_EVIDENCE_TOKENS,
+    Placement,
+    SessionRouter,
+    SessionTurn,
+)
 from agent_infra_core.routing.strategies import RouteRequest
 
 if TYPE_CHECKING:
@@ -118,6 +124,16 @@ class SessionRoutes:
         """A session is over."""
         for router in self._routers.values():
             router.end(session)
+
+    def why_held(self, turn: Turn) -> str | None:
+        """Return why a waiting turn waits for room in a KV cache; None if it waits for a slot."""
+        routed = turn.routed
+        if routed is None or not routed.is_held:
+            return None
+        return (
+            f"{routed.held_tokens:,} of its tokens aren't cached, and would push out contexts that are expected back "
+            f"within {self._router(turn.model).return_s:.0f} s; it goes on after {LONGEST_HOLD_S:g} s at most"
+        )
 
     def is_warm(self, turn: Turn) -> bool:
         """Whether a waiting turn's prefix is cached on a replica with a free slot, and long enough to skip others."""

@@ -59,6 +59,7 @@ class SessionTurn:
     prefix: Hashable = None  # identifies what its prompt has in common with other sessions: tools and system prompt
     prefix_tokens: int = 0
     is_held: bool = False  # set by ``choose``: it waits for room in a KV cache, not for a slot
+    held_tokens: int = 0  # that it would add to that cache
 
 
 @dataclass(slots=True)
@@ -171,7 +172,7 @@ class SessionRouter:
             if prefix is not None and prefix in belief.warm:
                 tokens = min(tokens, turn.prompt - turn.prefix_tokens)
             if holds and tokens > MIN_EVIDENCE_TOKENS and belief.would_evict(tokens, now - self.return_s):
-                turn.is_held = True
+                turn.is_held, turn.held_tokens = True, int(tokens)
                 continue
             if own and not is_home:
                 tokens *= MOVE_COST

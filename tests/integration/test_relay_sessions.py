@@ -240,6 +240,29 @@ def test_a_polite_clients_turn_goes_before_a_greedy_ones_queue(relay: RelayProce
     assert after <= 8  # two slots: those at work, those that came while it travelled, and itself
 
 
+def test_a_turn_that_is_held_for_a_kv_cache_says_so_and_goes_on_when_there_is_room(relay: RelayProcess) -> None:
+    with FakeEngine(load={"state": "ready", "kv_capacity_tokens": 10_000}) as engine:
+        serve(relay, [engine], telemetry_port=engine.port)
+        wait_for(
+            lambda: (seen := relay.controller.gauges[-1:]) and seen[0]["backends"].get("r1", {}).get("load"), "load"
+        )
+
+        def send(session: str) -> int:
+            with Client(relay.port) as client:
+                words = [{"role": "user", "content": session + "x" * 16_000}]  # some 4,000 tokens
+                return client.chat({"X-Session-ID": session}, messages=words, fake={"held": True}).status
+
+        with ThreadPoolExecutor(3) as pool, Client(relay.port) as client:
+            turns = [pool.submit(send, session) for session in ("a", "b", "c")]
+            queue = wait_for(lambda: (seen := client.get("/queue/status").json())["held"] and seen, "a held turn")
+            assert (queue["pending"], queue["held"], queue["in_flight"]) == (1, 1, 2)
+            assert queue["waiting"][0]["held"] is True
+            assert "tokens aren't cached" in queue["waiting"][0]["why"]
+            engine.call({"release": True})
+            assert [turn.result() for turn in turns] == [200, 200, 200]
+            assert client.get("/queue/status").json()["held"] == 0
+
+
 def test_an_engine_that_schedules_by_priority_gets_the_order_of_our_queue(relay: RelayProcess) -> None:
     """By arrival, and the session that had a second of service comes as much later."""
     with FakeEngine() as engine:
