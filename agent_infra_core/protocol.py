@@ -429,6 +429,7 @@ class ReplicaRecord:
     gpus: tuple[GpuSample, ...] = ()
     gpu_ids: tuple[str, ...] = ()  # assigned to it (CUDA_VISIBLE_DEVICES)
     is_idle: bool = False  # it shut itself down after idle_shutdown_minutes without a turn
+    address: str | None = None  # the node's, as Slurm knows it
     # Job fields, from the last query to the scheduler:
     time_left_s: float | None = None  # rest of the walltime
     queue_wait_s: float | None = None  # from submission to start, or until now

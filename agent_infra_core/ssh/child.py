@@ -19,16 +19,22 @@ from agent_infra_core.host import HostUnreachableError, LocalCommands, self_comm
 from agent_infra_core.node.process import open_log
 from agent_infra_core.protocol import rebuild
 from agent_infra_core.ssh.host_keys import explain_changed_host, explain_unknown_host, scan_host_keys
-from agent_infra_core.ssh.routes import HostKeyError, InteractiveLoginError, LoginError, SshRoute
+from agent_infra_core.ssh.routes import (
+    ForwardingForbiddenError,
+    HostKeyError,
+    InteractiveLoginError,
+    LoginError,
+    SshRoute,
+)
 
 
 # Stdin gets lines of JSON. The first says where to log in: {"driver": "sshtunnel", "hop": SshRoute, "keyring": Keyring}
 # or {"driver": "openssh", "argv": [word], "socket": path, "route": SshRoute}. With sshtunnel, further lines ask for
-# forwards: {"open": number, "via": SshRoute | null, "local": [port], "remote": [[host, port]]} and
-# {"close": number, "is_silent": bool}. Stdin closes when the parent ends, even if killed, and then the child ends too.
-# Stdout gets {} once connected, {"forward": number} for each forward that is open, {"forward": number, "error": text,
-# "kind": …} when one can't be opened or is lost, and {"error": text, "kind": "login" | "interactive" | "host_key" |
-# "host"} at the end.
+# forwards: {"open": number, "via": SshRoute | null, "is_exec": bool, "node": name | null, "local": [port],
+# "remote": [[host, port]]} and {"close": number, "is_silent": bool}. Stdin closes when the parent ends, even if killed,
+# and then the child ends too. Stdout gets {} once connected, {"forward": number} for each forward that is open,
+# {"forward": number, "error": text, "kind": …} when one can't be opened or is lost, and {"error": text, "kind": "login"
+# | "interactive" | "host_key" | "forbidden" | "host"} at the end.
 class TunnelChild:
     """A `tunnel` process; owns it, its pipes and the thread that reads what it reports. Thread-safe."""
 
@@ -99,7 +105,7 @@ class TunnelChild:
         self._await(lambda: self._said, deadline, should_stop)
 
     def forward(self, request: Mapping[str, Any], deadline: float, should_stop: Callable[[], bool]) -> int:
-        """Open a forward and return its number; ``request`` has "via", "local" and "remote".
+        """Open a forward and return its number; ``request`` has all fields but "open".
 
         Raises HostUnreachableError or a subclass.
         """
@@ -144,8 +150,8 @@ class TunnelChild:
                 end = self._said if self._is_over and self._said else {}
                 report = {"error": "it ended without a message" if self._is_over else "it was too slow", **end}
         if problem := report.get("error"):
-            kinds = {kind.kind: kind for kind in (LoginError, InteractiveLoginError, HostKeyError)}
-            raise kinds.get(report.get("kind", ""), HostUnreachableError)(problem)
+            kinds = (LoginError, InteractiveLoginError, HostKeyError, ForwardingForbiddenError)
+            raise {kind.kind: kind for kind in kinds}.get(report.get("kind", ""), HostUnreachableError)(problem)
 
     def close(self) -> None:
         """End the process, and with it the connection."""
@@ -254,7 +260,11 @@ _OPENSSH_ERRORS: tuple[tuple[str, str, type[HostUnreachableError]], ...] = (
         "it does not answer; is a VPN or a firewall in the way?",
         HostUnreachableError,
     ),
-    (r"administratively prohibited|forwarding failed.*prohibited", "forwarding is forbidden there", LoginError),
+    (
+        r"administratively prohibited|forwarding failed.*prohibited",
+        "forwarding is forbidden there",
+        ForwardingForbiddenError,
+    ),
 )
 
 

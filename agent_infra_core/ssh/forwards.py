@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
 import queue
 import select
 import selectors
+import shlex
 import socket
 import threading
 import time
@@ -21,14 +23,15 @@ from agent_infra_core.ssh.login import close_connection, log_in
 from agent_infra_core.ssh.routes import (
     SSH_KEEPALIVE_S,
     SSH_PATIENCE_S,
+    ForwardingForbiddenError,
     Keyring,
-    LoginError,
     SshRoute,
     load_paramiko,
 )
 
 LOST_AFTER_S = 15.0 + SSH_KEEPALIVE_S  # without an answer; the last one may be one interval old
 SUSPECT_AFTER_S = 2.0 * SSH_KEEPALIVE_S  # the same, if something behind the connection is silent, too
+MOST_LOGINS = 16  # for connections by commands; sshd allows 10 sessions each by default
 CHECK_S = 0.2  # interval between looks at the connections
 COPY_BYTES = 1 << 16
 
@@ -88,7 +91,8 @@ class ForwardServer(Protocol):
     def server_close(self) -> None: ...
 
 
-Listen = Callable[[Any, int, tuple[str, int]], ForwardServer]  # paramiko.Transport, reserved local port, remote end
+# Takes a paramiko.Transport (or ExecChannels), the reserved local port and the remote end.
+Listen = Callable[[Any, int, tuple[str, int]], ForwardServer]
 
 
 class Connection:
@@ -114,6 +118,83 @@ class Connection:
         return f"the SSH connection was silent for {silent_s:.0f} s" if silent_s > patience_s else None
 
 
+# Run on the login host for each connection, where it forbids forwarding. Each is one line that every login shell can
+# read; the mark comes after what that shell prints. $0 is the host, $1 the port, $2 the program below or the node.
+_CONNECT = (
+    "sh -c 'printf %s @MARK@; exec 2> /dev/null; "
+    'for word in nc ncat; do command -v $word > /dev/null && exec $word "$0" "$1"; done; '
+    'exec python3 -c "import base64, sys; exec(base64.b64decode(sys.argv.pop(1)))" "$2" "$0" "$1"\''
+)
+_CONNECT_ON_NODE = """sh -c 'printf %s @MARK@; exec ssh -o BatchMode=yes -W "$0:$1" "$2" 2> /dev/null'"""
+_COPY_BOTH_WAYS = b"""\
+import os, socket, sys, threading
+server = socket.create_connection(sys.argv[1:])
+def send():
+    while data := os.read(0, 65536):
+        server.sendall(data)
+    server.shutdown(socket.SHUT_WR)
+threading.Thread(target=send, daemon=True).start()
+while data := server.recv(65536):
+    os.write(1, data)
+"""
+
+
+class Sessions:
+    """Sessions of a host that allows few per connection (MaxSessions): logs in again when they are used up.
+
+    Thread-safe; owns the connections.
+    """
+
+    def __init__(self, log_in: Callable[[], Any]) -> None:
+        self._log_in = log_in
+        self._lock = threading.Lock()
+        self._transports: list[Any] = []
+
+    def open(self) -> Any:
+        """Return a new session's channel. Raises HostUnreachableError."""
+        with self._lock:
+            self._transports = [each for each in self._transports if each.is_active()]
+            for transport in reversed(self._transports):
+                with contextlib.suppress(load_paramiko().SSHException, EOFError, OSError):
+                    return transport.open_session(timeout=SSH_PATIENCE_S)
+            if len(self._transports) == MOST_LOGINS:
+                raise HostUnreachableError(f"no session is left on {MOST_LOGINS} connections (MaxSessions)")
+            self._transports.append(self._log_in())
+            return self._transports[-1].open_session(timeout=SSH_PATIENCE_S)
+
+
+class ExecChannels:
+    """Opens channels as a paramiko.Transport does, but by a command on the host that connects its input and output."""
+
+    def __init__(self, sessions: Sessions, node: str | None) -> None:
+        """``node``: the node on whose loopback the ports are; None if the host reaches them itself."""
+        self._sessions, self._node = sessions, node
+
+    def open_channel(self, kind: str, dest_addr: tuple[str, int], src_addr: Any, timeout: float) -> Any:  # noqa: ARG002
+        """Connect to a port. Raises HostUnreachableError; a port that refuses closes the channel."""
+        mark = os.urandom(8).hex().encode()
+        script, last = _CONNECT, base64.b64encode(_COPY_BOTH_WAYS).decode()
+        if self._node is not None:
+            script, last = _CONNECT_ON_NODE, self._node
+        words = [dest_addr[0], str(dest_addr[1]), last]
+        channel, seen = self._sessions.open(), b""
+        try:
+            channel.settimeout(timeout)
+            channel.exec_command(" ".join([script.replace("MARK", mark.decode()), *map(shlex.quote, words)]))
+            while not seen.endswith(b"@%b@" % mark):
+                if not (byte := channel.recv(1)):
+                    raise HostUnreachableError(f"its shell ran no command: {seen.decode('utf-8', 'replace').strip()}")
+                seen += byte
+            channel.settimeout(None)
+        except (load_paramiko().SSHException, EOFError, OSError) as error:
+            channel.close()
+            raise HostUnreachableError(f"{dest_addr[0]}:{dest_addr[1]} is out of reach: {error}") from error
+        except HostUnreachableError:
+            channel.close()
+            raise
+        return channel
+
+
 class Forwards:
     """The forwards of a `tunnel` process. Owns its SSH connections, listening ports and threads."""
 
@@ -121,6 +202,7 @@ class Forwards:
         self._hop, self._listen = rebuild(SshRoute, spec["hop"]), listen
         self._keyring = Keyring(**spec["keyring"])
         self._login: Connection | None = None  # lasts as long as the process
+        self._sessions = Sessions(lambda: log_in(self._hop, self._keyring, None))
         self._requests: queue.Queue[Mapping[str, Any]] = queue.Queue()
         self._lock = threading.Lock()  # guards what follows
         self._open: dict[int, tuple[Connection, list[ForwardServer]]] = {}
@@ -167,9 +249,14 @@ class Forwards:
             if request["via"] is not None:
                 connection = self._log_in_to_node(login, rebuild(SshRoute, request["via"]))
             remote = [(host, port) for host, port in request["remote"]]
-            open_through(connection.transport, *remote[0]).close()  # checks that forwarding is allowed
+            way: Any = connection.transport
+            if request["is_exec"]:
+                way = ExecChannels(self._sessions, request["node"])
+                way.open_channel("exec", remote[0], None, SSH_PATIENCE_S).close()  # checks that commands run
+            else:
+                open_through(way, *remote[0]).close()  # checks that forwarding is allowed
             for local, end in zip(request["local"], remote, strict=True):
-                servers.append(self._listen(connection.transport, local, end))
+                servers.append(self._listen(way, local, end))
         except HostUnreachableError as error:
             report |= {"error": str(error), "kind": getattr(error, "kind", "host")}
         except Exception as error:  # noqa: BLE001  whatever it is, the parent is told rather than left to guess
@@ -240,13 +327,13 @@ class Forwards:
 
 
 def open_through(transport: Any, host: str, port: int) -> Any:
-    """Open a channel to a port behind an authenticated connection. Raises LoginError or HostUnreachableError."""
+    """Open a channel to a port behind a connection. Raises ForwardingForbiddenError or HostUnreachableError."""
     paramiko = load_paramiko()
     try:
         return transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=SSH_PATIENCE_S)
     except paramiko.ChannelException as error:
         if error.code == 1:
-            raise LoginError(forwarding_forbidden(f"{host}:{port}")) from error
+            raise ForwardingForbiddenError(forwarding_forbidden(f"{host}:{port}")) from error
         raise HostUnreachableError(f"{host}:{port} cannot be reached through SSH: {error.text}") from error
     except (paramiko.SSHException, EOFError, OSError) as error:
         raise HostUnreachableError(f"{host}:{port} cannot be reached through SSH: {error}") from error

@@ -39,7 +39,13 @@ class TunnelTarget:
     port: int
     telemetry_port: int | None
     is_guarded: bool  # whether the engine itself answers the keyed challenge
-    mode: str  # login | node | none
+    mode: str  # login | node | exec | none
+    address: str | None = None  # the node's, as Slurm knows it; None: its name
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether the engine listens only on its node's loopback."""
+        return is_loopback(self.host)
 
     @property
     def ends(self) -> list[tuple[str, int]]:
@@ -51,6 +57,15 @@ class TunnelTarget:
     def identities(self) -> list[str]:
         """The identities with which the servers at ``ends`` answer the keyed challenge."""
         return [server_identity(self.replica, self.node, port) for _, port in self.ends]
+
+
+def is_loopback(host: str) -> bool:
+    return host.startswith("127.") or host in ("localhost", "::1")
+
+
+def node_route(route: SshRoute, target: TunnelTarget) -> SshRoute:
+    """Use the address that Slurm knows, unless ssh_config has one: the name may mean nothing on the login host."""
+    return dataclasses.replace(route, host=target.address or route.host) if route.host == target.node else route
 
 
 class Link:
@@ -186,15 +201,17 @@ class Links:
     def _open_openssh(
         self, target: TunnelTarget, commands: OpenSshCommands, deadline: float, should_stop: Callable[[], bool]
     ) -> Link:
+        if target.mode == "exec":
+            raise LoginError("cluster.tunnel: exec needs tunnel_driver: sshtunnel")
         commands.login.ensure(deadline, should_stop)
         master = commands.login
         if target.mode == "node":
-            master = commands.node(target.node)
+            master = commands.node(target.node, target.address)
             try:
                 master.ensure(deadline, should_stop)
             except HostKeyError:  # perhaps the node was reinstalled: fetch its new keys for the next attempt
                 with contextlib.suppress(HostUnreachableError, OSError):
-                    commands.fetch_host_keys(target.node)
+                    commands.fetch_host_keys(target.node, target.address)
                 raise
         return MasterLink(master, target.ends, is_nodes=target.mode == "node")
 
@@ -208,7 +225,13 @@ class Links:
             undone.callback(self._leave_seat, seat, child)
             held = [undone.enter_context(reserve_local_port()) for _ in target.ends]
             ports = tuple(each.getsockname()[1] for each in held)
-            asked = {"via": dataclasses.asdict(via) if via else None, "local": ports, "remote": target.ends}
+            asked = {
+                "via": dataclasses.asdict(via) if via else None,
+                "is_exec": target.mode == "exec",
+                "node": target.node if target.is_hidden else None,
+                "local": ports,
+                "remote": target.ends,
+            }
             try:
                 number = child.forward(asked, deadline, should_stop)
             except HostKeyError:  # perhaps the node was reinstalled: the next attempt fetches its keys
@@ -221,12 +244,13 @@ class Links:
     def _hops(self, target: TunnelTarget, login: SshCommands | None) -> tuple[SshRoute, SshRoute | None, Keyring]:
         """Return the first host to log in to, the node to log in to from there, and the keys of the first login."""
         if login is None:
-            if target.mode == "login":
-                raise LoginError("cluster.tunnel: login needs cluster.ssh, the host to go through")
-            return ssh_route(SshConfig(host=target.node), target.node), None, Keyring()
-        if self._login is None or target.mode == "login":
+            if target.mode != "node":
+                raise LoginError(f"cluster.tunnel: {target.mode} needs cluster.ssh, the host to go through")
+            route = ssh_route(SshConfig(host=target.node), target.node)
+            return node_route(route, target), None, Keyring()
+        if self._login is None or target.mode != "node":
             return login.route, None, login.keyring
-        route = ssh_route(self._login.ssh, target.node)
+        route = node_route(ssh_route(self._login.ssh, target.node), target)
         with self._lock:
             keys = self._node_keys.get(target.node)
         if keys is None:

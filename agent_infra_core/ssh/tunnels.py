@@ -16,9 +16,9 @@ from agent_infra_core.host import HostUnreachableError, HttpConnection
 from agent_infra_core.node.guard import CHALLENGE_PATH, answer_challenge
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ClusterConfig
-from agent_infra_core.ssh.links import Link, Links, TunnelTarget
+from agent_infra_core.ssh.links import Link, Links, TunnelTarget, is_loopback
 from agent_infra_core.ssh.login_host import LoginHost
-from agent_infra_core.ssh.routes import SSH_PATIENCE_S, LoginError
+from agent_infra_core.ssh.routes import SSH_PATIENCE_S, ForwardingForbiddenError, LoginError
 
 TUNNEL_PROBE_S = 2.5  # interval between probes of a tunnel
 TUNNEL_RETRY_S = 0.2  # the same, after one that got no answer
@@ -41,18 +41,26 @@ class TunnelState:
     mode: str
 
 
-def tunnel_mode(wanted: str, has_login: bool, record: ReplicaRecord, here: str) -> tuple[str, str]:
-    """Return how requests reach a replica (login | node | none) and why; ``here`` is this machine's name."""
+def tunnel_mode(
+    wanted: str, has_login: bool, record: ReplicaRecord, here: str, closed: Collection[str] = ()
+) -> tuple[str, str]:
+    """Return how requests reach a replica (login | node | exec | none) and why; ``here`` is this machine's name.
+
+    ``closed`` are modes that turned out to be forbidden, which `auto` avoids.
+    """
     if wanted != "auto":
         return wanted, "cluster.tunnel says so"
-    is_hidden = record.host.startswith("127.") or record.host in ("localhost", "::1")
-    if not has_login and record.node == here:
-        return "none", "they run on this machine"
-    if is_hidden:
-        return "node", "the engine listens only on its node's loopback"
-    if has_login:
+    is_hidden = is_loopback(record.host)
+    if not has_login:
+        if is_hidden and record.node != here:
+            return "node", "the engine listens only on its node's loopback"
+        return "none", "they run on this machine" if record.node == here else "the nodes are reached from here"
+    if not is_hidden and "login" not in closed:
         return "login", "the login host reaches the nodes"
-    return "none", "the nodes are reached from here"
+    if "node" not in closed:
+        reason = "the engine listens only on its node's loopback"
+        return "node", reason if is_hidden else "the login host forbids forwarding to the engines' ports"
+    return "exec", "the login host forbids forwarding; each connection is a command there"
 
 
 def verifies_identity(server: HttpConnection, key: str, identity: str, engine_port: int | None = None) -> bool | None:
@@ -79,13 +87,16 @@ class Tunnel:
         open_link: Callable[[TunnelTarget, Callable[[], bool]], Link],
         key: str,
         starts: tuple[threading.Semaphore, threading.Semaphore],
+        note_failure: Callable[[TunnelTarget, HostUnreachableError], None],
     ) -> None:
         """``open_link`` takes the target and a function that returns whether to give up.  ``starts`` limits parallel
         logins: the second is for tunnels that failed repeatedly, so that dead nodes only delay each other.
+        ``note_failure`` learns why the link couldn't be opened.
 
         ``driver`` is the expected one, until a link reports its own.
         """
         self.target, self._open, self._key, self._starts = target, open_link, key, starts
+        self._note_failure = note_failure
         self._stop, self._wake = threading.Event(), threading.Event()  # _wake: something may have happened
         self._backoff_s = 0.0
         self.state = TunnelState("connecting", 0, None, driver, target.mode)  # replaced, never changed in place
@@ -114,6 +125,7 @@ class Tunnel:
                 reason = self._live()
             except HostUnreachableError as error:
                 reason = str(error)
+                self._note_failure(self.target, error)
             except Exception as error:  # noqa: BLE001  whatever it is: a tunnel is tried again, and says why it is not there
                 reason = f"{type(error).__name__}: {error}"
             if self._stop.is_set():
@@ -157,7 +169,9 @@ class Tunnel:
                     f"another program's server answers on {self.target.node}:{self.target.port}; it gets neither key "
                     "nor request. If nothing else explains it, tell the administrators"
                 )
-            broken = link.broke() or link.complaint()
+            if complaint := link.complaint():
+                raise ForwardingForbiddenError(complaint)
+            broken = link.broke()
             if broken or time.monotonic() > deadline:
                 raise HostUnreachableError(broken or f"nothing answers on {self.target.node}:{self.target.port}")
             self._stop.wait(0.2)
@@ -221,6 +235,7 @@ class TunnelSet:
         self._tunnels: dict[str, Tunnel] = {}
         self._reasons: dict[str, str] = {}  # mode → why it is used
         self.links = Links(login)
+        self._closed_modes: set[str] = set()  # that `auto` avoids, because the login host forbids them
         self._followed: Sequence[ReplicaRecord] | None = None  # the latest records, and their targets
         self._wanted: Mapping[str, TunnelTarget] = {}
         self._is_closed = False
@@ -242,7 +257,9 @@ class TunnelSet:
             for replica, target in wanted.items() if not self._is_closed else ():
                 if replica not in self._tunnels:
                     kind = "direct" if target.mode == "none" else driver
-                    self._tunnels[replica] = Tunnel(target, kind, self.links.open, self._key, self._starts)
+                    self._tunnels[replica] = Tunnel(
+                        target, kind, self.links.open, self._key, self._starts, self._close_mode
+                    )
             return [self._through(record) for record in records]
 
     def states(self) -> dict[str, TunnelState]:
@@ -279,11 +296,24 @@ class TunnelSet:
             tunnel.join(max(0.0, deadline - time.monotonic()))
         self.links.close()
 
+    def _close_mode(self, target: TunnelTarget, error: HostUnreachableError) -> None:
+        """Where forwarding is forbidden, have `auto` use the next mode. Called by the tunnels' threads."""
+        if self._cluster.tunnel != "auto" or self._login is None:
+            return
+        is_last_resort = target.mode == "node" and "login" in self._closed_modes
+        has_next = target.mode == "login" or self._login.driver == "sshtunnel"
+        with self._lock:
+            if has_next and (isinstance(error, ForwardingForbiddenError) or is_last_resort):
+                self._closed_modes.add(target.mode)
+                self._reasons.pop(target.mode, None)
+                self._followed = None
+
     def _target(self, record: ReplicaRecord) -> TunnelTarget | None:
         """Return the tunnel target of a replica that serves; None if it doesn't."""
         if record.state not in ("ready", "draining") or record.port is None:
             return None
-        mode, why = tunnel_mode(self._cluster.tunnel, self._login is not None, record, os.uname().nodename)
+        has_login, here = self._login is not None, os.uname().nodename
+        mode, why = tunnel_mode(self._cluster.tunnel, has_login, record, here, self._closed_modes)
         self._reasons[mode] = why
         return TunnelTarget(
             replica=record.replica,
@@ -296,6 +326,7 @@ class TunnelSet:
             telemetry_port=record.telemetry_port,
             is_guarded=record.engine in self._guarded,
             mode=mode,
+            address=record.address,
         )
 
     def _through(self, record: ReplicaRecord) -> ReplicaRecord:

@@ -411,6 +411,44 @@ def test_a_login_host_that_forbids_forwarding_is_named(driver: str, cluster: Clu
     assert "AllowTcpForwarding" in refusal(tunnels, record)
 
 
+def forbid_forwarding(cluster: Cluster, permitted: str) -> ReplicaRecord:
+    """The login host forbids it (AllowTcpForwarding or PermitOpen); the engine listens on all addresses."""
+    cluster.login.options |= {"AllowTcpForwarding": "no"} if permitted == "nothing" else {"PermitOpen": permitted}
+    cluster.login.options["MaxSessions"] = "3"
+    return dataclasses.replace(cluster.start(), host="::ffff:127.0.0.1", address="127.0.0.1")
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_where_the_login_host_forbids_ports_of_engines_auto_goes_through_the_nodes_sshd(
+    driver: str, cluster: Cluster
+) -> None:
+    record = forbid_forwarding(cluster, f"127.0.0.1:{cluster.node.port}")
+    tunnels = cluster.tunnels("auto" if driver == "sshtunnel" else driver, "auto")
+    assert answers(follow_until_up(tunnels, record))
+    assert tunnels.states()[record.replica].mode == "node"
+    assert "tunnel node: the login host forbids forwarding to the engines' ports" in tunnels.describe()
+
+
+@pytest.mark.skipif(shutil.which("tcsh") is None, reason="needs tcsh")
+def test_where_the_login_host_forbids_all_forwarding_connections_are_commands(cluster: Cluster) -> None:
+    """Whatever the login shell prints does no harm, and there may be more of them than a login allows sessions."""
+    command = cluster.folder / "shell"
+    command.write_text('#!/bin/sh\necho "Welcome @"\nexec tcsh -c "$SSH_ORIGINAL_COMMAND"\n')
+    command.chmod(0o755)
+    cluster.login.options["ForceCommand"] = str(command)
+    record = forbid_forwarding(cluster, "nothing")
+    tunnels = cluster.tunnels("auto", "auto")
+    there = follow_until_up(tunnels, record)
+    assert tunnels.states()[record.replica].mode == "exec"
+    assert "tunnel exec: the login host forbids forwarding; each connection is a command there" in tunnels.describe()
+    with contextlib.ExitStack() as kept:
+        ends = [HttpConnection("127.0.0.1", there.telemetry_port or 0, PATIENCE_S) for _ in range(6)]
+        for end in ends:
+            kept.enter_context(contextlib.closing(end))
+            assert end.get("/load", KEY)[0] == 200
+        assert [end.get("/load", KEY)[0] for end in ends] == [200] * 6
+
+
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_a_login_that_is_refused_is_the_tunnels_trouble_not_that_of_who_follows_it(
     driver: str, cluster: Cluster, tmp_path: Path
