@@ -709,8 +709,13 @@ class RelayApp:
     def _stats(self) -> Any:
         relay = self._relay
         relay.stats_read += 1
-        if relay.stats is None or time.monotonic() - relay.stats[1] > STATS_FRESH_S:
-            relay.control.questions.ask("stats", QUESTION_S)  # the document arrives before the answer
+        turns = relay.book.finished
+        is_fresh = relay.stats is not None and time.monotonic() - relay.stats[1] <= STATS_FRESH_S
+        # The document arrives before the answer, and has every turn that is over by now.
+        if (not is_fresh or relay.stats_turns != turns) and relay.control.questions.ask(
+            "stats", QUESTION_S
+        ) is not None:
+            relay.stats_turns = turns
         if relay.stats is None:
             return self._unanswered(QUESTION_S)
         document, at = relay.stats
