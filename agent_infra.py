@@ -83,6 +83,7 @@ try:
         Config,
         ContainerConfig,
         ModelConfig,
+        OtelConfig,
         ProxyConfig,
         Rule,
         SlurmConfig,
@@ -107,6 +108,7 @@ if TYPE_CHECKING:
     from agent_infra_core.host import CommandRunner
     from agent_infra_core.http.heads import RequestHead
     from agent_infra_core.insight.history import HistoryFile
+    from agent_infra_core.insight.spans import Span
     from agent_infra_core.relay.server import Relay
     from agent_infra_core.ssh.forwards import ForwardServer
     from agent_infra_core.ssh.login_host import LoginHost
@@ -139,8 +141,8 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
 
 
 def load_proxy_config(path: str | os.PathLike[str]) -> Config:
-    """Read only the sections ``proxy`` and ``headers`` of a configuration, for a proxy alone. Raises ConfigError."""
-    wanted = ("version", "proxy", "headers")
+    """Read only the sections ``proxy``, ``headers`` and ``otel``, for a proxy alone. Raises ConfigError."""
+    wanted = ("version", "proxy", "headers", "otel")
     alone = {"models": [{"name": "alone", "model_path": "smollm2-135m-instruct"}]}
     return _read_config(path, lambda document: alone | {key: document[key] for key in wanted if key in document})
 
@@ -195,7 +197,7 @@ def _validated(document: Any, problems: list[str]) -> Config:
             return config
     except marshmallow.ValidationError as error:
         problems += _describe_errors(error.messages, "")
-        if error.messages_dict.keys() <= {"version", "proxy", "models", "headers", "analysis"}:
+        if error.messages_dict.keys() <= {"version", "proxy", "models", "headers", "analysis", "otel"}:
             valid: Any = error.valid_data
             deployment = valid.get("cluster", DEFAULT_CONFIG.cluster).name
     raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems), deployment)
@@ -849,6 +851,60 @@ def run_relay(socket_path: str, listener_fd: int) -> int:
 # =====================================================================================================================
 
 
+class OtlpSender:
+    """Sends spans to an OpenTelemetry receiver, by OTLP over HTTP."""
+
+    def __init__(self, config: OtelConfig) -> None:
+        import logging
+
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # TurnExporter tells what fails, once
+        headers = dict(config.headers) or None
+        self._exporter = OTLPSpanExporter(config.endpoint, headers=headers, timeout=OTLP_TIMEOUT_S)
+        self._resource = Resource.create({"service.name": "agent-infra", "service.version": __version__})
+
+    def send(self, spans: Sequence[Span]) -> bool:
+        """Send spans; blocks for OTLP_TIMEOUT_S at most. Returns whether the receiver took them."""
+        from opentelemetry.sdk.trace.export import SpanExportResult
+
+        return self._exporter.export([self._readable(span) for span in spans]) is SpanExportResult.SUCCESS
+
+    def _readable(self, span: Span) -> Any:
+        from opentelemetry import trace
+        from opentelemetry.sdk.trace import ReadableSpan
+
+        status = trace.StatusCode.UNSET if span.error is None else trace.StatusCode.ERROR
+        return ReadableSpan(
+            span.name,
+            trace.SpanContext(span.trace_id, span.span_id, False, trace.TraceFlags(trace.TraceFlags.SAMPLED)),
+            resource=self._resource,
+            attributes=span.attributes,
+            kind=trace.SpanKind.CLIENT,
+            status=trace.Status(status, span.error),
+            start_time=span.start_ns,
+            end_time=span.end_ns,
+        )
+
+    def close(self) -> None:
+        self._exporter.shutdown()  # type: ignore[no-untyped-call]
+
+
+OTLP_TIMEOUT_S = 5.0
+
+
+def span_sender(config: OtelConfig) -> OtlpSender | None:
+    """Return what sends turns to ``otel.endpoint``; None without one. RefusedError if a package is missing."""
+    if config.endpoint is None:
+        return None
+    try:
+        return OtlpSender(config)
+    except ImportError as error:
+        packages = "'opentelemetry-sdk>=1.37,<2' 'opentelemetry-exporter-otlp-proto-http>=1.37,<2'"
+        raise RefusedError(f"otel.endpoint needs OpenTelemetry: pip install {packages}") from error
+
+
 ENDING_S = 10.0  # time for replicas to disappear after a stop without grace
 SCALE_DRAIN_S = 300.0  # time for a replica's turns to finish when `scale` removes it
 STARTING_POLL_S = 5.0  # longest interval between checks while a command waits for replicas
@@ -1034,6 +1090,7 @@ class Deployment:
             log_format=log_format,
             pause_s=self.cluster.poll_s,
             tunnels=tunnels,
+            spans=span_sender(self.config.otel),
         )
         controller.expected = frozenset(model.name for model in expected)
         if isinstance(self.cluster, SlurmCluster) and self.config.cluster.slurm.handover:
@@ -1845,12 +1902,14 @@ def _run_proxy(arguments: argparse.Namespace) -> int:
         proxy=proxy,
         cluster=ClusterConfig(name=f"proxy-{proxy.port}"),
         headers=base.headers,
+        otel=base.otel,
     )
     paths = deployment_paths(config.cluster.name, os.environ)
+    spans = span_sender(config.otel)
     lock, signals = DeploymentLock(paths), OperatorSignals()
     lock.acquire("proxy")
     keys = (client_key(config, paths), os.environ.get("AGENT_INFRA_BACKEND_KEY"))
-    controller = Controller(config, paths, lambda: records, keys=keys, log_format=arguments.log_format)
+    controller = Controller(config, paths, lambda: records, keys=keys, log_format=arguments.log_format, spans=spans)
     try:
         controller.start()
         signals.on_second = controller.relay.terminate
@@ -2079,14 +2138,33 @@ def _run_export(arguments: argparse.Namespace) -> int:
 
 
 def _run_report(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.insight.html_report import HtmlReport
     from agent_infra_core.insight.report import Report
 
-    with _history_of(arguments) as file, _output(arguments.output) as out:
+    library = _chart_library() if arguments.html is not None else ""
+    with _history_of(arguments) as file:
         title = arguments.history or f"Deployment {load_config(arguments.config).cluster.name}"
-        out.write(
-            printable_text(Report(file, title, arguments.since).text()) if file else f"# {title}\n\nNo turns yet.\n"
-        )
+        if file is None and arguments.html is not None:
+            raise RefusedError("no turns were kept yet: there is nothing to write a page of")
+        report = Report(file, title, arguments.since) if file else None
+        if arguments.html is None or arguments.output is not None:
+            with _output(arguments.output) as out:
+                out.write(printable_text(report.text()) if report else f"# {title}\n\nNo turns yet.\n")
+        if file and report and arguments.html is not None:
+            page = HtmlReport(file, report, arguments.since, time.time()).page(library)
+            with _output(arguments.html) as out:
+                out.write(page)
+            _say(f"wrote {arguments.html}: one page that needs no network")
     return 0
+
+
+def _chart_library() -> str:
+    """Return the script that draws charts, with all that it needs. Raises RefusedError if its package is missing."""
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise RefusedError("--html needs vl-convert-python: pip install 'vl-convert-python>=1.8,<2'") from error
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def _history_of(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[HistoryFile | None]:
@@ -2253,7 +2331,9 @@ def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", action="append", required=True, metavar="MODEL=HOST:PORT", help="a server; repeat for each"
     )
-    parser.add_argument("--config", metavar="FILE", help="read its sections proxy and headers; options override it")
+    parser.add_argument(
+        "--config", metavar="FILE", help="read its sections proxy, headers and otel; options override it"
+    )
     parser.add_argument("--host", help=f"address to listen on (default {defaults.host})")
     parser.add_argument("--port", type=_port, help=f"default {defaults.port}; 0 = any free one")
     parser.add_argument("--strategy", choices=STRATEGY_NAMES, help="how to spread turns")
@@ -2328,7 +2408,8 @@ def _add_history_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added = verb("export", _run_export, "print every finished turn, one per line", "config", "history")
     added.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="default csv")
     added.add_argument("--session", metavar="ID", help="only this session's")
-    verb("report", _run_report, "summarise a run in Markdown", "config", "history")
+    added = verb("report", _run_report, "summarise a run in Markdown", "config", "history")
+    added.add_argument("--html", metavar="FILE", help="write a page with charts instead, which opens without a network")
 
 
 def _at_least_one(text: str) -> int:

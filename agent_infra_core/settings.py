@@ -225,6 +225,17 @@ class AnalysisConfig:
 
 
 @dataclass(frozen=True)
+class OtelConfig:
+    """Where finished turns are sent as OpenTelemetry spans."""
+
+    endpoint: str | None = _key(
+        None, pattern=r"https?://[^\s/@]+(/\S*)?", allowed="a URL, such as http://127.0.0.1:4318/v1/traces"
+    )
+    headers: Mapping[str, str] = _key({})
+    text: bool = False  # with the excerpts of prompts and answers
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole configuration, validated. ``models`` isn't empty, and names are unique."""
 
@@ -232,6 +243,7 @@ class Config:
     version: str = _key("1.0", choices=("1.0",))
     proxy: ProxyConfig = ProxyConfig()
     analysis: AnalysisConfig = AnalysisConfig()
+    otel: OtelConfig = OtelConfig()
     cluster: ClusterConfig = ClusterConfig()
     headers: HeadersConfig = HeadersConfig()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from agent_infra_core.control.discovery import STOP_S
+from agent_infra_core.control.exporter import SpanSender, TurnExporter, span_maker
 from agent_infra_core.control.reader import HistoryReader, history_question, session_question, sessions_question
 from agent_infra_core.fleet.engines import ENGINES
 from agent_infra_core.fleet.state import DeploymentPaths
@@ -151,13 +152,20 @@ class Bookkeeper:
         tracker: Tracker,
         log: Callable[[str, str], None],
         answer: Callable[[Mapping[str, Any], int, str], None],
+        spans: SpanSender | None = None,
     ) -> None:
-        """``log`` takes a message and its level; ``answer`` a request, a status and a JSON document, in any thread."""
+        """``log`` takes a message and its level; ``answer`` a request, a status and a JSON document, in any thread.
+
+        ``spans`` gets every finished turn.
+        """
         self._tracker = tracker
         path = history_path(config.proxy.history, paths.history)
         self._history = History(path, log, time.time) if path is not None else None
         self._reader = HistoryReader(path, answer, log)
         self._gauges = GaugeLog(time.time())
+        engines = {model.name: model.engine for model in config.models}
+        make = span_maker(config.cluster.name, engines, config.otel.text)
+        self._exporter = TurnExporter(spans, make, log) if spans is not None else None
         self._replica_time = ReplicaTime(time.time, time.monotonic)
         self._asked_gpus = {
             model.name: model.tensor_parallel_size * model.pipeline_parallel_size
@@ -176,6 +184,8 @@ class Bookkeeper:
         if self._history is not None:
             self._history.open(self._restore)
         self._reader.start()
+        if self._exporter is not None:
+            self._exporter.start()
         self._analyst.start()
 
     def _restore(self, file: HistoryFile) -> None:
@@ -205,6 +215,8 @@ class Bookkeeper:
             self._told_totals = dict(self._tracker.totals)
             if self._history is not None:
                 self._history.add(HistoryBatch(deque(turns), posts, new))
+        if self._exporter is not None:
+            self._exporter.add(turns)
         self._metrics.add(*turns)
         for post_ms in posts.values():
             self._metrics.add_post(post_ms)
@@ -301,5 +313,7 @@ class Bookkeeper:
             self._tracker.relay_restarted()  # closes the turns that are still open
             self.take()
             self._write_figures()
+        if self._exporter is not None:
+            self._exporter.close()
         if self._history is not None:
             self._history.close()

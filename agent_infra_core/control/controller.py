@@ -15,6 +15,7 @@ from typing import Any
 
 from agent_infra_core.control.bookkeeping import Bookkeeper
 from agent_infra_core.control.discovery import DISCOVERY_INTERVAL_S, STOP_S, Discovery, replica_table
+from agent_infra_core.control.exporter import SpanSender
 from agent_infra_core.control.link import (
     DRAIN_S,
     RELAY_END_S,
@@ -135,8 +136,9 @@ class Controller:
         log_format: str = "text",
         pause_s: float = DISCOVERY_INTERVAL_S,
         tunnels: TunnelSet | None = None,
+        spans: SpanSender | None = None,
     ) -> None:
-        """``look`` lists the replicas, ``tunnels`` lead to them; ``keys`` are the clients' and the replicas' key."""
+        """``look`` lists replicas, ``tunnels`` lead to them, ``spans`` gets turns; ``keys``: clients' and replicas'."""
         self._config, self._paths, self.tunnels = config, paths, tunnels
         client_key, self._replica_key = keys
         self._settings = {
@@ -147,11 +149,12 @@ class Controller:
         }
         self._journal = ControllerLog(paths.log("proxy"), log_format)
         self._log = self._journal.say
-        warn = functools.partial(self._log, level="warning")
-        self.discovery = Discovery(look, max(pause_s, DISCOVERY_INTERVAL_S), warn)
+        self.discovery = Discovery(
+            look, max(pause_s, DISCOVERY_INTERVAL_S), functools.partial(self._log, level="warning")
+        )
         self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
         self._tracker = Tracker(time.time)
-        self._books = Bookkeeper(config, paths, self._tracker, self._log, self._answer)
+        self._books = Bookkeeper(config, paths, self._tracker, self._log, self._answer, spans)
         self._stats = StatsMaker(self._tracker, self._books, config.proxy.strategy, self.relay.send)
         self.expected: frozenset[str] = frozenset()  # models about to get replicas; replaced as a whole
         # Replicas, with their job and process: those that an operator drained, and as of the last look.
