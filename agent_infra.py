@@ -2010,6 +2010,15 @@ def _run_report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_replay(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.routing.replay import replay
+
+    with _history_of(arguments) as file, _output(arguments.output) as out:
+        told = replay(file.query, arguments.model, arguments.since, arguments.kv_tokens) if file else "No turns yet.\n"
+        out.write(printable_text(told))
+    return 0
+
+
 def _history_of(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[HistoryFile | None]:
     """Open the history that the command line names. Raises RefusedError when it is off or the file doesn't exist."""
     from agent_infra_core.insight.export import read_history
@@ -2238,6 +2247,9 @@ def _add_history_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="default csv")
     added.add_argument("--session", metavar="ID", help="only this session's")
     verb("report", _run_report, "summarise a run in Markdown", "config", "history")
+    added = verb("replay", _run_replay, "would another routing policy have been faster?", "config", "history")
+    added.add_argument("--model", metavar="NAME", help="default: the one with the most turns")
+    added.add_argument("--kv-tokens", type=_at_least_one, metavar="N", help="capacity of a replica's KV cache")
 
 
 def _at_least_one(text: str) -> int:

@@ -4,7 +4,7 @@
     python benchmarks/routing_proxy.py                       # four engines, eight workloads, about ten minutes
     python benchmarks/routing_proxy.py --engines 16 --speed-up 10 --workloads swe skewed
 
-Every engine is a Replica of routing_simulator.py behind a socket, its clock --speed-up times as fast as the wall's; so
+Every engine is a Replica of routing/simulator.py behind a socket, its clock --speed-up times as fast as the wall's; so
 turns last as long as on a GPU, scaled. Agents run the scripts of routing.py, shortened. Each workload runs with the
 proxy's default, without session affinity, round robin, and straight at the engines with sticky sessions; the default
 also without any session header. The figures are of engine time; throughput is that of all turns, over the default's.
@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from relay_harness import KEY, RelayProcess, backend
 from routing import WORKLOADS, Scripts, Workload, build_fleet
-from routing_simulator import Chain, Physics, Replica, Script, Session, Turn
+
+from agent_infra_core.routing.simulator import Chain, Physics, Replica, Script, Session, Turn
 
 SEED = 1
 WORKLOADS_RUN = ["swe", "skewed", "paced", "no-reuse", "slow-replica", "flushed", "burst", "fanout"]
@@ -266,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", type=int, default=4)
     parser.add_argument("--workloads", nargs="+", default=WORKLOADS_RUN, choices=WORKLOADS, metavar="NAME")
-    parser.add_argument("--speed-up", type=float, default=80.0, help="engine seconds in one second (%(default)s)")
+    parser.add_argument("--speed-up", type=float, default=40.0, help="engine seconds in one second (%(default)s)")
     parser.add_argument("--ways", nargs="+", choices=[*PROXIES, STICKY], default=[*PROXIES, STICKY], metavar="WAY")
     args = parser.parse_args()
     for name in args.workloads:

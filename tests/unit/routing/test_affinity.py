@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from routing_ours import View
 
 from agent_infra_core.routing.affinity import (
     IDLE_S,
@@ -19,6 +18,7 @@ from agent_infra_core.routing.affinity import (
     SessionRouter,
     SessionTurn,
 )
+from agent_infra_core.routing.policies import View
 from agent_infra_core.routing.rates import DEFAULT_PREFILL_S, ServiceRates
 
 
