@@ -170,6 +170,17 @@ def test_a_turn_that_would_evict_a_session_that_returns_soon_is_held_for_a_bound
     assert not turn.is_held
 
 
+def test_nothing_is_held_for_sessions_that_never_return() -> None:
+    fleet, held = Fleet(1, kv_tokens=100_000), []
+    for number in range(300):
+        turn = SessionTurn(f"s{number}", 6000)
+        held.append(fleet.router.choose(fleet.views, turn, fleet.now) is None)
+        view, placement = fleet.send(turn, fleet.now - LONGEST_HOLD_S)
+        fleet.answer(view, placement, 6000, 0)
+    assert any(held[:100])  # until it is known
+    assert not any(held[100:])
+
+
 def test_a_prompt_larger_than_the_cache_is_never_held() -> None:
     fleet = Fleet(2, kv_tokens=100_000)
     turn = SessionTurn("image", 500_000)
