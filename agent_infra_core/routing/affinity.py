@@ -102,7 +102,7 @@ class SessionRouter:
         self._turns_s = self._think_s = 1.0
         self._mean_slowness = 1.0
         self._further_turns, self._started = 100.0, 10.0  # decayed counts: turns after a session's first; sessions
-        self._refreshed_at = -math.inf
+        self._refresh(-math.inf)
 
     @property
     def horizon(self) -> float:
@@ -191,10 +191,13 @@ class SessionRouter:
         return None if best is not None and 0 < best.capacity <= best.in_flight else best
 
     def _refresh(self, now: float) -> None:
-        """Retire silent sessions, decide whether turns may be held, and set the prices: seconds that a turn costs per token to prefill, per turn that is
-        beside it, in any case, and per context that lives beside it, in its session's expected turns. Then the share
-        of their time that sessions spend in turns, and the seconds for which a replica must last for a session's first
-        turn and for a later one: a session that lives somewhere can leave between two turns."""
+        """Retire silent sessions, decide whether turns may be held, and set the prices.
+
+        These are the seconds that a turn costs per token to prefill, per turn that is beside it, in any case, and per
+        context that lives beside it, in its session's expected turns. Then the share of their time that sessions spend
+        in turns, and the seconds for which a replica must last for a session's first turn and for a later one: a
+        session that lives somewhere can leave between two turns.
+        """
         self._refreshed_at = now
         self._expire(now)
         self._may_hold = self.holds and self.horizon >= LEAST_RETURNS
