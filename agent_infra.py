@@ -2158,6 +2158,15 @@ def _run_report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_replay(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.routing.replay import replay
+
+    with _history_of(arguments) as file, _output(arguments.output) as out:
+        told = replay(file.query, arguments.model, arguments.since, arguments.kv_tokens) if file else "No turns yet.\n"
+        out.write(printable_text(told))
+    return 0
+
+
 def _chart_library() -> str:
     """Return the script that draws charts, with all that it needs. Raises RefusedError if its package is missing."""
     try:
@@ -2410,6 +2419,9 @@ def _add_history_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("--session", metavar="ID", help="only this session's")
     added = verb("report", _run_report, "summarise a run in Markdown", "config", "history")
     added.add_argument("--html", metavar="FILE", help="write a page with charts instead, which opens without a network")
+    added = verb("replay", _run_replay, "would another routing policy have been faster?", "config", "history")
+    added.add_argument("--model", metavar="NAME", help="default: the one with the most turns")
+    added.add_argument("--kv-tokens", type=_at_least_one, metavar="N", help="capacity of a replica's KV cache")
 
 
 def _at_least_one(text: str) -> int:
