@@ -419,6 +419,7 @@ class ReplicaRecord:
     gpus: tuple[GpuSample, ...] = ()
     gpu_ids: tuple[str, ...] = ()  # assigned to it (CUDA_VISIBLE_DEVICES)
     is_idle: bool = False  # it shut itself down after idle_shutdown_minutes without a turn
+    is_gated: bool = False  # a Gate listens on its port: it asks for the key, and answers the keyed challenge
     # Job fields, from the last query to the scheduler:
     time_left_s: float | None = None  # rest of the walltime
     queue_wait_s: float | None = None  # from submission to start, or until now
@@ -485,6 +486,7 @@ class ServeSpec:
     restart_backoff: float = 1.0  # s before the first restart; five times longer before each following one
     nodes: int = 1  # that the replica spans; `rank` runs on all but the first
     is_job: bool = False  # it runs in a Slurm job, whose environment has the job id and the node's name
+    is_gated: bool = False  # the engine listens on loopback, and `serve` forwards to it what carries the key (see Gate)
     is_probe: bool = False  # `serve` only reports what it finds on the node (see probe_node()), and exits
     format: int = SPEC_FORMAT
 

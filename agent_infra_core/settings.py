@@ -15,7 +15,7 @@ STRATEGY_NAMES = ("least_load", "round_robin", "least_connections", "least_laten
 AUTO_OR_OFF = ("auto", "off")
 # Claude Code; Codex, twice; opencode
 SESSION_HEADERS = ("X-Claude-Code-Session-Id", "session-id", "session_id", "x-session-affinity")
-ENGINE_NAMES = ("vllm", "llama_cpp", "command")
+ENGINE_NAMES = ("vllm", "sglang", "llama_cpp", "command")
 CLUSTER_TYPES = ("local", "slurm")
 CONTAINER_RUNTIMES = ("apptainer", "pyxis")
 GPU_FLAGS = ("gres", "gpus-per-node", "none")  # the sbatch option that asks for GPUs

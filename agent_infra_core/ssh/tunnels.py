@@ -48,7 +48,7 @@ class TunnelTarget:
     host: str  # address that the engine listens on, as the node sees it
     port: int
     telemetry_port: int | None
-    is_guarded: bool  # whether the engine itself answers the keyed challenge
+    is_guarded: bool  # whether the server on ``port`` itself answers the keyed challenge
     mode: str  # login | node | none
 
     @property
@@ -414,7 +414,7 @@ class TunnelSet:
             host=record.host,
             port=record.port,
             telemetry_port=record.telemetry_port,
-            is_guarded=record.engine in self._guarded,
+            is_guarded=record.is_gated or record.engine in self._guarded,
             mode=mode,
         )
 
