@@ -70,7 +70,8 @@ MAX_RUN_TASKS = 100_000  # of an announced run
 # Frames on the Unix socket between controller and relay: one byte of kind, four bytes of length, the payload (JSON).
 # FRAME_TABLE: {"settings": {"proxy": ProxyConfig with its api_key, "headers": HeadersConfig, "log_format": "text" or
 # "json", "drain_seconds"} (in a controller's first table, then only when they change), "models": [names that clients
-# may use], "loading": [models with replicas that are starting: turns wait for them], "backends": [Backend]}.
+# may use], "loading": [models with replicas that are starting: turns wait for them], "wakes": [models that come back
+# when a turn asks for them], "backends": [Backend]}.
 FRAME_TABLE = b"T"  # controller → relay
 FRAME_STATS = b"S"  # controller → relay: the body of GET /stats, which starts with STATS_PREFIX
 STATS_PREFIX = b'{"snapshot_age_ms":0,'  # the relay replaces the age
