@@ -102,6 +102,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from agent_infra_core.control.controller import Controller
     from agent_infra_core.control.handover import Handover
+    from agent_infra_core.control.scaling import Autoscaler
     from agent_infra_core.control.status import ProxyClient
     from agent_infra_core.fleet.cluster import Cluster, Logs
     from agent_infra_core.fleet.place import JobRequest
@@ -366,6 +367,9 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"{path}.command: is required with engine: command; an argv such as [my-server, --port, '{{port}}']"
         if model.engine != "command" and model.command:
             yield f"{path}.command: belongs to engine: command, not to {model.engine}; delete it or change engine"
+        low, most = model.min_replicas or 0, model.max_replicas or model.replicas
+        if not low <= model.replicas <= most:
+            yield f"{path}.replicas: found {model.replicas}; allowed: min_replicas to max_replicas ({low} to {most})"
         if model.command and not any("{port}" in word for word in model.command):
             yield f"{path}.command: {{port}} must be part of it, so that the server listens where it is expected"
 
@@ -968,6 +972,7 @@ class Deployment:
         self._lock = DeploymentLock(self.paths)
         self.controller: Controller | None = None
         self._handover: Handover | None = None
+        self._autoscaler: Autoscaler | None = None
 
     def select_models(self, name: str | None = None, replicas: int | None = None) -> list[ModelConfig]:
         """Return all models, or only the one called ``name``. Raises RefusedError when there is no such model."""
@@ -1072,6 +1077,7 @@ class Deployment:
         """
         from agent_infra_core.control.controller import Controller
         from agent_infra_core.control.handover import Handover
+        from agent_infra_core.control.scaling import Autoscaler
         from agent_infra_core.fleet.engines import GUARDED_ENGINES
         from agent_infra_core.fleet.slurm import SlurmCluster
         from agent_infra_core.ssh.tunnels import TunnelSet
@@ -1095,15 +1101,17 @@ class Deployment:
         controller.expected = frozenset(model.name for model in expected)
         if isinstance(self.cluster, SlurmCluster) and self.config.cluster.slurm.handover:
             self._handover = Handover(self, self.cluster, controller.drain)
-        self.controller = controller
+        self.controller, self._autoscaler = controller, Autoscaler(self, self.cluster, controller)
         controller.start()
         return controller
 
     def _look(self) -> list[ReplicaRecord]:
-        """Return the replicas. While the controller runs, also replace those whose walltime is about to end."""
+        """Return the replicas. While the controller runs, also scale, and replace those whose walltime ends soon."""
         records = self.cluster.replicas()
-        if self._handover is not None and self.controller is not None and self.controller.is_running:
-            self._handover.follow(records)
+        if self.controller is not None and self.controller.is_running:
+            for follower in (self._handover, self._autoscaler):
+                if follower is not None:
+                    follower.follow(records)
         return records
 
     def disconnect(self, grace_s: float) -> None:

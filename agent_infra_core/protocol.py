@@ -71,7 +71,8 @@ MAX_RUN_TASKS = 100_000  # of an announced run
 # Frames on the Unix socket between controller and relay: one byte of kind, four bytes of length, the payload (JSON).
 # FRAME_TABLE: {"settings": {"proxy": ProxyConfig with its api_key, "headers": HeadersConfig, "log_format": "text" or
 # "json", "drain_seconds"} (in a controller's first table, then only when they change), "models": [names that clients
-# may use], "loading": [models with replicas that are starting: turns wait for them], "backends": [Backend]}.
+# may use], "loading": [models with replicas that are starting: turns wait for them], "wakes": [models that come back
+# when a turn asks for them], "backends": [Backend]}.
 FRAME_TABLE = b"T"  # controller → relay
 FRAME_STATS = b"S"  # controller → relay: the body of GET /stats, which starts with STATS_PREFIX
 STATS_PREFIX = b'{"snapshot_age_ms":0,'  # the relay replaces the age
@@ -430,6 +431,7 @@ class ReplicaRecord:
     gpu_ids: tuple[str, ...] = ()  # assigned to it (CUDA_VISIBLE_DEVICES)
     is_idle: bool = False  # it shut itself down after idle_shutdown_minutes without a turn
     address: str | None = None  # the node's, as Slurm knows it
+    is_gated: bool = False  # a Gate listens on its port: it asks for the key, and answers the keyed challenge
     # Job fields, from the last query to the scheduler:
     time_left_s: float | None = None  # rest of the walltime
     queue_wait_s: float | None = None  # from submission to start, or until now
@@ -497,6 +499,7 @@ class ServeSpec:
     restart_backoff: float = 1.0  # s before the first restart; five times longer before each following one
     nodes: int = 1  # that the replica spans; `rank` runs on all but the first
     is_job: bool = False  # it runs in a Slurm job, whose environment has the job id and the node's name
+    is_gated: bool = False  # the engine listens on loopback, and `serve` forwards to it what carries the key (see Gate)
     is_probe: bool = False  # `serve` only reports what it finds on the node (see probe_node()), and exits
     format: int = SPEC_FORMAT
 

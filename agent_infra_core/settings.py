@@ -15,7 +15,7 @@ STRATEGY_NAMES = ("least_load", "round_robin", "least_connections", "least_laten
 AUTO_OR_OFF = ("auto", "off")
 # Claude Code; Codex, twice; opencode
 SESSION_HEADERS = ("X-Claude-Code-Session-Id", "session-id", "session_id", "x-session-affinity")
-ENGINE_NAMES = ("vllm", "llama_cpp", "command")
+ENGINE_NAMES = ("vllm", "sglang", "llama_cpp", "command")
 CLUSTER_TYPES = ("local", "slurm")
 CONTAINER_RUNTIMES = ("apptainer", "pyxis")
 GPU_FLAGS = ("gres", "gpus-per-node", "none")  # the sbatch option that asks for GPUs
@@ -204,6 +204,9 @@ class ModelConfig:
     engine_args: tuple[str, ...] = ()
     env: Mapping[str, str] = _key({})
     idle_shutdown_minutes: float | None = _key(None, above=0)  # minutes without a turn until a replica shuts down
+    min_replicas: int | None = _key(None, low=0, high=1000)  # None: ``replicas``, and so for max_replicas
+    max_replicas: int | None = _key(None, low=1, high=1000)
+    max_gpu_hours: float | None = _key(None, above=0)  # after which no replica is added or woken
 
 
 @dataclass(frozen=True)

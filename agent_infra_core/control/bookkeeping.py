@@ -18,7 +18,7 @@ from agent_infra_core.fleet.engines import ENGINES
 from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.insight.analysis import CapacityAnalysis
 from agent_infra_core.insight.gauges import GaugeLog
-from agent_infra_core.insight.gpu_hours import ReplicaTime, replica_use
+from agent_infra_core.insight.gpu_hours import ReplicaTime, hours_by_state, replica_use
 from agent_infra_core.insight.history import RESTORED_S, History, HistoryBatch, HistoryFile, history_path, verdict_row
 from agent_infra_core.insight.measure import fleet_samples
 from agent_infra_core.insight.metrics import StatsMetrics, TurnMetrics, metrics_text
@@ -173,6 +173,7 @@ class Bookkeeper:
             if config.cluster.type == "slurm" and ENGINES[model.engine].uses_gpus
         }
         self._figures_due = 0.0
+        self.gpu_hours: Mapping[str, float] = {}  # model → GPU-hours of its replicas; replaced as a whole
         self._told_totals = dict(tracker.totals)
         self._verdicts_due = 0.0
         self._told_until = 0.0  # points of throughput.history up to this time have been written
@@ -255,6 +256,8 @@ class Bookkeeper:
         if time.monotonic() >= self._figures_due:
             self._figures_due = time.monotonic() + FIGURES_WRITE_S
             self._write_figures()
+            hours = {name: hours_by_state(sums, of_gpus=True) for name, sums in self._replica_time.by_model().items()}
+            self.gpu_hours = {name: sum(row.values()) - row["pending"] for name, row in hours.items()}
 
     def _write_figures(self) -> None:
         taken, points = self._replica_time.take(), self._tracker.timeline.after(self._told_until)
@@ -293,6 +296,11 @@ class Bookkeeper:
     def runs(self) -> list[dict[str, Any]]:
         """``runs`` of /stats."""
         return self._analyst.runs
+
+    @property
+    def analysis(self) -> list[dict[str, Any]]:
+        """``analysis`` of /stats. Thread-safe."""
+        return self._analyst.document
 
     def document(self) -> dict[str, Any]:
         """``history``, ``accounting``, ``analysis`` and ``runs`` of /stats."""

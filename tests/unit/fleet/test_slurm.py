@@ -32,7 +32,7 @@ from agent_infra_core.fleet.parse import (
 )
 from agent_infra_core.fleet.place import (
     JobRequest,
-    engine_bind_host,
+    bind_options,
     idle_gpus,
     job_name,
     job_replicas,
@@ -294,15 +294,12 @@ def test_gpus_are_asked_for_as_the_site_wants_it(flag: str, gres: str, option: t
     assert {("account", "abc"), ("constraint", "a100&ib"), ("mem", "1024M")} <= set(options)
 
 
-def test_only_engines_that_ask_for_the_key_everywhere_listen_beyond_loopback() -> None:
+def test_engines_that_do_not_ask_for_the_key_everywhere_stand_behind_a_gate() -> None:
     command = ModelConfig("c", "x", engine="command", command=("s", "{port}"))
-    assert [engine_bind_host(VLLM, mode) for mode in ("auto", "login", "none", "node")] == [
-        *("0.0.0.0", "0.0.0.0", "0.0.0.0", "127.0.0.1"),
-    ]
-    assert engine_bind_host(command, "auto") == "127.0.0.1"
-    for mode in ("none", "login"):
-        with pytest.raises(RefusedError, match="set it to node"):
-            engine_bind_host(command, mode)
+    for model, is_gated in ((VLLM, False), (command, True), (dataclasses.replace(VLLM, engine="sglang"), True)):
+        for mode in ("auto", "login", "none"):
+            assert bind_options(model, mode) == {"bind_host": "0.0.0.0", "is_gated": is_gated}
+        assert bind_options(model, "node") == {"bind_host": "127.0.0.1", "is_gated": False}
 
 
 # --- What became of a replica. ---------------------------------------------------------------------------------------
@@ -488,6 +485,11 @@ REQUEST = JobRequest("d", VLLM, ("m-1",), GPU, "/h/w", "/h/w/d/run", "/h/w/progr
             "engine",
             dataclasses.replace(REQUEST, model=ModelConfig("m", "/x.gguf", engine="llama_cpp"), gpus=0, cpus=2),
             SlurmConfig(),
+        ),
+        (
+            "sglang",
+            dataclasses.replace(REQUEST, model=dataclasses.replace(VLLM, engine="sglang"), cpus=8, memory_mb=65536),
+            SlurmConfig(setup=("source ~/venvs/sglang/bin/activate",)),
         ),
         (
             "apptainer",
