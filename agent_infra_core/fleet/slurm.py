@@ -321,34 +321,38 @@ class SlurmExamination:
         done = self._host.slurm("exec sbatch --test-only", stdin=script.encode())
         return failure_text(self._host.asked(done))
 
-    def probe(self, model: ModelConfig, timeout_s: float) -> tuple[dict[str, Any] | None, str]:
-        """Run probe_node() in a small job for this model.
+    @contextlib.contextmanager
+    def probe(self, model: ModelConfig, timeout_s: float) -> Iterator[tuple[dict[str, Any] | None, str]]:
+        """Run answer_probe() in a small job for this model, which lasts as long as the block.
 
-        Returns its report, or None and the reason if none arrives within ``timeout_s``.
+        Yields its report, or None and the reason if none arrives within ``timeout_s``.
         """
         request = self._request(model)
         [name] = request.replicas
-        spec = serve_spec(name, model, request.run_dir, f"{self._host.root}/replica_key", is_job=True, is_probe=True)
+        bind_host, key_file = engine_bind_host(model, self._config.tunnel), f"{self._host.root}/replica_key"
+        spec = serve_spec(name, model, request.run_dir, key_file, is_job=True, is_probe=True, bind_host=bind_host)
         script = self._render_job(request, self._config.slurm)
         told = json.dumps(dataclasses.asdict(spec)) + "\n" + script
         done = self._host.asked(self._host.slurm(_PROBE_SCRIPT, request.run_dir, name, stdin=told.encode()))
         job = parse_job_number(done.output.decode("utf-8", "replace"))
-        deadline, was_over = time.monotonic() + timeout_s, False
         try:
-            while True:
-                done = self._host.slurm(_PROBED_SCRIPT, request.run_dir, name, job)
-                output = done.output.decode("utf-8", "replace")
-                with contextlib.suppress(ValueError):
-                    return json.loads(output), ""
-                state, _, log = output.strip().partition("\n")
-                is_over = state.split(" ")[0] not in (*WAITING_JOB_STATES, "RUNNING", "CONFIGURING", "COMPLETING")
-                if (is_over and was_over) or time.monotonic() > deadline:  # it may have ended between the two commands
-                    waits = f"its job {job} is {state or 'gone'}" + ("" if is_over else f" after {timeout_s:g} s")
-                    return None, f"{waits}; {log.strip()[-500:] or 'its log is empty'}"
-                was_over = is_over
-                time.sleep(0.5)
+            yield self._await_report(request.run_dir, name, job, timeout_s)
         finally:
             self._host.slurm(_FORGET_PROBE_SCRIPT, request.run_dir, name, job)
+
+    def _await_report(self, run_dir: str, name: str, job: str, timeout_s: float) -> tuple[dict[str, Any] | None, str]:
+        deadline, was_over = time.monotonic() + timeout_s, False
+        while True:
+            output = self._host.slurm(_PROBED_SCRIPT, run_dir, name, job).output.decode("utf-8", "replace")
+            with contextlib.suppress(ValueError):
+                return json.loads(output), ""
+            state, _, log = output.strip().partition("\n")
+            is_over = state.split(" ")[0] not in (*WAITING_JOB_STATES, "RUNNING", "CONFIGURING", "COMPLETING")
+            if (is_over and was_over) or time.monotonic() > deadline:  # it may have ended between the two commands
+                waits = f"its job {job} is {state or 'gone'}" + ("" if is_over else f" after {timeout_s:g} s")
+                return None, f"{waits}; {log.strip()[-500:] or 'its log is empty'}"
+            was_over = is_over
+            time.sleep(0.5)
 
     def _request(self, model: ModelConfig) -> JobRequest:
         """A short job in the preferred partition. Its name isn't that of any replica."""

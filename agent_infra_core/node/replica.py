@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -18,14 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.host import (
-    is_missing,
-    process_stamp,
-    program_home,
-    self_command,
-    write_atomically,
-)
-from agent_infra_core.node.failures import PERMANENT_FAILURES, classify_failure
+from agent_infra_core.host import is_missing, process_stamp, program_home, self_command, write_atomically
+from agent_infra_core.node.failures import PERMANENT_FAILURES, classify_failure, describe_exit
 from agent_infra_core.node.gate import Gate
 from agent_infra_core.node.gpus import GpuSampler, sampled_gpus
 from agent_infra_core.node.guard import server_identity
@@ -41,6 +36,8 @@ DRAIN_SETTLE_S = 0.5  # a draining engine is idle after this long without turns:
 IDLE_SETTLE_S = 3.0  # the same if it shuts itself down: the relay learns of it only when it next polls the load
 END_MARGIN_S = 3.0  # part of stop_grace reserved for the engine's shutdown
 MAX_RESTARTS = 3
+IMPORT_S = 180.0  # time for an engine's package to be imported, from a slow file system
+PROBE_HELD_S = 120.0  # how long the job of a probe waits for `doctor`
 RESTARTS_RESET_AFTER_S = 600.0  # after this long healthy, earlier restarts no longer count
 
 
@@ -365,10 +362,10 @@ def read_spec(run_directory: str, replica: str) -> tuple[ServeSpec, str]:
 
 
 def probe_node(spec: ServeSpec) -> dict[str, Any]:
-    """Return what a replica would find on this node: ``{node, python, package, gpus, model, hub}``.
+    """Return what a replica would find on this node: ``{node, python, package, import_error, gpus, model, hub}``.
 
-    ``package`` is the version of the engine's package (None: not installed), ``model`` one of local, cached, remote
-    and missing, ``hub`` whether the Hugging Face hub is reachable.
+    ``package`` is the version of the engine's package (None: not installed), ``import_error`` why Python can't import
+    it, ``model`` one of local, cached, remote and missing, ``hub`` whether the Hugging Face hub is reachable.
     """
     import importlib.metadata
     import urllib.error
@@ -399,7 +396,41 @@ def probe_node(spec: ServeSpec) -> dict[str, Any]:
         model = "missing"
     python = ".".join(str(part) for part in sys.version_info[:3])
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    return {"node": node, "python": python, "package": version, "gpus": names, "model": model, "hub": hub}
+    problem = import_problem(package, environment) if package and version else None
+    seen = {"node": node, "python": python, "package": version, "import_error": problem, "gpus": names}
+    return {**seen, "model": model, "hub": hub}
+
+
+def import_problem(package: str, environment: Mapping[str, str]) -> str | None:
+    """Import an engine's package as the engine would. Returns the end of what Python printed if that fails."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {package}"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=IMPORT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return f"importing it took more than {IMPORT_S:g} s"
+    said = done.stderr.decode("utf-8", "replace").strip()
+    return said[-2000:] or describe_exit(done.returncode) if done.returncode else None
+
+
+def answer_probe(spec: ServeSpec, key: str, run_directory: Path) -> None:
+    """Report what a replica would find here, and answer challenges on a port, so that a tunnel to it can be tested.
+
+    Ends when `doctor` removes the specification, or after PROBE_HELD_S.
+    """
+    name = f"{spec.replica}@{_node_name(spec)}"
+    with contextlib.closing(Telemetry(spec.bind_host, key, name, dict)) as telemetry:
+        reached = {"replica": spec.replica, "host": _advertised_host(spec.bind_host), "port": telemetry.port}
+        reached["address"] = os.environ.get("AGENT_INFRA_ADDRESS") or None
+        report = json.dumps({**probe_node(spec), **reached})
+        write_atomically(run_directory / "replicas" / f".{spec.replica}.probe", report)
+        deadline = time.monotonic() + PROBE_HELD_S
+        while (run_directory / "specs" / f"{spec.replica}.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
 
 
 def serve(run_directory: str, replica: str) -> int:
@@ -410,7 +441,7 @@ def serve(run_directory: str, replica: str) -> int:
     spec, key = read_spec(run_directory, replica)
     spec = dataclasses.replace(spec, bind_host=_bound_host(spec.bind_host))
     if spec.is_probe:
-        write_atomically(Path(run_directory) / "replicas" / f".{replica}.probe", json.dumps(probe_node(spec)))
+        answer_probe(spec, key, Path(run_directory))
         return 0
     with contextlib.closing(Watcher()) as watcher:
         return Replica(spec, key, watcher, StopSignals()).run()
