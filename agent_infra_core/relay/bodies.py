@@ -8,7 +8,7 @@ import re
 import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,8 +26,9 @@ from agent_infra_core.protocol import MAX_FIGURE, TurnFinished, TurnStarted
 if TYPE_CHECKING:
     from agent_infra_core.relay.book import Turn
 
+ROUTED_FIELDS = ("model", "stream", "stream_options", "n", "max_tokens", "max_completion_tokens")
 # The fields that are read besides messages; the last two stay undecoded.
-KNOWN_FIELDS = ("model", "stream", "stream_options", "prompt", "input", "tools", "system")
+KNOWN_FIELDS = (*ROUTED_FIELDS, "prompt", "input", "tools", "system")
 _CACHE_MARK = re.compile(rb',\s*"cache_control":\s*\{[^{}]*\}|"cache_control":\s*\{[^{}]*\}\s*,?\s*')
 # A megabyte of JSON is read in 2 ms if it is text, in 150 ms if it is millions of empty lists.
 LIGHT_BODY_BYTES, MAX_READ_VALUES = 64 << 10, 50_000  # with more, a body's words aren't read
@@ -109,7 +110,7 @@ class Codec:
         )
         self.decode: Callable[[bytes], Any] = msgspec.json.Decoder().decode
         self.convert: Callable[..., Any] = msgspec.convert
-        routed = [(name, Any, None) for name in ("model", "stream", "stream_options")]
+        routed = [(name, Any, None) for name in ROUTED_FIELDS]
         words: list[Any] = [("messages", list[msgspec.Raw], ()), ("prompt", Any, None), ("input", Any, None)]
         words += [(name, msgspec.Raw, msgspec.Raw(b"")) for name in ("tools", "system")]
         call = msgspec.defstruct("Call", [("id", str, "")])
@@ -141,7 +142,7 @@ class Codec:
         return self._raw(b"[" + b",".join(packs) + b"]")
 
     def request(self, body: bytes | bytearray, known: KnownBody | None = None) -> Any:
-        """Return the fields that routing needs (``model``, ``stream``, ``stream_options``), and those with text if they
+        """Return the fields that routing needs (ROUTED_FIELDS), and those with text if they
         have the usual types; None if the body isn't a JSON object. If the body continues ``known``, ``messages`` are
         the new ones."""
         if len(body) > LIGHT_BODY_BYTES and body.count(b",") > MAX_READ_VALUES:
@@ -301,6 +302,16 @@ def _said(part: Any) -> Any:
     """A part of a request without the marks that clients move: they don't change what was said."""
     raw = bytes(part)
     return _CACHE_MARK.sub(b"", raw) if raw.find(b'"cache_control"') >= 0 else raw
+
+
+def unsupported(fields: Any, lacks: Collection[str]) -> str | None:
+    """Why an engine that lacks this (LACKS) can't answer a request; None if it can."""
+    if "choices" in lacks and isinstance(fields.n, int) and fields.n > 1:
+        return "n must be 1: this engine reports the usage of one choice only; send the request once for each choice"
+    counts = (fields.max_tokens, fields.max_completion_tokens)
+    if "empty_answers" in lacks and any(type(count) is int and count == 0 for count in counts):
+        return "max_tokens must be at least 1"
+    return None
 
 
 def form_model(body: bytes | bytearray) -> str | None:
