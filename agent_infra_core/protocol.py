@@ -64,8 +64,12 @@ class Backend:
     ends_at: float | None = None  # end of its walltime, s since the epoch
     is_own: bool = False  # `serve` or a tunnel of this user's listens there, so nobody else's server may
     takes_priority: bool = False  # it schedules by the field ``priority`` of requests, the lowest first
+    lacks: tuple[str, ...] = ()  # of LACKS: what its engine can't do as clients expect
 
 
+# What an engine may lack. ``choices``: it counts the tokens of one choice only. ``empty_answers``: it generates a token
+# for max_tokens 0. ``response_indices``: its events of /v1/responses miss those that client libraries need.
+LACKS = ("choices", "empty_answers", "response_indices")
 MAX_RUN_TASKS = 100_000  # of an announced run
 
 # Frames on the Unix socket between controller and relay: one byte of kind, four bytes of length, the payload (JSON).

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from agent_infra_core.errors import AgentInfraError
+from agent_infra_core.fleet.engines import ENGINES
 from agent_infra_core.protocol import Backend, ReplicaRecord
 
 DISCOVERY_INTERVAL_S = 0.5
@@ -98,6 +99,7 @@ def replica_table(
             ends_at=record.ends_at,
             is_own=record.pid > 0,
             takes_priority=record.takes_priority,
+            lacks=ENGINES[record.engine].lacks if record.engine in ENGINES else (),
         )
         backends.append(dataclasses.asdict(backend))
     return {"models": list(models), "loading": sorted(loading), "backends": backends}

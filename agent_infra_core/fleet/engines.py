@@ -10,7 +10,7 @@ from typing import Any
 
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.host import self_command
-from agent_infra_core.protocol import STOP_GRACE_S, EngineProbe, EngineSpec, ServeSpec, replace_placeholders
+from agent_infra_core.protocol import LACKS, STOP_GRACE_S, EngineProbe, EngineSpec, ServeSpec, replace_placeholders
 from agent_infra_core.settings import ModelConfig
 
 
@@ -28,6 +28,7 @@ class Engine:
     may_face_network: bool = False  # requires the key on every path except health; others stand behind a Gate
     spans_nodes: bool = False
     package: str | None = None  # required in its Python
+    lacks: tuple[str, ...] = ()  # of LACKS; the relay refuses it clearly, or mends it
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,7 @@ ENGINES: Mapping[str, Engine] = {
         ),
         uses_gpus=False,
         may_face_network=True,  # llama.cpp requires the key: see test_slurm_replicas.py
+        lacks=LACKS,
     ),
     "command": Engine(
         argv=_command_argv,

@@ -329,8 +329,8 @@ class SlurmExamination:
         """
         request = self._request(model)
         [name] = request.replicas
-        bind_host, key_file = engine_bind_host(model, self._config.tunnel), f"{self._host.root}/replica_key"
-        spec = serve_spec(name, model, request.run_dir, key_file, is_job=True, is_probe=True, bind_host=bind_host)
+        key_file, bind = f"{self._host.root}/replica_key", bind_options(model, self._config.tunnel)
+        spec = serve_spec(name, model, request.run_dir, key_file, is_job=True, is_probe=True, **bind)
         script = self._render_job(request, self._config.slurm)
         told = json.dumps(dataclasses.asdict(spec)) + "\n" + script
         done = self._host.asked(self._host.slurm(_PROBE_SCRIPT, request.run_dir, name, stdin=told.encode()))
