@@ -24,7 +24,7 @@ import numpy as np
 from closed_loop import Agent, Workload
 from families import World, planted
 
-from agent_infra_core.insight.runs import Forecast, Run, RunBook, _survival
+from agent_infra_core.insight.runs import Announcement, Forecast, Run, RunBook, _survival
 from agent_infra_core.insight.tracker import Tracker
 from agent_infra_core.protocol import SessionEnded, TurnFinished
 
@@ -77,7 +77,7 @@ def play(name: str, seed: int, agents: int, replicas: int) -> list[tuple[float, 
     world, book, found = finite(name, seed, agents, replicas), RunBook(), []
     clock = closed_loop.START
     tracker = Tracker(lambda: clock)
-    book.announce("run", 200, clock)
+    book.announce(Announcement("run", 200, clock))
     rng = np.random.default_rng(seed)
     for share in SHARES:
         world.run(share * end - world.now)
@@ -88,7 +88,7 @@ def play(name: str, seed: int, agents: int, replicas: int) -> list[tuple[float, 
                 for record in tracker.take_records()[0]:
                     book.add(record)
             elif isinstance(event, SessionEnded):
-                book.end_session(event.session)
+                book.end_session(event.session, event.at)
         world.events.clear()
         clock = closed_loop.START + world.now
         [row] = book.document(clock, lambda _: None, {}, lambda: rng)

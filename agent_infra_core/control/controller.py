@@ -28,6 +28,7 @@ from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.host import append_line, write_atomically
 from agent_infra_core.http.errors import error_document
 from agent_infra_core.insight.metrics import METRICS_TYPE
+from agent_infra_core.insight.runs import Announcement
 from agent_infra_core.insight.tracker import Tracker, encode_stats
 from agent_infra_core.protocol import (
     FRAME_ANSWER,
@@ -337,7 +338,7 @@ class Controller:
             return
         if request["op"] in ("runs", "run"):
             if request["op"] == "run":
-                self._books.announce_run(request["name"], request["tasks"])
+                self._books.announce_run(Announcement(request["name"], request["tasks"], time.time()))
             self._answer(request, 200, "application/json", json.dumps({"runs": self._books.runs}))
             return
         if request["op"] == "session":

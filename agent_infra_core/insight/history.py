@@ -23,6 +23,7 @@ from agent_infra_core.errors import RefusedError
 from agent_infra_core.host import absolute_path
 from agent_infra_core.insight.gpu_hours import REPLICA_TIME_BIN_S, ReplicaUse
 from agent_infra_core.insight.rates import HISTORY_POINTS
+from agent_infra_core.insight.runs import MAX_RUNS, Announcement
 from agent_infra_core.insight.turns import TurnRecord
 
 HISTORY_BYTES = 1 << 30  # maximum size of the file; above it, the oldest turns are removed
@@ -60,6 +61,7 @@ _MIGRATIONS = (
     "ALTER TABLE turns ADD COLUMN key TEXT",
     "CREATE TABLE points (at REAL PRIMARY KEY, figures TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE ended (session TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE runs (name TEXT PRIMARY KEY, tasks INTEGER NOT NULL, at REAL NOT NULL) WITHOUT ROWID",
 )
 TURN_COLUMNS = tuple(item.name for item in dataclasses.fields(TurnRecord))
 _BOOLEAN_COLUMNS = tuple(
@@ -112,6 +114,7 @@ class HistoryBatch:
     verdicts: list[tuple[Any, ...]] = field(default_factory=list)  # rows of VERDICT_COLUMNS
     points: list[dict[str, Any]] = field(default_factory=list)  # of throughput.history; only the latest are kept
     ended: dict[str, float] = field(default_factory=dict)  # session → time its agent ended it
+    runs: dict[str, Announcement] = field(default_factory=dict)  # by name
     text_bytes: int = 0  # approximate size of the turns
 
     def add(self, later: HistoryBatch) -> collections.Counter[str]:
@@ -126,15 +129,17 @@ class HistoryBatch:
         self.verdicts = (self.verdicts + later.verdicts)[-MAX_VERDICTS:]
         self.points = (self.points + later.points)[-HISTORY_POINTS:]
         self.ended.update(later.ended)
+        self.runs.update(later.runs)
         dropped: collections.Counter[str] = collections.Counter()
         while self.text_bytes > HISTORY_BACKLOG_BYTES:
             oldest = self.turns.popleft()
             self.text_bytes -= _record_bytes(oldest)
             self.posts.pop(oldest.turn, None)
             dropped["turns"] += 1
-        kept: Mapping[str, dict[Any, float]] = {
+        kept: Mapping[str, dict[Any, Any]] = {
             "action times": self.posts,
             "ends of sessions": self.ended,
+            "runs": self.runs,
             "spans of replica time": self.replica_time,
         }
         for name, rows in kept.items():
@@ -144,7 +149,7 @@ class HistoryBatch:
         return dropped
 
     def __bool__(self) -> bool:
-        details = self.posts or self.replica_time or self.verdicts or self.points or self.ended
+        details = self.posts or self.replica_time or self.verdicts or self.points or self.ended or self.runs
         return bool(self.turns or details or any(self.totals.values()))
 
 
@@ -178,6 +183,10 @@ _INSERT_VERDICT = (
 )
 _ADD_TOTAL = "INSERT INTO totals VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
 _SUM_UP = "ON CONFLICT (replica, model, gpu_type, gpus, state, at) DO UPDATE SET seconds = seconds + excluded.seconds"
+_ANNOUNCE_RUN = (
+    "INSERT INTO runs VALUES (?, ?, ?) "
+    "ON CONFLICT (name) DO UPDATE SET tasks = excluded.tasks, at = min(at, excluded.at)"
+)
 _ADD_REPLICA_TIME = (
     "INSERT INTO replica_time (replica, model, gpu_type, gpus, state, at, seconds) VALUES (?, ?, ?, ?, ?, ?, ?) "
     + _SUM_UP
@@ -275,6 +284,7 @@ class HistoryFile:
             points = [(point["at"], json.dumps(point)) for point in batch.points]
             self._put("INSERT OR REPLACE INTO points VALUES (?, ?)", points)
             self._put("INSERT OR REPLACE INTO ended VALUES (?, ?)", list(batch.ended.items()))
+            self._put(_ANNOUNCE_RUN, list(batch.runs.values()))
         return added
 
     def _put(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> int:
@@ -315,6 +325,8 @@ class HistoryFile:
             latest = "SELECT at FROM points ORDER BY at DESC LIMIT ?"
             self._connection.execute(f"DELETE FROM points WHERE at NOT IN ({latest})", (HISTORY_POINTS,))
             self._connection.execute("DELETE FROM ended WHERE at < ?", (now - RESTORED_S,))
+            latest = "SELECT name FROM runs ORDER BY at DESC LIMIT ?"
+            self._connection.execute(f"DELETE FROM runs WHERE name NOT IN ({latest})", (MAX_RUNS,))
             self._sum_up_days(int((now - REPLICA_TIME_FINE_S) // 86400) * 86400)
 
     def _sum_up_days(self, before: int) -> None:
@@ -362,6 +374,14 @@ class HistoryFile:
     def ended_sessions(self) -> dict[str, float]:
         """Session → time its agent ended it, for at least the last RESTORED_S."""
         return dict(self.query("SELECT session, at FROM ended ORDER BY at"))
+
+    def runs(self, limit: int) -> list[Announcement]:
+        """The announcements of runs whose turns are all among the last ``limit`` written, oldest first."""
+        newest = self._value("SELECT max(id) FROM turns") or 0
+        oldest = self.query("SELECT id, finished_at FROM turns WHERE id > ? ORDER BY id LIMIT 1", newest - limit)
+        since = oldest[0][1] if oldest and oldest[0][0] > 1 else 0.0  # with the first turn, nothing is missing
+        rows = self.query("SELECT name, tasks, at FROM runs WHERE at >= ? ORDER BY at", since)
+        return [Announcement(*row) for row in rows]
 
     def count_turns(self) -> int:
         return int(self._value("SELECT count(*) FROM turns"))

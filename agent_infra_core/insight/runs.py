@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from agent_infra_core.insight.capacity import EPSILON, RESAMPLES, Array, CapacityModel
 from agent_infra_core.insight.turns import TurnRecord
 from agent_infra_core.protocol import MAX_RUN_TASKS
 
 MAX_RUNS = 20  # above this, the oldest is dropped
-MAX_INBOX = 10_000  # items that wait for the next document()
+MAX_INBOX = 50_000  # items that wait for the next document()
+MAX_ENDED = 20_000  # sessions
 MAX_GAPS = 500  # latest times between two answers of a task
 LEAST_DONE = 5  # tasks that must be over before the end of a run is estimated
 SILENT_FACTOR = 5.0  # a task silent for this many times its run's longest gap, and for SILENT_S, is over
@@ -24,6 +25,27 @@ LISTED_STRAGGLERS = 10
 TAIL = 2.0  # exponent of the distribution of turns beyond the longest task seen
 STRAGGLER_SHARE = 0.9  # a straggler has had more turns than this share of the tasks that are over
 MAX_SCHEDULED = 300  # tasks that haven't begun and are scheduled one by one; of more, the sum is shared by all agents
+
+
+class Announcement(NamedTuple):
+    """A run that a client announced, ``at`` s since the epoch."""
+
+    name: str
+    tasks: int
+    at: float
+
+
+def announcement(header: str, client: str | None, at: float) -> Announcement | None:
+    """Read ``X-Run-Tasks``: ``name=tasks``, or only the number. None if it isn't valid.
+
+    A run without a name is called like the client that announces it.
+    """
+    name, _, tasks = header.rpartition("=")
+    name = name.strip() or client or "run"
+    tasks = tasks.strip()
+    if not (tasks.isascii() and tasks.isdigit() and len(tasks) < 10 and 0 < int(tasks) <= MAX_RUN_TASKS):
+        return None
+    return Announcement(name, int(tasks), at)
 
 
 @dataclass
@@ -52,8 +74,8 @@ class Run:
     answered_s: float = 0.0  # time that replicas spent on its turns
     aborted_s: float = 0.0  # of that, on turns without an answer
 
-    def add(self, key: str, record: TurnRecord) -> None:
-        """Add a finished turn of the task ``key``."""
+    def add(self, key: str, record: TurnRecord, ended_at: float) -> None:
+        """Add a finished turn of the task ``key``, whose session ended at ``ended_at``, maybe during the turn."""
         begun = record.finished_at if record.started_at is None else record.started_at
         task = self.seen.get(key)
         if task is None:
@@ -64,10 +86,11 @@ class Run:
         gap = max(0.0, record.finished_at - task.last_end)
         self.gaps.append(gap)
         self.longest_gap = max(self.longest_gap, gap)
-        task.turns, task.last_end, task.is_over = task.turns + 1, max(task.last_end, record.finished_at), False
-        if record.session is not None:
+        task.turns, task.last_end = task.turns + 1, max(task.last_end, record.finished_at)
+        if record.session is not None and ended_at < begun:
             task.live.add(record.session)
             self.of_session.setdefault(record.session, {})[key] = task
+        task.is_over = not task.live and record.session is not None
         spent = (record.inference_ms or 0.0) / 1000
         self.answered_s += spent
         self.aborted_s += spent if record.outcome != "completed" else 0.0
@@ -199,24 +222,45 @@ def _pace(model: CapacityModel | None, agents: int, then: int, more_replicas: in
 class RunBook:
     """The announced runs. A task belongs to the run whose name its id begins with; otherwise to the latest run.
 
-    ``announce``, ``add`` and ``end_session`` only queue; ``document`` does the work, in any one thread.
+    ``announce``, ``add`` and ``end_session`` only queue, in one thread; ``document`` does the work, in any one thread.
     """
 
     def __init__(self) -> None:
-        self._inbox: deque[Run | TurnRecord | str] = deque(maxlen=MAX_INBOX)
+        self._inbox: deque[Announcement | TurnRecord | tuple[str, float]] = deque(maxlen=MAX_INBOX)
         self._runs: OrderedDict[str, Run] = OrderedDict()
+        self._ended: OrderedDict[str, float] = OrderedDict()  # session → when its agent ended it
+        self._announced: OrderedDict[str, Announcement] = OrderedDict()  # the latest of each run
 
-    def announce(self, name: str, tasks: int, at: float) -> None:
-        """Begin a run, or change the number of tasks of one."""
-        self._inbox.append(Run(name, tasks, at))
+    def announce(self, run: Announcement) -> bool:
+        """Begin a run, or change the number of tasks of one. Returns False if it was announced like this before."""
+        known = self._announced.get(run.name)
+        if known is not None and known.tasks == run.tasks and known.at <= run.at:
+            return False
+        self._announced[run.name] = run
+        if len(self._announced) > MAX_RUNS:
+            self._announced.popitem(last=False)
+        self._inbox.append(run)
+        return True
+
+    def restore(
+        self, runs: Iterable[Announcement], turns: Iterable[TurnRecord], ended: Iterable[tuple[str, float]]
+    ) -> None:
+        """Continue the runs of an earlier book. Call it before anything else, from the thread that announces."""
+        for run in runs:
+            self._announced[run.name] = run
+            self._take(run)
+        for record in turns:
+            self._take(record)
+        for end in ended:
+            self._take(end)
 
     def add(self, record: TurnRecord) -> None:
         """Add a finished turn."""
         self._inbox.append(record)
 
-    def end_session(self, session: str) -> None:
-        """Record that an agent ended its session."""
-        self._inbox.append(session)
+    def end_session(self, session: str, at: float) -> None:
+        """Record that an agent ended its session, maybe before the session's last turn is added."""
+        self._inbox.append((session, at))
 
     def document(
         self,
@@ -231,20 +275,21 @@ class RunBook:
         runs = list(reversed(self._runs.values()))
         return [_run_row(run, now, model_of(run.model), ends_at.get(run.model or "", ()), rng_of) for run in runs]
 
-    def _take(self, item: Run | TurnRecord | str) -> None:
-        if isinstance(item, Run):
-            known = self._runs.get(item.name)
-            if known is not None:
-                known.tasks = item.tasks
-            self._runs.setdefault(item.name, item)
+    def _take(self, item: Announcement | TurnRecord | tuple[str, float]) -> None:
+        if isinstance(item, Announcement):
+            run = self._runs.setdefault(item.name, Run(*item))
+            run.tasks, run.announced_at = item.tasks, min(run.announced_at, item.at)
             while len(self._runs) > MAX_RUNS:
                 self._runs.popitem(last=False)
-        elif isinstance(item, str):
+        elif isinstance(item, tuple):
+            self._ended[item[0]] = item[1]
+            if len(self._ended) > MAX_ENDED:
+                self._ended.popitem(last=False)
             for run in self._runs.values():
-                run.end_session(item)
+                run.end_session(item[0])
         elif self._runs and (key := item.task or item.session) is not None:
             named = [run for name, run in self._runs.items() if key.startswith(name)]
-            (named or list(self._runs.values()))[-1].add(key, item)
+            (named or list(self._runs.values()))[-1].add(key, item, self._ended.get(item.session or "", -math.inf))
 
 
 def _run_row(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from agent_infra_core.insight.capacity import CapacityModel
-from agent_infra_core.insight.runs import RunBook
+from agent_infra_core.insight.runs import Announcement, RunBook, announcement
 from agent_infra_core.insight.turns import TurnRecord
 
 GAP_S = 10.0
@@ -32,7 +32,7 @@ class Played:
 
     def until(self, now: float, tasks: int) -> RunBook:
         book = RunBook()
-        book.announce("night", tasks, 0.0)
+        book.announce(Announcement("night", tasks, 0.0))
         for number, (at, task) in enumerate(sorted(self.turns)):
             if at <= now:
                 record = TurnRecord(f"t{number}", at, "completed", 200, session=task, task=task, model="m")
@@ -40,7 +40,7 @@ class Played:
                 book.add(record)
         for at, task in self.ends:
             if at <= now:
-                book.end_session(task)
+                book.end_session(task, at)
         return book
 
     def row(self, now: float, tasks: int, model: CapacityModel | None = None, **ends_at: list[float]) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def test_more_replicas_and_fewer_agents_move_the_end_by_what_the_model_says() ->
 
 def test_turns_without_an_answer_are_waste() -> None:
     book = RunBook()
-    book.announce("night", 10, 0.0)
+    book.announce(Announcement("night", 10, 0.0))
     for number in range(10):
         outcome = "aborted" if number < 2 else "completed"
         book.add(
@@ -129,8 +129,8 @@ def test_turns_without_an_answer_are_waste() -> None:
 
 def test_a_task_belongs_to_the_run_whose_name_its_id_begins_with() -> None:
     book = RunBook()
-    book.announce("swe", 10, 0.0)
-    book.announce("web", 10, 0.0)
+    book.announce(Announcement("swe", 10, 0.0))
+    book.announce(Announcement("web", 10, 0.0))
     for task in ("swe-1", "swe-2", "web-1", "other"):
         book.add(TurnRecord(task, 5.0, "completed", 200, session=task, task=task, started_at=1.0))
     latest, first = book.document(6.0, lambda _: None, {}, lambda: None)
@@ -138,9 +138,34 @@ def test_a_task_belongs_to_the_run_whose_name_its_id_begins_with() -> None:
     assert (first["name"], first["running"]) == ("swe", 2)
 
 
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [
+        ("night=200", Announcement("night", 200, 5.0)),
+        (" night = 200 ", Announcement("night", 200, 5.0)),
+        ("a=b=3", Announcement("a=b", 3, 5.0)),
+        ("200", Announcement("me", 200, 5.0)),
+        *((wrong, None) for wrong in ("", "night", "night=", "night=0", "night=-1", "night=1.5", "night=²", "9" * 30)),
+    ],
+)
+def test_a_header_announces_a_run(header: str, found: Announcement | None) -> None:
+    assert announcement(header, "me", 5.0) == found
+
+
+def test_a_run_that_each_turn_announces_is_announced_once() -> None:
+    book = RunBook()
+    assert book.announce(Announcement("night", 10, 5.0))
+    assert not book.announce(Announcement("night", 10, 6.0))
+    assert book.announce(Announcement("night", 10, 4.0))  # the turns of a batch don't come in the order they began in
+    assert book.announce(Announcement("night", 12, 7.0))
+    book.add(TurnRecord("t", 6.0, "completed", 200, session="s", started_at=4.0))
+    [row] = book.document(8.0, lambda _: None, {}, lambda: None)
+    assert (row["tasks"], row["announced_at"], row["running"]) == (12, 4.0, 1)
+
+
 def test_tasks_that_began_before_the_run_are_not_of_it() -> None:
     book = RunBook()
-    book.announce("night", 10, 3.0)
+    book.announce(Announcement("night", 10, 3.0))
     book.add(TurnRecord("t", 5.0, "completed", 200, session="s", task="t", started_at=1.0))
     [row] = book.document(6.0, lambda _: None, {}, lambda: None)
     assert row["running"] == row["done"] == 0
