@@ -24,7 +24,7 @@ import numpy as np
 from closed_loop import Agent, Workload
 from families import World, planted
 
-from agent_infra_core.insight.runs import Announcement, Forecast, Run, RunBook, _survival
+from agent_infra_core.insight.runs import Announcement, Forecast, Run, RunBook, task_lengths
 from agent_infra_core.insight.tracker import Tracker
 from agent_infra_core.protocol import SessionEnded, TurnFinished
 
@@ -102,8 +102,8 @@ def oracle(name: str, run: Run, rng: Any) -> float:
     true = np.array([max(1, round(LENGTHS[name](dice))) for _ in range(2000)], dtype=float)
     so_far = np.array([task.turns for task in run.seen.values() if not task.is_over], dtype=float)
     gap_s = float(np.mean(run.gaps))
-    known = _survival(true, np.full(len(true), True), 100, rng)
-    forecast = Forecast(so_far, run.tasks - len(run.seen), *known, gap_s, float(np.std(run.gaps)) / gap_s)
+    known = task_lengths(true, np.full(len(true), True), rng, draws=100)
+    forecast = Forecast(so_far, run.tasks - len(run.seen), known, gap_s, float(np.std(run.gaps)) / gap_s)
     return float(np.median(forecast.finish_s(len(so_far), 1.0, np.ones(2), rng)))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from agent_infra_core.insight.capacity import CapacityModel
-from agent_infra_core.insight.runs import Announcement, RunBook, announcement
+from agent_infra_core.insight.runs import Announcement, RunBook, announcement, task_lengths
 from agent_infra_core.insight.turns import TurnRecord
 
 GAP_S = 10.0
@@ -71,6 +71,23 @@ def test_intervals_hold_where_tasks_differ() -> None:
             remaining = played.row(now, 200)["remaining_s"]
             held.append(remaining["low"] <= played.end_s - now <= remaining["high"])
     assert sum(held) >= 0.85 * len(held)
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.5])
+def test_a_task_far_beyond_all_others_is_not_about_to_end_where_tails_are_heavy(alpha: float) -> None:
+    """What is left of a Pareto task that has had t turns has the median t·(2^(1/α) − 1), and grows with t."""
+    dice, rng = random.Random(3), np.random.default_rng(3)
+    turns = np.array([6 * dice.paretovariate(alpha) for _ in range(300)])
+    found = task_lengths(turns, np.full(len(turns), True), rng).rest(np.array([100.0, 1000.0]), rng)
+    for so_far, rest in zip((100, 1000), np.median(found, axis=0), strict=True):
+        assert 0.5 < rest / (so_far * (2 ** (1 / alpha) - 1)) < 2.0
+
+
+def test_a_task_without_memory_has_as_much_left_as_any_other() -> None:
+    rng = np.random.default_rng(3)
+    turns = rng.exponential(14.0, size=300)
+    found = task_lengths(turns, np.full(len(turns), True), rng).rest(np.array([0.0, 40.0]), rng)
+    assert 0.6 < np.median(found[:, 1]) / np.median(found[:, 0]) < 1.7
 
 
 def test_short_tasks_that_end_first_do_not_make_the_rest_look_short() -> None:
