@@ -541,13 +541,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "|---------------|---------------|------:|--------:|------:|------:|------:|-----:|------:|------:|-------|"
         )
         total = Score()
-        for name, found in pool.map(run_one, tasks):
+        for number, (name, found) in enumerate(pool.map(run_one, tasks), 1):
             scores[name].merge(found)
             total.merge(found)
-    for name in names:
-        print(row(name, scores[name], true[name]))
-        if options.documents:
-            print("\n".join(scores[name].words))
+            if number % options.seeds == 0:
+                print(row(name, scores[name], true[name]), flush=True)
+                if options.documents:
+                    print("\n".join(scores[name].words))
     print(row("all", total, None))
     return 0
 
