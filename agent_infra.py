@@ -142,8 +142,9 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
 
 
 def load_proxy_config(path: str | os.PathLike[str]) -> Config:
-    """Read only the sections ``proxy``, ``headers`` and ``otel``, for a proxy alone. Raises ConfigError."""
-    wanted = ("version", "proxy", "headers", "otel")
+    """Read what a proxy alone needs of a configuration: ``proxy``, ``headers``, ``analysis``, ``otel``. Raises
+    ConfigError."""
+    wanted = ("version", "proxy", "headers", "analysis", "otel")
     alone = {"models": [{"name": "alone", "model_path": "smollm2-135m-instruct"}]}
     return _read_config(path, lambda document: alone | {key: document[key] for key in wanted if key in document})
 
@@ -1901,17 +1902,7 @@ def _run_proxy(arguments: argparse.Namespace) -> int:
     from agent_infra_core.control.lock import DeploymentLock
 
     records = [parse_backend(text, number) for number, text in enumerate(arguments.backend, start=1)]
-    names = dict.fromkeys(record.model for record in records)
-    base = load_proxy_config(arguments.config) if arguments.config else DEFAULT_CONFIG
-    options = {name: getattr(arguments, name) for name in ("host", "port", "strategy", "capture_text", "history")}
-    proxy = dataclasses.replace(base.proxy, **{key: value for key, value in options.items() if value is not None})
-    config = Config(
-        models=tuple(ModelConfig(name=name, model_path=name, engine="command") for name in names),
-        proxy=proxy,
-        cluster=ClusterConfig(name=f"proxy-{proxy.port}"),
-        headers=base.headers,
-        otel=base.otel,
-    )
+    config = _proxy_config(arguments, dict.fromkeys(record.model for record in records))
     paths = deployment_paths(config.cluster.name, os.environ)
     spans = span_sender(config.otel)
     lock, signals = DeploymentLock(paths), OperatorSignals()
@@ -1921,7 +1912,7 @@ def _run_proxy(arguments: argparse.Namespace) -> int:
     try:
         controller.start()
         signals.on_second = controller.relay.terminate
-        _say(f"proxy  {controller.url}  ({proxy.strategy})  backends: {', '.join(arguments.backend)}")
+        _say(f"proxy  {controller.url}  ({config.proxy.strategy})  backends: {', '.join(arguments.backend)}")
         for text, record in zip(arguments.backend, records, strict=True):
             if not is_listening(record.host, record.port or 0):
                 _say(f"degraded: nothing listens at {text}; its turns go elsewhere until something does")
@@ -1932,6 +1923,19 @@ def _run_proxy(arguments: argparse.Namespace) -> int:
         paths.drained.unlink(missing_ok=True)
         lock.release()
     return 0
+
+
+def _proxy_config(arguments: argparse.Namespace, models: Iterable[str]) -> Config:
+    """The configuration of a proxy alone, from its options and its file."""
+    base = load_proxy_config(arguments.config) if arguments.config else DEFAULT_CONFIG
+    options = {name: getattr(arguments, name) for name in ("host", "port", "strategy", "capture_text", "history")}
+    proxy = dataclasses.replace(base.proxy, **{key: value for key, value in options.items() if value is not None})
+    return dataclasses.replace(
+        base,
+        models=tuple(ModelConfig(name=name, model_path=name, engine="command") for name in models),
+        proxy=proxy,
+        cluster=ClusterConfig(name=f"proxy-{proxy.port}"),
+    )
 
 
 def parse_backend(text: str, number: int) -> ReplicaRecord:
@@ -2349,7 +2353,7 @@ def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
         "--backend", action="append", required=True, metavar="MODEL=HOST:PORT", help="a server; repeat for each"
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="read its sections proxy, headers and otel; options override it"
+        "--config", metavar="FILE", help="read its sections proxy, headers, analysis and otel; options override it"
     )
     parser.add_argument("--host", help=f"address to listen on (default {defaults.host})")
     parser.add_argument("--port", type=_port, help=f"default {defaults.port}; 0 = any free one")

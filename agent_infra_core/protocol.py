@@ -146,6 +146,7 @@ class TurnStarted:
     prompt: str = ""  # excerpt of at most proxy.capture_text characters
     prints: bytes = b""  # a four-byte checksum of everything before the messages (tools), then one of each message
     follows: str | None = None  # conversation_key that it continues; "": a new conversation; None: cannot be known
+    run: str | None = None  # the value of X-Run-Tasks, which announces a run
 
 
 @dataclass(slots=True)

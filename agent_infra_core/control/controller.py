@@ -30,6 +30,7 @@ from agent_infra_core.errors import AgentInfraError
 from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.host import append_line, write_atomically
 from agent_infra_core.insight.metrics import METRICS_TYPE
+from agent_infra_core.insight.runs import Announcement
 from agent_infra_core.insight.tracker import Tracker, encode_stats
 from agent_infra_core.protocol import (
     FRAME_ANSWER,
@@ -385,7 +386,7 @@ class Controller:
             return
         if request["op"] in ("runs", "run"):
             if request["op"] == "run":
-                self._books.announce_run(request["name"], request["tasks"])
+                self._books.announce_run(Announcement(request["name"], request["tasks"], time.time()))
             self._answer(request, 200, json.dumps({"runs": self._books.runs}))
             return
         if request["op"] in ("history", "sessions", "session"):

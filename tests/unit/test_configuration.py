@@ -183,3 +183,13 @@ def test_a_deployment_is_known_from_a_configuration_with_errors_elsewhere(
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "nowhere.yaml")
     assert caught.value.deployment is None
+
+
+def test_a_proxy_alone_takes_what_concerns_it_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "other.yaml"
+    path.write_text("proxy: {port: 7000}\nanalysis: {latency_goal_s: 3}\ncluster: {name: other}\nmodels: 17\n")
+    words = ["proxy", "--backend", "m=127.0.0.1:1", "--config", str(path), "--port", "7001"]
+    config = agent_infra._proxy_config(agent_infra.build_parser().parse_args(words), ["m"])
+    assert config.analysis.latency_goal_s == 3
+    assert (config.proxy.port, config.cluster.name) == (7001, "proxy-7001")
+    assert [model.name for model in config.models] == ["m"]
