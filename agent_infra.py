@@ -1552,6 +1552,8 @@ def _connect(arguments: argparse.Namespace, detach: Callable[[Path], None] | Non
     from agent_infra_core.control.link import DRAIN_S
 
     deployment = _deployment(arguments)
+    if arguments.dashboard:
+        page_script()
     signals = OperatorSignals()
     deployment.claim("connect")
     try:
@@ -1564,11 +1566,12 @@ def _connect(arguments: argparse.Namespace, detach: Callable[[Path], None] | Non
                 _say(f"degraded: {reason}")
         except HostUnreachableError as error:  # the proxy serves what it knows
             _say(f"degraded: {error}")
-        if detach is not None:
-            log = deployment.paths.log("proxy")
-            _say(f"runs in the background: `stop` ends it and the replicas, `kill {os.getpid()}` it alone; log: {log}")
-            detach(log)
-        _attend(controller, signals)
+        with _page(arguments.dashboard, deployment, controller.url):
+            if detach is not None:
+                log, pid = deployment.paths.log("proxy"), os.getpid()
+                _say(f"runs in the background: `stop` ends it and the replicas, `kill {pid}` it alone; log: {log}")
+                detach(log)
+            _attend(controller, signals)
         _say("finishing the turns in flight (Ctrl-C again ends them now); the replicas keep running, `stop` ends them")
     finally:
         deployment.disconnect(DRAIN_S)
@@ -1676,6 +1679,20 @@ class PageProcess:
             self._process.stdin.close()
 
 
+@contextlib.contextmanager
+def _page(is_wanted: bool, deployment: Deployment, proxy: str) -> Iterator[None]:
+    """Serve the page meanwhile if it is wanted: it also shows replicas that aren't ready yet."""
+    if not is_wanted:
+        yield
+        return
+    page = PageProcess(deployment, proxy)
+    try:
+        _say(f"page   {page.url}")
+        yield
+    finally:
+        page.close()
+
+
 def _end_with_input() -> None:
     """Wait for the end of standard input, which means that the parent is gone; then end this process."""
     with contextlib.suppress(OSError):  # an unreadable one counts as ended
@@ -1685,7 +1702,7 @@ def _end_with_input() -> None:
 
 
 def _run_page(arguments: argparse.Namespace) -> int:
-    """Run the `page` role, which `up --dashboard` starts."""
+    """Run the `page` role, which `--dashboard` starts."""
     threading.Thread(target=_end_with_input, name="lifeline", daemon=True).start()
     return serve_page(page_script(), arguments.port, arguments.proxy, None)
 
@@ -1733,7 +1750,6 @@ def _wait_for_some(deployment: Deployment, controller: Controller, signals: Oper
 def _run_up(arguments: argparse.Namespace) -> int:
     deployment = _deployment(arguments)
     models = deployment.select_models(arguments.model, arguments.replicas)
-    page: PageProcess | None = None
     if arguments.dashboard:
         page_script()
     signals = OperatorSignals()
@@ -1750,21 +1766,17 @@ def _run_up(arguments: argparse.Namespace) -> int:
     try:
         controller.refresh()
         controller.expected = frozenset()
-        records = _wait_for_some(deployment, controller, signals)
-        if not signals.came():
-            controller.refresh()
-            _greet(controller, deployment)
-            _tell_queued(records)
-            if arguments.dashboard:
-                page = PageProcess(deployment, controller.url)
-                _say(f"page   {page.url}")
-            _say("Ctrl-C stops everything")
-            _attend(controller, signals)
+        with _page(arguments.dashboard, deployment, controller.url):
+            records = _wait_for_some(deployment, controller, signals)
+            if not signals.came():
+                controller.refresh()
+                _greet(controller, deployment)
+                _tell_queued(records)
+                _say("Ctrl-C stops everything")
+                _attend(controller, signals)
     finally:
         with contextlib.suppress(OSError):  # the terminal may be gone; stop everything anyway
             _say("stopping")
-        if page is not None:
-            page.close()
         ended = deployment.stop(now=signals.count != 1)
         with contextlib.suppress(OSError):
             _say(f"stopped {', '.join(ended)}" if ended else "nothing ran")
@@ -2143,6 +2155,7 @@ def _add_running_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("--dry-run", action="store_true", help="only print what would be started")
     added = verb("connect", _run_connect, "run the proxy in front of the replicas", "config", "port", "log")
     added.add_argument("--background", action="store_true", help="detach from this terminal once the proxy is ready")
+    added.add_argument("--dashboard", action="store_true", help="also serve the page")
     added = verb("scale", _run_scale, "change how many replicas of a model run", "config")
     added.add_argument("name", metavar="MODEL", help="the model's name")
     added.add_argument("count", metavar="N", type=_count, help="the number of replicas to run")
