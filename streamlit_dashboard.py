@@ -411,7 +411,8 @@ def _named(rows: Sequence[Mapping[str, Any]], most: int = 3) -> str:
     shown = []
     for row in rows[:most]:
         reason = reason_of(row)
-        shown.append(f"{row.get('id')}" + (f" ({reason[:120]})" if reason else ""))
+        short = reason if len(reason) <= 80 else reason[:80].rstrip() + "…"
+        shown.append(f"{row.get('id')}" + (f" ({short})" if reason else ""))
     more = f" and {len(rows) - most} more" if len(rows) > most else ""
     return ", ".join(shown) + more
 
@@ -1109,7 +1110,7 @@ def metrics_of_now(document: Mapping[str, Any]) -> list[Metric]:
     """What is going on, and the failures of the last minutes."""
     queue, sessions = part(document, "queue"), part(document, "sessions")
     slots = [row.get("slots") for row in listed(document, "models")]
-    of_slots = f"now, of {count(sum(filter(is_known, slots)))}" if any(map(is_known, slots)) else "now"
+    of_slots = f"of {things(sum(filter(is_known, slots)), 'slot')}" if any(map(is_known, slots)) else "now"
     failed, finished, window = recent_failures(document) or (0, 0, RECENT_S)
     share = failed / finished if finished else 0.0
     pending, oldest = queue.get("pending"), queue.get("oldest_ms")
@@ -1229,7 +1230,7 @@ def _steps(data: Data, panel: Panel, is_last: bool, height: int, brush: Any, cro
         direction="horizontal",
         symbolType="stroke",
         title=None,
-        offset=2,
+        offset=10,
         labelExpr=f"{json.dumps(dict(panel.lines))}[datum.label]",
         labelLimit=200,
     )
@@ -1615,8 +1616,7 @@ PAGE_CSS = """
 # =====================================================================================================================
 
 STATES = ("all", "live", "ended")
-OUTCOMES = ("completed", "error", "rejected", "aborted")
-OUTCOME_WORDS = {"error": "failed", "rejected": "refused", "aborted": "client left"}
+OUTCOME_WORDS = {"completed": "completed", "error": "failed", "rejected": "refused", "aborted": "client left"}
 ORDERS = {  # of the list: its words → the field of GET /sessions, all with the highest first
     "most recent": "last_at",
     "longest wait": "queued_s",
@@ -1783,7 +1783,7 @@ def status_view(source: Source, body: Callable[[Source], None] | None) -> None:
         text = "The figures stand still until you resume."
         statements.insert(0, Status(NEUTRAL, "PAUSED", text))
     with st.container(border=True, key="status", gap="xsmall"):
-        for status in statements[:4]:
+        for status in statements[:5]:
             with st.container(horizontal=True, wrap=False, gap="small"):
                 st.badge(f"{SHAPES[status.judgement]} {status.word}", color=COLOURS[status.judgement])
                 st.text(" ".join(filter(None, (status.sentence, status.hint))), width="stretch")
@@ -1821,7 +1821,7 @@ def show_metrics(metrics: Iterable[Metric], key: str) -> None:
                 border=True,
                 height=176 if metric.course else 124,
                 chart_data=list(metric.course) if len(metric.course) > 1 else None,
-                chart_type="area",
+                chart_type="bar",  # from 0, so that a constant rate is flat
             )
 
 
@@ -1940,14 +1940,15 @@ def sessions_path(offset: int) -> str:
 
 
 def list_filters() -> None:
-    """Search, state, outcome and order."""
+    """Search, state, outcome and order; kept while a session is open."""
+    kept: Any = "session"
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        st.text_input(
-            "Search", key="query", type="search", live=True, placeholder="id, task, client or model", width=300
-        )
-        st.pills("State", STATES, key="state", default="all", required=True, bind="query-params")
-        st.pills("With a turn that", OUTCOMES, key="outcome", format_func=lambda name: OUTCOME_WORDS.get(name, name))
-        st.selectbox("Order", list(ORDERS), key="order", width=180)
+        hint = "id, task, client or model"
+        st.text_input("Search", key="query", type="search", live=True, placeholder=hint, width=300, persist_state=kept)
+        st.pills("State", STATES, key="state", default="all", required=True, persist_state=kept)
+        words = OUTCOME_WORDS
+        st.pills("With a turn that", list(words), key="outcome", format_func=words.__getitem__, persist_state=kept)
+        st.selectbox("Order", list(ORDERS), key="order", width=180, persist_state=kept)
 
 
 def list_view(source: Source) -> None:
@@ -2018,7 +2019,7 @@ def trace_view(source: Source, name: str) -> None:
     reading = source.read(path, 1.0)
     with st.container(horizontal=True, vertical_alignment="center"):
         st.button("All sessions", icon=":material/arrow_back:", on_click=open_session, args=(None,))
-        st.code(name, language=None, width="content")
+        st.code(name, language=None, width="content", wrap_lines=True)
     show_problem(reading.problem)
     document = reading.document or {}
     turns, session = listed(document, "turns"), part(document, "session")

@@ -254,6 +254,18 @@ def over_time(begin: float, end: float, points: int) -> dict[str, Any]:
     }
 
 
+def recorded(document: dict[str, Any]) -> dict[str, Any]:
+    """GET /history of a document alone: its last minutes."""
+    points = document["throughput"]["history"]
+    at = [point["at"] for point in points]
+    names = {"turns_per_minute": "turns_per_minute", "tokens_per_second": "tokens_per_second"}
+    names.update({"in_flight": "in_flight", "queue": "pending"})
+    series = {name: [point[key] for point in points] for name, key in names.items()}
+    for rank in ("p50", "p95"):
+        series[f"latency_ms_{rank}"] = [point["latency_ms"][rank] for point in points]
+    return {"from": at[0], "to": at[-1], "step_s": 2, "now": at[-1], "series": {"at": at, **series}, "runs": []}
+
+
 def history(points: int = 300) -> list[dict[str, Any]]:
     return [
         {
@@ -364,7 +376,7 @@ def empty(**changes: Any) -> dict[str, Any]:
         ttft_ms=percentiles(None),
         gap_ms=percentiles(None),
     )
-    return busy(
+    document = busy(
         backends=[lone],
         clients=1,
         sessions=0,
@@ -381,6 +393,8 @@ def empty(**changes: Any) -> dict[str, Any]:
             **changes,
         },
     )
+    document["sessions"] = dict.fromkeys(document["sessions"], 0)
+    return document
 
 
 def extreme() -> dict[str, Any]:
@@ -428,6 +442,7 @@ class StatsServer:
         self.token: str | None = None
         self.asked: list[str] = []
         self.sessions: list[dict[str, Any]] = [] if document is None else sessions_of(document)
+        self.history: dict[str, Any] | None = None  # in place of one made up
         self.turns = 12  # of each session
         self.said: str | None = None  # instead of the usual prompts, answers and errors
         self.port = port or free_port()
@@ -457,9 +472,12 @@ class StatsServer:
         options = {name: values[0] for name, values in parse_qs(url.query).items()}
         if url.path == "/stats":
             return 200, self.document
+        if url.path == "/history" and self.history is not None:
+            return 200, self.history
         if url.path == "/history":
             now = self.document["now"]
-            return 200, over_time(float(options.get("from", now - 3600)), now, int(options["points"]))
+            begin = float(options.get("from", now - 3600)) if self.sessions else now  # without traffic: nothing
+            return 200, over_time(begin, now, int(options["points"]))
         if url.path == "/sessions":
             return 200, self.list(options)
         name = unquote(url.path.removeprefix("/stats/sessions/"))

@@ -92,7 +92,7 @@ def site(site_of_module: Site) -> Iterator[Site]:
     """The page in front of a fleet at work; afterwards no viewer is left and the browser has complained of nothing."""
     site_of_module.server.show(stats.busy())
     site_of_module.server.status, site_of_module.server.turns = 200, 12
-    site_of_module.server.said = None
+    site_of_module.server.said = site_of_module.server.history = None
     site_of_module.complaints.clear()
     yield site_of_module
     for context in site_of_module.browser.contexts:
