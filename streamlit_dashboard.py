@@ -146,7 +146,7 @@ def estimate(value: Mapping[str, Any], show: Callable[[Any], str] = figure, unit
     tail = f"{SPACE}{unit}" if unit else ""
     span = f"{show(low)} to {show(high)}" if is_known(low) and is_known(high) else None
     if is_known(value.get("value")):
-        return f"{show(value['value'])}{tail}" + (f" ({span})" if span else "")
+        return f"{show(value['value'])}{tail}" + (f" ({span})" if span and show(low) != show(high) else "")
     return f"{span}{tail}" if span else UNKNOWN
 
 
@@ -473,7 +473,7 @@ def _error_status(document: Mapping[str, Any]) -> list[Status]:
     why = str(latest.get("error") or "")[:200]
     text += f": {why.rstrip('.')}." if why else "."
     is_bad = failed / finished >= BAD_ERROR_SHARE
-    return [Status(BAD if is_bad else BUSY, "ERRORS", text, "Sessions → outcome “error” lists them.")]
+    return [Status(BAD if is_bad else BUSY, "ERRORS", text, "They are under Sessions, “failed”.")]
 
 
 def _side_status(document: Mapping[str, Any]) -> list[Status]:
@@ -1954,7 +1954,8 @@ def list_filters() -> None:
 def list_view(source: Source) -> None:
     """The sessions, searched, filtered and ordered by the proxy; each row keeps its place until the viewer moves it."""
     list_filters()
-    page = int(st.session_state.get("page") or 1)
+    pages = f"page of {sessions_path(0)}"
+    page = int(st.session_state.get(pages) or 1)
     path = sessions_path(LISTED_SESSIONS * (page - 1))
     reading = source.read(path, LIST_EVERY_S)
     show_problem(reading.problem)
@@ -1977,7 +1978,7 @@ def list_view(source: Source) -> None:
         return
     show_table(session_frame(rows, source.stats().get("now")), session_columns(), "sessions", "id", height=640)
     if many:
-        st.pagination(math.ceil(many / LISTED_SESSIONS), key="page")
+        st.pagination(math.ceil(many / LISTED_SESSIONS), key=pages)
 
 
 def _reorder() -> None:
