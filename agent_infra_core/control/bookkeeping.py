@@ -157,7 +157,7 @@ class Bookkeeper:
         path = history_path(config.proxy.history, paths.history)
         self._history = History(path, log, time.time) if path is not None else None
         self._reader = HistoryReader(path, answer, log)
-        self._gauges = GaugeLog()
+        self._gauges = GaugeLog(time.time())
         self._replica_time = ReplicaTime(time.time, time.monotonic)
         self._asked_gpus = {
             model.name: model.tensor_parallel_size * model.pipeline_parallel_size

@@ -35,16 +35,17 @@ class _Means:
 class GaugeLog:
     """Makes rows of the table ``gauges`` from the rows of Tracker.replicas, one per model and one for all."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: float) -> None:
+        """``now``, like all times here, is in s since the epoch."""
         self._means: dict[str, _Means] = {}
         self._preemptions: dict[str, int] = {}  # replica → its engine's counter
-        self._begun: float | None = None
+        self._begun = now
         self._rows: list[tuple[Any, ...]] = []
 
     def sample(self, now: float, replicas: Iterable[Mapping[str, Any]], queues: Mapping[str, int]) -> None:
         """Add a sample; call it once a second. ``queues``: model → turns that wait."""
-        if self._begun is None or not 0 <= now - self._begun < LONGEST_STEP_S:
-            self._begun, self._means = now, {}  # the first, or the clock was set
+        if not 0 <= now - self._begun < LONGEST_STEP_S:
+            self._begun, self._means = now, {}  # nobody looked, or the clock was set
         in_flight: collections.Counter[str] = collections.Counter()
         preemptions = {}
         for row in replicas:
@@ -69,10 +70,9 @@ class GaugeLog:
             self._close(now)
 
     def _close(self, now: float) -> None:
-        begun = now if self._begun is None else self._begun
         for model, means in self._means.items():
             figures = (means.mean(name) for name in ("in_flight", "queue", "kv_usage", "gpu_utilization"))
-            self._rows.append((now, model, now - begun, *figures, means.preemptions))
+            self._rows.append((now, model, now - self._begun, *figures, means.preemptions))
         self._begun, self._means = now, {}
 
     def take(self) -> list[tuple[Any, ...]]:

@@ -27,6 +27,7 @@ STEPS_S = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400,
 MAX_READ_TURNS = 50_000  # read one by one, at most; of more, the summaries are read
 WRITTEN_S = 3.0  # turns that finished longer ago than this are in the file …
 MEAN_WRITTEN_S = 0.5  # … and on average those that finished longer ago than this
+LEAST_COVERED_S = 15.0  # rates are of at least as much time, so that two turns in a moment are no thousand a minute
 LIVE_S = 15.0  # a controller that ran so recently still runs: it is the one that asks
 LISTED_REASONS = 10
 EMPTY_RANGE_S = 3600.0  # shown of a history without anything
@@ -236,7 +237,7 @@ def _read_gauges(file: HistoryFile, axis: _Axis, model: str | None) -> dict[str,
     ran = rows[:, :2] if not model else np.array(file.query(query, *ends, ""), dtype=float).reshape(-1, 7)[:, :2]
     covered, whole = _integral(ran[:, 0], ran[:, 1], np.ones(len(ran)), edges), np.diff(edges)
     seconds = [
-        (all_of_it if some >= MOSTLY * all_of_it else some) or None
+        (all_of_it if some >= MOSTLY * all_of_it else max(some, min(all_of_it, LEAST_COVERED_S))) if some else None
         for some, all_of_it in zip(covered.tolist(), whole.tolist(), strict=True)
     ]
     found: dict[str, list[Any]] = {"seconds": seconds}

@@ -150,6 +150,12 @@ def test_a_rate_is_of_the_time_that_a_controller_ran(file: HistoryFile) -> None:
     assert series["turns_per_minute"] == [20.0, 0.0]
 
 
+def test_turns_of_a_moment_are_no_thousand_a_minute(file: HistoryFile) -> None:
+    write(file, turn("t", START + 59.9), gauges=[gauge(START + 60, seconds=0.2), *ran(START + 60, START + 120)])
+    series = read_series(file, SeriesQuery(START, START + 120, 3), START + 130)["series"]
+    assert series["turns_per_minute"] == [4.0, 0.0]
+
+
 def test_the_last_step_is_left_out_until_half_of_it_is_over(file: HistoryFile) -> None:
     write(file, *(turn(f"t{n}", START + n) for n in range(143)), gauges=ran(START, START + 140))
     short = read_series(file, SeriesQuery(START, START + 143, 4), START + 143)
@@ -414,7 +420,7 @@ def replica(name: str, model: str = "m", **figures: Any) -> dict[str, Any]:
 
 
 def test_gauges_are_means_over_five_seconds_by_model_and_in_all() -> None:
-    log = GaugeLog()
+    log = GaugeLog(START)
     for second in range(11):
         sampled = [replica("m-1", inflight=second, preemptions=10 + second), replica("b-1", "b", gpu=None, kv=None)]
         log.sample(START + second, sampled, {"m": 3})
@@ -427,14 +433,14 @@ def test_gauges_are_means_over_five_seconds_by_model_and_in_all() -> None:
 
 
 def test_an_engine_that_was_restarted_counts_preemptions_from_zero() -> None:
-    log = GaugeLog()
+    log = GaugeLog(START)
     for second, count in enumerate((100, 104, 3, 3, 3, 3)):
         log.sample(START + second, [replica("m-1", preemptions=count)], {})
     assert [row[-1] for row in log.take() if row[1] == "m"] == [7]
 
 
 def test_a_pause_is_no_time_that_a_controller_ran() -> None:
-    log = GaugeLog()
+    log = GaugeLog(START)
     for second in (0, 1, 2, 60, 61, 62, 63, 64, 65):
         log.sample(START + second, [replica("m-1")], {})
     assert [(row[0], row[2]) for row in log.take() if not row[1]] == [(START + 65, 5.0)]
