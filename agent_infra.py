@@ -1601,6 +1601,8 @@ def _connect(arguments: argparse.Namespace, detach: Callable[[Path], None] | Non
     from agent_infra_core.control.link import DRAIN_S
 
     deployment = _deployment(arguments)
+    if arguments.dashboard:
+        page_script()
     signals = OperatorSignals()
     deployment.claim("connect")
     try:
@@ -1613,11 +1615,12 @@ def _connect(arguments: argparse.Namespace, detach: Callable[[Path], None] | Non
                 _say(f"degraded: {reason}")
         except HostUnreachableError as error:  # the proxy serves what it knows
             _say(f"degraded: {error}")
-        if detach is not None:
-            log = deployment.paths.log("proxy")
-            _say(f"runs in the background: `stop` ends it and the replicas, `kill {os.getpid()}` it alone; log: {log}")
-            detach(log)
-        _attend(controller, signals)
+        with _page(arguments.dashboard, deployment, controller.url):
+            if detach is not None:
+                log, pid = deployment.paths.log("proxy"), os.getpid()
+                _say(f"runs in the background: `stop` ends it and the replicas, `kill {pid}` it alone; log: {log}")
+                detach(log)
+            _attend(controller, signals)
         _say("finishing the turns in flight (Ctrl-C again ends them now); the replicas keep running, `stop` ends them")
     finally:
         deployment.disconnect(DRAIN_S)
@@ -1725,6 +1728,20 @@ class PageProcess:
             self._process.stdin.close()
 
 
+@contextlib.contextmanager
+def _page(is_wanted: bool, deployment: Deployment, proxy: str) -> Iterator[None]:
+    """Serve the page for the length of the block, if it is wanted."""
+    if not is_wanted:
+        yield
+        return
+    page = PageProcess(deployment, proxy)
+    try:
+        _say(f"page   {page.url}")
+        yield
+    finally:
+        page.close()
+
+
 def _end_with_input() -> None:
     """Wait for the end of standard input, which means that the parent is gone; then end this process."""
     with contextlib.suppress(OSError):  # an unreadable one counts as ended
@@ -1734,7 +1751,7 @@ def _end_with_input() -> None:
 
 
 def _run_page(arguments: argparse.Namespace) -> int:
-    """Run the `page` role, which `up --dashboard` starts."""
+    """Run the `page` role, which `--dashboard` starts."""
     threading.Thread(target=_end_with_input, name="lifeline", daemon=True).start()
     return serve_page(page_script(), arguments.port, arguments.proxy, None)
 
@@ -1781,9 +1798,17 @@ def _wait_for_some(deployment: Deployment, controller: Controller, signals: Oper
 
 @contextlib.contextmanager
 def _serving(
-    deployment: Deployment, models: Sequence[ModelConfig], signals: OperatorSignals, verb: str, log_format: str
+    deployment: Deployment,
+    models: Sequence[ModelConfig],
+    signals: OperatorSignals,
+    verb: str,
+    log_format: str,
+    has_page: bool = False,
 ) -> Iterator[Controller]:
-    """Run replicas and proxy for the length of the block, which begins once some are ready, or after a signal."""
+    """Run replicas and proxy for the length of the block, which begins once some are ready, or after a signal.
+
+    The page is there before: it also shows replicas that aren't ready yet.
+    """
     deployment.claim(verb)
     try:
         controller = deployment.connect(log_format, models)
@@ -1798,11 +1823,12 @@ def _serving(
     try:
         controller.refresh()
         controller.expected = frozenset()
-        records = _wait_for_some(deployment, controller, signals)
-        if not signals.came():
-            controller.refresh()
-            _tell_queued(records)
-        yield controller
+        with _page(has_page, deployment, controller.url):
+            records = _wait_for_some(deployment, controller, signals)
+            if not signals.came():
+                controller.refresh()
+                _tell_queued(records)
+            yield controller
         is_over = True
     finally:
         with contextlib.suppress(OSError):  # the terminal may be gone; stop everything anyway
@@ -1821,19 +1847,12 @@ def _run_up(arguments: argparse.Namespace) -> int:
 
 def _up(deployment: Deployment, models: Sequence[ModelConfig], arguments: argparse.Namespace) -> int:
     """Serve until a signal arrives."""
-    page, signals = None, OperatorSignals()
-    with _serving(deployment, models, signals, arguments.verb, arguments.log_format) as controller:
+    signals, verb, has_page = OperatorSignals(), arguments.verb, arguments.dashboard
+    with _serving(deployment, models, signals, verb, arguments.log_format, has_page) as controller:
         if not signals.came():
             _greet(controller, deployment)
-            try:
-                if arguments.dashboard:
-                    page = PageProcess(deployment, controller.url)
-                    _say(f"page   {page.url}")
-                _say("Ctrl-C stops everything")
-                _attend(controller, signals)
-            finally:
-                if page is not None:
-                    page.close()
+            _say("Ctrl-C stops everything")
+            _attend(controller, signals)
     return 0
 
 
@@ -2311,6 +2330,7 @@ def _add_running_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("--dry-run", action="store_true", help="only print what would be started")
     added = verb("connect", _run_connect, "run the proxy in front of the replicas", "config", "port", "log")
     added.add_argument("--background", action="store_true", help="detach from this terminal once the proxy is ready")
+    added.add_argument("--dashboard", action="store_true", help="also serve the page")
     added = verb("scale", _run_scale, "change how many replicas of a model run", "config")
     added.add_argument("name", metavar="MODEL", help="the model's name")
     added.add_argument("count", metavar="N", type=_count, help="the number of replicas to run")
