@@ -63,6 +63,7 @@ class Backend:
     node: str = ""
     ends_at: float | None = None  # end of its walltime, s since the epoch
     is_own: bool = False  # `serve` or a tunnel of this user's listens there, so nobody else's server may
+    takes_priority: bool = False  # it schedules by the field ``priority`` of requests, the lowest first
 
 
 MAX_RUN_TASKS = 100_000  # of an announced run
@@ -424,9 +425,11 @@ class ReplicaRecord:
     ready_at: float | None = None
     ends_at: float | None = None  # end of the walltime, s since the epoch
     slots: int = 0
+    takes_priority: bool = False  # see EngineSpec
     gpus: tuple[GpuSample, ...] = ()
     gpu_ids: tuple[str, ...] = ()  # assigned to it (CUDA_VISIBLE_DEVICES)
     is_idle: bool = False  # it shut itself down after idle_shutdown_minutes without a turn
+    address: str | None = None  # the node's, as Slurm knows it
     # Job fields, from the last query to the scheduler:
     time_left_s: float | None = None  # rest of the walltime
     queue_wait_s: float | None = None  # from submission to start, or until now
@@ -465,6 +468,7 @@ class EngineSpec:
     rank_argv: tuple[str, ...] = ()  # of its headless part on each additional node
     key_variable: str = "AGENT_INFRA_API_KEY"  # environment variable for the key
     slots: int = 0  # turns that run at once; 0 = unknown
+    takes_priority: bool = False  # it schedules by the field ``priority`` of requests, the lowest first
     uses_gpus: bool = True
     package: str | None = None  # required in its Python
     probe: EngineProbe = EngineProbe()

@@ -25,6 +25,7 @@ from agent_infra_core.control.link import (
     RelayLink,
 )
 from agent_infra_core.control.status import describe_replica
+from agent_infra_core.errors import AgentInfraError
 from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.host import append_line, write_atomically
 from agent_infra_core.insight.metrics import METRICS_TYPE
@@ -57,6 +58,7 @@ class StatsMaker:
         """``send`` takes a frame's kind and its payload."""
         self._tracker, self._books, self._strategy, self._send = tracker, books, strategy, send
         self._document: Mapping[str, Any] = {}
+        self._turns = -1  # in it
         self._due = 0.0  # until then the document is fresh
         self._watched_until = 0.0
         self._reads = 0  # the relay's count
@@ -82,12 +84,13 @@ class StatsMaker:
         self._books.analyse(replicas, is_watched)
 
     def fresh(self, records: Sequence[Mapping[str, Any]], table: Sequence[Backend]) -> Mapping[str, Any]:
-        """A document no older than a second; the relay has the same one."""
-        if time.monotonic() >= self._due:
+        """A document no older than a second, with all turns that are over; the relay has the same one."""
+        if time.monotonic() >= self._due or self._turns != self._tracker.totals["requests"]:
             self._make(records, table)
         return self._document
 
     def _make(self, records: Sequence[Mapping[str, Any]], table: Sequence[Backend]) -> None:
+        self._turns = self._tracker.totals["requests"]
         snapshot = self._tracker.snapshot(records, table, self._strategy)
         self._document = {**snapshot, **self._books.document()}
         self._due = time.monotonic() + SNAPSHOT_INTERVAL_S
@@ -187,6 +190,11 @@ class Controller:
     @property
     def is_running(self) -> bool:
         return self._thread.is_alive()
+
+    def check(self) -> None:
+        """Raise AgentInfraError if the thread has failed."""
+        if not self.is_running:
+            raise AgentInfraError(f"the controller failed: {self.failure!r}; the proxy's log says more")
 
     def refresh(self, deadline_s: float = 5.0) -> None:
         """Poll the replicas now, and return when the relay has the result or after ``deadline_s``."""
@@ -332,6 +340,7 @@ class Controller:
     def _do(self, request: Mapping[str, Any]) -> None:
         """Serve a request that the relay got over HTTP."""
         if request["op"] in ("stats", "metrics"):
+            self._books.take()  # the turns that were reported just before
             stats = self._stats.fresh(*self._replicas())
             body = self._books.metrics(stats).decode() if request["op"] == "metrics" else ""
             self._answer(request, 200, body, METRICS_TYPE)

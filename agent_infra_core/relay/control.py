@@ -45,6 +45,7 @@ class ControlChannel:
         self._unsent = b""  # a batch, encoded
         self._controller: Any = None
         self._write_lock = relay.reactor.new_lock()  # one frame at a time: several greenlets send
+        self._flush_lock = relay.reactor.new_lock()  # owns _unsent: each batch goes out once
         self.events_dropped = 0
         self.questions = Questions(self, relay.reactor)
         with contextlib.suppress(FileNotFoundError):
@@ -144,21 +145,27 @@ class ControlChannel:
 
     def flush(self) -> None:
         """Send what happened since the last batch. A batch that failed to go out is sent first."""
-        while self._controller is not None:
-            if not self._unsent:
-                finished = [self._finished.popleft() for _ in range(min(BATCHED_TURNS, len(self._finished)))]
-                # A turn that starts may continue one that is still to be reported as finished: that one goes first.
-                # So do all turns of a session that ended.
-                is_last = not self._finished
-                batch = self._relay.book.news() if is_last else EventBatch()
-                ended = [self._ended.popleft() for _ in range(len(self._ended) if is_last else 0)]
-                if not (finished or ended or batch.started or batch.sent or batch.answering):
+        with self._flush_lock:
+            while self._controller is not None:
+                if not self._unsent:
+                    self._unsent = self._next_batch()
+                if not self._unsent or not self.send(FRAME_EVENTS, self._unsent):
                     return
-                batch.finished, batch.session_ended = self._relay.codec.joined(finished), ended
-                self._unsent = self._relay.codec.encode(batch)
-            if not self.send(FRAME_EVENTS, self._unsent):
-                return
-            self._unsent = b""
+                self._unsent = b""
+
+    def _next_batch(self) -> bytes:
+        """What happened, encoded; empty if nothing did."""
+        finished = [self._finished.popleft() for _ in range(min(BATCHED_TURNS, len(self._finished)))]
+        # A turn that starts may continue one that is still to be reported as finished: that one goes first.
+        # So do all turns of a session that ended.
+        is_last = not self._finished
+        batch = self._relay.book.news() if is_last else EventBatch()
+        ended = [self._ended.popleft() for _ in range(len(self._ended) if is_last else 0)]
+        if not (finished or ended or batch.started or batch.sent or batch.answering):
+            return b""
+        batch.finished, batch.session_ended = self._relay.codec.joined(finished), ended
+        encoded: bytes = self._relay.codec.encode(batch)
+        return encoded
 
     def send(self, kind: bytes, payload: bytes) -> bool:
         """Send one frame. Returns whether a controller took it. A slow controller blocks only this greenlet."""
@@ -189,11 +196,15 @@ class Questions:
         try:
             question = json.dumps({**details, "op": op, "id": number}).encode()
             # Sent by another greenlet: a controller that reads nothing must not hold this one beyond its time.
-            self._reactor.spawn(self._channel.send, FRAME_REQUEST, question)
+            self._reactor.spawn(self._send, question)
             answer: dict[str, Any] | None = result.wait(patience_s) if self._channel.is_connected else None
             return answer
         finally:
             del self._waiting[number]
+
+    def _send(self, question: bytes) -> None:
+        self._channel.flush()  # the answer is to include every turn that is over
+        self._channel.send(FRAME_REQUEST, question)
 
     def deliver(self, payload: bytes) -> None:
         """Deliver a FRAME_ANSWER, unless nobody waits for it any more."""

@@ -89,11 +89,13 @@ class Run:
             }
             for number in (1, 2, 3)
         }  # fmt: skip
-        waiting = [{"turn": "5f3a91c0b7de-9", "session": "run-1", "model": "qwen", "waited_ms": 412}]
+        waiting: list[dict[str, Any]] = [
+            {"turn": "5f3a91c0b7de-9", "session": "run-1", "model": "qwen", "waited_ms": 412, "held": True, "why": "…"}
+        ]
         return {
             "at": self.clock.now,
             "backends": backends,
-            "queue": {"pending": 1, "in_flight": 6, "oldest_ms": 412, "waiting": waiting},
+            "queue": {"pending": 1, "held": 1, "in_flight": 6, "oldest_ms": 412, "waiting": waiting},
             "counters": {"requests": self.turns, "errors": 2, "retries": 1, "aborted": 3, "rejected": 1},
             "rss_bytes": 52_428_800,
             "connections": 12,

@@ -269,7 +269,7 @@ def test_before_any_traffic_nothing_is_made_up(tracker: Tracker) -> None:
     document = stats(tracker)
     assert set(document["totals"].values()) == {0}
     assert document["throughput"] == {"turns_per_minute": None, "tokens_per_second": None, "history": []}
-    assert document["queue"] == {"pending": None, "in_flight": None, "oldest_ms": None, "waiting": []}
+    assert document["queue"] == {"pending": None, "held": None, "in_flight": None, "oldest_ms": None, "waiting": []}
     assert {figure for part in document["pipeline"].values() for figure in part.values()} == {None}
 
 
