@@ -142,8 +142,7 @@ class Controller:
         spans: SpanSender | None = None,
     ) -> None:
         """``look`` lists replicas, ``tunnels`` lead to them, ``spans`` gets turns; ``keys``: clients' and replicas'."""
-        self._config, self._paths, self.tunnels = config, paths, tunnels
-        client_key, self._replica_key = keys
+        self._config, self._paths, self.tunnels, (client_key, self._replica_key) = config, paths, tunnels, keys
         self._settings = {
             "proxy": {**dataclasses.asdict(config.proxy), "api_key": client_key},
             "headers": dataclasses.asdict(config.headers),
@@ -152,9 +151,8 @@ class Controller:
         }
         self._journal = ControllerLog(paths.log("proxy"), log_format)
         self._log = self._journal.say
-        self.discovery = Discovery(
-            look, max(pause_s, DISCOVERY_INTERVAL_S), functools.partial(self._log, level="warning")
-        )
+        warn = functools.partial(self._log, level="warning")
+        self.discovery = Discovery(look, max(pause_s, DISCOVERY_INTERVAL_S), warn)
         self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
         self._tracker = Tracker(time.time)
         self._books = Bookkeeper(config, paths, self._tracker, self._log, self._answer, spans)

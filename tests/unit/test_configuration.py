@@ -54,7 +54,10 @@ def test_example_yaml_shows_every_key_with_its_default() -> None:
     ("text", "message"),
     [
         (MODEL + "proxy: {stratgy: least_load}", "proxy.stratgy: unknown key; did you mean strategy?"),
-        (MODEL + "zebra: 1", "zebra: unknown key; known here: analysis, cluster, headers, models, proxy, version"),
+        (
+            MODEL + "zebra: 1",
+            "zebra: unknown key; known here: analysis, cluster, headers, models, otel, proxy, version",
+        ),
         ("models: [{nam: m, model_path: p}]", "models[0].nam: unknown key; did you mean name?"),
         (MODEL + "proxy: {port: '5800'}", 'proxy.port: found "5800"; allowed: a whole number at least 0'),
         (
