@@ -117,8 +117,11 @@ def session(port: int, salt: str, number: int, sizes: Sizes, run: Run, lock: thr
         document |= {"stream": True, "temperature": 0, "stream_options": {"include_usage": True}}
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=READY_S)
         sent = time.monotonic()
-        connection.request("POST", "/v1/chat/completions", json.dumps(document), {"X-Session-ID": f"{salt}-{number}"})
+        headers = {"X-Session-ID": f"{salt}-{number}", "Content-Type": "application/json"}
+        connection.request("POST", "/v1/chat/completions", json.dumps(document), headers)
         answer = connection.getresponse()
+        if answer.status != 200:
+            raise RuntimeError(f"a turn failed: {answer.status} {answer.read(2000)!r}")
         first, events = 0.0, []
         for line in answer:
             if line.startswith(b"data: {"):
@@ -126,8 +129,8 @@ def session(port: int, salt: str, number: int, sizes: Sizes, run: Run, lock: thr
                 events.append(json.loads(line[6:]))
         ended = time.monotonic()
         connection.close()
-        if answer.status != 200 or not events or not events[-1].get("usage"):
-            raise RuntimeError(f"a turn failed: {answer.status} {events[-1:]}")
+        if not events or not events[-1].get("usage"):
+            raise RuntimeError(f"a turn was cut: {events[-1:]}")
         usage, home = events[-1]["usage"], answer.headers["x-agent-infra-backend"]
         said = "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event["choices"])
         messages.append({"role": "assistant", "content": said})
