@@ -29,7 +29,7 @@ import time
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import unquote_to_bytes
 
 if __name__ == "__main__" and os.path.dirname(os.path.realpath(__file__)) not in sys.path:
@@ -109,6 +109,7 @@ if TYPE_CHECKING:
     from agent_infra_core.http.heads import RequestHead
     from agent_infra_core.insight.history import HistoryFile
     from agent_infra_core.relay.server import Relay
+    from agent_infra_core.ssh.forwards import ForwardServer
     from agent_infra_core.ssh.login_host import LoginHost
 
 __all__ = ["AgentInfraError", "Config", "ConnectionManager", "SessionContext", "attach", "load_config"]
@@ -519,20 +520,22 @@ FORWARD_BACKLOG = 1024  # connections waiting to be accepted on a tunnel's port:
 
 
 def run_tunnel() -> int:
-    """Run the `tunnel` role: open the tunnel that stdin's first line describes, until stdin ends. Returns exit code."""
+    """Run the `tunnel` role: log in as stdin's first line says, until stdin ends. Returns the exit code."""
     from agent_infra_core.ssh.child import exit_when_stdin_closes, report_to_parent, run_openssh_master
 
     for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to the parent too, which ends this process
         signal.signal(number, signal.SIG_IGN)
-    with open(0, "rb", buffering=0, closefd=False) as pipe:
-        line = pipe.readline()
+    pipe = open(0, "rb", closefd=False)  # noqa: SIM115 (as long as the process)
+    line = pipe.readline()
     if not line:
         return 0
     spec = json.loads(line)
-    threading.Thread(target=exit_when_stdin_closes, name="lifeline", daemon=True).start()
     try:
-        hold = run_openssh_master if spec["driver"] == "openssh" else _run_sshtunnel
-        document = {"error": hold(spec)}
+        if spec["driver"] == "openssh":
+            threading.Thread(target=exit_when_stdin_closes, args=(pipe,), name="lifeline", daemon=True).start()
+            document = {"error": run_openssh_master(spec)}
+        else:
+            document = {"error": _run_sshtunnel(spec, pipe)}
     except HostUnreachableError as error:
         document = {"error": str(error), "kind": getattr(error, "kind", "host")}
     except Exception as error:  # noqa: BLE001  whatever it is, the parent is told rather than left to guess
@@ -543,82 +546,53 @@ def run_tunnel() -> int:
     os._exit(1)
 
 
-def _run_sshtunnel(spec: Mapping[str, Any]) -> str:
-    """Log in hop by hop, forward the ports and watch the connection. Returns the reason why it ended."""
-    from agent_infra_core.ssh.child import report_to_parent
-    from agent_infra_core.ssh.login import log_in
-    from agent_infra_core.ssh.routes import Keyring, SshRoute
+def _run_sshtunnel(spec: Mapping[str, Any], pipe: BinaryIO) -> str:
+    """Log in, and forward the ports that the following lines of ``pipe`` ask for. Returns why the connection ended."""
+    from agent_infra_core.ssh.forwards import Forwards
 
     allow_many_descriptors()  # each stream takes three
-    keyring = Keyring(**spec["keyring"])
-    transport = None
-    for hop in spec["hops"]:
-        route = rebuild(SshRoute, hop)
-        through = _open_through(transport, route.host, route.port) if transport is not None else None
-        transport = log_in(route, keyring, None, through)
-    remote = [(host, port) for host, port in spec["remote"]]
-    _open_through(transport, *remote[0]).close()  # checks that forwarding is allowed; sshtunnel doesn't
-    forwarder = _forward(transport, spec["local"], remote)
-    report_to_parent({"ports": forwarder.local_bind_ports})
-    while transport is not None and transport.is_active():
-        time.sleep(0.2)
-    return "the SSH connection was lost"
+    forwards = Forwards(spec, _forward_server)
+    threading.Thread(target=forwards.read_requests, args=(pipe,), name="requests", daemon=True).start()
+    return forwards.run()
 
 
-def _open_through(transport: Any, host: str, port: int) -> Any:
-    """Open a channel to a port behind an authenticated connection. Raises LoginError or HostUnreachableError."""
-    from agent_infra_core.ssh.child import forwarding_forbidden
-    from agent_infra_core.ssh.routes import SSH_PATIENCE_S, LoginError, load_paramiko
+def _forward_server(transport: Any, local: int, remote: tuple[str, int]) -> ForwardServer:
+    """Return sshtunnel's server for one forwarded port: 127.0.0.1:``local``, which the parent reserved, to ``remote``.
 
-    paramiko = load_paramiko()
-    try:
-        return transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=SSH_PATIENCE_S)
-    except paramiko.ChannelException as error:
-        if error.code == 1:
-            raise LoginError(forwarding_forbidden(f"{host}:{port}")) from error
-        raise HostUnreachableError(f"{host}:{port} cannot be reached through SSH: {error.text}") from error
-    except (paramiko.SSHException, EOFError, OSError) as error:
-        raise HostUnreachableError(f"{host}:{port} cannot be reached through SSH: {error}") from error
-
-
-def _forward(transport: Any, local: Sequence[int], remote: Sequence[tuple[str, int]]) -> Any:
-    """Start an sshtunnel forwarder over an authenticated connection, from reserved ``local`` ports to ``remote``.
-
-    sshtunnel never checks known_hosts, so it gets a connection that we opened and checked. Its defaults are also
-    wrong for us: it listens on all addresses, queues 5 connections, and delays small answers by 40 ms.
+    sshtunnel never checks known_hosts, so it gets a connection that we opened and checked. Its forwarder is also wrong
+    for us: it holds one host's ports for good, listens on all addresses, queues 5 connections, wakes up 10 times a
+    second for each port, and delays small answers by 40 ms.
     """
     import logging
 
     from agent_infra_core.ssh.child import bind_reserved_port
+    from agent_infra_core.ssh.forwards import Traffic
     from agent_infra_core.ssh.routes import load_paramiko
 
-    paramiko = load_paramiko()
+    load_paramiko()
     import sshtunnel
 
-    logger = logging.getLogger("agent_infra.tunnel")
-    logger.addHandler(logging.NullHandler())
-    sshtunnel._ThreadingForwardServer.request_queue_size = FORWARD_BACKLOG
-    sshtunnel._ThreadingForwardServer.server_bind = bind_reserved_port
-    forwarder = sshtunnel.SSHTunnelForwarder(
-        ("127.0.0.1", 22),  # unused, like the password: the connection is already open
-        ssh_config_file=None,
-        ssh_username="-",
-        ssh_password="-",  # noqa: S106 (see above)
-        allow_agent=False,
-        host_pkey_directories=[],
-        local_bind_addresses=[("127.0.0.1", port) for port in local],
-        remote_bind_addresses=list(remote),
-        logger=logger,
-    )
-    forwarder.daemon_forward_servers = forwarder.daemon_transport = True
-    forwarder._transport = transport
-    try:
-        forwarder.start()
-    except (sshtunnel.BaseSSHTunnelForwarderError, paramiko.SSHException, OSError) as error:
-        raise HostUnreachableError(f"no tunnel can be opened: {error}") from error
-    for server in forwarder._server_list:  # accepted sockets inherit this
-        server.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return forwarder
+    log = logging.getLogger("agent_infra.tunnel")
+    log.handlers = [logging.NullHandler()]
+
+    class Handler(sshtunnel._ForwardHandler):  # type: ignore[misc]
+        """Opens a channel for one connection."""
+
+        ssh_transport, remote_address, logger, traffic = transport, remote, log, Traffic()
+
+        def _redirect(self, chan: Any) -> None:
+            self.traffic.relay(self.request, chan)
+
+    class Server(sshtunnel._ThreadingForwardServer):  # type: ignore[misc]
+        """Accepts without waiting; a thread per connection does the rest."""
+
+        request_queue_size, daemon_threads, traffic = FORWARD_BACKLOG, True, Handler.traffic
+        server_bind = bind_reserved_port
+
+    server = Server(("127.0.0.1", local), Handler, logger=log)
+    server.socket.setblocking(False)
+    server.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit this
+    return cast("ForwardServer", server)
 
 
 # =====================================================================================================================
@@ -626,6 +600,7 @@ def _forward(transport: Any, local: Sequence[int], remote: Sequence[tuple[str, i
 # =====================================================================================================================
 
 
+QUESTION_S = 2.0  # time the controller has to answer
 STATS_FRESH_S = 1.5  # an older /stats document is requested again; while clients read /stats, one comes every second
 
 
@@ -636,6 +611,8 @@ class RelayApp:
         import flask
         from werkzeug.exceptions import HTTPException
         from werkzeug.routing import BaseConverter
+
+        from agent_infra_core.http.errors import RequestError
 
         class Anything(BaseConverter):
             """A client's session id: any text, slashes included."""
@@ -651,6 +628,8 @@ class RelayApp:
             ("/health", "GET", self._health),
             ("/stats", "GET", self._stats),
             ("/stats/sessions/<anything:session>", "GET", self._session),
+            ("/sessions", "GET", self._sessions),
+            ("/history", "GET", self._history),
             ("/runs", "GET", self._runs),
             ("/runs", "POST", self._announce_run),
             ("/metrics", "GET", self._metrics),
@@ -663,6 +642,7 @@ class RelayApp:
         ):
             app.add_url_rule(rule, view.__name__, view, methods=[methods])
         app.register_error_handler(HTTPException, self._on_http_error)
+        app.register_error_handler(RequestError, lambda error: self._error(error.status, str(error)))
 
     def answer(self, request: RequestHead, path: bytes, query: bytes, body: bytes) -> bytes:
         """Return the whole HTTP answer, ready to send."""
@@ -734,10 +714,15 @@ class RelayApp:
     def _stats(self) -> Any:
         relay = self._relay
         relay.stats_read += 1
-        if relay.stats is None or time.monotonic() - relay.stats[1] > STATS_FRESH_S:
-            relay.control.questions.ask("stats")  # the document arrives before the answer
+        turns = relay.book.finished
+        is_fresh = relay.stats is not None and time.monotonic() - relay.stats[1] <= STATS_FRESH_S
+        # The document arrives before the answer, and has every turn that is over by now.
+        if (not is_fresh or relay.stats_turns != turns) and relay.control.questions.ask(
+            "stats", QUESTION_S
+        ) is not None:
+            relay.stats_turns = turns
         if relay.stats is None:
-            return self._unanswered()
+            return self._unanswered(QUESTION_S)
         document, at = relay.stats
         age = b'{"snapshot_age_ms":%d,' % ((time.monotonic() - at) * 1000)
         return self._flask.Response(age + document.removeprefix(STATS_PREFIX), mimetype="application/json")
@@ -757,19 +742,32 @@ class RelayApp:
         return self._ask("run", name=name, tasks=tasks)
 
     def _session(self, session: str) -> Any:
-        return self._ask("session", session=session[:256])
+        return self._ask_history("session", session=session[:256])
 
-    def _ask(self, op: str, **details: Any) -> Any:
+    def _sessions(self) -> Any:
+        return self._ask_history("sessions")
+
+    def _history(self) -> Any:
+        return self._ask_history("history")
+
+    def _ask_history(self, op: str, **details: Any) -> Any:
+        """Ask the controller what its history says, with the parameters that the client gave."""
+        from agent_infra_core.http.queries import PARAMETERS, read_query
+        from agent_infra_core.relay.control import HISTORY_QUESTION_S
+
+        given = read_query(self._flask.request.args, PARAMETERS[op])
+        return self._ask(op, HISTORY_QUESTION_S, **given, **details)
+
+    def _ask(self, op: str, patience_s: float | None = None, **details: Any) -> Any:
         """Ask the controller and return its answer."""
-        answer = self._relay.control.questions.ask(op, **details)
+        patience_s = patience_s or QUESTION_S
+        answer = self._relay.control.questions.ask(op, patience_s, **details)
         if answer is None:
-            return self._unanswered()
+            return self._unanswered(patience_s)
         return self._flask.Response(answer["body"], answer["status"], content_type=answer["type"])
 
-    def _unanswered(self) -> Any:
-        from agent_infra_core.relay.control import QUESTION_S
-
-        return self._error(503, f"no controller has answered within {QUESTION_S:g} s; `connect` starts one")
+    def _unanswered(self, patience_s: float) -> Any:
+        return self._error(503, f"no controller has answered within {patience_s:g} s; `connect` starts one")
 
     def _queue_status(self) -> Any:
         return self._relay.book.queue_status()

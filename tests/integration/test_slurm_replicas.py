@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ from weights import packaged_gguf
 
 from agent_infra_core.fleet.slurm import SlurmCluster
 from agent_infra_core.fleet.state import deployment_paths
+from agent_infra_core.host import HttpConnection
 from agent_infra_core.node.guard import server_identity
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ClusterConfig, ModelConfig, PartitionConfig, SlurmConfig
@@ -137,8 +139,9 @@ def test_a_server_that_asks_for_no_key_is_reached_through_a_gate_that_does(make:
     assert ask(record, "/health") == (200, b'{"status": "ok"}')
     assert json.loads(ask(record, "/v1/chat/completions", {}, key)[1])["is_key_right"]
     identity = server_identity(record.replica, record.node, record.port or 0)
-    assert verifies_identity(record.host, record.port or 0, key, identity)
-    assert not verifies_identity(record.host, record.port or 0, "another-key", identity)
+    with contextlib.closing(HttpConnection(record.host, record.port or 0)) as gate:
+        assert verifies_identity(gate, key, identity)
+        assert not verifies_identity(gate, "another-key", identity)
 
 
 def test_a_preempted_replica_comes_back_as_a_new_one(bed: SlurmBed, make: Make) -> None:
