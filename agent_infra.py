@@ -461,6 +461,7 @@ def job_launchers(request: JobRequest, container: ContainerConfig | None) -> tup
     folders = [request.work_dir]
     if request.model.model_path.startswith("/"):
         folders.append(os.path.dirname(request.model.model_path))
+    folders += [stage for stage in (request.model.stage,) if stage is not None and stage.startswith("/")]
     if container.runtime == "apptainer":
         words = ["apptainer", "exec", *(["--nv"] if request.gpus else [])]
         words += [word for folder in folders for word in ("--bind", folder)]

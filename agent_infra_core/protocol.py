@@ -467,7 +467,8 @@ class EngineSpec:
     """How `serve` starts a model's engine. The operator's machine renders it from a row of the table of engines.
 
     `serve` replaces ``{python}``, ``{program}`` (agent_infra.py or node.pyz), ``{host}`` and ``{port}`` in ``argv``
-    and ``rank_argv``; for an engine on several nodes also ``{master_host}``, ``{master_port}`` and ``{node_rank}``.
+    and ``rank_argv``, and ``{model_path}`` if weights are staged; for an engine on several nodes also
+    ``{master_host}``, ``{master_port}`` and ``{node_rank}``.
     """
 
     name: str  # the row's name
@@ -502,6 +503,7 @@ class ServeSpec:
     load_timeout: float = 3600.0  # s for the engine to become ready
     hang_timeout: float = 120.0  # s without an answer to its health probe until a ready engine is killed
     restart_backoff: float = 1.0  # s before the first restart; five times longer before each following one
+    stage: str | None = None  # folder of the node's own disk that weights are copied to; may contain variables
     nodes: int = 1  # that the replica spans; `rank` runs on all but the first
     is_job: bool = False  # it runs in a Slurm job, whose environment has the job id and the node's name
     is_gated: bool = False  # the engine listens on loopback, and `serve` forwards to it what carries the key (see Gate)

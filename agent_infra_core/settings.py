@@ -207,6 +207,11 @@ class ModelConfig:
     min_replicas: int | None = _key(None, low=0, high=1000)  # None: ``replicas``, and so for max_replicas
     max_replicas: int | None = _key(None, low=1, high=1000)
     max_gpu_hours: float | None = _key(None, above=0)  # after which no replica is added or woken
+    stage: str | None = _key(  # folder on the node's own disk that weights are copied to
+        None,
+        pattern=r"(/|\$\{?\w+\}?)[^\s,:'\"\\`]*",
+        allowed="an absolute path on the nodes, or one that begins with a variable of the job, such as $${TMPDIR}",
+    )
 
 
 @dataclass(frozen=True)

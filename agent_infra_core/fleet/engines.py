@@ -274,7 +274,8 @@ def render_engine(model: ModelConfig, stop_grace: float = STOP_GRACE_S, nodes: i
 
 def serve_spec(replica: str, model: ModelConfig, run_directory: str, key_file: str, **rest: Any) -> ServeSpec:
     """The specification of a replica for `serve`; ``rest`` are further fields of ServeSpec."""
-    engine = render_engine(model, rest.get("stop_grace", STOP_GRACE_S), rest.get("nodes", 1))
+    rendered = dataclasses.replace(model, model_path="{model_path}") if model.stage else model  # known on the node
+    engine = render_engine(rendered, rest.get("stop_grace", STOP_GRACE_S), rest.get("nodes", 1))
     is_given_gpus = engine.uses_gpus and "CUDA_VISIBLE_DEVICES" not in model.env
     return ServeSpec(
         replica=replica,
@@ -286,6 +287,7 @@ def serve_spec(replica: str, model: ModelConfig, run_directory: str, key_file: s
         base_port=model.base_port,
         env=model.env,
         idle_shutdown_minutes=model.idle_shutdown_minutes,
+        stage=model.stage,
         gpus=model.tensor_parallel_size * model.pipeline_parallel_size if is_given_gpus else 0,
         **rest,
     )

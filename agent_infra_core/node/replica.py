@@ -27,6 +27,7 @@ from agent_infra_core.node.guard import server_identity
 from agent_infra_core.node.health import EngineClient, IdleWatch
 from agent_infra_core.node.hub import is_hub_id, is_in_hub_cache
 from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher, open_log, reserve_port
+from agent_infra_core.node.staging import StagingStopped, stage_weights
 from agent_infra_core.node.telemetry import LoadSampler, Telemetry
 from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, ServeSpec, replace_placeholders, spec_from_json
 
@@ -73,10 +74,12 @@ def make_launch(
     master: tuple[str, int] | None = None,
     node_rank: int = 0,
     engine_port: int | None = None,
+    weights: str | None = None,
 ) -> Launch:
     """Prepare a run of the engine. With ``master`` None and several nodes, choose the port where they meet.
 
     ``port`` is the one that others connect to; the engine listens on ``engine_port``, if that is another one.
+    ``weights`` is where the model's copy on this node is, if it was staged.
     """
     if master is None:
         master = ("", 0)
@@ -92,6 +95,7 @@ def make_launch(
         environment["AGENT_INFRA_IDENTITY"] = identity
     python, program, _ = self_command("serve")
     values = {"python": python, "program": program, "host": engine_host(spec), "port": engine_port or port}
+    values |= {"model_path": weights} if weights else {}
     values |= {"master_host": master[0], "master_port": master[1], "node_rank": node_rank}
     argv = replace_placeholders(engine.rank_argv if node_rank else engine.argv, values)
     return Launch(argv, environment, port, identity, master)
@@ -129,6 +133,7 @@ class Replica:
         self._log = self._directory / "logs" / f"{spec.replica}.log"
         self._gpus = GpuSampler(sampled_gpus(spec, {**os.environ, **spec.env}))
         self._load_sampler = LoadSampler(self._gpus)
+        self._weights: str | None = None  # the copy on this node, once it was staged
         self._is_written = False  # whether the file matches the record
         self._record = ReplicaRecord(
             replica=spec.replica,
@@ -156,7 +161,9 @@ class Replica:
         )
         try:
             self._update(telemetry_port=telemetry.port)
-            failure = self._run_engines()
+            failure = self._stage()
+            if failure is None and not self._signals.is_asked:
+                failure = self._run_engines()
         except RefusedError as error:
             failure = ReplicaFailure("unknown", str(error), "fix it, and start the replica again")
         finally:
@@ -173,6 +180,29 @@ class Replica:
     def digest(self) -> Mapping[str, Any]:
         """Return the body of ``GET /load``. Thread-safe."""
         return {"state": self._record.state, "slots": self._record.slots, **self._load_sampler.sample()}
+
+    def _stage(self) -> ReplicaFailure | None:
+        """Copy the weights to this node if the model has ``stage``. Returns the failure; None also after a signal."""
+        spec, signals = self._spec, self._signals
+        if spec.stage is None:
+            return None
+        self._update(state="loading")
+
+        def report(copied: int, total: int) -> None:
+            self._update(progress=f"{copied / 1e9:.1f}/{total / 1e9:.1f} GB staged")
+
+        try:
+            self._weights = stage_weights(
+                spec.model_path, spec.stage, engine_environment(spec), report, lambda: signals.is_asked
+            )
+        except StagingStopped:
+            return None
+        except RefusedError as error:
+            line, _, hint = str(error).partition("; ")
+            return ReplicaFailure("quota" if "free some space" in hint else "model_not_found", line, hint)
+        self._note(f"the weights are in {self._weights}")
+        self._update(state="starting", progress=None)
+        return None
 
     def _run_engines(self) -> ReplicaFailure | None:
         """Run the engine, and restart it while that may help. Returns the last failure; None if stopped by a signal."""
@@ -227,7 +257,7 @@ class Replica:
         ``port`` and ``engine_port`` are as for make_launch().
         """
         spec = self._spec
-        launch = make_launch(spec, self._key, port, engine_port=engine_port)
+        launch = make_launch(spec, self._key, port, engine_port=engine_port, weights=self._weights)
         self._lead(launch)
         self._note("starting: " + shlex.join(launch.argv))
         try:

@@ -139,6 +139,33 @@ def test_replicas_follow_the_queue_up_to_the_most(app: Program, monkeypatch: pyt
         deployment.stop(now=True)
 
 
+def test_replicas_of_a_node_share_one_copy_of_the_weights_on_its_own_disk(app: Program) -> None:
+    stage = app.folder / "local"
+    staged = {"engine": "llama_cpp", "model_path": str(packaged_gguf()), "base_port": app.port + 1, "replicas": 2}
+    app.configure(models=[{"name": "smollm2", **staged, "stage": str(stage)}])
+    started = app.run("start")
+    assert started.returncode == 0, started.stdout + started.stderr
+    [copy] = stage.rglob("*.gguf")
+    for replica in ("smollm2-1", "smollm2-2"):
+        assert f"--model-path {copy} " in app.run("logs", replica).stdout
+    assert app.run("stop").returncode == 0
+
+
+def test_a_node_whose_disk_is_too_small_for_the_weights_says_so(app: Program) -> None:
+    disk = app.folder / "small"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True, timeout=PATIENCE_S)
+    try:
+        staged = {"engine": "llama_cpp", "model_path": str(packaged_gguf()), "base_port": app.port + 1}
+        app.configure(models=[{"name": "smollm2", **staged, "stage": str(disk)}])
+        started = app.run("start")
+        assert started.returncode == 1
+        assert "quota: stage: the weights need 0.1 GB" in started.stdout + started.stderr
+        assert "free some space there" in started.stdout + started.stderr
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True, timeout=PATIENCE_S)
+
+
 def test_init_asks_slurm_and_writes_a_configuration_that_slurm_accepts(slurm: SlurmBed, tmp_path: Path) -> None:
     app = Program(tmp_path)
     app.config.unlink()
