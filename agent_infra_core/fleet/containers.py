@@ -45,7 +45,7 @@ def inside_of(slurm: SlurmConfig, model: ModelConfig, work_dir: str, has_gpus: b
     model, folders = in_container(model, slurm.container), [work_dir]
     if model.model_path.startswith("/"):
         folders.append(os.path.dirname(model.model_path))
-    shared = SHARED_FOLDERS
+    shared: tuple[str, ...] = SHARED_FOLDERS
     if model.env.get("HF_HOME", "").startswith("/"):  # podman refuses a folder that is named twice
         folders, shared = [*folders, model.env["HF_HOME"]], SHARED_FOLDERS[1:]
     every = tuple(dict.fromkeys([*folders, *slurm.container.mounts]))
