@@ -129,6 +129,7 @@ class Replica:
             started_at=time.time(),
             address=os.environ.get("AGENT_INFRA_ADDRESS") or None,
             slots=spec.engine.slots,
+            takes_priority=spec.engine.takes_priority,
             gpus=self._gpus.sample(),
             gpu_ids=spec.gpu_ids,
         )

@@ -57,6 +57,7 @@ class LiveReplica:
         self.probe_failures = 0  # in a row
         self.last_byte = 0.0  # of an answer
         self.dead_until = 0.0  # a probe found it dead; believed until this time
+        self.died_at = 0.0  # when it was last found dead: turns that were sent before died with it
         self.idle: dict[Upstream, None] = {}  # the most recently used last
         self.greenlets: list[Any] = []  # of its health and load, killed with it
         self.probe_now: Any = None  # event: probe now
@@ -109,6 +110,7 @@ class LiveReplica:
         self.errors += 1
         self.failures += 1
         if is_dead:
+            self.died_at = time.monotonic()
             self.belief.clear()
         if is_dead or self.failures >= EJECT_AFTER or self.health == "trial":
             self._eject(reason)
@@ -166,6 +168,7 @@ class LiveReplica:
     def close(self) -> None:
         """Stop probes and close idle connections, because it left the table. Its turns go on."""
         self.is_gone = True
+        self.died_at = time.monotonic()  # a turn that breaks off from now on does so because its engine ended
         for greenlet in self.greenlets:
             greenlet.kill(block=False)
         while self.idle:
@@ -278,18 +281,21 @@ class ReplicaWatch:
                         replica.apply_load(None)
                 self._relay.reactor.sleep(self._relay.settings.proxy.load_poll_interval)
 
-    def is_alive(self, replica: LiveReplica) -> bool:
-        """Whether it answers a health probe now, or can't be asked. A death just found is believed for a moment."""
-        now = time.monotonic()
-        if now < replica.dead_until:
+    def has_lived(self, replica: LiveReplica, since: float) -> bool:
+        """Whether it answers a health probe now, or can't be asked, and wasn't found dead after ``since`` (monotonic).
+
+        Its successor may answer the probe. A death just found is believed for a moment.
+        """
+        if since < replica.died_at or time.monotonic() < replica.dead_until:
             return False
         try:
             problem, _ = self._probe(replica)
         except OSError:
             return True
         if problem is not None:
-            replica.dead_until = time.monotonic() + 0.5
-        return problem is None
+            replica.died_at = time.monotonic()
+            replica.dead_until = replica.died_at + 0.5
+        return since >= replica.died_at  # another turn may have found it dead meanwhile
 
     def _probe(self, replica: LiveReplica) -> tuple[str | None, bool]:
         """Return what is wrong with it (None: nothing), and whether that proves its death or is mere silence.
