@@ -81,7 +81,6 @@ try:
         STRATEGY_NAMES,
         ClusterConfig,
         Config,
-        ContainerConfig,
         ModelConfig,
         OtelConfig,
         ProxyConfig,
@@ -453,24 +452,16 @@ def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, s
     return [(name, value) for name, value in options.items() if value is not None]
 
 
-def job_launchers(request: JobRequest, container: ContainerConfig | None) -> tuple[ShellText, ShellText]:
+def job_launchers(request: JobRequest, slurm: SlurmConfig) -> tuple[ShellText, ShellText]:
     """Return the shell command before `serve`, and the one before `rank` (which srun starts)."""
-    if container is None:
+    from agent_infra_core.fleet.containers import container_launchers, inside_of
+
+    if slurm.container is None:
         bare = ShellText(f'"$python" {shlex.quote(request.program)}')
         return bare, bare
-    folders = [request.work_dir]
-    if request.model.model_path.startswith("/"):
-        folders.append(os.path.dirname(request.model.model_path))
-    folders += [stage for stage in (request.model.stage,) if stage is not None and stage.startswith("/")]
-    if container.runtime == "apptainer":
-        words = ["apptainer", "exec", *(["--nv"] if request.gpus else [])]
-        words += [word for folder in folders for word in ("--bind", folder)]
-        inside = ShellText(shlex.join([*words, container.image, "python3", request.program]))
-        return inside, inside
-    mounts = ",".join(f"{folder}:{folder}" for folder in folders)
-    words = [f"--container-image={container.image}", f"--container-mounts={mounts}", "python3", request.program]
-    head = ["srun", "--nodes=1", "--ntasks=1", "--relative=0", "--cpu-bind=none", *words]
-    return ShellText(shlex.join(head)), ShellText(shlex.join(words))
+    inside = inside_of(slurm, request.model, request.work_dir, has_gpus=request.gpus > 0)
+    launcher, of_ranks = container_launchers(inside, request.program)
+    return ShellText(launcher), ShellText(of_ranks)
 
 
 def job_template(request: JobRequest) -> str:
@@ -496,7 +487,7 @@ def render_job(request: JobRequest, slurm: SlurmConfig) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["shell"] = ShellText
-    launcher, rank_launcher = job_launchers(request, slurm.container)
+    launcher, rank_launcher = job_launchers(request, slurm)
     values = {item.name: getattr(request, item.name) for item in dataclasses.fields(request)}
     values |= {"partition": request.partition.name, "directives": job_directives(request, slurm)}
     values |= {"setup": slurm.setup, "container": slurm.container, "version": __version__}

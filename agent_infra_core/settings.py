@@ -17,7 +17,7 @@ AUTO_OR_OFF = ("auto", "off")
 SESSION_HEADERS = ("X-Claude-Code-Session-Id", "session-id", "session_id", "x-session-affinity")
 ENGINE_NAMES = ("vllm", "sglang", "llama_cpp", "command")
 CLUSTER_TYPES = ("local", "slurm")
-CONTAINER_RUNTIMES = ("apptainer", "pyxis")
+CONTAINER_RUNTIMES = ("apptainer", "pyxis", "podman", "podman-hpc")
 GPU_FLAGS = ("gres", "gpus-per-node", "none")  # the sbatch option that asks for GPUs
 TUNNEL_MODES = ("auto", "login", "node", "exec", "none")
 TUNNEL_DRIVERS = ("auto", "sshtunnel", "openssh")
@@ -145,6 +145,12 @@ class ContainerConfig:
 
     runtime: str = _key(choices=CONTAINER_RUNTIMES)
     image: str = _key(pattern=r"\S+", allowed="a path or URL of an image, without blanks")
+    mounts: tuple[str, ...] = _key(
+        (),
+        pattern=r"/[^\s,:]*(:/[^\s,:]*(:[\w,]+)?)?",
+        allowed="absolute folders: /data, /data:/inside or /data:/inside:ro",
+    )
+    env: Mapping[str, str] = _key({})  # of engines; a model's own wins
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.cluster import Logs
+from agent_infra_core.fleet.containers import in_container
 from agent_infra_core.fleet.engines import check_engine_args, serve_spec
 from agent_infra_core.fleet.explain import diagnose_job, reconcile_record, reported_record
 from agent_infra_core.fleet.parse import (
@@ -290,7 +291,8 @@ class SlurmCluster:
     def _specs(self, request: JobRequest) -> list[ServeSpec]:
         key_file = f"{self.host.root}/replica_key"
         options = {**bind_options(request.model, self._config.tunnel), "nodes": request.nodes, "is_job": True}
-        return [serve_spec(r, request.model, request.run_dir, key_file, **options) for r in request.replicas]
+        model = in_container(request.model, self._config.slurm.container)
+        return [serve_spec(r, model, request.run_dir, key_file, **options) for r in request.replicas]
 
 
 _PROBE_SCRIPT = """\
@@ -330,6 +332,7 @@ class SlurmExamination:
         request = self._request(model)
         [name] = request.replicas
         key_file, bind = f"{self._host.root}/replica_key", bind_options(model, self._config.tunnel)
+        model = in_container(model, self._config.slurm.container)
         spec = serve_spec(name, model, request.run_dir, key_file, is_job=True, is_probe=True, **bind)
         script = self._render_job(request, self._config.slurm)
         told = json.dumps(dataclasses.asdict(spec)) + "\n" + script

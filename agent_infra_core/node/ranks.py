@@ -77,5 +77,5 @@ class Rank:
 def run_rank(run_directory: str, replica: str) -> int:
     """Run the `rank` role, which srun starts on each node but the head's. Returns the exit code."""
     rank = Rank(run_directory, replica, int(os.environ.get("SLURM_PROCID", "0")) + 1)
-    with contextlib.closing(Watcher()) as watcher:
-        return rank.run(watcher, StopSignals())
+    with contextlib.closing(Watcher()) as watcher, contextlib.closing(StopSignals()) as signals:
+        return rank.run(watcher, signals)

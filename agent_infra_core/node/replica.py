@@ -473,5 +473,5 @@ def serve(run_directory: str, replica: str) -> int:
     if spec.is_probe:
         answer_probe(spec, key, Path(run_directory))
         return 0
-    with contextlib.closing(Watcher()) as watcher:
-        return Replica(spec, key, watcher, StopSignals()).run()
+    with contextlib.closing(Watcher()) as watcher, contextlib.closing(StopSignals()) as signals:
+        return Replica(spec, key, watcher, signals).run()

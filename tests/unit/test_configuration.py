@@ -94,8 +94,12 @@ def test_example_yaml_shows_every_key_with_its_default() -> None:
         (slurm("partitions: [{name: a}, {name: a}]"), "cluster.slurm.partitions[1].name: a is used twice"),
         (slurm("partitions: [{name: a, gres: 'gpu:h100:4'}]"), "allowed: a GRES as name or name:type"),
         (slurm("partitions: [{name: a, time_limit: 2h}]"), "cluster.slurm.partitions[0].time_limit: found"),
-        (slurm("partitions: [{name: a}], container: {runtime: docker, image: x}"), "one of apptainer, pyxis"),
+        (slurm("partitions: [{name: a}], container: {runtime: docker, image: x}"), "one of apptainer, pyxis, podman"),
         (slurm("partitions: [{name: a}], container: {runtime: pyxis}"), "cluster.slurm.container.image: is required"),
+        (
+            slurm("partitions: [{name: a}], container: {runtime: podman, image: x, mounts: [data]}"),
+            "cluster.slurm.container.mounts: found",
+        ),
         (slurm("partitions: [{name: a}], work_dir: runs"), "cluster.slurm.work_dir: found"),
         (slurm("partitions: [{name: a}], sbatch: {output: x}"), "cluster.slurm.sbatch.output: is set by this program"),
         (slurm("partitions: [{name: a}], sbatch: {clusters: x}"), "clusters: set cluster.ssh to that cluster's own"),

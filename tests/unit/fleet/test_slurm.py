@@ -17,6 +17,7 @@ from agent_infra import job_directives, render_job, shell_words
 from agent_infra_core import __version__
 from agent_infra_core.control.status import describe_replica
 from agent_infra_core.errors import RefusedError
+from agent_infra_core.fleet.containers import fetch_command
 from agent_infra_core.fleet.explain import diagnose_job, explain_pending, reconcile_record
 from agent_infra_core.fleet.parse import (
     JobEnd,
@@ -501,6 +502,13 @@ REQUEST = JobRequest("d", VLLM, ("m-1",), GPU, "/h/w", "/h/w/d/run", "/h/w/progr
             dataclasses.replace(REQUEST, model=SIXTEEN, nodes=2, gpus=8),
             SlurmConfig(container=ContainerConfig("pyxis", "vllm/vllm-openai")),
         ),
+        (
+            "podman",
+            dataclasses.replace(
+                REQUEST, model=ModelConfig("m", "org/m", env={"HF_HOME": "/scratch/it's", "HF_TOKEN": "t"})
+            ),
+            SlurmConfig(container=ContainerConfig("podman", "vllm", mounts=("/data", "/a:/b:ro"), env={"X": "secret"})),
+        ),
     ],
 )
 def test_the_script_is_the_golden_one_and_the_shell_can_read_it(
@@ -510,6 +518,28 @@ def test_the_script_is_the_golden_one_and_the_shell_can_read_it(
     golden = GOLDEN / f"{name}.sbatch"
     assert script.replace(__version__, "VERSION") == golden.read_text()
     subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize(
+    ("container", "command"),
+    [
+        (None, 'exec "${AGENT_INFRA_PYTHON:-python3}" /h/w/p.pyz fetch org/m'),
+        (ContainerConfig("apptainer", "v.sif"), "exec apptainer exec --bind /h/w "),
+        (
+            ContainerConfig("pyxis", "v"),
+            "exec srun --nodes=1 --ntasks=1 --partition=fast --account=abc --container-image=v",
+        ),
+        (ContainerConfig("podman", "v"), " -e HF_TOKEN "),
+    ],
+)
+def test_models_are_pulled_with_the_python_of_the_container(container: ContainerConfig | None, command: str) -> None:
+    partitions = (PartitionConfig("slow"), PartitionConfig("fast", priority=2))
+    slurm = SlurmConfig(partitions, account="abc", container=container)
+    text = fetch_command(slurm, ModelConfig("m", "org/m", env={"HF_TOKEN": "hush"}), "/h/w", "/h/w/p.pyz")
+    assert command in text
+    assert text.endswith("/h/w/p.pyz fetch org/m")
+    assert "hush" not in text
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=PATIENCE_S)
 
 
 def test_a_partitions_options_win_and_null_takes_one_away() -> None:
