@@ -354,14 +354,14 @@ def with_priority(body: bytes | bytearray, priority: int) -> tuple[bytes, memory
     return (b'{"priority":%d,' % priority, memoryview(body)[opening.end() :]) if opening is not None else None
 
 
-def unsupported(fields: Any, lacks: Collection[str]) -> str | None:
-    """Why an engine that lacks this (LACKS) can't answer a request; None if it can."""
+def refuse_unsupported(fields: Any, lacks: Collection[str]) -> None:
+    """Raise RequestError 400 if an engine that lacks this (LACKS) can't answer a request."""
     if "choices" in lacks and isinstance(fields.n, int) and fields.n > 1:
-        return "n must be 1: this engine reports the usage of one choice only; send the request once for each choice"
+        message = "n must be 1: this engine reports the usage of one choice only; send the request once for each choice"
+        raise RequestError(400, message)
     counts = (fields.max_tokens, fields.max_completion_tokens)
     if "empty_answers" in lacks and any(type(count) is int and count == 0 for count in counts):
-        return "max_tokens must be at least 1"
-    return None
+        raise RequestError(400, "max_tokens must be at least 1")
 
 
 def form_model(body: bytes | bytearray) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -9,7 +10,13 @@ import pytest
 
 from agent_infra_core.http.errors import RequestError
 from agent_infra_core.protocol import LACKS
-from agent_infra_core.relay.bodies import HEAVY_BODY_BYTES, MAX_READ_VALUES, MAX_SKIPPED_VALUES, Codec, unsupported
+from agent_infra_core.relay.bodies import (
+    HEAVY_BODY_BYTES,
+    MAX_READ_VALUES,
+    MAX_SKIPPED_VALUES,
+    Codec,
+    refuse_unsupported,
+)
 
 CODEC = Codec()
 
@@ -46,5 +53,6 @@ def test_a_heavy_body_of_text_is_read_and_one_of_millions_of_values_is_refused()
 )
 def test_what_an_engine_lacks_is_refused_and_by_others_served(body: dict[str, Any], is_refused: bool) -> None:
     fields = CODEC.request(json.dumps({"model": "m", "messages": [], **body}).encode())
-    assert (unsupported(fields, LACKS) is not None) == is_refused
-    assert unsupported(fields, ()) is None
+    refuse_unsupported(fields, ())
+    with pytest.raises(RequestError) if is_refused else contextlib.nullcontext():
+        refuse_unsupported(fields, LACKS)
