@@ -28,7 +28,7 @@ SLOW_FACTOR = 1.2  # a replica is as fast as the others unless it differs by mor
 SURE_ERRORS = 6.0
 LEAST_SPEED_TURNS = 20  # of a replica before its speed is judged
 ABANDONED = 0.01  # share of silences that never end where sessions report their end: agents that die
-LEAST_CROWDING = 0.5  # exponent that shows shared tools; early think times are the short ones, which looks like 0.3
+LEAST_CROWDING = 0.35  # exponent that shows shared tools; early think times are the short ones, which looks like 0.25
 QUIET_S = 60.0  # a session silent for longer may have been abandoned
 BINS = 65  # of durations, in which the cure model is fitted
 ONE_KIND, TWO_KINDS = (1.0,), (0.5, 4.0)  # of think times, with the means to begin with
@@ -356,14 +356,14 @@ def _cure_model(durations: Array, over: Array, counts: Array) -> tuple[Array, fl
     return ((weight * scale).sum(axis=1) / alive)[:, 0], float(1 - alive[0, 0]), surviving, has_long
 
 
-def _crowding(turns: Array) -> float:
+def _crowding(known: Array) -> float:
     """The exponent by which think time grows with the agents that think at its beginning; 0 unless it does for sure.
 
-    Agents that don't share anything give 0, those that queue for the same machines up to 1.
+    Agents that don't share anything give 0, those that queue for the same machines up to 1. ``known`` are turns with a
+    think time.
     """
     import numpy as np
 
-    known = turns[np.isfinite(turns["think_s"])]
     if len(known) < 100:
         return 0.0
     end, seconds = known["arrived"], known["think_s"]
@@ -463,7 +463,7 @@ def fit_think(
         error=error,
         draws=mean * np.exp(error * rng.standard_normal(RESAMPLES)),
         observing_share=_observing_share(turns),
-        crowding=_crowding(turns),
+        crowding=_crowding(turns[turns["arrived"] - turns["think_s"] >= since]),
         ends_reported=bool(ends_reported),
         is_guessed=is_guessed,
         left=left,
