@@ -2080,8 +2080,8 @@ def turn_view(turn: Mapping[str, Any]) -> None:
     for name in ("prompt", "answer"):
         st.text(name)
         st.code(str(turn.get(name) or UNKNOWN), language=None, wrap_lines=True)
-    facts = pd.DataFrame(turn_facts(turn), columns=["of this turn", "value"])
-    st.dataframe(facts, hide_index=True, key="facts", height="content", row_height=30)
+    st.text("of this turn")
+    st.code("\n".join(f"{name}: {text}" for name, text in turn_facts(turn)), language=None, wrap_lines=True)
 
 
 # --- Replicas ---------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ WHOLE = {  # what a tab has when it is there
     "Overview": ".stVegaLiteChart canvas",
     "Sessions": ".st-key-sessions canvas",
     "Replicas": ".st-key-replicas canvas",
-    "Analysis": "[class*=st-key-shares] canvas",
+    "Analysis": "text=Where the time of turns goes",
     "History": ".stVegaLiteChart canvas",
 }
 

@@ -489,7 +489,12 @@ class StatsServer:
         if self.said is not None:
             for row in turns:
                 row.update(prompt=self.said, answer=self.said, error=row["error"] and self.said)
-        found = {"schema_version": 2, "now": self.document["now"], "session": rows[0], "turns_total": self.turns}
+        found = {
+            "schema_version": 2,
+            "now": self.document["now"],
+            "session": {**rows[0], "turns": self.turns},
+            "turns_total": self.turns,
+        }
         return 200, {**found, "turns": turns}
 
     def list(self, options: dict[str, str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ TABS = {  # what each has when it is whole
     "Overview": ".stVegaLiteChart canvas",
     "Sessions": ".st-key-sessions canvas",
     "Replicas": ".st-key-replicas canvas",
-    "Analysis": "[class*=st-key-shares] canvas",
+    "Analysis": "text=Where the time of turns goes",
     "History": ".stVegaLiteChart canvas",
 }
 
@@ -390,8 +390,8 @@ def test_fleets_are_shown_as_what_they_are(
     if is_trace:
         tab.locator(".row").nth(6).click()
         wait_text(tab, "Turn 7")
-    elif name != "empty":
-        tab.wait_for_selector(TABS[each])
+    else:
+        tab.wait_for_selector("[data-testid=stCode] code" if name == "empty" else TABS[each])
     if name in ("saturated", "agent-bound"):
         assert {"saturated": "GPU-BOUND", "agent-bound": "AGENT-BOUND"}[name] in status(tab)
     assert_tidy(tab)
