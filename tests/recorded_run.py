@@ -8,6 +8,7 @@ from typing import Any
 
 from agent_infra_core.insight.gpu_hours import ReplicaUse
 from agent_infra_core.insight.history import HistoryBatch, HistoryFile
+from agent_infra_core.insight.runs import Announcement
 from agent_infra_core.insight.turns import TurnRecord
 
 START = 1_795_305_600.0
@@ -37,6 +38,6 @@ def write_run(path: Path) -> None:
     gauges = [
         (START + 5 * step, model, 5.0, 3.0, 1.0, 0.5, 0.8, step % 2) for step in range(1, 480) for model in ("", "m")
     ]
-    runs: dict[tuple[float, str], float | None] = {(START + 600, f"night {HOSTILE}"): None}
+    runs = {"night": Announcement(f"night {HOSTILE}", 100, START + 600)}
     file.write(HistoryBatch(replica_time={(busy, at_slot): 1800.0}, verdicts=verdicts, gauges=gauges, runs=runs))
     file.close()

@@ -59,7 +59,7 @@ def read_series(file: HistoryFile, query: SeriesQuery, now: float) -> dict[str, 
     series |= {name: gauges[name] for name in (*_GAUGES, "preemptions")}
     series |= _finish_reasons(reasons, gauges["seconds"])
     runs = file.query(
-        "SELECT name, began, ended FROM runs WHERE began < ? AND coalesce(ended, ?) >= ? ORDER BY began LIMIT 100",
+        "SELECT name, at, ended FROM runs WHERE at < ? AND coalesce(ended, ?) >= ? ORDER BY at LIMIT 100",
         *(query.until, now, axis.first),
     )
     return {

@@ -57,7 +57,7 @@ SCHEMA = f"""
         reasons TEXT, {" BLOB, ".join(DURATIONS)} BLOB, PRIMARY KEY (at, model, width)) WITHOUT ROWID;
     CREATE TABLE gauges (at REAL, model TEXT, seconds REAL, in_flight REAL, queue REAL, kv_usage REAL,
         gpu_utilization REAL, preemptions INTEGER, PRIMARY KEY (at, model)) WITHOUT ROWID;
-    CREATE TABLE runs (began REAL, name TEXT, ended REAL, PRIMARY KEY (began, name)) WITHOUT ROWID
+    CREATE TABLE runs (name TEXT PRIMARY KEY, tasks INTEGER NOT NULL, at REAL NOT NULL, ended REAL) WITHOUT ROWID
 """
 
 _SUMS = ("turns", "completed", "errors", "aborted", "rejected")

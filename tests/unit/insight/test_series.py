@@ -17,6 +17,7 @@ from agent_infra_core.insight import summaries
 from agent_infra_core.insight.export import read_history
 from agent_infra_core.insight.gauges import GaugeLog
 from agent_infra_core.insight.history import _HISTORY_MARK, _MIGRATIONS, HistoryBatch, HistoryFile
+from agent_infra_core.insight.runs import Announcement
 from agent_infra_core.insight.series import (
     SESSION_COLUMNS,
     SESSION_FIELDS,
@@ -222,15 +223,18 @@ def test_a_history_before_the_gauges_shows_the_steps_with_turns(file: HistoryFil
 
 
 def test_runs_are_marked_and_those_of_a_former_controller_ended_with_its_last_turn(file: HistoryFile) -> None:
-    write(file, turn("t", START + 500), runs={(START + 100, "night"): None, (START + 50, "first"): START + 90})
+    begun = {"night": START + 100, "first": START + 50, "followed": START + 200}
+    runs = {name: Announcement(name, 5, at) for name, at in begun.items()}
+    write(file, turn("t", START + 500), runs=runs, run_ends={"first": START + 90})
     query = SeriesQuery(START, START + 600, 10)
     runs = read_series(file, query, START + 600)["runs"]
     assert runs == [
         {"name": "first", "from": START + 50, "to": START + 90},
         {"name": "night", "from": START + 100, "to": None},
+        {"name": "followed", "from": START + 200, "to": None},
     ]
-    file.end_runs()
-    assert read_series(file, query, START + 600)["runs"][1]["to"] == START + 500
+    file.end_runs({"followed"})
+    assert [run["to"] for run in read_series(file, query, START + 600)["runs"]] == [START + 90, START + 500, None]
 
 
 def test_old_steps_and_gauges_are_merged_and_sums_stay(file: HistoryFile) -> None:
