@@ -7,12 +7,13 @@ shall do stands in its body, under ``"fake"``; what all of them shall do is set 
 with ``each_s`` and ``slots`` (an answer takes base_s + each_s · n seconds with n in the works, ``slots`` of them at
 most, as in continuous batching), ``gap`` (s between events), ``hang`` (never answer), ``held`` (answer once ``release``
 was set), ``until`` (answer once there is a file of this name), ``held_after`` (that many events and one, go on
-likewise), ``status`` (answer with it), ``retry_after``, ``usage`` (stream it even if nobody asked), ``finish_reason``,
-``die`` (kill the process: "before" the answer, in its "middle", or after that many events), ``cut`` (close the
-connection, likewise; "reset": reset it in the middle of a whole answer), ``no_done``, ``close`` (after the answer, with
-or without saying so: "silently"), ``linger`` (s between a stream's last event and its end), ``size`` (bytes of
-content), ``framing`` ("length", "close", "chunked"), ``split`` (send the answer in pieces of so many bytes), ``health``
-(status of /health), ``health_s`` (that its answer takes), ``load`` (the /load digest), ``models`` (rows of its list).
+likewise), ``status`` (answer with it), ``retry_after``, ``head`` (begin with a header of so many bytes), ``usage``
+(stream it even if nobody asked), ``finish_reason``, ``die`` (kill the process: "before" the answer, in its "middle", or
+after that many events), ``cut`` (close the connection, likewise; "reset": reset it in the middle of a whole answer),
+``no_done``, ``close`` (after the answer, with or without saying so: "silently"), ``linger`` (s between a stream's last
+event and its end), ``size`` (bytes of content), ``framing`` ("length", "close", "chunked"), ``split`` (send the answer
+in pieces of so many bytes), ``health`` (status of /health), ``health_s`` (that its answer takes), ``load`` (the /load
+digest), ``models`` (rows of its list).
 
 ``GET /fake`` tells what it saw: requests, aborted (whose client left first), running, probes (of /health, answered),
 the heads and the last body, and the seconds that answers took it in all.
@@ -169,6 +170,8 @@ class Connection:
             return False
         if how.get("hang"):
             self.pause(3600.0)
+        if "head" in how:
+            self.send(b"HTTP/1.1 200 OK\r\nx-long: " + b"x" * how["head"])
         while how.get("held") and not self.engine.behaviour.get("release"):
             self.pause(0.02)
         while "until" in how and not os.path.exists(how["until"]):

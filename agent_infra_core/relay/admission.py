@@ -137,6 +137,8 @@ class Admission:
             replica = choose_backend(pool, turn.route, relay.strategy, now)
         else:
             replica = self.sessions.choose(turn, turn.routed, pool, now)
+            if turn.routed.is_held or turn.held_since:
+                turn.note_held(turn.routed.is_held, now)
         if replica is None:
             return False
         self._choices += 1
@@ -204,5 +206,7 @@ class Admission:
                 client.park()
             return turn.replica
         finally:
-            turn.queue_ms = (time.monotonic() - turn.arrived) * 1000.0
+            now = time.monotonic()
+            turn.queue_ms = (now - turn.arrived) * 1000.0
+            turn.note_held(False, now)
             client.deadline = math.inf

@@ -55,6 +55,9 @@ class Turn:
     gives_way = False  # its place in the queue goes to a client that waits with fewer turns
     cors = b""  # header lines for a web page that may read the answer
     key: str | None = None  # what its conversation is known by from now on; see TurnFinished
+    held_since = 0.0  # since when it waits for room in a KV cache; 0: it doesn't
+    held_ms = 0.0
+    retry_ms = 0.0
 
     def __init__(self, name: str, model: str, plan: RequestPlan, wanted_text: int) -> None:
         self.id = name
@@ -93,8 +96,16 @@ class Turn:
 
     def send_to(self, replica: LiveReplica, now: float) -> None:
         """Note that the request goes to ``replica``."""
+        if self.sent:
+            self.retry_ms += (now - self.sent) * 1000.0
         self.sent, self.backend = now, replica.id
         self.queue_ms = (now - self.arrived) * 1000.0
+
+    def note_held(self, is_held: bool, now: float) -> None:
+        """Note whether it waits for room in a KV cache. Later waits, before a retry, are part of ``retry_ms``."""
+        if self.held_since and not self.sent:
+            self.held_ms += (now - self.held_since) * 1000.0
+        self.held_since = now if is_held else 0.0
 
     def answer_fields(self) -> bytes:
         """Return the header lines that every answer to the turn carries."""
@@ -231,7 +242,7 @@ class TurnBook:
             (turn.ended - turn.sent) * 1000.0 if has_first else None,
             turn.retries, digest.prompt_tokens, estimate if is_estimated else digest.completion_tokens,
             digest.cached_tokens, is_estimated, digest.finish_reason, turn.error or digest.error,
-            turn.gaps.by_name(), digest.text, turn.key, self._started(turn),
+            turn.gaps.by_name(), digest.text, turn.key, self._started(turn), turn.held_ms, turn.retry_ms,
         )
         # fmt: on
 

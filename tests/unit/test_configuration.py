@@ -80,7 +80,7 @@ def test_example_yaml_shows_every_key_with_its_default() -> None:
         (MODEL + "cluster: {ssh: {host: l, prot: 22}}", "cluster.ssh.prot: unknown key; did you mean port?"),
         (MODEL + "cluster: {ssh: {host: -oProxyCommand=x}}", "cluster.ssh.host: found"),
         (MODEL + "cluster: {ssh: login}", "cluster.ssh: a mapping of keys is needed"),
-        (MODEL + "cluster: {tunnel: maybe}", "allowed: one of auto, login, node, none"),
+        (MODEL + "cluster: {tunnel: maybe}", "allowed: one of auto, login, node, exec, none"),
         (MODEL + "cluster: {ssh: {host: login}}", "cluster.ssh: applies only to type: slurm"),
         (MODEL + "cluster: {tunnel: login}", "cluster.tunnel: applies only to type: slurm"),
         (MODEL + "cluster: {poll_interval: 5}", "cluster.poll_interval: applies only to type: slurm"),
