@@ -38,7 +38,7 @@ class Turn:
         "replica", "routed", "sent", "session", "sharer", "status", "stream", "tokens", "wanted_text",
     )  # fmt: skip
 
-    # Defaults that most turns keep.
+    # Defaults that most turns keep: one that is set costs the turn a dictionary.
     route: RouteRequest = ANYWHERE
     wake: Callable[[], None]  # of its client, while it waits
     charged_s = 0.0  # service that its session was charged in advance, when it had to wait
@@ -153,7 +153,8 @@ class TurnBook:
 
     def _read_fields(self, turn: Turn, fields: Any, body: bytes | bytearray, peer: tuple[Any, ...]) -> None:
         turn.is_stream = fields.stream is True
-        turn.has_priority = fields.priority is not None
+        if fields.priority is not None:
+            turn.has_priority = True
         if (options := fields.stream_options) is not None:
             turn.cuts_usage = not (isinstance(options, dict) and options.get("include_usage"))
         codec = self._relay.codec
