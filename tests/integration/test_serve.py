@@ -27,11 +27,12 @@ from weights import packaged_gguf
 
 import agent_infra_core.node.replica as replica_module
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.host import http_get, process_stamp
-from agent_infra_core.node.guard import answer_challenge
+from agent_infra_core.host import HttpConnection, http_get, process_stamp
+from agent_infra_core.node.guard import answer_challenge, server_identity
 from agent_infra_core.node.process import reserve_port
 from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord
 from agent_infra_core.settings import ModelConfig
+from agent_infra_core.ssh.tunnels import verifies_identity
 
 Serve = Callable[..., Served]
 
@@ -93,6 +94,20 @@ def test_the_embedded_engine_answers_a_chat_and_tells_its_load(serve: Serve, ggu
     assert (load["state"], load["slots"], load["running"], load["waiting"]) == ("ready", 2, 0, 0)
     assert load["generation_tokens"] == answer["usage"]["completion_tokens"] == 8
     assert load["prompt_tokens"] == answer["usage"]["prompt_tokens"]
+
+
+def test_on_a_node_that_only_has_ipv6_engine_and_telemetry_listen_there(serve: Serve, gguf: str, port: int) -> None:
+    if not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists():
+        pytest.skip("needs IPv6")
+    served = serve(llama_model(gguf, port), environment={"AGENT_INFRA_ADDRESS": "::1"}, bind_host="0.0.0.0")
+    record = served.wait_for_state("ready")
+    assert (record.host, record.address) == ("::1", "::1")
+    assert record.port is not None
+    assert record.telemetry_port is not None
+    assert http_get("::1", record.port, "/health", timeout_s=PATIENCE_S)[0] == 200
+    with contextlib.closing(HttpConnection("::1", record.telemetry_port, PATIENCE_S)) as telemetry:
+        name = server_identity(record.replica, record.node, record.telemetry_port)
+        assert verifies_identity(telemetry, KEY, name, record.port)
 
 
 def test_a_full_embedded_engine_still_answers_its_health_probe(serve: Serve, gguf: str, port: int) -> None:
