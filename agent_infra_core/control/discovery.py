@@ -90,6 +90,7 @@ def replica_table(
             ends_at=record.ends_at,
             is_own=record.pid > 0,
             lacks=ENGINES[record.engine].lacks if record.engine in ENGINES else (),
+            takes_priority=record.takes_priority,
         )
         backends.append(dataclasses.asdict(backend))
     return {"models": list(models), "loading": sorted(loading), "backends": backends}

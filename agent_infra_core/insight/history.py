@@ -14,13 +14,14 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.host import absolute_path
+from agent_infra_core.insight import summaries
 from agent_infra_core.insight.gpu_hours import REPLICA_TIME_BIN_S, ReplicaUse
 from agent_infra_core.insight.rates import HISTORY_POINTS
 from agent_infra_core.insight.turns import TurnRecord
@@ -60,6 +61,7 @@ _MIGRATIONS = (
     "ALTER TABLE turns ADD COLUMN key TEXT",
     "CREATE TABLE points (at REAL PRIMARY KEY, figures TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE ended (session TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID",
+    summaries.SCHEMA,
 )
 TURN_COLUMNS = tuple(item.name for item in dataclasses.fields(TurnRecord))
 _BOOLEAN_COLUMNS = tuple(
@@ -112,6 +114,8 @@ class HistoryBatch:
     verdicts: list[tuple[Any, ...]] = field(default_factory=list)  # rows of VERDICT_COLUMNS
     points: list[dict[str, Any]] = field(default_factory=list)  # of throughput.history; only the latest are kept
     ended: dict[str, float] = field(default_factory=dict)  # session → time its agent ended it
+    gauges: list[tuple[Any, ...]] = field(default_factory=list)  # rows of put_gauges()
+    runs: dict[tuple[float, str], float | None] = field(default_factory=dict)  # (announced at, name) → its end
     text_bytes: int = 0  # approximate size of the turns
 
     def add(self, later: HistoryBatch) -> collections.Counter[str]:
@@ -126,6 +130,8 @@ class HistoryBatch:
         self.verdicts = (self.verdicts + later.verdicts)[-MAX_VERDICTS:]
         self.points = (self.points + later.points)[-HISTORY_POINTS:]
         self.ended.update(later.ended)
+        self.gauges = (self.gauges + later.gauges)[-HISTORY_BACKLOG_ROWS:]
+        self.runs.update(later.runs)
         dropped: collections.Counter[str] = collections.Counter()
         while self.text_bytes > HISTORY_BACKLOG_BYTES:
             oldest = self.turns.popleft()
@@ -145,7 +151,7 @@ class HistoryBatch:
 
     def __bool__(self) -> bool:
         details = self.posts or self.replica_time or self.verdicts or self.points or self.ended
-        return bool(self.turns or details or any(self.totals.values()))
+        return bool(self.turns or details or self.gauges or self.runs or any(self.totals.values()))
 
 
 def _record_bytes(record: TurnRecord) -> int:
@@ -197,11 +203,16 @@ class HistoryFile:
     file that must not be touched.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path | None, *, read_only: bool = False) -> None:
+        """``path`` None: an empty history in memory."""
         import sqlite3
 
         self._path = path
         self.refused: list[str] = []  # SQLite's error for each row that the last write() left out
+        if path is None:
+            self._connection = sqlite3.connect(":memory:", isolation_level=None)
+            self._migrate()
+            return
         if not read_only and not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             # Create it here to set its mode. Don't open an existing file: closing it drops this process's locks on it.
@@ -217,7 +228,7 @@ class HistoryFile:
         try:
             self._check()
             if not read_only:
-                self._prepare()
+                self._prepare(path)
         except BaseException:
             self.close()
             raise
@@ -232,12 +243,12 @@ class HistoryFile:
                 "use that version, or set proxy.history to another path"
             )
 
-    def _prepare(self) -> None:
+    def _prepare(self, path: Path) -> None:
         try:
             mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
         except OSError:
             mounts = ""
-        local = is_local(self._path.resolve(), mounts)
+        local = is_local(path.resolve(), mounts)
         self._value(f"PRAGMA journal_mode = {'wal' if local else 'truncate'}")
         # A log that isn't flushed after each batch survives the death of the process; a power cut may lose batches.
         self._value(f"PRAGMA synchronous = {'normal' if local else 'full'}")
@@ -275,7 +286,18 @@ class HistoryFile:
             points = [(point["at"], json.dumps(point)) for point in batch.points]
             self._put("INSERT OR REPLACE INTO points VALUES (?, ?)", points)
             self._put("INSERT OR REPLACE INTO ended VALUES (?, ?)", list(batch.ended.items()))
+            summaries.put_gauges(self._connection, batch.gauges)
+            self._put("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", [(*run, end) for run, end in batch.runs.items()])
+            summaries.summarise(self._connection)
         return added
+
+    def catch_up(self) -> bool:
+        """Summarise some of the turns that an older version wrote. Returns whether there were any left."""
+        if not summaries.is_behind(self._connection):
+            return False
+        with self._transaction():
+            summaries.summarise(self._connection)
+        return True
 
     def _put(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> int:
         """Write rows, one by one if SQLite can't store one of them. Returns the number of rows changed."""
@@ -316,6 +338,7 @@ class HistoryFile:
             self._connection.execute(f"DELETE FROM points WHERE at NOT IN ({latest})", (HISTORY_POINTS,))
             self._connection.execute("DELETE FROM ended WHERE at < ?", (now - RESTORED_S,))
             self._sum_up_days(int((now - REPLICA_TIME_FINE_S) // 86400) * 86400)
+            summaries.tidy(self._connection, now)
 
     def _sum_up_days(self, before: int) -> None:
         """Merge the replica time before ``before`` into one row per day."""
@@ -346,6 +369,10 @@ class HistoryFile:
         """All rows of a query; for small results."""
         return self._connection.execute(query, values).fetchall()
 
+    def fill(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Write rows into a temporary table."""
+        self._connection.executemany(statement, rows)
+
     def since(self) -> float:
         """When the file was created, in s since the epoch."""
         return float(self._value("SELECT value FROM about WHERE name = 'since'"))
@@ -362,6 +389,11 @@ class HistoryFile:
     def ended_sessions(self) -> dict[str, float]:
         """Session → time its agent ended it, for at least the last RESTORED_S."""
         return dict(self.query("SELECT session, at FROM ended ORDER BY at"))
+
+    def end_runs(self) -> None:
+        """End the runs that an earlier controller followed: with the last turn, as far as is known."""
+        last = "(SELECT finished_at FROM turns ORDER BY id DESC LIMIT 1)"
+        self._connection.execute(f"UPDATE runs SET ended = max(began, coalesce({last}, began)) WHERE ended IS NULL")
 
     def count_turns(self) -> int:
         return int(self._value("SELECT count(*) FROM turns"))
@@ -522,6 +554,8 @@ class History:
             self._log(f"history: {said}", "warning")
         self._recover()
         try:
+            while not self._stop.is_set() and file.catch_up():
+                pass
             self._turns -= file.trim(self._max_bytes, max(1000, 2 * len(batch.turns)))
             if self._clock() - self._tidied_on > 3600:
                 file.tidy(self._clock())

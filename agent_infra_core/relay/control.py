@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from agent_infra_core.relay.server import Relay
 
 SHORTAGE_S = 60.0  # how often a lack of descriptors is logged
-QUESTION_S = 2.0
+HISTORY_QUESTION_S = 10.0  # time the controller has for questions that it reads from the disk
 BATCHED_TURNS = 512  # finished turns in one frame
 MAX_BUFFERED_EVENTS = 50_000
 
@@ -181,23 +181,23 @@ class ControlChannel:
 
 
 class Questions:
-    """Questions from clients that only the controller can answer. Each waits at most QUESTION_S."""
+    """Questions from clients that only the controller can answer."""
 
     def __init__(self, channel: ControlChannel, reactor: Reactor) -> None:
         self._channel, self._reactor = channel, reactor
         self._waiting: dict[int, Any] = {}
         self._count = 0
 
-    def ask(self, op: str, **details: Any) -> dict[str, Any] | None:
-        """Return a FRAME_ANSWER; None if no controller answers in time. Blocks this greenlet."""
+    def ask(self, op: str, patience_s: float, **details: Any) -> dict[str, Any] | None:
+        """Return a FRAME_ANSWER; None if no controller answers within ``patience_s``. Blocks this greenlet."""
         self._count += 1
         number, result = self._count, self._reactor.new_result()
         self._waiting[number] = result
         try:
-            question = json.dumps({"op": op, "id": number, **details}).encode()
+            question = json.dumps({**details, "op": op, "id": number}).encode()
             # Sent by another greenlet: a controller that reads nothing must not hold this one beyond its time.
             self._reactor.spawn(self._send, question)
-            answer: dict[str, Any] | None = result.wait(QUESTION_S) if self._channel.is_connected else None
+            answer: dict[str, Any] | None = result.wait(patience_s) if self._channel.is_connected else None
             return answer
         finally:
             del self._waiting[number]

@@ -126,6 +126,7 @@ class Relay:
             self.strategy = self.settings.proxy.strategy
             affinity = self.settings.proxy.session_affinity
             self.keeps_sessions = affinity == "auto" and self.strategy == "least_load"
+            self.admission.sessions.configure(self.settings.proxy.kv_admission == "auto")
             self.access.configure(self.settings.proxy)
             self.bodies.limit = self.settings.max_buffered_bytes
             self.heads.known_requests.clear()  # the names of the label headers may have changed

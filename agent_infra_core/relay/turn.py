@@ -14,6 +14,7 @@ from agent_infra_core.http.events import EventStream
 from agent_infra_core.http.heads import MAX_HEAD_BYTES, after_interim_answers, as_client_error, returned_head
 from agent_infra_core.protocol import Histogram
 from agent_infra_core.relay.admission import PATIENCE_WITH_BUSY_S
+from agent_infra_core.relay.bodies import with_priority
 from agent_infra_core.relay.book import RETRY_SHARE, Turn
 from agent_infra_core.relay.reactor import ClientGone
 from agent_infra_core.relay.replicas import RECEIVE_BYTES, LiveReplica
@@ -28,6 +29,7 @@ BUFFERED_ANSWER_BYTES = 8 << 20  # a plain answer longer than this is passed on 
 DIGESTED_ANSWER_BYTES = 4 << 20  # the usage of a longer one isn't read
 INTERIM_PAUSE_S = 0.02  # between two looks at interim answers
 RACE_S = 1.0  # a replica's close that crossed with a request shows within this time: more than a round trip
+PRIORITY_PATHS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses")  # vLLM's other requests have none
 GENERATING_PATHS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages")
 UNREACHABLE_S = 1.0  # that a turn avoids a replica that it couldn't reach
 BUSY_S, MAX_BUSY_S = 0.5, 60.0  # that a replica gets no work after 429 or 503
@@ -123,7 +125,7 @@ class Delivery:
         carry another request. Raises RequestError or ClientGone."""
         turn = self._turn
         turn.send_to(replica, time.monotonic())
-        exchange = Exchange(self._client, turn, replica, replica.head(self._plan, len(self._client.body)))
+        exchange = Exchange(self._client, turn, replica, *self._request_for(replica))
         try:
             exchange.run()
         except TransportError as error:
@@ -142,6 +144,17 @@ class Delivery:
         turn.ended = time.monotonic()
         replica.note_success((turn.ended - turn.sent) * 1000.0, turn.ended)
         return not exchange.ends_by_closing
+
+    def _request_for(self, replica: LiveReplica) -> tuple[bytes, int]:
+        """Return the bytes to send before the body, and how many of the body they replace: none, or its opening where
+        the engine schedules by priority and the client set none."""
+        turn, body = self._turn, self._client.body
+        if replica.backend.takes_priority and turn.path in PRIORITY_PATHS and not turn.has_priority:
+            parts = with_priority(body, self._relay.admission.priority(turn))
+            if parts is not None:
+                head = replica.head(self._plan, len(parts[0]) + len(parts[1]))
+                return head + parts[0], len(body) - len(parts[1])
+        return replica.head(self._plan, len(body)), 0
 
     def _on_answer(self, replica: LiveReplica, exchange: Exchange) -> bool | None:
         """Pass on a whole plain answer, unless it says to go elsewhere."""
@@ -270,10 +283,13 @@ class Exchange:
     _length: int | None = 0
     _decoder: Any = None
 
-    def __init__(self, client: ClientConnection, turn: Turn, replica: LiveReplica, request_head: bytes) -> None:
-        """``request_head`` is sent before the body, which the client holds for as long as it may be sent again."""
+    def __init__(
+        self, client: ClientConnection, turn: Turn, replica: LiveReplica, request_head: bytes, replaced: int
+    ) -> None:
+        """``request_head`` is sent before the body, of which it replaces so many bytes. The client holds the body for
+        as long as it may be sent again, and nobody else does: its room may be needed."""
         self._relay, self._client, self._turn, self._replica = client.relay, client, turn, replica
-        self._request_head = request_head
+        self._request_head, self._replaced = request_head, replaced
         self._timeout_s = client.relay.settings.proxy.request_timeout
         self._upstream: Any = None
         # For HTTP/1.1 clients; the answer to an older one ends with the connection.
@@ -334,7 +350,9 @@ class Exchange:
     def _ask_on(self, upstream: Upstream) -> bytes:
         self._upstream = upstream
         self._client.extend_deadline(self._timeout_s)
-        self._is_sent = upstream.send(self._request_head, self._client.body, self._client)
+        body = memoryview(self._client.body)[self._replaced :] if self._replaced else self._client.body
+        self._is_sent = upstream.send(self._request_head, body, self._client)
+        del body
         self._client.has_sent_body = self._is_sent
         data = b""
         while True:

@@ -212,7 +212,9 @@ def test_a_replica_that_dies_before_its_answer_is_whole_is_replaced_by_another(r
         for engine in (dying, living):
             engine.wait_for("probes", 1)
         assert [chat(relay).status for _ in range(4)] == [200] * 4
-    assert sum(turn["retries"] for turn in relay.controller.finished(4)) == 1
+    turns = relay.controller.finished(4)
+    assert sum(turn["retries"] for turn in turns) == 1
+    assert [0 < turn["retry_ms"] <= turn["queue_ms"] for turn in turns] == [turn["retries"] == 1 for turn in turns]
 
 
 def test_a_replica_that_dies_before_its_first_event_is_replaced_by_another(relay: RelayProcess) -> None:
