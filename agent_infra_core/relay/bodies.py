@@ -27,7 +27,10 @@ from agent_infra_core.protocol import MAX_FIGURE, TurnFinished, TurnStarted
 if TYPE_CHECKING:
     from agent_infra_core.relay.book import Turn
 
-ROUTED_FIELDS = ("model", "stream", "stream_options", "priority", "n", "max_tokens", "max_completion_tokens")
+ROUTED_FIELDS = (
+    *("model", "stream", "stream_options", "priority", "previous_response_id"),
+    *("n", "max_tokens", "max_completion_tokens"),
+)
 # The fields that are read besides messages; the last two stay undecoded.
 KNOWN_FIELDS = (*ROUTED_FIELDS, "prompt", "input", "tools", "system")
 _CACHE_MARK = re.compile(rb',\s*"cache_control":\s*\{[^{}]*\}|"cache_control":\s*\{[^{}]*\}\s*,?\s*')
@@ -112,7 +115,7 @@ class Codec:
         )
         self.decode: Callable[[bytes], Any] = msgspec.json.Decoder().decode
         self.convert: Callable[..., Any] = msgspec.convert
-        routed = [(name, Any, None) for name in (*ROUTED_FIELDS, "previous_response_id")]
+        routed = [(name, Any, None) for name in ROUTED_FIELDS]
         words: list[Any] = [("messages", list[msgspec.Raw], ()), ("prompt", Any, None), ("input", Any, None)]
         words += [(name, msgspec.Raw, msgspec.Raw(b"")) for name in ("tools", "system", "instructions")]
         call = msgspec.defstruct("Call", [("id", str, "")])
@@ -344,6 +347,13 @@ def _said(part: Any) -> Any:
     return _CACHE_MARK.sub(b"", raw) if raw.find(b'"cache_control"') >= 0 else raw
 
 
+def with_priority(body: bytes | bytearray, priority: int) -> tuple[bytes, memoryview] | None:
+    """Return a JSON object with a field ``priority`` in two parts, of which the second isn't a copy; None if it is
+    empty."""
+    opening = _OPENING.match(body)
+    return (b'{"priority":%d,' % priority, memoryview(body)[opening.end() :]) if opening is not None else None
+
+
 def refuse_unsupported(fields: Any, lacks: Collection[str]) -> None:
     """Raise RequestError 400 if an engine that lacks this (LACKS) can't answer a request."""
     if "choices" in lacks and isinstance(fields.n, int) and fields.n > 1:
@@ -352,13 +362,6 @@ def refuse_unsupported(fields: Any, lacks: Collection[str]) -> None:
     counts = (fields.max_tokens, fields.max_completion_tokens)
     if "empty_answers" in lacks and any(type(count) is int and count == 0 for count in counts):
         raise RequestError(400, "max_tokens must be at least 1")
-
-
-def with_priority(body: bytes | bytearray, priority: int) -> tuple[bytes, memoryview] | None:
-    """Return a JSON object with a field ``priority`` in two parts, of which the second isn't a copy; None if it is
-    empty."""
-    opening = _OPENING.match(body)
-    return (b'{"priority":%d,' % priority, memoryview(body)[opening.end() :]) if opening is not None else None
 
 
 def form_model(body: bytes | bytearray) -> str | None:

@@ -94,7 +94,9 @@ def site_of_module(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture
 def site(site_of_module: Site) -> Iterator[Site]:
     """The page in front of a fleet at work; afterwards no viewer is left and the browser has complained of nothing."""
-    site_of_module.server.document, site_of_module.server.status = stats.busy(), 200
+    site_of_module.server.show(stats.busy())
+    site_of_module.server.status, site_of_module.server.turns = 200, 12
+    site_of_module.server.said = site_of_module.server.history = None
     site_of_module.complaints.clear()
     yield site_of_module
     for context in site_of_module.browser.contexts:
