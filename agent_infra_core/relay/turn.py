@@ -145,15 +145,16 @@ class Delivery:
         replica.note_success((turn.ended - turn.sent) * 1000.0, turn.ended)
         return not exchange.ends_by_closing
 
-    def _request_for(self, replica: LiveReplica) -> tuple[bytes, bytes | bytearray | memoryview]:
-        """Return the bytes to send before the body, and the body: as it came, or with our priority where the engine
-        schedules by it and the client set none."""
+    def _request_for(self, replica: LiveReplica) -> tuple[bytes, int]:
+        """Return the bytes to send before the body, and how many of the body they replace: none, or its opening where
+        the engine schedules by priority and the client set none."""
         turn, body = self._turn, self._client.body
         if replica.backend.takes_priority and turn.path in PRIORITY_PATHS and not turn.has_priority:
             parts = with_priority(body, self._relay.admission.priority(turn))
             if parts is not None:
-                return replica.head(self._plan, len(parts[0]) + len(parts[1])) + parts[0], parts[1]
-        return replica.head(self._plan, len(body)), body
+                head = replica.head(self._plan, len(parts[0]) + len(parts[1]))
+                return head + parts[0], len(body) - len(parts[1])
+        return replica.head(self._plan, len(body)), 0
 
     def _on_answer(self, replica: LiveReplica, exchange: Exchange) -> bool | None:
         """Pass on a whole plain answer, unless it says to go elsewhere."""
@@ -283,12 +284,12 @@ class Exchange:
     _decoder: Any = None
 
     def __init__(
-        self, client: ClientConnection, turn: Turn, replica: LiveReplica, request_head: bytes,
-        request_body: bytes | bytearray | memoryview,
-    ) -> None:  # fmt: skip
-        """``request_head`` is sent before the body, which the client holds for as long as it may be sent again."""
+        self, client: ClientConnection, turn: Turn, replica: LiveReplica, request_head: bytes, replaced: int
+    ) -> None:
+        """``request_head`` is sent before the body, of which it replaces so many bytes. The client holds the body for
+        as long as it may be sent again, and nobody else does: its room may be needed."""
         self._relay, self._client, self._turn, self._replica = client.relay, client, turn, replica
-        self._request_head, self._request_body = request_head, request_body
+        self._request_head, self._replaced = request_head, replaced
         self._timeout_s = client.relay.settings.proxy.request_timeout
         self._upstream: Any = None
         # For HTTP/1.1 clients; the answer to an older one ends with the connection.
@@ -349,7 +350,9 @@ class Exchange:
     def _ask_on(self, upstream: Upstream) -> bytes:
         self._upstream = upstream
         self._client.extend_deadline(self._timeout_s)
-        self._is_sent = upstream.send(self._request_head, self._request_body, self._client)
+        body = memoryview(self._client.body)[self._replaced :] if self._replaced else self._client.body
+        self._is_sent = upstream.send(self._request_head, body, self._client)
+        del body
         self._client.has_sent_body = self._is_sent
         data = b""
         while True:
@@ -422,7 +425,6 @@ class Exchange:
             if head and (out or events.is_over):
                 out, head, self.is_passed_on = head + out, b"", True
                 client.release_body()  # it won't be sent again
-                self._request_body = b""
             if out:
                 self._send(out)
             if events.is_over:
