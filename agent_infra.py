@@ -29,7 +29,7 @@ import time
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, cast
 from urllib.parse import unquote_to_bytes
 
 if __name__ == "__main__" and os.path.dirname(os.path.realpath(__file__)) not in sys.path:
@@ -104,9 +104,11 @@ if TYPE_CHECKING:
     from agent_infra_core.control.status import ProxyClient
     from agent_infra_core.fleet.cluster import Cluster, Logs
     from agent_infra_core.fleet.place import JobRequest
+    from agent_infra_core.host import CommandRunner
     from agent_infra_core.http.heads import RequestHead
     from agent_infra_core.insight.history import HistoryFile
     from agent_infra_core.relay.server import Relay
+    from agent_infra_core.ssh.forwards import ForwardServer
     from agent_infra_core.ssh.login_host import LoginHost
 
 __all__ = ["AgentInfraError", "Config", "ConnectionManager", "SessionContext", "attach", "load_config"]
@@ -514,20 +516,22 @@ FORWARD_BACKLOG = 1024  # connections waiting to be accepted on a tunnel's port:
 
 
 def run_tunnel() -> int:
-    """Run the `tunnel` role: open the tunnel that stdin's first line describes, until stdin ends. Returns exit code."""
+    """Run the `tunnel` role: log in as stdin's first line says, until stdin ends. Returns the exit code."""
     from agent_infra_core.ssh.child import exit_when_stdin_closes, report_to_parent, run_openssh_master
 
     for number in (signal.SIGINT, signal.SIGHUP):  # the terminal sends them to the parent too, which ends this process
         signal.signal(number, signal.SIG_IGN)
-    with open(0, "rb", buffering=0, closefd=False) as pipe:
-        line = pipe.readline()
+    pipe = open(0, "rb", closefd=False)  # noqa: SIM115 (as long as the process)
+    line = pipe.readline()
     if not line:
         return 0
     spec = json.loads(line)
-    threading.Thread(target=exit_when_stdin_closes, name="lifeline", daemon=True).start()
     try:
-        hold = run_openssh_master if spec["driver"] == "openssh" else _run_sshtunnel
-        document = {"error": hold(spec)}
+        if spec["driver"] == "openssh":
+            threading.Thread(target=exit_when_stdin_closes, args=(pipe,), name="lifeline", daemon=True).start()
+            document = {"error": run_openssh_master(spec)}
+        else:
+            document = {"error": _run_sshtunnel(spec, pipe)}
     except HostUnreachableError as error:
         document = {"error": str(error), "kind": getattr(error, "kind", "host")}
     except Exception as error:  # noqa: BLE001  whatever it is, the parent is told rather than left to guess
@@ -538,82 +542,53 @@ def run_tunnel() -> int:
     os._exit(1)
 
 
-def _run_sshtunnel(spec: Mapping[str, Any]) -> str:
-    """Log in hop by hop, forward the ports and watch the connection. Returns the reason why it ended."""
-    from agent_infra_core.ssh.child import report_to_parent
-    from agent_infra_core.ssh.login import log_in
-    from agent_infra_core.ssh.routes import Keyring, SshRoute
+def _run_sshtunnel(spec: Mapping[str, Any], pipe: BinaryIO) -> str:
+    """Log in, and forward the ports that the following lines of ``pipe`` ask for. Returns why the connection ended."""
+    from agent_infra_core.ssh.forwards import Forwards
 
     allow_many_descriptors()  # each stream takes three
-    keyring = Keyring(**spec["keyring"])
-    transport = None
-    for hop in spec["hops"]:
-        route = rebuild(SshRoute, hop)
-        through = _open_through(transport, route.host, route.port) if transport is not None else None
-        transport = log_in(route, keyring, None, through)
-    remote = [(host, port) for host, port in spec["remote"]]
-    _open_through(transport, *remote[0]).close()  # checks that forwarding is allowed; sshtunnel doesn't
-    forwarder = _forward(transport, spec["local"], remote)
-    report_to_parent({"ports": forwarder.local_bind_ports})
-    while transport is not None and transport.is_active():
-        time.sleep(0.2)
-    return "the SSH connection was lost"
+    forwards = Forwards(spec, _forward_server)
+    threading.Thread(target=forwards.read_requests, args=(pipe,), name="requests", daemon=True).start()
+    return forwards.run()
 
 
-def _open_through(transport: Any, host: str, port: int) -> Any:
-    """Open a channel to a port behind an authenticated connection. Raises LoginError or HostUnreachableError."""
-    from agent_infra_core.ssh.child import forwarding_forbidden
-    from agent_infra_core.ssh.routes import SSH_PATIENCE_S, LoginError, load_paramiko
+def _forward_server(transport: Any, local: int, remote: tuple[str, int]) -> ForwardServer:
+    """Return sshtunnel's server for one forwarded port: 127.0.0.1:``local``, which the parent reserved, to ``remote``.
 
-    paramiko = load_paramiko()
-    try:
-        return transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0), timeout=SSH_PATIENCE_S)
-    except paramiko.ChannelException as error:
-        if error.code == 1:
-            raise LoginError(forwarding_forbidden(f"{host}:{port}")) from error
-        raise HostUnreachableError(f"{host}:{port} cannot be reached through SSH: {error.text}") from error
-    except (paramiko.SSHException, EOFError, OSError) as error:
-        raise HostUnreachableError(f"{host}:{port} cannot be reached through SSH: {error}") from error
-
-
-def _forward(transport: Any, local: Sequence[int], remote: Sequence[tuple[str, int]]) -> Any:
-    """Start an sshtunnel forwarder over an authenticated connection, from reserved ``local`` ports to ``remote``.
-
-    sshtunnel never checks known_hosts, so it gets a connection that we opened and checked. Its defaults are also
-    wrong for us: it listens on all addresses, queues 5 connections, and delays small answers by 40 ms.
+    sshtunnel never checks known_hosts, so it gets a connection that we opened and checked. Its forwarder is also wrong
+    for us: it holds one host's ports for good, listens on all addresses, queues 5 connections, wakes up 10 times a
+    second for each port, and delays small answers by 40 ms.
     """
     import logging
 
     from agent_infra_core.ssh.child import bind_reserved_port
+    from agent_infra_core.ssh.forwards import Traffic
     from agent_infra_core.ssh.routes import load_paramiko
 
-    paramiko = load_paramiko()
+    load_paramiko()
     import sshtunnel
 
-    logger = logging.getLogger("agent_infra.tunnel")
-    logger.addHandler(logging.NullHandler())
-    sshtunnel._ThreadingForwardServer.request_queue_size = FORWARD_BACKLOG
-    sshtunnel._ThreadingForwardServer.server_bind = bind_reserved_port
-    forwarder = sshtunnel.SSHTunnelForwarder(
-        ("127.0.0.1", 22),  # unused, like the password: the connection is already open
-        ssh_config_file=None,
-        ssh_username="-",
-        ssh_password="-",  # noqa: S106 (see above)
-        allow_agent=False,
-        host_pkey_directories=[],
-        local_bind_addresses=[("127.0.0.1", port) for port in local],
-        remote_bind_addresses=list(remote),
-        logger=logger,
-    )
-    forwarder.daemon_forward_servers = forwarder.daemon_transport = True
-    forwarder._transport = transport
-    try:
-        forwarder.start()
-    except (sshtunnel.BaseSSHTunnelForwarderError, paramiko.SSHException, OSError) as error:
-        raise HostUnreachableError(f"no tunnel can be opened: {error}") from error
-    for server in forwarder._server_list:  # accepted sockets inherit this
-        server.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return forwarder
+    log = logging.getLogger("agent_infra.tunnel")
+    log.handlers = [logging.NullHandler()]
+
+    class Handler(sshtunnel._ForwardHandler):  # type: ignore[misc]
+        """Opens a channel for one connection."""
+
+        ssh_transport, remote_address, logger, traffic = transport, remote, log, Traffic()
+
+        def _redirect(self, chan: Any) -> None:
+            self.traffic.relay(self.request, chan)
+
+    class Server(sshtunnel._ThreadingForwardServer):  # type: ignore[misc]
+        """Accepts without waiting; a thread per connection does the rest."""
+
+        request_queue_size, daemon_threads, traffic = FORWARD_BACKLOG, True, Handler.traffic
+        server_bind = bind_reserved_port
+
+    server = Server(("127.0.0.1", local), Handler, logger=log)
+    server.socket.setblocking(False)
+    server.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # accepted sockets inherit this
+    return cast("ForwardServer", server)
 
 
 # =====================================================================================================================
@@ -621,6 +596,7 @@ def _forward(transport: Any, local: Sequence[int], remote: Sequence[tuple[str, i
 # =====================================================================================================================
 
 
+QUESTION_S = 2.0  # time the controller has to answer
 STATS_FRESH_S = 1.5  # an older /stats document is requested again; while clients read /stats, one comes every second
 
 
@@ -631,6 +607,8 @@ class RelayApp:
         import flask
         from werkzeug.exceptions import HTTPException
         from werkzeug.routing import BaseConverter
+
+        from agent_infra_core.http.errors import RequestError
 
         class Anything(BaseConverter):
             """A client's session id: any text, slashes included."""
@@ -646,6 +624,8 @@ class RelayApp:
             ("/health", "GET", self._health),
             ("/stats", "GET", self._stats),
             ("/stats/sessions/<anything:session>", "GET", self._session),
+            ("/sessions", "GET", self._sessions),
+            ("/history", "GET", self._history),
             ("/runs", "GET", self._runs),
             ("/runs", "POST", self._announce_run),
             ("/metrics", "GET", self._metrics),
@@ -658,6 +638,7 @@ class RelayApp:
         ):
             app.add_url_rule(rule, view.__name__, view, methods=[methods])
         app.register_error_handler(HTTPException, self._on_http_error)
+        app.register_error_handler(RequestError, lambda error: self._error(error.status, str(error)))
 
     def answer(self, request: RequestHead, path: bytes, query: bytes, body: bytes) -> bytes:
         """Return the whole HTTP answer, ready to send."""
@@ -729,10 +710,15 @@ class RelayApp:
     def _stats(self) -> Any:
         relay = self._relay
         relay.stats_read += 1
-        if relay.stats is None or time.monotonic() - relay.stats[1] > STATS_FRESH_S:
-            relay.control.questions.ask("stats")  # the document arrives before the answer
+        turns = relay.book.finished
+        is_fresh = relay.stats is not None and time.monotonic() - relay.stats[1] <= STATS_FRESH_S
+        # The document arrives before the answer, and has every turn that is over by now.
+        if (not is_fresh or relay.stats_turns != turns) and relay.control.questions.ask(
+            "stats", QUESTION_S
+        ) is not None:
+            relay.stats_turns = turns
         if relay.stats is None:
-            return self._unanswered()
+            return self._unanswered(QUESTION_S)
         document, at = relay.stats
         age = b'{"snapshot_age_ms":%d,' % ((time.monotonic() - at) * 1000)
         return self._flask.Response(age + document.removeprefix(STATS_PREFIX), mimetype="application/json")
@@ -752,19 +738,32 @@ class RelayApp:
         return self._ask("run", name=name, tasks=tasks)
 
     def _session(self, session: str) -> Any:
-        return self._ask("session", session=session[:256])
+        return self._ask_history("session", session=session[:256])
 
-    def _ask(self, op: str, **details: Any) -> Any:
+    def _sessions(self) -> Any:
+        return self._ask_history("sessions")
+
+    def _history(self) -> Any:
+        return self._ask_history("history")
+
+    def _ask_history(self, op: str, **details: Any) -> Any:
+        """Ask the controller what its history says, with the parameters that the client gave."""
+        from agent_infra_core.http.queries import PARAMETERS, read_query
+        from agent_infra_core.relay.control import HISTORY_QUESTION_S
+
+        given = read_query(self._flask.request.args, PARAMETERS[op])
+        return self._ask(op, HISTORY_QUESTION_S, **given, **details)
+
+    def _ask(self, op: str, patience_s: float | None = None, **details: Any) -> Any:
         """Ask the controller and return its answer."""
-        answer = self._relay.control.questions.ask(op, **details)
+        patience_s = patience_s or QUESTION_S
+        answer = self._relay.control.questions.ask(op, patience_s, **details)
         if answer is None:
-            return self._unanswered()
+            return self._unanswered(patience_s)
         return self._flask.Response(answer["body"], answer["status"], content_type=answer["type"])
 
-    def _unanswered(self) -> Any:
-        from agent_infra_core.relay.control import QUESTION_S
-
-        return self._error(503, f"no controller has answered within {QUESTION_S:g} s; `connect` starts one")
+    def _unanswered(self, patience_s: float) -> Any:
+        return self._error(503, f"no controller has answered within {patience_s:g} s; `connect` starts one")
 
     def _queue_status(self) -> Any:
         return self._relay.book.queue_status()
@@ -1373,16 +1372,21 @@ class ReplicaBoard:
 
 
 class OperatorSignals:
-    """Counts SIGINT, SIGTERM and SIGHUP; the second one calls ``on_second``, which ends turns in flight at once."""
+    """Counts SIGINT, SIGTERM and SIGHUP; the second one calls ``on_second``, which ends turns in flight at once.
+
+    ``on_each`` is called with the number of each signal.
+    """
 
     def __init__(self) -> None:
         self.count = 0
         self.on_second: Callable[[], None] = lambda: None
+        self.on_each: Callable[[int], None] = lambda _: None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._take)
 
-    def _take(self, _number: int, _frame: object) -> None:
+    def _take(self, number: int, _frame: object) -> None:
         self.count += 1
+        self.on_each(number)
         if self.count > 1:
             self.on_second()
 
@@ -1401,16 +1405,15 @@ def _say_log_line(prefix: str, line: bytes) -> None:
 
 def _deployment(arguments: argparse.Namespace) -> Deployment:
     """Return the deployment that the command line names."""
-    config = load_config(arguments.config)
-    if getattr(arguments, "port", None) is not None:
-        config = dataclasses.replace(config, proxy=dataclasses.replace(config.proxy, port=arguments.port))
-    return _open_deployment(config)
+    return _open_deployment(load_config(arguments.config), getattr(arguments, "port", None))
 
 
-def _open_deployment(config: Config) -> Deployment:
+def _open_deployment(config: Config, port: int | None = None) -> Deployment:
     """Open a deployment; its connection to the login host is closed when this process exits, even after an error."""
     import getpass
 
+    if port is not None:
+        config = dataclasses.replace(config, proxy=dataclasses.replace(config.proxy, port=port))
     deployment = Deployment(config, _say, os.environ, getpass.getpass if sys.stdin.isatty() else None)
     if deployment.login is not None:
         atexit.register(deployment.login.close)
@@ -1476,8 +1479,7 @@ def _attend(controller: Controller, signals: OperatorSignals) -> None:
     """Wait for a signal. Raises AgentInfraError if the controller fails."""
     freeze_imported_objects()
     while not signals.came():
-        if not controller.is_running:
-            raise AgentInfraError(f"the controller failed: {controller.failure!r}; the proxy's log says more")
+        controller.check()
         time.sleep(0.2)
 
 
@@ -1712,16 +1714,14 @@ def _wait_for_some(deployment: Deployment, controller: Controller, signals: Oper
         return records
 
 
-def _run_up(arguments: argparse.Namespace) -> int:
-    deployment = _deployment(arguments)
-    models = deployment.select_models(arguments.model, arguments.replicas)
-    page: PageProcess | None = None
-    if arguments.dashboard:
-        page_script()
-    signals = OperatorSignals()
-    deployment.claim("up")
+@contextlib.contextmanager
+def _serving(
+    deployment: Deployment, models: Sequence[ModelConfig], signals: OperatorSignals, verb: str, log_format: str
+) -> Iterator[Controller]:
+    """Run replicas and proxy for the length of the block, which begins once some are ready, or after a signal."""
+    deployment.claim(verb)
     try:
-        controller = deployment.connect(arguments.log_format, models)
+        controller = deployment.connect(log_format, models)
         signals.on_second = controller.relay.terminate
         deployment.start(models)
     except BaseException:
@@ -1729,27 +1729,106 @@ def _run_up(arguments: argparse.Namespace) -> int:
         # RefusedError: the scheduler may have failed to answer.
         deployment.disconnect(0.0)
         raise
+    is_over = False
     try:
         controller.refresh()
         controller.expected = frozenset()
         records = _wait_for_some(deployment, controller, signals)
         if not signals.came():
             controller.refresh()
-            _greet(controller, deployment)
             _tell_queued(records)
-            if arguments.dashboard:
-                page = PageProcess(deployment, controller.url)
-                _say(f"page   {page.url}")
-            _say("Ctrl-C stops everything")
-            _attend(controller, signals)
+        yield controller
+        is_over = True
     finally:
         with contextlib.suppress(OSError):  # the terminal may be gone; stop everything anyway
             _say("stopping")
-        if page is not None:
-            page.close()
-        ended = deployment.stop(now=signals.count != 1)
+        ended = deployment.stop(now=signals.count > 1 or not is_over)
         with contextlib.suppress(OSError):
             _say(f"stopped {', '.join(ended)}" if ended else "nothing ran")
+
+
+def _run_up(arguments: argparse.Namespace) -> int:
+    if arguments.dashboard:
+        page_script()
+    deployment = _deployment(arguments)
+    return _up(deployment, deployment.select_models(arguments.model, arguments.replicas), arguments)
+
+
+def _up(deployment: Deployment, models: Sequence[ModelConfig], arguments: argparse.Namespace) -> int:
+    """Serve until a signal arrives."""
+    page, signals = None, OperatorSignals()
+    with _serving(deployment, models, signals, arguments.verb, arguments.log_format) as controller:
+        if not signals.came():
+            _greet(controller, deployment)
+            try:
+                if arguments.dashboard:
+                    page = PageProcess(deployment, controller.url)
+                    _say(f"page   {page.url}")
+                _say("Ctrl-C stops everything")
+                _attend(controller, signals)
+            finally:
+                if page is not None:
+                    page.close()
+    return 0
+
+
+def _run_run(arguments: argparse.Namespace) -> int:
+    """Run a command against the deployment. Standard output is the command's alone."""
+    from agent_infra_core.control.foreground import find_command, run_command
+    from agent_infra_core.insight.report import report_text
+
+    words, since = find_command(arguments.command, os.environ), time.time()
+    name = arguments.name or time.strftime("run-%Y%m%d-%H%M%S")
+    with contextlib.redirect_stdout(sys.stderr):
+        deployment, signals, code = _deployment(arguments), OperatorSignals(), 130
+        models = deployment.select_models(arguments.model, arguments.replicas)
+        with _serving(deployment, models, signals, "run", arguments.log_format) as controller:
+            proxy = deployment.proxy()
+            if arguments.tasks and proxy is not None:
+                proxy.announce_run(name, arguments.tasks)
+            if proxy is not None and not signals.came():
+                told = {"OPENAI_BASE_URL": f"{controller.url}/v1", "OPENAI_API_KEY": proxy.key}
+                code = run_command(words, {**os.environ, **told}, signals, controller.check)
+        _say(report_text(deployment.config.proxy.history, deployment.paths.history, f"Run {name}", since))
+    return code
+
+
+def _draft(arguments: argparse.Namespace, model: str | None, is_local: bool = False) -> str:
+    """Return a configuration for a model of the catalogue on the site that the options name. Raises RefusedError."""
+    from agent_infra_core.fleet.draft import draft_for, parse_login
+
+    cluster = ClusterConfig(type="slurm", ssh=parse_login(arguments.ssh))
+
+    def runner() -> CommandRunner:
+        deployment = _open_deployment(dataclasses.replace(DEFAULT_CONFIG, cluster=cluster))
+        return deployment.login or LocalCommands(os.environ)
+
+    text = draft_for(model, arguments.replicas or 1, cluster, None if is_local else runner)
+    parse_config(text, {})
+    return text
+
+
+def _run_launch(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.fleet.catalogue import catalogue_text
+
+    if arguments.name is None:
+        _say(catalogue_text())
+        return 0
+    text = _draft(arguments, arguments.name, arguments.local)
+    _say(text)
+    if arguments.dry_run:
+        return 0
+    deployment = _open_deployment(parse_config(text, {}), arguments.port)
+    return _up(deployment, deployment.select_models(), arguments)
+
+
+def _run_init(arguments: argparse.Namespace) -> int:
+    if os.path.lexists(arguments.output):
+        raise RefusedError(f"{arguments.output} exists; remove it, or name another file with --output")
+    text = _draft(arguments, arguments.model)
+    with open(arguments.output, "x", encoding="utf-8") as file:
+        file.write(text)
+    _say(f"wrote {arguments.output}; read its comments, then run `{command_name()} doctor`")
     return 0
 
 
@@ -2124,6 +2203,15 @@ def _add_running_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verbs that start or stop something."""
     added = verb("up", _run_up, "start replicas and proxy; Ctrl-C stops everything", "config", "model", "port", "log")
     added.add_argument("--dashboard", action="store_true", help="also serve the page")
+    added = verb("launch", _run_launch, "serve a model of the catalogue without a configuration", "port", "log", "site")
+    added.add_argument("name", nargs="?", metavar="MODEL", help="its name or Hugging Face id; without it, list them")
+    added.add_argument("--local", action="store_true", help="on this machine, even if it has Slurm")
+    added.add_argument("--dry-run", action="store_true", help="only print the configuration")
+    added.set_defaults(dashboard=False)
+    added = verb("run", _run_run, "serve while a command runs, then stop everything", "config", "model", "port", "log")
+    added.add_argument("--tasks", type=_at_least_one, metavar="N", help="announce the run with this many tasks")
+    added.add_argument("--name", metavar="RUN", help="its name (default: run- and the time)")
+    added.add_argument("command", nargs="*", metavar="-- COMMAND", help="what to run, with the proxy's URL and key")
     added = verb("start", _run_start, "start the missing replicas", "config", "model")
     added.add_argument("--detach", action="store_true", help="don't wait until they are ready")
     added.add_argument("--dry-run", action="store_true", help="only print what would be started")
@@ -2141,6 +2229,9 @@ def _add_running_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _add_read_only_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verbs that don't change what runs."""
+    added = verb("init", _run_init, "ask Slurm and write a configuration", "site")
+    added.add_argument("--model", metavar="NAME", help="a model of the catalogue; `launch` lists them")
+    added.add_argument("--output", metavar="FILE", default="config.yaml", help="default %(default)s; never overwritten")
     added = verb("pull", _run_pull, "download the models to where the replicas read them", "config")
     added.add_argument("--model", metavar="NAME", help="only this model of the configuration")
     added = verb("doctor", _run_doctor, "check what can be checked before starting anything", "config")
@@ -2260,6 +2351,10 @@ _SHARED_OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "model": {
         "--model": {"metavar": "NAME", "help": "only this model of the configuration"},
         "--replicas": {"type": _at_least_one, "metavar": "N", "help": "instead of the configuration's"},
+    },
+    "site": {
+        "--ssh": {"metavar": "[USER@]HOST[:PORT]", "help": "the cluster's login host"},
+        "--replicas": {"type": _at_least_one, "metavar": "N", "help": "default 1"},
     },
     "port": {"--port": {"type": _port, "metavar": "P", "help": "instead of proxy.port; 0 = any free one"}},
     "log": {"--log-format": {"choices": ("text", "json"), "default": "text", "help": "of the proxy's log"}},

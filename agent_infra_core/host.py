@@ -144,21 +144,47 @@ def restore_on_error(*paths: Path) -> Iterator[None]:
         raise
 
 
-def http_get(
-    host: str, port: int, path: str, key: str | None = None, *, method: str = "GET", timeout_s: float = PROBE_TIMEOUT_S
-) -> tuple[int, bytes]:
-    """Send a request without a body, ignoring http_proxy. Returns status and body; status 0 if no answer in time."""
-    import http.client
+class HttpConnection:
+    """Requests over one kept connection, which is reopened when it was closed. Ignores http_proxy."""
 
-    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
-    try:
-        connection.request(method, path, headers={"Authorization": f"Bearer {key}"} if key else {})
-        response = connection.getresponse()
-        return response.status, response.read(64 << 20)
-    except (OSError, http.client.HTTPException):
-        return 0, b""
-    finally:
-        connection.close()
+    def __init__(self, host: str, port: int, timeout_s: float = PROBE_TIMEOUT_S) -> None:
+        import http.client
+
+        self._connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+        self._errors = (OSError, http.client.HTTPException)
+
+    def get(
+        self, path: str, key: str | None = None, method: str = "GET", body: bytes | None = None
+    ) -> tuple[int, bytes]:
+        """Send a request. Returns status and body; status 0 if no answer in time."""
+        while True:
+            is_kept = self._connection.sock is not None
+            try:
+                self._connection.request(method, path, body, headers={"Authorization": f"Bearer {key}"} if key else {})
+                response = self._connection.getresponse()
+                return response.status, response.read(64 << 20)
+            except self._errors as error:
+                self._connection.close()
+                if not is_kept or isinstance(error, TimeoutError):  # otherwise it may have been closed while idle
+                    return 0, b""
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def http_get(
+    host: str,
+    port: int,
+    path: str,
+    key: str | None = None,
+    *,
+    method: str = "GET",
+    timeout_s: float = PROBE_TIMEOUT_S,
+    body: bytes | None = None,
+) -> tuple[int, bytes]:
+    """Send a request, ignoring http_proxy. Returns status and body; status 0 if no answer in time."""
+    with contextlib.closing(HttpConnection(host, port, timeout_s)) as connection:
+        return connection.get(path, key, method, body)
 
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")

@@ -63,6 +63,7 @@ class Backend:
     node: str = ""
     ends_at: float | None = None  # end of its walltime, s since the epoch
     is_own: bool = False  # `serve` or a tunnel of this user's listens there, so nobody else's server may
+    takes_priority: bool = False  # it schedules by the field ``priority`` of requests, the lowest first
 
 
 MAX_RUN_TASKS = 100_000  # of an announced run
@@ -79,9 +80,10 @@ FRAME_EVENTS = b"E"  # relay → controller: EventBatch
 FRAME_GAUGES = b"G"  # relay → controller, once a second: see Relay.gauges()
 FRAME_REQUEST = b"R"  # relay → controller: a client's HTTP request: {"op": "drain"|"undrain", "backend"}, or
 
-# {"op": "metrics", "id"}, {"op": "session", "id", "session"}, {"op": "runs", "id"}, {"op": "run", "id", "name",
-# "tasks"} or {"op": "stats", "id"}. The controller answers these with a FRAME_ANSWER; for "stats" it first sends a
-# FRAME_STATS if there is news.
+# {"op": "metrics", "id"}, {"op": "runs", "id"}, {"op": "run", "id", "name", "tasks"}, {"op": "stats", "id"}, or, with
+# the parameters of http/queries.py, {"op": "history", "id"}, {"op": "sessions", "id"} or {"op": "session", "id",
+# "session"}. The controller answers these with a FRAME_ANSWER; for "stats" it first sends a FRAME_STATS if there is
+# news.
 FRAME_ANSWER = b"A"  # controller → relay: {"id", "status", "type", "body"}: an HTTP answer
 _FRAME_HEAD = struct.Struct(">cI")
 MAX_FRAME_BYTES = 256 << 20
@@ -184,6 +186,8 @@ class TurnFinished:
     answer: str = ""  # excerpt
     key: str | None = None  # conversation_key up to and including this answer
     started: TurnStarted | None = None  # its start, for readers without it: most turns end within one batch
+    held_ms: float | None = None  # part of queue_ms: waiting for room in a KV cache, before it was sent at all
+    retry_ms: float | None = None  # part of queue_ms: from the first to the last time that it was sent
 
 
 @dataclass(frozen=True)
@@ -259,6 +263,11 @@ HIGHEST_BUCKET = 30 * BUCKETS_PER_OCTAVE  # holds 12 days and more
 _BUCKET_STARTS = [2.0 ** (bucket / BUCKETS_PER_OCTAVE) for bucket in range(LOWEST_BUCKET + 1, HIGHEST_BUCKET + 1)]
 
 
+def bucket_of(ms: float) -> int:
+    """Return the number of the histogram bucket that holds a duration."""
+    return LOWEST_BUCKET + bisect.bisect(_BUCKET_STARTS, ms)
+
+
 @dataclass
 class EventBatch:
     """The payload of FRAME_EVENTS: the events since the last one, by kind; each list is in order."""
@@ -332,7 +341,7 @@ class Histogram:
             bucket = int(name)
             self._buckets[bucket] = self._buckets.get(bucket, 0) + count
             self._sorted += count
-            self._sorted_ms += _bucket_middle(bucket) * count
+            self._sorted_ms += bucket_middle(bucket) * count
 
     def by_name(self) -> dict[str, int]:
         """Return all counts, in the form that ``add_buckets`` takes."""
@@ -359,14 +368,14 @@ class Histogram:
         for bucket in sorted(buckets):
             seen += buckets[bucket]
             if seen >= q * self.count:
-                return _bucket_middle(bucket)
+                return bucket_middle(bucket)
         return None
 
 
 NO_GAPS: Final = Histogram()  # for a turn that isn't a stream; never add to it
 
 
-def _bucket_middle(bucket: int) -> float:
+def bucket_middle(bucket: int) -> float:
     """Return the geometric middle of a histogram bucket, in ms."""
     return float(2.0 ** ((bucket + 0.5) / BUCKETS_PER_OCTAVE))
 
@@ -417,9 +426,11 @@ class ReplicaRecord:
     ready_at: float | None = None
     ends_at: float | None = None  # end of the walltime, s since the epoch
     slots: int = 0
+    takes_priority: bool = False  # see EngineSpec
     gpus: tuple[GpuSample, ...] = ()
     gpu_ids: tuple[str, ...] = ()  # assigned to it (CUDA_VISIBLE_DEVICES)
     is_idle: bool = False  # it shut itself down after idle_shutdown_minutes without a turn
+    address: str | None = None  # the node's, as Slurm knows it
     # Job fields, from the last query to the scheduler:
     time_left_s: float | None = None  # rest of the walltime
     queue_wait_s: float | None = None  # from submission to start, or until now
@@ -458,6 +469,7 @@ class EngineSpec:
     rank_argv: tuple[str, ...] = ()  # of its headless part on each additional node
     key_variable: str = "AGENT_INFRA_API_KEY"  # environment variable for the key
     slots: int = 0  # turns that run at once; 0 = unknown
+    takes_priority: bool = False  # it schedules by the field ``priority`` of requests, the lowest first
     uses_gpus: bool = True
     package: str | None = None  # required in its Python
     probe: EngineProbe = EngineProbe()

@@ -46,8 +46,9 @@ from testbed.sshd import SSHD, SshServer, descendants  # noqa: E402
 
 from agent_infra_core.host import http_get, is_listening  # noqa: E402
 from agent_infra_core.settings import ClusterConfig, SshConfig  # noqa: E402
+from agent_infra_core.ssh.links import Link, TunnelTarget  # noqa: E402
 from agent_infra_core.ssh.login_host import LoginHost  # noqa: E402
-from agent_infra_core.ssh.tunnels import Link, TunnelSet, TunnelTarget  # noqa: E402
+from agent_infra_core.ssh.tunnels import TunnelSet  # noqa: E402
 
 WAYS = ("direct", "sshtunnel", "openssh")
 EVENT_INTERVAL_MS = 33
@@ -129,7 +130,7 @@ class Way:
             tunnels = TunnelSet(cluster, self._login, "", ())
             target = TunnelTarget("r", "m", "", 0, "n", "127.0.0.1", ends[0], ends[1], False, "login")
             before = set(descendants(os.getpid()))
-            self._link = tunnels.open_link(target, lambda: False)
+            self._link = tunnels.links.open(target, lambda: False)
             self.ports = self._link.ports
             self.tunnel = [pid for pid in descendants(os.getpid()) if pid not in before]
         # The proxy has one backend: this side's end.

@@ -7,12 +7,13 @@ shall do stands in its body, under ``"fake"``; what all of them shall do is set 
 with ``each_s`` and ``slots`` (an answer takes base_s + each_s · n seconds with n in the works, ``slots`` of them at
 most, as in continuous batching), ``gap`` (s between events), ``hang`` (never answer), ``held`` (answer once ``release``
 was set), ``until`` (answer once there is a file of this name), ``held_after`` (that many events and one, go on
-likewise), ``status`` (answer with it), ``retry_after``, ``usage`` (stream it even if nobody asked), ``finish_reason``,
-``die`` (kill the process: "before" the answer, in its "middle", or after that many events), ``cut`` (close the
-connection, likewise; "reset": reset it in the middle of a whole answer), ``no_done``, ``close`` (after the answer, with
-or without saying so: "silently"), ``linger`` (s between a stream's last event and its end), ``size`` (bytes of
-content), ``framing`` ("length", "close", "chunked"), ``split`` (send the answer in pieces of so many bytes), ``health``
-(status of /health), ``health_s`` (that its answer takes), ``load`` (the /load digest), ``models`` (rows of its list).
+likewise), ``status`` (answer with it), ``retry_after``, ``head`` (begin with a header of so many bytes), ``usage``
+(stream it even if nobody asked), ``finish_reason``, ``die`` (kill the process: "before" the answer, in its "middle", or
+after that many events), ``cut`` (close the connection, likewise; "reset": reset it in the middle of a whole answer),
+``no_done``, ``close`` (after the answer, with or without saying so: "silently"), ``linger`` (s between a stream's last
+event and its end), ``size`` (bytes of content), ``framing`` ("length", "close", "chunked"), ``split`` (send the answer
+in pieces of so many bytes), ``health`` (status of /health), ``health_s`` (that its answer takes), ``load`` (the /load
+digest), ``models`` (rows of its list).
 
 ``GET /fake`` tells what it saw: requests, aborted (whose client left first), running, probes (of /health, answered),
 the heads and the last body, and the seconds that answers took it in all.
@@ -78,7 +79,7 @@ class Engine:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.behaviour: dict[str, Any] = {}
-        self.requests = self.running = self.aborted = self.probes = 0
+        self.requests = self.running = self.aborted = self.probes = self.responses = 0
         self.seconds = 0.0
         self.works = Works()
         self.heads: list[str] = []
@@ -169,6 +170,8 @@ class Connection:
             return False
         if how.get("hang"):
             self.pause(3600.0)
+        if "head" in how:
+            self.send(b"HTTP/1.1 200 OK\r\nx-long: " + b"x" * how["head"])
         while how.get("held") and not self.engine.behaviour.get("release"):
             self.pause(0.02)
         while "until" in how and not os.path.exists(how["until"]):
@@ -179,6 +182,8 @@ class Connection:
         if how.get("status", 200) != 200:
             extra = {"retry-after": str(how["retry_after"])} if "retry_after" in how else {}
             self.send_json(how["status"], {"error": {"message": "as asked", "type": "fake"}}, extra)
+        elif document.get("stream") and path == "/v1/responses":
+            self.stream_response(self.completion(path, document, how))
         elif document.get("stream"):
             self.stream(document, how)
         else:
@@ -194,6 +199,8 @@ class Connection:
             content = [{"type": "text", "text": text}]
             content += [{"type": "tool_use", "id": name, "name": "run", "input": {}} for name in how.get("calls", ())]
             return {"type": "message", "role": "assistant", "content": content, "usage": usage}
+        if path == "/v1/responses":
+            return self.response(document, text, how)
         if path == "/v1/embeddings":
             usage = {"prompt_tokens": 7, "total_tokens": 7}
             return {"object": "list", "data": [{"embedding": [0.5] * 8, "index": 0}], "usage": usage}
@@ -206,6 +213,26 @@ class Connection:
             "choices": [{"index": 0, "message": message, "finish_reason": reason}],
             "usage": self.usage(how),
             "pid": os.getpid(),
+        }
+
+    def response(self, document: Mapping[str, Any], text: str, how: Mapping[str, Any]) -> dict[str, Any]:
+        """An answer of /v1/responses, which this engine keeps; 404 for one that continues an answer it doesn't."""
+        engine = self.engine
+        with engine.lock:
+            engine.responses += 1
+            name = f"resp_{os.getpid()}_{engine.responses}"
+        previous = document.get("previous_response_id")
+        if previous is not None and not previous.startswith(f"resp_{os.getpid()}_"):
+            return {"error": {"message": f"response {previous} not found", "type": "invalid_request_error"}}
+        calls = [{"type": "function_call", "call_id": call, "name": "run"} for call in how.get("calls", ())]
+        message = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}]}
+        usage = {"input_tokens": 7, "output_tokens": 3, "input_tokens_details": {"cached_tokens": 5}}
+        return {
+            "id": name,
+            "object": "response",
+            "status": "completed",
+            "output": [{"type": "reasoning", "id": "rs_1", "summary": []}, message, *calls],
+            "usage": usage,
         }
 
     def tool_calls(self, how: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,6 +281,18 @@ class Connection:
         self.pause(how.get("linger", 0.0))
         if framing == "chunked":
             self.send(b"0\r\n\r\n")
+
+    def stream_response(self, response: Mapping[str, Any]) -> None:
+        events: list[dict[str, Any]] = [{"type": "response.created", "response": {**response, "output": []}}]
+        for index, item in enumerate(response["output"]):
+            texts = [part["text"] for part in item.get("content", ())]
+            events += [{"type": "response.output_text.delta", "output_index": index, "delta": text} for text in texts]
+            events.append({"type": "response.output_item.done", "output_index": index, "item": item})
+        events.append({"type": "response.completed", "response": response})
+        self.send(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
+        for event in events:
+            self.send_payload(f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode(), "chunked")
+        self.send(b"0\r\n\r\n")
 
     def send_event(self, choice: Any, document: Mapping[str, Any], framing: str, usage: Any = None) -> None:
         event = {"id": "fake", "object": "chat.completion.chunk", "created": 1, "model": document.get("model")}

@@ -171,7 +171,8 @@ class Program:
         self.config.write_text(json.dumps(document))
 
     def command(self, *words: str) -> list[str]:
-        options = [] if words[0] in ("bundle", "proxy", "--help", "--version") else ["--config", str(self.config)]
+        without = ("bundle", "init", "launch", "proxy", "--help", "--version")
+        options = [] if words[0] in without else ["--config", str(self.config)]
         return [sys.executable, str(self.module), words[0], *options, *words[1:]]
 
     def run(self, *words: str, seconds: float = 120.0) -> subprocess.CompletedProcess[str]:

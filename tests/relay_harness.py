@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +234,16 @@ class RelayProcess:
             controller.close()
         self.listener.close()
         assert self.may_have_bugs or "Traceback" not in self.log(), self.log()
+
+
+@contextlib.contextmanager
+def another_user() -> Iterator[None]:
+    """The sockets that are made meanwhile are another user's; only root can do that."""
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
 
 
 def backend(number: int, port: int, **fields: Any) -> Backend:

@@ -208,6 +208,7 @@ def busy(replicas: int = 4, clients: int = 6, sessions: int = 40, **changes: Any
         "backends": [backend(number) for number in range(1, replicas + 1)],
         "queue": {
             "pending": 3,
+            "held": 0,
             "in_flight": 136,
             "oldest_ms": 840,
             "waiting": [
@@ -279,7 +280,7 @@ def empty(**changes: Any) -> dict[str, Any]:
             "models": [{"name": "smollm2", "replicas": 1, "ready": 1, "slots": 4, "inflight": 0}],
             "totals": dict.fromkeys(busy()["totals"], 0),
             "throughput": {"turns_per_minute": None, "tokens_per_second": None, "history": []},
-            "queue": {"pending": 0, "in_flight": 0, "oldest_ms": 0, "waiting": []},
+            "queue": {"pending": 0, "held": 0, "in_flight": 0, "oldest_ms": 0, "waiting": []},
             "recent_turns": [],
             "pipeline": dict.fromkeys(("pre", "queue", "ttft", "inference", "post", "unaccounted"), nothing),
             "analysis": analysis("NO DATA"),

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from agent_infra_core.control.discovery import STOP_S
+from agent_infra_core.control.reader import HistoryReader, history_question, session_question, sessions_question
 from agent_infra_core.fleet.engines import ENGINES
 from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.insight.analysis import CapacityAnalysis
+from agent_infra_core.insight.gauges import GaugeLog
 from agent_infra_core.insight.gpu_hours import ReplicaTime, replica_use
 from agent_infra_core.insight.history import RESTORED_S, History, HistoryBatch, HistoryFile, history_path, verdict_row
 from agent_infra_core.insight.measure import fleet_samples
@@ -155,12 +157,19 @@ class Bookkeeper:
     """Passes turns and replica time to the history, which outlives the controller, and to metrics and analysis."""
 
     def __init__(
-        self, config: Config, paths: DeploymentPaths, tracker: Tracker, log: Callable[[str, str], None]
+        self,
+        config: Config,
+        paths: DeploymentPaths,
+        tracker: Tracker,
+        log: Callable[[str, str], None],
+        answer: Callable[[Mapping[str, Any], int, str], None],
     ) -> None:
-        """``log`` takes a message and its level."""
+        """``log`` takes a message and its level; ``answer`` a request, a status and a JSON document, in any thread."""
         self._tracker = tracker
         path = history_path(config.proxy.history, paths.history)
         self._history = History(path, log, time.time) if path is not None else None
+        self._reader = HistoryReader(path, answer, log)
+        self._gauges = GaugeLog(time.time())
         self._replica_time = ReplicaTime(time.time, time.monotonic)
         self._asked_gpus = {
             model.name: model.tensor_parallel_size * model.pipeline_parallel_size
@@ -178,6 +187,7 @@ class Bookkeeper:
         """Restore tracker and analysis from an earlier controller. Call it before any event."""
         if self._history is not None:
             self._history.open(self._restore)
+        self._reader.start()
         self._analyst.start()
 
     def _restore(self, file: HistoryFile) -> None:
@@ -189,7 +199,8 @@ class Bookkeeper:
             for session, at in ended.items():
                 self._analyst.end_session(session, at)
             self._tracker.timeline.restore(file.points())
-            if runs := file.runs(RESTORED_RUN_TURNS):
+            file.end_runs()
+            if runs := file.announced_runs(RESTORED_RUN_TURNS):
                 turns = file.latest_turns(RESTORED_RUN_TURNS, min(run.at for run in runs))
                 self._analyst.restore_runs(runs, turns, ended.items())
         finally:  # even if it failed halfway: restored data must not be added again
@@ -257,19 +268,35 @@ class Bookkeeper:
         taken, points = self._replica_time.take(), self._tracker.timeline.after(self._told_until)
         if points:
             self._told_until = points[-1]["at"]
+        runs = {(run["announced_at"], run["name"]): run["ended_at"] for run in self.runs}
         if self._history is not None:
-            self._history.add(HistoryBatch(replica_time=taken, points=points))
+            self._history.add(HistoryBatch(replica_time=taken, points=points, runs=runs))
 
     def analyse(self, replicas: Iterable[Mapping[str, Any]], is_watched: bool) -> None:
         """Feed the rows of Tracker.replicas to the analysis; call once a second. ``is_watched``: whether it is read."""
+        rows = list(replicas)
+        self._gauges.sample(time.time(), rows, self._tracker.waiting())
+        if self._history is not None and (gauges := self._gauges.take()):
+            self._history.add(HistoryBatch(gauges=gauges))
         self._analyst.watch(is_watched)
-        self._analyst.sample(replicas)
+        self._analyst.sample(rows)
         self._keep_verdicts(self._analyst.document, time.time())
+
+    def ask(self, request: Mapping[str, Any]) -> None:
+        """Answer a question about the history (``op``: history, sessions or session), without waiting for the disk."""
+        now = time.time()
+        if request["op"] == "history":
+            question = history_question(request, now)
+        elif request["op"] == "sessions":
+            question = sessions_question(request, self._tracker.session_rows())
+        else:
+            question = session_question(request, self._tracker.session(request["session"]), now)
+        self._reader.ask(request, question)
 
     def announce_run(self, run: Announcement) -> None:
         """Begin a run, or change the number of tasks of one. The history keeps it for the next controller."""
         if self._analyst.announce_run(run) and self._history is not None:
-            self._history.add(HistoryBatch(runs={run.name: run}))
+            self._history.add(HistoryBatch(announced={run.name: run}))
 
     @property
     def runs(self) -> list[dict[str, Any]]:
@@ -290,6 +317,7 @@ class Bookkeeper:
     def close(self, takes_rest: bool = True) -> None:
         """Write the remaining data. Pass ``takes_rest=False`` if the controller's thread may still use the tracker."""
         self._analyst.stop()
+        self._reader.stop()
         if takes_rest:
             self._tracker.relay_restarted()  # closes the turns that are still open
             self.take()

@@ -24,9 +24,9 @@ from agent_infra_core.control.link import (
     RelayLink,
 )
 from agent_infra_core.control.status import describe_replica
+from agent_infra_core.errors import AgentInfraError
 from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.host import append_line, write_atomically
-from agent_infra_core.http.errors import error_document
 from agent_infra_core.insight.metrics import METRICS_TYPE
 from agent_infra_core.insight.runs import Announcement
 from agent_infra_core.insight.tracker import Tracker, encode_stats
@@ -44,6 +44,7 @@ from agent_infra_core.protocol import (
 from agent_infra_core.settings import Config, proxy_url
 from agent_infra_core.ssh.tunnels import TunnelSet
 
+JSON_TYPE = "application/json"
 SNAPSHOT_INTERVAL_S = 1.0
 WATCHED_S = 10.0  # time after a read of /stats in which new documents are made ahead
 
@@ -57,6 +58,7 @@ class StatsMaker:
         """``send`` takes a frame's kind and its payload."""
         self._tracker, self._books, self._strategy, self._send = tracker, books, strategy, send
         self._document: Mapping[str, Any] = {}
+        self._turns = -1  # in it
         self._due = 0.0  # until then the document is fresh
         self._watched_until = 0.0
         self._reads = 0  # the relay's count
@@ -82,12 +84,13 @@ class StatsMaker:
         self._books.analyse(replicas, is_watched)
 
     def fresh(self, records: Sequence[Mapping[str, Any]], table: Sequence[Backend]) -> Mapping[str, Any]:
-        """A document no older than a second; the relay has the same one."""
-        if time.monotonic() >= self._due:
+        """A document no older than a second, with all turns that are over; the relay has the same one."""
+        if time.monotonic() >= self._due or self._turns != self._tracker.totals["requests"]:
             self._make(records, table)
         return self._document
 
     def _make(self, records: Sequence[Mapping[str, Any]], table: Sequence[Backend]) -> None:
+        self._turns = self._tracker.totals["requests"]
         snapshot = self._tracker.snapshot(records, table, self._strategy)
         self._document = {**snapshot, **self._books.document()}
         self._due = time.monotonic() + SNAPSHOT_INTERVAL_S
@@ -149,7 +152,7 @@ class Controller:
         self.discovery = Discovery(look, max(pause_s, DISCOVERY_INTERVAL_S), warn)
         self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
         self._tracker = Tracker(time.time)
-        self._books = Bookkeeper(config, paths, self._tracker, self._log)
+        self._books = Bookkeeper(config, paths, self._tracker, self._log, self._answer)
         self._stats = StatsMaker(self._tracker, self._books, config.proxy.strategy, self.relay.send)
         self.expected: frozenset[str] = frozenset()  # models about to get replicas; replaced as a whole
         # Replicas, with their job and process: those that an operator drained, and as of the last look.
@@ -187,6 +190,11 @@ class Controller:
     @property
     def is_running(self) -> bool:
         return self._thread.is_alive()
+
+    def check(self) -> None:
+        """Raise AgentInfraError if the thread has failed."""
+        if not self.is_running:
+            raise AgentInfraError(f"the controller failed: {self.failure!r}; the proxy's log says more")
 
     def refresh(self, deadline_s: float = 5.0) -> None:
         """Poll the replicas now, and return when the relay has the result or after ``deadline_s``."""
@@ -332,26 +340,25 @@ class Controller:
     def _do(self, request: Mapping[str, Any]) -> None:
         """Serve a request that the relay got over HTTP."""
         if request["op"] in ("stats", "metrics"):
+            self._books.take()  # the turns that were reported just before
             stats = self._stats.fresh(*self._replicas())
             body = self._books.metrics(stats).decode() if request["op"] == "metrics" else ""
-            self._answer(request, 200, METRICS_TYPE, body)
+            self._answer(request, 200, body, METRICS_TYPE)
             return
         if request["op"] in ("runs", "run"):
             if request["op"] == "run":
                 self._books.announce_run(Announcement(request["name"], request["tasks"], time.time()))
-            self._answer(request, 200, "application/json", json.dumps({"runs": self._books.runs}))
+            self._answer(request, 200, json.dumps({"runs": self._books.runs}))
             return
-        if request["op"] == "session":
-            document = self._tracker.session(request["session"])
-            error = "this session is unknown or was forgotten; /stats lists the known ones"
-            body = json.dumps(document) if document else error_document(404, error, None, False).decode()
-            self._answer(request, 200 if document else 404, "application/json", body)
+        if request["op"] in ("history", "sessions", "session"):
+            self._books.ask(request)
             return
         with self._drain_lock:
             others = {name: at for name, at in self._drained.items() if name != request["backend"]}
             self._drained = {**others, request["backend"]: time.monotonic()} if request["op"] == "drain" else others
 
-    def _answer(self, request: Mapping[str, Any], status: int, content_type: str, body: str) -> None:
+    def _answer(self, request: Mapping[str, Any], status: int, body: str, content_type: str = JSON_TYPE) -> None:
+        """Answer a request, in any thread. RelayGoneError if the relay is gone."""
         answer = {"id": request["id"], "status": status, "type": content_type, "body": body}
         self.relay.send(FRAME_ANSWER, json.dumps(answer).encode())
 

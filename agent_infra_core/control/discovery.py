@@ -88,6 +88,7 @@ def replica_table(
             node=record.node,
             ends_at=record.ends_at,
             is_own=record.pid > 0,
+            takes_priority=record.takes_priority,
         )
         backends.append(dataclasses.asdict(backend))
     return {"models": list(models), "loading": sorted(loading), "backends": backends}

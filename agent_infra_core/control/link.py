@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import subprocess
+import threading
 import time
 
 from agent_infra_core.errors import SERVING_PACKAGES, AgentInfraError, require_packages
@@ -34,6 +35,7 @@ class RelayLink:
         self._paths, self._host, self.port = paths, host, port
         self._listener: socket.socket | None = None
         self._control: socket.socket | None = None
+        self._send_lock = threading.Lock()  # one frame at a time: the controller and the reader of the history send
         self._frames = FrameReader()
         self._early: list[tuple[bytes, bytes]] = []  # frames received with the hello
         self.pid = 0
@@ -170,12 +172,13 @@ class RelayLink:
         return False
 
     def send(self, kind: bytes, payload: bytes) -> None:
-        """Send a frame. RelayGoneError if the connection is gone."""
+        """Send a frame, in any thread. RelayGoneError if the connection is gone."""
         control = self._control  # close() may come from another thread
         try:
             if control is None:
                 raise OSError("not connected")
-            control.sendall(encode_frame(kind, payload))
+            with self._send_lock:
+                control.sendall(encode_frame(kind, payload))
         except OSError as error:
             raise RelayGoneError(f"the relay (pid {self.pid}) is gone: {error}") from error
 

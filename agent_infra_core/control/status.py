@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agent_infra_core.errors import AgentInfraError
 from agent_infra_core.fleet.cluster import Cluster
 from agent_infra_core.host import http_get
 from agent_infra_core.protocol import ReplicaRecord, ServeSpec
@@ -77,6 +78,13 @@ class ProxyClient:
         if status != 200:
             return 0 if status == 404 else None  # 404: the proxy routes nothing there
         return int(json.loads(body)["in_flight"])
+
+    def announce_run(self, name: str, tasks: int) -> None:
+        """Announce a run of ``tasks`` tasks. Raises AgentInfraError when the proxy doesn't take it."""
+        body = json.dumps({"name": name, "tasks": tasks}).encode()
+        status, _ = http_get(self.host, self.port, "/runs", self.key, method="POST", timeout_s=5.0, body=body)
+        if status != 200:
+            raise AgentInfraError(f"the proxy did not take the run {name} (status {status}); its log says more")
 
 
 def choose_to_stop(

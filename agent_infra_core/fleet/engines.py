@@ -21,6 +21,7 @@ class Engine:
     check: Callable[[ModelConfig], None]  # raises RefusedError
     slots: Callable[[ModelConfig], int]  # turns that can run at once; 0 = unknown
     probe: EngineProbe
+    takes_priority: Callable[[ModelConfig], bool] = lambda _: False  # see EngineSpec
     key_variable: str = "AGENT_INFRA_API_KEY"
     uses_gpus: bool = True
     may_face_network: bool = False  # requires the key on every path except health; others listen on loopback only
@@ -37,15 +38,20 @@ class JobShape:
     is_rank: bool = False  # the headless part on a further node
 
 
-def _option(words: Sequence[str], *names: str) -> int | None:
-    """The integer in the last ``--name N``, ``--name=N`` or ``--na_me N`` in ``words``; None if there is none."""
-    found = None
+def _values(words: Sequence[str], *names: str) -> list[str]:
+    """The values of all ``--name V``, ``--name=V`` or ``--na_me V`` in ``words``."""
+    found = []
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name.replace("_", "-") in names:
-            value = value if equals else next(iter(words[index + 1 :]), "")
-            found = int(value) if value.isdecimal() else found
+            found.append(value if equals else next(iter(words[index + 1 :]), ""))
     return found
+
+
+def _option(words: Sequence[str], *names: str) -> int | None:
+    """The last integer that ``words`` give for an option; None if there is none."""
+    numbers = [int(value) for value in _values(words, *names) if value.isdecimal()]
+    return numbers[-1] if numbers else None
 
 
 # Options that `serve` sets itself, or that would put a secret on a command line.
@@ -80,6 +86,10 @@ def _vllm_argv(model: ModelConfig, shape: JobShape) -> list[str]:
 def _vllm_slots(model: ModelConfig) -> int:
     engines = _option(model.engine_args, "--data-parallel-size", "-dp") or 1
     return engines * (_option(model.engine_args, "--max-num-seqs") or _VLLM_DEFAULT_SLOTS)
+
+
+def _vllm_takes_priority(model: ModelConfig) -> bool:
+    return _values(model.engine_args, "--scheduling-policy")[-1:] == ["priority"]
 
 
 def _check_vllm(model: ModelConfig) -> None:
@@ -147,6 +157,7 @@ ENGINES: Mapping[str, Engine] = {
         key_variable="VLLM_API_KEY",
         check=_check_vllm,
         slots=_vllm_slots,
+        takes_priority=_vllm_takes_priority,
         probe=EngineProbe(
             metrics={
                 "running": ("vllm:num_requests_running",),
@@ -209,6 +220,7 @@ def render_engine(model: ModelConfig, stop_grace: float = STOP_GRACE_S, nodes: i
         rank_argv=tuple(ranks),
         key_variable=engine.key_variable,
         slots=engine.slots(model),
+        takes_priority=engine.takes_priority(model),
         uses_gpus=engine.uses_gpus,
         package=engine.package,
         probe=engine.probe,

@@ -91,6 +91,8 @@ class SlurmNode:
     used: Mapping[str, int]
     free_memory_mb: int = UNKNOWN_MEMORY_MB
     reservation: str = ""  # that it belongs to now; empty: none
+    cpus: int = 0  # in all
+    memory_mb: int = 0  # in all; 0: not shown
 
     def free(self, gres: str) -> int:
         """Number of ``gres`` (a name counts all types) that no job has."""
@@ -153,6 +155,8 @@ def parse_nodes(text: str) -> list[SlurmNode]:
                 used=parse_gres(values.get("GresUsed", "")),
                 free_memory_mb=int(values.get("RealMemory") or UNKNOWN_MEMORY_MB) - int(values.get("AllocMem") or 0),
                 reservation=values.get("ReservationName", UNNAMED_RESERVATION) if "RES" in state else "",
+                cpus=cpus,
+                memory_mb=int(values.get("RealMemory") or 0),
             )
         )
     return nodes

@@ -50,6 +50,7 @@ class AnswerDigest:
     error: str | None = None
     text: str = ""
     print: bytes | None = None  # message_fingerprint() of the whole answer, if requested
+    response: str | None = None  # id of an answer of /v1/responses, which a later request may continue
     _usage: dict[str, int] | None = None  # the last valid count of each field
 
     def add(self, document: Any) -> None:
@@ -60,6 +61,8 @@ class AnswerDigest:
                     self._add_part(part, is_initial=document.get("type") == "message_start")
 
     def _add_part(self, document: Mapping[str, Any], is_initial: bool) -> None:
+        if document.get("object") == "response" and isinstance(document.get("id"), str):
+            self.response = document["id"]
         reason = _finish_reason(document)
         self.finish_reason = sendable_text(reason) if isinstance(reason, str) else self.finish_reason
         error = document.get("error")
@@ -133,13 +136,21 @@ def answer_text_and_calls(document: Mapping[str, Any]) -> tuple[str, list[str]]:
     output = document.get("output")
     if isinstance(output, list):  # /v1/responses
         items = [item for item in output if isinstance(item, dict)]
-        texts = [message_text_and_calls(item.get("content"))[0] for item in items if item.get("type") == "message"]
+        said = [item.get("content") for item in items if item.get("type", "message") == "message"]
+        texts = [message_text_and_calls(content)[0] for content in said]
         return "".join(texts), [str(item["call_id"]) for item in items if item.get("call_id")]
     choice = first_choice(document)
     message = choice.get("message")
     if isinstance(message, dict):
         return message_text_and_calls(message.get("content"), message.get("tool_calls"))
     return message_text_and_calls(choice.get("text") or document.get("content"))
+
+
+def is_answer_item(item: Any) -> bool:
+    """Whether an item of the input of /v1/responses was the model's output: a message, its reasoning, or a call."""
+    kind = item.get("type") if isinstance(item, dict) else None
+    is_call = isinstance(kind, str) and (kind.endswith("_call") or kind == "reasoning")
+    return is_call or (isinstance(item, dict) and item.get("role") == "assistant")
 
 
 _TWO_SUMS = struct.Struct("<II")
@@ -210,7 +221,9 @@ def event_calls(document: Mapping[str, Any]) -> dict[Any, str]:
     """
     delta = first_choice(document).get("delta")
     calls = delta.get("tool_calls") if isinstance(delta, dict) else None
-    block = document.get("content_block")
+    block, item = document.get("content_block"), document.get("item")
+    if isinstance(item, dict) and item.get("call_id"):  # /v1/responses
+        calls = [{"index": document.get("output_index"), "id": item["call_id"]}]
     if isinstance(block, dict) and block.get("type") == "tool_use":
         calls = [{"index": document.get("index"), "id": block.get("id")}]
     found: dict[Any, str] = {}
@@ -360,6 +373,8 @@ class EventStream:
             text = answer_text_and_calls(response)[0]  # some servers send no deltas
         if text and self._captured < self._captures:
             self._keep_texts([json.dumps(text).encode()[1:-1]])
+        if self._is_ended and not self._calls and isinstance(response := document.get("response"), dict):
+            self._calls.update((call, call) for call in answer_text_and_calls(response)[1])
         if self._traces:
             for index, call_id in event_calls(document).items():
                 self._calls.setdefault(index, call_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -278,6 +279,12 @@ class AnswerHead:
     is_reusable: bool  # the connection may be used for another request after this answer
     is_event_stream: bool
     returned: bytes  # status line and header lines for the client
+
+
+def as_client_error(answer: AnswerHead) -> AnswerHead:
+    """Return the head with status 400 in place of its own."""
+    lines = answer.returned.partition(b"\r\n")[2]
+    return dataclasses.replace(answer, status=400, returned=b"HTTP/1.1 400 Bad Request\r\n" + lines)
 
 
 def parse_answer_head(head: bytes, known: HeaderLines) -> AnswerHead:

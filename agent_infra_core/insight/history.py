@@ -14,13 +14,14 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.host import absolute_path
+from agent_infra_core.insight import summaries
 from agent_infra_core.insight.gpu_hours import REPLICA_TIME_BIN_S, ReplicaUse
 from agent_infra_core.insight.rates import HISTORY_POINTS
 from agent_infra_core.insight.runs import MAX_RUNS, Announcement
@@ -61,7 +62,8 @@ _MIGRATIONS = (
     "ALTER TABLE turns ADD COLUMN key TEXT",
     "CREATE TABLE points (at REAL PRIMARY KEY, figures TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE ended (session TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID",
-    "CREATE TABLE runs (name TEXT PRIMARY KEY, tasks INTEGER NOT NULL, at REAL NOT NULL) WITHOUT ROWID",
+    summaries.SCHEMA,
+    "CREATE TABLE announced (name TEXT PRIMARY KEY, tasks INTEGER NOT NULL, at REAL NOT NULL) WITHOUT ROWID",
 )
 TURN_COLUMNS = tuple(item.name for item in dataclasses.fields(TurnRecord))
 _BOOLEAN_COLUMNS = tuple(
@@ -114,7 +116,9 @@ class HistoryBatch:
     verdicts: list[tuple[Any, ...]] = field(default_factory=list)  # rows of VERDICT_COLUMNS
     points: list[dict[str, Any]] = field(default_factory=list)  # of throughput.history; only the latest are kept
     ended: dict[str, float] = field(default_factory=dict)  # session → time its agent ended it
-    runs: dict[str, Announcement] = field(default_factory=dict)  # by name
+    announced: dict[str, Announcement] = field(default_factory=dict)  # runs by name
+    gauges: list[tuple[Any, ...]] = field(default_factory=list)  # rows of put_gauges()
+    runs: dict[tuple[float, str], float | None] = field(default_factory=dict)  # (announced at, name) → its end
     text_bytes: int = 0  # approximate size of the turns
 
     def add(self, later: HistoryBatch) -> collections.Counter[str]:
@@ -129,6 +133,8 @@ class HistoryBatch:
         self.verdicts = (self.verdicts + later.verdicts)[-MAX_VERDICTS:]
         self.points = (self.points + later.points)[-HISTORY_POINTS:]
         self.ended.update(later.ended)
+        self.gauges = (self.gauges + later.gauges)[-HISTORY_BACKLOG_ROWS:]
+        self.announced.update(later.announced)
         self.runs.update(later.runs)
         dropped: collections.Counter[str] = collections.Counter()
         while self.text_bytes > HISTORY_BACKLOG_BYTES:
@@ -139,7 +145,7 @@ class HistoryBatch:
         kept: Mapping[str, dict[Any, Any]] = {
             "action times": self.posts,
             "ends of sessions": self.ended,
-            "runs": self.runs,
+            "announcements": self.announced,
             "spans of replica time": self.replica_time,
         }
         for name, rows in kept.items():
@@ -149,8 +155,8 @@ class HistoryBatch:
         return dropped
 
     def __bool__(self) -> bool:
-        details = self.posts or self.replica_time or self.verdicts or self.points or self.ended or self.runs
-        return bool(self.turns or details or any(self.totals.values()))
+        details = self.posts or self.replica_time or self.verdicts or self.points or self.ended or self.announced
+        return bool(self.turns or details or self.gauges or self.runs or any(self.totals.values()))
 
 
 def _record_bytes(record: TurnRecord) -> int:
@@ -184,7 +190,7 @@ _INSERT_VERDICT = (
 _ADD_TOTAL = "INSERT INTO totals VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
 _SUM_UP = "ON CONFLICT (replica, model, gpu_type, gpus, state, at) DO UPDATE SET seconds = seconds + excluded.seconds"
 _ANNOUNCE_RUN = (
-    "INSERT INTO runs VALUES (?, ?, ?) "
+    "INSERT INTO announced VALUES (?, ?, ?) "
     "ON CONFLICT (name) DO UPDATE SET tasks = excluded.tasks, at = min(at, excluded.at)"
 )
 _ADD_REPLICA_TIME = (
@@ -206,11 +212,16 @@ class HistoryFile:
     file that must not be touched.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path | None, *, read_only: bool = False) -> None:
+        """``path`` None: an empty history in memory."""
         import sqlite3
 
         self._path = path
         self.refused: list[str] = []  # SQLite's error for each row that the last write() left out
+        if path is None:
+            self._connection = sqlite3.connect(":memory:", isolation_level=None)
+            self._migrate()
+            return
         if not read_only and not path.exists():
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             # Create it here to set its mode. Don't open an existing file: closing it drops this process's locks on it.
@@ -226,7 +237,7 @@ class HistoryFile:
         try:
             self._check()
             if not read_only:
-                self._prepare()
+                self._prepare(path)
         except BaseException:
             self.close()
             raise
@@ -241,12 +252,12 @@ class HistoryFile:
                 "use that version, or set proxy.history to another path"
             )
 
-    def _prepare(self) -> None:
+    def _prepare(self, path: Path) -> None:
         try:
             mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace")
         except OSError:
             mounts = ""
-        local = is_local(self._path.resolve(), mounts)
+        local = is_local(path.resolve(), mounts)
         self._value(f"PRAGMA journal_mode = {'wal' if local else 'truncate'}")
         # A log that isn't flushed after each batch survives the death of the process; a power cut may lose batches.
         self._value(f"PRAGMA synchronous = {'normal' if local else 'full'}")
@@ -284,8 +295,19 @@ class HistoryFile:
             points = [(point["at"], json.dumps(point)) for point in batch.points]
             self._put("INSERT OR REPLACE INTO points VALUES (?, ?)", points)
             self._put("INSERT OR REPLACE INTO ended VALUES (?, ?)", list(batch.ended.items()))
-            self._put(_ANNOUNCE_RUN, list(batch.runs.values()))
+            self._put(_ANNOUNCE_RUN, list(batch.announced.values()))
+            summaries.put_gauges(self._connection, batch.gauges)
+            self._put("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", [(*run, end) for run, end in batch.runs.items()])
+            summaries.summarise(self._connection)
         return added
+
+    def catch_up(self) -> bool:
+        """Summarise some of the turns that an older version wrote. Returns whether there were any left."""
+        if not summaries.is_behind(self._connection):
+            return False
+        with self._transaction():
+            summaries.summarise(self._connection)
+        return True
 
     def _put(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> int:
         """Write rows, one by one if SQLite can't store one of them. Returns the number of rows changed."""
@@ -325,9 +347,10 @@ class HistoryFile:
             latest = "SELECT at FROM points ORDER BY at DESC LIMIT ?"
             self._connection.execute(f"DELETE FROM points WHERE at NOT IN ({latest})", (HISTORY_POINTS,))
             self._connection.execute("DELETE FROM ended WHERE at < ?", (now - RESTORED_S,))
-            latest = "SELECT name FROM runs ORDER BY at DESC LIMIT ?"
-            self._connection.execute(f"DELETE FROM runs WHERE name NOT IN ({latest})", (MAX_RUNS,))
+            latest = "SELECT name FROM announced ORDER BY at DESC LIMIT ?"
+            self._connection.execute(f"DELETE FROM announced WHERE name NOT IN ({latest})", (MAX_RUNS,))
             self._sum_up_days(int((now - REPLICA_TIME_FINE_S) // 86400) * 86400)
+            summaries.tidy(self._connection, now)
 
     def _sum_up_days(self, before: int) -> None:
         """Merge the replica time before ``before`` into one row per day."""
@@ -358,6 +381,10 @@ class HistoryFile:
         """All rows of a query; for small results."""
         return self._connection.execute(query, values).fetchall()
 
+    def fill(self, statement: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Write rows into a temporary table."""
+        self._connection.executemany(statement, rows)
+
     def since(self) -> float:
         """When the file was created, in s since the epoch."""
         return float(self._value("SELECT value FROM about WHERE name = 'since'"))
@@ -375,13 +402,18 @@ class HistoryFile:
         """Session → time its agent ended it, for at least the last RESTORED_S."""
         return dict(self.query("SELECT session, at FROM ended ORDER BY at"))
 
-    def runs(self, limit: int) -> list[Announcement]:
+    def announced_runs(self, limit: int) -> list[Announcement]:
         """The announcements of runs whose turns are all among the last ``limit`` written, oldest first."""
         newest = self._value("SELECT max(id) FROM turns") or 0
         oldest = self.query("SELECT id, finished_at FROM turns WHERE id > ? ORDER BY id LIMIT 1", newest - limit)
         since = oldest[0][1] if oldest and oldest[0][0] > 1 else 0.0  # with the first turn, nothing is missing
-        rows = self.query("SELECT name, tasks, at FROM runs WHERE at >= ? ORDER BY at", since)
+        rows = self.query("SELECT name, tasks, at FROM announced WHERE at >= ? ORDER BY at", since)
         return [Announcement(*row) for row in rows]
+
+    def end_runs(self) -> None:
+        """End the runs that an earlier controller followed: with the last turn, as far as is known."""
+        last = "(SELECT finished_at FROM turns ORDER BY id DESC LIMIT 1)"
+        self._connection.execute(f"UPDATE runs SET ended = max(began, coalesce({last}, began)) WHERE ended IS NULL")
 
     def count_turns(self) -> int:
         return int(self._value("SELECT count(*) FROM turns"))
@@ -542,6 +574,8 @@ class History:
             self._log(f"history: {said}", "warning")
         self._recover()
         try:
+            while not self._stop.is_set() and file.catch_up():
+                pass
             self._turns -= file.trim(self._max_bytes, max(1000, 2 * len(batch.turns)))
             if self._clock() - self._tidied_on > 3600:
                 file.tidy(self._clock())

@@ -124,6 +124,7 @@ _BACKEND_GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = 
 _GAUGES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], Any]]] = {
     "start_time_seconds": ("When the controller started.", lambda stats: stats["now"] - stats["uptime_seconds"]),
     "queue_turns": ("Turns that wait for a slot.", lambda stats: stats["queue"]["pending"]),
+    "held_turns": ("Of these: turns that wait for room in a KV cache.", lambda stats: stats["queue"]["held"]),
     "in_flight_turns": ("Turns with a replica.", lambda stats: stats["queue"]["in_flight"]),
     "live_sessions": ("Sessions that are not over.", lambda stats: stats["sessions"]["live"]),
     "active_sessions": ("Sessions that were active lately.", lambda stats: stats["sessions"]["active"]),

@@ -74,7 +74,7 @@ class RelayReport:
         for row in rows:
             turn = turns.get(str(row.get("turn")))
             row["session"] = turn.session.id if turn is not None and turn.session is not None else row.get("session")
-        return {**{name: queue.get(name) for name in ("pending", "in_flight", "oldest_ms")}, "waiting": rows}
+        return {**{name: queue.get(name) for name in ("pending", "held", "in_flight", "oldest_ms")}, "waiting": rows}
 
     def document(self) -> dict[str, Any]:
         """``relay`` of /stats."""

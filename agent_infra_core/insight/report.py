@@ -7,10 +7,12 @@ import math
 import re
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from agent_infra_core.insight.export import read_history
 from agent_infra_core.insight.gpu_hours import OCCUPYING_STATES, grouped, hours_by_state
-from agent_infra_core.insight.history import VERDICT_COLUMNS, HistoryFile, ratio
+from agent_infra_core.insight.history import VERDICT_COLUMNS, HistoryFile, history_path, ratio
 
 REPORT_PARTS = {
     "pre": "observing",
@@ -45,6 +47,15 @@ def _words(value: Any) -> str:
 
 def _at(moment: float, form: str = "%Y-%m-%d %H:%M") -> str:
     return time.strftime(form, time.localtime(moment))
+
+
+def report_text(setting: str | None, default: Path, title: str, since: float) -> str:
+    """The report of a deployment's history: ``setting`` is proxy.history, ``default`` the deployment's own file."""
+    path = history_path(setting, default)
+    if path is None:
+        return f'# {title}\n\nproxy.history is "off": turns are not kept.'
+    with read_history(path) as file:
+        return Report(file, title, since).text() if file else f"# {title}\n\nNo turns yet."
 
 
 class Report:

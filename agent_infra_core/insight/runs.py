@@ -337,6 +337,7 @@ def _run_row(
         "name": run.name,
         "model": run.model,
         "announced_at": run.announced_at,
+        "ended_at": None,
         "tasks": run.tasks,
         "done": len(over),
         "running": len(running),
@@ -349,6 +350,7 @@ def _run_row(
     }
     if not running and not waiting:
         row["remaining_s"] = {"value": 0.0, "low": 0.0, "high": 0.0, "reason": None}
+        row["ended_at"] = max((task.last_end for task in run.seen.values()), default=run.announced_at)
     elif reason is None:
         _forecast(row, over, running, waiting, run, now, model, rng_of())
     return row

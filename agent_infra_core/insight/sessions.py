@@ -27,8 +27,12 @@ class Session:
     model: str
     last_seen: float  # s since the epoch
     backend: str | None = None
+    started_at: float | None = None  # s since the epoch; arrival of its first turn
     turns: int = 0  # finished, with any outcome
-    errors: int = 0
+    errors: int = 0  # outcome error or cut; likewise the next three
+    completed: int = 0
+    aborted: int = 0
+    rejected: int = 0
     open_turns: int = 0
     last_turn: str = ""  # the one that finished last
     last_end: float | None = None  # when that was, in s since the epoch
@@ -38,6 +42,7 @@ class Session:
     post_ms: float | None = None
     unaccounted_ms: float | None = None
     thinks: int = 0  # number of known think times
+    think_ms: float | None = None  # their sum
     longest_think_ms: float = 0.0  # decays, so that an early one doesn't count forever
     context_tokens: int | None = None  # prompt and answer of the last generation that reported tokens
     prompt_tokens: int | None = None  # of the same turn, like the next four
@@ -53,6 +58,7 @@ class Session:
     recent_moves: int = 0  # bit mask: which of the last 8 turns were moves
     tokens_in: int | None = None  # None until a turn reports them
     tokens_out: int | None = None
+    cached_sum: int | None = None  # cached tokens of all turns
     signature: int = 0  # of the last turn; identical turns have the same signature
     repeats: int = 1  # consecutive turns with this signature
     alerts: dict[str, float] = field(default_factory=dict)  # kind → since, s since the epoch
@@ -82,15 +88,26 @@ class Session:
         """Add the known times around an answer."""
         if think_ms is not None:
             self.thinks += 1
+            self.think_ms = (self.think_ms or 0.0) + think_ms
             self.longest_think_ms = max(0.95 * self.longest_think_ms, think_ms)
         self.pre_ms = add_known(self.pre_ms, pre_ms)
         self.post_ms = add_known(self.post_ms, post_ms)
         self.unaccounted_ms = add_known(self.unaccounted_ms, unaccounted_ms)
 
+    def restore(self, record: TurnRecord, at: float) -> None:
+        """Add a finished turn of an earlier controller, with its think time."""
+        self.think(record.think_ms, record.pre_ms, record.post_ms, record.unaccounted_ms)
+        self.finish(record, at)
+
     def finish(self, record: TurnRecord, at: float, prints: bytes = b"") -> None:
         """Add a finished turn, except for its think time. ``prints`` are those of its request."""
         self.turns += 1
         self.errors += record.outcome in ("error", "cut")
+        self.completed += record.outcome == "completed"
+        self.aborted += record.outcome == "aborted"
+        self.rejected += record.outcome == "rejected"
+        begun = at if record.started_at is None else record.started_at
+        self.started_at = begun if self.started_at is None else min(begun, self.started_at)
         self.last_turn, self.last_end = record.turn, max(at, self.last_end or at)
         self._note_repeat(record, prints)
         self.backend = record.backend or self.backend
@@ -98,6 +115,7 @@ class Session:
         self.inference_ms = add_known(self.inference_ms, record.inference_ms)
         self.tokens_in = add_known(self.tokens_in, record.prompt_tokens)
         self.tokens_out = add_known(self.tokens_out, record.completion_tokens)
+        self.cached_sum = add_known(self.cached_sum, record.cached_tokens)
         if record.cache_miss is not None:
             self.cache_misses += 1
             self.last_miss = record.cache_miss

@@ -18,7 +18,15 @@ from agent_infra_core.insight.sessions import (
     split_client,
     split_think_time,
 )
-from agent_infra_core.insight.turns import OpenTurn, TurnLedger, TurnLog, TurnRecord, finished_record, rounded
+from agent_infra_core.insight.turns import (
+    KEPT_TURNS,
+    OpenTurn,
+    TurnLedger,
+    TurnLog,
+    TurnRecord,
+    finished_record,
+    rounded,
+)
 from agent_infra_core.protocol import (
     Backend,
     Conversations,
@@ -33,7 +41,6 @@ from agent_infra_core.protocol import (
 MAX_LIVE_SESSIONS = 20_000  # above this, the longest silent session is dropped
 SESSION_IDLE_S = 1800.0  # a session silent for this long is over
 RECENT_TURNS = 100  # in /stats
-LISTED_TURNS = 200  # of one session
 SCHEMA_VERSION = 2  # of /stats, described in docs/stats.schema.json
 
 
@@ -78,7 +85,7 @@ def _client_rows(live: Sequence[Session], ended: Sequence[Session], phases: Mapp
     for session, state in zip((*live, *ended), states, strict=True):
         name, command = split_client(session.client)
         row = rows.setdefault(session.client, {"id": name, "command": command, "sessions": []})
-        row["sessions"].append(_session_row(session, state))
+        row["sessions"].append(session_row(session, state))
     return list(rows.values())
 
 
@@ -90,7 +97,15 @@ _SESSION_FIELDS = (
 _SESSION_DURATIONS = ("pre_ms", "wait_ms", "inference_ms", "post_ms", "unaccounted_ms")
 
 
-def _session_row(session: Session, state: str) -> dict[str, Any]:
+# Those that SESSION_COLUMNS of insight/series.py name.
+_SUMMARY_FIELDS = (
+    *("id", "model", "client", "task", "backend", "started_at", "last_seen"),
+    *("turns", "completed", "errors", "aborted", "rejected"),
+    *("tokens_in", "tokens_out", "cached_sum", "wait_ms", "inference_ms", "think_ms"),
+)
+
+
+def session_row(session: Session, state: str) -> dict[str, Any]:
     """``state`` is idle, waiting, prefill, decoding or ended."""
     return {
         **{name: getattr(session, name) for name in _SESSION_FIELDS},
@@ -272,8 +287,7 @@ class Tracker:
                 if record.key is not None:
                     answers.pop(session.id, None)
                     answers[session.id] = record.key
-                session.think(record.think_ms, record.pre_ms, record.post_ms, record.unaccounted_ms)
-                session.finish(record, at)
+                session.restore(record, at)
                 self._sessions.touch(session, at)
         for name, key in answers.items():
             self._conversations.answered(key, name)
@@ -321,18 +335,23 @@ class Tracker:
             "relay": self._relay.document(),
         }
 
-    def session(self, name: str) -> dict[str, Any] | None:
-        """The body of GET /stats/sessions/{id}; None if the session is unknown or was dropped."""
+    def session(self, name: str) -> tuple[dict[str, Any] | None, list[TurnRecord]]:
+        """A session's row in /stats, None if it is unknown, and its turns that are kept, oldest first."""
         session, is_over = self._sessions.find(name)
-        if session is None:
-            return None
         state = "ended" if is_over else self._turns.phases().get(name, "idle")
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "now": self._clock(),
-            "session": _session_row(session, state),
-            "turns": [record.row() for record in self._log.latest(LISTED_TURNS, name)],
-        }
+        turns = self._log.latest(KEPT_TURNS, name)
+        return session_row(session, state) if session is not None else None, turns[::-1]
+
+    def session_rows(self) -> list[tuple[Any, ...]]:
+        """State and SESSION_COLUMNS of each session that is alive or ended lately."""
+        phases, read = self._turns.phases(), operator.attrgetter(*_SUMMARY_FIELDS)
+        live = [(phases.get(session.id, "idle"), *read(session)) for session in self._sessions]
+        return live + [("ended", *read(session)) for session in self._sessions.latest_ended()]
+
+    def waiting(self) -> Mapping[str, int]:
+        """Model → turns that wait for a replica."""
+        turns = self._turns.open.values()
+        return collections.Counter(turn.started.model for turn in turns if turn.phase == "waiting")
 
     def _take_start(self, event: TurnStarted, at: float, begun: list[OpenTurn]) -> None:
         if self._turns.knows(event.turn):

@@ -77,6 +77,8 @@ class TurnRecord:
     prompt: str = ""
     answer: str = ""
     key: str | None = None  # conversation_key up to and including this answer
+    held_ms: float | None = None  # of queue_ms: waiting for room in a KV cache
+    retry_ms: float | None = None  # of queue_ms: from the first to the last time that it was sent
 
     def row(self) -> dict[str, Any]:
         """The row in /stats: all fields, durations rounded."""
@@ -228,7 +230,7 @@ def finished_record(event: TurnFinished, turn: OpenTurn | None) -> TurnRecord:
         started.stream if turn is not None else None, event.backend, started.at if turn is not None else None,
         event.retries, think_ms, pre_ms, event.queue_ms, event.ttft_ms, event.inference_ms, None, unaccounted_ms,
         event.prompt_tokens, event.completion_tokens, event.cached_tokens, None, None, event.estimated,
-        event.finish_reason, event.error, started.prompt, event.answer, event.key,
+        event.finish_reason, event.error, started.prompt, event.answer, event.key, event.held_ms, event.retry_ms,
     )
     # fmt: on
     if held is not None and record.prompt_tokens is not None:

@@ -91,6 +91,17 @@ def _advertised_host(bind_host: str) -> str:
     return (os.environ.get("AGENT_INFRA_ADDRESS") or socket.gethostname()) if is_wildcard else bind_host
 
 
+def _bound_host(bind_host: str) -> str:
+    """Return the address to listen on: on a node that only has IPv6, :: (which takes IPv4 too) for 0.0.0.0."""
+    if bind_host != "0.0.0.0":  # noqa: S104 (a comparison)
+        return bind_host
+    try:
+        found = {info[0] for info in socket.getaddrinfo(_advertised_host(bind_host), None, type=socket.SOCK_STREAM)}
+    except OSError:
+        return bind_host
+    return "::" if found == {socket.AF_INET6} else bind_host
+
+
 class Replica:
     """Keeps one engine running until a signal, and its record up to date. Only ``digest`` is safe in other threads."""
 
@@ -113,7 +124,9 @@ class Replica:
             host=_advertised_host(spec.bind_host),
             job_id=os.environ.get("SLURM_JOB_ID") if spec.is_job else spec.job_id,
             started_at=time.time(),
+            address=os.environ.get("AGENT_INFRA_ADDRESS") or None,
             slots=spec.engine.slots,
+            takes_priority=spec.engine.takes_priority,
             gpus=self._gpus.sample(),
             gpu_ids=spec.gpu_ids,
         )
@@ -355,6 +368,7 @@ def serve(run_directory: str, replica: str) -> int:
     Writes replicas/<replica>.json and logs/<replica>.log. Raises RefusedError if it cannot be started at all.
     """
     spec, key = read_spec(run_directory, replica)
+    spec = dataclasses.replace(spec, bind_host=_bound_host(spec.bind_host))
     if spec.is_probe:
         write_atomically(Path(run_directory) / "replicas" / f".{replica}.probe", json.dumps(probe_node(spec)))
         return 0

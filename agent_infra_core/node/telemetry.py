@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -33,10 +34,12 @@ class Telemetry:
             "log_message": lambda *_: None,
             "timeout": 30,
             "protocol_version": "HTTP/1.1",
+            "wbufsize": -1,  # head and body in one packet: through a tunnel, each costs
         }
         handler = type("LoadHandler", (http.server.BaseHTTPRequestHandler,), body)
         # Not an HTTPServer, which resolves the host's name first.
-        self._server = socketserver.ThreadingTCPServer((host, 0), handler)
+        family = {"address_family": socket.AF_INET6 if ":" in host else socket.AF_INET}
+        self._server = type("LoadServer", (socketserver.ThreadingTCPServer,), family)((host, 0), handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="telemetry", daemon=True)
         self._thread.start()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hmac
-import os
 import re
 import secrets
 from collections.abc import Mapping
@@ -13,7 +12,6 @@ from agent_infra_core.http.errors import RequestError
 from agent_infra_core.http.heads import RequestHead
 from agent_infra_core.protocol import Backend
 from agent_infra_core.relay.connection import ClientConnection, descriptor_trouble
-from agent_infra_core.relay.owners import socket_owner
 from agent_infra_core.settings import ProxyConfig
 
 
@@ -50,12 +48,11 @@ class AccessControl:
     def authorize(self, client: ClientConnection, request: RequestHead, authorization: bytes) -> None:
         """Let the client pass if it is this user (or root) on this machine, or sends the key; else RequestError 401, or
         403 for what a web page does in the user's name."""
-        if client.is_trusted is None:
-            try:
-                client.is_trusted = socket_owner(client.sock, client.peer) in (0, os.getuid())
-            except OSError as trouble:
-                message = f"who calls cannot be told: {descriptor_trouble(trouble)}"
-                raise RequestError(503, message, retry_after_s=1) from None
+        try:
+            client.find_owner()
+        except OSError as trouble:
+            message = f"who calls cannot be told: {descriptor_trouble(trouble)}"
+            raise RequestError(503, message, retry_after_s=1) from None
         reason = self._foreign_reason(request.fields) if client.is_trusted else None
         if (not client.is_trusted or reason or self._requires_key) and not self._has_key(request, authorization):
             if reason:

@@ -42,11 +42,10 @@ class Admission:
         is_first = not self._queue(turn.model)  # otherwise it would overtake the turns that wait
         if is_first and self._choose(turn) and turn.replica is not None:
             return turn.replica
-        attained_s = 0.0
         if turn.session is not None and not turn.charged_s:
             turn.charged_s = self._mean_service_s
-            attained_s = self._attained.charge(turn.session, turn.charged_s, turn.arrived)
-        key = queue_key(attained_s, turn.arrived, self._relay.settings.proxy.queue_timeout)
+            turn.charged_from_s = self._attained.charge(turn.session, turn.charged_s, turn.arrived)
+        key = queue_key(turn.charged_from_s, turn.arrived, self._relay.settings.proxy.queue_timeout)
         return self._wait(turn, client, key)
 
     def release(self, turn: Turn) -> None:
@@ -64,6 +63,14 @@ class Admission:
             self._mean_service_s += 0.05 * (took_s - self._mean_service_s)
         if turn.session is not None and took_s != turn.charged_s:
             self._attained.charge(turn.session, took_s - turn.charged_s, turn.over)
+
+    def priority(self, turn: Turn) -> int:
+        """Return a turn's priority for an engine that schedules by it, the lowest first: its order in our queue, in ms
+        of attained service."""
+        attained_s = turn.charged_from_s
+        if turn.session is not None and not turn.charged_s:
+            attained_s = self._attained.charge(turn.session, 0.0, turn.arrived)
+        return round(1000 * queue_key(attained_s, turn.arrived, self._relay.settings.proxy.queue_timeout))
 
     def outlook(self, model: str, route: RouteRequest = ANYWHERE) -> str:
         """What waiting may bring: ``slot`` (all are busy), ``loading`` (one is on its way), ``nothing``, or ``refusal``
@@ -85,7 +92,7 @@ class Admission:
 
     def _soonest(self, model: str, route: RouteRequest) -> float | None:
         """When the first of the model's replicas takes work again, or took it already; None: none serves."""
-        pool = self._relay.pools.get(model, ())
+        pool = route.among(self._relay.pools.get(model, ()))
         serving = (r.busy_until for r in pool if r.accepts_work and r.id not in route.excluded)
         return min(serving, default=None)
 
@@ -125,11 +132,13 @@ class Admission:
     def _choose(self, turn: Turn) -> bool:
         """Choose a replica for a turn and reserve its slot; False if the turn must wait."""
         relay, now = self._relay, time.monotonic()
-        pool = relay.pools.get(turn.model, ())
+        pool = turn.route.among(relay.pools.get(turn.model, ()))
         if turn.routed is None or not relay.keeps_sessions:
             replica = choose_backend(pool, turn.route, relay.strategy, now)
         else:
             replica = self.sessions.choose(turn, turn.routed, pool, now)
+            if turn.routed.is_held or turn.held_since:
+                turn.note_held(turn.routed.is_held, now)
         if replica is None:
             return False
         self._choices += 1
@@ -197,5 +206,7 @@ class Admission:
                 client.park()
             return turn.replica
         finally:
-            turn.queue_ms = (time.monotonic() - turn.arrived) * 1000.0
+            now = time.monotonic()
+            turn.queue_ms = (now - turn.arrived) * 1000.0
+            turn.note_held(False, now)
             client.deadline = math.inf

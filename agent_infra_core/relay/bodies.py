@@ -8,7 +8,7 @@ import re
 import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +17,7 @@ from agent_infra_core.http.events import (
     AnswerDigest,
     answer_text_and_calls,
     conversation_key,
+    is_answer_item,
     message_fingerprint,
     message_text_and_calls,
     sendable_text,
@@ -27,14 +28,15 @@ if TYPE_CHECKING:
     from agent_infra_core.relay.book import Turn
 
 # The fields that are read besides messages; the last two stay undecoded.
-KNOWN_FIELDS = ("model", "stream", "stream_options", "prompt", "input", "tools", "system")
+KNOWN_FIELDS = ("model", "stream", "stream_options", "priority", "prompt", "input", "tools", "system")
 _CACHE_MARK = re.compile(rb',\s*"cache_control":\s*\{[^{}]*\}|"cache_control":\s*\{[^{}]*\}\s*,?\s*')
+_OPENING = re.compile(rb"\s*\{(?=\s*[^\s}])")  # of an object that isn't empty
 # A megabyte of JSON is read in 2 ms if it is text, in 150 ms if it is millions of empty lists.
 LIGHT_BODY_BYTES, MAX_READ_VALUES = 64 << 10, 50_000  # with more, a body's words aren't read
 HEAVY_BODY_BYTES, MAX_SKIPPED_VALUES = 16 << 20, 4_000_000
 ANSWER_FIELDS = (
     *("usage", "choices", "stop_reason", "error", "content", "output"),
-    *("status", "incomplete_details", "type", "object", "message"),
+    *("status", "incomplete_details", "type", "object", "message", "id"),
 )
 _MESSAGES = b'{"messages":[0'  # replaces a known beginning; the 0 stands for its messages
 
@@ -109,9 +111,10 @@ class Codec:
         )
         self.decode: Callable[[bytes], Any] = msgspec.json.Decoder().decode
         self.convert: Callable[..., Any] = msgspec.convert
-        routed = [(name, Any, None) for name in ("model", "stream", "stream_options")]
+        routing_fields = ("model", "stream", "stream_options", "priority", "previous_response_id")
+        routed = [(name, Any, None) for name in routing_fields]
         words: list[Any] = [("messages", list[msgspec.Raw], ()), ("prompt", Any, None), ("input", Any, None)]
-        words += [(name, msgspec.Raw, msgspec.Raw(b"")) for name in ("tools", "system")]
+        words += [(name, msgspec.Raw, msgspec.Raw(b"")) for name in ("tools", "system", "instructions")]
         call = msgspec.defstruct("Call", [("id", str, "")])
         said = [("content", str | None, None), ("tool_calls", list[call] | None, None)]  # type: ignore[valid-type]
         message = msgspec.defstruct("Message", said)
@@ -192,13 +195,18 @@ class Codec:
             values |= {name: bytes(values[name]) for name in KNOWN_FIELDS[-2:]}  # not views of it
         return KnownBody(memoryview(body)[:end], values, turn.prints, turn.follows, turn.prompt)
 
-    def trace(self, fields: Any, is_named: bool) -> tuple[bytes, str | None]:
-        """Return ``prints`` and ``follows`` of TurnStarted. A session that its client names needs no ``follows``."""
+    def trace(self, fields: Any, is_named: bool, has_marks: bool = True) -> tuple[bytes, str | None]:
+        """Return ``prints`` and ``follows`` of TurnStarted. A session that its client names needs no ``follows``.
+
+        ``has_marks``: the body may have marks that clients move (see ``_said``).
+        """
         messages = getattr(fields, "messages", ())
         before: KnownBody | None = getattr(fields, "before", None)
         if before is None and not messages:
             return b"", None
-        parts = [_said(part) for part in (fields.tools, fields.system, *messages)]
+        parts: Sequence[Any] = (fields.tools, fields.system, *messages)
+        if has_marks:
+            parts = [*map(_said, parts)]
         head = zlib.crc32(parts[1], zlib.crc32(parts[0]))
         prints = array("I", (head, *map(zlib.crc32, parts[2:]))).tobytes()
         if before is not None:
@@ -218,14 +226,47 @@ class Codec:
                     return prints, conversation_key(prints[4 : 4 + 4 * (first + index)], answer)
         return prints, before.follows if before is not None else ""
 
+    def trace_response(self, fields: Any, is_named: bool) -> tuple[bytes, str | None]:
+        """The same as ``trace`` for a request of /v1/responses, whose input is a text or a list of items.
+
+        An answer is all items of the model's output that stand together. Items are compared by what they say: a text
+        is the same as a message of the user with that text.
+        """
+        given = getattr(fields, "input", None)
+        items = [given] if isinstance(given, str) else given
+        if not isinstance(items, list) or not items:
+            return b"", None
+        head = zlib.crc32(fields.instructions, zlib.crc32(fields.tools))
+        try:
+            prints = array("I", (head, *map(self._item_print, items))).tobytes()
+        except (ValueError, RecursionError):
+            return b"", None
+        if is_named:
+            return prints, None
+        end = next((number for number in range(len(items), 0, -1) if is_answer_item(items[number - 1])), 0)
+        start = end
+        while start and is_answer_item(items[start - 1]):
+            start -= 1
+        answer = message_fingerprint(*answer_text_and_calls({"output": items[start:end]}))
+        return prints, conversation_key(prints[4 : 4 + 4 * start], answer) if end else ""
+
+    def _item_print(self, item: Any) -> int:
+        if isinstance(item, str):
+            item = {"role": "user", "content": item}
+        if isinstance(item, dict) and "role" in item:
+            content = item.get("content")
+            parts = content if isinstance(content, list) else [{"text": content}]
+            texts = [part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str)]
+            item = (item["role"], "".join(texts) if len(texts) == len(parts) else content)
+        return zlib.crc32(self.encode(item))
+
     def shared_prefix(self, fields: Any, prints: bytes) -> tuple[bytes, int]:
         """What identifies the tools and system prompt of a conversation's first request, and their size in bytes."""
-        messages = getattr(fields, "messages", ())
-        if not messages or getattr(fields, "before", None) is not None or not prints:
+        if not prints or getattr(fields, "before", None) is not None:
             return b"", 0
-        first = bytes(messages[0])
-        is_system = len(messages) > 1 and (first.find(b'"system"') >= 0 or first.find(b'"developer"') >= 0)
-        size = len(fields.system) + len(fields.tools)
+        messages, size = fields.messages, len(fields.system) + len(fields.tools) + len(fields.instructions)
+        first = bytes(messages[0]) if len(messages) > 1 else b""
+        is_system = first.find(b'"system"') >= 0 or first.find(b'"developer"') >= 0
         return (prints[:8], size + len(first)) if is_system else (prints[:4], size)
 
     def prompt_excerpt(self, fields: Any, limit: int) -> str:
@@ -301,6 +342,13 @@ def _said(part: Any) -> Any:
     """A part of a request without the marks that clients move: they don't change what was said."""
     raw = bytes(part)
     return _CACHE_MARK.sub(b"", raw) if raw.find(b'"cache_control"') >= 0 else raw
+
+
+def with_priority(body: bytes | bytearray, priority: int) -> tuple[bytes, memoryview] | None:
+    """Return a JSON object with a field ``priority`` in two parts, of which the second isn't a copy; None if it is
+    empty."""
+    opening = _OPENING.match(body)
+    return (b'{"priority":%d,' % priority, memoryview(body)[opening.end() :]) if opening is not None else None
 
 
 def form_model(body: bytes | bytearray) -> str | None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 KNOWN_BODIES_BYTES = 32 << 20
 LONG_BODY_BYTES = 16 << 10  # remembering what was read of a shorter one isn't worth it
+RESPONSES_PATH = b"/v1/responses"
 RETRY_SHARE = 0.1  # of requests; the budget holds RETRY_FLOOR to ten times that
 RETRY_FLOOR = 100.0
 
@@ -33,17 +34,16 @@ class Turn:
 
     __slots__ = (
         "__dict__", "answer", "arrived", "arrived_at", "backend", "cuts_usage", "digest", "ended", "first", "follows",
-        "id", "is_stream", "labels", "model", "outcome", "over", "path", "prints", "prompt", "queue_ms", "replica",
-        "sent", "session", "status", "stream", "tokens", "wanted_text",
+        "id", "is_stream", "labels", "model", "outcome", "over", "path", "placement", "prints", "prompt", "queue_ms",
+        "replica", "routed", "sent", "session", "sharer", "status", "stream", "tokens", "wanted_text",
     )  # fmt: skip
 
     # Defaults that most turns keep.
     route: RouteRequest = ANYWHERE
-    routed: SessionTurn | None = None  # None: it belongs to no session
-    placement: Placement | None = None  # while a replica is at work on it for its session
-    sharer = ""  # see ClientConnection.identity
     wake: Callable[[], None]  # of its client, while it waits
     charged_s = 0.0  # service that its session was charged in advance, when it had to wait
+    charged_from_s = 0.0  # service that its session had attained before that
+    has_priority = False  # set by its client
     retries = 0
     deaths = 0  # replicas that died with it
     error: str | None = None
@@ -55,6 +55,9 @@ class Turn:
     gives_way = False  # its place in the queue goes to a client that waits with fewer turns
     cors = b""  # header lines for a web page that may read the answer
     key: str | None = None  # what its conversation is known by from now on; see TurnFinished
+    held_since = 0.0  # since when it waits for room in a KV cache; 0: it doesn't
+    held_ms = 0.0
+    retry_ms = 0.0
 
     def __init__(self, name: str, model: str, plan: RequestPlan, wanted_text: int) -> None:
         self.id = name
@@ -68,6 +71,9 @@ class Turn:
         self.is_stream = False
         self.cuts_usage = True
         self.tokens = 0  # of the prompt, roughly
+        self.sharer = ""  # see ClientConnection.identity
+        self.routed: SessionTurn | None = None  # None: it belongs to no session
+        self.placement: Placement | None = None  # while a replica is at work on it for its session
         self.replica: LiveReplica | None = None  # holds a slot for it
         self.backend: str | None = None
         self.sent = 0.0
@@ -90,8 +96,16 @@ class Turn:
 
     def send_to(self, replica: LiveReplica, now: float) -> None:
         """Note that the request goes to ``replica``."""
+        if self.sent:
+            self.retry_ms += (now - self.sent) * 1000.0
         self.sent, self.backend = now, replica.id
         self.queue_ms = (now - self.arrived) * 1000.0
+
+    def note_held(self, is_held: bool, now: float) -> None:
+        """Note whether it waits for room in a KV cache. Later waits, before a retry, are part of ``retry_ms``."""
+        if self.held_since and not self.sent:
+            self.held_ms += (now - self.held_since) * 1000.0
+        self.held_since = now if is_held else 0.0
 
     def answer_fields(self) -> bytes:
         """Return the header lines that every answer to the turn carries."""
@@ -117,7 +131,8 @@ class TurnBook:
         """Return a turn for a request, with all that its body says; ``finish`` is then due. Raises RequestError."""
         fields: Any = None
         if not plan.is_form:
-            known = self._bodies.find(plan.labels.session or peer) if len(body) >= LONG_BODY_BYTES else None
+            may_continue = len(body) >= LONG_BODY_BYTES and plan.path != RESPONSES_PATH
+            known = self._bodies.find(plan.labels.session or peer) if may_continue else None
             fields = self._relay.codec.request(body, known)
             if fields is None:
                 raise RequestError(400, "the body is not a JSON object")
@@ -136,14 +151,23 @@ class TurnBook:
 
     def _read_fields(self, turn: Turn, fields: Any, body: bytes | bytearray, peer: tuple[Any, ...]) -> None:
         turn.is_stream = fields.stream is True
+        turn.has_priority = fields.priority is not None
         if (options := fields.stream_options) is not None:
             turn.cuts_usage = not (isinstance(options, dict) and options.get("include_usage"))
         codec = self._relay.codec
         if turn.wanted_text:
             turn.prompt = codec.prompt_excerpt(fields, turn.wanted_text)
-        if len(body) <= MAX_TRACED_BYTES:
-            turn.prints, turn.follows = codec.trace(fields, turn.session is not None)
-        self._relay.admission.sessions.identify(turn, *codec.shared_prefix(fields, turn.prints))
+        sessions = self._relay.admission.sessions
+        if turn.path == RESPONSES_PATH and isinstance(fields.previous_response_id, str):
+            sessions.find_holder(turn, fields.previous_response_id)
+        elif len(body) <= MAX_TRACED_BYTES:
+            is_named = turn.session is not None
+            if turn.path == RESPONSES_PATH:
+                turn.prints, turn.follows = codec.trace_response(fields, is_named)
+            else:
+                has_marks = body.find(b'"cache_control"') >= 0
+                turn.prints, turn.follows = codec.trace(fields, is_named, has_marks)
+        sessions.identify(turn, *codec.shared_prefix(fields, turn.prints))
         if turn.prints and len(body) >= LONG_BODY_BYTES:
             conversation = turn.session or peer
             goes_on = getattr(fields, "before", None) is not None or self._bodies.find(conversation) is None
@@ -199,7 +223,7 @@ class TurnBook:
             if turn.outcome == "completed" and turn.digest is not None and turn.digest.error:
                 turn.outcome, turn.error = "error", turn.digest.error
             printed = turn.digest.print if turn.digest is not None else None
-            if printed is not None and turn.follows is not None and turn.outcome == "completed":
+            if printed is not None and turn.prints and turn.follows is not None and turn.outcome == "completed":
                 turn.key = conversation_key(turn.prints[4:], printed)
             admission.sessions.finish(turn, turn.key)
         except Exception as error:  # noqa: BLE001 - a bug costs these figures, never the connection that brought them
@@ -218,7 +242,7 @@ class TurnBook:
             (turn.ended - turn.sent) * 1000.0 if has_first else None,
             turn.retries, digest.prompt_tokens, estimate if is_estimated else digest.completion_tokens,
             digest.cached_tokens, is_estimated, digest.finish_reason, turn.error or digest.error,
-            turn.gaps.by_name(), digest.text, turn.key, self._started(turn),
+            turn.gaps.by_name(), digest.text, turn.key, self._started(turn), turn.held_ms, turn.retry_ms,
         )
         # fmt: on
 
@@ -292,19 +316,16 @@ class TurnBook:
 
     def queue_status(self) -> dict[str, Any]:
         """Return GET /queue/status: how many turns wait, how many are with a replica, and the 50 that wait longest."""
-        now, waiting = time.monotonic(), self._relay.admission.waiting()
-        rows = [
-            {
-                "turn": turn.id,
-                "session": turn.session,
-                "model": turn.model,
-                "waited_ms": round((now - turn.arrived) * 1000),
-                **({"held": True} if turn.routed is not None and turn.routed.is_held else {}),
-            }
-            for turn in waiting[:50]
-        ]
+        now, waiting, sessions = time.monotonic(), self._relay.admission.waiting(), self._relay.admission.sessions
+        rows: list[dict[str, Any]] = []
+        for turn in waiting[:50]:
+            waited_ms = round((now - turn.arrived) * 1000)
+            rows.append({"turn": turn.id, "session": turn.session, "model": turn.model, "waited_ms": waited_ms})
+            if (why := sessions.why_held(turn)) is not None:
+                rows[-1] |= {"held": True, "why": why}
         return {
             "pending": len(waiting),
+            "held": sum(turn.routed is not None and turn.routed.is_held for turn in waiting),
             "in_flight": len(self.turns) - len(waiting),
             "oldest_ms": rows[0]["waited_ms"] if rows else 0,
             "waiting": rows,

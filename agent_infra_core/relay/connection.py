@@ -9,11 +9,14 @@ import os
 import resource
 import socket
 import time
+from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from agent_infra_core.http.bodies import BodyDecoder, decode_content
 from agent_infra_core.http.errors import RequestError, WireError, encode_answer, error_document
 from agent_infra_core.http.heads import MAX_HEAD_BYTES
+from agent_infra_core.relay.owners import socket_owner
 from agent_infra_core.relay.reactor import WRITABLE, ClientGone
 from agent_infra_core.relay.replicas import RECEIVE_BYTES
 from agent_infra_core.relay.requests import RequestPlan
@@ -28,7 +31,7 @@ STRANGER_S = 15.0  # for the first request of a connection
 HEAD_S = 15.0  # from a head's first byte to its last
 BODY_S = 30.0  # without a byte of the body
 CHUNKED_BYTES_AT_ONCE = 8 << 10  # between two looks at other clients: chunks of one byte take 2 ms
-CLIENT_SHARE = 0.75  # of the bytes of all bodies, that one client may hold
+CLIENT_SHARE = 0.75  # of the bytes of all bodies, and of the connections where they are short, for one client
 LINGER_S = 2.0  # for a refused client to read why
 
 
@@ -46,14 +49,18 @@ class ClientConnection:
         self.is_idle = False  # waits for the first byte of a request
         self.deadline = math.inf  # monotonic; the sweep wakes the greenlet then
         self.is_known = False  # sent a request that was let pass
-        self.is_trusted: bool | None = None  # whether the socket's owner needs no key; asked once
+        self.is_trusted: bool | None = None  # whether the socket's owner needs no key; asked once, like the next
+        self.owner = str(peer[0])  # of the other end: this user, another one on this machine, or a host
+        self.is_one_too_many = False  # accepted to be refused: its owner has most of the connections
         self.authorization: bytes | None = None  # of the last request that was let pass
         self.plan: RequestPlan | None = None  # of the request in progress
         self.has_unread_body = False
         self._greenlet: Any = None
         self._is_parked = self._is_receiving = False
         self.body: bytes | bytearray = b""  # of the request in progress, for as long as it may be sent again
-        self._held_bytes = 0
+        self.has_sent_body = False  # to a replica: it is kept for a retry only
+        self.has_spent_body = False  # its room was needed: it can't be sent again
+        self.held_bytes = 0  # of the body, counted against the limits
         self._watcher = relay.reactor.watch_reads(sock, self._on_readable)
 
     def serve(self) -> None:
@@ -73,20 +80,32 @@ class ClientConnection:
             self._watcher.close()
             self.sock.close()
 
-    def is_silent_stranger(self, latest: float) -> bool:
-        """Whether no request was let pass here and none waits to be read; ``latest``: its deadline is no later."""
-        if self.is_known or not self.is_idle or self.deadline > latest:
-            return False
-        try:
-            return not self.sock.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+    def find_owner(self) -> None:
+        """Ask the kernel, once, who owns the other end. Raises OSError without a free descriptor."""
+        if self.is_trusted is None:
+            uid = socket_owner(self.sock, self.peer)
+            self.is_trusted = uid in (0, os.getuid())
+            self.owner = "this user" if self.is_trusted else self.owner if uid is None else f"uid {uid}"
 
-    def leave_idle(self) -> None:
-        """End the connection unless a request has come; only for event-loop callbacks."""
-        if self.is_idle:
+    @property
+    def is_stranger(self) -> bool:
+        """Whether no request of it was let pass, and it still owes one or a part of its head."""
+        return not self.is_known and self._is_receiving
+
+    @property
+    def has_unread_bytes(self) -> bool:
+        """Whether bytes came that its greenlet hasn't seen yet, or the client's end."""
+        try:
+            self.sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def leave_idle(self, and_strangers: bool = False) -> None:
+        """End the connection unless a request has come (of a stranger: a whole head); only for event-loop callbacks."""
+        if self.is_idle or (and_strangers and self.is_stranger):
             self.gone = True
             self.wake()
 
@@ -233,6 +252,7 @@ class ClientConnection:
     def read_head(self) -> tuple[RequestPlan, int | None, bytes]:
         """Take the next request's head off the unread bytes. Returns what HeadReader.plan does."""
         self.plan, self.has_unread_body, started = None, False, 0.0
+        self.has_sent_body = self.has_spent_body = False
         while True:
             if not self.unread:
                 self.unread = self._receive_first()
@@ -326,33 +346,32 @@ class ClientConnection:
 
     def _hold(self, size: int, limit: int) -> None:
         """Count ``size`` more bytes of this body against both limits."""
-        if self._held_bytes + size > limit:
+        if self.held_bytes + size > limit:
             raise RequestError(413, f"the body is larger than {limit} bytes", closes=True)
-        relay, most = self.relay, self.relay.settings.max_buffered_bytes
-        held = relay.held_bytes[self.identity] + size
-        # One client alone may hold most of it, not all.
-        if relay.buffered_bytes + size > most or (held > CLIENT_SHARE * most and held > size):
+        bodies = self.relay.bodies
+        if not bodies.has_room(self.identity, size):
+            bodies.make_room(self.identity, size, self.relay.connections)
+        if not bodies.has_room(self.identity, size):
             raise RequestError(429, "too many bytes of requests are held already", retry_after_s=1, closes=True)
-        self._held_bytes += size
-        relay.held_bytes[self.identity] = held
-        relay.buffered_bytes += size
+        self.held_bytes += size
+        bodies.add(self.identity, size)
 
     def release_body(self) -> None:
         """Forget the body; safe to call again."""
-        if self._held_bytes:
-            relay, identity = self.relay, self.identity
-            relay.buffered_bytes -= self._held_bytes
-            relay.held_bytes[identity] -= self._held_bytes
-            if not relay.held_bytes[identity]:
-                del relay.held_bytes[identity]
-        self.body, self._held_bytes = b"", 0
+        if self.held_bytes:
+            self.relay.bodies.add(self.identity, -self.held_bytes)
+        self.body, self.held_bytes = b"", 0
+
+    def spend_body(self) -> None:
+        """Forget the body of a turn that has been sent, so that another one finds room."""
+        self.has_spent_body = True
+        self.release_body()
 
     @property
     def identity(self) -> str:
-        """Whom the shares of limits and slots are for: the client that a request names, else this user, else the host
-        that has the key."""
+        """Whom the shares of limits and slots are for: the client that a request names, else the connection's owner."""
         named = self.plan.labels.client if self.plan is not None else None
-        return named.partition(" ")[0] if named else "this user" if self.is_trusted else str(self.peer[0])
+        return named.partition(" ")[0] if named else self.owner
 
     def refuse(self, refusal: RequestError, extra: bytes) -> bool:
         """Answer with an error; ``extra`` is complete header lines. Returns whether another request may follow."""
@@ -371,6 +390,36 @@ class ClientConnection:
         if closes:
             self.linger()
         return not closes
+
+
+class HeldBodies:
+    """The bodies that may still be sent: their bytes, in all and by client. Limited, and so is each client's share."""
+
+    def __init__(self) -> None:
+        self.limit = 0  # bytes
+        self.held = 0  # bytes
+        self._by_client: Counter[str] = Counter()
+
+    def has_room(self, client: str, size: int) -> bool:
+        """Whether ``client`` may hold ``size`` more bytes. One body alone may be larger than its client's share."""
+        mine = self._by_client[client]
+        return self.held + size <= self.limit and (not mine or mine + size <= CLIENT_SHARE * self.limit)
+
+    def add(self, client: str, size: int) -> None:
+        """Count bytes of a body, or that they are no longer held (a negative ``size``)."""
+        self.held += size
+        self._by_client[client] += size
+        if not self._by_client[client]:
+            del self._by_client[client]
+
+    def make_room(self, client: str, size: int, connections: Iterable[ClientConnection]) -> None:
+        """Forget bodies that were sent and are kept for a retry only, the client's own first: no turn is refused so
+        that another one may be sent twice."""
+        spare = [each for each in connections if each.has_sent_body and each.held_bytes]
+        for each in sorted(spare, key=lambda each: each.identity != client):
+            if self.has_room(client, size):
+                break
+            each.spend_body()
 
 
 def descriptor_trouble(error: OSError) -> str:

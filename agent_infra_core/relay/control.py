@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from agent_infra_core.relay.server import Relay
 
 SHORTAGE_S = 60.0  # how often a lack of descriptors is logged
-QUESTION_S = 2.0
+HISTORY_QUESTION_S = 10.0  # time the controller has for questions that it reads from the disk
 BATCHED_TURNS = 512  # finished turns in one frame
 MAX_BUFFERED_EVENTS = 50_000
 
@@ -45,6 +45,7 @@ class ControlChannel:
         self._unsent = b""  # a batch, encoded
         self._controller: Any = None
         self._write_lock = relay.reactor.new_lock()  # one frame at a time: several greenlets send
+        self._flush_lock = relay.reactor.new_lock()  # owns _unsent: each batch goes out once
         self.events_dropped = 0
         self.questions = Questions(self, relay.reactor)
         with contextlib.suppress(FileNotFoundError):
@@ -144,21 +145,27 @@ class ControlChannel:
 
     def flush(self) -> None:
         """Send what happened since the last batch. A batch that failed to go out is sent first."""
-        while self._controller is not None:
-            if not self._unsent:
-                finished = [self._finished.popleft() for _ in range(min(BATCHED_TURNS, len(self._finished)))]
-                # A turn that starts may continue one that is still to be reported as finished: that one goes first.
-                # So do all turns of a session that ended.
-                is_last = not self._finished
-                batch = self._relay.book.news() if is_last else EventBatch()
-                ended = [self._ended.popleft() for _ in range(len(self._ended) if is_last else 0)]
-                if not (finished or ended or batch.started or batch.sent or batch.answering):
+        with self._flush_lock:
+            while self._controller is not None:
+                if not self._unsent:
+                    self._unsent = self._next_batch()
+                if not self._unsent or not self.send(FRAME_EVENTS, self._unsent):
                     return
-                batch.finished, batch.session_ended = self._relay.codec.joined(finished), ended
-                self._unsent = self._relay.codec.encode(batch)
-            if not self.send(FRAME_EVENTS, self._unsent):
-                return
-            self._unsent = b""
+                self._unsent = b""
+
+    def _next_batch(self) -> bytes:
+        """What happened, encoded; empty if nothing did."""
+        finished = [self._finished.popleft() for _ in range(min(BATCHED_TURNS, len(self._finished)))]
+        # A turn that starts may continue one that is still to be reported as finished: that one goes first.
+        # So do all turns of a session that ended.
+        is_last = not self._finished
+        batch = self._relay.book.news() if is_last else EventBatch()
+        ended = [self._ended.popleft() for _ in range(len(self._ended) if is_last else 0)]
+        if not (finished or ended or batch.started or batch.sent or batch.answering):
+            return b""
+        batch.finished, batch.session_ended = self._relay.codec.joined(finished), ended
+        encoded: bytes = self._relay.codec.encode(batch)
+        return encoded
 
     def send(self, kind: bytes, payload: bytes) -> bool:
         """Send one frame. Returns whether a controller took it. A slow controller blocks only this greenlet."""
@@ -174,26 +181,30 @@ class ControlChannel:
 
 
 class Questions:
-    """Questions from clients that only the controller can answer. Each waits at most QUESTION_S."""
+    """Questions from clients that only the controller can answer."""
 
     def __init__(self, channel: ControlChannel, reactor: Reactor) -> None:
         self._channel, self._reactor = channel, reactor
         self._waiting: dict[int, Any] = {}
         self._count = 0
 
-    def ask(self, op: str, **details: Any) -> dict[str, Any] | None:
-        """Return a FRAME_ANSWER; None if no controller answers in time. Blocks this greenlet."""
+    def ask(self, op: str, patience_s: float, **details: Any) -> dict[str, Any] | None:
+        """Return a FRAME_ANSWER; None if no controller answers within ``patience_s``. Blocks this greenlet."""
         self._count += 1
         number, result = self._count, self._reactor.new_result()
         self._waiting[number] = result
         try:
-            question = json.dumps({"op": op, "id": number, **details}).encode()
+            question = json.dumps({**details, "op": op, "id": number}).encode()
             # Sent by another greenlet: a controller that reads nothing must not hold this one beyond its time.
-            self._reactor.spawn(self._channel.send, FRAME_REQUEST, question)
-            answer: dict[str, Any] | None = result.wait(QUESTION_S) if self._channel.is_connected else None
+            self._reactor.spawn(self._send, question)
+            answer: dict[str, Any] | None = result.wait(patience_s) if self._channel.is_connected else None
             return answer
         finally:
             del self._waiting[number]
+
+    def _send(self, question: bytes) -> None:
+        self._channel.flush()  # the answer is to include every turn that is over
+        self._channel.send(FRAME_REQUEST, question)
 
     def deliver(self, payload: bytes) -> None:
         """Deliver a FRAME_ANSWER, unless nobody waits for it any more."""

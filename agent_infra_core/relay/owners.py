@@ -78,8 +78,10 @@ def prove_own_server(
     sock: Any, host: str, port: int, sleep: Callable[[float], None], is_late: Callable[[], bool]
 ) -> None:
     """Wait until the server at an address of this machine has accepted ``sock``. Raises OSError if it is another
-    user's, or if none accepts in time."""
+    user's, or if none accepts in time; at once if the server ends first."""
     while (owner := socket_owner(sock, (host, port))) is None:
+        if error := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(error, os.strerror(error))
         if is_late():
             raise TimeoutError(errno.ETIMEDOUT, "nobody accepted the connection")
         sleep(PROOF_POLL_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import socket
@@ -56,6 +57,7 @@ class LiveReplica:
         self.probe_failures = 0  # in a row
         self.last_byte = 0.0  # of an answer
         self.dead_until = 0.0  # a probe found it dead; believed until this time
+        self.died_at = 0.0  # when it was last found dead: turns that were sent before died with it
         self.idle: dict[Upstream, None] = {}  # the most recently used last
         self.greenlets: list[Any] = []  # of its health and load, killed with it
         self.probe_now: Any = None  # event: probe now
@@ -108,6 +110,7 @@ class LiveReplica:
         self.errors += 1
         self.failures += 1
         if is_dead:
+            self.died_at = time.monotonic()
             self.belief.clear()
         if is_dead or self.failures >= EJECT_AFTER or self.health == "trial":
             self._eject(reason)
@@ -165,6 +168,7 @@ class LiveReplica:
     def close(self) -> None:
         """Stop probes and close idle connections, because it left the table. Its turns go on."""
         self.is_gone = True
+        self.died_at = time.monotonic()  # a turn that breaks off from now on does so because its engine ended
         for greenlet in self.greenlets:
             greenlet.kill(block=False)
         while self.idle:
@@ -263,30 +267,35 @@ class ReplicaWatch:
     def load(self, replica: LiveReplica) -> None:
         """Poll its load; a greenlet runs this. After a failed poll, the last figures stay for a while."""
         missed = 0
-        while True:
-            backend = replica.backend
-            try:
-                status, body = self._get(replica, backend.telemetry_port or 0, b"/load", backend.key)
-                replica.apply_load(self._relay.codec.decode(body) if status == 200 else None)
-                missed = 0
-            except (OSError, ValueError, TypeError, ArithmeticError, RecursionError, WireError) as error:
-                missed += getattr(error, "errno", None) not in NO_DESCRIPTOR
-                if missed == 5:
-                    replica.apply_load(None)
-            self._relay.reactor.sleep(self._relay.settings.proxy.load_poll_interval)
+        # One connection for all polls: through a tunnel, opening one costs several times as much as the poll.
+        with contextlib.closing(ProbeConnection(self._relay)) as telemetry:
+            while True:
+                backend = replica.backend
+                try:
+                    status, body = telemetry.get(replica, backend.telemetry_port or 0, b"/load", backend.key)
+                    replica.apply_load(self._relay.codec.decode(body) if status == 200 else None)
+                    missed = 0
+                except (OSError, ValueError, TypeError, ArithmeticError, RecursionError, WireError) as error:
+                    missed += getattr(error, "errno", None) not in NO_DESCRIPTOR
+                    if missed == 5:
+                        replica.apply_load(None)
+                self._relay.reactor.sleep(self._relay.settings.proxy.load_poll_interval)
 
-    def is_alive(self, replica: LiveReplica) -> bool:
-        """Whether it answers a health probe now, or can't be asked. A death just found is believed for a moment."""
-        now = time.monotonic()
-        if now < replica.dead_until:
+    def has_lived(self, replica: LiveReplica, since: float) -> bool:
+        """Whether it answers a health probe now, or can't be asked, and wasn't found dead after ``since`` (monotonic).
+
+        Its successor may answer the probe. A death just found is believed for a moment.
+        """
+        if since < replica.died_at or time.monotonic() < replica.dead_until:
             return False
         try:
             problem, _ = self._probe(replica)
         except OSError:
             return True
         if problem is not None:
-            replica.dead_until = time.monotonic() + 0.5
-        return problem is None
+            replica.died_at = time.monotonic()
+            replica.dead_until = replica.died_at + 0.5
+        return since >= replica.died_at  # another turn may have found it dead meanwhile
 
     def _probe(self, replica: LiveReplica) -> tuple[str | None, bool]:
         """Return what is wrong with it (None: nothing), and whether that proves its death or is mere silence.
@@ -306,16 +315,41 @@ class ReplicaWatch:
 
     def _get(self, replica: LiveReplica, port: int, path: bytes, key: str | None) -> tuple[int, bytes]:
         """Return status and body of a GET on a new connection. Raises OSError or WireError."""
+        with contextlib.closing(ProbeConnection(self._relay)) as connection:
+            return connection.get(replica, port, path, key)
+
+
+class ProbeConnection:
+    """A connection for GETs to a port of a replica, kept while the replica allows it; owns the socket."""
+
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+        self._sock: Any = None
+        self._address: tuple[str, int] | None = None
+
+    def get(self, replica: LiveReplica, port: int, path: bytes, key: str | None) -> tuple[int, bytes]:
+        """Return status and body. Reconnects if the kept connection was closed. Raises OSError or WireError."""
+        if self._address != (replica.backend.host, port):
+            self.close()
+        is_kept = self._sock is not None
+        try:
+            return self._exchange(replica, port, path, key)
+        except TimeoutError:
+            raise
+        except OSError:
+            if not is_kept:
+                raise
+        return self._exchange(replica, port, path, key)
+
+    def _exchange(self, replica: LiveReplica, port: int, path: bytes, key: str | None) -> tuple[int, bytes]:
         host = replica.backend.host
         authorization = b"authorization: Bearer %b\r\n" % key.encode("latin-1") if key else b""
         deadline = time.monotonic() + PROBE_S
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM) as sock:
+        is_reusable = False
+        try:
+            sock = self._sock or self._connect(replica, port, deadline, needs_proof=key is not None)
             sock.settimeout(PROBE_S)
-            sock.connect((host, port))
-            if key is not None and replica.needs_proof:
-                prove_own_server(sock, host, port, self._relay.reactor.sleep, lambda: time.monotonic() >= deadline)
-            head = b"GET %b HTTP/1.1\r\nhost: %b:%d\r\n%bconnection: close\r\n\r\n"
-            sock.sendall(head % (path, host.encode(), port, authorization))
+            sock.sendall(b"GET %b HTTP/1.1\r\nhost: %b:%d\r\n%b\r\n" % (path, host.encode(), port, authorization))
             received, status, decoder, pieces = b"", 0, None, list[bytes]()
             while decoder is None or not decoder.is_over:
                 sock.settimeout(max(0.001, deadline - time.monotonic()))
@@ -331,7 +365,29 @@ class ReplicaWatch:
                 while decoder is None and (end := received.find(b"\r\n\r\n") + 4) >= 4:
                     answer, length = self._relay.heads.answer(received, end)
                     if answer.status >= 200:
-                        status, decoder = answer.status, BodyDecoder(length)
+                        status, decoder, is_reusable = answer.status, BodyDecoder(length), answer.is_reusable
                         decoder.feed(received, end, pieces)
                     received = received[end:]  # the real answer follows an interim one
+            is_reusable = is_reusable and decoder.is_over
             return status, b"".join(pieces)
+        except BaseException:
+            is_reusable = False
+            raise
+        finally:
+            if not is_reusable:
+                self.close()
+
+    def _connect(self, replica: LiveReplica, port: int, deadline: float, needs_proof: bool) -> Any:
+        host = replica.backend.host
+        self._sock = sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        self._address = host, port
+        sock.settimeout(PROBE_S)
+        sock.connect((host, port))
+        if needs_proof and replica.needs_proof:
+            prove_own_server(sock, host, port, self._relay.reactor.sleep, lambda: time.monotonic() >= deadline)
+        return sock
+
+    def close(self) -> None:
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from agent_infra_core.http.heads import (
 )
 from agent_infra_core.protocol import MAX_FIGURE
 from agent_infra_core.settings import HeadersConfig
+
+MAX_NAME = 256  # characters of a session's, task's or client's name
 
 
 @dataclass(slots=True)
@@ -127,8 +130,13 @@ class HeadReader:
 
 
 def _text(value: bytes | None) -> str | None:
-    """Return a header's value as text, bounded; None if it is missing or empty."""
-    return value.decode("utf-8", "replace").strip()[:256] or None if value else None
+    """Return a header's value as text; None if it is missing or empty. A long one ends in a digest of the whole, so
+    that two that differ stay two."""
+    text = value.decode("utf-8", "replace").strip() if value else ""
+    if len(text) > MAX_NAME:
+        digest = hashlib.blake2b(value or b"", digest_size=8).hexdigest()
+        return f"{text[: MAX_NAME - len(digest) - 1]}-{digest}"
+    return text or None
 
 
 def _milliseconds(value: bytes | None) -> float | None:

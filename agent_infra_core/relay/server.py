@@ -26,7 +26,13 @@ from agent_infra_core.relay.access import AccessControl, is_same_endpoint
 from agent_infra_core.relay.admission import Admission
 from agent_infra_core.relay.bodies import Codec
 from agent_infra_core.relay.book import TurnBook
-from agent_infra_core.relay.connection import STRANGER_S, ClientConnection, descriptor_trouble
+from agent_infra_core.relay.connection import (
+    CLIENT_SHARE,
+    STRANGER_S,
+    ClientConnection,
+    HeldBodies,
+    descriptor_trouble,
+)
 from agent_infra_core.relay.control import SHORTAGE_S, ControlChannel
 from agent_infra_core.relay.reactor import Reactor
 from agent_infra_core.relay.replicas import LiveReplica, ReplicaWatch
@@ -35,6 +41,9 @@ from agent_infra_core.settings import HeadersConfig, ProxyConfig
 
 SWEEP_S = 0.1  # how late a deadline is noticed at most, and how often events go to the controller
 LAST_WORD_S = 0.5  # for the clients to be told that their turns are cut
+# Shares of the descriptors. A client is no use without one left for its replica, so not all are for clients; the last
+# ones of theirs are for those who don't have most of the connections.
+CONNECTIONS, LAST_CONNECTIONS = 0.75, 0.8125
 STRANGERS_WHILE_S = 0.5  # that a new connection has for its first bytes when descriptors run out
 REFUSALS_LOGGED_A_SECOND = 5
 LAST_FLUSH_S = 2.0  # for the last events when the relay ends; the controller may not take them
@@ -86,9 +95,9 @@ class Relay:
         self.pools: dict[str, list[LiveReplica]] = {}
         self.connections: set[ClientConnection] = set()
         self.stats: tuple[bytes, float] | None = None  # the finished document, and when it came
+        self.stats_turns = 0  # how many finished turns that document is known to have
         self.stats_read = 0  # how often /stats and /runs were read
-        self.buffered_bytes = 0
-        self.held_bytes: Counter[str] = Counter()  # the same, by client
+        self.bodies = HeldBodies()
         self.is_stopping = self.is_over = False  # over: the time to finish turns has passed
         self._statm = os.open("/proc/self/statm", os.O_RDONLY)  # kept open for when no descriptor is free
         self._stopped, self._has_news = self.reactor.new_event(), self.reactor.new_event()
@@ -117,7 +126,9 @@ class Relay:
             self.strategy = self.settings.proxy.strategy
             affinity = self.settings.proxy.session_affinity
             self.keeps_sessions = affinity == "auto" and self.strategy == "least_load"
+            self.admission.sessions.configure(self.settings.proxy.kv_admission == "auto")
             self.access.configure(self.settings.proxy)
+            self.bodies.limit = self.settings.max_buffered_bytes
             self.heads.known_requests.clear()  # the names of the label headers may have changed
             for client in self.connections:
                 client.authorization = None
@@ -315,13 +326,15 @@ class Acceptor:
         """Accept again once descriptors are free."""
         if self._watcher is None or self._watcher.active or self._relay.is_stopping:
             return
-        with contextlib.suppress(OSError):
+        try:
             lowest = os.dup(self._relay.listener.fileno())
             os.close(lowest)
-            if lowest < self._limit():
-                self._watcher.start(self._accept)
-            else:
-                self._make_room()
+        except OSError:  # none is free
+            lowest = self._limit(1.0)
+        if lowest < self._limit(LAST_CONNECTIONS):
+            self._watcher.start(self._accept)
+        else:
+            self._make_room()
 
     def _accept(self) -> None:
         relay = self._relay
@@ -341,23 +354,36 @@ class Acceptor:
             client = ClientConnection(relay, sock, peer)
             relay.connections.add(client)
             relay.reactor.spawn(client.serve)
-            if descriptor >= self._limit() and not self._make_room():
+            has_room = descriptor < self._limit(CONNECTIONS) or self._make_room()
+            if descriptor >= self._limit(LAST_CONNECTIONS):
                 self._pause(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
                 return
+            client.is_one_too_many = not has_room and self._has_most(client)
 
     def _make_room(self) -> bool:
-        """Close the older half of the connections that have held a descriptor for a while and sent no request; return
-        whether there were any."""
-        latest = time.monotonic() + STRANGER_S - STRANGERS_WHILE_S
-        strangers = [client for client in self._relay.connections if client.is_silent_stranger(latest)]
-        strangers.sort(key=lambda client: client.deadline)
-        for client in strangers[: len(strangers) // 2 + 1]:
-            self._relay.reactor.loop.run_callback(client.leave_idle)
-        return bool(strangers)
+        """Close the older half of the connections that have held a descriptor for a while and sent no request; else of
+        the idle ones of the owner that has most connections. Returns whether there were any."""
+        relay, latest = self._relay, time.monotonic() + STRANGER_S - STRANGERS_WHILE_S
+        unwanted = [each for each in relay.connections if each.is_stranger and each.deadline <= latest]
+        if not unwanted:
+            most = max(Counter(each.owner for each in relay.connections).items(), key=lambda item: item[1])[0]
+            unwanted = [each for each in relay.connections if each.is_idle and each.is_known and each.owner == most]
+        unwanted = [each for each in unwanted if not each.has_unread_bytes]
+        unwanted.sort(key=lambda each: each.deadline)
+        for client in unwanted[: len(unwanted) // 2 + 1]:
+            relay.reactor.loop.run_callback(client.leave_idle, True)
+        return bool(unwanted)
 
-    def _limit(self) -> int:
-        """Return the first descriptor that clients don't get: a client is no use without one left for its replica."""
-        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4
+    def _has_most(self, client: ClientConnection) -> bool:
+        """Whether a client's owner has so many of the connections that the last ones are for others."""
+        with contextlib.suppress(OSError):
+            client.find_owner()
+        owners = Counter(each.owner for each in self._relay.connections)
+        return owners[client.owner] > CLIENT_SHARE * owners.total()
+
+    def _limit(self, share: float) -> int:
+        """Return the first descriptor beyond a share of those that this process may have."""
+        return int(resource.getrlimit(resource.RLIMIT_NOFILE)[0] * share)
 
     def _pause(self, error: OSError) -> None:
         """Stop watching until the next sweep, because a listener with waiting clients stays readable."""

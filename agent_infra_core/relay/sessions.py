@@ -10,13 +10,21 @@ from typing import TYPE_CHECKING
 from agent_infra_core.http.events import NO_DIGEST
 from agent_infra_core.protocol import Conversations
 from agent_infra_core.relay.replicas import LiveReplica
-from agent_infra_core.routing.affinity import MIN_EVIDENCE_TOKENS, Placement, SessionRouter, SessionTurn
+from agent_infra_core.routing.affinity import (
+    LONGEST_HOLD_S,
+    MIN_EVIDENCE_TOKENS,
+    Placement,
+    SessionRouter,
+    SessionTurn,
+)
+from agent_infra_core.routing.strategies import RouteRequest
 
 if TYPE_CHECKING:
     from agent_infra_core.relay.book import Turn
     from agent_infra_core.relay.server import Relay
 
 RETRIED_BODIES = 5_000  # bodies remembered, for the client libraries that send them again
+HELD_RESPONSES = 50_000  # answers of /v1/responses remembered, for the requests that continue them by their id
 
 
 class SessionRoutes:
@@ -29,35 +37,51 @@ class SessionRoutes:
     def __init__(self, relay: Relay, random_source: random.Random) -> None:
         self._relay, self._random = relay, random_source
         self._routers: dict[str, SessionRouter] = {}
+        self._holds = True
         self._conversations = Conversations()
         self._sent: OrderedDict[bytes, str] = OrderedDict()  # prints of a body → session that sent it
+        self._responses: OrderedDict[str, tuple[str | None, str]] = OrderedDict()  # id → session, who holds it
         self._tokens_per_guess = 1.0  # decayed mean: prompt tokens over those guessed from a body's size
 
     def identify(self, turn: Turn, prefix: bytes, prefix_bytes: int) -> None:
         """Find the session of a turn that was read. ``prefix`` identifies its tools and system prompt."""
-        if turn.session is None and turn.follows is None:
-            return
+        session, parent = turn.session, None
+        if session is None and turn.follows is not None:
+            session, parent = self._follow(turn, turn.follows)
+        if session is not None:
+            tokens = self._tokens_per_guess
+            shared = int(prefix_bytes / 4 * tokens)
+            prompt = int(turn.tokens * tokens) or 1
+            if turn.route.holder is not None and (place := self._router(turn.model).find(session)) is not None:
+                prompt += place.context  # the holder knows it already
+            turn.routed = SessionTurn(session, prompt, parent, prefix if shared else None, shared)
+
+    def find_holder(self, turn: Turn, response: str) -> None:
+        """A turn continues an answer of /v1/responses by its id: its session is that one's, and its replica the one
+        that keeps the answer."""
+        session, holder = self._responses.get(response, (None, None))
+        turn.session = turn.session or session
+        turn.follows = "" if turn.session is None else None
+        turn.route = RouteRequest(holder=holder)
+
+    def _follow(self, turn: Turn, follows: str) -> tuple[str, str | None]:
+        """Find the session whose answer a turn continues; if another turn continues it already, that of its parent."""
+        session = self._sent.get(turn.prints) if turn.labels.is_retry else None
         parent = None
-        session = self._sent.get(turn.prints) if turn.labels.is_retry and turn.session is None else None
         if session is None:
-            parent = self._conversations.parent_of(turn.follows)
-            session = self._conversations.session_of(turn.id, turn.session, turn.follows)
-        if session is None:
-            return
-        if turn.follows is not None:
-            self._sent[turn.prints] = session
-            if len(self._sent) > RETRIED_BODIES:
-                self._sent.popitem(last=False)
-        tokens = self._tokens_per_guess
-        turn.routed = SessionTurn(session, max(1, round(turn.tokens * tokens)), parent)
-        if prefix_bytes:
-            turn.routed.prefix, turn.routed.prefix_tokens = prefix, round(prefix_bytes / 4 * tokens)
+            parent = self._conversations.parent_of(follows)
+            session = self._conversations.session_of(turn.id, None, follows) or turn.id
+        self._sent[turn.prints] = session
+        if len(self._sent) > RETRIED_BODIES:
+            self._sent.popitem(last=False)
+        return session, parent
 
     def choose(self, turn: Turn, routed: SessionTurn, pool: Sequence[LiveReplica], now: float) -> LiveReplica | None:
         """Return the replica for a turn of a session, its work reserved there; None if none may take it, or the turn
         does better to wait."""
-        router = self._router(turn.model)
-        replica = router.choose(pool, routed, now, now - turn.arrived, turn.route.excluded_at(now))
+        router, route = self._router(turn.model), turn.route
+        excluded = route.excluded_at(now) if route.until else route.excluded
+        replica = router.choose(pool, routed, now, now - turn.arrived, excluded)
         if replica is not None:
             turn.placement = router.place(replica, routed, now, turn.arrived)
         return replica
@@ -70,9 +94,13 @@ class SessionRoutes:
     def finish(self, turn: Turn, key: str | None) -> None:
         """A turn is over: learn from its answer. ``key`` is what its conversation is known by from now on."""
         routed = turn.routed
+        digest = turn.digest if turn.outcome == "completed" and turn.digest is not None else NO_DIGEST
+        if digest.response is not None and turn.backend is not None:
+            self._responses[digest.response] = routed.session if routed is not None else None, turn.backend
+            if len(self._responses) > HELD_RESPONSES:
+                self._responses.popitem(last=False)
         if routed is None:
             return
-        digest = turn.digest if turn.outcome == "completed" and turn.digest is not None else NO_DIGEST
         if turn.placement is not None:
             prompt = digest.prompt_tokens
             if prompt and turn.tokens:
@@ -97,6 +125,16 @@ class SessionRoutes:
         for router in self._routers.values():
             router.end(session)
 
+    def why_held(self, turn: Turn) -> str | None:
+        """Return why a waiting turn waits for room in a KV cache; None if it waits for a slot."""
+        routed = turn.routed
+        if routed is None or not routed.is_held:
+            return None
+        return (
+            f"{routed.held_tokens:,} of its tokens aren't cached, and would push out contexts that are expected back "
+            f"within {self._router(turn.model).return_s:.0f} s; it goes on after {LONGEST_HOLD_S:g} s at most"
+        )
+
     def is_warm(self, turn: Turn) -> bool:
         """Whether a waiting turn's prefix is cached on a replica with a free slot, and long enough to skip others."""
         place = self._router(turn.model).find(turn.routed.session) if turn.routed is not None else None
@@ -108,6 +146,11 @@ class SessionRoutes:
     def _router(self, model: str) -> SessionRouter:
         router = self._routers.get(model)
         if router is None:
-            router = self._routers[model] = SessionRouter(self._random)
-        router.holds = self._relay.settings.proxy.kv_admission == "auto"
+            router = self._routers[model] = SessionRouter(self._random, self._holds)
         return router
+
+    def configure(self, holds: bool) -> None:
+        """Set whether turns wait for room in a KV cache."""
+        self._holds = holds
+        for router in self._routers.values():
+            router.holds = holds

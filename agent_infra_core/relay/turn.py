@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 from agent_infra_core.http.bodies import LAST_CHUNK, BodyDecoder, encode_chunk
 from agent_infra_core.http.errors import RequestError, WireError, error_event
 from agent_infra_core.http.events import EventStream
-from agent_infra_core.http.heads import MAX_HEAD_BYTES, after_interim_answers, returned_head
+from agent_infra_core.http.heads import MAX_HEAD_BYTES, after_interim_answers, as_client_error, returned_head
 from agent_infra_core.protocol import Histogram
 from agent_infra_core.relay.admission import PATIENCE_WITH_BUSY_S
+from agent_infra_core.relay.bodies import with_priority
 from agent_infra_core.relay.book import RETRY_SHARE, Turn
 from agent_infra_core.relay.reactor import ClientGone
 from agent_infra_core.relay.replicas import RECEIVE_BYTES, LiveReplica
@@ -28,17 +29,22 @@ BUFFERED_ANSWER_BYTES = 8 << 20  # a plain answer longer than this is passed on 
 DIGESTED_ANSWER_BYTES = 4 << 20  # the usage of a longer one isn't read
 INTERIM_PAUSE_S = 0.02  # between two looks at interim answers
 RACE_S = 1.0  # a replica's close that crossed with a request shows within this time: more than a round trip
+PRIORITY_PATHS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses")  # vLLM's other requests have none
 GENERATING_PATHS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages")
 UNREACHABLE_S = 1.0  # that a turn avoids a replica that it couldn't reach
 BUSY_S, MAX_BUSY_S = 0.5, 60.0  # that a replica gets no work after 429 or 503
+MOST_CONNECTIONS = "you have most of the connections that this proxy may open (ulimit -n where it is started)"
+BODY_IS_GONE = "it is not sent elsewhere: the room of its body was needed for others (proxy.max_buffered_mb)"
+UNSUPPORTED = b"input is not supported"  # what llama.cpp says with 500 of images and audio
 NO_RETRY_LEFT = f"it is not sent elsewhere: the retry budget, {RETRY_SHARE:.0%} of all requests, is spent"
 
 
 class BrokenAnswer(Exception):  # noqa: N818 - a replica's failure, which decides what becomes of the turn
     """An attempt ended without a whole answer.
 
-    ``kind``: ``lost`` (the connection or its framing broke) · ``timeout`` (silence) · ``stopped`` (the proxy ends) ·
-    ``failed`` (a bug of ours). ``unsent`` is what came of a stream and still goes to the client.
+    ``kind``: ``lost`` (the connection or its framing broke) · ``died`` (likewise, and nobody accepts another one) ·
+    ``timeout`` (silence) · ``stopped`` (the proxy ends) · ``failed`` (a bug of ours). ``unsent`` is what came of a
+    stream and still goes to the client.
     """
 
     def __init__(self, message: str, kind: str = "lost", unsent: bytes = b"") -> None:
@@ -84,6 +90,8 @@ def serve_turn(client: ClientConnection) -> bool:
 def authorize(client: ClientConnection, plan: RequestPlan, authorization: bytes) -> None:
     """Raise RequestError unless the client may ask for this. /health and a browser's question are open to all."""
     request, access = plan.request, client.relay.access
+    if client.is_one_too_many:
+        raise RequestError(503, MOST_CONNECTIONS, retry_after_s=1, closes=True)
     if plan.path != b"/health" and access.preflight(request) is None:
         access.authorize(client, request, authorization)
     if b"upgrade" in request.fields and b"websocket" in request.fields[b"upgrade"].lower():
@@ -117,7 +125,7 @@ class Delivery:
         carry another request. Raises RequestError or ClientGone."""
         turn = self._turn
         turn.send_to(replica, time.monotonic())
-        exchange = Exchange(self._client, turn, replica, replica.head(self._plan, len(self._client.body)))
+        exchange = Exchange(self._client, turn, replica, *self._request_for(replica))
         try:
             exchange.run()
         except TransportError as error:
@@ -137,9 +145,21 @@ class Delivery:
         replica.note_success((turn.ended - turn.sent) * 1000.0, turn.ended)
         return not exchange.ends_by_closing
 
+    def _request_for(self, replica: LiveReplica) -> tuple[bytes, bytes | bytearray | memoryview]:
+        """Return the bytes to send before the body, and the body: as it came, or with our priority where the engine
+        schedules by it and the client set none."""
+        turn, body = self._turn, self._client.body
+        if replica.backend.takes_priority and turn.path in PRIORITY_PATHS and not turn.has_priority:
+            parts = with_priority(body, self._relay.admission.priority(turn))
+            if parts is not None:
+                return replica.head(self._plan, len(parts[0]) + len(parts[1])) + parts[0], parts[1]
+        return replica.head(self._plan, len(body)), body
+
     def _on_answer(self, replica: LiveReplica, exchange: Exchange) -> bool | None:
         """Pass on a whole plain answer, unless it says to go elsewhere."""
         turn, head, body = self._turn, exchange.head, exchange.body
+        if head.status == 501 or (head.status == 500 and UNSUPPORTED in body):
+            head = as_client_error(head)  # SDKs would send it again after a 5xx, and nothing would change
         if head.status in (429, 503):
             after = head.fields.get(b"retry-after", b"").strip()
             pause = min(max(float(after), BUSY_S), MAX_BUSY_S) if after.isdigit() and len(after) < 9 else BUSY_S
@@ -147,7 +167,7 @@ class Delivery:
             replica.busy_until = now + pause
             turn.refused_since = turn.refused_since or now
             is_served = self._relay.admission.is_served_by(turn, turn.refused_since + PATIENCE_WITH_BUSY_S)
-            if is_served and self._relay.book.spend_retry():
+            if is_served and not self._client.has_spent_body and self._relay.book.spend_retry():
                 self._start_over()
                 return None
             # Else the client learns at once what the replica said: its own retry is better than a silent minute.
@@ -159,7 +179,7 @@ class Delivery:
             self._after_death(replica, "the engine was shut down", is_proven=True)
             return None
         if head.status >= 500 and head.status != 503:
-            if turn.deaths == 0 and not self._relay.watch.is_alive(replica):
+            if turn.deaths == 0 and not self._relay.watch.has_lived(replica, turn.sent):
                 self._after_death(replica, f"it answered {head.status} and died", is_proven=True)
                 return None
             pool = self._relay.pools.get(turn.model, ())
@@ -182,8 +202,8 @@ class Delivery:
         """The answer broke off."""
         turn, message = self._turn, str(broken)
         turn.status = exchange.status
-        if broken.kind == "lost" and not exchange.is_passed_on:
-            self._after_death(replica, message, is_proven=turn.first > 0.0)
+        if broken.kind in ("lost", "died") and not exchange.is_passed_on:
+            self._after_death(replica, message, is_proven=broken.kind == "died" or turn.first > 0.0)
             return None
         if broken.kind in ("lost", "timeout") and not self._relay.is_stopping:  # a stop may be what broke it
             replica.note_failure(message, is_dead=False)
@@ -215,7 +235,7 @@ class Delivery:
 
         A prompt that kills engines must not kill them all.
         """
-        is_dead = is_proven or not self._relay.watch.is_alive(replica)
+        is_dead = is_proven or not self._relay.watch.has_lived(replica, self._turn.sent)
         replica.note_failure(error, is_dead=is_dead)
         self._turn.deaths += 1
         self._exclude(replica)
@@ -224,8 +244,9 @@ class Delivery:
         if self._turn.deaths > 1:
             message = f"replica {replica.id} died with this request, as one did before; it is not sent again"
             raise RequestError(502, message, code="replica_lost")
-        if not self._relay.book.spend_retry():
-            raise RequestError(502, f"replica {replica.id}: {error}; {NO_RETRY_LEFT}", code="replica_lost")
+        if (is_gone := self._client.has_spent_body) or not self._relay.book.spend_retry():
+            why = BODY_IS_GONE if is_gone else NO_RETRY_LEFT
+            raise RequestError(502, f"replica {replica.id}: {error}; {why}", code="replica_lost")
         self._turn.retries += 1
         self._start_over()
 
@@ -238,6 +259,7 @@ class Delivery:
         self._turn.route = dataclasses.replace(self._turn.route, excluded=excluded)
 
     def _start_over(self) -> None:
+        self._client.has_sent_body = False
         self._relay.admission.sessions.give_up(self._turn, time.monotonic())
         self._turn.first = self._turn.ended = 0.0
         self._turn.digest, self._turn.answer, self._turn.stream = None, b"", None
@@ -260,10 +282,13 @@ class Exchange:
     _length: int | None = 0
     _decoder: Any = None
 
-    def __init__(self, client: ClientConnection, turn: Turn, replica: LiveReplica, request_head: bytes) -> None:
+    def __init__(
+        self, client: ClientConnection, turn: Turn, replica: LiveReplica, request_head: bytes,
+        request_body: bytes | bytearray | memoryview,
+    ) -> None:  # fmt: skip
         """``request_head`` is sent before the body, which the client holds for as long as it may be sent again."""
         self._relay, self._client, self._turn, self._replica = client.relay, client, turn, replica
-        self._request_head = request_head
+        self._request_head, self._request_body = request_head, request_body
         self._timeout_s = client.relay.settings.proxy.request_timeout
         self._upstream: Any = None
         # For HTTP/1.1 clients; the answer to an older one ends with the connection.
@@ -309,21 +334,23 @@ class Exchange:
                 return self._ask_on(self._replica.idle.popitem()[0])
             except BrokenAnswer as broken:
                 is_race = not (self._is_sent and time.monotonic() > self._turn.sent + RACE_S)
-                if broken.kind != "lost" or self._is_received or not is_race:
+                if broken.kind != "lost" or self._is_received or not is_race or self._client.has_spent_body:
                     raise
+            self._client.has_sent_body = False
             # The replica closed the idle connection under us, or died of this very request: a new connection shows.
             self._upstream.close()
             try:
                 self._upstream = None
                 return self._ask_on(Upstream.connect(self._replica, self._client))
             except TransportError as error:
-                raise BrokenAnswer(str(error)) from None
+                raise BrokenAnswer(str(error), "died") from None
         return self._ask_on(Upstream.connect(self._replica, self._client))
 
     def _ask_on(self, upstream: Upstream) -> bytes:
         self._upstream = upstream
         self._client.extend_deadline(self._timeout_s)
-        self._is_sent = upstream.send(self._request_head, self._client.body, self._client)
+        self._is_sent = upstream.send(self._request_head, self._request_body, self._client)
+        self._client.has_sent_body = self._is_sent
         data = b""
         while True:
             more = self._receive()
@@ -332,7 +359,7 @@ class Exchange:
             self._is_received = True
             came = data + more if data else more
             data = after_interim_answers(came)
-            if (end := data.find(b"\r\n\r\n") + 4) >= 4:
+            if 4 <= (end := data.find(b"\r\n\r\n") + 4) <= MAX_HEAD_BYTES:
                 self.head, self._length = self._relay.heads.answer(data, end)
                 return data[end:]
             if len(data) < len(came):  # some engines hint for ever: let others work meanwhile
@@ -395,6 +422,7 @@ class Exchange:
             if head and (out or events.is_over):
                 out, head, self.is_passed_on = head + out, b"", True
                 client.release_body()  # it won't be sent again
+                self._request_body = b""
             if out:
                 self._send(out)
             if events.is_over:

@@ -44,7 +44,7 @@ class Upstream:
             raise
         return cls(replica, sock, client)
 
-    def send(self, head: bytes, body: bytes | bytearray, client: ClientConnection) -> bool:
+    def send(self, head: bytes, body: bytes | bytearray | memoryview, client: ClientConnection) -> bool:
         """Send a request and have the replica's bytes wake ``client``. Returns False if not all of it was sent: the
         replica answered early or hung up, which the next receive shows; or the client is gone or out of time."""
         self.watcher.callback = client.wake

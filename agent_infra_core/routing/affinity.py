@@ -26,6 +26,7 @@ ENDS_SOON_S = 1e6  # added to the score of a replica whose walltime ends too soo
 LONGEST_HOLD_S = 60.0  # that a turn waits for room in a KV cache; then it goes on, and another session is evicted
 RETURNS_SOON = 0.9  # share of sessions that send their next turn within ``SessionRouter.return_s``
 MEASURE_EVERY_S = 0.05  # per replica: more turns add nothing to the fitted rates
+REFRESH_S = 0.05  # age of prices, and of what is known of silent sessions
 RECENT_SESSIONS, RECENT_ANSWERS, RECENT_SPEEDS = 200.0, 50.0, 100.0  # windows of decayed means
 
 
@@ -58,6 +59,7 @@ class SessionTurn:
     prefix: Hashable = None  # identifies what its prompt has in common with other sessions: tools and system prompt
     prefix_tokens: int = 0
     is_held: bool = False  # set by ``choose``: it waits for room in a KV cache, not for a slot
+    held_tokens: int = 0  # that it would add to that cache
 
 
 @dataclass(slots=True)
@@ -65,12 +67,12 @@ class Placement:
     """A turn that was placed; ``finish`` needs it back."""
 
     session: str
+    place: SessionPlace
     belief: ReplicaBelief
     expected: int  # tokens of the prompt that should be cached
     used_at: float  # when its session's prefix was used last before
     sent: float
     others: int  # turns that ran there when it was sent
-    kv_tokens: float
     waiting_tokens: float  # to be prefilled before its own
     sent_tokens: int  # to be prefilled there, up to its own, since the start
 
@@ -99,6 +101,7 @@ class SessionRouter:
         self._turns_s = self._think_s = 1.0
         self._mean_slowness = 1.0
         self._further_turns, self._started = 100.0, 10.0  # decayed counts: turns after a session's first; sessions
+        self._refreshed_at = -math.inf
 
     @property
     def horizon(self) -> float:
@@ -115,19 +118,30 @@ class SessionRouter:
     ) -> ViewT | None:  # fmt: skip
         """Return the replica for a turn; None if none may take it, or if waiting is better: for a slot where its prefix
         is cached (as long as computing that elsewhere takes, at most), or for room in a KV cache (``turn.is_held``)."""
-        self._expire(now)
+        if now >= self._refreshed_at + REFRESH_S:
+            self._refresh(now)
         turn.is_held = False
         place = self._sessions.get(turn.session)
         source = place if place is not None or turn.parent is None else self._sessions.get(turn.parent)
-        if len(views) <= LOOKED_AT:
-            return self._lowest(views, turn, place, source, now, waited_s, excluded)
-        start = int(self._random.random() * len(views))
-        some = list(views[start : start + LOOKED_AT])
-        some += views[: LOOKED_AT - len(some)]
-        if source is not None:
-            some += [view for view in views if view.belief is source.home and view not in some]
-        found = self._lowest(some, turn, place, source, now, waited_s, excluded)
-        return found if found is not None else self._lowest(views, turn, place, source, now, waited_s, excluded)
+        home = source.home if source is not None else None
+        found = self._lowest(self._looked_at(views, home), turn, place, source, now, waited_s, excluded)
+        if found is None and len(views) > LOOKED_AT:
+            found = self._lowest(views, turn, place, source, now, waited_s, excluded)
+        return found
+
+    def _looked_at(self, views: Sequence[ViewT], home: ReplicaBelief | None) -> Sequence[ViewT]:
+        """The replicas to compare, a session's own one first: its score rules out most others at a glance."""
+        count, own = len(views), 0
+        if home is not None:
+            while own < count and views[own].belief is not home:
+                own += 1
+        if count <= LOOKED_AT:
+            return [*views[own:], *views[:own]]
+        start = int(self._random.random() * count)
+        some = [*views[start : start + LOOKED_AT], *views[: max(0, start + LOOKED_AT - count)]]
+        if home is None or own == count:
+            return some
+        return [views[own], *(view for view in some if view.belief is not home)]
 
     def _lowest(
         self, views: Sequence[ViewT], turn: SessionTurn, place: SessionPlace | None, source: SessionPlace | None,
@@ -135,36 +149,36 @@ class SessionRouter:
     ) -> ViewT | None:  # fmt: skip
         home, cached = (source.home, min(source.cached, turn.prompt)) if source is not None else (None, 0)
         own = place.context if place is not None else 0
-        own_load = own if place is not None and place.is_live else 0
-        prefix, holds = turn.prefix, self.holds and waited_s < LONGEST_HOLD_S
-        prefill_s, neighbour_s, base_s, load_s, foreign_tokens, stay_s = self._prices(place is None)
-        since = now - self.return_s
-        waits = waited_s < prefill_s * cached
+        own_load, moved_load = own if place is not None and place.is_live else 0, MOVE_MARGIN * own
+        context = self._live_tokens / len(self._live) if self._live else 1.0
+        prefill_s, neighbour_s, base_s, load_s, in_turns, first_stay_s, stay_s = self._prices
+        load_s, ends_by = load_s / context, now + (first_stay_s if place is None else stay_s)
+        prefix, holds, waits = turn.prefix, self.holds and waited_s < LONGEST_HOLD_S, waited_s < prefill_s * cached
         best, lowest, ties = None, math.inf, 0
         for view in views:
-            others, belief = view.in_flight, view.belief
+            belief = view.belief
+            if (base_s + load_s * (belief.live_tokens + moved_load)) * belief.slowness > lowest:
+                continue  # even without any work to do there
+            is_home, others = belief is home, view.in_flight
             is_full = 0 < view.capacity <= others
             is_closed = not view.accepts_work or view.busy_until > now or view.id in excluded
-            if is_closed or (is_full and not (waits and belief is home)):
+            if is_closed or (is_full and not (waits and is_home)):
                 continue
-            others += view.foreign_work
-            load, tokens = belief.live_tokens + view.foreign_work * foreign_tokens, float(turn.prompt)
-            if belief is home:
-                tokens -= cached
-                load -= own_load
-            else:
-                load += MOVE_MARGIN * own
+            load = belief.live_tokens + (-own_load if is_home else moved_load)
+            tokens = float(turn.prompt - cached if is_home else turn.prompt)
+            if foreign := view.foreign_work:
+                others += foreign
+                load += foreign * context / in_turns
             if prefix is not None and prefix in belief.warm:
                 tokens = min(tokens, turn.prompt - turn.prefix_tokens)
-            is_tight = holds and MIN_EVIDENCE_TOKENS < tokens <= belief.room_tokens < belief.used_tokens + tokens
-            if is_tight and belief.would_evict(tokens, since):
-                turn.is_held = True
+            if holds and tokens > MIN_EVIDENCE_TOKENS and belief.would_evict(tokens, now - self.return_s):
+                turn.is_held, turn.held_tokens = True, int(tokens)
                 continue
-            if own and belief is not home:
+            if own and not is_home:
                 tokens *= MOVE_COST
             score = tokens * prefill_s * (1 + others) + neighbour_s * others + base_s + load_s * load
-            score = score * belief.slowness + max(0.0, belief.ready_at - now)
-            if is_full or view.ends_at < now + stay_s:
+            score = score * belief.slowness + (belief.ready_at - now if belief.ready_at > now else 0.0)
+            if is_full or view.ends_at < ends_by:
                 score += self._turns_s / view.capacity if is_full else ENDS_SOON_S  # until one of its turns ends
             if score < lowest:
                 best, lowest, ties = view, score, 1
@@ -175,65 +189,71 @@ class SessionRouter:
         turn.is_held = turn.is_held and best is None
         return None if best is not None and 0 < best.capacity <= best.in_flight else best
 
-    def _prices(self, is_first: bool) -> tuple[float, float, float, float, float, float]:
-        """Seconds that a turn costs: per token to prefill, per turn that runs beside it, in any case, and per live
-        token beside it, in its session's expected turns. Then the live tokens that a turn of others stands for, and the
-        seconds for which its replica must last: a session that lives somewhere can leave between two turns."""
-        rates, output = self.rates, self._output
-        in_turns = self._turns_s / (self._turns_s + self._think_s)  # share of their time that sessions spend in turns
-        context = self._live_tokens / len(self._live) if self._live else 1.0
-        neighbour_s = output * rates.neighbour_s
-        load_s = LOAD_WEIGHT * self.horizon * neighbour_s * in_turns / context
+    def _refresh(self, now: float) -> None:
+        """Retire silent sessions, and set the prices: seconds that a turn costs per token to prefill, per turn that is
+        beside it, in any case, and per context that lives beside it, in its session's expected turns. Then the share
+        of their time that sessions spend in turns, and the seconds for which a replica must last for a session's first
+        turn and for a later one: a session that lives somewhere can leave between two turns."""
+        self._refreshed_at = now
+        self._expire(now)
+        rates, output, turn_s = self.rates, self._output, self._turns_s
+        in_turns, neighbour_s = turn_s / (turn_s + self._think_s), output * rates.neighbour_s
+        load_s = LOAD_WEIGHT * self.horizon * neighbour_s * in_turns
         base_s = (1.0 + self.horizon) * output * rates.step_s
-        stay_s = (1.0 + self.horizon) * (self._turns_s + self._think_s) if is_first else 2.0 * self._turns_s
-        return rates.prefill_s, neighbour_s, base_s, load_s, context / in_turns, stay_s
+        first_stay_s = (1.0 + self.horizon) * (turn_s + self._think_s)
+        self._prices = (rates.prefill_s, neighbour_s, base_s, load_s, in_turns, first_stay_s, 2.0 * turn_s)
 
     def place(self, view: ReplicaView, turn: SessionTurn, now: float, arrived: float) -> Placement:
         """Reserve a turn's work on the chosen replica; ``finish`` is then due."""
         belief, place = view.belief, self._sessions.get(turn.session)
-        parent = self._sessions.get(turn.parent) if place is None and turn.parent is not None else None
-        source = place or parent
-        expected = min(source.cached, turn.prompt) if source is not None and source.home is belief else 0
-        shared = min(turn.prompt, place.shared) if place is not None and place.home is belief else 0
-        if parent is not None and parent.home is belief:
-            shared = min(turn.prompt, parent.context)
+        source = place if place is not None or turn.parent is None else self._sessions.get(turn.parent)
+        prompt, expected, shared, used_at = turn.prompt, 0, 0, -math.inf
+        if source is not None:
+            used_at = source.used_at
+            if source.home is belief:
+                expected = min(source.cached, prompt)
+                shared = min(source.shared if place is not None else source.context, prompt)
         if turn.prefix is not None:
-            shared = max(shared, min(turn.prompt, turn.prefix_tokens))
+            shared = max(shared, min(prompt, turn.prefix_tokens))
             if turn.prefix in belief.warm:
                 expected = max(expected, turn.prefix_tokens)
             belief.warm_up(turn.prefix, turn.prefix_tokens)
-        used_at = place.used_at if place is not None else parent.used_at if parent is not None else -math.inf
+        belief.kv_tokens = view.kv_tokens
         belief.room_tokens = belief.room_tokens or view.kv_tokens
         prefill_s = self.rates.prefill_s * belief.slowness
         waiting = max(0.0, belief.ready_at - now)
-        belief.sent_tokens += turn.prompt - expected
-        belief.ready_at = now + waiting + prefill_s * (turn.prompt - expected)
-        self._settle(turn, belief, place, shared, now, arrived)
-        others = view.in_flight + view.foreign_work
-        waiting_tokens = waiting / prefill_s
+        belief.sent_tokens += prompt - expected
+        belief.ready_at = now + waiting + prefill_s * (prompt - expected)
+        if place is None:
+            place = self._begin(turn.session, belief, now)
+        else:
+            self._return(turn.session, place, belief, arrived)
+        place.in_flight += 1
+        self._use(turn.session, place, max(1, prompt), shared, now)
+        others, waiting_tokens = view.in_flight + view.foreign_work, waiting / prefill_s
         return Placement(
-            turn.session, belief, expected, used_at, now, others, view.kv_tokens, waiting_tokens, belief.sent_tokens
+            turn.session, place, belief, expected, used_at, now, others, waiting_tokens, belief.sent_tokens
         )
 
-    def _settle(
-        self, turn: SessionTurn, belief: ReplicaBelief, place: SessionPlace | None, shared: int, now: float,
-        arrived: float,
-    ) -> None:  # fmt: skip
-        """Make a session live on a replica."""
-        if place is None:
-            fade = 1.0 - 1.0 / RECENT_SESSIONS
-            self._further_turns, self._started = self._further_turns * fade, self._started * fade + 1.0
-            place = self._sessions[turn.session] = SessionPlace(belief)
-            if len(self._sessions) > MAX_SESSIONS:
-                self.end(next(iter(self._sessions)))
-        else:
-            self._further_turns += 1.0
+    def _begin(self, session: str, home: ReplicaBelief, now: float) -> SessionPlace:
+        """A session sends its first turn."""
+        fade = 1.0 - 1.0 / RECENT_SESSIONS
+        self._further_turns, self._started = self._further_turns * fade, self._started * fade + 1.0
+        place = self._sessions[session] = SessionPlace(home, used_at=now)
+        if len(self._sessions) > MAX_SESSIONS:
+            self.end(next(iter(self._sessions)))
+        return place
+
+    def _return(self, session: str, place: SessionPlace, home: ReplicaBelief, arrived: float) -> None:
+        """A session sends another turn, perhaps to a new home."""
+        self._further_turns += 1.0
+        if not place.in_flight:
             self._learn_return(arrived - place.used_at)
-            self._leave(turn.session, place)
-            self._sessions.move_to_end(turn.session)
-        place.home, place.context, place.shared, place.used_at = belief, max(1, turn.prompt), shared, now
-        place.in_flight += 1
-        self._join(turn.session, place)
+        self._sessions.move_to_end(session)
+        if place.home is not home:
+            place.home.drop(session)
+            self._retire(session, place)
+            place.home = home
 
     def _learn_return(self, gap_s: float) -> None:
         """Follow the think times' mean and their quantile RETURNS_SOON."""
@@ -241,17 +261,17 @@ class SessionRouter:
         step = RETURNS_SOON if gap_s > self.return_s else RETURNS_SOON - 1.0
         self.return_s = min(IDLE_S, max(0.1, self.return_s * (1.0 + 0.1 * step)))
 
-    def _join(self, session: str, place: SessionPlace) -> None:
-        """Count a session as load and cached context of its home."""
-        place.home.live_tokens += place.context
-        self._live_tokens += place.context
-        place.is_live = True
-        self._live[session] = place
-        place.home.keep(session, place)
-
-    def _leave(self, session: str, place: SessionPlace) -> None:
-        place.home.drop(session)
-        self._retire(session, place)
+    def _use(self, session: str, place: SessionPlace, context: int, shared: int, now: float) -> None:
+        """A session's context is load of its home, and cached there."""
+        home, grown = place.home, context
+        if place.is_live:
+            grown -= place.context
+        else:
+            place.is_live, place.used_at = True, now
+            self._live[session] = place
+        home.live_tokens += grown
+        self._live_tokens += grown
+        home.keep(session, place, context, shared)
 
     def _retire(self, session: str, place: SessionPlace) -> None:
         """A session is load no more."""
@@ -276,6 +296,7 @@ class SessionRouter:
         """A session is over: it is load no more. What is cached of it stays until it is evicted."""
         place = self._sessions.pop(session, None)
         if place is not None:
+            place.is_over = True
             self._retire(session, place)
             place.in_flight, place.used_at = 0, -math.inf
             if not place.home.room_tokens:
@@ -285,22 +306,21 @@ class SessionRouter:
         self, placement: Placement, now: float, others: int, prompt: int | None, cached: int | None, output: int | None
     ) -> None:
         """Release a turn's reservation and learn from its answer; None is what the engine didn't report."""
-        belief, place = placement.belief, self._sessions.get(placement.session)
-        if place is not None:
-            place.in_flight = max(0, place.in_flight - 1)
+        belief, place = placement.belief, placement.place
+        if not place.is_over:
+            place.in_flight -= 1
             if place.home is belief:
-                self._leave(placement.session, place)
-                if prompt is not None:
-                    place.context = max(1, prompt + (output or 0))
-                    place.shared = min(place.shared, place.context)
+                context = place.context if prompt is None else max(1, prompt + (output or 0))
+                self._use(placement.session, place, context, min(place.shared, context), now)
                 place.used_at = now
-                self._join(placement.session, place)
+                self._live.move_to_end(placement.session)
+                belief.cached.move_to_end(placement.session)
         belief.note_prefilled(placement.sent_tokens, self.rates.prefill_s, now)
         if cached is not None and placement.expected > MIN_EVIDENCE_TOKENS:
             if 2 * cached < placement.expected:
                 belief.note_miss(placement.used_at, placement.sent)
             else:
-                belief.note_hit(placement.kv_tokens)
+                belief.note_hit()
         if output and prompt and now > belief.measured_at + MEASURE_EVERY_S:
             belief.measured_at = now
             known = min(placement.expected, prompt) if cached is None else cached

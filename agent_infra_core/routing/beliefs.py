@@ -22,9 +22,10 @@ class SessionPlace:
     context: int = 0  # tokens of its last prompt and answer
     shared: int = 0  # of these, tokens that other sessions have, too
     cached: int = 0  # tokens believed to be cached on its home
-    used_at: float = -math.inf  # when its last turn was sent or ended
+    used_at: float = -math.inf  # when its last turn ended, or its first was sent
     in_flight: int = 0
     is_live: bool = False
+    is_over: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -43,10 +44,12 @@ class ReplicaBelief:
     measured_s: float = 100.0  # decayed sums over its turns: their seconds, and what the fit predicts for them
     predicted_s: float = 100.0
     measured_at: float = -math.inf
+    kv_tokens: float = 0.0  # capacity of the cache; 0 = unknown
     room_tokens: float = 0.0  # capacity, less what misses have shown to be taken by others; 0 = unknown
     used_tokens: int = 0  # of the cache; a shared prefix counts once
     cached: OrderedDict[str, SessionPlace] = field(default_factory=OrderedDict)
     warm: dict[Hashable, int] = field(default_factory=dict)  # shared prefixes that should be cached → tokens
+    warm_tokens: int = 0  # their sum
 
     def measure(self, seconds: float, predicted_s: float) -> None:
         """Compare a turn's time with what the fleet's rates predict for it."""
@@ -62,18 +65,30 @@ class ReplicaBelief:
 
     def warm_up(self, prefix: Hashable, tokens: int) -> None:
         """A shared prefix is used; those that were unused for longest are forgotten first."""
-        self.used_tokens += tokens - self.warm.pop(prefix, 0)
+        grown = tokens - self.warm.pop(prefix, 0)
         self.warm[prefix] = tokens
+        self.used_tokens += grown
+        self.warm_tokens += grown
         most = WARM_SHARE * self.room_tokens or math.inf
-        while len(self.warm) > 1 and (len(self.warm) > MAX_WARM_PREFIXES or sum(self.warm.values()) > most):
-            self.used_tokens -= self.warm.pop(next(iter(self.warm)))
+        while len(self.warm) > 1 and (self.warm_tokens > most or len(self.warm) > MAX_WARM_PREFIXES):
+            self._cool(next(iter(self.warm)))
 
-    def keep(self, session: str, place: SessionPlace) -> None:
+    def _cool(self, prefix: Hashable) -> None:
+        """A shared prefix isn't cached any more."""
+        tokens = self.warm.pop(prefix)
+        self.used_tokens -= tokens
+        self.warm_tokens -= tokens
+
+    def keep(self, session: str, place: SessionPlace, context: int, shared: int) -> None:
         """A session's whole context is cached now; what doesn't fit any more was evicted."""
-        self.drop(session)
-        place.cached = place.context
-        self.used_tokens += place.context - place.shared
-        self.cached[session] = place
+        if self.cached.get(session) is place:
+            self.used_tokens -= place.context - place.shared
+        else:
+            self.drop(session)  # an ended session of this name
+            self.cached[session] = place
+        place.context = place.cached = context
+        place.shared = shared
+        self.used_tokens += context - shared
         if self.room_tokens and self.used_tokens > self.room_tokens:
             self._evict(session)
 
@@ -102,10 +117,10 @@ class ReplicaBelief:
             self.room_tokens = max(self.used_tokens, self.room_tokens / 2)
         return None
 
-    def note_hit(self, kv_tokens: float) -> None:
-        """A prefix was found: give back some of the room that misses have taken from the capacity ``kv_tokens``."""
-        if self.room_tokens < kv_tokens:
-            self.room_tokens += REGAIN_SHARE * (kv_tokens - self.room_tokens)
+    def note_hit(self) -> None:
+        """A prefix was found: give back some of the room that misses have taken from the capacity."""
+        if self.room_tokens < self.kv_tokens:
+            self.room_tokens += REGAIN_SHARE * (self.kv_tokens - self.room_tokens)
 
     def forget(self, used_until: float) -> None:
         """What was last used up to a moment isn't cached any more."""
@@ -117,12 +132,15 @@ class ReplicaBelief:
         """Nothing is cached any more."""
         for session in list(self.cached):
             self.drop(session)
-        self.used_tokens -= sum(self.warm.values())
-        self.warm.clear()
+        for prefix in list(self.warm):
+            self._cool(prefix)
 
     def would_evict(self, tokens: float, since: float) -> bool:
-        """Whether so many new tokens would evict a context that was used after ``since``."""
+        """Whether so many new tokens would evict a context that was used after ``since``. What never fits evicts none
+        that it could wait for."""
         free = self.room_tokens - self.used_tokens
+        if not free < tokens <= self.room_tokens:
+            return False
         for place in self.cached.values():
             if tokens <= free:
                 return False

@@ -73,6 +73,9 @@ class FairQueue(Generic[TurnT]):
     def __len__(self) -> int:
         return sum(map(len, self._clients.values()))
 
+    def __bool__(self) -> bool:
+        return bool(self._clients)
+
     def __iter__(self) -> Iterator[Waiting[TurnT]]:
         return (waiting for heap in self._clients.values() for waiting in heap)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, TypeVar
 
@@ -53,18 +53,29 @@ class BackendView(Protocol):
         """Sequence number of the last choice that it won; 0 = never."""
 
 
+ViewT = TypeVar("ViewT", bound=BackendView)
+
+
 @dataclass(frozen=True)
 class RouteRequest:
     """The constraints of a turn: replicas that must not get it (again), some only until a moment."""
 
     excluded: frozenset[str] = frozenset()
     until: tuple[tuple[str, float], ...] = ()  # (replica, clock time): it couldn't be reached, so it got nothing
+    holder: str | None = None  # replica that holds the answer which the turn continues
 
     def excluded_at(self, now: float) -> frozenset[str]:
         """Return the replicas that must not get the turn now."""
         if not self.until:
             return self.excluded
         return self.excluded | {replica for replica, end in self.until if end > now}
+
+    def among(self, views: Sequence[ViewT]) -> Sequence[ViewT]:
+        """Return the replicas that the turn may go to: the holder alone for as long as it takes work."""
+        if self.holder is None:
+            return views
+        held = [view for view in views if view.id == self.holder and view.accepts_work]
+        return views if not held or self.holder in self.excluded else held
 
 
 ANYWHERE = RouteRequest()
@@ -105,7 +116,6 @@ STRATEGIES: Mapping[str, Callable[[BackendView], RouteRank]] = {
     "least_connections": _rank_least_connections,
     "least_latency": _rank_least_latency,
 }
-ViewT = TypeVar("ViewT", bound=BackendView)
 
 
 def choose_backend(views: Iterable[ViewT], request: RouteRequest, strategy: str, now: float) -> ViewT | None:

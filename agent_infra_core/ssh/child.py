@@ -1,4 +1,4 @@
-"""Both sides of the child process that keeps one SSH connection and its forwarded ports open."""
+"""Both sides of a `tunnel` process, which keeps one SSH connection and its forwarded ports open."""
 
 from __future__ import annotations
 
@@ -6,28 +6,37 @@ import contextlib
 import json
 import os
 import re
-import select
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from agent_infra_core.host import HostUnreachableError, LocalCommands, self_command
 from agent_infra_core.node.process import open_log
 from agent_infra_core.protocol import rebuild
 from agent_infra_core.ssh.host_keys import explain_changed_host, explain_unknown_host, scan_host_keys
-from agent_infra_core.ssh.routes import HostKeyError, InteractiveLoginError, LoginError, SshRoute
+from agent_infra_core.ssh.routes import (
+    ForwardingForbiddenError,
+    HostKeyError,
+    InteractiveLoginError,
+    LoginError,
+    SshRoute,
+)
 
 
-# Stdin gets one line of JSON: {"driver": "sshtunnel", "hops": [SshRoute], "keyring": Keyring, "local": [port],
-# "remote": [[host, port]]} or {"driver": "openssh", "argv": [word], "socket": path, "route": SshRoute}. Then stdin
-# stays open; it closes when the parent ends, even if killed, and then the child ends too. Stdout gets
-# {"ports": [local port]} once connected, and {"error": text, "kind": "login" | "interactive" | "host_key" | "host"}.
+# Stdin gets lines of JSON. The first says where to log in: {"driver": "sshtunnel", "hop": SshRoute, "keyring": Keyring}
+# or {"driver": "openssh", "argv": [word], "socket": path, "route": SshRoute}. With sshtunnel, further lines ask for
+# forwards: {"open": number, "via": SshRoute | null, "is_exec": bool, "node": name | null, "local": [port],
+# "remote": [[host, port]]} and {"close": number, "is_silent": bool}. Stdin closes when the parent ends, even if killed,
+# and then the child ends too. Stdout gets {} once connected, {"forward": number} for each forward that is open,
+# {"forward": number, "error": text, "kind": …} when one can't be opened or is lost, and {"error": text, "kind": "login"
+# | "interactive" | "host_key" | "forbidden" | "host"} at the end.
 class TunnelChild:
-    """A `tunnel` process; owns it and its pipes. Not thread-safe."""
+    """A `tunnel` process; owns it, its pipes and the thread that reads what it reports. Thread-safe."""
 
     def __init__(self, spec: Mapping[str, Any], has_terminal: bool = False) -> None:
         """Start the process. With ``has_terminal`` ssh may prompt the operator, and Ctrl-C reaches it."""
@@ -38,59 +47,133 @@ class TunnelChild:
             stderr=subprocess.DEVNULL,
             start_new_session=not has_terminal,
         )
-        assert self._process.stdin is not None  # noqa: S101 (for the type checker)
-        with contextlib.suppress(BrokenPipeError):  # it died at once: wait_ready() reports why
-            self._process.stdin.write(json.dumps(spec).encode() + b"\n")
-            self._process.stdin.flush()
+        self._changed = threading.Condition()  # guards what follows
+        self._said: Mapping[str, Any] | None = None  # the latest report of the connection
+        self._forwards: dict[int, Mapping[str, Any] | None] = {}  # number → its latest report
+        self._last = 0
+        self._is_over = False  # it reports nothing more
+        self._wakes: list[Callable[[], None]] = []
+        self._reader = threading.Thread(target=self._read, name="tunnel reports", daemon=True)
+        self._reader.start()
+        self._tell(spec)
+
+    def _tell(self, document: Mapping[str, Any]) -> None:
+        """Send a line. If the process has ended, wait_ready() or problem() reports why."""
+        pipe = self._process.stdin
+        assert pipe is not None  # noqa: S101 (for the type checker)
+        with self._changed, contextlib.suppress(BrokenPipeError, ValueError):
+            pipe.write(json.dumps(document).encode() + b"\n")
+            pipe.flush()
+
+    def _read(self) -> None:
+        """Note what the process reports, until it ends; a thread runs this."""
+        assert self._process.stdout is not None  # noqa: S101 (for the type checker)
+        with contextlib.suppress(OSError, ValueError):
+            for line in self._process.stdout:
+                document = json.loads(line)
+                number = document.get("forward")
+                with self._changed:
+                    if number is None:
+                        self._said = document
+                    elif number in self._forwards:
+                        self._forwards[number] = document
+                    self._notify()
+        with self._changed:
+            self._is_over = True
+            self._notify()
+
+    def _notify(self) -> None:
+        self._changed.notify_all()
+        for wake in self._wakes:
+            wake()
+
+    def watch(self, wake: Callable[[], None]) -> None:
+        """Have ``wake``, which must not block, called whenever problem() may have changed."""
+        with self._changed:
+            self._wakes.append(wake)
+
+    def unwatch(self, wake: Callable[[], None]) -> None:
+        with self._changed, contextlib.suppress(ValueError):
+            self._wakes.remove(wake)
 
     @property
     def is_alive(self) -> bool:
         return self._process.poll() is None
 
-    def wait_ready(self, deadline: float, should_stop: Callable[[], bool] = lambda: False) -> tuple[int, ...]:
-        """Wait for the connection and return the local ports. Raises HostUnreachableError or a subclass if it fails."""
-        line = self._read_line(deadline, should_stop)
-        document = json.loads(line) if line else {}
-        if "ports" in document:
-            return tuple(document["ports"])
-        kinds = {kind.kind: kind for kind in (LoginError, InteractiveLoginError, HostKeyError)}
-        problem = document.get("error") or ("it ended without a message" if line is None else "it was too slow")
-        raise kinds.get(document.get("kind", ""), HostUnreachableError)(problem)
+    def wait_ready(self, deadline: float, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Wait for the connection. Raises HostUnreachableError or a subclass if it fails."""
+        self._await(lambda: self._said, deadline, should_stop)
 
-    def last_words(self) -> str:
-        """Return why a connected child ended; empty if it didn't report a reason."""
-        line = self._read_line(time.monotonic() + 1.0, lambda: False)
-        return str(json.loads(line).get("error", "")) if line else ""
+    def forward(self, request: Mapping[str, Any], deadline: float, should_stop: Callable[[], bool]) -> int:
+        """Open a forward and return its number; ``request`` has all fields but "open".
 
-    def _read_line(self, deadline: float, should_stop: Callable[[], bool]) -> bytes | None:
-        """Read one line of output; None at its end, empty at the deadline."""
-        output = self._process.stdout
-        assert output is not None  # noqa: S101 (for the type checker)
-        ready = select.poll()
-        ready.register(output, select.POLLIN)
-        while time.monotonic() < deadline and not should_stop():
-            if ready.poll(100):
-                return output.readline() or None
-        return b""
+        Raises HostUnreachableError or a subclass.
+        """
+        with self._changed:
+            self._last += 1
+            number = self._last
+            self._forwards[number] = None
+        self._tell({**request, "open": number})
+        try:
+            self._await(lambda: self._forwards[number], deadline, should_stop)
+        except BaseException:
+            self.cancel(number)
+            raise
+        return number
+
+    def cancel(self, number: int, is_silent: bool = False) -> None:
+        """Close a forward and every connection through it. ``is_silent``: nothing was heard through it for a while."""
+        self._tell({"close": number, "is_silent": is_silent})
+        with self._changed:
+            self._forwards.pop(number, None)
+
+    def problem(self, number: int | None = None) -> str | None:
+        """Return why the connection, or one of its forwards, is closed; None while it is open."""
+        if not self.is_alive:
+            self._reader.join(1.0)  # its last words
+            return str((self._said or {}).get("error") or "the tunnel process ended")
+        with self._changed:
+            report = self._forwards.get(number) if number is not None else self._said
+        problem = (report or {}).get("error")
+        return None if problem is None else str(problem)
+
+    def _await(
+        self, find: Callable[[], Mapping[str, Any] | None], deadline: float, should_stop: Callable[[], bool]
+    ) -> None:
+        """Wait for a report. Raises the error that it carries, or HostUnreachableError if none comes."""
+        with self._changed:
+            while (report := find()) is None and not self._is_over and not should_stop():
+                if time.monotonic() > deadline:
+                    break
+                self._changed.wait(0.1)
+            if report is None:
+                end = self._said if self._is_over and self._said else {}
+                report = {"error": "it ended without a message" if self._is_over else "it was too slow", **end}
+        if problem := report.get("error"):
+            kinds = (LoginError, InteractiveLoginError, HostKeyError, ForwardingForbiddenError)
+            raise {kind.kind: kind for kind in kinds}.get(report.get("kind", ""), HostUnreachableError)(problem)
 
     def close(self) -> None:
         """End the process, and with it the connection."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
+        with self._changed:
+            if self._process.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+                    self._process.stdin.close()
         self._process.terminate()
         try:
             self._process.wait(3.0)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._reader.join(3.0)
+        if self._process.stdout is not None and not self._reader.is_alive():
+            self._process.stdout.close()
 
 
-def exit_when_stdin_closes() -> None:
+def exit_when_stdin_closes(pipe: BinaryIO) -> None:
     """Wait for the end of stdin, then exit at once, whatever other threads are doing."""
     try:
-        os.read(0, 1)
+        pipe.read(1)
     finally:
         os._exit(0)
 
@@ -139,7 +222,7 @@ def run_openssh_master(spec: Mapping[str, Any]) -> str:
         is_told = False
         while process.poll() is None:
             if not is_told and control.exists():
-                report_to_parent({"ports": []})
+                report_to_parent({})
                 is_told = True
             if os.fstat(errors.fileno()).st_size > 1 << 20:  # ssh logs a line per refused connection
                 errors.truncate(0)
@@ -177,7 +260,11 @@ _OPENSSH_ERRORS: tuple[tuple[str, str, type[HostUnreachableError]], ...] = (
         "it does not answer; is a VPN or a firewall in the way?",
         HostUnreachableError,
     ),
-    (r"administratively prohibited|forwarding failed.*prohibited", "forwarding is forbidden there", LoginError),
+    (
+        r"administratively prohibited|forwarding failed.*prohibited",
+        "forwarding is forbidden there",
+        ForwardingForbiddenError,
+    ),
 )
 
 

@@ -42,6 +42,8 @@ def log_in(route: SshRoute, keyring: Keyring, ask: Callable[[str], str] | None, 
     try:
         transport = paramiko.Transport(sock)
         transport.daemon = True
+        security = transport.get_security_options()
+        security.ciphers = sorted(security.ciphers, key=lambda name: "gcm" not in name)  # two thirds of the CPU
         _verify_host(transport, route)
         _authenticate(transport, route, keyring, ask)
         transport.set_keepalive(SSH_KEEPALIVE_S)

@@ -187,6 +187,15 @@ class OpenSshMaster:
     def _forwarding(port: int, target: tuple[str, int]) -> str:
         return f"127.0.0.1:{port}:[{target[0]}]:{target[1]}"
 
+    def watch(self, wake: Callable[[], None]) -> None:
+        """Have ``wake`` called when the connection may have ended."""
+        if (child := self._child) is not None:
+            child.watch(wake)
+
+    def unwatch(self, wake: Callable[[], None]) -> None:
+        if (child := self._child) is not None:
+            child.unwatch(wake)
+
     def close(self) -> None:
         with self._lock:
             if self._child is not None:
@@ -247,13 +256,16 @@ class OpenSshCommands:
         ) as chunks:
             yield from unframed_chunks(chunks, nonce)
 
-    def node(self, node: str) -> OpenSshMaster:
-        """Return the master of a compute node, which goes through the login host; fetches unknown node keys."""
+    def node(self, node: str, address: str | None = None) -> OpenSshMaster:
+        """Return the master of a compute node, which goes through the login host; fetches unknown node keys.
+
+        ``address`` is the node's, as Slurm knows it; it is used unless ssh_config has one.
+        """
         with self._lock:
             master = self._nodes.get(node)
         if master is None:  # without the lock: a node that doesn't answer must not block the others
-            route = openssh_route(self._ssh, node, self._here)
-            self.fetch_host_keys(node, route)
+            route = self._node_route(node, address)
+            self._fetch_keys(node, route)
             files = [*(() if self._ssh.known_hosts_file else route.known_hosts), str(self._known_hosts(node))]
             jump = shlex.join(self.login.client("-W", f"[{route.host}]:{route.port}"))
             words = ["-o", f"ProxyCommand={jump.replace('%', '%%')}", *openssh_options(self._ssh, node, files)]
@@ -266,9 +278,15 @@ class OpenSshCommands:
                 raise HostUnreachableError(f"{node}: the connections are being closed")
             return self._nodes.setdefault(node, master)
 
-    def fetch_host_keys(self, node: str, route: SshRoute | None = None) -> None:
+    def _node_route(self, node: str, address: str | None) -> SshRoute:
+        route = openssh_route(self._ssh, node, self._here)
+        return dataclasses.replace(route, host=address) if address is not None and route.host == node else route
+
+    def fetch_host_keys(self, node: str, address: str | None) -> None:
         """Fetch a node's keys, unless known_hosts has them. Raises HostUnreachableError or LoginError."""
-        route = route or openssh_route(self._ssh, node, self._here)
+        self._fetch_keys(node, self._node_route(node, address))
+
+    def _fetch_keys(self, node: str, route: SshRoute) -> None:
         lines = [f"{route.key_name} {kind} {key}\n" for kind, key in node_keys(route, self)]
         write_atomically(self._known_hosts(node), "".join(lines))
 

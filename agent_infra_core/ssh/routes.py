@@ -28,6 +28,12 @@ class HostKeyError(LoginError):
     kind = "host_key"
 
 
+class ForwardingForbiddenError(LoginError):
+    """A host forbids forwarding; another way to the replica may work."""
+
+    kind = "forbidden"
+
+
 class InteractiveLoginError(LoginError):
     """The login needs a password or a one-time code, which cannot be reused for the next login."""
 

@@ -4,63 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import os
 import secrets
-import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from agent_infra_core.host import HostUnreachableError, http_get
-from agent_infra_core.node.guard import CHALLENGE_PATH, answer_challenge, server_identity
+from agent_infra_core.host import HostUnreachableError, HttpConnection
+from agent_infra_core.node.guard import CHALLENGE_PATH, answer_challenge
 from agent_infra_core.protocol import ReplicaRecord
-from agent_infra_core.settings import ClusterConfig, SshConfig
-from agent_infra_core.ssh.child import TunnelChild, reserve_local_port
-from agent_infra_core.ssh.host_keys import node_keys
-from agent_infra_core.ssh.login import SshCommands
+from agent_infra_core.settings import ClusterConfig
+from agent_infra_core.ssh.links import Link, Links, TunnelTarget, is_loopback
 from agent_infra_core.ssh.login_host import LoginHost
-from agent_infra_core.ssh.openssh import OpenSshCommands, OpenSshMaster
-from agent_infra_core.ssh.routes import SSH_PATIENCE_S, HostKeyError, Keyring, LoginError, SshRoute, ssh_route
+from agent_infra_core.ssh.routes import SSH_PATIENCE_S, ForwardingForbiddenError, LoginError
 
-TUNNEL_PROBE_S = 1.0  # interval between probes of a tunnel
+TUNNEL_PROBE_S = 2.5  # interval between probes of a tunnel
+TUNNEL_RETRY_S = 0.2  # the same, after one that got no answer
 SUSPECT_AFTER_S = 5.0  # silence until a tunnel is suspect
 REPLACED_AFTER_S = 15.0  # silence until a tunnel is replaced
 TUNNEL_BACKOFF_S = (0.2, 30.0)  # before the first retry, and the maximum; doubles each time
 LOGINS_AT_ONCE = 4  # plus as many that failed repeatedly; above ten, sshd starts to refuse some (MaxStartups)
 RECONNECT_WAIT_S = 60.0  # how long turns wait for a tunnel that is being replaced, before its replica counts as gone
-PORT_HELD_S = 10.0  # how long the ports of a closed tunnel stay reserved: the relay may still connect to them
 TUNNELS_CLOSE_S = 10.0  # time for all tunnels together to close
-
-
-@dataclass(frozen=True)
-class TunnelTarget:
-    """The destination of a tunnel; if any field changes, the tunnel is replaced."""
-
-    replica: str
-    model: str
-    process: str  # process_stamp() of its `serve`
-    restarts: int  # of its engine
-    node: str
-    host: str  # address that the engine listens on, as the node sees it
-    port: int
-    telemetry_port: int | None
-    is_guarded: bool  # whether the engine itself answers the keyed challenge
-    mode: str  # login | node | none
-
-    @property
-    def ends(self) -> list[tuple[str, int]]:
-        """Host and port of the engine and of `serve`, as seen from the last SSH hop."""
-        host = "127.0.0.1" if self.mode == "node" else self.node if self.host in _WILDCARDS else self.host
-        return [(host, port) for port in (self.port, self.telemetry_port) if port is not None]
-
-    @property
-    def identities(self) -> list[str]:
-        """The identities with which the servers at ``ends`` answer the keyed challenge."""
-        return [server_identity(self.replica, self.node, port) for _, port in self.ends]
 
 
 @dataclass(frozen=True)
@@ -74,117 +41,40 @@ class TunnelState:
     mode: str
 
 
-_WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 (a comparison)
+def tunnel_mode(
+    wanted: str, has_login: bool, record: ReplicaRecord, here: str, closed: Collection[str] = ()
+) -> tuple[str, str]:
+    """Return how requests reach a replica (login | node | exec | none) and why; ``here`` is this machine's name.
 
-
-def tunnel_mode(wanted: str, has_login: bool, record: ReplicaRecord, here: str) -> tuple[str, str]:
-    """Return how requests reach a replica (login | node | none) and why; ``here`` is this machine's name."""
+    ``closed`` are modes that turned out to be forbidden, which `auto` avoids.
+    """
     if wanted != "auto":
         return wanted, "cluster.tunnel says so"
-    is_hidden = record.host.startswith("127.") or record.host in ("localhost", "::1")
-    if not has_login and record.node == here:
-        return "none", "they run on this machine"
-    if is_hidden:
-        return "node", "the engine listens only on its node's loopback"
-    if has_login:
+    is_hidden = is_loopback(record.host)
+    if not has_login:
+        if is_hidden and record.node != here:
+            return "node", "the engine listens only on its node's loopback"
+        return "none", "they run on this machine" if record.node == here else "the nodes are reached from here"
+    if not is_hidden and "login" not in closed:
         return "login", "the login host reaches the nodes"
-    return "none", "the nodes are reached from here"
+    if "node" not in closed:
+        reason = "the engine listens only on its node's loopback"
+        return "node", reason if is_hidden else "the login host forbids forwarding to the engines' ports"
+    return "exec", "the login host forbids forwarding; each connection is a command there"
 
 
-def verifies_identity(host: str, port: int, key: str, identity: str, engine_port: int | None = None) -> bool | None:
+def verifies_identity(server: HttpConnection, key: str, identity: str, engine_port: int | None = None) -> bool | None:
     """Whether a server proves that it is ``identity`` and knows ``key``, which isn't sent; None if it doesn't answer.
 
     With ``engine_port``, the server is `serve`, which also confirms that no other user listens on that port there.
     """
     nonce = os.urandom(16).hex()
     suffix = "" if engine_port is None else f"&port={engine_port}"
-    status, body = http_get(host, port, f"{CHALLENGE_PATH}?nonce={nonce}{suffix}")
+    status, body = server.get(f"{CHALLENGE_PATH}?nonce={nonce}{suffix}")
     if status == 0:
         return None
     message = f"{nonce}:{identity}" + ("" if engine_port is None else f":{engine_port}")
     return status == 200 and answer_challenge(key, message).encode() in body
-
-
-class Link:
-    """An open connection to a replica's ports; owned by one Tunnel."""
-
-    driver: str  # sshtunnel | openssh | direct
-    host = "127.0.0.1"
-    ports: tuple[int, ...] = ()  # of the engine and, if it has one, of `serve`
-
-    def broke(self) -> str | None:
-        """Return why the connection is closed; None while it is open."""
-        return None
-
-    def complaint(self) -> str | None:
-        """Return why nothing answers at the other end; None if unknown."""
-        return None
-
-    def close(self, is_silent: bool = False) -> None:
-        """Close it, with every connection that goes through it; ``is_silent``: it was closed for being silent."""
-
-
-class DirectLink(Link):
-    """No tunnel: the replica's own address."""
-
-    driver = "direct"
-
-    def __init__(self, target: TunnelTarget) -> None:
-        """Resolve the node's name, because the relay doesn't. Raises HostUnreachableError if it is unknown here."""
-        host, port = target.ends[0]
-        try:
-            self.host = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
-        except OSError as error:
-            raise HostUnreachableError(
-                f"{host} is not known here ({error.strerror}); set cluster.ssh, or cluster.tunnel"
-            ) from error
-        self.ports = tuple(port for _, port in target.ends)
-
-
-class ChildLink(Link):
-    """Ports forwarded by the replica's own `tunnel` process (sshtunnel)."""
-
-    driver = "sshtunnel"
-
-    def __init__(self, child: TunnelChild, ports: tuple[int, ...], leave: Callable[[], None]) -> None:
-        """``leave`` is called once the ports are closed."""
-        self._child, self.ports, self._leave = child, ports, leave
-
-    def broke(self) -> str | None:
-        return None if self._child.is_alive else self._child.last_words() or "the tunnel process ended"
-
-    def close(self, is_silent: bool = False) -> None:  # noqa: ARG002 (all of it ends anyway)
-        self._child.close()
-        self._leave()
-
-
-class MasterLink(Link):
-    """Ports that OpenSSH forwards over its connection to a host, which other replicas may share."""
-
-    driver = "openssh"
-
-    def __init__(self, master: OpenSshMaster, targets: Sequence[tuple[str, int]], is_nodes: bool) -> None:
-        """``is_nodes``: the connection goes to the replica's own node, so it is silent whenever the replica is."""
-        self._master, self._targets, self._is_nodes = master, targets, is_nodes
-        try:
-            for target in targets:
-                self.ports += (master.forward(target),)
-        except BaseException:
-            self.close()
-            raise
-
-    def broke(self) -> str | None:
-        return None if self._master.is_alive else "the SSH connection was lost"
-
-    def complaint(self) -> str | None:
-        return self._master.complaint()
-
-    def close(self, is_silent: bool = False) -> None:
-        if is_silent and self._is_nodes:
-            self._master.close()
-        if self._master.is_alive:
-            for port, target in zip(self.ports, self._targets, strict=False):
-                self._master.cancel(port, target)
 
 
 class Tunnel:
@@ -197,14 +87,17 @@ class Tunnel:
         open_link: Callable[[TunnelTarget, Callable[[], bool]], Link],
         key: str,
         starts: tuple[threading.Semaphore, threading.Semaphore],
+        note_failure: Callable[[TunnelTarget, HostUnreachableError], None],
     ) -> None:
         """``open_link`` takes the target and a function that returns whether to give up.  ``starts`` limits parallel
         logins: the second is for tunnels that failed repeatedly, so that dead nodes only delay each other.
+        ``note_failure`` learns why the link couldn't be opened.
 
         ``driver`` is the expected one, until a link reports its own.
         """
         self.target, self._open, self._key, self._starts = target, open_link, key, starts
-        self._stop = threading.Event()
+        self._note_failure = note_failure
+        self._stop, self._wake = threading.Event(), threading.Event()  # _wake: something may have happened
         self._backoff_s = 0.0
         self.state = TunnelState("connecting", 0, None, driver, target.mode)  # replaced, never changed in place
         self.ends: tuple[str, tuple[int, ...]] | None = None  # local host and ports; None while it is closed
@@ -215,6 +108,7 @@ class Tunnel:
     def stop(self) -> None:
         """Make the thread close everything. Returns at once."""
         self._stop.set()
+        self._wake.set()
 
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
@@ -231,6 +125,7 @@ class Tunnel:
                 reason = self._live()
             except HostUnreachableError as error:
                 reason = str(error)
+                self._note_failure(self.target, error)
             except Exception as error:  # noqa: BLE001  whatever it is: a tunnel is tried again, and says why it is not there
                 reason = f"{type(error).__name__}: {error}"
             if self._stop.is_set():
@@ -247,6 +142,7 @@ class Tunnel:
         with self._starts[self._backoff_s > TUNNEL_BACKOFF_S[0]]:
             link = self._open(self.target, self._stop.is_set)
         is_silent = False
+        link.watch(self._wake.set)
         self.state = dataclasses.replace(self.state, driver=link.driver)
         try:
             self._prove(link)
@@ -273,7 +169,9 @@ class Tunnel:
                     f"another program's server answers on {self.target.node}:{self.target.port}; it gets neither key "
                     "nor request. If nothing else explains it, tell the administrators"
                 )
-            broken = link.broke() or link.complaint()
+            if complaint := link.complaint():
+                raise ForwardingForbiddenError(complaint)
+            broken = link.broke()
             if broken or time.monotonic() > deadline:
                 raise HostUnreachableError(broken or f"nothing answers on {self.target.node}:{self.target.port}")
             self._stop.wait(0.2)
@@ -284,36 +182,42 @@ class Tunnel:
             yield False  # no server can prove that it knows the key, so don't use it
         if len(link.ports) > 1:
             vouched = None if self.target.is_guarded else self.target.port
-            yield verifies_identity(link.host, link.ports[1], self._key, self.target.identities[1], vouched)
+            yield self._challenge(link, 1, vouched)
         if self.target.is_guarded:
-            yield verifies_identity(link.host, link.ports[0], self._key, self.target.identities[0])
+            yield self._challenge(link, 0, None)
+
+    def _challenge(self, link: Link, index: int, vouched: int | None) -> bool | None:
+        with contextlib.closing(HttpConnection(link.host, link.ports[index])) as server:
+            return verifies_identity(server, self._key, self.target.identities[index], vouched)
 
     def _watch(self, link: Link) -> str | None:
         """Probe until the tunnel breaks. Returns why; None if it was silent for too long."""
-        probed = started = heard = time.monotonic()
-        while not self._stop.wait(0.2):
-            now = time.monotonic()
-            if broken := link.broke():
-                return broken
-            if now - probed < TUNNEL_PROBE_S:
-                continue
-            probed = now
-            # `serve` answers even if its engine is busy, hangs or restarts, so this tests only the tunnel.
-            answer = verifies_identity(
-                link.host, link.ports[-1], self._key, self.target.identities[-1], self.target.port
-            )
-            if answer is False:
-                return "another program's server answers there"
-            if answer is not None:
-                heard = time.monotonic()
-                if self.state.state != "up":
-                    self._say("up")
-                if now - started > REPLACED_AFTER_S:
-                    self._backoff_s = 0.0
-            elif now - heard > REPLACED_AFTER_S:
-                return None
-            elif now - heard > SUSPECT_AFTER_S:
-                self._say("suspect", f"silent for {now - heard:.0f} s")
+        due = started = heard = time.monotonic()
+        with contextlib.closing(HttpConnection(link.host, link.ports[-1])) as serve:
+            while not self._stop.is_set():
+                self._wake.clear()
+                if broken := link.broke():
+                    return broken
+                if (now := time.monotonic()) < due:
+                    self._wake.wait(due - now)
+                    continue
+                # `serve` answers even if its engine is busy, hangs or restarts, so this tests only the tunnel. On one
+                # connection: opening a channel costs more than the question.
+                answer = verifies_identity(serve, self._key, self.target.identities[-1], self.target.port)
+                if answer is False:
+                    return "another program's server answers there"
+                now = time.monotonic()
+                due = now + (TUNNEL_RETRY_S if answer is None else TUNNEL_PROBE_S)
+                if answer is not None:
+                    heard = now
+                    if self.state.state != "up":
+                        self._say("up")
+                    if now - started > REPLACED_AFTER_S:
+                        self._backoff_s = 0.0
+                elif now - heard > REPLACED_AFTER_S:
+                    return link.broke()
+                elif now - heard > SUSPECT_AFTER_S:
+                    self._say("suspect", f"silent for {now - heard:.0f} s")
         return "closed"
 
 
@@ -330,8 +234,10 @@ class TunnelSet:
         self._starts = threading.Semaphore(LOGINS_AT_ONCE), threading.Semaphore(LOGINS_AT_ONCE)
         self._tunnels: dict[str, Tunnel] = {}
         self._reasons: dict[str, str] = {}  # mode → why it is used
-        self._node_keys: dict[str, tuple[tuple[str, str], ...]] = {}
-        self._left: deque[tuple[float, list[socket.socket]]] = deque()  # (release time, reserved ports)
+        self.links = Links(login)
+        self._closed_modes: set[str] = set()  # that `auto` avoids, because the login host forbids them
+        self._followed: Sequence[ReplicaRecord] | None = None  # the latest records, and their targets
+        self._wanted: Mapping[str, TunnelTarget] = {}
         self._is_closed = False
 
     def follow(self, records: Sequence[ReplicaRecord]) -> list[ReplicaRecord]:
@@ -339,17 +245,21 @@ class TunnelSet:
 
         Opens and closes tunnels as records appear, change and disappear. Doesn't wait for them.
         """
-        wanted = {target.replica: target for record in records if (target := self._target(record))}
+        if records is not self._followed:  # this is called several times a second
+            self._followed = records
+            self._wanted = {target.replica: target for record in records if (target := self._target(record))}
+        wanted = self._wanted
         driver = self._login.driver if self._login is not None else "sshtunnel"
+        self.links.release_ports()
         with self._lock:
-            while self._left and self._left[0][0] < time.monotonic():
-                self._close_oldest()
             for replica in [name for name, tunnel in self._tunnels.items() if tunnel.target != wanted.get(name)]:
                 self._tunnels.pop(replica).stop()
             for replica, target in wanted.items() if not self._is_closed else ():
                 if replica not in self._tunnels:
                     kind = "direct" if target.mode == "none" else driver
-                    self._tunnels[replica] = Tunnel(target, kind, self.open_link, self._key, self._starts)
+                    self._tunnels[replica] = Tunnel(
+                        target, kind, self.links.open, self._key, self._starts, self._close_mode
+                    )
             return [self._through(record) for record in records]
 
     def states(self) -> dict[str, TunnelState]:
@@ -384,26 +294,26 @@ class TunnelSet:
         deadline = time.monotonic() + TUNNELS_CLOSE_S
         for tunnel in tunnels:
             tunnel.join(max(0.0, deadline - time.monotonic()))
-        with self._lock:
-            while self._left:
-                self._close_oldest()
+        self.links.close()
 
-    def _leave(self, held: list[socket.socket]) -> None:
-        """Reserve the ports of a closed tunnel a little longer, until the relay knows that it is closed."""
+    def _close_mode(self, target: TunnelTarget, error: HostUnreachableError) -> None:
+        """Where forwarding is forbidden, have `auto` use the next mode. Called by the tunnels' threads."""
+        if self._cluster.tunnel != "auto" or self._login is None:
+            return
+        is_last_resort = target.mode == "node" and "login" in self._closed_modes
+        has_next = target.mode == "login" or self._login.driver == "sshtunnel"
         with self._lock:
-            self._left.append((time.monotonic() + PORT_HELD_S, held))
-            if self._is_closed:
-                self._close_oldest()
-
-    def _close_oldest(self) -> None:
-        for held in self._left.popleft()[1]:
-            held.close()
+            if has_next and (isinstance(error, ForwardingForbiddenError) or is_last_resort):
+                self._closed_modes.add(target.mode)
+                self._reasons.pop(target.mode, None)
+                self._followed = None
 
     def _target(self, record: ReplicaRecord) -> TunnelTarget | None:
         """Return the tunnel target of a replica that serves; None if it doesn't."""
         if record.state not in ("ready", "draining") or record.port is None:
             return None
-        mode, why = tunnel_mode(self._cluster.tunnel, self._login is not None, record, os.uname().nodename)
+        has_login, here = self._login is not None, os.uname().nodename
+        mode, why = tunnel_mode(self._cluster.tunnel, has_login, record, here, self._closed_modes)
         self._reasons[mode] = why
         return TunnelTarget(
             replica=record.replica,
@@ -416,6 +326,7 @@ class TunnelSet:
             telemetry_port=record.telemetry_port,
             is_guarded=record.engine in self._guarded,
             mode=mode,
+            address=record.address,
         )
 
     def _through(self, record: ReplicaRecord) -> ReplicaRecord:
@@ -438,59 +349,3 @@ class TunnelSet:
         return dataclasses.replace(
             record, port=None, telemetry_port=None, message=message, state="loading" if is_coming else record.state
         )
-
-    def open_link(self, target: TunnelTarget, should_stop: Callable[[], bool]) -> Link:
-        """Open a link to a replica. Raises HostUnreachableError. Runs in the tunnels' threads."""
-        if target.mode == "none":
-            return DirectLink(target)
-        deadline = time.monotonic() + 2 * SSH_PATIENCE_S
-        commands = self._login.commands() if self._login is not None else None
-        if isinstance(commands, OpenSshCommands):
-            commands.login.ensure(deadline, should_stop)
-            master = commands.login
-            if target.mode == "node":
-                master = commands.node(target.node)
-                try:
-                    master.ensure(deadline, should_stop)
-                except HostKeyError:  # perhaps the node was reinstalled: fetch its new keys for the next attempt
-                    with contextlib.suppress(HostUnreachableError, OSError):
-                        commands.fetch_host_keys(target.node)
-                    raise
-            return MasterLink(master, target.ends, is_nodes=target.mode == "node")
-        hops, keyring = self._hops(target, commands)
-        with contextlib.ExitStack() as undone:
-            held = [undone.enter_context(reserve_local_port()) for _ in target.ends]
-            spec = {
-                "driver": "sshtunnel",
-                "hops": [dataclasses.asdict(hop) for hop in hops],
-                "keyring": dataclasses.asdict(keyring),
-                "local": [each.getsockname()[1] for each in held],
-                "remote": target.ends,
-            }
-            child = TunnelChild(spec)
-            undone.callback(child.close)
-            try:
-                link = ChildLink(child, child.wait_ready(deadline, should_stop), functools.partial(self._leave, held))
-            except HostKeyError:  # perhaps the node was reinstalled: the next attempt fetches its keys
-                with self._lock:
-                    self._node_keys.pop(target.node, None)
-                raise
-            undone.pop_all()
-            return link
-
-    def _hops(self, target: TunnelTarget, login: SshCommands | None) -> tuple[list[SshRoute], Keyring]:
-        """Return the SSH hops of a tunnel with paramiko, with their expected host keys."""
-        if login is None:
-            if target.mode == "login":
-                raise LoginError("cluster.tunnel: login needs cluster.ssh, the host to go through")
-            return [ssh_route(SshConfig(host=target.node), target.node)], Keyring()
-        if self._login is None or target.mode == "login":
-            return [login.route], login.keyring
-        route = ssh_route(self._login.ssh, target.node)
-        with self._lock:
-            keys = self._node_keys.get(target.node)
-        if keys is None:
-            keys = node_keys(route, login)
-            with self._lock:
-                self._node_keys[target.node] = keys
-        return [login.route, dataclasses.replace(route, host_keys=keys)], login.keyring

@@ -15,6 +15,7 @@ import pytest
 from fake_engine import FakeEngine
 from patience import PATIENCE_S
 from program import Program, is_listening, program, wait_for
+from relay_harness import Client
 from stats_schema import check_stats
 
 
@@ -214,3 +215,15 @@ def test_a_second_signal_ends_turns_in_flight_at_once(app: Program, engine: Fake
     assert proxy.process.wait(timeout=PATIENCE_S) == 0
     agent.wait(timeout=PATIENCE_S)
     wait_for(lambda: not app.processes(), "no process left")
+
+
+def test_what_is_read_right_after_an_answer_counts_it(app: Program, engine: FakeEngine) -> None:
+    app.bring_up_proxy(engine.port, model="m")
+    with Client(app.port) as client:
+        for count in range(1, 21):
+            assert client.chat({"X-Session-ID": "s"}, stream=count % 2 == 0).status == 200
+            stats = client.get("/stats").json()
+            assert (stats["totals"]["requests"], stats["recent_turns"][0]["outcome"]) == (count, "completed")
+            assert len(client.get("/stats/sessions/s").json()["turns"]) == count
+            counted = [line for line in client.get("/metrics").body.decode().splitlines() if "turns_total{" in line]
+            assert sum(float(line.rpartition(" ")[2]) for line in counted) == count

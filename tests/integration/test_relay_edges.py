@@ -384,6 +384,26 @@ def test_compressed_bodies_are_decoded_or_refused_by_name(
     assert all("content-encoding" not in head.lower() for head in engine.call()["heads"])
 
 
+@pytest.mark.parametrize(
+    ("status", "said", "returned"),
+    [
+        (501, "This server does not support embeddings", 400),
+        (500, "image input is not supported", 400),
+        (500, "CUDA error: operation not supported", 500),
+    ],
+)
+def test_what_an_engine_cannot_do_is_no_error_that_sdks_try_again(
+    tmp_path: Path, status: int, said: str, returned: int
+) -> None:
+    body = json.dumps({"error": {"message": said, "code": status}}).encode()
+    head = f"HTTP/1.1 {status} No\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with relay_before(tmp_path, head.encode() + body, closes=False) as relay, Client(relay.port) as client:
+        answer = client.chat()
+        assert (answer.status, answer.body) == (returned, body)
+        (turn,) = relay.controller.finished()
+        assert (turn["outcome"], turn["status"], turn["error"]) == ("error", returned, said)
+
+
 def test_an_old_client_that_asks_keeps_its_connection(relay: RelayProcess) -> None:
     head = b"POST /v1/chat/completions HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n" % len(CHAT)
     with Client(relay.port) as client:

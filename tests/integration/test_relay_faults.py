@@ -6,6 +6,7 @@ import contextlib
 import json
 import operator
 import re
+import select
 import signal
 import socket
 import threading
@@ -586,3 +587,79 @@ def test_a_second_signal_ends_at_once(relay: RelayProcess) -> None:
         wait_for(lambda: "stopping" in relay.log())
         assert stop(relay) == 1
         engine.wait_for("aborted", 1)
+
+
+# An engine that is back before its turns' end is noticed.
+
+
+class Predecessor:
+    """A server for a port that another engine takes over; ``turns`` are the connections of the turns that it holds."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self.listener.getsockname()[1]
+        self.turns: list[socket.socket] = []
+
+    def answer_probes(self) -> None:
+        """Answer what the relay asks first: the health probe, and the list of models."""
+        for _ in range(2):
+            sock, _ = self.listener.accept()
+            with sock:
+                assert sock.recv(65536).startswith(b"GET")
+                sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+
+    def take_turn(self) -> socket.socket:
+        sock, _ = self.listener.accept()
+        assert sock.recv(65536).startswith(b"POST")
+        self.turns.append(sock)
+        return sock
+
+
+def ready(client: Client) -> int:
+    count: int = client.get("/health").json()["models"]["m"]["ready"]
+    return count
+
+
+def test_a_turn_died_with_its_engine_though_the_successor_answers_when_that_is_noticed(relay: RelayProcess) -> None:
+    former = Predecessor()
+    with FakeEngine() as other, ExitStack() as stack:
+        first, second, third = (stack.enter_context(Client(relay.port)) for _ in range(3))
+        relay.controller.send_table([backend(1, former.port)])
+        former.answer_probes()
+        for client in (first, second):
+            client.sock.sendall(request())
+            former.take_turn()
+        relay.controller.send_table([backend(1, former.port), backend(2, other.port)])
+        wait_for(lambda: ready(third) == 2, "the other replica")
+        former.listener.close()
+        former.turns[0].close()
+        assert first.read().headers["x-agent-infra-backend"] == "r2"  # nobody listened when the port was probed
+        with FakeEngine(former.port):
+            wait_for(lambda: "r1 answers again" in relay.log(), "the successor")
+            former.turns[1].close()
+            answer = second.read()
+    assert (answer.status, answer.headers["x-agent-infra-backend"]) == (200, "r2")
+
+
+def test_a_connection_that_a_dying_server_never_accepts_is_given_up_at_once(tmp_path: Path) -> None:
+    """A killed process's connections end before its listening socket, whose queue takes one more."""
+    former = Predecessor()
+    with RelayProcess(tmp_path, RACE_S=3600.0) as relay, FakeEngine() as other, ExitStack() as stack:
+        client, another = (stack.enter_context(Client(relay.port)) for _ in range(2))
+        rows = [backend(1, former.port, is_own=True), backend(2, other.port)]
+        relay.controller.send_table(rows[:1])
+        former.answer_probes()
+        client.sock.sendall(request())
+        connection = former.take_turn()
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        assert client.read().status == 200
+        client.sock.sendall(request())
+        assert connection.recv(65536).startswith(b"POST")
+        relay.controller.send_table(rows)
+        wait_for(lambda: ready(another) == 2, "the other replica")
+        connection.close()
+        assert select.select([former.listener], [], [], PATIENCE_S)[0]  # the relay tries another connection
+        former.listener.close()
+        with FakeEngine(former.port):
+            answer = client.read()
+    assert (answer.status, answer.headers["x-agent-infra-backend"]) == (200, "r2")

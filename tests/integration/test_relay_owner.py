@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 from collections.abc import Iterator
@@ -12,10 +11,9 @@ from pathlib import Path
 import pytest
 from fake_engine import FakeEngine
 from patience import PATIENCE_S
-from relay_harness import KEY, Client, RelayProcess, backend
+from relay_harness import KEY, Client, RelayProcess, another_user, backend
 from testbed.ports import free_port
 
-NOBODY = 65534
 needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 
 
@@ -29,16 +27,6 @@ def relay(tmp_path: Path, host: str, engine: FakeEngine) -> Iterator[RelayProces
     with RelayProcess(tmp_path, host=host) as relay:
         relay.controller.send_table([backend(1, engine.port)])
         yield relay
-
-
-@contextlib.contextmanager
-def another_user() -> Iterator[None]:
-    """The sockets that are made meanwhile are another user's."""
-    os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def test_a_key_is_not_asked_of_the_same_user(relay: RelayProcess, host: str) -> None:

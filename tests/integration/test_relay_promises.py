@@ -92,14 +92,17 @@ def test_a_body_beyond_the_limit_is_413(relay: RelayProcess, engine: FakeEngine,
 def test_bodies_together_beyond_the_limit_are_429_and_their_room_comes_back(
     relay: RelayProcess, engine: FakeEngine
 ) -> None:
-    serve(relay, engine, max_buffered_mb=1.0)
-    with Client(relay.port) as first, Client(relay.port) as second, ThreadPoolExecutor() as pool:
-        held = pool.submit(first.chat, padding="x" * 900_000, fake={"held": True})
+    relay.controller.send_table([backend(1, engine.port, slots=1)], proxy={"max_buffered_mb": 1.0})
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        first, second, third = (stack.enter_context(Client(relay.port)) for _ in range(3))
+        served = pool.submit(first.chat, fake={"held": True})
         engine.wait_for("running", 1)
-        answer = second.chat(padding="x" * 900_000)
+        held = pool.submit(second.chat, padding="x" * 900_000)
+        wait_for(lambda: third.get("/queue/status").json()["pending"] == 1, "it to wait")
+        answer = third.chat(padding="x" * 900_000)
         assert (answer.status, answer.headers["retry-after"]) == (429, "1")
         engine.call({"release": True})
-        assert held.result().status == 200
+        assert [served.result().status, held.result().status] == [200, 200]
     with Client(relay.port) as third:
         assert third.chat(padding="x" * 900_000).status == 200
 
@@ -209,7 +212,9 @@ def test_a_replica_that_dies_before_its_answer_is_whole_is_replaced_by_another(r
         for engine in (dying, living):
             engine.wait_for("probes", 1)
         assert [chat(relay).status for _ in range(4)] == [200] * 4
-    assert sum(turn["retries"] for turn in relay.controller.finished(4)) == 1
+    turns = relay.controller.finished(4)
+    assert sum(turn["retries"] for turn in turns) == 1
+    assert [0 < turn["retry_ms"] <= turn["queue_ms"] for turn in turns] == [turn["retries"] == 1 for turn in turns]
 
 
 def test_a_replica_that_dies_before_its_first_event_is_replaced_by_another(relay: RelayProcess) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import Counter
@@ -37,6 +38,14 @@ def serve(relay: RelayProcess, engines: list[FakeEngine], proxy: Mapping[str, An
     relay.controller.send_table(rows, proxy=proxy)
 
 
+def respond(client: Client, document: Mapping[str, Any], is_stream: bool) -> tuple[dict[str, Any], str]:
+    """An answer of /v1/responses, and the replica that gave it."""
+    answer = client.post("/v1/responses", {"model": "m", "stream": is_stream, **document})
+    assert answer.status == 200
+    body: dict[str, Any] = json.loads(answer.events()[-1])["response"] if is_stream else answer.json()
+    return body, answer.headers["x-agent-infra-backend"]
+
+
 def converse(client: Client, first: str, turns: int, path: str = "/v1/chat/completions") -> list[str]:
     """The replicas that answered a conversation's turns, each of which repeats all that was said before."""
     messages: Messages = [{"role": "user", "content": first}]
@@ -68,6 +77,51 @@ def test_a_session_without_a_header_stays_on_one_replica(
     serve(relay, engines)
     with Client(relay.port) as client:
         assert len(set(converse(client, "hello", 10, path))) == 1
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_responses_conversation_without_a_header_stays_on_one_replica(
+    relay: RelayProcess, engines: list[FakeEngine], is_stream: bool
+) -> None:
+    """Its input starts as a text and goes on as a list; answers with reasoning and calls are several items each."""
+    serve(relay, engines)
+    with Client(relay.port) as client:
+        for number in range(3):
+            given: Any = f"task {number}"
+            items: Messages = [{"role": "user", "content": given}]
+            homes = set()
+            for turn in range(6):
+                fake = {"say": f"Turn {turn} of {number}.", "calls": [f"call_{number}_{turn}"]}
+                body, home = respond(client, {"input": given, "fake": fake}, is_stream)
+                homes.add(home)
+                items += body["output"]
+                items.append({"type": "function_call_output", "call_id": f"call_{number}_{turn}", "output": "done"})
+                given = items
+            assert len(homes) == 1
+    sessions = Counter(event["started"]["session"] for event in relay.controller.finished(18))
+    assert set(sessions) == {None}
+    assert len({event["started"]["follows"] for event in relay.controller.finished(18)} - {""}) == 15
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("proxy", [{}, {"strategy": "round_robin"}], ids=["default", "round-robin"])
+def test_a_turn_that_continues_a_response_by_its_id_goes_to_the_replica_that_holds_it(
+    relay: RelayProcess, engines: list[FakeEngine], proxy: Mapping[str, Any], is_stream: bool
+) -> None:
+    """Whatever the strategy; and it belongs to the same session. Where the replica is gone, the engine says so."""
+    serve(relay, engines, proxy)
+    with Client(relay.port) as client:
+        body, home = respond(client, {"input": "hello"}, is_stream)
+        for _ in range(5):
+            body, served = respond(client, {"input": "go on", "previous_response_id": body["id"]}, is_stream)
+            assert served == home
+            assert "error" not in body
+        sessions = {event["started"]["session"] for event in relay.controller.finished(6)[1:]}
+        assert len(sessions) == 1
+        assert sessions.pop().startswith("auto-")
+        engines[int(home[1:]) - 1].kill()
+        answer = client.post("/v1/responses", {"model": "m", "input": "go on", "previous_response_id": body["id"]})
+        assert "not found" in answer.json()["error"]["message"]
 
 
 def test_sessions_are_spread_though_each_comes_when_all_replicas_are_idle(
@@ -184,6 +238,57 @@ def test_a_polite_clients_turn_goes_before_a_greedy_ones_queue(relay: RelayProce
             after = len(order) - before
             assert all(future.result().status == 200 for future in greedy)
     assert after <= 8  # two slots: those at work, those that came while it travelled, and itself
+
+
+def test_a_turn_that_is_held_for_a_kv_cache_says_so_and_goes_on_when_there_is_room(relay: RelayProcess) -> None:
+    with FakeEngine(load={"state": "ready", "kv_capacity_tokens": 10_000}) as engine:
+        serve(relay, [engine], telemetry_port=engine.port)
+        wait_for(
+            lambda: (seen := relay.controller.gauges[-1:]) and seen[0]["backends"].get("r1", {}).get("load"), "load"
+        )
+
+        def send(session: str) -> int:
+            with Client(relay.port) as client:
+                words = [{"role": "user", "content": session + "x" * 16_000}]  # some 4,000 tokens
+                return client.chat({"X-Session-ID": session}, messages=words, fake={"held": True}).status
+
+        with ThreadPoolExecutor(3) as pool, Client(relay.port) as client:
+            turns = [pool.submit(send, session) for session in ("a", "b", "c")]
+            queue = wait_for(lambda: (seen := client.get("/queue/status").json())["held"] and seen, "a held turn")
+            assert (queue["pending"], queue["held"], queue["in_flight"]) == (1, 1, 2)
+            assert queue["waiting"][0]["held"] is True
+            assert "tokens aren't cached" in queue["waiting"][0]["why"]
+            engine.call({"release": True})
+            assert [turn.result() for turn in turns] == [200, 200, 200]
+            assert client.get("/queue/status").json()["held"] == 0
+
+
+def test_an_engine_that_schedules_by_priority_gets_the_order_of_our_queue(relay: RelayProcess) -> None:
+    """By arrival, and the session that had a second of service comes as much later."""
+    with FakeEngine() as engine:
+        serve(relay, [engine], takes_priority=True)
+
+        def priority(session: str, **fields: Any) -> Any:
+            client.chat({"X-Session-ID": session}, **fields)
+            sent = json.loads(engine.call()["body"])
+            assert sent["messages"] == [{"role": "user", "content": "hello"}]
+            return sent["priority"]
+
+        with Client(relay.port) as client:
+            client.chat({"X-Session-ID": "busy"}, fake={"delay": 1.0})
+            sent = [priority(session) for session in ("busy", "new", "other")]
+            arrived = [event["started"]["at"] for event in relay.controller.finished(4)[1:]]
+            busy, new, other = (value - 4000 * at for value, at in zip(sent, arrived, strict=True))
+            assert busy - new > 700
+            assert abs(other - new) < 50
+            assert priority("new", priority=7) == 7  # the client's own
+            answer = client.post("/v1/messages", {"model": "m", "messages": [{"role": "user", "content": "hello"}]})
+            assert answer.status == 200
+            assert "priority" not in json.loads(engine.call()["body"])
+        serve(relay, [engine])
+        with Client(relay.port) as client:
+            client.chat()
+            assert "priority" not in json.loads(engine.call()["body"])
 
 
 @pytest.mark.parametrize("has_header", [True, False])

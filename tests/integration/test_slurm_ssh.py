@@ -22,7 +22,8 @@ from testbed.ports import free_port
 from testbed.sshd import SshServer, public_key
 from weights import packaged_gguf
 
-from agent_infra_core.settings import PACKAGED_MODEL
+from agent_infra import load_config
+from agent_infra_core.settings import PACKAGED_MODEL, SshConfig
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +345,22 @@ def assert_broken_stream_says_so(run: Program, far: FarCluster) -> None:
         for index, _ in enumerate(stream):
             if index == 2:
                 far.sshds[node].cut_sessions()
+
+
+def test_init_asks_the_slurm_behind_a_login_host(run: Program, far: FarCluster, tmp_path: Path) -> None:
+    login = far.ssh()
+    (tmp_path / ".ssh").mkdir(mode=0o700)
+    (tmp_path / ".ssh" / "config").write_text(
+        f"Host front\n  HostName {login.host}\n  Port {login.port or 22}\n  User {login.user or 'root'}\n"
+        f"  IdentityFile {login.identity_file}\n  UserKnownHostsFile {login.known_hosts_file}\n"
+    )
+    run.config.unlink()
+    done = run.run("init", "--ssh", "front")
+    assert done.returncode == 0, done.stderr
+    config = load_config(run.config)
+    assert config.cluster.ssh == SshConfig("front")
+    assert [each.name for each in config.cluster.slurm.partitions]
+    assert config.models[0].name == ("qwen3-8b" if config.cluster.slurm.partitions[0].gres != "gpu" else "smollm2")
 
 
 def test_a_wrong_host_key_is_refused_before_anything_is_submitted(run: Program, far: FarCluster) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,7 +28,7 @@ from testbed.sshd import SSHD, SshServer, descendants, make_key, public_key
 
 import agent_infra
 from agent_infra_core.fleet.engines import GUARDED_ENGINES
-from agent_infra_core.host import HostUnreachableError, http_get, process_stamp
+from agent_infra_core.host import HostUnreachableError, HttpConnection, http_get, process_stamp
 from agent_infra_core.node.guard import server_identity
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ClusterConfig, ModelConfig
@@ -113,7 +115,8 @@ def proves(*words: Any) -> bool:
     said: list[bool | None] = []
 
     def ask() -> bool:
-        said.append(verifies_identity(*words))
+        with contextlib.closing(HttpConnection(*words[:2])) as server:
+            said.append(verifies_identity(server, *words[2:]))
         return said[-1] is not None
 
     wait_for(ask, "an answer")
@@ -162,6 +165,47 @@ def test_a_tunnel_whose_connection_is_cut_is_replaced(driver: str, cluster: Clus
     again = follow_until_up(tunnels, record, reconnects=1)
     assert again.port != there.port
     assert answers(again)
+
+
+def tunnel_processes() -> list[int]:
+    return [p for p in descendants(os.getpid()) if b"tunnel" in Path(f"/proc/{p}/cmdline").read_bytes().split(b"\0")]
+
+
+@pytest.mark.parametrize("mode", ["login", "node"])
+def test_replicas_share_a_login_and_one_that_goes_or_comes_leaves_the_others_alone(mode: str, cluster: Cluster) -> None:
+    record = cluster.start()
+    others = [Served(cluster.folder / name, engine_model(), replica=name) for name in ("dies", "comes")]
+    try:
+        dies, comes = (other.wait_for_state("ready") for other in others)
+        tunnels = cluster.tunnels("sshtunnel", mode)
+        there = {each.replica: each for each in wait_for(lambda: all_there(tunnels, [record, dies]), "both are up")}
+        logins = [len(re.findall("Accepted publickey", each.log.read_text())) for each in (cluster.login, cluster.node)]
+        assert logins == [2, int(mode == "node")]  # the commands' and the tunnels'
+        assert len(tunnel_processes()) == 1
+        port = there[record.replica].port
+        assert port is not None
+        with contextlib.closing(HttpConnection("127.0.0.1", port, PATIENCE_S)) as kept:
+            kept.get("/health")
+            opened = kept._connection.sock
+            others[0].process.kill()
+            wait_for(lambda: all_there(tunnels, [record, comes]), "the new one is up")
+            assert kept.get("/health")[0] == 200
+            assert kept._connection.sock is opened
+        assert tunnels.follow([record, comes])[0].port == port
+        assert tunnels.states()[record.replica].reconnects == 0
+        assert len(tunnel_processes()) == 1
+        cluster.login.cut_sessions()  # takes all along, and one login brings all back
+        wait_for(lambda: all(s.reconnects and s.state == "up" for s in tunnels.states().values()), "both are replaced")
+        assert len(re.findall("Accepted publickey", cluster.login.log.read_text())) == logins[0] + 1
+    finally:
+        for other in others:
+            other.close()
+
+
+def all_there(tunnels: TunnelSet, records: list[ReplicaRecord]) -> list[ReplicaRecord]:
+    """The records with their local ports, once all have them."""
+    there = tunnels.follow(records)
+    return there if all(each.port is not None for each in there) else []
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -365,6 +409,44 @@ def test_a_login_host_that_forbids_forwarding_is_named(driver: str, cluster: Clu
     record = cluster.start()
     tunnels = cluster.tunnels(driver, "login")
     assert "AllowTcpForwarding" in refusal(tunnels, record)
+
+
+def forbid_forwarding(cluster: Cluster, permitted: str) -> ReplicaRecord:
+    """The login host forbids it (AllowTcpForwarding or PermitOpen); the engine listens on all addresses."""
+    cluster.login.options |= {"AllowTcpForwarding": "no"} if permitted == "nothing" else {"PermitOpen": permitted}
+    cluster.login.options["MaxSessions"] = "3"
+    return dataclasses.replace(cluster.start(), host="::ffff:127.0.0.1", address="127.0.0.1")
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_where_the_login_host_forbids_ports_of_engines_auto_goes_through_the_nodes_sshd(
+    driver: str, cluster: Cluster
+) -> None:
+    record = forbid_forwarding(cluster, f"127.0.0.1:{cluster.node.port}")
+    tunnels = cluster.tunnels("auto" if driver == "sshtunnel" else driver, "auto")
+    assert answers(follow_until_up(tunnels, record))
+    assert tunnels.states()[record.replica].mode == "node"
+    assert "tunnel node: the login host forbids forwarding to the engines' ports" in tunnels.describe()
+
+
+@pytest.mark.skipif(shutil.which("tcsh") is None, reason="needs tcsh")
+def test_where_the_login_host_forbids_all_forwarding_connections_are_commands(cluster: Cluster) -> None:
+    """Whatever the login shell prints does no harm, and there may be more of them than a login allows sessions."""
+    command = cluster.folder / "shell"
+    command.write_text('#!/bin/sh\necho "Welcome @"\nexec tcsh -c "$SSH_ORIGINAL_COMMAND"\n')
+    command.chmod(0o755)
+    cluster.login.options["ForceCommand"] = str(command)
+    record = forbid_forwarding(cluster, "nothing")
+    tunnels = cluster.tunnels("auto", "auto")
+    there = follow_until_up(tunnels, record)
+    assert tunnels.states()[record.replica].mode == "exec"
+    assert "tunnel exec: the login host forbids forwarding; each connection is a command there" in tunnels.describe()
+    with contextlib.ExitStack() as kept:
+        ends = [HttpConnection("127.0.0.1", there.telemetry_port or 0, PATIENCE_S) for _ in range(6)]
+        for end in ends:
+            kept.enter_context(contextlib.closing(end))
+            assert end.get("/load", KEY)[0] == 200
+        assert [end.get("/load", KEY)[0] for end in ends] == [200] * 6
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

@@ -134,7 +134,21 @@ def test_no_verb_and_a_wrong_option_are_usage_errors(capsys: pytest.CaptureFixtu
 
 
 VERBS = (
-    *("up", "start", "connect", "scale", "stop", "pull", "doctor", "status", "logs", "dashboard"),
+    *(
+        "up",
+        "launch",
+        "init",
+        "run",
+        "start",
+        "connect",
+        "scale",
+        "stop",
+        "pull",
+        "doctor",
+        "status",
+        "logs",
+        "dashboard",
+    ),
     *("export", "report", "bundle", "proxy", "completion"),
 )
 

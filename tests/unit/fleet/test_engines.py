@@ -86,6 +86,20 @@ def test_vllm_has_the_slots_of_its_arguments(engine_args: tuple[str, ...], slots
     assert ENGINES["vllm"].slots(ModelConfig("chat", "org/model", engine_args=engine_args)) == slots
 
 
+@pytest.mark.parametrize(
+    ("engine_args", "takes_it"),
+    [
+        ((), False),
+        (("--scheduling-policy", "priority"), True),
+        (("--scheduling_policy=priority",), True),
+        (("--scheduling-policy", "priority", "--scheduling-policy", "fcfs"), False),
+    ],
+    ids=["default", "two words", "one word", "taken back"],
+)
+def test_vllm_takes_a_priority_if_it_schedules_by_it(engine_args: tuple[str, ...], takes_it: bool) -> None:
+    assert render_engine(ModelConfig("chat", "org/model", engine_args=engine_args)).takes_priority is takes_it
+
+
 def test_progress_of_loading_is_read_from_the_progress_bar() -> None:
     pattern = ENGINES["vllm"].probe.progress
     assert pattern is not None

@@ -95,6 +95,79 @@ def test_a_request_without_an_answer_in_it_begins_and_one_with_a_session_is_not_
     assert CODEC.trace(CODEC.request(b'{"messages":"none"}'), False) == (b"", None)
 
 
+REASONING = {"type": "reasoning", "id": "rs_1", "summary": []}
+CALL = {"type": "function_call", "call_id": "call_1", "name": "run", "arguments": "{}", "id": "fc_1"}
+
+
+def responds(text: str) -> Message:
+    return {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": text}], "id": "msg_1"}
+
+
+def traced_items(given: Any, is_named: bool = False) -> tuple[bytes, str | None]:
+    """What the relay says of a request of /v1/responses."""
+    return CODEC.trace_response(CODEC.request(json.dumps({"model": "m", "input": given}).encode()), is_named)
+
+
+def key_after_items(given: Any, output: list[Message]) -> str:
+    """What the next request of a response's conversation is known by."""
+    digest = CODEC.digest(json.dumps({"object": "response", "id": "r1", "output": output}).encode(), 50, traces=True)
+    assert digest is not None
+    assert digest.response == "r1"
+    assert digest.print is not None
+    return conversation_key(traced_items(given)[0][4:], digest.print)
+
+
+@pytest.mark.parametrize(
+    ("given", "output", "sent_back"),
+    [
+        ("Hello", [REASONING, responds("Hi."), CALL], [user("Hello"), REASONING, responds("Hi."), CALL]),
+        ([user("Hello")], [responds("Hi."), CALL], [user("Hello"), responds("Hi."), CALL]),
+        ("Hello", [responds("Hi.")], [user("Hello"), {"role": "assistant", "content": "Hi."}]),
+        ("Hello", [REASONING, CALL], [user("Hello"), CALL]),
+        (
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "input_text", "text": "Hel"}, {"type": "input_text", "text": "lo"}],
+                }
+            ],
+            [responds("Hi.")],
+            [user("Hello"), responds("Hi.")],
+        ),
+    ],
+    ids=["text", "items", "easy message", "calls alone", "parts"],
+)
+def test_a_response_request_follows_the_answer_that_it_repeats(
+    given: Any, output: list[Message], sent_back: list[Message]
+) -> None:
+    tail = [{"type": "function_call_output", "call_id": "call_1", "output": "ok"}, user("go on")]
+    assert traced_items([*sent_back, *tail])[1] == key_after_items(given, output)
+
+
+@pytest.mark.parametrize(
+    "sent_back",
+    [
+        [user("Hello"), responds("Ho."), CALL],
+        [user("hello"), responds("Hi."), CALL],
+        [user("Hello"), responds("Hi.")],
+        [user("Hello"), user("more"), responds("Hi."), CALL],
+        [{"role": "system", "content": "Hello"}, responds("Hi."), CALL],
+    ],
+)
+def test_a_response_request_that_repeats_anything_else_follows_nothing(sent_back: list[Message]) -> None:
+    assert traced_items([*sent_back, user("go on")])[1] != key_after_items("Hello", [responds("Hi."), CALL])
+
+
+@pytest.mark.parametrize("given", [None, [], {}, 7])
+def test_an_input_that_is_no_text_and_no_list_is_of_no_conversation(given: Any) -> None:
+    assert traced_items(given) == (b"", None)
+
+
+def test_a_response_request_without_an_answer_begins_a_conversation() -> None:
+    assert traced_items("Hello")[1] == ""
+    assert traced_items([user("Hello"), 7, responds("x"), user("y")], is_named=True)[1] is None
+
+
 def test_other_tools_or_parameters_leave_the_conversation_what_it_is() -> None:
     messages = [*START, says("x"), user("y")]
     assert traced(messages)[1] == traced(messages, tools=[{"type": "function"}], temperature=1.0, stream=True)[1]

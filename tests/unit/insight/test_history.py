@@ -242,14 +242,14 @@ def test_a_file_that_is_too_large_loses_its_oldest_turns(path: Path) -> None:
     with history_file(path) as file:
         file.write(batch(*(record(number, answer="x" * 5000) for number in range(100))))
         assert file.trim(1 << 30, 10) == 0
-        assert file.trim(100_000, 10) == 10
+        assert file.trim(200_000, 10) == 10
         assert next(file.turns()).turn == record(10).turn
-        while file.trim(100_000, 10):
+        while file.trim(200_000, 10):
             pass
         kept = file.count_turns()
         for number in range(100, 200):  # what was freed is used again
             file.write(batch(record(number, answer="x" * 5000)))
-            file.trim(100_000, 10)
+            file.trim(200_000, 10)
         assert 0 < kept <= 20
         assert 0 < file.count_turns() <= 20
         assert file.query("PRAGMA page_count")[0][0] * 4096 < 700_000
@@ -396,7 +396,7 @@ def test_a_session_that_was_over_stays_so_and_one_that_was_taken_up_again_lives(
     said: list[str] = []
     for number in range(2):
         tracker = Tracker(time.time)
-        books = Bookkeeper(config, paths, tracker, lambda message, _: said.append(message))
+        books = Bookkeeper(config, paths, tracker, lambda message, _: said.append(message), lambda *_: None)
         books.open()
         if number == 0:
             for session in ("over", "resumed", "over in a turn"):
@@ -420,7 +420,9 @@ def test_runs_go_on_under_the_next_controller(tmp_path: Path) -> None:
     found = []
     for number in range(2):
         tracker = Tracker(time.time)
-        books = Bookkeeper(DEFAULT_CONFIG, DeploymentPaths(tmp_path), tracker, lambda message, _: pytest.fail(message))
+        books = Bookkeeper(
+            DEFAULT_CONFIG, DeploymentPaths(tmp_path), tracker, lambda message, _: pytest.fail(message), lambda *_: None
+        )
         books.open()
         for task in range(4 * number, 4 * number + 4):
             started = TurnStarted(f"t{task}", now + task, "m", "/v1/x", f"s{task}", run="night=9")
@@ -438,9 +440,9 @@ def test_runs_go_on_under_the_next_controller(tmp_path: Path) -> None:
 def test_a_run_that_lacks_its_first_turns_is_not_continued(path: Path) -> None:
     with history_file(path) as file:
         runs = {name: Announcement(name, 5, at) for name, at in (("early", 0.0), ("late", 1e12))}
-        file.write(batch(*(record(number) for number in range(10)), runs=runs))
-        assert [run.name for run in file.runs(100)] == ["early", "late"]
-        assert [run.name for run in file.runs(5)] == ["late"]
+        file.write(batch(*(record(number) for number in range(10)), announced=runs))
+        assert [run.name for run in file.announced_runs(100)] == ["early", "late"]
+        assert [run.name for run in file.announced_runs(5)] == ["late"]
 
 
 # --- The writer -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import jsonschema
 from clock import Clock
 from stats_schema import SCHEMA, check_stats
 
+from agent_infra_core.insight.series import turn_row
 from agent_infra_core.insight.tracker import Tracker
 from agent_infra_core.insight.turns import TurnRecord
 from agent_infra_core.protocol import (
@@ -88,11 +89,13 @@ class Run:
             }
             for number in (1, 2, 3)
         }  # fmt: skip
-        waiting = [{"turn": "5f3a91c0b7de-9", "session": "run-1", "model": "qwen", "waited_ms": 412}]
+        waiting: list[dict[str, Any]] = [
+            {"turn": "5f3a91c0b7de-9", "session": "run-1", "model": "qwen", "waited_ms": 412, "held": True, "why": "…"}
+        ]
         return {
             "at": self.clock.now,
             "backends": backends,
-            "queue": {"pending": 1, "in_flight": 6, "oldest_ms": 412, "waiting": waiting},
+            "queue": {"pending": 1, "held": 1, "in_flight": 6, "oldest_ms": 412, "waiting": waiting},
             "counters": {"requests": self.turns, "errors": 2, "retries": 1, "aborted": 3, "rejected": 1},
             "rss_bytes": 52_428_800,
             "connections": 12,
@@ -150,6 +153,7 @@ def sample() -> Any:
         "name": "night",
         "model": "qwen",
         "announced_at": START,
+        "ended_at": None,
         "tasks": 200,
         "done": 81,
         "running": 20,
@@ -221,6 +225,10 @@ def test_the_sample_shows_every_part_of_the_page() -> None:
 
 def test_a_record_is_a_row_and_its_fields_are_the_schemas() -> None:
     assert {field.name for field in dataclasses.fields(TurnRecord)} == set(SCHEMA["$defs"]["turn"]["properties"])
+    of_session = turn_row(TurnRecord("t", START, "completed", 200), 1)
+    assert set(of_session) == {
+        part for name in ("turn", "session_turn") for part in SCHEMA["$defs"][name]["properties"]
+    }
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 from clock import Clock
 from stats_schema import check_stats
 
+from agent_infra_core.control.reader import session_question
 from agent_infra_core.insight.tracker import Tracker, encode_stats
 from agent_infra_core.insight.turns import MAX_TURN_S
 from agent_infra_core.protocol import (
@@ -268,7 +269,7 @@ def test_before_any_traffic_nothing_is_made_up(tracker: Tracker) -> None:
     document = stats(tracker)
     assert set(document["totals"].values()) == {0}
     assert document["throughput"] == {"turns_per_minute": None, "tokens_per_second": None, "history": []}
-    assert document["queue"] == {"pending": None, "in_flight": None, "oldest_ms": None, "waiting": []}
+    assert document["queue"] == {"pending": None, "held": None, "in_flight": None, "oldest_ms": None, "waiting": []}
     assert {figure for part in document["pipeline"].values() for figure in part.values()} == {None}
 
 
@@ -468,33 +469,47 @@ def test_figures_of_backends_that_are_gone_are_forgotten(tracker: Tracker, clock
 # --- one session
 
 
+def session_document(tracker: Tracker, clock: Clock, name: str = "s", **parameters: int) -> dict[str, Any] | None:
+    """GET /stats/sessions/{id} without a history."""
+    question = session_question({"session": name, **parameters}, tracker.session(name), clock.now)
+    status, body = question(None)
+    return json.loads(body) if status == 200 else None
+
+
 def test_a_session_is_told_with_its_turns_latest_first(tracker: Tracker, clock: Clock) -> None:
     take_turn(tracker, clock, "t1")
     take_turn(tracker, clock, "other", session="another")
     take_turn(tracker, clock, "t2", post_ms=7.0)
     start(tracker, clock, "t3")
-    document = tracker.session("s")
+    document = session_document(tracker, clock)
     assert document is not None
     check_stats(document, "session_document")
     assert (document["session"]["state"], document["session"]["turns"]) == ("waiting", 2)
-    assert [(row["turn"], row["post_ms"]) for row in document["turns"]] == [("t2", None), ("t1", 7.0)]
+    assert [(row["number"], row["turn"], row["post_ms"]) for row in document["turns"]] == [
+        (2, "t2", None),
+        (1, "t1", 7.0),
+    ]
 
 
 def test_a_session_that_ended_is_told_and_one_that_never_was_is_not(tracker: Tracker, clock: Clock) -> None:
     take_turn(tracker, clock, "t1")
     tracker.observe(SessionEnded("s", clock.now))
-    document = tracker.session("s")
+    document = session_document(tracker, clock)
     assert document is not None
     assert document["session"]["state"] == "ended"
-    assert tracker.session("another") is None
+    assert session_document(tracker, clock, "another") is None
 
 
 def test_of_a_sessions_turns_the_latest_two_hundred_are_told(tracker: Tracker, clock: Clock) -> None:
     for number in range(205):
         take_turn(tracker, clock, str(number))
-    document = tracker.session("s")
+    document = session_document(tracker, clock)
     assert document is not None
     assert [row["turn"] for row in document["turns"]] == [str(number) for number in range(204, 4, -1)]
+    document = session_document(tracker, clock, limit=3, before=8)
+    assert document is not None
+    assert [row["number"] for row in document["turns"]] == [7, 6, 5]
+    assert document["turns_total"] == 205
 
 
 # --- records of turns, for those who keep them
