@@ -81,8 +81,8 @@ try:
         STRATEGY_NAMES,
         ClusterConfig,
         Config,
-        ContainerConfig,
         ModelConfig,
+        OtelConfig,
         ProxyConfig,
         Rule,
         SlurmConfig,
@@ -101,12 +101,14 @@ except ImportError as error:
 if TYPE_CHECKING:
     from agent_infra_core.control.controller import Controller
     from agent_infra_core.control.handover import Handover
+    from agent_infra_core.control.scaling import Autoscaler
     from agent_infra_core.control.status import ProxyClient
     from agent_infra_core.fleet.cluster import Cluster, Logs
     from agent_infra_core.fleet.place import JobRequest
     from agent_infra_core.host import CommandRunner
     from agent_infra_core.http.heads import RequestHead
     from agent_infra_core.insight.history import HistoryFile
+    from agent_infra_core.insight.spans import Span
     from agent_infra_core.relay.server import Relay
     from agent_infra_core.ssh.forwards import ForwardServer
     from agent_infra_core.ssh.login_host import LoginHost
@@ -139,9 +141,9 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
 
 
 def load_proxy_config(path: str | os.PathLike[str]) -> Config:
-    """Read only the sections ``proxy``, ``headers`` and ``analysis`` of a configuration, for a proxy alone. Raises
+    """Read what a proxy alone needs of a configuration: ``proxy``, ``headers``, ``analysis``, ``otel``. Raises
     ConfigError."""
-    wanted = ("version", "proxy", "headers", "analysis")
+    wanted = ("version", "proxy", "headers", "analysis", "otel")
     alone = {"models": [{"name": "alone", "model_path": "smollm2-135m-instruct"}]}
     return _read_config(path, lambda document: alone | {key: document[key] for key in wanted if key in document})
 
@@ -196,7 +198,7 @@ def _validated(document: Any, problems: list[str]) -> Config:
             return config
     except marshmallow.ValidationError as error:
         problems += _describe_errors(error.messages, "")
-        if error.messages_dict.keys() <= {"version", "proxy", "models", "headers", "analysis"}:
+        if error.messages_dict.keys() <= {"version", "proxy", "models", "headers", "analysis", "otel"}:
             valid: Any = error.valid_data
             deployment = valid.get("cluster", DEFAULT_CONFIG.cluster).name
     raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems), deployment)
@@ -365,6 +367,9 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"{path}.command: is required with engine: command; an argv such as [my-server, --port, '{{port}}']"
         if model.engine != "command" and model.command:
             yield f"{path}.command: belongs to engine: command, not to {model.engine}; delete it or change engine"
+        low, most = model.min_replicas or 0, model.max_replicas or model.replicas
+        if not low <= model.replicas <= most:
+            yield f"{path}.replicas: found {model.replicas}; allowed: min_replicas to max_replicas ({low} to {most})"
         if model.command and not any("{port}" in word for word in model.command):
             yield f"{path}.command: {{port}} must be part of it, so that the server listens where it is expected"
 
@@ -447,23 +452,16 @@ def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, s
     return [(name, value) for name, value in options.items() if value is not None]
 
 
-def job_launchers(request: JobRequest, container: ContainerConfig | None) -> tuple[ShellText, ShellText]:
+def job_launchers(request: JobRequest, slurm: SlurmConfig) -> tuple[ShellText, ShellText]:
     """Return the shell command before `serve`, and the one before `rank` (which srun starts)."""
-    if container is None:
+    from agent_infra_core.fleet.containers import container_launchers, inside_of
+
+    if slurm.container is None:
         bare = ShellText(f'"$python" {shlex.quote(request.program)}')
         return bare, bare
-    folders = [request.work_dir]
-    if request.model.model_path.startswith("/"):
-        folders.append(os.path.dirname(request.model.model_path))
-    if container.runtime == "apptainer":
-        words = ["apptainer", "exec", *(["--nv"] if request.gpus else [])]
-        words += [word for folder in folders for word in ("--bind", folder)]
-        inside = ShellText(shlex.join([*words, container.image, "python3", request.program]))
-        return inside, inside
-    mounts = ",".join(f"{folder}:{folder}" for folder in folders)
-    words = [f"--container-image={container.image}", f"--container-mounts={mounts}", "python3", request.program]
-    head = ["srun", "--nodes=1", "--ntasks=1", "--relative=0", "--cpu-bind=none", *words]
-    return ShellText(shlex.join(head)), ShellText(shlex.join(words))
+    inside = inside_of(slurm, request.model, request.work_dir, has_gpus=request.gpus > 0)
+    launcher, of_ranks = container_launchers(inside, request.program)
+    return ShellText(launcher), ShellText(of_ranks)
 
 
 def job_template(request: JobRequest) -> str:
@@ -489,7 +487,7 @@ def render_job(request: JobRequest, slurm: SlurmConfig) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["shell"] = ShellText
-    launcher, rank_launcher = job_launchers(request, slurm.container)
+    launcher, rank_launcher = job_launchers(request, slurm)
     values = {item.name: getattr(request, item.name) for item in dataclasses.fields(request)}
     values |= {"partition": request.partition.name, "directives": job_directives(request, slurm)}
     values |= {"setup": slurm.setup, "container": slurm.container, "version": __version__}
@@ -850,6 +848,60 @@ def run_relay(socket_path: str, listener_fd: int) -> int:
 # =====================================================================================================================
 
 
+class OtlpSender:
+    """Sends spans to an OpenTelemetry receiver, by OTLP over HTTP."""
+
+    def __init__(self, config: OtelConfig) -> None:
+        import logging
+
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # TurnExporter tells what fails, once
+        headers = dict(config.headers) or None
+        self._exporter = OTLPSpanExporter(config.endpoint, headers=headers, timeout=OTLP_TIMEOUT_S)
+        self._resource = Resource.create({"service.name": "agent-infra", "service.version": __version__})
+
+    def send(self, spans: Sequence[Span]) -> bool:
+        """Send spans; blocks for OTLP_TIMEOUT_S at most. Returns whether the receiver took them."""
+        from opentelemetry.sdk.trace.export import SpanExportResult
+
+        return self._exporter.export([self._readable(span) for span in spans]) is SpanExportResult.SUCCESS
+
+    def _readable(self, span: Span) -> Any:
+        from opentelemetry import trace
+        from opentelemetry.sdk.trace import ReadableSpan
+
+        status = trace.StatusCode.UNSET if span.error is None else trace.StatusCode.ERROR
+        return ReadableSpan(
+            span.name,
+            trace.SpanContext(span.trace_id, span.span_id, False, trace.TraceFlags(trace.TraceFlags.SAMPLED)),
+            resource=self._resource,
+            attributes=span.attributes,
+            kind=trace.SpanKind.CLIENT,
+            status=trace.Status(status, span.error),
+            start_time=span.start_ns,
+            end_time=span.end_ns,
+        )
+
+    def close(self) -> None:
+        self._exporter.shutdown()  # type: ignore[no-untyped-call]
+
+
+OTLP_TIMEOUT_S = 5.0
+
+
+def span_sender(config: OtelConfig) -> OtlpSender | None:
+    """Return what sends turns to ``otel.endpoint``; None without one. RefusedError if a package is missing."""
+    if config.endpoint is None:
+        return None
+    try:
+        return OtlpSender(config)
+    except ImportError as error:
+        packages = "'opentelemetry-sdk>=1.37,<2' 'opentelemetry-exporter-otlp-proto-http>=1.37,<2'"
+        raise RefusedError(f"otel.endpoint needs OpenTelemetry: pip install {packages}") from error
+
+
 ENDING_S = 10.0  # time for replicas to disappear after a stop without grace
 SCALE_DRAIN_S = 300.0  # time for a replica's turns to finish when `scale` removes it
 STARTING_POLL_S = 5.0  # longest interval between checks while a command waits for replicas
@@ -913,6 +965,7 @@ class Deployment:
         self._lock = DeploymentLock(self.paths)
         self.controller: Controller | None = None
         self._handover: Handover | None = None
+        self._autoscaler: Autoscaler | None = None
 
     def select_models(self, name: str | None = None, replicas: int | None = None) -> list[ModelConfig]:
         """Return all models, or only the one called ``name``. Raises RefusedError when there is no such model."""
@@ -1017,6 +1070,7 @@ class Deployment:
         """
         from agent_infra_core.control.controller import Controller
         from agent_infra_core.control.handover import Handover
+        from agent_infra_core.control.scaling import Autoscaler
         from agent_infra_core.fleet.engines import GUARDED_ENGINES
         from agent_infra_core.fleet.slurm import SlurmCluster
         from agent_infra_core.ssh.tunnels import TunnelSet
@@ -1035,19 +1089,22 @@ class Deployment:
             log_format=log_format,
             pause_s=self.cluster.poll_s,
             tunnels=tunnels,
+            spans=span_sender(self.config.otel),
         )
         controller.expected = frozenset(model.name for model in expected)
         if isinstance(self.cluster, SlurmCluster) and self.config.cluster.slurm.handover:
             self._handover = Handover(self, self.cluster, controller.drain)
-        self.controller = controller
+        self.controller, self._autoscaler = controller, Autoscaler(self, self.cluster, controller)
         controller.start()
         return controller
 
     def _look(self) -> list[ReplicaRecord]:
-        """Return the replicas. While the controller runs, also replace those whose walltime is about to end."""
+        """Return the replicas. While the controller runs, also scale, and replace those whose walltime ends soon."""
         records = self.cluster.replicas()
-        if self._handover is not None and self.controller is not None and self.controller.is_running:
-            self._handover.follow(records)
+        if self.controller is not None and self.controller.is_running:
+            for follower in (self._handover, self._autoscaler):
+                if follower is not None:
+                    follower.follow(records)
         return records
 
     def disconnect(self, grace_s: float) -> None:
@@ -1536,6 +1593,8 @@ def _connect(arguments: argparse.Namespace, detach: Callable[[Path], None] | Non
     from agent_infra_core.control.link import DRAIN_S
 
     deployment = _deployment(arguments)
+    if arguments.dashboard:
+        page_script()
     signals = OperatorSignals()
     deployment.claim("connect")
     try:
@@ -1548,11 +1607,12 @@ def _connect(arguments: argparse.Namespace, detach: Callable[[Path], None] | Non
                 _say(f"degraded: {reason}")
         except HostUnreachableError as error:  # the proxy serves what it knows
             _say(f"degraded: {error}")
-        if detach is not None:
-            log = deployment.paths.log("proxy")
-            _say(f"runs in the background: `stop` ends it and the replicas, `kill {os.getpid()}` it alone; log: {log}")
-            detach(log)
-        _attend(controller, signals)
+        with _page(arguments.dashboard, deployment, controller.url):
+            if detach is not None:
+                log, pid = deployment.paths.log("proxy"), os.getpid()
+                _say(f"runs in the background: `stop` ends it and the replicas, `kill {pid}` it alone; log: {log}")
+                detach(log)
+            _attend(controller, signals)
         _say("finishing the turns in flight (Ctrl-C again ends them now); the replicas keep running, `stop` ends them")
     finally:
         deployment.disconnect(DRAIN_S)
@@ -1660,6 +1720,20 @@ class PageProcess:
             self._process.stdin.close()
 
 
+@contextlib.contextmanager
+def _page(is_wanted: bool, deployment: Deployment, proxy: str) -> Iterator[None]:
+    """Serve the page for the length of the block, if it is wanted."""
+    if not is_wanted:
+        yield
+        return
+    page = PageProcess(deployment, proxy)
+    try:
+        _say(f"page   {page.url}")
+        yield
+    finally:
+        page.close()
+
+
 def _end_with_input() -> None:
     """Wait for the end of standard input, which means that the parent is gone; then end this process."""
     with contextlib.suppress(OSError):  # an unreadable one counts as ended
@@ -1669,7 +1743,7 @@ def _end_with_input() -> None:
 
 
 def _run_page(arguments: argparse.Namespace) -> int:
-    """Run the `page` role, which `up --dashboard` starts."""
+    """Run the `page` role, which `--dashboard` starts."""
     threading.Thread(target=_end_with_input, name="lifeline", daemon=True).start()
     return serve_page(page_script(), arguments.port, arguments.proxy, None)
 
@@ -1716,9 +1790,17 @@ def _wait_for_some(deployment: Deployment, controller: Controller, signals: Oper
 
 @contextlib.contextmanager
 def _serving(
-    deployment: Deployment, models: Sequence[ModelConfig], signals: OperatorSignals, verb: str, log_format: str
+    deployment: Deployment,
+    models: Sequence[ModelConfig],
+    signals: OperatorSignals,
+    verb: str,
+    log_format: str,
+    has_page: bool = False,
 ) -> Iterator[Controller]:
-    """Run replicas and proxy for the length of the block, which begins once some are ready, or after a signal."""
+    """Run replicas and proxy for the length of the block, which begins once some are ready, or after a signal.
+
+    The page is there before: it also shows replicas that aren't ready yet.
+    """
     deployment.claim(verb)
     try:
         controller = deployment.connect(log_format, models)
@@ -1733,11 +1815,12 @@ def _serving(
     try:
         controller.refresh()
         controller.expected = frozenset()
-        records = _wait_for_some(deployment, controller, signals)
-        if not signals.came():
-            controller.refresh()
-            _tell_queued(records)
-        yield controller
+        with _page(has_page, deployment, controller.url):
+            records = _wait_for_some(deployment, controller, signals)
+            if not signals.came():
+                controller.refresh()
+                _tell_queued(records)
+            yield controller
         is_over = True
     finally:
         with contextlib.suppress(OSError):  # the terminal may be gone; stop everything anyway
@@ -1756,19 +1839,12 @@ def _run_up(arguments: argparse.Namespace) -> int:
 
 def _up(deployment: Deployment, models: Sequence[ModelConfig], arguments: argparse.Namespace) -> int:
     """Serve until a signal arrives."""
-    page, signals = None, OperatorSignals()
-    with _serving(deployment, models, signals, arguments.verb, arguments.log_format) as controller:
+    signals, verb, has_page = OperatorSignals(), arguments.verb, arguments.dashboard
+    with _serving(deployment, models, signals, verb, arguments.log_format, has_page) as controller:
         if not signals.came():
             _greet(controller, deployment)
-            try:
-                if arguments.dashboard:
-                    page = PageProcess(deployment, controller.url)
-                    _say(f"page   {page.url}")
-                _say("Ctrl-C stops everything")
-                _attend(controller, signals)
-            finally:
-                if page is not None:
-                    page.close()
+            _say("Ctrl-C stops everything")
+            _attend(controller, signals)
     return 0
 
 
@@ -1839,10 +1915,11 @@ def _run_proxy(arguments: argparse.Namespace) -> int:
     records = [parse_backend(text, number) for number, text in enumerate(arguments.backend, start=1)]
     config = _proxy_config(arguments, dict.fromkeys(record.model for record in records))
     paths = deployment_paths(config.cluster.name, os.environ)
+    spans = span_sender(config.otel)
     lock, signals = DeploymentLock(paths), OperatorSignals()
     lock.acquire("proxy")
     keys = (client_key(config, paths), os.environ.get("AGENT_INFRA_BACKEND_KEY"))
-    controller = Controller(config, paths, lambda: records, keys=keys, log_format=arguments.log_format)
+    controller = Controller(config, paths, lambda: records, keys=keys, log_format=arguments.log_format, spans=spans)
     try:
         controller.start()
         signals.on_second = controller.relay.terminate
@@ -2084,14 +2161,42 @@ def _run_export(arguments: argparse.Namespace) -> int:
 
 
 def _run_report(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.insight.html_report import HtmlReport
     from agent_infra_core.insight.report import Report
 
-    with _history_of(arguments) as file, _output(arguments.output) as out:
+    library = _chart_library() if arguments.html is not None else ""
+    with _history_of(arguments) as file:
         title = arguments.history or f"Deployment {load_config(arguments.config).cluster.name}"
-        out.write(
-            printable_text(Report(file, title, arguments.since).text()) if file else f"# {title}\n\nNo turns yet.\n"
-        )
+        if file is None and arguments.html is not None:
+            raise RefusedError("no turns were kept yet: there is nothing to write a page of")
+        report = Report(file, title, arguments.since) if file else None
+        if arguments.html is None or arguments.output is not None:
+            with _output(arguments.output) as out:
+                out.write(printable_text(report.text()) if report else f"# {title}\n\nNo turns yet.\n")
+        if file and report and arguments.html is not None:
+            page = HtmlReport(file, report, arguments.since, time.time()).page(library)
+            with _output(arguments.html) as out:
+                out.write(page)
+            _say(f"wrote {arguments.html}: one page that needs no network")
     return 0
+
+
+def _run_replay(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.routing.replay import replay
+
+    with _history_of(arguments) as file, _output(arguments.output) as out:
+        told = replay(file.query, arguments.model, arguments.since, arguments.kv_tokens) if file else "No turns yet.\n"
+        out.write(printable_text(told))
+    return 0
+
+
+def _chart_library() -> str:
+    """Return the script that draws charts, with all that it needs. Raises RefusedError if its package is missing."""
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise RefusedError("--html needs vl-convert-python: pip install 'vl-convert-python>=1.8,<2'") from error
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def _history_of(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[HistoryFile | None]:
@@ -2217,6 +2322,7 @@ def _add_running_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added.add_argument("--dry-run", action="store_true", help="only print what would be started")
     added = verb("connect", _run_connect, "run the proxy in front of the replicas", "config", "port", "log")
     added.add_argument("--background", action="store_true", help="detach from this terminal once the proxy is ready")
+    added.add_argument("--dashboard", action="store_true", help="also serve the page")
     added = verb("scale", _run_scale, "change how many replicas of a model run", "config")
     added.add_argument("name", metavar="MODEL", help="the model's name")
     added.add_argument("count", metavar="N", type=_count, help="the number of replicas to run")
@@ -2259,7 +2365,7 @@ def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
         "--backend", action="append", required=True, metavar="MODEL=HOST:PORT", help="a server; repeat for each"
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="read its sections proxy, headers and analysis; options override it"
+        "--config", metavar="FILE", help="read its sections proxy, headers, analysis and otel; options override it"
     )
     parser.add_argument("--host", help=f"address to listen on (default {defaults.host})")
     parser.add_argument("--port", type=_port, help=f"default {defaults.port}; 0 = any free one")
@@ -2335,7 +2441,11 @@ def _add_history_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added = verb("export", _run_export, "print every finished turn, one per line", "config", "history")
     added.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="default csv")
     added.add_argument("--session", metavar="ID", help="only this session's")
-    verb("report", _run_report, "summarise a run in Markdown", "config", "history")
+    added = verb("report", _run_report, "summarise a run in Markdown", "config", "history")
+    added.add_argument("--html", metavar="FILE", help="write a page with charts instead, which opens without a network")
+    added = verb("replay", _run_replay, "would another routing policy have been faster?", "config", "history")
+    added.add_argument("--model", metavar="NAME", help="default: the one with the most turns")
+    added.add_argument("--kv-tokens", type=_at_least_one, metavar="N", help="capacity of a replica's KV cache")
 
 
 def _at_least_one(text: str) -> int:

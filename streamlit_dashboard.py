@@ -1,20 +1,20 @@
-"""The page of Agent Infra: replicas, queue, sessions, and what limits the run.
+"""The page of Agent Infra: replicas, sessions and their turns, what limits the run, and how it went over time.
 
     python agent_infra.py dashboard
     streamlit run streamlit_dashboard.py -- --proxy http://127.0.0.1:5800 [--token-file FILE]
 
-It is a separate program: it reads GET /stats and GET /stats/sessions/{id} and keeps no history.
-The sections, each of which refers only to those above it: formats · client · shaping (dict → DataFrame) · charts
-(DataFrame → alt.Chart) · nodes and panels (DataFrame → plain data that the browser part makes elements of) · views
-(the only ones that speak to Streamlit) · main.
+A separate program in one file: it reads GET /stats, /history, /sessions and /stats/sessions/{id}, and stores nothing.
+The sections, each of which refers only to those above it: formats · client · status · shaping (dict → DataFrame) ·
+charts (DataFrame → alt.Chart) · browser parts · views (the only ones that speak to Streamlit) · main.
 
-Text from agents (prompts, answers, ids) reaches the browser as text nodes and attribute values, never as
-markup or Markdown: no view hands such a string to a Streamlit element, and the browser part knows no innerHTML.
+Text from agents (prompts, answers, ids) is shown by st.text, st.code, cells of dataframes and text nodes alone,
+never as markup or Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import hmac
 import json
@@ -27,10 +27,13 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
+from zoneinfo import ZoneInfo
 
 import altair as alt
 import pandas as pd
@@ -39,10 +42,10 @@ import streamlit as st
 DEFAULT_PROXY = "http://127.0.0.1:5800"
 SCHEMA_VERSION = 2  # of /stats, as this page reads it
 INTERVALS_S = (1, 2, 5, 10)
-EXPLAIN_EVERY_S = 5.0  # charts and analysis: the proxy doesn't compute them more often
-MAX_POINTS = 500  # of a chart's line
-LISTED_BACKENDS, LISTED_CLIENTS, LISTED_SESSIONS, LISTED_TURNS, LISTED_WAITING = 16, 8, 6, 12, 5  # before "show all"
-OPEN_SESSIONS = 8  # whose turns are requested at a time
+CHARTS_EVERY_S = 5.0
+LIST_EVERY_S = 2.0
+LISTED_SESSIONS = 200  # on one page of the list
+LISTED_TURNS = 200  # on one page of a session
 
 # =====================================================================================================================
 # Formats: figures with their units. Unknown values are a dash, never a guess and never NaN.
@@ -71,23 +74,23 @@ def part(document: Any, *names: str) -> Mapping[str, Any]:
 
 
 def duration(ms: Any) -> str:
-    """A duration of ``ms`` with about three digits: 0.4 ms, 340 ms, 3.21 s, 2 min 05 s, 3 h 12 min, 4 d 3 h."""
+    """A duration of ``ms`` with about three digits: 0.4 ms, 340 ms, 3.21 s, 2 min 05 s, 5 min, 3 h 12 min."""
     if not is_known(ms):
         return UNKNOWN
     if ms < 9.95:
-        return f"{ms:.1f}{SPACE}ms" if ms else f"0{SPACE}ms"
+        return f"{ms:.1f}{SPACE}ms" if ms > 0 else f"0{SPACE}ms"
     if ms < 999.5:
         return f"{ms:.0f}{SPACE}ms"
     seconds = ms / 1000
     if seconds < 59.95:
         return f"{seconds:.{2 if seconds < 9.995 else 1}f}{SPACE}s"
     whole = round(seconds)
-    for size, unit, part, part_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if whole >= size:
-            return (
-                f"{whole // size}{SPACE}{unit} {whole % size // part:0{1 if size == 86400 else 2}d}{SPACE}{part_unit}"
-            )
-    return f"{whole}{SPACE}s"
+    size, unit, part, part_unit = next(
+        row for row in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")) if whole >= row[0]
+    )
+    rest = whole % size // part
+    tail = f" {rest:0{1 if size == 86400 else 2}d}{SPACE}{part_unit}" if rest else ""
+    return f"{whole // size}{SPACE}{unit}{tail}"
 
 
 def seconds(value: Any) -> str:
@@ -122,20 +125,47 @@ def figure(value: Any) -> str:
 
 
 def percent(fraction: Any, signed: bool = False) -> str:
-    """A share: 4 %, 0.4 %, and with ``signed`` +4 %, −12 %."""
+    """A share: 4 %, 0.4 %, and with ``signed`` +4 %, −12 %; a change that rounds to nothing has no sign."""
     if not is_known(fraction):
         return UNKNOWN
     value = fraction * 100
-    digits = 1 if 0 < abs(value) < 0.95 else 0
-    return f"{value:{'+' if signed else ''}.{digits}f}{SPACE}%".replace("-", "−")
+    text = f"{value:{'+' if signed else ''}.{1 if 0 < abs(value) < 0.95 else 0}f}"
+    if float(text) == 0:
+        text = "0"
+    return f"{text}{SPACE}%".replace("-", "−")
 
 
 def gibibytes(value: Any) -> str:
     return f"{value / 2**30:.1f}{SPACE}GiB" if is_known(value) else UNKNOWN
 
 
+def estimate(value: Mapping[str, Any], show: Callable[[Any], str] = figure, unit: str | None = None) -> str:
+    """An Estimate as text: "147 agents (135 to 159)", a range alone, or a dash."""
+    low, high = value.get("low"), value.get("high")
+    unit = str(value.get("unit") or "") if unit is None else unit
+    tail = f"{SPACE}{unit}" if unit else ""
+    span = f"{show(low)} to {show(high)}" if is_known(low) and is_known(high) else None
+    if is_known(value.get("value")):
+        return f"{show(value['value'])}{tail}" + (f" ({span})" if span and show(low) != show(high) else "")
+    return f"{span}{tail}" if span else UNKNOWN
+
+
+def ago(now: Any, at: Any) -> float | None:
+    """Seconds since ``at`` by the proxy's clock, at least 0."""
+    return max(0.0, now - at) if is_known(now) and is_known(at) else None
+
+
+def clock(at: float, zone: str | None) -> str:
+    """A time of day in the viewer's zone: 14:32:05, with the day if it is another one than today."""
+    try:
+        tz: Any = ZoneInfo(zone) if zone else timezone.utc
+    except (KeyError, ValueError):
+        tz = timezone.utc
+    return datetime.fromtimestamp(at, tz).strftime("%H:%M:%S")
+
+
 # =====================================================================================================================
-# Client: asks the proxy. The only part that does I/O; its one thread ends by itself when nobody reads.
+# Client: asks the proxy. The only part that does I/O.
 # =====================================================================================================================
 
 
@@ -149,12 +179,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Reading:
-    """The last reading. ``document`` stays the last good one while there is a problem."""
+    """The last reading of a document. ``document`` stays the last good one while there is a problem."""
 
     document: Mapping[str, Any] | None = None
     read_at: float = 0.0  # monotonic seconds: when the document came
     problem: Problem | None = None
-    sessions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # id → body of GET /stats/sessions/{id}
 
 
 class ProxyError(Exception):
@@ -174,25 +203,29 @@ def checked_url(url: str) -> str:
 
 
 class ProxyClient:
-    """GET requests to one proxy, over one kept connection; owned by one thread at a time."""
+    """GET requests to one proxy, over one kept connection per thread."""
 
     def __init__(self, url: str, token: str | None) -> None:
         import requests
 
         self.url = url
         self._requests = requests
-        self._session = requests.Session()
-        self._session.trust_env = False  # ignores http_proxy and ~/.netrc
-        if token:
-            self._session.headers["Authorization"] = f"Bearer {token}"
+        self._token = token
+        self._of_thread = threading.local()
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str) -> Mapping[str, Any]:
         """The JSON document at ``path``; ProxyError, with what to do, if there is none."""
+        session = getattr(self._of_thread, "session", None)
+        if session is None:
+            session = self._of_thread.session = self._requests.Session()
+            session.trust_env = False  # ignores http_proxy and ~/.netrc
+            if self._token:
+                session.headers["Authorization"] = f"Bearer {self._token}"
         try:
-            answer = self._session.get(self.url + path, timeout=(2.0, 5.0), allow_redirects=False)
+            answer = session.get(self.url + path, timeout=(2.0, 10.0), allow_redirects=False)
         except self._requests.Timeout:
             raise ProxyError(
-                f"The proxy at {self.url} does not answer in time.",
+                f"The proxy at {self.url} doesn't answer in time.",
                 "It may be overloaded, or the network is down; this page keeps trying.",
             ) from None
         except self._requests.RequestException:
@@ -201,32 +234,11 @@ class ProxyClient:
                 "Start one with “python agent_infra.py up” or “connect”, or say where it is with --proxy; "
                 "this page keeps trying.",
             ) from None
-        return _document_of(self.url, answer.status_code, answer.content)
-
-    def stats(self) -> Mapping[str, Any]:
-        """The body of GET /stats, of the version that this page reads."""
-        document = self.get("/stats")
-        version = document.get("schema_version") if isinstance(document, dict) else None
-        if not isinstance(version, int):
-            raise ProxyError(
-                f"What answers at {self.url} is not Agent Infra's proxy.", "Say where the proxy is with --proxy."
-            )
-        if version != SCHEMA_VERSION:
-            older, newer = ("proxy", "page") if version < SCHEMA_VERSION else ("page", "proxy")
-            raise ProxyError(
-                f"The proxy at {self.url} speaks version {version} of /stats, this page reads {SCHEMA_VERSION}.",
-                f"The {older} is older than the {newer}: run both from the same release of Agent Infra.",
-            )
-        return dict(document)
-
-    def session(self, name: str) -> Mapping[str, Any]:
-        """The body of GET /stats/sessions/{id}."""
-        document = self.get(f"/stats/sessions/{quote(name, safe='')}")
-        return document if isinstance(document, dict) else {}
+        return document_of(self.url, path, answer.status_code, answer.content)
 
 
-def _document_of(url: str, status: int, body: bytes) -> Any:
-    """The document of an answer; ProxyError if it isn't valid."""
+def document_of(url: str, path: str, status: int, body: bytes) -> Mapping[str, Any]:
+    """The document of an answer; ProxyError if it isn't one, or is of another version than this page."""
     if status in (401, 403):
         raise ProxyError(
             f"The proxy at {url} asks for its key.",
@@ -236,106 +248,84 @@ def _document_of(url: str, status: int, body: bytes) -> Any:
     if status == 503:
         raise ProxyError(f"The proxy at {url} has no figures yet.", "It has just started; this page keeps trying.")
     try:
-        document = json.loads(body) if status == 200 else None
+        document = json.loads(body)
     except ValueError:
         document = None
-    if document is None:
+    message = part(document, "error").get("message")
+    if status != 200 and path != "/stats" and isinstance(message, str):
+        raise ProxyError(message, "")
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if status != 200 or not isinstance(document, dict) or (path == "/stats" and not isinstance(version, int)):
         raise ProxyError(
-            f"What answers at {url} is not Agent Infra's proxy (status {status}).", "Say where it is with --proxy."
+            f"What answers at {url} isn't Agent Infra's proxy (status {status}).", "Say where it is with --proxy."
+        )
+    if path == "/stats" and version != SCHEMA_VERSION:
+        older, newer = ("proxy", "page") if int(version or 0) < SCHEMA_VERSION else ("page", "proxy")
+        raise ProxyError(
+            f"The proxy at {url} speaks version {version} of /stats, this page reads {SCHEMA_VERSION}.",
+            f"The {older} is older than the {newer}: run both from the same release of Agent Infra.",
         )
     return document
 
 
-class Poller:
-    """The last reading of one proxy, shared by all viewers, so the proxy is asked once per interval.
+class Kept:
+    """A document that viewers read: its last reading, and the request under way or done last."""
 
-    Reads on demand in its own thread, so an unresponsive proxy delays nobody: a caller waits for
-    ``patience_s`` and then gets the last reading. The thread ends after ``idle_s`` without a caller.
+    def __init__(self) -> None:
+        self.reading = Reading()
+        self.asked_at = -math.inf
+        self.request: Future[None] | None = None
+
+
+class Documents:
+    """The documents of one proxy, shared by all viewers, so each is requested once per interval.
+
+    Requests run in threads of their own, so an unresponsive proxy delays nobody: a caller waits for ``patience_s`` and
+    then gets the last reading. At most MOST documents are kept; the one read longest ago goes first.
     """
 
-    def __init__(self, client: ProxyClient, clock: Callable[[], float] = time.monotonic, idle_s: float = 30.0) -> None:
+    MOST = 48
+
+    def __init__(self, client: ProxyClient, clock: Callable[[], float] = time.monotonic) -> None:
         self._client = client
         self.clock = clock
-        self._idle_s = idle_s
-        self._changed = threading.Condition()  # guards all below
-        self._reading = Reading()
-        self._wanted: dict[str, float] = {}  # session → when it was last requested
-        self._asked = self._done = 0
-        self._done_at = -math.inf
-        self._thread: threading.Thread | None = None
+        self._threads = ThreadPoolExecutor(3, "agent-infra-page")
+        self._lock = threading.Lock()  # guards the two below and what is in them
+        self._kept: dict[str, Kept] = {}  # path → document, the one read last at the end
 
-    def read(self, max_age_s: float, sessions: Iterable[str] = (), patience_s: float = 0.5) -> Reading:
-        """The last reading; refreshed if it is older than ``max_age_s`` or lacks one of ``sessions``."""
-        with self._changed:
-            now = self.clock()
-            self._wanted.update((name, now) for name in sessions)
-            lacks = any(name not in self._reading.sessions for name in sessions)
-            if now - self._done_at > max_age_s or lacks:
-                self._asked = max(self._asked, self._done + 1)
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name="agent-infra-poller", daemon=True)
-                    self._thread.start()
-                self._changed.notify_all()
-                asked = self._asked
-                self._changed.wait_for(lambda: self._done >= asked, patience_s)
-            return self._reading
+    def read(self, path: str, max_age_s: float, patience_s: float = 0.5) -> Reading:
+        """The last reading of ``path``; requested again if it is older than ``max_age_s``."""
+        with self._lock:
+            kept = self._kept.pop(path) if path in self._kept else Kept()
+            self._kept[path] = kept
+            while len(self._kept) > self.MOST:
+                del self._kept[next(iter(self._kept))]
+            is_idle = kept.request is None or kept.request.done()
+            if is_idle and self.clock() - kept.asked_at > max_age_s:
+                kept.asked_at = self.clock()
+                kept.request = self._threads.submit(self._request, path, kept)
+            request = kept.request
+        if request is not None:
+            wait((request,), patience_s)
+        return kept.reading
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                if not self._changed.wait_for(lambda: self._asked > self._done, self._idle_s):
-                    self._thread = None
-                    return
-                latest = sorted(self._wanted.items(), key=lambda item: item[1])[-2 * OPEN_SESSIONS :]
-                self._wanted = {name: at for name, at in latest if at > self.clock() - self._idle_s}
-                wanted, former = tuple(self._wanted), self._reading
-            try:
-                reading = self._fetch(former, wanted)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the viewers are told and the next read tries again
-                reading = replace(former, problem=Problem(f"This page failed: {error!r}.", "It keeps trying."))
-            with self._changed:
-                self._reading = reading
-                self._done += 1
-                self._done_at = self.clock()
-                self._changed.notify_all()
-
-    def _fetch(self, former: Reading, wanted: Iterable[str]) -> Reading:
+    def _request(self, path: str, kept: Kept) -> None:
         try:
-            document = self._client.stats()
+            kept.reading = Reading(self._client.get(path), self.clock())
         except ProxyError as error:
-            return replace(former, problem=error.problem)
-        read_at = self.clock()
-        rows, rows_before = session_rows(document), session_rows(former.document or {})
-        details: dict[str, Mapping[str, Any]] = {}
-        for name in wanted:
-            known = former.sessions.get(name)
-            if known is not None and "problem" not in known and rows.get(name) == rows_before.get(name):
-                details[name] = known  # nothing has happened in it since
-                continue
-            try:
-                details[name] = self._client.session(name)
-            except ProxyError as error:
-                details[name] = {"problem": error.problem.what}
-        return Reading(document, read_at, None, details)
-
-
-def session_rows(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Session → its row in /stats."""
-    return {
-        row["id"]: row
-        for client in listed(document, "clients")
-        for row in listed(client, "sessions")
-        if isinstance(row.get("id"), str)
-    }
+            kept.reading = replace(kept.reading, problem=error.problem)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the viewers are told and the next read tries again
+            kept.reading = replace(kept.reading, problem=Problem(f"This page failed: {error!r}.", "It keeps trying."))
 
 
 # =====================================================================================================================
-# Shaping: documents → DataFrames. Pure; every figure may be missing. All times are by the proxy's clock.
+# Status: what is going on, in one line. Pure: a function of /stats and of how old it is.
 # =====================================================================================================================
 
 # Judgements: a word always stands beside the colour, and a shape before it.
 GOOD, BUSY, BAD, NEUTRAL = "good", "busy", "bad", "neutral"
 SHAPES = {GOOD: "●", BUSY: "▲", BAD: "✕", NEUTRAL: "○"}
+COLOURS: Mapping[str, Any] = {GOOD: "green", BUSY: "orange", BAD: "red", NEUTRAL: "gray"}  # as Streamlit names them
 JUDGEMENT_OF_STATE = {
     "ready": GOOD,
     "pending": NEUTRAL,
@@ -347,64 +337,277 @@ JUDGEMENT_OF_STATE = {
     "lost": BAD,
     "unhealthy": BAD,
 }
-JUDGEMENT_OF_OUTCOME = {"completed": GOOD, "error": BAD, "cut": BAD, "rejected": BAD, "aborted": NEUTRAL}
-JUDGEMENT_OF_VERDICT = {
-    "BALANCED": GOOD,
-    "GPU-BOUND": BUSY,
-    "AGENT-BOUND": BUSY,
-    "LATENCY-BOUND": BUSY,
-    "KV-BOUND": BUSY,
-    "IMBALANCED": BUSY,
-    "UNHEALTHY": BAD,
-}
-# Of a turn, in their order. Without streaming, prefill is unknown: all of it is "inference".
-PHASES = ("pre", "queue", "prefill", "decode", "inference", "post", "unaccounted")
-BACKEND_COLUMNS = (
-    *("id", "model", "node", "partition", "state", "judgement", "reason", "restarts", "gpus", "gpu_name"),
-    *("gpu_utilization", "memory_used", "memory_total", "kv_usage", "in_flight", "slots", "in_flight_history"),
-    *("ttft_ms", "p50_ms", "p95_ms", "is_slowest", "tunnel", "tunnel_judgement", "left_s", "requests", "errors"),
-)
-SESSION_COLUMNS = (
-    *("client", "command", "id", "task", "model", "backend", "state", "turns", "errors", "silent_s"),
-    *("pre", "queue", "inference", "post", "unaccounted", "context_tokens", "prompt_tokens"),
-    *("cached_tokens", "cache_misses", "last_miss", "alerts", "moves"),
-)
-TURN_COLUMNS = (
-    *("turn", "session", "task", "model", "backend", "ago_s", "outcome", "judgement", *PHASES, "ttft_ms", "total_ms"),
-    *("prompt_tokens", "completion_tokens", "cached_tokens", "is_estimated", "cache_miss", "retries"),
-    *("prompt", "answer", "error"),
-)
-# The panels of the timeline: their lines, by the names that the proxy's history has and as they are shown.
-TIMELINE: Mapping[str, Mapping[str, str]] = {
-    "throughput": {"turns_per_minute": "turns"},
-    "latency": {"p50": "median", "p95": "95th percentile"},
-    "agents": {"active_sessions": "active agents", "in_flight": "turns in flight", "pending": "turns waiting"},
-}
-CAPACITY = {"curve": "predicted, with its interval", "here": "you are here, as measured"}
-SLOW_FACTOR = 1.2  # a replica whose median latency exceeds the median of all by this factor is marked
+JUDGEMENT_OF_VERDICT = {"BALANCED": GOOD, "NO DATA": NEUTRAL, "UNHEALTHY": BAD}  # all others: BUSY
+STARTING = ("pending", "starting", "loading")
+FAILED_OUTCOMES = ("error", "cut")
+STALE_S = 10.0  # figures older than this come from no controller
+IDLE_S = 60.0  # without a turn for so long, nothing is going on
+RECENT_S = 300.0  # window of the error rate
+BAD_ERROR_SHARE = 0.05
+RESTARTED_S = 120.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """One statement about the deployment: its judgement, a word, a sentence, and what to do."""
+
+    judgement: str
+    word: str
+    sentence: str
+    hint: str = ""
+
+
+def status_of(
+    document: Mapping[str, Any], problem: Problem | None, age_s: float | None, zone: str | None = None
+) -> list[Status]:
+    """What is going on, the most urgent first; the first one is the headline, and the others never contradict it.
+
+    Without current figures, that is all that is said: figures of the past say nothing about now.
+    """
+    if problem is not None:
+        old = f" The figures below are {seconds(age_s)} old." if document and age_s is not None else ""
+        return [Status(BAD, "NO CONNECTION", problem.what + old, problem.fix)]
+    if not document:
+        return [Status(NEUTRAL, "CONNECTING", "Waiting for the proxy's first answer.")]
+    if age_s is not None and age_s >= STALE_S:
+        return [
+            Status(
+                BAD,
+                "CONTROLLER GONE",
+                f"The figures below are {seconds(age_s)} old: the controller is gone. Turns are still served.",
+                "“python agent_infra.py connect” takes over.",
+            )
+        ]
+    found = [*_replica_status(document), *_error_status(document)]
+    found += [*_activity_status(document, zone, is_down=not _ready(document)), *_side_status(document)]
+    order = (BAD, BUSY, GOOD, NEUTRAL)
+    return sorted(found, key=lambda status: order.index(status.judgement))
+
+
+def state_of(row: Mapping[str, Any]) -> str:
+    """A replica's state; "unhealthy" if it is ready but gets no turns."""
+    state = str(row.get("state") or "unknown")
+    return "unhealthy" if state == "ready" and row.get("healthy") is False else state
+
+
+def _ready(document: Mapping[str, Any]) -> int:
+    return sum(state_of(row) == "ready" for row in listed(document, "backends"))
+
+
+def reason_of(row: Mapping[str, Any]) -> str:
+    """Why a replica is in its state: the class of its failure, its progress or its reason; empty if unknown."""
+    failure = part(row, "failure")
+    known = (row.get("state") == "failed" and failure.get("kind"), row.get("progress"), row.get("reason"))
+    return next((str(text).replace("_", " ") for text in known if text), "")
+
+
+def hint_of(row: Mapping[str, Any]) -> str:
+    """What to do about a replica's failure."""
+    return str(part(row, "failure").get("hint") or "")
+
+
+def _named(rows: Sequence[Mapping[str, Any]], most: int = 3) -> str:
+    """qwen-2 (out of memory), qwen-3 (driver) and 4 more."""
+    shown = []
+    for row in rows[:most]:
+        reason = reason_of(row)
+        short = reason if len(reason) <= 80 else reason[:80].rstrip() + "…"
+        shown.append(f"{row.get('id')}" + (f" ({short})" if reason else ""))
+    more = f" and {len(rows) - most} more" if len(rows) > most else ""
+    return ", ".join(shown) + more
+
+
+def _replica_status(document: Mapping[str, Any]) -> list[Status]:
+    rows = [row for row in listed(document, "backends") if state_of(row) != "stopped"]
+    by_state: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_state.setdefault(state_of(row), []).append(row)
+    ready, total = len(by_state.get("ready", ())), len(rows)
+    if not total:
+        return [Status(NEUTRAL, "NO REPLICAS", "There are no replicas.", "“python agent_infra.py start” starts them.")]
+    found = []
+    failed = by_state.get("failed", []) + by_state.get("lost", [])
+    if failed:
+        hints = list(dict.fromkeys(filter(None, map(hint_of, failed))))
+        text = f"{len(failed)} of {things(total, 'replica')} failed: {_named(failed)}."
+        advice = hints[0] if hints else "“python agent_infra.py logs” shows why."
+        found.append(Status(BAD, "DOWN" if not ready else "FAILED", text, advice))
+    unhealthy = by_state.get("unhealthy", [])
+    if unhealthy:
+        verb = "gets" if len(unhealthy) == 1 else "get"
+        text = f"{len(unhealthy)} of {things(total, 'replica')} {verb} no turns: {_named(unhealthy)}."
+        found.append(Status(BAD, "UNHEALTHY", text, "“python agent_infra.py logs” shows why."))
+    starting = [row for state in STARTING for row in by_state.get(state, ())]
+    if starting:
+        what = ", ".join(f"{len(by_state[state])} {state}" for state in STARTING if state in by_state)
+        text = f"{ready} of {things(total, 'replica')} ready; {what}: {_named(starting)}."
+        found.append(Status(NEUTRAL if ready else BUSY, "STARTING", text))
+    if not found and not ready:
+        found.append(Status(BUSY, "DRAINING", f"None of {things(total, 'replica')} takes new turns."))
+    return found
+
+
+def recent_failures(document: Mapping[str, Any]) -> tuple[int, int, float] | None:
+    """``(failed, finished, window in s)`` of the last 5 minutes, or of the turns that /stats still lists of them.
+
+    None without a finished turn. Failed: error answers and answers that broke off.
+    """
+    now = document.get("now")
+    rows = listed(document, "recent_turns")
+    ages = [age for row in rows for age in [ago(now, row.get("finished_at"))] if age is not None]
+    recent = [row for row in rows if (ago(now, row.get("finished_at")) or 0.0) <= RECENT_S]
+    if not recent or not ages:
+        return None
+    is_cut = len(rows) >= 100 and max(ages) < RECENT_S  # /stats lists at most 100 turns
+    window = max(ages) if is_cut else RECENT_S
+    return sum(row.get("outcome") in FAILED_OUTCOMES for row in recent), len(recent), window
+
+
+def _error_status(document: Mapping[str, Any]) -> list[Status]:
+    recent = recent_failures(document)
+    if recent is None or not recent[0]:
+        return []
+    failed, finished, window = recent
+    text = f"{failed} of {things(finished, 'turn')} failed in the last {seconds(window)}"
+    latest = next((row for row in listed(document, "recent_turns") if row.get("outcome") in FAILED_OUTCOMES), {})
+    why = str(latest.get("error") or "")[:200]
+    text += f": {why.rstrip('.')}." if why else "."
+    is_bad = failed / finished >= BAD_ERROR_SHARE
+    return [Status(BAD if is_bad else BUSY, "ERRORS", text, "They are under Sessions, “failed”.")]
+
+
+def _side_status(document: Mapping[str, Any]) -> list[Status]:
+    """What doesn't concern turns: tunnels, the history, a restart."""
+    found = []
+    down = [row for row in listed(document, "backends") if part(row, "tunnel").get("state") == "down"]
+    if down:
+        names = ", ".join(str(row.get("id")) for row in down[:3])
+        found.append(Status(BAD, "TUNNEL DOWN", f"No tunnel to {names}; it is being replaced."))
+    history = part(document, "history")
+    if history.get("state") == "failing":
+        found.append(Status(BUSY, "HISTORY FAILS", f"Turns aren't recorded: {history.get('reason') or 'unknown'}."))
+    uptime, requests = document.get("uptime_seconds"), part(document, "totals").get("requests")
+    if is_known(uptime) and uptime < RESTARTED_S and is_known(requests):
+        before = requests - len(listed(document, "recent_turns"))
+        if before > 0 or part(document, "relay").get("restarts"):
+            text = f"The controller restarted {seconds(uptime)} ago; rates and verdicts start again, totals go on."
+            found.append(Status(NEUTRAL, "RESTARTED", text))
+    return found
+
+
+def last_finish(document: Mapping[str, Any]) -> float | None:
+    """When the last turn finished (s since the epoch); None if /stats lists none."""
+    known = [row["finished_at"] for row in listed(document, "recent_turns") if is_known(row.get("finished_at"))]
+    return max(known, default=None)
+
+
+def idle_s(document: Mapping[str, Any]) -> float | None:
+    """For how long nothing has been going on (s); None while turns are open, or finished less than IDLE_S ago."""
+    queue = part(document, "queue")
+    if (queue.get("in_flight") or 0) + (queue.get("pending") or 0) > 0:
+        return None
+    finished = last_finish(document)
+    since = ago(document.get("now"), finished) if finished is not None else document.get("uptime_seconds")
+    return since if is_known(since) and since >= IDLE_S else None
+
+
+def verdict_name(entry: Mapping[str, Any]) -> str:
+    return str(part(entry, "verdict").get("name") or "NO DATA")
+
+
+def _activity_status(document: Mapping[str, Any], zone: str | None, is_down: bool) -> list[Status]:
+    """Whether turns are flowing, and what limits them."""
+    requests, finished, idle = part(document, "totals").get("requests"), last_finish(document), idle_s(document)
+    queue = part(document, "queue")
+    is_open = (queue.get("in_flight") or 0) + (queue.get("pending") or 0) > 0
+    if not is_open and finished is None:
+        text = "No turn has arrived yet." if not requests else "No turn since the controller started."
+        return [Status(NEUTRAL, "NO TRAFFIC" if not requests else "IDLE", text)]
+    entries = listed(document, "analysis")
+    if idle is not None and finished is not None:
+        text = f"No turn for {seconds(idle)}, since {clock(finished, zone)}."
+        last = [f"{entry_label(entry)}: {verdict_name(entry)}" for entry in entries if verdict_name(entry) != "NO DATA"]
+        if last:
+            text += f" The last verdict is as old: {', '.join(last)}."
+        return [Status(NEUTRAL, "IDLE", text)]
+    if is_down:
+        waiting = queue.get("pending") or 0
+        return [Status(NEUTRAL, "WAITING", f"{things(waiting, 'turn')} in the queue.")] if waiting else []
+    if not entries:
+        return [Status(NEUTRAL, "MEASURING", "Turns are arriving; there is no verdict yet.")]
+    return [_verdict_status(entry, len(entries) > 1) for entry in entries]
+
+
+def _verdict_status(entry: Mapping[str, Any], is_named: bool) -> Status:
+    name, verdict = verdict_name(entry), part(entry, "verdict")
+    label = f"{entry_label(entry)}: " if is_named else ""
+    if name == "NO DATA":
+        reason = str(verdict.get("reason") or "too few turns")
+        return Status(NEUTRAL, "MEASURING", f"{label}No verdict yet: {reason}.")
+    sentence = label + str(verdict.get("sentence") or "").replace(" %", f"{SPACE}%")
+    return Status(JUDGEMENT_OF_VERDICT.get(name, BUSY), name, sentence, advice_of(entry))
+
+
+def advice_of(entry: Mapping[str, Any]) -> str:
+    """The suggestion with its price: what it costs in throughput and in the wait for an answer."""
+    suggestion = part(entry, "suggestion")
+    sentence = str(suggestion.get("sentence") or "")
+    now, then = part(suggestion, "now"), part(suggestion, "then")
+    change, waits = part(then, "change").get("value"), [part(row, "wait_s").get("value") for row in (now, then)]
+    if is_known(change) and "turns/h" not in sentence:
+        sentence += f" Throughput {percent(change, signed=True)}"
+        if all(map(is_known, waits)):
+            sentence += f", wait per turn {figure(waits[0])} s → {figure(waits[1])} s"
+        sentence += "."
+    return sentence.replace(" %", f"{SPACE}%")
+
+
+def entry_label(entry: Mapping[str, Any]) -> str:
+    """The label that distinguishes an entry of the analysis from the others."""
+    return " on ".join(str(entry[name]) for name in ("model", "gpu") if entry.get(name)) or "all"
+
+
+# =====================================================================================================================
+# Shaping: documents → DataFrames and rows. Pure; every figure may be missing. All times are by the proxy's clock.
+# =====================================================================================================================
+
+SLOW_FACTOR = 1.2  # a replica whose median exceeds the median of all by this factor is marked
 FULL_KV = 0.95  # of the KV cache: from here on sequences are preempted
 SOON_S = 900.0  # a job that ends this soon is marked
+THINKING_FACTOR, THINKING_LEAST_S = 4.0, 30.0  # a session silent for so many times its mean think time is "silent"
+REPLICA_COLUMNS = (
+    *("state", "id", "model", "note", "gpu", "kv", "in_flight", "slots", "history", "ttft_s", "p50_s", "p95_s"),
+    *("memory", "requests", "errors", "restarts", "ends", "tunnel", "node", "partition", "gpu_name"),
+)
+SESSION_COLUMNS = (
+    *("state", "id", "task", "client", "model", "replica", "turns", "errors", "queued_s", "inference_s", "think_s"),
+    *("tokens_in", "tokens_out", "cached", "seen_s", "length_s"),
+)
+STATE_WORDS = {  # of sessions
+    "idle": "thinking",
+    "silent": "silent",
+    "waiting": "in the queue",
+    "prefill": "prefill",
+    "decoding": "answering",
+    "ended": "ended",
+}
 
 
-def backend_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per replica, the most urgent first: BACKEND_COLUMNS; durations in ms (``left_s``: s), memory in bytes."""
+def replica_frame(document: Mapping[str, Any]) -> pd.DataFrame:
+    """One row per replica, the most urgent first: REPLICA_COLUMNS; times in s, shares in percent."""
     now = document.get("now")
-    rows = [_backend_row(row, now) for row in listed(document, "backends")]
-    ready = [row["p50_ms"] for row in rows if row["state"] == "ready" and is_known(row["p50_ms"])]
-    if len(ready) > 1:
-        slow = max(ready)
-        for row in rows:
-            row["is_slowest"] = row["p50_ms"] == slow > SLOW_FACTOR * statistics.median(ready)
+    rows = [_replica_row(row, now) for row in listed(document, "backends")]
+    ready = [row["p50_s"] for row in rows if row["word"] == "ready" and is_known(row["p50_s"])]
+    typical = statistics.median(ready) if len(ready) > 1 else math.inf
+    for row in rows:
+        if is_known(row["p50_s"]) and row["p50_s"] == max(ready, default=None) and row["p50_s"] > SLOW_FACTOR * typical:
+            row["notes"].append("slowest")
+        row["note"] = ", ".join(row["notes"])
     order = {BAD: 0, BUSY: 1, NEUTRAL: 2, GOOD: 3}
-    rows.sort(key=lambda row: (order[row["judgement"]], not _needs_a_look(row), natural(row["id"])))
-    return pd.DataFrame(rows, columns=list(BACKEND_COLUMNS))
-
-
-def _needs_a_look(row: Mapping[str, Any]) -> bool:
-    """Whether any figure of a replica is highlighted, whatever its state."""
-    is_full = is_known(row["kv_usage"]) and row["kv_usage"] >= FULL_KV
-    is_over_soon = is_known(row["left_s"]) and row["left_s"] < SOON_S
-    return row["is_slowest"] or is_full or is_over_soon or row["tunnel_judgement"] in (BUSY, BAD)
+    rows.sort(
+        key=lambda row: (order[JUDGEMENT_OF_STATE.get(row["word"], NEUTRAL)], not row["notes"], natural(row["id"]))
+    )
+    return pd.DataFrame(rows, columns=list(REPLICA_COLUMNS))
 
 
 def natural(name: Any) -> tuple[Any, ...]:
@@ -413,134 +616,321 @@ def natural(name: Any) -> tuple[Any, ...]:
     return tuple((1, int(word), "") if word.isdecimal() else (0, 0, word) for word in words)
 
 
-def _backend_row(row: Mapping[str, Any], now: Any) -> dict[str, Any]:
-    state = row.get("state") if isinstance(row.get("state"), str) else "unknown"
-    if state == "ready" and row.get("healthy") is False:
-        state = "unhealthy"
-    gpu, tunnel = part(row, "gpu"), part(row, "tunnel")
-    ends_at = row.get("ends_at")
-    history = row.get("inflight_history")
-    tunnel_judgement = {"up": NEUTRAL, "down": BAD}.get(str(tunnel.get("state")), BUSY)
+def state_label(word: str) -> str:
+    return f"{SHAPES[JUDGEMENT_OF_STATE.get(word, NEUTRAL)]} {word}"
+
+
+def _replica_row(row: Mapping[str, Any], now: Any) -> dict[str, Any]:
+    word, gpu, tunnel, engine = state_of(row), part(row, "gpu"), part(row, "tunnel"), part(row, "engine")
+    ends_at, history, kv = row.get("ends_at"), row.get("inflight_history"), engine.get("kv_usage")
+    left_s = ends_at - now if is_known(ends_at) and is_known(now) and ends_at > 0 else None
+    notes = [reason_of(row)] if word != "ready" and reason_of(row) else []
+    if is_known(kv) and kv >= FULL_KV:
+        notes.append("KV cache full")
+    if left_s is not None and left_s < SOON_S:
+        notes.append("job ends soon")
+    if tunnel and tunnel.get("state") != "up":
+        notes.append(f"tunnel {tunnel.get('state')}")
+    used, total = gpu.get("memory_used"), gpu.get("memory_total")
     return {
+        "word": word,
+        "state": [state_label(word)],
+        "notes": notes,
         "id": row.get("id"),
         "model": row.get("model"),
-        "node": row.get("node"),
-        "partition": row.get("partition"),
-        "state": state,
-        "judgement": JUDGEMENT_OF_STATE.get(str(state), NEUTRAL),
-        "reason": None if state == "ready" else row.get("reason"),
-        "restarts": row.get("restarts"),
-        "gpus": gpu.get("count"),
-        "gpu_name": gpu.get("name"),
-        "gpu_utilization": gpu["utilization"] / 100 if is_known(gpu.get("utilization")) else None,
-        "memory_used": gpu.get("memory_used"),
-        "memory_total": gpu.get("memory_total"),
-        "kv_usage": part(row, "engine").get("kv_usage"),
+        "gpu": gpu.get("utilization"),
+        "kv": 100 * kv if is_known(kv) else None,
         "in_flight": row.get("inflight"),
         "slots": row.get("slots"),
-        "in_flight_history": [each for each in history if is_known(each)] if isinstance(history, list) else [],
-        "ttft_ms": part(row, "ttft_ms").get("p50"),
-        "p50_ms": part(row, "latency_ms").get("p50"),
-        "p95_ms": part(row, "latency_ms").get("p95"),
-        "is_slowest": False,
-        "tunnel": tunnel.get("state"),
-        "tunnel_judgement": tunnel_judgement if tunnel else None,
-        "left_s": max(0.0, ends_at - now) if is_known(ends_at) and is_known(now) and ends_at > 0 else None,
+        "history": [each for each in history if is_known(each)] if isinstance(history, list) else [],
+        "ttft_s": _in_s(part(row, "ttft_ms").get("p50")),
+        "p50_s": _in_s(part(row, "latency_ms").get("p50")),
+        "p95_s": _in_s(part(row, "latency_ms").get("p95")),
+        "memory": 100 * used / total if is_known(used) and is_known(total) and total else None,
         "requests": row.get("requests"),
         "errors": row.get("errors"),
+        "restarts": row.get("restarts"),
+        "ends": None if left_s is None else duration(1000 * max(0.0, left_s)),
+        "tunnel": tunnel.get("state"),
+        "node": row.get("node"),
+        "partition": row.get("partition"),
+        "gpu_name": gpu.get("name"),
     }
 
 
-def session_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per listed session, in the proxy's order: SESSION_COLUMNS; phases are sums over its turns in ms."""
-    now = document.get("now")
+def _in_s(ms: Any) -> float | None:
+    return ms / 1000 if is_known(ms) else None
+
+
+def session_state(row: Mapping[str, Any], now: Any) -> str:
+    """A session's state in a word: one that is idle for far longer than it usually thinks is silent, not thinking."""
+    state, turns, silent_s = str(row.get("state")), row.get("turns") or 0, ago(now, row.get("last_at"))
+    if state == "idle" and silent_s is not None:
+        think_s = row.get("think_s")
+        usual_s = think_s / max(1, turns - 1) if is_known(think_s) else 0.0
+        if silent_s > max(THINKING_LEAST_S, THINKING_FACTOR * usual_s):
+            state = "silent"
+    return STATE_WORDS.get(state, state)
+
+
+def session_frame(rows: Iterable[Mapping[str, Any]], now: Any) -> pd.DataFrame:
+    """One row per session, in the given order: SESSION_COLUMNS; times in s, ``cached`` in percent of the input."""
+    shaped = []
+    for row in rows:
+        tokens_in, cached = row.get("tokens_in"), row.get("cached_tokens")
+        shaped.append(
+            {
+                **{name: row.get(name) for name in SESSION_COLUMNS},
+                "state": session_state(row, now),
+                "cached": 100 * cached / tokens_in if is_known(cached) and is_known(tokens_in) and tokens_in else None,
+                "seen_s": ago(now, row.get("last_at")),
+                "length_s": ago(row.get("last_at"), row.get("started_at")),
+            }
+        )
+    return pd.DataFrame(shaped, columns=list(SESSION_COLUMNS))
+
+
+def arranged(
+    former: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]
+) -> tuple[list[Mapping[str, Any]], int]:
+    """``(rows, number held back)``: the sessions of ``former`` in their order, with their current figures.
+
+    So no row moves while somebody points at it. Sessions that came since are held back until they are asked for; one
+    that has left the list keeps its last figures.
+    """
+    by_id = {row.get("id"): row for row in current}
+    known = {row.get("id") for row in former}
+    return [by_id.get(row.get("id"), row) for row in former], sum(name not in known for name in by_id)
+
+
+# The phases of a turn on the time axis: what is drawn before its arrival, and then one after the other.
+BEFORE = ("think", "idle")
+PHASES = ("queued", "held", "retry", "replayed prefill", "prefill", "decode", "inference")
+PHASE_MEANINGS = {
+    "think": "the agent observes and acts, before the turn",
+    "idle": "time before the turn that the agent didn't explain",
+    "queued": "waiting for a slot",
+    "held": "waiting for room in a KV cache",
+    "retry": "lost at a replica that failed",
+    "replayed prefill": "reading tokens again that should have been cached",
+    "prefill": "reading the prompt, until the first token",
+    "decode": "writing the answer",
+    "inference": "reading and writing; it wasn't streamed, so no more is known",
+}
+
+
+def phases_of(turn: Mapping[str, Any]) -> dict[str, float]:
+    """A turn's known phases in ms, in their order on the time axis."""
+    known = {name: turn.get(f"{name.replace(' ', '_')}_ms") for name in (*BEFORE, *PHASES)}
+    if is_known(known["prefill"]) or is_known(known["decode"]):
+        known["inference"] = None
+    if is_known(known["think"]) and is_known(known["idle"]):
+        known["think"] = max(0.0, known["think"] - known["idle"])  # think_ms is the whole gap
+    return {name: float(value) for name, value in known.items() if is_known(value) and value > 0}
+
+
+def waterfall(turns: Sequence[Mapping[str, Any]], chosen: int | None) -> dict[str, Any]:
+    """A session's turns on one time axis, the first one at the top: what the trace draws.
+
+    {"rows": [{number, title, note, judgement, is_open, bars: [[phase, left %, width %]]}], "ticks": [[left %, text]]}
+    """
+    rows = []
+    for turn in sorted(turns, key=lambda turn: turn.get("number") or 0):
+        if not is_known(turn.get("number")) or not is_known(turn.get("started_at")):
+            continue
+        phases, bars = phases_of(turn), []
+        at = turn["started_at"] * 1000 - sum(phases.get(name, 0.0) for name in BEFORE)
+        for name, ms in phases.items():
+            bars.append((name, at, ms))
+            at += ms
+        rows.append((turn, phases, bars))
+    begins = [bar[1] for _, _, bars in rows for bar in bars]
+    ends = [bar[1] + bar[2] for _, _, bars in rows for bar in bars]
+    begin, span = min(begins, default=0.0), max(1.0, max(ends, default=1.0) - min(begins, default=0.0))
+    return {
+        "rows": [
+            {
+                "number": int(turn["number"]),
+                "title": ", ".join(f"{name} {duration(ms)}" for name, ms in phases.items()) or "no times known",
+                "note": turn_note(turn, phases),
+                "judgement": outcome_judgement(turn.get("outcome")),
+                "is_open": turn["number"] == chosen,
+                "bars": [
+                    [name, round(100 * (at - begin) / span, 3), round(100 * ms / span, 3)] for name, at, ms in bars
+                ],
+            }
+            for turn, phases, bars in rows
+        ],
+        "ticks": [[round(100 * ms / span, 2), duration(ms)] for ms in ticks(span)],
+    }
+
+
+def ticks(span_ms: float, most: int = 5) -> list[float]:
+    """Round times from 0 to ``span_ms``, at most ``most`` steps."""
+    steps = (1, 2, 5, 10, 20, 50, 100, 200, 500, *(1000 * s for s in (1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)))
+    step = next((step for step in steps if span_ms / step <= most), 3_600_000 * math.ceil(span_ms / 3_600_000 / most))
+    return [index * step for index in range(int(span_ms / step) + 1)]
+
+
+def outcome_judgement(outcome: Any) -> str:
+    return {"completed": GOOD, "aborted": NEUTRAL}.get(str(outcome), BAD)
+
+
+def turn_note(turn: Mapping[str, Any], phases: Mapping[str, float]) -> str:
+    """A turn's length without think time, and what went wrong: "3.21 s", "3.21 s · error"."""
+    took = sum(ms for name, ms in phases.items() if name in PHASES)
+    words = [duration(took) if took else UNKNOWN]
+    if turn.get("outcome") not in ("completed", None):
+        words.append(str(turn["outcome"]))
+    if turn.get("miss_reason"):
+        words.append("cache miss")
+    return " · ".join(words)
+
+
+def turn_facts(turn: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What is known of a turn, as (name, text)."""
+    retries, expected = turn.get("retries"), turn.get("expected_cached_tokens")
+    tokens = f"{count(turn.get('tokens_in'))} in, {count(turn.get('tokens_out'))} out"
+    cached = f"{count(turn.get('cached_tokens'))} of the {count(turn.get('tokens_in'))} in"
+    if is_known(expected):
+        cached += f"; {count(expected)} expected"
+    outcome = str(turn.get("outcome") or UNKNOWN)
+    if is_known(turn.get("status")) and turn["status"]:
+        outcome += f", HTTP {turn['status']}"
+    if is_known(retries) and retries:
+        outcome += f", sent again {'once' if retries == 1 else f'{retries} times'}"
+    facts = [
+        ("outcome", outcome),
+        ("replica", str(turn.get("replica") or UNKNOWN)),
+        ("tokens", ("≈ " if turn.get("tokens_estimated") else "") + tokens),
+        ("cached", cached),
+        *((name, duration(ms)) for name, ms in phases_of(turn).items()),
+    ]
+    if turn.get("miss_reason"):
+        facts.append(("cache miss", str(turn["miss_reason"])))
+    return facts
+
+
+def failure_frame(document: Mapping[str, Any]) -> pd.DataFrame:
+    """The latest turns that failed or were refused: ago_s, session, model, replica, outcome, error."""
     rows = [
         {
-            "client": client.get("id"),
-            "command": client.get("command"),
-            **{name: row.get(name) for name in ("id", "task", "model", "backend", "state", "turns", "errors")},
-            "silent_s": _ago(now, row.get("last_seen")),
-            "pre": row.get("pre_ms"),
-            "queue": row.get("wait_ms"),
-            "inference": row.get("inference_ms"),
-            "post": row.get("post_ms"),
-            "unaccounted": row.get("unaccounted_ms"),
-            **{name: row.get(name) for name in ("context_tokens", "prompt_tokens", "cached_tokens")},
-            **{name: row.get(name) for name in ("cache_misses", "last_miss")},
-            "alerts": [str(alert) for alert in row.get("alerts") or ()],
-            "moves": row.get("moves"),
+            "ago": f"{seconds(ago(document.get('now'), row.get('finished_at')))} ago",
+            **{name: row.get(name) for name in ("session", "model", "outcome", "error")},
+            "replica": row.get("backend"),
         }
-        for client in listed(document, "clients")
-        for row in listed(client, "sessions")
+        for row in listed(document, "recent_turns")
+        if row.get("outcome") in (*FAILED_OUTCOMES, "rejected")
     ]
-    return pd.DataFrame(rows, columns=list(SESSION_COLUMNS))
+    return pd.DataFrame(rows[:20], columns=["ago", "session", "model", "replica", "outcome", "error"])
 
 
-def _ago(now: Any, at: Any) -> float | None:
-    """Seconds since ``at`` by the proxy's clock, at least 0."""
-    return max(0.0, now - at) if is_known(now) and is_known(at) else None
+def watchdog_frame(document: Mapping[str, Any]) -> pd.DataFrame:
+    """Sessions that may need attention: kind, session, model, sentence, since."""
+    rows = [
+        {
+            "kind": str(row.get("kind")).replace("_", " "),
+            **{name: row.get(name) for name in ("session", "model", "sentence")},
+            "since": f"{seconds(ago(document.get('now'), row.get('since')))} ago",
+        }
+        for row in listed(document, "watchdog")
+    ]
+    return pd.DataFrame(rows, columns=["kind", "session", "model", "sentence", "since"])
 
 
-def turn_frame(rows: Iterable[Mapping[str, Any]], now: Any) -> pd.DataFrame:
-    """One row per finished turn, in the given order: TURN_COLUMNS; phases and durations in ms, ``ago_s`` in s."""
-    return pd.DataFrame([_turn_row(row, now) for row in rows], columns=list(TURN_COLUMNS))
-
-
-def _turn_row(row: Mapping[str, Any], now: Any) -> dict[str, Any]:
-    inference, ttft = row.get("inference_ms"), row.get("ttft_ms")
-    phases = {name: row.get(f"{name}_ms") for name in PHASES}  # the proxy reports neither prefill nor decode
-    if row.get("stream") and is_known(inference) and is_known(ttft):
-        prefill = min(ttft, inference)
-        phases.update(prefill=prefill, decode=inference - prefill, inference=None)
-    known = [value for value in phases.values() if is_known(value)]
-    return {
-        **{name: row.get(name) for name in ("turn", "session", "task", "model", "backend", "outcome")},
-        "ago_s": _ago(now, row.get("finished_at")),
-        "judgement": JUDGEMENT_OF_OUTCOME.get(str(row.get("outcome")), NEUTRAL),
-        **phases,
-        "ttft_ms": ttft,
-        "total_ms": sum(known) if known else None,
-        **{name: row.get(name) for name in ("prompt_tokens", "completion_tokens", "cached_tokens", "cache_miss")},
-        "is_estimated": bool(row.get("tokens_estimated")),
-        **{name: row.get(name) for name in ("retries", "error")},
-        **{name: row.get(name) or "" for name in ("prompt", "answer")},
-    }
-
-
-def timeline_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """The proxy's last minutes, at most MAX_POINTS rows: at (UTC), and one column per line of TIMELINE.
-
-    Latencies are in s; unknown values are NaN.
-    """
-    points = [row for row in listed(part(document, "throughput"), "history") if is_known(row.get("at"))]
-    points = points[:: max(1, math.ceil(len(points) / MAX_POINTS))]
+def run_frame(document: Mapping[str, Any]) -> pd.DataFrame:
+    """Announced runs: name, done (%), tasks, remaining, stragglers."""
     rows = []
-    for point in points:
-        latency = part(point, "latency_ms")
-        row = {"at": point["at"]}
-        for panel_name, names in TIMELINE.items():
-            for key, name in names.items():
-                value = latency.get(key) if panel_name == "latency" else point.get(key)
-                if is_known(value):
-                    row[name] = value / 1000 if panel_name == "latency" else value
-        rows.append(row)
-    lines = [name for names in TIMELINE.values() for name in names.values()]
-    frame = pd.DataFrame(rows, columns=["at", *lines]).astype(float)
+    for row in listed(document, "runs"):
+        left, tasks, done = part(row, "remaining_s"), row.get("tasks"), row.get("done")
+        span = f" ({seconds(left.get('low'))} to {seconds(left.get('high'))})" if is_known(left.get("low")) else ""
+        text = f"{seconds(left['value'])}{span}" if is_known(left.get("value")) else str(left.get("reason") or UNKNOWN)
+        late = ", ".join(str(each.get("task")) for each in listed(row, "stragglers"))
+        share = 100 * done / tasks if is_known(done) and is_known(tasks) and tasks else None
+        rows.append(
+            {
+                "name": row.get("name"),
+                "done": share,
+                "tasks": f"{count(done)} of {count(tasks)}",
+                "left": text,
+                "late": late,
+            }
+        )
+    return pd.DataFrame(rows, columns=["name", "done", "tasks", "left", "late"])
+
+
+PIPELINE = ("pre", "queue", "inference", "post", "unaccounted")
+PIPELINE_WORDS = {
+    "pre": "observing",
+    "queue": "queue",
+    "inference": "inference",
+    "post": "acting",
+    "unaccounted": "unexplained",
+}
+
+
+def pipeline_frame(document: Mapping[str, Any]) -> pd.DataFrame:
+    """Where turns of the last 5 minutes spent their time: part, share (0 to 1), mean, p50, p95. Empty without any."""
+    pipeline = part(document, "pipeline")
+    rows = [
+        {"part": name, "share": row["share"], **{key: duration(row.get(f"{key}_ms")) for key in ("mean", "p50", "p95")}}
+        for name in PIPELINE
+        for row in [part(pipeline, name)]
+        if is_known(row.get("share"))
+    ]
+    return pd.DataFrame(rows, columns=["part", "share", "mean", "p50", "p95"])
+
+
+RANGES = {"15m": 900.0, "1h": 3600.0, "6h": 21_600.0, "24h": 86_400.0, "7d": 604_800.0, "all": math.inf}
+
+
+def history_path(now: float, span_s: float, points: int, model: str | None) -> str:
+    """The path of GET /history for the last ``span_s``; the same for a step's time, so viewers share it."""
+    step = max(1.0, span_s / points)
+    begin = 0 if math.isinf(span_s) else int((now - span_s) // step * step)
+    options = {"from": begin, "points": points, **({"model": model} if model else {})}
+    return "/history?" + urlencode(options)
+
+
+def history_frame(document: Mapping[str, Any]) -> pd.DataFrame:
+    """GET /history as steps: at (UTC) and one column per series, two rows per step so that lines are drawn as steps.
+
+    Latencies are in s. Unknown values are NaN, which break the line: a gap of the controller is a gap everywhere.
+    """
+    series, step_s = part(document, "series"), document.get("step_s")
+    at = series.get("at")
+    if not isinstance(at, list) or not at or not is_known(step_s):
+        return pd.DataFrame({"at": pd.to_datetime([], utc=True)})
+    columns: dict[str, Any] = {"at": [moment for begin in at for moment in (begin, begin + step_s * 0.999)]}
+    for name, values in series.items():
+        if name != "at" and isinstance(values, list) and len(values) == len(at):
+            scale = 0.001 if name.startswith(("latency_ms", "ttft_ms", "queued_ms")) else 1.0
+            known = [value * scale if is_known(value) else None for value in values]
+            columns[column(name)] = [value for value in known for _ in (0, 1)]
+    frame = pd.DataFrame(columns).astype(dict.fromkeys(columns, float))
     frame["at"] = pd.to_datetime(frame["at"], unit="s", utc=True)
     return frame
 
 
-def pipeline_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """Where recent turns spent their time: part, share (0 to 1), mean_ms, p50_ms, p95_ms. Empty without traffic."""
-    pipeline = part(document, "pipeline")
+def column(series: str) -> str:
+    """The column of a series; Vega reads dots and brackets in a name as a path."""
+    return re.sub(r"\W", "_", series)
+
+
+def run_markers(document: Mapping[str, Any]) -> pd.DataFrame:
+    """The announced runs in the range of GET /history: at (UTC, where each began), run."""
+    begin = document.get("from")
     rows = [
-        {"part": name, **{key: part(pipeline, name).get(key) for key in ("share", "mean_ms", "p50_ms", "p95_ms")}}
-        for name in ("pre", "queue", "inference", "post", "unaccounted")
+        {"at": max(row["from"], begin) if is_known(begin) else row["from"], "run": str(row.get("name"))}
+        for row in listed(document, "runs")
+        if is_known(row.get("from"))
     ]
-    known = [row for row in rows if is_known(row["share"])]
-    return pd.DataFrame(known, columns=["part", "share", "mean_ms", "p50_ms", "p95_ms"])
+    frame = pd.DataFrame(rows, columns=["at", "run"])
+    frame["at"] = pd.to_datetime(frame["at"].astype(float), unit="s", utc=True)
+    return frame
 
 
+CAPACITY = {"curve": "predicted, with its interval", "here": "you are here, as measured"}
 _LIMITS = (("knee", "knee_agents"), ("KV cache full", "kv_agents"), ("70 % utilisation", "utilisation_agents"))
 
 
@@ -553,7 +943,7 @@ def capacity_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
     """
     columns = ["kind", "agents", "turns_per_hour", "low", "high", "text", "side"]
     curve = [{**row, "kind": CAPACITY["curve"]} for row in listed(entry, "curve")]
-    curve = [row for row in curve if all(is_known(row.get(name)) for name in columns[1:5])][:MAX_POINTS]
+    curve = [row for row in curve if all(is_known(row.get(name)) for name in columns[1:5])][:500]
     if len(curve) < 2:
         return pd.DataFrame([], columns=columns)
     agents, rate = part(entry, "operating", "agents"), part(entry, "operating", "turns_per_hour")
@@ -575,142 +965,348 @@ def capacity_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def what_if_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
-    """What would change the throughput: name, turns_per_hour, change, low, high (fractions), reason where unknown."""
+    """What a change would do: what, change, interval, then (all texts)."""
+    rows = []
+    for row in listed(entry, "what_ifs"):
+        change = part(row, "change")
+        span = f"{percent(change.get('low'), True)} to {percent(change.get('high'), True)}"
+        rows.append(
+            {
+                "what": row.get("name"),
+                "change": percent(change.get("value"), signed=True),
+                "interval": span if is_known(change.get("low")) else str(change.get("reason") or UNKNOWN),
+                "then": _per_hour(part(row, "turns_per_hour")),
+            }
+        )
+    return pd.DataFrame(rows, columns=["what", "change", "interval", "then"])
+
+
+def _per_hour(value: Mapping[str, Any]) -> str:
+    return f"{count(value['value'])}{SPACE}/h" if is_known(value.get("value")) else UNKNOWN
+
+
+_OPTION_WORDS = {
+    "utilisation": "70 % utilisation",
+    "knee": "the knee: more would mostly wait",
+    "efficient": "most throughput for its wait",
+    "latency_goal": "the latency goal",
+}
+
+
+def option_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
+    """Numbers of agents worth knowing, with their price: what, agents, then, change, wait (all texts)."""
+    suggestion = part(entry, "suggestion")
+    now = {"name": "now", "agents": part(entry, "operating", "agents"), **part(suggestion, "now")}
+    then = {"name": "suggested", "agents": part(suggestion, "agents"), **part(suggestion, "then")}
     rows = [
         {
-            "name": row.get("name"),
-            "turns_per_hour": part(row, "turns_per_hour").get("value"),
-            **{key: part(row, "change").get(key) for key in ("low", "high", "reason")},
-            "change": part(row, "change").get("value"),
+            "what": _OPTION_WORDS.get(str(row.get("name")), str(row.get("name"))),
+            "agents": estimate(part(row, "agents"), count, ""),
+            "then": _per_hour(part(row, "turns_per_hour")),
+            "change": percent(part(row, "change").get("value"), signed=True),
+            "wait": estimate(part(row, "wait_s")),
         }
-        for row in listed(entry, "what_ifs")
+        for row in (now, then, *listed(suggestion, "options"))
+        if is_known(part(row, "agents").get("value"))
     ]
-    return pd.DataFrame(rows, columns=["name", "turns_per_hour", "change", "low", "high", "reason"])
+    return pd.DataFrame(rows, columns=["what", "agents", "then", "change", "wait"])
 
 
 def share_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
-    """What limits throughput: name, share, low, high; empty if unknown."""
+    """What limits throughput: name, share (percent), interval; empty if unknown."""
     named = (
         ("think time of the agents", "agent"),
-        ("latency of a lone turn", "base_latency"),
+        ("unloaded latency", "base_latency"),
         ("contention for the GPUs", "contention"),
     )
-    shares = part(entry, "verdict", "shares")
     rows = [
-        {"name": text, "share": share["value"], "low": share.get("low"), "high": share.get("high")}
+        {
+            "name": text,
+            "share": 100 * share["value"],
+            "interval": f"{percent(share.get('low'))} to {percent(share.get('high'))}",
+        }
         for text, key in named
-        for share in [part(shares, key)]
+        for share in [part(entry, "verdict", "shares", key)]
         if is_known(share.get("value"))
     ]
-    return pd.DataFrame(rows, columns=["name", "share", "low", "high"])
+    return pd.DataFrame(rows, columns=["name", "share", "interval"])
+
+
+def basis_of(entry: Mapping[str, Any]) -> str:
+    """The data that the model was fitted to, and whether the fit holds; empty without a fit."""
+    fit, operating, law = part(entry, "fit"), part(entry, "operating"), part(entry, "littles_law")
+    if not is_known(part(fit, "base_latency_s").get("value")):
+        return ""
+    basis = part(operating, "turns_per_hour", "basis")
+    sentences = [
+        f"A turn takes {estimate(part(fit, 'base_latency_s'))} alone and {estimate(part(fit, 'per_request_s'))} more "
+        f"for each turn in flight on its replica; agents think for {estimate(part(fit, 'think_s'))}.",
+        f"The replicas are {estimate(part(operating, 'utilisation'), percent, '')} utilised.",
+    ]
+    if is_known(law.get("error")):
+        sentences.append(
+            f"Little's law {'holds' if law.get('holds') else 'does not hold'}: "
+            f"{figure(law.get('agents_sampled'))} agents seen, "
+            f"{figure(law.get('agents_computed'))} computed ({percent(law['error'], signed=True)})."
+        )
+    if is_known(basis.get("turns")):
+        sentences.append(f"From {count(basis['turns'])} turns in {seconds(basis.get('window_s'))}.")
+    return " ".join(sentences)
 
 
 HOUR_STATES = ("ready_busy", "ready_idle", "loading", "pending")
 
 
 def hours_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """Hours by model and state, with their sum last if there are several models: model, unit, HOUR_STATES.
+    """Time of GPUs by model and state, with their sum last if there are several: model, unit, HOUR_STATES, busy (%).
 
-    The unit is GPU-hours, or replica-hours if no replica has a GPU. Empty if they aren't recorded.
+    It is GPU time, or replica time if no replica has a GPU. Empty if it isn't recorded.
     """
     accounting = part(document, "accounting")
     kept = [(row.get("model"), row) for row in listed(accounting, "by_model")]
     if len(kept) > 1:
-        kept.append((None, accounting))
+        kept.append(("all", accounting))
     has_gpus = any(part(accounting, "gpu_hours").values())
-    key, unit = ("gpu_hours", "GPU-hours") if has_gpus else ("replica_hours", "replica-hours")
-    rows = [{"model": model, "unit": unit, **{s: part(row, key).get(s) for s in HOUR_STATES}} for model, row in kept]
-    return pd.DataFrame(rows, columns=["model", "unit", *HOUR_STATES])
+    key, unit = ("gpu_hours", "GPU time") if has_gpus else ("replica_hours", "replica time")
+    rows = []
+    for model, row in kept:
+        hours = {state: part(row, key).get(state) for state in HOUR_STATES}
+        total = sum(value for value in hours.values() if is_known(value))
+        busy = 100 * hours["ready_busy"] / total if is_known(hours["ready_busy"]) and total else None
+        texts = {state: duration(3.6e6 * value) if is_known(value) else UNKNOWN for state, value in hours.items()}
+        rows.append({"model": model, "unit": unit, **texts, "busy": busy})
+    return pd.DataFrame(rows, columns=["model", "unit", *HOUR_STATES, "busy"])
 
 
-def watchdog_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """Sessions that may need attention: kind, session, client, model, ago_s, sentence."""
-    now = document.get("now")
-    rows = [
-        {**{name: row.get(name) for name in ("kind", "session", "client", "model", "sentence")}, "ago_s": ago}
-        for row in listed(document, "watchdog")
-        for ago in [_ago(now, row.get("since"))]
+def cost_frame(document: Mapping[str, Any]) -> pd.DataFrame:
+    """GPU time per turn, session and task: of, turn, session, task, lost (share spent on cache misses), all texts."""
+    rows = []
+    for entry in listed(document, "analysis"):
+        cost = part(entry, "cost")
+        spent = {
+            name: estimate(part(cost, f"gpu_seconds_per_{name}"), unit="s") for name in ("turn", "session", "task")
+        }
+        if cost:
+            lost = estimate(part(cost, "cache_miss_share"), percent, "")
+            rows.append({"of": entry_label(entry), **spent, "lost": lost})
+    return pd.DataFrame(rows, columns=["of", "turn", "session", "task", "lost"])
+
+
+COURSE_S = 15.0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of the overview: its label with its window, its value, a note, its course and its judgement."""
+
+    label: str
+    value: str
+    note: str
+    course: tuple[float, ...] = ()
+    judgement: str = NEUTRAL
+
+
+def metrics_of_now(document: Mapping[str, Any]) -> list[Metric]:
+    """What is going on, and the failures of the last minutes."""
+    queue, sessions = part(document, "queue"), part(document, "sessions")
+    slots = [row.get("slots") for row in listed(document, "models")]
+    of_slots = f"of {things(sum(filter(is_known, slots)), 'slot')}" if any(map(is_known, slots)) else "now"
+    failed, finished, window = recent_failures(document) or (0, 0, RECENT_S)
+    share = failed / finished if finished else 0.0
+    pending, oldest = queue.get("pending"), queue.get("oldest_ms")
+    waiting = f"for up to {duration(oldest)}" if pending and is_known(oldest) else "now"
+    judgement = NEUTRAL if not failed else BAD if share >= BAD_ERROR_SHARE else BUSY
+    return [
+        Metric("Active agents", count(sessions.get("active")), "now"),
+        Metric("In flight", count(queue.get("in_flight")), of_slots),
+        Metric("Waiting", count(pending), waiting),
+        Metric("Failed turns", percent(share) if finished else UNKNOWN, f"last {seconds(window)}", (), judgement),
     ]
-    return pd.DataFrame(rows, columns=["kind", "session", "client", "model", "ago_s", "sentence"])
+
+
+def metrics_of_minute(document: Mapping[str, Any]) -> list[Metric]:
+    """The rates and latencies of the last minute, with their course over the last minutes."""
+    rates = part(document, "throughput")
+    history = listed(rates, "history")
+    latency = part(history[-1], "latency_ms") if history else {}
+
+    def course(*path: str) -> tuple[float, ...]:
+        """Means of blocks of COURSE_S, so that what is drawn changes no more often than that."""
+        blocks: dict[int, list[float]] = {}
+        for point in history:
+            value = part(point, *path[:-1]).get(path[-1])
+            if is_known(value) and is_known(point.get("at")):
+                blocks.setdefault(int(point["at"] // COURSE_S), []).append(value)
+        return tuple(statistics.fmean(values) for values in list(blocks.values())[:-1])
+
+    return [
+        Metric("Turns per min", figure(rates.get("turns_per_minute")), "last minute", course("turns_per_minute")),
+        Metric("Tokens per s", figure(rates.get("tokens_per_second")), "last minute", course("tokens_per_second")),
+        Metric("Latency, median", duration(latency.get("p50")), "last minute", course("latency_ms", "p50")),
+        Metric("Latency, p95", duration(latency.get("p95")), "last minute", course("latency_ms", "p95")),
+    ]
 
 
 # =====================================================================================================================
 # Charts: DataFrames → alt.Chart. Pure. Colours come from the theme (range "category"), so light and dark both fit.
 # =====================================================================================================================
 
-CHART_ALT = {
-    "timeline": "Lines over the last minutes: turns per minute; latency of turns, median and 95th percentile; active "
-    "agents, turns in flight and waiting. Current figures are under Queue Status.",
-    "capacity": "Predicted turns per hour by number of agents, with the current position and the limits. "
-    "The tables beside it have the same figures.",
+TIMES = {  # of axes, by what a tick begins
+    "seconds": "%H:%M:%S",
+    "minutes": "%H:%M",
+    "hours": "%H:%M",
+    "day": "%d %b",
+    "date": "%d %b",
+    "week": "%d %b",
+    "month": "%b",
+    "quarter": "%b",
+    "year": "%Y",
 }
-
-
-AXIS_PX = 38  # of the time axes' labels: "1,000" and some room
-_GREY = "#8a94a0"  # reads on light and on dark
+AXIS_PX = 44  # of the time axes' labels: "1,000" and some room
 Data: TypeAlias = (
     "pd.DataFrame | alt.NamedData"  # named: the chart without its data, built once and filled again and again
 )
 
 
-def _lines(data: Data, panel_name: str, title: str, unit: str, crosshair: alt.Parameter, height: int) -> alt.LayerChart:
-    """One panel of the timeline, with the shared crosshair and its figures.
+@dataclass(frozen=True)
+class Panel:
+    """One of the charts over time: its title with its unit, and its lines, by column of history_frame."""
+
+    title: str
+    lines: Mapping[str, str]
+
+
+THROUGHPUT = Panel("turns per minute, completed", {"turns_per_minute": "turns"})
+TOKENS = Panel("output tokens per second", {"tokens_per_second": "tokens"})
+LATENCY = Panel(
+    "latency of completed turns, s: queue and inference", {"latency_ms_p50": "median", "latency_ms_p95": "p95"}
+)
+FIRST_TOKEN = Panel("time to the first token, s", {"ttft_ms_p50": "median", "ttft_ms_p95": "p95"})
+TOKEN_GAP = Panel("inter-token latency, ms", {"itl_ms_p50": "median"})
+QUEUE = Panel("turns at once", {"in_flight": "in flight", "queue": "waiting"})
+CACHE = Panel(
+    "share in use or found, 0 to 1",
+    {"kv_usage": "KV cache in use", "hit_rate": "prefix cache hits", "gpu_utilization": "GPUs utilised"},
+)
+FAILURES = Panel(
+    "turns per minute that failed",
+    {"errors_per_minute": "errors", "rejected_per_minute": "refused", "aborted_per_minute": "client left"},
+)
+PREEMPTIONS = Panel("preemptions by the engines, per step", {"preemptions": "preemptions"})
+OVERVIEW_PANELS = (THROUGHPUT, LATENCY, QUEUE)
+HISTORY_PANELS = (
+    *(THROUGHPUT, TOKENS, LATENCY, FIRST_TOKEN, TOKEN_GAP, QUEUE, CACHE, FAILURES, PREEMPTIONS),
+    Panel("turns by finish reason, per step", {}),  # its lines are those that the engines report
+)
+REASON = "finish_reasons_"
+
+
+def panels_of(panels: Sequence[Panel], columns: Iterable[str]) -> tuple[Panel, ...]:
+    """``panels`` with the lines that there are columns for; those of finish reasons are found by name."""
+    names = set(columns)
+    reasons = {name: name.removeprefix(REASON) for name in sorted(names) if name.startswith(REASON)}
+    filled = [panel if panel.lines else replace(panel, lines=dict(list(reasons.items())[:6])) for panel in panels]
+    return tuple(
+        replace(panel, lines=lines)
+        for panel in filled
+        for lines in [{name: word for name, word in panel.lines.items() if name in names}]
+        if lines
+    )
+
+
+def _steps(data: Data, panel: Panel, is_last: bool, height: int, brush: Any, crosshair: Any) -> Any:
+    """One panel of the time axis.
 
     Streamlit gives each of several charts the whole width, without room for an axis beside it: so the lines begin
     AXIS_PX inside, and the labels stand before them, aligned over the panels.
     """
-    names = list(TIMELINE[panel_name].values())
-    own = alt.Chart(data)
-    is_last = panel_name == list(TIMELINE)[-1]  # the axis is common, so one has the labels
-    times = alt.Axis(title=None, format="%H:%M", tickCount=6, labelOverlap=True, labelFlush=True, grid=False)
-    times.labels = is_last
-    figures = alt.Axis(title=None, tickCount=3, ticks=False, domain=False, offset=-AXIS_PX, labelPadding=6)
-    if panel_name == "agents":
-        figures.tickMinStep = 1  # agents are whole numbers
-    after_labels = alt.Scale(range=[AXIS_PX, alt.ExprRef("width")])
-    x = alt.X("at:T", axis=times, scale=after_labels)
-    legend = alt.Legend(orient="top", direction="horizontal", symbolType="stroke", title=None, offset=2)
-    colour = alt.Color("name:N", scale=alt.Scale(domain=names), legend=legend if len(names) > 1 else None)
-    y = alt.Y("value:Q", scale=alt.Scale(zero=True, nice=True), axis=figures)
+    names, own = list(panel.lines), alt.Chart(data)
+    times = alt.Axis(title=None, format=TIMES, tickCount=6, labelOverlap=True, labelFlush=True, grid=False)
+    times.labels = is_last  # the axis is common
+    figures = alt.Axis(title=None, tickCount=3, ticks=False, domain=False, offset=-AXIS_PX, labelPadding=6, format="~s")
+    x = alt.X("at:T", axis=times, scale=alt.Scale(domain=brush, range=[AXIS_PX, alt.ExprRef("width")]))
+    legend = alt.Legend(
+        orient="top",
+        direction="horizontal",
+        symbolType="stroke",
+        title=None,
+        offset=10,
+        labelExpr=f"{json.dumps(dict(panel.lines))}[datum.label]",
+        labelLimit=200,
+    )
+    several = legend if len(names) > 1 else None
     lines = (
         own.transform_fold(names, as_=["name", "value"])
-        .mark_line(strokeWidth=1.75, interpolate="monotone", clip=True)
-        .encode(x=x, y=y, color=colour)
+        .mark_line(strokeWidth=1.75, clip=True)
+        .encode(
+            x=x,
+            y=alt.Y("value:Q", scale=alt.Scale(zero=True, nice=3), axis=figures),
+            color=alt.Color("name:N", scale=alt.Scale(domain=names), legend=several),
+            strokeDash=alt.StrokeDash(
+                "name:N", scale=alt.Scale(domain=names, range=[[1, 0], [6, 3], [2, 2]]), legend=several
+            ),
+        )
     )
-    tooltip = [alt.Tooltip("at:T", title="time", format="%H:%M:%S")]
-    tooltip += [alt.Tooltip(f"{name}:Q", title=f"{name}, {unit}", format=",.3~r") for name in names]
-    rule = (
-        own.mark_rule(strokeWidth=1, color=_GREY)
-        .encode(x=x, tooltip=tooltip, opacity=alt.condition(crosshair, alt.value(1), alt.value(0), empty=False))
-        .add_params(crosshair)
-    )
-    heading = alt.Title(title, anchor="start", fontSize=12, fontWeight="normal", color=_GREY, offset=6)
-    return alt.layer(lines, rule).properties(height=height, title=heading)
+    tooltip = [alt.Tooltip("at:T", title="time", format="%d %b %H:%M:%S")]
+    tooltip += [alt.Tooltip(f"{name}:Q", title=word, format=",.3~r") for name, word in panel.lines.items()]
+    shown = alt.condition(crosshair, alt.value(1), alt.value(0), empty=False)
+    rule = own.mark_rule(strokeWidth=1, clip=True).encode(x=x, tooltip=tooltip, opacity=shown).add_params(crosshair)
+    runs = alt.Chart(alt.NamedData("runs")).encode(x=x, tooltip=[alt.Tooltip("run:N", title="run")])
+    marks = runs.mark_rule(strokeWidth=1.5, strokeDash=[3, 3], clip=True)
+    heading = alt.Title(panel.title, anchor="start", fontSize=13, fontWeight="normal", offset=6)
+    return alt.layer(lines, rule, marks).properties(height=height, title=heading)
 
 
-def timeline_chart(data: Data, height: int = 204) -> alt.VConcatChart:
-    """Throughput, latency and agents of timeline_frame, stacked on one time axis with a shared crosshair."""
+def timeline_chart(data: Data, panels: Sequence[Panel], height: int = 110) -> Any:
+    """``panels`` of history_frame on one time axis, above each other, with a crosshair through all of them.
+
+    A stretch chosen by dragging over the strip at the top is what all of them show; a double click shows all again.
+    """
+    brush = alt.selection_interval(name="zoom", encodings=["x"])
     crosshair = alt.selection_point(
         name="moment", fields=["at"], nearest=True, on="pointerover", clear="pointerout", empty=False
     )
-    charts = [
-        _lines(data, "throughput", "turns per minute", "per min", crosshair, height),
-        _lines(data, "latency", "latency of a turn, s", "s", crosshair, height),
-        _lines(data, "agents", "agents and turns, count", "count", crosshair, height),
-    ]
-    joined = alt.vconcat(*charts, spacing=18).resolve_scale(x="shared", color="independent")
+    first = next(iter(panels[0].lines))
+    strip = (
+        alt.Chart(data)
+        .mark_area(opacity=0.5)
+        .encode(
+            x=alt.X(
+                "at:T",
+                axis=alt.Axis(title=None, labels=False, ticks=False, grid=False),
+                scale=alt.Scale(range=[AXIS_PX, alt.ExprRef("width")]),
+            ),
+            y=alt.Y(f"{first}:Q", axis=None),
+        )
+        .properties(
+            height=28,
+            title=alt.Title(
+                "drag here to zoom all charts; double-click to show all",
+                anchor="start",
+                fontSize=13,
+                fontWeight="normal",
+                offset=4,
+            ),
+        )
+        .add_params(brush)
+    )
+    rest = [_steps(data, panel, panel is panels[-1], height, brush, crosshair) for panel in panels]
+    with warnings.catch_warnings():  # Altair warns that several charts share a crosshair, which is intended
+        warnings.simplefilter("ignore", UserWarning)
+        joined = alt.vconcat(strip, *rest, spacing=14)
+    joined = joined.resolve_scale(color="independent", strokeDash="independent")
     return joined.configure(background="transparent").configure_view(strokeWidth=0)
 
 
-def capacity_chart(data: Data, height: int = 280) -> alt.LayerChart:
+def capacity_chart(data: Data, height: int = 300) -> Any:
     """Throughput by agents, of capacity_frame: the fitted curve, its limits, and "you are here", with intervals."""
     everything = alt.Chart(data).encode(
         x=alt.X("agents:Q", title="agents in parallel", scale=alt.Scale(zero=True, nice=False)),
         y=alt.Y("turns_per_hour:Q", title="turns per hour", scale=alt.Scale(zero=True, nice=False)),
     )
     names = list(CAPACITY.values())
-    legend = alt.Legend(orient="top", direction="horizontal", title=None, offset=4, labelLimit=300, symbolOpacity=1)
-    colour = alt.Color("kind:N", scale=alt.Scale(domain=names, range=["#4f83c4", "#9a7fd1"]), legend=legend)
+    legend = alt.Legend(orient="top", direction="horizontal", title=None, offset=16, labelLimit=300, symbolOpacity=1)
+    colour = alt.Color("kind:N", scale=alt.Scale(domain=names), legend=legend)
     tooltip = [alt.Tooltip("agents:Q", title="agents", format=",.0f")]
     for name, text in (("turns_per_hour", "turns per hour"), ("low", "at least"), ("high", "at most")):
         tooltip.append(alt.Tooltip(f"{name}:Q", title=text, format=",.0f"))
@@ -721,9 +1317,9 @@ def capacity_chart(data: Data, height: int = 280) -> alt.LayerChart:
     layers = [
         predicted.mark_area(opacity=0.18).encode(**span),
         predicted.mark_line(strokeWidth=2).encode(color=colour, tooltip=tooltip),
-        limits.mark_rule(strokeDash=[4, 4], strokeWidth=1, color=_GREY).encode(y2=alt.datum(0)),
-        left.mark_text(align="left", dx=5, fontSize=12, color=_GREY).encode(text="text:N"),
-        right.mark_text(align="right", dx=-5, fontSize=12, color=_GREY).encode(text="text:N"),
+        limits.mark_rule(strokeDash=[4, 4], strokeWidth=1).encode(y2=alt.datum(0)),
+        left.mark_text(align="left", dx=5, fontSize=12).encode(text="text:N"),
+        right.mark_text(align="right", dx=-5, fontSize=12).encode(text="text:N"),
         measured.mark_rule(strokeWidth=2).encode(**span),
         measured.mark_point(size=150, filled=True, shape="diamond", opacity=1).encode(color=colour, tooltip=tooltip),
     ]
@@ -732,1418 +1328,330 @@ def capacity_chart(data: Data, height: int = 280) -> alt.LayerChart:
     )
 
 
-def chart_template(chart: Callable[[Data], alt.TopLevelMixin]) -> dict[str, Any]:
-    """A chart's Vega-Lite specification without its data, which is looked for under the name "rows".
+def themed(specification: Mapping[str, Any], is_dark: bool) -> dict[str, Any]:
+    """A chart's specification with text and lines that read on the theme's background."""
+    text, line, grid = ("#b4bcc6", "#98a2ad", "#2d3339") if is_dark else ("#4f5965", "#59626d", "#e1e5ea")
+    light = ("#1f5fb4", "#b0448f", "#0b8076", "#7a6a00", "#6d4fc2", "#59626d")
+    dark = ("#5a96e6", "#e08ac4", "#3fc4b0", "#d2bd4a", "#b39df0", "#98a2ad")
+    config = {
+        **part(specification, "config"),
+        "font": '"Source Sans", sans-serif',
+        "range": {"category": list(dark if is_dark else light)},
+        "area": {"color": dark[0] if is_dark else light[0]},
+        "axis": {"labelColor": text, "titleColor": text, "gridColor": grid, "labelFontSize": 12, "titleFontSize": 12},
+        "legend": {"labelColor": text, "labelFontSize": 12},
+        "title": {"color": text},
+        "rule": {"color": line},
+        "text": {"color": text},
+    }
+    return {**specification, "config": config}
+
+
+def chart_template(chart: Any) -> dict[str, Any]:
+    """A chart's Vega-Lite specification, of which the data are looked for under their names.
 
     Altair takes a few hundred milliseconds to build one; filling this one takes almost none.
     """
-    with warnings.catch_warnings():  # Altair warns that several charts share a crosshair, which is intended
-        warnings.simplefilter("ignore", UserWarning)
-        specification: dict[str, Any] = chart(alt.NamedData("rows")).to_dict()
-    specification["usermeta"] = {
-        "embedOptions": {"logLevel": 1, "renderer": "canvas"}
-    }  # Vega warns about layers without rows
+    specification: dict[str, Any] = chart.to_dict()
+    # Vega warns about layers without rows
+    specification["usermeta"] = {"embedOptions": {"logLevel": 1, "renderer": "canvas", "actions": False}}
     return specification
 
 
-def lowered(template: Mapping[str, Any], height: int = 88) -> dict[str, Any]:
-    """The timeline to show beside an analysis without a curve, which is as low."""
-    return {**template, "vconcat": [{**chart, "height": height} for chart in template["vconcat"]]}
-
-
 # =====================================================================================================================
-# Nodes: [tag, attributes, child, …], a child being text or a node. Plain data; the browser part makes elements of it.
-# "key" in the attributes is not shown: by it an element stays the same one when its place changes.
+# Browser parts: the bar of phases, and a session's trace. They set text and attributes, never markup.
 # =====================================================================================================================
 
-Node = list[Any]
-Child = Any  # str | Node | None
+COLOURS_CSS = """
+:host, .root { --think: light-dark(#8172b3, #9a8bd0); --post: light-dark(#b0448f, #e08ac4);
+  --queued: light-dark(#59626d, #98a2ad); --prefill: light-dark(#1f5fb4, #5a96e6);
+  --decode: light-dark(#0b8076, #3fc4b0); --inference: light-dark(#23809f, #5db3cf);
+  --lost: light-dark(#b45309, #f0a860); --bad: light-dark(#ab1f17, #f4938b); --none: light-dark(#6f7a87, #8994a1);
+  --muted: light-dark(#566070, #a3abb6); --line: light-dark(#d9dee4, #31373e); --card: light-dark(#fff, #1a1d21);
+  font: 14px/1.4 var(--st-font, sans-serif); color: var(--st-text-color); }
+.think, .pre { background: var(--think); } .post { background: var(--post); }
+.queued, .queue { background: var(--queued); } .prefill { background: var(--prefill); }
+.decode { background: var(--decode); } .inference { background: var(--inference); } .retry { background: var(--bad); }
+.held { background: repeating-linear-gradient(135deg, var(--queued) 0 3px, transparent 3px 6px); }
+.replayed-prefill { background: repeating-linear-gradient(135deg, var(--lost) 0 3px, var(--prefill) 3px 6px); }
+.idle, .unaccounted { background: repeating-linear-gradient(135deg, var(--none) 0 2px, transparent 2px 6px); }
+ul { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 6px 0 0; padding: 0; list-style: none; font-size: 13px;
+  color: var(--muted); }
+.swatch { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px; }
+"""
 
-
-def el(tag: str, attributes: Mapping[str, Any] | None = None, *children: Child) -> Node:
-    """An element; omits children that are None."""
-    return [tag, dict(attributes or {}), *(child for child in children if child is not None)]
-
-
-def foreign(text: Any, kind: str = "ai-id") -> Node:
-    """Text from outside (an id, a prompt): isolated in direction, truncated by the style, complete in the title."""
-    shown = str(text)
-    return el("bdi", {"class": kind, "title": shown}, shown)
-
-
-def badge(judgement: str, word: str, title: str | None = None) -> Node:
-    """A judgement: shape, word and colour."""
-    shape = el("span", {"aria-hidden": "true"}, SHAPES[judgement])
-    return el("span", {"class": f"ai-badge ai-{judgement}", **({"title": title} if title else {})}, shape, " " + word)
-
-
-def panel(name: str, title: str, *children: Child, aside: Child = None) -> Node:
-    """A panel with its heading; keys move from one to the next."""
-    head = el("div", {"class": "ai-head"}, el("h2", {"id": f"ai-{name}"}, title), aside)
-    attributes = {"class": "ai-panel", "data-panel": name, "tabindex": "-1", "aria-labelledby": f"ai-{name}"}
-    return el("section", attributes, head, *children)
-
-
-def table(caption: str, columns: Sequence[tuple[str, str]], rows: Sequence[Node], kind: str = "") -> Node:
-    """A table. ``columns`` are (title, class); a title may be empty only where the cells are buttons."""
-    heads = [el("th", {"scope": "col", "class": style}, title) for title, style in columns]
-    return el(
-        "div",
-        {"class": "ai-scroll", "tabindex": "0", "role": "region", "aria-label": caption},
-        el(
-            "table",
-            {"class": f"ai-table {kind}"},
-            el("caption", {"class": "ai-hidden"}, caption),
-            el("thead", {}, el("tr", {}, *heads)),
-            el("tbody", {}, *rows),
-        ),
-    )
-
-
-def cell(*children: Child, kind: str = "", **attributes: Any) -> Node:
-    return el("td", {"class": kind, **attributes} if kind else attributes, *children)
-
-
-def toggle(name: str, is_open: bool, label: Child, what: str) -> Node:
-    """A button that opens or closes ``name``."""
-    arrow = el("span", {"class": "ai-arrow", "aria-hidden": "true"}, "▾" if is_open else "▸")
-    attributes = {"class": "ai-toggle", "data-toggle": name, "aria-expanded": str(is_open).lower(), "title": what}
-    return el("button", attributes, arrow, label)
-
-
-def show_all(name: str, total: int, shown: int, what: str, is_open: bool) -> Node | None:
-    """The button that shows all rows, or only the first few again; None if nothing is hidden."""
-    if total <= shown:
-        return None
-    text = f"show the first {shown}" if is_open else f"show all {count(total)} {what}"
-    return el("button", {"class": "ai-more", "data-toggle": name, "aria-expanded": str(is_open).lower()}, text)
-
-
-def meter(fraction: Any, label: str, text: str, judgement: str = NEUTRAL) -> Node:
-    """A share as text over a bar."""
-    if not is_known(fraction):
-        return el("span", {"class": "ai-muted"}, UNKNOWN)
-    width = f"{100 * min(1.0, max(0.0, fraction)):.1f}%"
-    bar = el(
-        "span", {"class": "ai-meter"}, el("span", {"class": f"ai-fill ai-fill-{judgement}", "style": f"width:{width}"})
-    )
-    word = el("span", {"class": f"ai-{judgement}"}, text)
-    return el("span", {"class": "ai-metered", "role": "img", "aria-label": f"{label} {text}"}, word, bar)
-
-
-def phase_bar(phases: Mapping[str, Any], scale_ms: float) -> Node:
-    """A stacked bar of PHASES (ms) over ``scale_ms``; unaccounted time is hatched."""
-    known = [(name, float(phases[name])) for name in PHASES if is_known(phases.get(name)) and phases[name] > 0]
-    text = ", ".join(f"{name} {duration(ms)}" for name, ms in known) or "no time known"
-    parts = [
-        el("span", {"class": f"ai-phase ai-{name}", "style": f"width:{100 * ms / scale_ms:.2f}%"}) for name, ms in known
-    ]
-    return el("span", {"class": "ai-bar", "role": "img", "aria-label": text, "title": text}, *parts)
-
-
-def phase_legend(names: Sequence[str] = PHASES) -> Node:
-    items = [el("li", {}, el("span", {"class": f"ai-swatch ai-{name}", "aria-hidden": "true"}), name) for name in names]
-    return el("ul", {"class": "ai-legend", "aria-label": "phases of a turn"}, *items)
-
-
-def sparkline(values: Sequence[float]) -> Node | None:
-    """A sparkline of figures, scaled from 0 to the highest; None below two."""
-    if len(values) < 2:
-        return None
-    highest = max(1.0, *values)
-    step = 100 / (len(values) - 1)
-    points = " ".join(f"{index * step:.1f},{19 - 18 * value / highest:.1f}" for index, value in enumerate(values))
-    line = el("polyline", {"points": points, "fill": "none", "vector-effect": "non-scaling-stroke"})
-    return el(
-        "svg",
-        {"class": "ai-spark", "viewBox": "0 0 100 20", "preserveAspectRatio": "none", "aria-hidden": "true"},
-        line,
-    )
-
-
-def change_bar(change: Any, low: Any, high: Any, reach: float) -> Node:
-    """A change as a bar to the left or right of a middle line, with its interval; ``reach`` is half the bar."""
-    if not is_known(change):
-        return el("span", {"class": "ai-change"})
-    left, right = sorted((0.0, change))
-
-    def place(value: float) -> float:
-        return 50 + 50 * max(-1.0, min(1.0, value / reach))
-
-    parts = [
-        el(
-            "span",
-            {"class": "ai-change-fill", "style": f"left:{place(left):.1f}%;width:{place(right) - place(left):.1f}%"},
-        )
-    ]
-    if is_known(low) and is_known(high):
-        width = place(high) - place(low)
-        parts.append(el("span", {"class": "ai-change-range", "style": f"left:{place(low):.1f}%;width:{width:.1f}%"}))
-    return el("span", {"class": "ai-change", "aria-hidden": "true"}, *parts)
-
-
-def estimate(value: Mapping[str, Any], show: Callable[[Any], str] = figure, unit: str | None = None) -> str:
-    """An Estimate as text: "147 agents (135 to 159)", a range alone, or a dash."""
-    low, high = value.get("low"), value.get("high")
-    unit = str(value.get("unit") or "") if unit is None else unit
-    tail = f"{SPACE}{unit}" if unit else ""
-    span = f"{show(low)} to {show(high)}" if is_known(low) and is_known(high) else None
-    if is_known(value.get("value")):
-        return f"{show(value['value'])}{tail}" + (f" ({span})" if span else "")
-    return f"{span}{tail}" if span else UNKNOWN
-
-
-# =====================================================================================================================
-# Panels: documents and DataFrames → nodes. Pure.
-# =====================================================================================================================
-
-
-def header_panel(
-    document: Mapping[str, Any], url: str, age_s: float | None, problem: Problem | None, is_paused: bool
-) -> Node:
-    """The source and age of the figures."""
-    if problem is not None:
-        state = badge(BAD, "not connected")
-    elif is_paused:
-        state = badge(NEUTRAL, "paused")
-    else:
-        state = badge(GOOD, "live")
-    models = [str(row.get("name")) for row in listed(document, "models")]
-    facts = [("proxy", url), ("models", ", ".join(models)), ("strategy", document.get("strategy"))]
-    if is_known(document.get("uptime_seconds")):
-        facts.append(("up", seconds(document["uptime_seconds"])))
-    shown = [
-        el("span", {"class": "ai-fact"}, el("span", {"class": "ai-muted"}, name + " "), foreign(value))
-        for name, value in facts
-        if value
-    ]
-    if age_s is not None:
-        age = el("span", {"data-age": f"{age_s:.1f}"})
-        shown.append(el("span", {"class": "ai-fact"}, el("span", {"class": "ai-muted"}, "refreshed "), age, " ago"))
-    title = el("div", {"class": "ai-title"}, el("h1", {}, "Agent Infra"), state)
-    return el("div", {"class": "ai-header"}, title, el("div", {"class": "ai-facts"}, *shown))
-
-
-def problem_panel(problem: Problem | None, has_document: bool) -> Node | None:
-    """A problem that affects all figures, and what to do."""
-    if problem is None:
-        return None
-    tail = " The last known figures are shown below in grey." if has_document else ""
-    return el(
-        "div",
-        {"class": "ai-problem", "role": "alert"},
-        badge(BAD, problem.what),
-        el("span", {}, " " + problem.fix + tail),
-    )
-
-
-def stale_problem(age_s: float) -> Problem | None:
-    """The problem if the proxy answers with figures that are ``age_s`` seconds old."""
-    if age_s < 10.0:
-        return None
-    return Problem(
-        f"The proxy's figures are {seconds(age_s)} old: its controller is gone.",
-        "Turns are still served; “python agent_infra.py connect” takes over.",
-    )
-
-
-KEYS = (
-    ("Tab", "next panel (Shift-Tab: previous)"),
-    ("↓ j", "next row"),
-    ("↑ k", "previous row"),
-    ("Enter", "expand, collapse"),
-    ("q Esc", "pause, go on"),
+BAR_CSS = (
+    COLOURS_CSS
+    + """
+.bar { display: flex; height: 14px; border-radius: 3px; overflow: hidden; outline: 1px solid var(--line); }
+.bar > span { display: block; height: 100%; border-right: 1px solid var(--card); box-sizing: border-box; }
+[role=alert] { position: fixed; inset: auto 0 0 0; z-index: 1000; padding: 12px 20px; font-weight: 600;
+  background: light-dark(#ab1f17, #7d1a14); color: #fff; }
+[hidden] { display: none; }
+"""
 )
 
-
-def keys_panel() -> Node:
-    """The legend of the keys."""
-    items = [el("li", {}, el("kbd", {}, key), " " + what) for key, what in KEYS]
-    return el("ul", {"class": "ai-keys", "aria-label": "keys"}, *items)
-
-
-def verdict_panel(document: Mapping[str, Any]) -> Node:
-    """What limits the run, how sure that is, and how many agents to run: one line per model and GPU type."""
-    entries = listed(document, "analysis")
-    lines = [_verdict_line(entry, len(entries) > 1) for entry in entries]
-    if not lines:
-        has_served = bool(part(document, "totals").get("requests"))
-        text = "No recent traffic, so there is no verdict." if has_served else "No traffic yet."
-        lines = [el("div", {"class": "ai-verdict"}, el("div", {}, badge(NEUTRAL, "NO DATA")), el("p", {}, text))]
-    return panel("verdict", "Verdict", *lines)
-
-
-def _verdict_line(entry: Mapping[str, Any], is_named: bool) -> Node:
-    verdict, suggestion = part(entry, "verdict"), part(entry, "suggestion")
-    name = str(verdict.get("name") or "NO DATA")
-    confidence = verdict.get("confidence")
-    sure = None if not is_known(confidence) else f"{percent(min(confidence, 0.99))} sure"
-    if is_known(confidence) and confidence > 0.99:
-        sure = f"over 99{SPACE}% sure"
-    sentence = str(verdict.get("sentence") or verdict.get("reason") or "")
-    if sentence.lower().startswith(name.lower()) and ": " in sentence:  # the name and how sure it is stand beside it
-        sentence = sentence.partition(": ")[2]
-        sentence = sentence[:1].upper() + sentence[1:]
-    sentence = sentence.replace(" %", f"{SPACE}%")
-    advice = str(suggestion.get("sentence") or "")
-    flags = [
-        el(
-            "p",
-            {"key": f"flag-{flag.get('name')}"},
-            badge(JUDGEMENT_OF_VERDICT.get(str(flag.get("name")), BUSY), str(flag.get("name"))),
-            " ",
-            str(flag.get("sentence") or ""),
-        )
-        for flag in listed(entry, "flags")
-    ]
-    return el(
-        "div",
-        {"class": "ai-verdict", "key": entry_label(entry)},
-        el(
-            "div",
-            {"class": "ai-verdict-name"},
-            el("div", {"class": "ai-muted"}, entry_label(entry)) if is_named else None,
-            badge(JUDGEMENT_OF_VERDICT.get(name, NEUTRAL), name),
-            el("div", {"class": "ai-muted"}, sure) if sure else None,
-        ),
-        _suggestion(part(suggestion, "agents"), part(entry, "operating", "agents")),
-        el(
-            "div",
-            {"class": "ai-verdict-text"},
-            el("p", {}, sentence),
-            el("p", {}, el("strong", {}, advice)) if advice else None,
-            *flags,
-        ),
-    )
-
-
-def entry_label(entry: Mapping[str, Any]) -> str:
-    """The label that distinguishes an entry of the analysis from the others."""
-    return " on ".join(str(entry[name]) for name in ("model", "gpu") if entry.get(name)) or "all"
-
-
-def _suggestion(agents: Mapping[str, Any], now: Mapping[str, Any]) -> Node | None:
-    if not is_known(agents.get("value")):
-        return None
-    low, high = agents.get("low"), agents.get("high")
-    span = f"{count(low)} to {count(high)}" if is_known(low) and is_known(high) else None
-    running = f"now {count(now['value'])}" if is_known(now.get("value")) else None
-    return el(
-        "div",
-        {"class": "ai-suggestion"},
-        el("div", {"class": "ai-muted"}, "suggested"),
-        el("div", {"class": "ai-large"}, count(agents["value"]), el("span", {"class": "ai-unit"}, " agents")),
-        el("div", {"class": "ai-muted"}, " · ".join(text for text in (span, running) if text)),
-    )
-
-
-def queue_panel(document: Mapping[str, Any]) -> Node:
-    """Turns waiting and in flight, and the throughput."""
-    queue, totals, rates = part(document, "queue"), part(document, "totals"), part(document, "throughput")
-    slots = [row.get("slots") for row in listed(document, "models")]
-    of_slots = f"of {count(sum(filter(is_known, slots)))} slots" if any(map(is_known, slots)) else "at the replicas"
-    requests, errors = totals.get("requests"), totals.get("errors")
-    pending, oldest = queue.get("pending"), queue.get("oldest_ms")
-    turns, tokens = rates.get("turns_per_minute"), rates.get("tokens_per_second")
-    quiet = "no traffic" if not requests else "not known yet"
-    tiles = [
-        ("Waiting", count(pending), "turns in the queue"),
-        ("In flight", count(queue.get("in_flight")), of_slots),
-        ("Oldest wait", duration(oldest) if pending else UNKNOWN, "of those that wait" if pending else "nobody waits"),
-        ("Turns", figure(turns), "per minute" if is_known(turns) else quiet),
-        ("Tokens", figure(tokens), "per second" if is_known(tokens) else quiet),
-        (
-            "Active agents",
-            count(part(document, "sessions").get("active")),
-            f"of {count(part(document, 'sessions').get('live'))} live sessions",
-        ),
-        ("Errors", count(errors), _error_share(errors, requests)),
-    ]
-    shown = [
-        el(
-            "div",
-            {"class": "ai-tile", "key": name},
-            el("dt", {}, name),
-            el("dd", {"class": "ai-large"}, value),
-            el("dd", {"class": "ai-muted"}, note),
-        )
-        for name, value, note in tiles
-    ]
-    return panel(
-        "queue", "Queue Status", el("dl", {"class": "ai-tiles"}, *shown), _waiting_list(listed(queue, "waiting"))
-    )
-
-
-def _error_share(errors: Any, requests: Any) -> Child:
-    if not is_known(errors) or not requests:
-        return "no traffic"
-    share = errors / requests
-    text = f"{percent(share)} of {count(requests)} turns"
-    return text if share < 0.01 else badge(BAD if share >= 0.05 else BUSY, text)
-
-
-def _waiting_list(waiting: Sequence[Mapping[str, Any]]) -> Node | None:
-    if not waiting:
-        return None
-    items = [
-        el("li", {}, foreign(row.get("session") or "no session"), f" {duration(row.get('waited_ms'))}")
-        for row in waiting[:LISTED_WAITING]
-    ]
-    return el("ul", {"class": "ai-waiting", "aria-label": "who waits longest"}, *items)
-
-
-def backends_panel(frame: pd.DataFrame, is_open: bool) -> Node:
-    """The replicas. Omits columns without any known value."""
-    if frame.empty:
-        return panel(
-            "backends",
-            "GPU Backends",
-            el("p", {"class": "ai-muted"}, "There are no replicas; “python agent_infra.py start” starts them."),
-        )
-    shown = [name for name in _BACKEND_CELLS if _BACKEND_CELLS[name].is_shown(frame)]
-    rows = frame if is_open else frame.head(LISTED_BACKENDS)
-    lines = [
-        el(
-            "tr",
-            {"key": str(row.id), "data-row": "", "tabindex": "-1"},
-            *(_BACKEND_CELLS[name].show(row) for name in shown),
-        )
-        for row in rows.itertuples(index=False)
-    ]
-    ready = int((frame["state"] == "ready").sum())
-    aside = el("span", {"class": "ai-muted"}, f"{ready} of {len(frame)} ready")
-    columns = [(_BACKEND_CELLS[name].title, _BACKEND_CELLS[name].style) for name in shown]
-    more = show_all("backends", len(frame), LISTED_BACKENDS, "replicas", is_open)
-    return panel("backends", "GPU Backends", table("GPU backends", columns, lines), more, aside=aside)
-
-
-@dataclass(frozen=True)
-class BackendCell:
-    """A column of the replicas' table."""
-
-    title: str
-    style: str
-    needs: tuple[str, ...]  # columns of the frame: shown when something is known of one of them
-    show: Callable[[Any], Node]
-
-    def is_shown(self, frame: pd.DataFrame) -> bool:
-        return any(bool(frame[name].notna().any()) for name in self.needs)
-
-
-def _state_cell(row: Any) -> Node:
-    reason = (
-        el("div", {"class": "ai-reason", "title": str(row.reason)}, str(row.reason))
-        if isinstance(row.reason, str)
-        else None
-    )
-    restarts = f" · {things(row.restarts, 'restart')}" if is_known(row.restarts) and row.restarts else None
-    return cell(
-        badge(row.judgement, row.state), el("span", {"class": "ai-muted"}, restarts) if restarts else None, reason
-    )
-
-
-def _place_cell(row: Any) -> Node:
-    place = " · ".join(text for text in (row.node, row.partition) if isinstance(text, str))
-    return cell(foreign(place) if place else UNKNOWN)
-
-
-def _gpu_cell(row: Any) -> Node:
-    label = f"{int(row.gpus)} × {row.gpu_name}" if is_known(row.gpus) else "GPU"
-    shown = meter(row.gpu_utilization, f"utilisation of {label}", percent(row.gpu_utilization))
-    return cell(shown, kind="ai-gauge", title=label)
-
-
-def _memory_cell(row: Any) -> Node:
-    share = row.memory_used / row.memory_total if is_known(row.memory_used) and row.memory_total else None
-    total = gibibytes(row.memory_total)
-    shown = meter(share, f"GPU memory of {total}:", gibibytes(row.memory_used))
-    return cell(shown, kind="ai-gauge", title=f"of {total}")
-
-
-def _kv_cell(row: Any) -> Node:
-    is_full = is_known(row.kv_usage) and row.kv_usage >= FULL_KV
-    text = percent(row.kv_usage) + (" full" if is_full else "")
-    mark, judgement = (f"{SHAPES[BUSY]} ", BUSY) if is_full else ("", NEUTRAL)
-    return cell(meter(row.kv_usage, "KV cache", mark + text, judgement), kind="ai-gauge")
-
-
-def _flight_cell(row: Any) -> Node:
-    slots = f"/{count(row.slots)}" if is_known(row.slots) else ""
-    figures = el("span", {}, f"{count(row.in_flight)}{slots}")
-    return cell(el("span", {"class": "ai-flight"}, figures, sparkline(row.in_flight_history)), kind="ai-course")
-
-
-def _latency_cell(row: Any) -> Node:
-    if not is_known(row.p50_ms):
-        return cell(el("span", {"class": "ai-muted"}, "no traffic"), kind="ai-num")
-    slowest = el("span", {}, badge(BUSY, "slowest"), " ") if row.is_slowest else None
-    return cell(slowest, f"{duration(row.p50_ms)} / {duration(row.p95_ms)}", kind="ai-num")
-
-
-def _tunnel_cell(row: Any) -> Node:
-    if not isinstance(row.tunnel, str):
-        return cell(el("span", {"class": "ai-muted"}, "none"))
-    return cell(row.tunnel if row.tunnel == "up" else badge(row.tunnel_judgement, row.tunnel))
-
-
-def _left_cell(row: Any) -> Node:
-    text = seconds(row.left_s)
-    return cell(badge(BUSY, text) if is_known(row.left_s) and row.left_s < SOON_S else text, kind="ai-num")
-
-
-def _errors_cell(row: Any) -> Node:
-    return cell(f"{count(row.requests)} / {count(row.errors)}", kind="ai-num")
-
-
-_BACKEND_CELLS: Mapping[str, BackendCell] = {
-    "id": BackendCell("replica", "", ("id",), lambda row: cell(foreign(row.id))),
-    "place": BackendCell("node", "", ("node", "partition"), _place_cell),
-    "state": BackendCell("state", "", ("state",), _state_cell),
-    "gpu": BackendCell("GPU busy", "ai-gauge", ("gpu_utilization",), _gpu_cell),
-    "memory": BackendCell("GPU memory", "ai-gauge", ("memory_used",), _memory_cell),
-    "kv": BackendCell("KV cache", "ai-gauge", ("kv_usage",), _kv_cell),
-    "flight": BackendCell("in flight", "ai-course", ("in_flight",), _flight_cell),
-    "ttft": BackendCell("first token", "ai-num", ("ttft_ms",), lambda row: cell(duration(row.ttft_ms), kind="ai-num")),
-    "latency": BackendCell("latency p50 / p95", "ai-num", ("id",), _latency_cell),
-    "errors": BackendCell("turns / errors", "ai-num", ("requests",), _errors_cell),
-    "tunnel": BackendCell("tunnel", "", ("tunnel",), _tunnel_cell),
-    "left": BackendCell("job ends in", "ai-num", ("left_s",), _left_cell),
-}
-
-
-SESSION_STATES = {
-    "waiting": "waiting",
-    "prefill": "reading the prompt",
-    "decoding": "answering",
-    "idle": "thinking",
-    "ended": "ended",
-}
-_SESSION_COLUMNS = (
-    *(("session", ""), ("task", ""), ("replica", ""), ("state", ""), ("turns", "ai-num"), ("time so far", "ai-wide")),
-    *(("waited", "ai-num"), ("context", "ai-num"), ("cached", "ai-num"), ("cache misses", ""), ("last seen", "ai-num")),
-)
-
-
-def sessions_panel(
-    document: Mapping[str, Any],
-    frame: pd.DataFrame,
-    open_names: frozenset[str],
-    details: Mapping[str, Mapping[str, Any]],
-) -> Node:
-    """Client → session → turn. ``open_names`` are the toggles that were used: "session:ID", "client:ID", "all:ID"."""
-    counts = part(document, "sessions")
-    if frame.empty:
-        return panel(
-            "sessions",
-            "Session Tracking",
-            el("p", {"class": "ai-muted"}, "No traffic yet: no agent has sent a turn that names its session."),
-        )
-    clients: dict[tuple[Any, Any], list[Any]] = {}
-    for row in frame.itertuples(index=False):
-        clients.setdefault((_none(row.client), _none(row.command)), []).append(row)
-    scale = max([1.0, *(_phase_sum(row) for row in frame.itertuples(index=False))])
-    rows: list[Node] = []
-    for (client, command), sessions in list(clients.items())[: None if "clients" in open_names else LISTED_CLIENTS]:
-        rows += _client_rows(client, command, sessions, open_names, details, scale, document.get("now"))
-    told = f"{count(counts.get('live'))} live, {count(counts.get('active'))} active, {count(counts.get('ended'))} ended"
-    if is_known(counts.get("live")) and is_known(counts.get("listed")) and counts["live"] > counts["listed"]:
-        told += f"; the {count(counts['listed'])} most recent are listed"
-    more = show_all("clients", len(clients), LISTED_CLIENTS, "clients", "clients" in open_names)
-    legend = phase_legend()
-    aside = el("span", {"class": "ai-muted"}, told)
-    return panel(
-        "sessions", "Session Tracking", legend, table("sessions by client", _SESSION_COLUMNS, rows), more, aside=aside
-    )
-
-
-def _none(value: Any) -> Any:
-    """pandas' NaN as None."""
-    return value if isinstance(value, str) else None
-
-
-def _phase_sum(row: Any) -> float:
-    values = [getattr(row, name, None) for name in PHASES]
-    return float(sum(value for value in values if is_known(value)))
-
-
-def _client_rows(
-    client: str | None,
-    command: str | None,
-    sessions: Sequence[Any],
-    open_names: frozenset[str],
-    details: Mapping[str, Mapping[str, Any]],
-    scale: float,
-    now: Any,
-) -> list[Node]:
-    """A client's row, then the rows of its sessions."""
-    key = f"{client or ''} {command or ''}"
-    is_open = f"client:{key}" not in open_names
-    busy = sum(1 for row in sessions if row.state not in ("idle", "ended"))
-    name = foreign(client) if client else el("span", {}, "clients without a name")
-    note = f"{things(len(sessions), 'session')}, {busy} with a turn in flight"
-    head = el(
-        "tr",
-        {"key": f"client:{key}", "class": "ai-client", "data-row": "", "tabindex": "-1"},
-        cell(
-            toggle(f"client:{key}", is_open, name, "show or hide this client's sessions"),
-            el("span", {"class": "ai-muted"}, " ", foreign(command, "ai-command") if command else None, f" · {note}"),
-            colspan=str(len(_SESSION_COLUMNS)),
-        ),
-    )
-    if not is_open:
-        return [head]
-    rows = [head]
-    all_name = f"all:{key}"
-    for row in sessions[: None if all_name in open_names else LISTED_SESSIONS]:
-        is_session_open = f"session:{row.id}" in open_names
-        rows.append(_session_row(row, is_session_open, scale))
-        if is_session_open:
-            inner = session_detail(details.get(str(row.id)), now)
-            rows.append(
-                el("tr", {"key": f"detail:{row.id}"}, cell(inner, colspan=str(len(_SESSION_COLUMNS)), kind="ai-detail"))
-            )
-    more = show_all(all_name, len(sessions), LISTED_SESSIONS, "sessions of this client", all_name in open_names)
-    if more:
-        rows.append(el("tr", {"key": all_name}, cell(more, colspan=str(len(_SESSION_COLUMNS)))))
-    return rows
-
-
-def _session_row(row: Any, is_open: bool, scale: float) -> Node:
-    misses = (
-        count(row.cache_misses)
-        if is_known(row.cache_misses) and row.cache_misses
-        else "0"
-        if is_known(row.cache_misses)
-        else UNKNOWN
-    )
-    reason = (
-        el("span", {"class": "ai-muted ai-cut", "title": row.last_miss}, f" {row.last_miss}")
-        if isinstance(row.last_miss, str)
-        else None
-    )
-    share = (
-        row.cached_tokens / row.prompt_tokens
-        if is_known(row.cached_tokens) and is_known(row.prompt_tokens) and row.prompt_tokens
-        else None
-    )
-    alerts = [el("span", {}, " ", badge(BUSY, alert.replace("_", " "))) for alert in row.alerts]
-    errors = (
-        el("span", {}, " ", badge(BAD, things(row.errors, "error"))) if is_known(row.errors) and row.errors else None
-    )
-    return el(
-        "tr",
-        {"key": f"session:{row.id}", "data-row": "", "tabindex": "-1"},
-        cell(
-            toggle(f"session:{row.id}", is_open, foreign(row.id), "show or hide this session's turns"),
-            *alerts,
-            kind="ai-indent",
-        ),
-        cell(foreign(row.task) if isinstance(row.task, str) else UNKNOWN),
-        cell(foreign(row.backend) if isinstance(row.backend, str) else UNKNOWN),
-        cell(SESSION_STATES.get(str(row.state), str(row.state)), kind="ai-muted" if row.state == "ended" else ""),
-        cell(count(row.turns), errors, kind="ai-num"),
-        cell(phase_bar({name: getattr(row, name, None) for name in PHASES}, scale), kind="ai-wide"),
-        cell(duration(row.queue), kind="ai-num"),
-        cell(f"{count(row.context_tokens)}{SPACE}tok" if is_known(row.context_tokens) else UNKNOWN, kind="ai-num"),
-        cell(percent(share), kind="ai-num"),
-        cell(misses, reason),
-        cell(f"{seconds(row.silent_s)} ago" if is_known(row.silent_s) else UNKNOWN, kind="ai-num"),
-    )
-
-
-_TURN_COLUMNS = (
-    *(("finished", "ai-num"), ("outcome", ""), ("replica", ""), ("turn", "ai-wide"), ("total", "ai-num")),
-    *(
-        ("waited", "ai-num"),
-        ("first token", "ai-num"),
-        ("tokens in → out", "ai-num"),
-        ("cached", "ai-num"),
-        ("cache miss", ""),
-    ),
-)
-
-
-def session_detail(detail: Mapping[str, Any] | None, now: Any) -> Node:
-    """The turns of a session, latest first, as waterfalls on one scale."""
-    if detail is None:
-        return el("p", {"class": "ai-muted"}, "Asking the proxy for its turns…")
-    if "problem" in detail:
-        return el("p", {"class": "ai-muted"}, f"No turns to show: {detail['problem']}")
-    frame = turn_frame(listed(detail, "turns"), detail.get("now", now))
-    if frame.empty:
-        return el("p", {"class": "ai-muted"}, "No finished turn yet.")
-    scale = max([1.0, *frame["total_ms"].dropna()])
-    rows = [el("tr", {"key": str(row.turn)}, *_turn_cells(row, scale)) for row in frame.itertuples(index=False)]
-    return el(
-        "div",
-        {},
-        el(
-            "p", {"class": "ai-muted"}, f"{len(frame)} latest turns, latest first; the longest bar is {duration(scale)}"
-        ),
-        table("turns of this session", _TURN_COLUMNS, rows, "ai-inner"),
-    )
-
-
-def _turn_cells(row: Any, scale: float) -> list[Node]:
-    tokens = f"{count(row.prompt_tokens)} → {count(row.completion_tokens)}"
-    if row.is_estimated:
-        tokens = "≈ " + tokens
-    retries = (
-        f" · {count(row.retries)} {'retry' if row.retries == 1 else 'retries'}"
-        if is_known(row.retries) and row.retries
-        else ""
-    )
-    outcome = str(row.outcome) + retries
-    return [
-        cell(f"{seconds(row.ago_s)} ago", kind="ai-num"),
-        cell(outcome if row.judgement in (GOOD, NEUTRAL) else badge(row.judgement, outcome, str(row.error or ""))),
-        cell(foreign(row.backend) if isinstance(row.backend, str) else UNKNOWN),
-        cell(phase_bar({name: getattr(row, name) for name in PHASES}, scale), kind="ai-wide"),
-        cell(duration(row.total_ms), kind="ai-num"),
-        cell(duration(row.queue), kind="ai-num"),
-        cell(duration(row.ttft_ms), kind="ai-num"),
-        cell(tokens, kind="ai-num"),
-        cell(count(row.cached_tokens), kind="ai-num"),
-        cell(
-            el("span", {"class": "ai-cut", "title": row.cache_miss}, row.cache_miss)
-            if isinstance(row.cache_miss, str)
-            else UNKNOWN
-        ),
-    ]
-
-
-def turns_panel(frame: pd.DataFrame, open_names: frozenset[str]) -> Node:
-    """The turns that finished last, from any session."""
-    if frame.empty:
-        return panel("turns", "Recent Turns", el("p", {"class": "ai-muted"}, "No traffic yet: no turn has finished."))
-    is_all = "turns" in open_names
-    shown = frame if is_all else frame.head(LISTED_TURNS)
-    scale = max([1.0, *shown["total_ms"].dropna()])
-    columns = (("session", ""), *_TURN_COLUMNS, ("prompt → answer", "ai-text-head"))
-    rows: list[Node] = []
-    for row in shown.itertuples(index=False):
-        name = f"turn:{row.turn}"
-        is_open = name in open_names
-        label = (
-            foreign(row.session)
-            if isinstance(row.session, str) and row.session
-            else el("span", {"class": "ai-muted"}, "no session")
-        )
-        text = " → ".join(each for each in (row.prompt, row.answer) if each)
-        rows.append(
-            el(
-                "tr",
-                {"key": name, "data-row": "", "tabindex": "-1"},
-                cell(toggle(name, is_open, label, "show or hide the text of this turn")),
-                *_turn_cells(row, scale),
-                cell(foreign(text, "ai-text") if text else UNKNOWN),
-            )
-        )
-        if is_open:
-            rows.append(
-                el("tr", {"key": f"detail:{name}"}, cell(_turn_text(row), colspan=str(len(columns)), kind="ai-detail"))
-            )
-    more = show_all("turns", len(frame), LISTED_TURNS, "recent turns", is_all)
-    return panel("turns", "Recent Turns", table("recent turns", columns, rows), more)
-
-
-def _turn_text(row: Any) -> Node:
-    parts = [
-        ("prompt", row.prompt),
-        ("answer", row.answer),
-        ("error", row.error),
-        ("turn", row.turn),
-        ("task", row.task),
-    ]
-    items = [
-        each
-        for name, text in parts
-        if isinstance(text, str) and text
-        for each in (el("dt", {}, name), el("dd", {}, el("bdi", {"class": "ai-whole"}, text)))
-    ]
-    return el("dl", {"class": "ai-texts"}, *items)
-
-
-def pipeline_panel(document: Mapping[str, Any], entry: Mapping[str, Any], labels: Sequence[str]) -> Node:
-    """The first part of Bottleneck Analysis: where the time went, and what limits throughput."""
-    chosen = entry_label(entry) if entry else ""
-    choices = [
-        el("button", {"class": "ai-choice", "data-set": label, "aria-pressed": str(label == chosen).lower()}, label)
-        for label in labels
-    ]
-    chooser = (
-        el("div", {"class": "ai-choices", "role": "group", "aria-label": "model and GPU"}, *choices)
-        if len(labels) > 1
-        else None
-    )
-    return panel(
-        "analysis", "Bottleneck Analysis", chooser, _pipeline_shares(pipeline_frame(document)), _holding_back(entry)
-    )
-
-
-def _pipeline_shares(frame: pd.DataFrame) -> Node:
-    if frame.empty:
-        return el("p", {"class": "ai-muted"}, "No traffic in the last five minutes.")
-    bar = phase_bar({row.part: row.share * 1000 for row in frame.itertuples(index=False)}, 1000.0)
-    text = ", ".join(f"{row.part} {percent(row.share)}" for row in frame.itertuples(index=False))
-    bar[1].update({"aria-label": text, "title": text, "class": "ai-bar ai-bar-large"})
-    rows = [
-        el(
-            "tr",
-            {},
-            el(
-                "th",
-                {"scope": "row"},
-                el("span", {"class": f"ai-swatch ai-{row.part}", "aria-hidden": "true"}),
-                row.part,
-            ),
-            cell(percent(row.share), kind="ai-num"),
-            cell(duration(row.mean_ms), kind="ai-num"),
-            cell(duration(row.p50_ms), kind="ai-num"),
-            cell(duration(row.p95_ms), kind="ai-num"),
-        )
-        for row in frame.itertuples(index=False)
-    ]
-    columns = (("part of a turn", ""), ("share", "ai-num"), ("mean", "ai-num"), ("p50", "ai-num"), ("p95", "ai-num"))
-    return el(
-        "div",
-        {},
-        el("h3", {}, "Where the time of turns went, last 5 minutes"),
-        bar,
-        table("pipeline shares", columns, rows),
-    )
-
-
-def _holding_back(entry: Mapping[str, Any]) -> Node:
-    frame = share_frame(entry)
-    if frame.empty:
-        reason = part(entry, "verdict").get("reason") or part(entry, "verdict").get("sentence") or "no traffic"
-        return el("div", {"class": "ai-apart"}, el("p", {}, f"What limits the run is unknown: {reason}"), *_glossary())
-    items = [
-        el(
-            "tr",
-            {},
-            el("th", {"scope": "row"}, row.name),
-            cell(meter(row.share, row.name, percent(row.share)), kind="ai-wide"),
-            cell(f"{percent(row.low)} to {percent(row.high)}", kind="ai-num ai-muted"),
-        )
-        for row in frame.itertuples(index=False)
-    ]
-    columns = (("throughput is limited by", ""), ("share", "ai-wide"), ("interval", "ai-num"))
-    return table("what limits throughput", columns, items)
-
-
-def _glossary() -> list[Node]:
-    """An explanation of the parts of a turn, shown while there is room."""
-    meanings = (
-        ("pre", "the agent makes its next observation, as its client timed it"),
-        ("queue", "the turn waits for a replica with a free slot"),
-        ("inference", "the replica reads the prompt and answers"),
-        ("post", "the agent acts on the answer"),
-        ("unaccounted", "time between turns that no client explained"),
-    )
-    items = [each for name, text in meanings for each in (el("dt", {}, name), el("dd", {}, text))]
-    return [el("h3", {}, "The parts of a turn"), el("dl", {"class": "ai-texts"}, *items)]
-
-
-def what_if_panel(entry: Mapping[str, Any]) -> Node:
-    """The last part of Bottleneck Analysis, below the curve: what-ifs, and the data behind the fit."""
-    frame = what_if_frame(entry)
-    children: list[Child] = []
-    if not frame.empty and bool(frame["change"].notna().any()):
-        spread = frame[["change", "low", "high"]].apply(pd.to_numeric).abs().max(axis=None)
-        reach = max(0.05, float(spread))
-        rows = [
-            el(
-                "tr",
-                {},
-                el("th", {"scope": "row"}, str(row.name)),
-                cell(percent(row.change, signed=True), kind="ai-num"),
-                cell(change_bar(row.change, row.low, row.high, reach), kind="ai-wide"),
-                cell(
-                    f"{percent(row.low, signed=True)} to {percent(row.high, signed=True)}"
-                    if is_known(row.low)
-                    else el("span", {"class": "ai-why"}, str(row.reason or UNKNOWN)),
-                    kind="ai-num ai-muted",
-                ),
-                cell(
-                    f"{count(row.turns_per_hour)}{SPACE}/h" if is_known(row.turns_per_hour) else UNKNOWN, kind="ai-num"
-                ),
-            )
-            for row in frame.itertuples(index=False)
-        ]
-        columns = (
-            *(("what if", ""), ("turns/h", "ai-num"), ("less ← → more", "ai-wide ai-middle")),
-            *(("interval", "ai-num"), ("then", "ai-num")),
-        )
-        children.append(table("what ifs", columns, rows))
-    elif not share_frame(entry).empty:
-        reason = next((str(row.reason) for row in frame.itertuples() if isinstance(row.reason, str)), "not known")
-        children.append(el("p", {"class": "ai-muted"}, f"No curve and no what-ifs: {reason}."))
-    return el("div", {"class": "ai-panel"}, *children, _basis(entry))
-
-
-def _basis(entry: Mapping[str, Any]) -> Node | None:
-    """The data that the model was fitted to, and whether the fit holds."""
-    fit, operating, law = part(entry, "fit"), part(entry, "operating"), part(entry, "littles_law")
-    if not is_known(part(fit, "base_latency_s").get("value")):
-        return None
-    basis = part(operating, "turns_per_hour", "basis")
-    told = [
-        f"A turn takes {estimate(part(fit, 'base_latency_s'))} alone and {estimate(part(fit, 'per_request_s'))} more "
-        f"for each turn in flight on its replica; agents think for {estimate(part(fit, 'think_s'))}.",
-        f"Utilisation of the replicas: {estimate(part(operating, 'utilisation'), percent, '')}.",
-    ]
-    if is_known(law.get("error")):
-        told.append(
-            f"Little's law {'holds' if law.get('holds') else 'does not hold'}: "
-            f"{figure(law.get('agents_sampled'))} agents seen, "
-            f"{figure(law.get('agents_computed'))} computed ({percent(law['error'], signed=True)})."
-        )
-    if is_known(basis.get("turns")):
-        told.append(f"From {count(basis['turns'])} turns in {seconds(basis.get('window_s'))}.")
-    return el("p", {"class": "ai-muted ai-basis"}, " ".join(told))
-
-
-def watchdog_panel(frame: pd.DataFrame) -> Node:
-    """Sessions that may need attention."""
-    if frame.empty:
-        return panel(
-            "watchdog",
-            "Watchdog",
-            el(
-                "p",
-                {},
-                badge(GOOD, "nothing to report"),
-                " No session is silent, repeating, oversized or thrashing.",
-            ),
-        )
-    items = [
-        el(
-            "li",
-            {"key": f"{row.kind}:{row.session}", "data-row": "", "tabindex": "-1"},
-            badge(BUSY, str(row.kind).replace("_", " ")),
-            " ",
-            foreign(row.session) if isinstance(row.session, str) else None,
-            el("span", {}, f" {row.sentence or ''}"),
-            el("span", {"class": "ai-muted"}, f" since {seconds(row.ago_s)}") if is_known(row.ago_s) else None,
-        )
-        for row in frame.itertuples(index=False)
-    ]
-    return panel("watchdog", "Watchdog", el("ul", {"class": "ai-list"}, *items))
-
-
-def cost_panel(document: Mapping[str, Any]) -> Node:
-    """GPU-hours by state, and the cost of a turn, a session and a task."""
-    frame = hours_frame(document)
-    children: list[Child] = []
-    if not frame.empty:
-        children.append(_hours_table(frame, _ago(document.get("now"), part(document, "accounting").get("since"))))
-    entries = [entry for entry in listed(document, "analysis") if part(entry, "cost")]
-    if entries:
-        names = (
-            ("turn", "gpu_seconds_per_turn"),
-            ("session", "gpu_seconds_per_session"),
-            ("task", "gpu_seconds_per_task"),
-        )
-        rows = [
-            el(
-                "tr",
-                {},
-                el("th", {"scope": "row"}, foreign(entry_label(entry))),
-                *(_cost_cell(part(entry, "cost", name)) for _, name in names),
-            )
-            for entry in entries
-        ]
-        columns = (("GPU-seconds", ""), *((f"per {name}", "ai-num") for name, _ in names))
-        children.append(table("GPU-seconds per turn, session and task", columns, rows))
-    if not children:
-        children.append(el("p", {"class": "ai-muted"}, "No GPU time has been recorded yet."))
-    return panel("cost", "GPU-Hours and Cost", *children)
-
-
-def _cost_cell(value: Mapping[str, Any]) -> Node:
-    text = estimate(value, unit="s")
-    reason = value.get("reason")
-    return cell(text, kind="ai-num", title=str(reason)) if text == UNKNOWN and reason else cell(text, kind="ai-num")
-
-
-def _hours_table(frame: pd.DataFrame, kept_s: float | None) -> Node:
-    unit = str(frame["unit"].iloc[0])
-    rows = []
-    for row in frame.itertuples(index=False):
-        spent = [getattr(row, state) for state in HOUR_STATES]
-        total = sum(value for value in spent if is_known(value))
-        share = row.ready_busy / total if is_known(row.ready_busy) and total else None
-        name = foreign(row.model) if isinstance(row.model, str) else el("span", {}, "all")
-        cells = [cell(figure(value) + (f"{SPACE}h" if is_known(value) else ""), kind="ai-num") for value in spent]
-        rows.append(el("tr", {}, el("th", {"scope": "row"}, name), *cells, cell(meter(share, "busy", percent(share)))))
-    columns = (
-        (unit, ""),
-        ("busy", "ai-num"),
-        ("idle", "ai-num"),
-        ("loading", "ai-num"),
-        ("pending", "ai-num"),
-        ("busy share", ""),
-    )
-    note = el("p", {"class": "ai-muted"}, f"in the last {seconds(kept_s)}") if kept_s is not None else None
-    return el("div", {}, table(unit, columns, rows), note)
-
-
-def card(panel: Node) -> Node:
-    """A panel on its card."""
-    return el("div", {"class": "ai-card"}, panel)
-
-
-def slots_of(
-    document: Mapping[str, Any],
-    entry: Mapping[str, Any],
-    opened: frozenset[str],
-    sessions: Mapping[str, Mapping[str, Any]],
-) -> dict[str, list[Node]]:
-    """Slot → its nodes: the parts below the verdict and the queue, around and below the charts."""
-    turns = turn_frame(listed(document, "recent_turns"), document.get("now"))
-    has_points = bool(listed(part(document, "throughput"), "history"))
-    note = None if has_points else el("p", {"class": "ai-muted"}, "The first points appear within seconds.")
-    labels = [entry_label(each) for each in listed(document, "analysis")]
-    rest = [
-        card(backends_panel(backend_frame(document), "backends" in opened)),
-        card(sessions_panel(document, session_frame(document), opened, sessions)),
-        card(turns_panel(turns, opened)),
-        el("div", {"class": "ai-pair"}, card(watchdog_panel(watchdog_frame(document))), card(cost_panel(document))),
-    ]
-    return {
-        "analysis": [pipeline_panel(document, entry, labels)],
-        "what_ifs": [what_if_panel(entry)],
-        "timeline": [panel("timeline", "Throughput, Latency, Agents", note)],
-        "rest": rest,
-    }
-
-
-# =====================================================================================================================
-# Browser part: makes elements of nodes, and changes only what has changed, so that focus, selection and scroll
-# position stay. It sets text and attributes, never markup.
-# =====================================================================================================================
-
-JS = r"""
-const SVG = new Set(["svg", "polyline"]);
-const attributesOf = node => node[1] || {};
-
-function keysOf(nodes) {
-  const seen = new Set();
-  return nodes.map((node, index) => {
-    const own = typeof node === "string" ? undefined : attributesOf(node).key;
-    let key = typeof node === "string" ? "#" + index : node[0] + (own === undefined ? ":" + index : "=" + own);
-    if (seen.has(key)) key += "\u0000" + index;
-    seen.add(key);
-    return key;
-  });
-}
-
-function build(node) {
-  if (typeof node === "string") return document.createTextNode(node);
-  const made = SVG.has(node[0]) ? document.createElementNS("http://www.w3.org/2000/svg", node[0])
-    : document.createElement(node[0]);
-  for (const [name, value] of Object.entries(attributesOf(node))) if (name !== "key") made.setAttribute(name, value);
-  for (const child of node.slice(2)) made.appendChild(build(child));
+# The bar of phases is always there, so it also owns what belongs to the whole page: it notices that the page's server
+# is gone, and hears the keys.
+BAR_JS = r"""
+const SILENT_MS = 5000;
+
+function make(tag, className, text) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
   return made;
-}
-
-function change(element, was, now) {
-  if (typeof now === "string") { if (was !== now) element.data = now; return; }
-  const before = attributesOf(was), after = attributesOf(now);
-  for (const name in before) if (!(name in after)) element.removeAttribute(name);
-  for (const name in after) if (name !== "key" && before[name] !== after[name]) element.setAttribute(name, after[name]);
-  changeChildren(element, was.slice(2), now.slice(2));
-}
-
-// Whether the nodes are those of before, in their order, so that there is nothing to look for.
-function areInPlace(was, now) {
-  return was.length === now.length && now.every((node, index) => typeof node === "string"
-    ? typeof was[index] === "string"
-    : was[index][0] === node[0] && attributesOf(was[index]).key === attributesOf(node).key);
-}
-
-function changeChildren(element, was, now) {
-  if (areInPlace(was, now)) {
-    let child = element.firstChild;
-    now.forEach((node, index) => {
-      if (child) change(child, was[index], node);
-      child = child?.nextSibling;
-    });
-    return;
-  }
-  const known = new Map(), keys = keysOf(now), wanted = new Set(keys), old = [...element.childNodes];
-  keysOf(was).forEach((key, index) => wanted.has(key) ? known.set(key, [old[index], was[index]]) : old[index].remove());
-  now.forEach((child, index) => {
-    const found = known.get(keys[index]);
-    const there = element.childNodes[index];
-    if (!found) { element.insertBefore(build(child), there || null); return; }
-    if (found[0] !== there) element.insertBefore(found[0], there || null);
-    change(found[0], found[1], child);
-  });
-}
-
-function age(text) {
-  const s = Math.max(0, Math.round(text));
-  return s < 60 ? s + "\u00a0s" : s < 3600 ? Math.floor(s / 60) + "\u00a0min" : Math.floor(s / 3600) + "\u00a0h";
-}
-
-function showAges(root) {
-  for (const each of root.querySelectorAll("[data-age]")) {
-    const text = age(Number(each.dataset.age) + (performance.now() - root.came) / 1000);
-    if (each.textContent !== text) each.textContent = text;
-  }
 }
 
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
-  const target = event.target;
-  if (target.closest("input:not([type=checkbox]):not([type=radio]), textarea, select, [contenteditable]")) return;
-  if (target.closest("[role=menu], [role=dialog], [role=listbox]")) return;
-  const panels = [...document.querySelectorAll("[data-panel]")];
-  const panel = target.closest("[data-panel]");
-  const rows = panel ? [...panel.querySelectorAll("[data-row]")] : [];
-  const at = rows.indexOf(target.closest("[data-row]"));
-  const step = { ArrowDown: 1, j: 1, ArrowUp: -1, k: -1 }[event.key];
-  let next = null;
-  if (event.key === "Tab") next = panels[panels.indexOf(panel) + (event.shiftKey ? -1 : 1)];
-  else if (step && panel && rows.length) next = rows[Math.min(rows.length - 1, Math.max(0, at + step))];
-  else if (step && !panel && event.key.length === 1) next = panels[0];
-  else if (event.key === "Enter" && at >= 0 && target === rows[at]) rows[at].querySelector("[data-toggle]")?.click();
-  else if (event.key === "q" || event.key === "Escape") document.querySelector(".st-key-pause button")?.click();
-  if (!next) return;  // at the ends Tab is the browser's, so that nobody is caught here
-  event.preventDefault();
-  next.focus({ preventScroll: true });
-  next.scrollIntoView({ block: "nearest" });
+  const target = event.composedPath()[0];
+  if (target.closest?.("input, textarea, select, [contenteditable], [role=dialog], [role=listbox]")) return;
+  if (event.key === "q" || event.key === "Escape") document.querySelector(".st-key-pause button")?.click();
+  const arrow = { j: "ArrowDown", k: "ArrowUp" }[event.key];  // tables know the arrows
+  if (arrow && target.closest?.("[data-testid=stDataFrame]"))
+    target.dispatchEvent(new KeyboardEvent("keydown", { key: arrow, code: arrow, bubbles: true, cancelable: true }));
 }
 
-function fill(place, nodes) {
-  const focused = place.contains(document.activeElement) ? document.activeElement : null;
-  changeChildren(place, place.nodes || [], nodes);
-  place.nodes = nodes;
-  if (focused && focused.isConnected && focused !== document.activeElement) focused.focus({ preventScroll: true });
+async function watch(root) {
+  let isAlive = false;
+  try {
+    const ping = await fetch("_stcore/health", { cache: "no-store", signal: AbortSignal.timeout(SILENT_MS) });
+    isAlive = ping.ok;
+  } catch { /* it is gone */ }
+  root.alarm.hidden = isAlive;
 }
 
-// Streamlit makes the slots when it gets to them, and makes one anew now and then.
-function fillSlots(root) {
-  clearTimeout(root.waiting);
-  let isWhole = true;
-  for (const [name, nodes] of Object.entries(root.slots)) {
-    const slot = document.querySelector(`[data-slot="${name}"]`);
-    if (!slot) isWhole = false;
-    else if (slot.nodes !== nodes) fill(slot, nodes);
-  }
-  if (!isWhole) root.waiting = setTimeout(() => fillSlots(root), 50);
-}
-
-function onClick(root, event) {
-  const toggle = event.target.closest("[data-toggle]"), choice = event.target.closest("[data-set]");
-  if (toggle) {
-    const name = toggle.dataset.toggle;
-    if (!root.flipped.delete(name)) root.flipped.add(name);
-    root.setStateValue("flipped", [...root.flipped].slice(-64));
-  } else if (choice) root.setStateValue("chosen", choice.dataset.set);
-}
-
-function begin(parentElement, data) {
-  const root = parentElement.appendChild(document.createElement("div"));
-  parentElement.__agentInfra = root;
-  root.className = "ai-page";
-  root.flipped = new Set(data.flipped);
-  root.onClick = event => onClick(root, event);
-  document.addEventListener("click", root.onClick);
-  root.timer = setInterval(() => showAges(root), 1000);
+function begin(parentElement) {
+  const root = parentElement.appendChild(make("div", "root"));
+  root.bar = root.appendChild(make("div", "bar"));
+  root.bar.setAttribute("role", "img");
+  root.legend = root.appendChild(make("ul"));
+  root.alarm = root.appendChild(make("div", "", "The page's server is gone: nothing here is current. " +
+    "Start it again with “python agent_infra.py dashboard”, and reload."));
+  root.alarm.setAttribute("role", "alert");
+  root.alarm.hidden = true;
+  root.timer = setInterval(() => watch(root), SILENT_MS);
   return root;
 }
 
-function end(parentElement, root) {
-  clearInterval(root.timer);
-  clearTimeout(root.waiting);
-  document.removeEventListener("click", root.onClick);
-  document.removeEventListener("keydown", root.onKey);
-  delete parentElement.__agentInfra;
-  root.remove();
-}
-
-export default function (component) {
-  const { parentElement, setStateValue } = component;
-  const data = JSON.parse(new TextDecoder().decode(component.data));
-  const root = parentElement.__agentInfra || begin(parentElement, data);
-  root.setStateValue = setStateValue;
-  root.came = performance.now();
-  root.slots = data.slots;
-  fill(root, data.nodes);
-  fillSlots(root);
-  showAges(root);
+export default function ({ data, parentElement, setStateValue }) {
+  const root = parentElement.root || (parentElement.root = begin(parentElement));
+  const { parts, label, hasKeys, isFirst } = JSON.parse(new TextDecoder().decode(data));
+  root.bar.setAttribute("aria-label", label);
+  root.bar.replaceChildren(...parts.map(([name, share]) => {
+    const made = make("span", name);
+    made.style.width = 100 * share + "%";
+    return made;
+  }));
+  root.legend.replaceChildren(...(parts.length ? parts : [["", 0, label]]).map(([name, , text]) => {
+    const item = make("li");
+    if (name) item.append(make("span", "swatch " + name));
+    item.append(text);
+    return item;
+  }));
+  if (isFirst) requestAnimationFrame(() => setTimeout(() => setStateValue("isPainted", true)));
   if (document.documentElement.lang !== "en") document.documentElement.lang = "en";  // to set it restyles everything
-  document.querySelector(".stApp")?.toggleAttribute("data-ai-stale", data.isStale);
   document.removeEventListener("keydown", root.onKey);
-  root.onKey = onKey;
-  if (data.hasKeys) document.addEventListener("keydown", root.onKey);
-  // The rest takes longer: it is asked for when this much can be seen.
-  if (data.isFirst) requestAnimationFrame(() => setTimeout(() => root.setStateValue("isPainted", true)));
-  return () => end(parentElement, root);
+  root.onKey = hasKeys ? onKey : null;
+  if (hasKeys) document.addEventListener("keydown", root.onKey);
+  return () => {
+    clearInterval(root.timer);
+    document.removeEventListener("keydown", root.onKey);
+    delete parentElement.root;
+    root.remove();
+  };
 }
 """
 
-# A place in Streamlit's layout that the page's nodes go to.
-SLOT_JS = r"""
-export default function ({ data, parentElement }) {
-  const name = new TextDecoder().decode(data);
-  if (parentElement.querySelector("[data-slot]")) return;
-  parentElement.appendChild(document.createElement("div")).dataset.slot = name;
+TRACE_CSS = (
+    COLOURS_CSS
+    + """
+.axis, .row { display: grid; grid-template-columns: 3.2ch minmax(0, 1fr) 23ch; gap: 0 12px; align-items: center; }
+.axis { font-size: 12px; color: var(--muted); height: 20px; }
+.axis > div, .lane { position: relative; height: 100%; }
+.axis div span { position: absolute; transform: translateX(-50%); white-space: nowrap; }
+.axis div span:first-child { transform: none; }
+.rows { max-height: 520px; overflow-y: auto; border-block: 1px solid var(--line); }
+.row { height: 24px; padding: 0 6px 0 2px; border-radius: 4px; cursor: pointer; scroll-margin: 24px; }
+.row:hover { background: light-dark(#eef1f5, #24292f); }
+.row[aria-selected=true] { background: light-dark(#e1ebf8, #22344d); }
+.row:focus { outline: 2px solid var(--st-primary-color); outline-offset: -2px; }
+.number, .note { font-variant-numeric: tabular-nums; color: var(--muted); white-space: nowrap; overflow: hidden;
+  text-overflow: ellipsis; font-size: 13px; }
+.number { text-align: right; }
+.row[data-judgement=bad] .note { color: var(--bad); font-weight: 600; }
+.lane { border-left: 1px solid var(--line); }
+.lane span { position: absolute; top: 5px; height: 14px; min-width: 2px; border-radius: 1px; }
+.lane .think, .lane .idle { top: 10px; height: 4px; }
+@media (max-width: 700px) { .axis, .row { grid-template-columns: 2.6ch minmax(0, 1fr) 12ch; gap: 0 6px; } }
+"""
+)
+
+TRACE_JS = r"""
+function make(tag, className, text) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+const rowsOf = root => [...root.rows.children];
+
+// One row is in the order of Tab: the current one, by its number, whatever moves around it.
+function setCurrent(root, row, isFocused) {
+  for (const each of rowsOf(root)) each.tabIndex = each === row ? 0 : -1;
+  root.current = row ? row.dataset.number : null;
+  if (row && isFocused) {
+    row.focus({ preventScroll: true });
+    row.scrollIntoView({ block: "nearest" });
+  }
+}
+
+function choose(root, row) {
+  setCurrent(root, row, true);
+  const number = Number(row.dataset.number);
+  root.setStateValue("turn", row.ariaSelected === "true" ? null : number);
+}
+
+function onKey(root, event) {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const rows = rowsOf(root), at = rows.indexOf(event.target.closest(".row"));
+  const step = { ArrowDown: 1, j: 1, ArrowUp: -1, k: -1 }[event.key];
+  const open = rows.find(row => row.ariaSelected === "true");
+  if (step) setCurrent(root, rows[Math.min(rows.length - 1, Math.max(0, at + step))], true);
+  else if (event.key === "Home" || event.key === "End") setCurrent(root, rows.at(event.key === "Home" ? 0 : -1), true);
+  else if (event.key === "Enter" || event.key === " ") choose(root, rows[at]);
+  else if (event.key === "Escape" && open) root.setStateValue("turn", null);
+  else return;
+  event.preventDefault();
+  event.stopPropagation();
+}
+
+function begin(parentElement) {
+  const root = parentElement.appendChild(make("div", "root"));
+  const axis = root.appendChild(make("div", "axis"));
+  axis.setAttribute("aria-hidden", "true");
+  axis.append(make("span"), root.axis = make("div"), make("span"));
+  root.rows = root.appendChild(make("div", "rows"));
+  root.rows.setAttribute("role", "listbox");
+  root.legend = root.appendChild(make("ul"));
+  root.rows.addEventListener("click", event => {
+    const row = event.target.closest(".row");
+    if (row) choose(root, row);
+  });
+  root.rows.addEventListener("keydown", event => onKey(root, event));
+  return root;
+}
+
+function update(row, data) {
+  const { number, title, note, judgement, is_open, bars } = data, text = JSON.stringify(data);
+  if (row.text === text) return;  // what hasn't changed is left alone
+  row.text = text;
+  row.ariaSelected = String(is_open);
+  row.dataset.judgement = judgement;
+  row.title = title;
+  const lane = make("div", "lane");
+  for (const [name, left, width] of bars) {
+    const bar = lane.appendChild(make("span", name.replace(" ", "-")));
+    bar.style.left = left + "%";
+    bar.style.width = width + "%";
+  }
+  row.replaceChildren(make("span", "number", String(number)), lane, make("span", "note", note));
+}
+
+export default function ({ data, parentElement, setStateValue }) {
+  const root = parentElement.root || (parentElement.root = begin(parentElement));
+  root.setStateValue = setStateValue;
+  const { rows, ticks, phases, label } = JSON.parse(new TextDecoder().decode(data));
+  root.rows.ariaLabel = label;
+  root.axis.replaceChildren(...ticks.map(([left, text]) => {
+    const tick = make("span", "", text);
+    tick.style.left = left + "%";
+    return tick;
+  }));
+  const wanted = new Set(rows.map(each => String(each.number)));
+  for (const row of rowsOf(root)) if (!wanted.has(row.dataset.number)) row.remove();
+  const known = new Map(rowsOf(root).map(row => [row.dataset.number, row]));
+  rows.forEach((each, index) => {
+    const row = known.get(String(each.number)) || make("div", "row");
+    if (!row.dataset.number) {
+      row.dataset.number = each.number;
+      row.setAttribute("role", "option");
+      row.tabIndex = -1;
+    }
+    update(row, each);
+    if (root.rows.children[index] !== row) root.rows.insertBefore(row, root.rows.children[index] || null);
+  });
+  const current = rowsOf(root).find(row => row.dataset.number === root.current) || root.rows.firstElementChild;
+  if (current && current.tabIndex !== 0) setCurrent(root, current, false);
+  const names = phases.map(([name]) => name).join();
+  if (root.names !== names) root.legend.replaceChildren(...phases.map(([name, meaning]) => {
+    const item = make("li");
+    item.title = meaning;
+    item.append(make("span", "swatch " + name.replace(" ", "-")), name);
+    return item;
+  }));
+  root.names = names;
+  if (!root.isShown && current && document.activeElement === document.body) setCurrent(root, current, true);
+  root.isShown = true;
+  return () => { delete parentElement.root; root.remove(); };
 }
 """
 
-CSS = """
-.stApp {
-  --ai-muted: light-dark(#566070, #a3abb6); --ai-line: light-dark(#e1e5ea, #2c3238);
-  --ai-card: light-dark(#fff, #1a1d21);
-  --ai-good: light-dark(#17693f, #62c794); --ai-busy: light-dark(#974600, #f0a860);
-  --ai-bad: light-dark(#ab1f17, #f4938b);
-  --ai-track: light-dark(#e7eaee, #2d3339); --ai-plain: light-dark(#7f93ab, #6d8096);
-  --ai-pre: light-dark(#8a74bd, #a68fdc); --ai-post: light-dark(#c4b6e2, #6d5a9e);
-  --ai-queue: light-dark(#59626d, #98a2ad);
-  --ai-prefill: light-dark(#2f5fa8, #4a7fc4); --ai-decode: light-dark(#76a5dc, #8ab4f0);
-  --ai-inference: light-dark(#4f83c4, #6b9bdb);
-}
-.stApp .stMainBlockContainer { padding: 14px 28px 40px; max-width: 1880px; }
-.stApp .stMainBlockContainer > .stVerticalBlock { gap: 14px; }
-[data-testid="stHeader"] { background: transparent; }
-[data-testid="stHeader"], [data-testid="stHeader"] * { pointer-events: none; }
-[data-testid="stHeader"] :is(button, button *) { pointer-events: auto; }
-.stApp .st-key-controls { position: absolute; top: 6px; right: 64px; width: auto; z-index: 2; }
-.stApp .st-key-controls button { min-height: 34px; padding-block: 2px; }
-.stApp .st-key-keys label { align-items: center; }
-[data-testid="stStatusWidget"] { visibility: hidden; }
+# What Streamlit has no setting for: less room above, no fading while figures are refreshed, cards in a grid.
+PAGE_CSS = """
+.stMainBlockContainer { padding: 3.6rem clamp(12px, 2vw, 32px) 40px; max-width: 2600px; }
 [data-stale="true"] { opacity: 1 !important; transition: none !important; }
-.stApp[data-ai-stale] :is([data-panel], .ai-panel, .stVegaLiteChart) { filter: grayscale(1); opacity: .8; }
-.ai-page, [data-slot=rest] { display: flex; flex-direction: column; gap: 14px; }
-.ai-pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 14px; }
-.ai-card, .stApp [class*="st-key-card"] { background: var(--ai-card); border: 1px solid var(--ai-line);
-  border-radius: 8px; padding: 14px 18px 16px; gap: 10px; min-width: 0; }
-.ai-card:has(> [data-panel]:focus), .stApp [class*="st-key-card"]:has([data-panel]:focus) {
-  outline: 2px solid var(--st-primary-color); outline-offset: 1px; }
-[data-slot=rest] .ai-card { content-visibility: auto; contain-intrinsic-height: auto 300px; }
-.ai-panel { font-size: 14px; line-height: 1.4; font-variant-numeric: tabular-nums; outline: none; }
-.ai-panel h2 { font-size: 16px; font-weight: 600; margin: 0; padding: 0; letter-spacing: 0; }
-.ai-panel h3 { font-size: 13px; font-weight: 600; margin: 12px 0 6px; padding: 0; color: var(--ai-muted);
-  letter-spacing: 0; }
-.ai-panel p { margin: 0 0 4px; font-size: 14px; }
-[data-panel=verdict] .ai-head { position: absolute; clip-path: inset(50%); }
-.ai-head { display: flex; align-items: baseline; justify-content: space-between; gap: 12px; margin-bottom: 8px; }
-.ai-muted, .ai-panel p.ai-muted { color: var(--ai-muted); font-weight: 400; }
-.ai-basis { margin-top: 10px !important; font-size: 13px !important; }
-.ai-hidden { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%);
-  white-space: nowrap; }
-.ai-header { font-size: 14px; padding: 8px 0 0; font-variant-numeric: tabular-nums; }
-.ai-title { display: flex; align-items: baseline; gap: 14px; min-height: 34px; }
-.ai-header h1 { font-size: 21px; font-weight: 650; margin: 0; padding: 0; letter-spacing: -.01em; }
-.ai-facts { display: flex; flex-wrap: wrap; align-items: baseline; gap: 2px 20px; }
-.ai-fact { white-space: nowrap; max-width: 100%; display: inline-flex; gap: 4px; align-items: baseline; }
-.ai-badge { white-space: nowrap; font-weight: 600; }
-.ai-problem .ai-badge { white-space: normal; }
-.ai-good { color: var(--ai-good); } .ai-busy { color: var(--ai-busy); } .ai-bad { color: var(--ai-bad); }
-.ai-badge.ai-neutral { color: var(--ai-muted); }
-.ai-problem { border: 1px solid var(--ai-bad); border-radius: 8px; background: var(--ai-card); padding: 10px 16px;
-  font-size: 14px; }
-.ai-keys { display: flex; flex-wrap: wrap; gap: 4px 18px; list-style: none; margin: 0; padding: 0; font-size: 13px;
-  color: var(--ai-muted); }
-.ai-keys li { margin: 0; padding: 0; font-size: 13px; }
-.ai-keys kbd { font: 12px var(--st-code-font); border: 1px solid var(--ai-line); border-radius: 4px;
-  padding: 1px 6px; background: var(--ai-card); color: var(--st-text-color); }
-.ai-verdict { display: grid; grid-template-columns: 150px auto minmax(0, 1fr); gap: 4px 32px; align-items: start;
-  padding: 8px 0; border-top: 1px solid var(--ai-line); }
-.ai-head + .ai-verdict { border-top: 0; padding-top: 0; }
-.ai-verdict:last-child { padding-bottom: 0; } .ai-verdict-text > :last-child { margin-bottom: 0; }
-.ai-verdict-name .ai-badge { font-size: 16px; }
-.ai-verdict-text { grid-column: 3; }
-.ai-verdict-text p { max-width: 120ch; text-wrap: pretty; }
-.ai-suggestion { min-width: 150px; white-space: nowrap; }
-.ai-table .ai-middle { text-align: center; }
-.ai-large { font-size: 22px; font-weight: 600; line-height: 1.25; }
-.ai-unit { font-size: 14px; font-weight: 400; }
-.ai-tiles { display: grid; grid-template-columns: repeat(7, minmax(0, 1fr)); gap: 8px 0; margin: 0; }
-.ai-tile { padding: 0 14px; border-left: 1px solid var(--ai-line); min-width: 0; }
-.ai-tile:first-child { padding-left: 0; border-left: 0; }
-.ai-tile dt { font-size: 13px; font-weight: 400; color: var(--ai-muted); }
-.ai-tile dd { margin: 0; }
-.ai-tile dd.ai-muted { font-size: 13px; }
-.ai-waiting { display: flex; flex-wrap: wrap; gap: 4px 20px; margin: 10px 0 0; padding: 0; list-style: none;
-  color: var(--ai-muted); }
-.ai-waiting li { display: inline-flex; gap: 6px; margin: 0; font-size: 13px; }
-.ai-scroll { overflow-x: auto; }
-.ai-scroll + .ai-scroll { margin-top: 10px; }
-.ai-why { display: inline-block; max-width: 30ch; white-space: normal; font-size: 12.5px; line-height: 1.25; }
-.st-key-card_analysis tbody th { white-space: normal; }
-[data-panel=analysis] > .ai-scroll { margin-top: 12px; }
-[data-panel=analysis] .ai-wide { width: 50%; }
-.ai-scroll:focus-visible { outline: 2px solid var(--st-primary-color); }
-.ai-table { width: 100%; border-collapse: collapse; font-size: 13.5px; }
-.ai-table th, .ai-table td { padding: 4px 10px 4px 0; border: 0; border-bottom: 1px solid var(--ai-line);
-  text-align: left; vertical-align: middle; white-space: nowrap; }
-.ai-table :is(th, td):last-child { padding-right: 2px; }
-.ai-table th { font-weight: 400; color: var(--ai-muted); font-size: 13px; }
-.ai-table tbody th { color: inherit; font-size: 13.5px; }
-.ai-table tr:last-child > :is(td, th) { border-bottom: 0; }
-.ai-table thead tr:last-child > th { border-bottom: 1px solid var(--ai-line); }
-.ai-table .ai-num { text-align: right; }
-.ai-table .ai-num + :not(.ai-num) { padding-left: 12px; }
-@media (min-width: 1600px) { .ai-table .ai-gauge { width: 10%; } .ai-table .ai-course { width: 14%; }
-  .ai-gauge .ai-metered { max-width: 220px; } .ai-course .ai-flight { width: 100%; padding-right: 20px; }
-  .ai-course .ai-spark { flex: 1; } }
-.ai-table .ai-wide { min-width: 120px; width: 22%; }
-.ai-table tr:hover > td { background: light-dark(#f7f9fb, #1f2327); }
-[data-row]:focus { outline: 2px solid var(--st-primary-color); outline-offset: -2px; }
-.ai-id { display: inline-block; max-width: clamp(12ch, 10vw, 32ch); overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap; vertical-align: bottom; }
-.ai-header .ai-id { max-width: 44ch; }
-.ai-command { display: inline-block; max-width: 60ch; overflow: hidden; text-overflow: ellipsis;
-  vertical-align: bottom; }
-td > .ai-muted.ai-cut { margin-left: 6px; }
-.ai-cut { display: inline-block; max-width: clamp(12ch, 9vw, 34ch); overflow: hidden; text-overflow: ellipsis;
-  vertical-align: bottom; }
-.ai-text { display: block; max-width: clamp(14ch, 14vw, 60ch); overflow: hidden; text-overflow: ellipsis;
-  white-space: nowrap; color: var(--ai-muted); }
-.ai-whole { white-space: pre-wrap; overflow-wrap: anywhere; }
-.ai-reason { font-size: 12.5px; color: var(--ai-muted); max-width: 48ch; white-space: normal;
-  overflow-wrap: anywhere; display: -webkit-box; -webkit-line-clamp: 2; -webkit-box-orient: vertical;
-  overflow: hidden; }
-.ai-metered { display: inline-flex; flex-direction: column; gap: 2px; min-width: 76px; width: 100%;
-  max-width: 150px; line-height: 1.2; }
-.ai-wide .ai-metered { flex-direction: row-reverse; align-items: center; gap: 8px; max-width: none; }
-.ai-wide .ai-metered > :first-child { min-width: 42px; text-align: right; }
-.ai-meter { display: block; flex: 1; min-height: 4px; height: 4px; border-radius: 2px; background: var(--ai-track);
-  overflow: hidden; }
-.ai-wide .ai-meter { min-height: 8px; height: 8px; }
-.ai-fill { display: block; height: 8px; background: var(--ai-plain); }
-.ai-fill-busy { background: var(--ai-busy); } .ai-fill-bad { background: var(--ai-bad); } .ai-fill-good {
-  background: var(--ai-good); }
-.ai-flight { display: inline-flex; align-items: center; gap: 8px; }
-.ai-spark { width: 64px; height: 18px; } .ai-spark polyline { stroke: var(--ai-plain); stroke-width: 1.5; }
-.ai-bar { display: flex; height: 12px; min-width: 110px; background: transparent; border-radius: 2px;
-  overflow: hidden; }
-.ai-bar-large { height: 20px; margin-bottom: 6px; }
-.ai-phase { display: block; height: 100%; min-width: 1px; }
-.ai-swatch { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px; }
-.ai-pre { background: var(--ai-pre); } .ai-queue { background: var(--ai-queue); } .ai-prefill {
-  background: var(--ai-prefill); }
-.ai-decode { background: var(--ai-decode); } .ai-inference { background: var(--ai-inference); } .ai-post {
-  background: var(--ai-post); }
-.ai-unaccounted { background: repeating-linear-gradient(135deg, var(--ai-plain) 0 2px, var(--ai-track) 2px 5px); }
-.ai-legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 0 0 6px; padding: 0; list-style: none;
-  font-size: 13px; color: var(--ai-muted); }
-.ai-legend li { margin: 0; font-size: 13px; }
-.ai-table .ai-wide:has(.ai-change) { min-width: 80px; }
-.ai-change { display: block; position: relative; height: 12px; min-width: 76px;
-  background: linear-gradient(var(--ai-plain) 0 0) 50% / 1px 100% no-repeat; }
-.ai-change-fill { position: absolute; top: 2px; height: 8px; background: var(--ai-plain); opacity: .65; }
-.ai-change-range { position: absolute; top: 5.5px; height: 1.5px; background: var(--st-text-color); }
-.ai-panel button { font: inherit; color: inherit; background: none; border: 0; padding: 0; margin: 0;
-  cursor: pointer; text-align: left; }
-.ai-panel button:focus-visible { outline: 2px solid var(--st-primary-color); outline-offset: 1px;
-  border-radius: 3px; }
-.ai-toggle { display: inline-flex; align-items: baseline; gap: 6px; max-width: 100%; }
-.ai-arrow { color: var(--ai-muted); width: 1ch; }
-.ai-panel button.ai-more { color: var(--st-link-color); margin-top: 8px; font-size: 13px;
-  text-decoration: underline; text-underline-offset: 2px; }
-.ai-table button.ai-more { margin: 0 0 0 22px; }
-.ai-choices { display: flex; flex-wrap: wrap; gap: 8px; margin-bottom: 4px; }
-.ai-panel button.ai-choice { border: 1px solid var(--ai-line); border-radius: 6px; padding: 2px 10px;
-  font-size: 13px; }
-.ai-panel button.ai-choice[aria-pressed=true] { border-color: var(--st-primary-color); color: var(--st-link-color);
-  font-weight: 600; }
-.ai-client > td { padding-top: 10px; }
-.ai-client .ai-toggle { font-weight: 600; }
-.ai-indent { padding-left: 16px !important; }
-.ai-detail { padding: 6px 0 12px 36px !important; white-space: normal !important; }
-.ai-apart { margin-top: 12px; }
-.ai-texts { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0; font-size: 13.5px; }
-.ai-texts dt { color: var(--ai-muted); font-weight: 400; } .ai-texts dd { margin: 0; }
-.ai-list { list-style: none; margin: 0; padding: 0; } .ai-list li { padding: 5px 0;
-  border-bottom: 1px solid var(--ai-line); margin: 0; font-size: 14px; }
-.ai-list li:last-child { border-bottom: 0; }
+[data-testid="stStatusWidget"] { visibility: hidden; }
+[class*=st-key-metrics_] { display: grid !important; gap: 12px;
+  grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); }
+[class*=st-key-metrics_] > * { width: auto !important; min-width: 0; }
+.st-key-status { min-height: 132px; }
 """
+
+
 # =====================================================================================================================
 # Views: the only part that speaks to Streamlit.
 # =====================================================================================================================
 
-
-def _nothing() -> None:
-    """Streamlit reports a component's state only if it has a callback."""
-
-
-def mount(nodes: Sequence[Node | None], slots: Mapping[str, Sequence[Node]] | None = None, **data: Any) -> None:
-    """Show nodes here and in the slots. The viewer's actions come back as ``flipped``, ``chosen``, ``isPainted``.
-
-    All text is one Streamlit element, because an element costs the browser much more per refresh than its nodes do.
-    """
-    show = st.components.v2.component("agent_infra", css=CSS, js=JS, isolate_styles=False)
-    shown = [node for node in nodes if node is not None]
-    message = {"nodes": shown, "slots": dict(slots or {}), "flipped": sorted(flipped()), **data}
-    show(
-        key="page",
-        data=json.dumps(message).encode(),
-        on_flipped_change=_nothing,
-        on_chosen_change=_nothing,
-        on_isPainted_change=_nothing,
-    )
-
-
-def slot(name: str) -> None:
-    """A slot for nodes that ``mount`` fills."""
-    st.components.v2.component("agent_infra_slot", js=SLOT_JS, isolate_styles=False)(data=name.encode())
-
-
-def told(name: str) -> Any:
-    """What the browser part has reported for ``name``; None until it does."""
-    state = st.session_state.get("page")
-    return state.get(name) if state else None
-
-
-def flipped() -> frozenset[str]:
-    """The names whose toggles were used."""
-    return frozenset(name for name in told("flipped") or () if isinstance(name, str))
-
-
-@st.cache_resource(show_spinner=False)
-def _templates() -> Mapping[str, dict[str, Any]]:
-    """The charts without their data, built once per process.
-
-    Streamlit collects garbage after every run, a fragment's too: 0.2 s of CPU with all that pandas and Altair have
-    made. Objects that exist by now stay, so collections skip them from here on.
-    """
-    templates = {"timeline": chart_template(timeline_chart), "capacity": chart_template(capacity_chart)}
-    gc.freeze()
-    return templates
-
-
-def show_chart(name: str, template: Mapping[str, Any], frame: pd.DataFrame) -> None:
-    """Show a chart of ``frame``; nothing without rows. The browser changes its data in place."""
-    if not frame.empty:
-        specification = {**template, "datasets": {"rows": frame}}
-        st.vega_lite_chart(spec=specification, key=name, width="stretch", alt=CHART_ALT[name])
+STATES = ("all", "live", "ended")
+OUTCOME_WORDS = {"completed": "completed", "error": "failed", "rejected": "refused", "aborted": "client left"}
+ORDERS = {  # of the list: its words → the field of GET /sessions, all with the highest first
+    "most recent": "last_at",
+    "longest wait": "queued_s",
+    "most failures": "errors",
+    "most turns": "turns",
+    "most input tokens": "tokens_in",
+    "most inference": "inference_s",
+}
 
 
 @dataclass(frozen=True)
 class Source:
     """The source of a viewer's figures, and how often they are read."""
 
-    poller: Poller
+    documents: Documents
     url: str
     interval_s: float
     is_paused: bool
 
-    def read(self, sessions: Sequence[str] = ()) -> Reading:
-        """The reading to show: the current one, or the one from when the viewer paused."""
-        if not self.is_paused:
-            st.session_state["reading"] = self.poller.read(self.interval_s * 0.9, sessions)
-        elif sessions:
-            asked = self.poller.read(math.inf, sessions)
-            st.session_state["reading"] = replace(st.session_state["reading"], sessions=asked.sessions)
-        reading: Reading = st.session_state["reading"]
-        return reading
+    def read(self, path: str, every_s: float = 0.0, name: str | None = None) -> Reading:
+        """The reading of ``path`` to show: the current one, or the one from when the viewer paused.
+
+        ``name`` stands for paths that differ only in their time.
+        """
+        kept: dict[str, Reading] = st.session_state.setdefault("readings", {})
+        name = name or path
+        if not self.is_paused or name not in kept:
+            kept[name] = self.documents.read(path, 0.9 * max(self.interval_s, every_s))
+            while len(kept) > 16:
+                del kept[next(iter(kept))]
+        return kept[name]
+
+    def stats(self) -> Mapping[str, Any]:
+        """The last body of GET /stats; empty before the first."""
+        return self.read("/stats").document or {}
 
     def refreshed(self, view: Callable[[Source], None], least_s: float = 0.0) -> None:
         """Show a view repeatedly unless paused."""
@@ -2151,85 +1659,669 @@ class Source:
         st.fragment(view, run_every=every)(self)
 
 
-def text_view(source: Source) -> None:
-    """Everything except the charts."""
-    if st.session_state["answered"] != (told("isPainted"), told("chosen")):
-        st.rerun()  # a run of the whole page notes what it answers, so one that is lost is asked for again
-    opened = flipped()
-    names = sorted(name.removeprefix("session:") for name in opened if name.startswith("session:"))
-    reading = source.read(names[:OPEN_SESSIONS])
-    document = reading.document or {}
-    problem, age_s = reading.problem, None
-    if reading.document is not None:
-        stale_s = (document.get("snapshot_age_ms") or 0) / 1000
-        age_s = max(0.0, source.poller.clock() - reading.read_at) + stale_s
-        problem = problem or stale_problem(stale_s)
-    has_keys = bool(st.session_state.get("keys"))
-    header = header_panel(document, source.url, age_s, problem, source.is_paused)
-    nodes = [header, keys_panel() if has_keys else None, problem_panel(problem, bool(document))]
-    slots: dict[str, list[Node]] = {}
-    if document:
-        nodes += [card(verdict_panel(document)), card(queue_panel(document))]
-        if is_painted():
-            slots = slots_of(document, chosen_entry(document), opened, reading.sessions)
-    # "at": without anything new in it, the data would not be handed over, and the age would seem to grow.
-    flags = {"isStale": problem is not None, "hasKeys": has_keys, "isFirst": not is_painted(), "at": time.monotonic()}
-    mount(nodes, slots, **flags)
+def titled(titles: Mapping[str, str]) -> dict[str, Any]:
+    """Columns of text with these titles."""
+    return {name: st.column_config.TextColumn(title) for name, title in titles.items()}
+
+
+def is_dark() -> bool:
+    return st.context.theme.type == "dark"
+
+
+def open_session(name: str | None) -> None:
+    """Open a session's trace, or the list with None."""
+    for each in ("turn", "turns_page"):
+        st.session_state.pop(each, None)
+    if name is None:
+        st.query_params.pop("session", None)
+        return
+    st.query_params["session"] = name
+    if st.session_state.get("tab") != "Sessions":
+        st.session_state["tab"] = "Sessions"
+        st.session_state["is_moved"] = True
+
+
+def _open_selected(key: str, names: Sequence[Any]) -> None:
+    rows = st.session_state[key]["selection"]["rows"]
+    if rows and isinstance(names[rows[0]], str):
+        open_session(names[rows[0]])
+
+
+def show_table(frame: pd.DataFrame, columns: Mapping[str, Any], key: str, opens: str = "", **options: Any) -> None:
+    """A table of the columns of ``frame`` that are in ``columns`` and of which anything is known.
+
+    A row's box opens the session that the column ``opens`` names.
+    """
+    if opens:
+        on_select = functools.partial(_open_selected, key, list(frame[opens]))
+        options.update(on_select=on_select, selection_mode="single-row")
+    shown = [name for name in columns if name in frame and frame[name].notna().any()]
+    st.dataframe(
+        frame[shown],
+        hide_index=True,
+        column_config={name: columns[name] for name in shown},
+        key=key,
+        placeholder=UNKNOWN,
+        row_height=32,
+        **options,
+    )
+
+
+def show_problem(problem: Problem | None) -> None:
+    """Why a part of the page isn't current."""
+    if problem is not None:
+        with st.container(horizontal=True):
+            st.badge("not current", color="red")
+            st.text(" ".join(filter(None, (problem.what, problem.fix))))
+
+
+@st.cache_resource(show_spinner=False)
+def _template(name: str, panels: tuple[tuple[str, tuple[tuple[str, str], ...]], ...], dark: bool) -> dict[str, Any]:
+    """A chart without its data, built once per process.
+
+    Streamlit collects garbage after every run, a fragment's too: 0.2 s of CPU with all that pandas and Altair have
+    made. Objects that exist by now stay, so collections skip them from here on.
+    """
+    rows = alt.NamedData("rows")
+    if name == "capacity":
+        template = chart_template(capacity_chart(rows))
+    else:
+        template = chart_template(timeline_chart(rows, [Panel(title, dict(lines)) for title, lines in panels]))
+    gc.freeze()
+    return themed(template, dark)
+
+
+def show_chart(name: str, label: str, data: Mapping[str, pd.DataFrame], panels: Sequence[Panel] = ()) -> None:
+    """Show a chart. The browser changes its data in place, so what is zoomed stays zoomed."""
+    key = tuple((panel.title, tuple(panel.lines.items())) for panel in panels)
+    specification = {**_template(name, key, is_dark()), "datasets": dict(data)}
+    st.vega_lite_chart(spec=specification, key=name, width="stretch", alt=label, theme=None)
+
+
+def _nothing() -> None:
+    """Streamlit reports a component's state only if it has a callback."""
 
 
 def is_painted() -> bool:
-    """Whether the browser shows header and verdict. They are sent first, on their own, so they appear quickly."""
-    if told("isPainted"):
+    """Whether the browser shows the status. It is sent first, on its own, so it appears quickly."""
+    state = st.session_state.get("phases")
+    if state and state.get("isPainted"):
         st.session_state["painted"] = True
     return bool(st.session_state.get("painted"))
 
 
-def chosen_entry(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The entry of the analysis to show: the viewer's choice, or the first."""
-    entries = listed(document, "analysis")
-    chosen = [entry for entry in entries if entry_label(entry) == told("chosen")]
-    return next(iter(chosen + entries), {})
+def phase_bar(document: Mapping[str, Any]) -> None:
+    """Where the time of recent turns went, as a bar."""
+    frame = pipeline_frame(document)
+    parts = [
+        [row.part, row.share, f"{PIPELINE_WORDS[row.part]} {percent(row.share)}"]
+        for row in frame.itertuples(index=False)
+        if row.share > 0
+    ]
+    label = "No turn has finished in the last 5 minutes."
+    if parts:
+        label = "Where the time of turns went, last 5 minutes: " + ", ".join(text for _, _, text in parts)
+    flags = {"hasKeys": bool(st.session_state.get("keys")), "isFirst": not is_painted()}
+    show = st.components.v2.component("agent_infra_phases", css=BAR_CSS, js=BAR_JS)
+    data = json.dumps({"parts": parts, "label": label, **flags}).encode()
+    show(key="phases", data=data, on_isPainted_change=_nothing)
 
 
-def charts_view(source: Source) -> None:
-    """Bottleneck analysis beside the time axis; the charts no more often than the proxy computes their data."""
-    document = source.read().document
+def status_view(source: Source, body: Callable[[Source], None] | None) -> None:
+    """What is going on and where the time goes, on every tab; below it ``body``."""
+    if is_painted() != st.session_state["was_painted"]:
+        st.rerun()  # with the rest of the page
+    reading = source.read("/stats")
+    document, age_s = reading.document or {}, None
+    if reading.document is not None:
+        age_s = max(0.0, source.documents.clock() - reading.read_at) + (document.get("snapshot_age_ms") or 0) / 1000
+    paused_s = age_s if source.is_paused else None
+    if source.is_paused:
+        age_s = (document.get("snapshot_age_ms") or 0) / 1000
+    statements = status_of(document, reading.problem, age_s, st.context.timezone)
+    if paused_s is not None:
+        text = "The figures stand still until you resume."
+        statements.insert(0, Status(NEUTRAL, "PAUSED", text))
+    with st.container(border=True, key="status", gap="xsmall"):
+        for status in statements[:5]:
+            with st.container(horizontal=True, wrap=False, gap="small"):
+                st.badge(f"{SHAPES[status.judgement]} {status.word}", color=COLOURS[status.judgement])
+                st.text(" ".join(filter(None, (status.sentence, status.hint))), width="stretch")
+        phase_bar(document)
+    if body is not None:
+        body(source)
+
+
+def facts_of(source: Source, document: Mapping[str, Any]) -> str:
+    """What the proxy is, in a line."""
+    models = ", ".join(str(row.get("name")) for row in listed(document, "models"))
+    facts = [source.url, models, str(document.get("strategy") or "")]
+    if is_known(document.get("uptime_seconds")):
+        facts.append(f"up {seconds(document['uptime_seconds'])}")
+    return " · ".join(filter(None, facts))
+
+
+# --- Overview ---------------------------------------------------------------------------------------------------------
+
+FIRST_REQUEST = """curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+  -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello"}}]}}'"""
+ATTACH = """from agent_infra.client import attach
+attach(client, session_id="task-17")  # client = OpenAI(base_url="{url}/v1", api_key="unused")"""
+
+
+def show_metrics(metrics: Iterable[Metric], key: str) -> None:
+    with st.container(key=key):
+        for metric in metrics:
+            st.metric(
+                metric.label,
+                metric.value,
+                metric.note,
+                delta_color=COLOURS[metric.judgement] if metric.judgement != NEUTRAL else "off",
+                delta_arrow="off",
+                border=True,
+                height=176 if metric.course else 124,
+                chart_data=list(metric.course) if len(metric.course) > 1 else None,
+                chart_type="bar",  # from 0, so that a constant rate is flat
+            )
+
+
+def now_view(source: Source) -> None:
+    """The figures of this moment."""
+    if source.stats():
+        show_metrics(metrics_of_now(source.stats()), "metrics_now")
+
+
+def course_view(source: Source) -> None:
+    """What changes more slowly: the last minute, charts, and what needs attention."""
+    if st.session_state.pop("is_moved", False):
+        st.rerun()  # to another tab
+    document = source.stats()
     if not document:
         return
-    templates, curve = _templates(), capacity_frame(chosen_entry(document))
-    left, right = st.columns(2, gap="small")
-    with left, st.container(key="card_analysis", height="stretch"):
-        slot("analysis")
-        with st.container():
-            show_chart("capacity", templates["capacity"], curve)
-        slot("what_ifs")
-    with right, st.container(key="card_timeline", height="stretch"):
-        slot("timeline")
-        timeline = templates["timeline"]
-        show_chart("timeline", lowered(timeline) if curve.empty else timeline, timeline_frame(document))
+    if not part(document, "totals").get("requests"):
+        first_steps(source, document)
+    show_metrics(metrics_of_minute(document), "metrics_minute")
+    timeline_view(source, "overview", OVERVIEW_PANELS, 300)
+    attention_view(document)
 
 
-def controls_view() -> None:
-    """Pause, interval, keys."""
-    if st.button("Go on" if st.session_state.get("paused") else "Pause", key="pause"):
-        st.session_state["paused"] = not st.session_state.get("paused")
-        st.rerun()
-    st.segmented_control(
-        "refresh every",
-        INTERVALS_S,
-        default=INTERVALS_S[0],
-        format_func=lambda s: f"{s} s",
-        key="interval",
-        label_visibility="collapsed",
+def first_steps(source: Source, document: Mapping[str, Any]) -> None:
+    model = next((str(row.get("name")) for row in listed(document, "models")), "MODEL")
+    with st.container(border=True):
+        st.markdown("**A first request**")
+        st.code(FIRST_REQUEST.format(url=source.url, model=model), language="bash", wrap_lines=True)
+        st.markdown("**In an agent**: sessions, turns and think time")
+        st.code(ATTACH.format(url=source.url), language="python", wrap_lines=True)
+
+
+def attention_view(document: Mapping[str, Any]) -> None:
+    """Runs, sessions that may need attention, and the latest failures."""
+    text, runs = st.column_config.TextColumn, run_frame(document)
+    if not runs.empty:
+        st.markdown("**Runs**")
+        columns = {
+            "name": text("run"),
+            "done": st.column_config.ProgressColumn("done", format="%d %%", min_value=0, max_value=100),
+            "tasks": text("tasks"),
+            "left": text("remaining (90 % interval)"),
+            "late": text("stragglers"),
+        }
+        show_table(runs, columns, "runs")
+    left, right = st.columns(2)
+    with left, st.container(border=True, height="stretch"):
+        st.markdown("**Sessions that may need attention**")
+        watched = watchdog_frame(document)
+        if watched.empty:
+            st.text("None: no session is silent, repeating, oversized or thrashing.")
+        else:
+            columns = {name: text(name) for name in ("kind", "session", "sentence", "since")}
+            show_table(watched, columns, "watchdog", "session", height=260)
+    with right, st.container(border=True, height="stretch"):
+        st.markdown("**Latest failed turns**")
+        failed = failure_frame(document)
+        if failed.empty:
+            st.text(f"None of the {things(len(listed(document, 'recent_turns')), 'turn')} that finished last failed.")
+        else:
+            columns = {name: text(name) for name in ("ago", "session", "outcome", "error", "replica")}
+            show_table(failed, columns, "failures", "session", height=260)
+
+
+def timeline_view(source: Source, name: str, panels: Sequence[Panel], points: int) -> None:
+    """Charts over the chosen time."""
+    now, chosen = source.stats().get("now"), str(st.session_state.get("range") or "1h")
+    if not is_known(now):
+        return
+    model = st.session_state.get("model")
+    path = history_path(now, RANGES[chosen], points, model)
+    reading = source.read(path, CHARTS_EVERY_S, name=f"history {chosen} {points} {model}")
+    show_problem(reading.problem)
+    frame = history_frame(reading.document or {})
+    if frame.empty:
+        if reading.problem is None:
+            st.text("Nothing has been recorded in this time.")
+        return
+    of = f" of {model}" if model else ""
+    step = duration(1000 * float((reading.document or {})["step_s"]))
+    span = f"Last {chosen}" if chosen != "all" else "All that is recorded"
+    st.text(
+        f"{span}{of}, each step {step}. Gaps: no controller ran, or nothing was measured. "
+        "Latency is the time from a turn's arrival to the last byte of its answer: queue and inference."
     )
-    st.toggle("Keys", key="keys", help="Tab, arrows, Enter and q act on the panels")
+    label = "Lines over time, on one axis: " + "; ".join(panel.title for panel in panels)
+    data = {"rows": frame, "runs": run_markers(reading.document or {})}
+    show_chart(name, label, data, panels_of(panels, frame.columns))
+
+
+# --- Sessions ---------------------------------------------------------------------------------------------------------
+
+
+def sessions_view(source: Source) -> None:
+    name = st.query_params.get("session")
+    if name:
+        trace_view(source, name)
+    else:
+        list_view(source)
+
+
+def sessions_path(offset: int) -> str:
+    """The path of GET /sessions for the chosen filters."""
+    chosen = st.session_state
+    options = {
+        "query": str(chosen.get("query") or "").strip(),
+        "state": chosen.get("state") or "all",
+        "model": chosen.get("model") or "",
+        "outcome": chosen.get("outcome") or "",
+        "sort": ORDERS.get(str(chosen.get("order")), "last_at"),
+        "descending": 1,
+        "limit": LISTED_SESSIONS,
+        "offset": offset,
+    }
+    return "/sessions?" + urlencode({name: value for name, value in options.items() if value != ""})
+
+
+def list_filters() -> None:
+    """Search, state, outcome and order; kept while a session is open."""
+    kept: Any = "session"
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        hint = "id, task, client or model"
+        st.text_input("Search", key="query", type="search", live=True, placeholder=hint, width=300, persist_state=kept)
+        st.pills("State", STATES, key="state", default="all", required=True, persist_state=kept)
+        words = OUTCOME_WORDS
+        st.pills("With a turn that", list(words), key="outcome", format_func=words.__getitem__, persist_state=kept)
+        st.selectbox("Order", list(ORDERS), key="order", width=180, persist_state=kept)
+
+
+def list_view(source: Source) -> None:
+    """The sessions, searched, filtered and ordered by the proxy; each row keeps its place until the viewer moves it."""
+    list_filters()
+    pages = f"page of {sessions_path(0)}"
+    page = int(st.session_state.get(pages) or 1)
+    path = sessions_path(LISTED_SESSIONS * (page - 1))
+    reading = source.read(path, LIST_EVERY_S)
+    show_problem(reading.problem)
+    current, total = listed(reading.document, "sessions"), (reading.document or {}).get("total")
+    shown = st.session_state.get("listing")
+    if shown is None or shown[0] != path or st.session_state.pop("is_reordered", False) or not shown[1]:
+        shown = (path, current)
+    rows, held_back = arranged(shown[1], current)
+    st.session_state["listing"] = (path, rows)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        order = st.session_state.get("order") or next(iter(ORDERS))
+        many = total if is_known(total) and total > LISTED_SESSIONS else 0
+        first = LISTED_SESSIONS * (page - 1)
+        text = f"Showing {count(first + 1)} to {count(first + len(rows))} of {things(many, 'session')}, {order} first."
+        st.text(text if many else f"{things(len(rows), 'session')}, {order} first.")
+        label = f"{things(held_back, 'new session')}: order again" if held_back else "Order again"
+        st.button(label, key="reorder", on_click=_reorder, type="secondary" if held_back else "tertiary")
+    if not rows:
+        st.text("No session matches." if reading.document else "Asking the proxy for its sessions…")
+        return
+    show_table(session_frame(rows, source.stats().get("now")), session_columns(), "sessions", "id", height=640)
+    if many:
+        st.pagination(math.ceil(many / LISTED_SESSIONS), key=pages)
+
+
+def _reorder() -> None:
+    st.session_state["is_reordered"] = True
+
+
+def session_columns() -> dict[str, Any]:
+    text, number = st.column_config.TextColumn, st.column_config.NumberColumn
+    return {
+        "id": text("session", width=190),
+        "state": text("state", width=90),
+        "turns": number("turns", width=60),
+        "errors": number("failed", width=60, help="turns that failed or broke off"),
+        "queued_s": number("waited, s", format="%.1f", width=80, help="in the queue, sum over its turns"),
+        "inference_s": number("inference, s", format="%.1f", width=95, help="sum over its turns"),
+        "think_s": number("thinking, s", format="%.1f", width=90, help="sum of the times between its turns"),
+        "seen_s": number("seen, s ago", format="%,.0f", width=90),
+        "length_s": number(
+            "lasted, s", format="%,.0f", width=80, help="from its first turn to its latest sign of life"
+        ),
+        "tokens_in": number("tokens in", format="compact", width=80),
+        "tokens_out": number("tokens out", format="compact", width=85),
+        "cached": st.column_config.ProgressColumn(
+            "cached", format="%d %%", min_value=0, max_value=100, width=110, help="share of the input tokens"
+        ),
+        "task": text("task", width=130),
+        "replica": text("replica", width=110),
+        "model": text("model", width=110),
+        "client": text("client", width=220),
+    }
+
+
+def trace_view(source: Source, name: str) -> None:
+    """One session: its turns on a time axis, and what was said in the chosen one."""
+    page, turns_total = int(st.session_state.get("turns_page") or 1), st.session_state.get("turns_total")
+    path = f"/stats/sessions/{quote(name, safe='')}?limit={LISTED_TURNS}"
+    if page > 1 and is_known(turns_total):
+        path += f"&before={turns_total + 1 - LISTED_TURNS * (page - 1)}"
+    reading = source.read(path, 1.0)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.button("All sessions", icon=":material/arrow_back:", on_click=open_session, args=(None,))
+        st.code(name, language=None, width="content", wrap_lines=True)
+    show_problem(reading.problem)
+    document = reading.document or {}
+    turns, session = listed(document, "turns"), part(document, "session")
+    if not turns:
+        if reading.problem is None:
+            st.text("No finished turn yet." if document else "Asking the proxy for its turns…")
+        return
+    total = document.get("turns_total")
+    st.session_state["turns_total"] = total if page == 1 else turns_total
+    st.text(session_facts(session, document.get("now")))
+    chosen = _chosen_turn(turns)
+    left, right = st.columns([3, 2] if chosen is not None else [1, 0.001], gap="medium")
+    with left:
+        drawn = waterfall(turns, chosen)
+        phases = [[phase, text] for phase, text in PHASE_MEANINGS.items() if any(phase in phases_of(t) for t in turns)]
+        label = f"{things(len(drawn['rows']), 'turn')}; Enter shows a turn's text"
+        show = st.components.v2.component("agent_infra_trace", css=TRACE_CSS, js=TRACE_JS)
+        message = json.dumps({**drawn, "phases": phases, "label": label}).encode()
+        show(key="trace", data=message, on_turn_change=_nothing)
+        if is_known(total) and total > LISTED_TURNS:
+            st.text(f"Showing {LISTED_TURNS} of {count(total)} turns, the most recent ones on page 1.")
+            st.pagination(math.ceil(total / LISTED_TURNS), key="turns_page")
+    if chosen is not None:
+        with right:
+            turn_view(next(turn for turn in turns if turn.get("number") == chosen))
+
+
+def _chosen_turn(turns: Sequence[Mapping[str, Any]]) -> int | None:
+    """The number of the turn that the trace reports as chosen, if it is there."""
+    state = st.session_state.get("trace")
+    number = state.get("turn") if state else None
+    return int(number) if is_known(number) and any(turn.get("number") == number for turn in turns) else None
+
+
+def session_facts(session: Mapping[str, Any], now: Any) -> str:
+    """A session in a line."""
+    replica = session.get("replica") or session.get("backend")
+    seen = session.get("last_at") or session.get("last_seen")
+    facts = [
+        session_state({**session, "last_at": seen}, now),
+        f"seen {seconds(ago(now, seen))} ago",
+        f"task {session['task']}" if session.get("task") else "",
+        str(session.get("model") or ""),
+        f"on {replica}" if replica else "",
+        things(session.get("turns"), "turn"),
+        f"{count(session['errors'])} failed" if session.get("errors") else "",
+    ]
+    return " · ".join(filter(None, facts))
+
+
+def turn_view(turn: Mapping[str, Any]) -> None:
+    """A turn: what it was about, and what is known of it."""
+    st.markdown(f"**Turn {int(turn['number'])}**")
+    if turn.get("error"):
+        st.badge(f"{SHAPES[BAD]} failed", color="red")
+        st.code(str(turn["error"]), language=None, wrap_lines=True)
+    for name in ("prompt", "answer"):
+        st.text(name)
+        st.code(str(turn.get(name) or UNKNOWN), language=None, wrap_lines=True)
+    facts = pd.DataFrame(turn_facts(turn), columns=["of this turn", "value"])
+    st.dataframe(facts, hide_index=True, key="facts", height="content", row_height=30)
+
+
+# --- Replicas ---------------------------------------------------------------------------------------------------------
+
+
+def replicas_view(source: Source) -> None:
+    """The replicas, the most urgent first, and all that is known of the chosen one."""
+    document = source.stats()
+    frame = replica_frame(document)
+    if frame.empty:
+        st.text("There are no replicas; “python agent_infra.py start” starts them." if document else "")
+        return
+    ready = _ready(document)
+    st.text(f"{ready} of {things(len(frame), 'replica')} ready. Inference and first token: last 5 minutes.")
+    height = min(640, 40 + 32 * len(frame))
+    columns = replica_columns(frame)
+    show_table(frame, columns, "replicas", on_select="rerun", selection_mode="single-row", height=height)
+    rows = st.session_state["replicas"]["selection"]["rows"]
+    if rows and rows[0] < len(frame):
+        name = frame["id"].iloc[rows[0]]
+        replica_view(next(row for row in listed(document, "backends") if row.get("id") == name))
+
+
+def replica_columns(frame: pd.DataFrame) -> dict[str, Any]:
+    text, number = st.column_config.TextColumn, st.column_config.NumberColumn
+    colours: list[Any] = [COLOURS[judgement] for judgement in JUDGEMENT_OF_STATE.values()]
+    share: dict[str, Any] = {"format": "%d %%", "min_value": 0, "max_value": 100, "width": 110}
+    most = max([1.0, *(value for row in frame["history"] for value in row)])
+    return {
+        "id": text("replica"),
+        "state": st.column_config.MultiselectColumn(
+            "state", options=[state_label(state) for state in JUDGEMENT_OF_STATE], color=colours, width=110
+        ),
+        "note": text("note", width=150),
+        "model": text("model"),
+        "gpu": st.column_config.ProgressColumn("GPU utilised", **share),
+        "kv": st.column_config.ProgressColumn("KV cache", **share),
+        "memory": st.column_config.ProgressColumn("GPU memory", **share),
+        "in_flight": number("in flight", width=70),
+        "slots": number("slots", width=60),
+        "history": st.column_config.LineChartColumn("in flight, 2 min", y_min=0, y_max=most, width=130),
+        "ttft_s": number("first token, s", format="%.2f", help="median", width=100),
+        "p50_s": number("inference, s", format="%.2f", help="median", width=100),
+        "p95_s": number("p95, s", format="%.2f", width=80),
+        "requests": number("turns", width=80),
+        "errors": number("failed", width=70),
+        "restarts": number("restarts", width=70),
+        "ends": text("job ends in", width=100),
+        "tunnel": text("tunnel", width=80),
+        "node": text("node", width=100),
+        "partition": text("partition", width=90),
+        "gpu_name": text("GPU", width=200),
+    }
+
+
+def replica_view(row: Mapping[str, Any]) -> None:
+    """Why a replica is as it is."""
+    with st.container(border=True):
+        state = state_of(row)
+        with st.container(horizontal=True, vertical_alignment="center"):
+            st.badge(state_label(state), color=COLOURS[JUDGEMENT_OF_STATE.get(state, NEUTRAL)])
+            st.code(str(row.get("id")), language=None, width="content")
+        failure, tunnel = part(row, "failure"), part(row, "tunnel")
+        for text in (reason_of(row), hint_of(row), tunnel.get("reason")):
+            if text:
+                st.text(str(text))
+        if failure.get("line"):
+            st.text("The line of its log that decides it:")
+            st.code(str(failure["line"]), language=None, wrap_lines=True)
+        memory, total = part(row, "gpu").get("memory_used"), part(row, "gpu").get("memory_total")
+        facts = [
+            f"GPU memory {gibibytes(memory)} of {gibibytes(total)}" if is_known(memory) else "",
+            f"port {row['port']}" if row.get("port") else "",
+            f"{things(row['sessions'], 'session')}" if is_known(row.get("sessions")) else "",
+            f"tunnel {tunnel.get('state')}, replaced {things(tunnel['reconnects'], 'time')}"
+            if is_known(tunnel.get("reconnects"))
+            else "",
+        ]
+        st.text(" · ".join(filter(None, facts)))
+
+
+# --- Analysis ---------------------------------------------------------------------------------------------------------
+
+
+def analysis_view(source: Source) -> None:
+    """What limits throughput, and what would help; below, where the time and the GPU time went."""
+    document = source.stats()
+    entries = listed(document, "analysis")
+    chosen = st.session_state.get("model")
+    shown = [entry for entry in entries if chosen is None or entry.get("model") == chosen]
+    for index, entry in enumerate(shown):
+        with st.container(border=True):
+            entry_view(entry, index)
+    if not shown:
+        st.text("There is no analysis yet: it needs turns.")
+    text = st.column_config.TextColumn
+    left, right = st.columns(2)
+    with left, st.container(border=True, height="stretch"):
+        st.markdown("**Where the time of turns goes**, last 5 minutes")
+        pipeline = pipeline_frame(document)
+        if pipeline.empty:
+            st.text("No turn has finished in the last 5 minutes.")
+        else:
+            pipeline["share"] *= 100
+            pipeline["part"] = [PIPELINE_WORDS[name] for name in pipeline["part"]]
+            columns = {"part": text("part"), "share": _share("share"), **{n: text(n) for n in ("mean", "p50", "p95")}}
+            show_table(pipeline, columns, "pipeline")
+    with right, st.container(border=True, height="stretch"):
+        hours_view(document)
+
+
+def _share(title: str) -> Any:
+    return st.column_config.ProgressColumn(title, format="%.0f %%", min_value=0, max_value=100)
+
+
+def hours_view(document: Mapping[str, Any]) -> None:
+    """Time of GPUs by state, and the cost of a turn, a session and a task."""
+    hours, cost = hours_frame(document), cost_frame(document)
+    since = ago(document.get("now"), part(document, "accounting").get("since"))
+    if hours.empty:
+        st.markdown("**GPU time**")
+        st.text("No GPU time has been recorded yet.")
+    else:
+        st.markdown(f"**{hours['unit'].iloc[0]}**, last {seconds(since)}")
+        words = {"model": "model", "ready_busy": "busy", "ready_idle": "idle", "loading": "loading"}
+        columns = titled({**words, "pending": "pending"})
+        show_table(hours, {**columns, "busy": _share("busy share")}, "hours")
+    if not cost.empty:
+        words = {"of": "GPU time", "turn": "per turn", "session": "per session", "task": "per task"}
+        columns = titled({**words, "lost": "cache misses"})
+        show_table(cost, {**columns, "of": st.column_config.TextColumn("GPU time", width=130)}, "cost")
+
+
+def entry_view(entry: Mapping[str, Any], index: int) -> None:
+    """The verdict on one model and GPU type."""
+    name, text = verdict_name(entry), st.column_config.TextColumn
+    judgement = JUDGEMENT_OF_VERDICT.get(name, BUSY)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.badge(f"{SHAPES[judgement]} {name}", color=COLOURS[judgement])
+        st.text(entry_label(entry))
+    verdict = part(entry, "verdict")
+    st.text(str(verdict.get("sentence") or verdict.get("reason") or ""))
+    if advice_of(entry):
+        st.text(advice_of(entry))
+    for flag in listed(entry, "flags"):
+        with st.container(horizontal=True, wrap=False):
+            flagged = JUDGEMENT_OF_VERDICT.get(str(flag.get("name")), BUSY)
+            st.badge(f"{SHAPES[flagged]} {flag.get('name')}", color=COLOURS[flagged])
+            st.text(str(flag.get("sentence") or ""), width="stretch")
+    shares, curve = share_frame(entry), capacity_frame(entry)
+    if shares.empty:
+        return
+    left, right = st.columns(2)
+    with left:
+        columns: dict[str, Any] = {"name": text("throughput is limited by"), "share": _share("share")}
+        show_table(shares, {**columns, "interval": text("interval")}, f"shares {index}")
+        words = {"what": "agents", "agents": "number", "then": "turns", "change": "change", "wait": "wait per turn"}
+        show_table(option_frame(entry), titled(words), f"options {index}")
+        words = {"what": "what if", "change": "turns", "interval": "interval", "then": "then"}
+        show_table(what_if_frame(entry), titled(words), f"what ifs {index}")
+    with right:
+        if curve.empty:
+            st.text("There is no curve: it would say more than is known.")
+        else:
+            label = "Predicted turns per hour by number of agents, with the current position and the limits."
+            show_chart("capacity" if index == 0 else f"capacity {index}", label, {"rows": curve})
+    st.text(basis_of(entry))
+
+
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+
+def controls_view(source: Source, document: Mapping[str, Any]) -> None:
+    """What the figures are of, and how they are refreshed."""
+    with st.container(horizontal=True, vertical_alignment="center", key="controls"):
+        st.markdown("#### Agent Infra", width="content")
+        st.text(facts_of(source, document), width="stretch")
+        models = [str(row.get("name")) for row in listed(document, "models")]
+        if len(models) > 1:
+            st.pills("Model", models, key="model", label_visibility="collapsed", bind="query-params")
+        st.segmented_control(
+            "Time",
+            list(RANGES),
+            default="1h",
+            required=True,
+            key="range",
+            label_visibility="collapsed",
+            bind="query-params",
+        )
+        st.button("Resume" if source.is_paused else "Pause", key="pause", on_click=_pause)
+        with st.popover("Settings"):
+            st.segmented_control(
+                "Refresh every", INTERVALS_S, default=1, format_func=lambda s: f"{s} s", key="interval", required=True
+            )
+            st.toggle("Keys", key="keys", help="q or Esc pauses; j and k move in tables")
+
+
+def _pause() -> None:
+    is_paused = st.session_state["paused"] = not st.session_state.get("paused")
+    if is_paused:
+        return
+    st.session_state.pop("readings", None)
+
+
+def history_view(source: Source) -> None:
+    timeline_view(source, "history", HISTORY_PANELS, 600)
+
+
+# Of each tab: what is shown with the status, at every refresh; what is refreshed less often; and how often, in s.
+View: TypeAlias = "Callable[[Source], None] | None"
+TABS: Mapping[str, tuple[View, View, float]] = {
+    "Overview": (now_view, course_view, CHARTS_EVERY_S),
+    "Sessions": (None, sessions_view, LIST_EVERY_S),
+    "Replicas": (replicas_view, None, 0.0),
+    "Analysis": (None, analysis_view, CHARTS_EVERY_S),
+    "History": (None, history_view, CHARTS_EVERY_S),
+}
+
+
+def tabs_view(source: Source) -> None:
+    """The open tab; the others aren't computed. Each fragment costs the browser a pass over the page: so few."""
+    if "tab" not in st.session_state and "session" in st.query_params and "tab" not in st.query_params:
+        st.session_state["tab"] = "Sessions"
+    tabs = st.tabs(list(TABS), key="tab", on_change="rerun", bind="query-params")
+    for tab, (fast, slow, least_s) in zip(tabs, TABS.values(), strict=True):
+        if tab.open:
+            with tab:
+                controls_view(source, source.stats())
+                source.refreshed(
+                    functools.partial(status_view, body=fast if is_painted() else None),
+                )
+                if slow is not None and is_painted():
+                    source.refreshed(slow, least_s)
 
 
 @st.cache_resource(show_spinner=False)
-def shared_poller(url: str, token_file: str | None) -> Poller:
+def shared_documents(url: str, token_file: str | None) -> Documents:
     """Shared by all viewers of one proxy."""
     token = Path(token_file).read_text(encoding="utf-8") if token_file else os.environ.get("AGENT_INFRA_TOKEN", "")
-    return Poller(ProxyClient(url, token.strip()))
+    return Documents(ProxyClient(url, token.strip()))
 
 
 def is_admitted() -> bool:
@@ -2264,20 +2356,14 @@ def main() -> None:
         st.error("Streamlit was started with options that this page doesn't know; the terminal says which.")
         return
     if not is_admitted():
-        text = "This page shows prompts and answers: open it with the complete address that the terminal printed."
-        mount([el("p", {}, text)], isStale=False, hasKeys=False, isFirst=False)
+        st.text("This page shows prompts and answers: open it with the complete address that the terminal printed.")
         return
+    st.html(f"<style>{PAGE_CSS}</style>")
+    documents = shared_documents(arguments.proxy, arguments.token_file)
     interval_s = float(st.session_state.get("interval") or INTERVALS_S[0])
-    poller = shared_poller(arguments.proxy, arguments.token_file)
-    source = Source(poller, arguments.proxy, interval_s, bool(st.session_state.get("paused")))
-    st.session_state["answered"] = told("isPainted"), told("chosen")
-    controls = st.container(horizontal=True, horizontal_alignment="right", vertical_alignment="center", key="controls")
-    source.refreshed(text_view)
-    if is_painted():
-        with controls:
-            controls_view()
-        source.refreshed(charts_view, EXPLAIN_EVERY_S)
-        slot("rest")
+    source = Source(documents, arguments.proxy, interval_s, bool(st.session_state.get("paused")))
+    st.session_state["was_painted"] = is_painted()
+    tabs_view(source)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import stats_server as stats
 from patience import PATIENCE_S
@@ -32,14 +33,15 @@ class Site:
     browser: Any
     complaints: list[str] = field(default_factory=list)  # of the browser's console
 
-    def open(self, document: Any = None, scheme: str = "light", width: int = 1280, height: int = 900) -> Any:
-        """A new viewer of ``document``."""
+    def open(
+        self, document: Any = None, scheme: str = "light", width: int = 1280, height: int = 900, **parameters: str
+    ) -> Any:
+        """A new viewer of ``document``; ``parameters`` of the address, such as tab="Sessions"."""
         if document is not None:
-            self.server.document = document
+            self.server.show(document)
         tab = self.browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
         tab.set_default_timeout(1000 * PATIENCE_S)
         collect_complaints(tab, self.complaints)
-        tab.goto(self.url)
-        all_there = "document.querySelectorAll('[data-panel]').length === 9"
-        tab.wait_for_function(f"document.querySelector('.ai-problem') || {all_there}")
+        tab.goto(self.url + "".join(f"&{name}={quote(value)}" for name, value in parameters.items()))
+        tab.wait_for_selector(".st-key-phases ul")
         return tab

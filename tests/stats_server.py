@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from patience import PATIENCE_S
 from testbed.ports import free_port
@@ -142,6 +142,7 @@ def turn(number: int, session_id: str, **changes: Any) -> dict[str, Any]:
         "retries": int(number % 23 == 3),
         "pre_ms": 800.0 + number * 97 % 2600,
         "queue_ms": number * 53 % 900,
+        **dict.fromkeys(("held_ms", "retry_ms"), 0.0),
         "ttft_ms": 420.0 + number * 31 % 500,
         "inference_ms": inference,
         "post_ms": 900.0 if number % 4 else None,
@@ -159,6 +160,110 @@ def turn(number: int, session_id: str, **changes: Any) -> dict[str, Any]:
         "answer": "I open the third article, because it is the cheapest one that fits.",
         **changes,
     }
+
+
+def session_row(number: int, state: str | None = None, name: str | None = None) -> dict[str, Any]:
+    """A row of GET /sessions."""
+    row, turns = session(number, name), 3 + number % 17
+    return {
+        **{key: row[key] for key in ("id", "task", "model", "state", "turns", "errors", "tokens_in", "tokens_out")},
+        "state": state or ("ended" if number >= LIVE_SESSIONS else row["state"]),
+        "client": f"host{number % 6}:{4000 + number % 6}",
+        "started_at": NOW - 60.0 * turns - number,
+        "last_at": NOW - number % 60 - (number >= LIVE_SESSIONS) * number,
+        "cached_tokens": 9000 + number,
+        "queued_s": number * 7919 % 1000 / 10,
+        "inference_s": 7.3 * turns,
+        "think_s": 4.0 * turns,
+        "replica": row["backend"],
+        **dict.fromkeys(("completed", "aborted", "rejected"), 1),
+    }
+
+
+LIVE_SESSIONS = 320
+
+
+def traced_turn(number: int, session_id: str) -> dict[str, Any]:
+    """A turn of GET /stats/sessions/{id}: turn 7 was sent twice and missed the cache, turn 9 failed."""
+    row = turn(number, session_id, outcome="error" if number == 9 else "completed")
+    inference = row["inference_ms"]
+    prefill = row["ttft_ms"] - (200.0 if number == 7 else 0.0)
+    started = NOW - 200 + 14 * number
+    return {
+        **row,
+        "number": number,
+        "started_at": started,
+        "finished_at": started + (row["queue_ms"] + inference) / 1000,
+        "replica": row["backend"],
+        "tokens_in": row["prompt_tokens"],
+        "tokens_out": row["completion_tokens"],
+        "miss_reason": MISS if number == 7 else None,
+        "error": "the replica died during this turn" if number == 9 else None,
+        "think_ms": 3000.0 if number > 1 else None,
+        "idle_ms": 1000.0 if number % 3 == 0 else None,
+        "queued_ms": row["queue_ms"],
+        "held_ms": 700.0 if number == 5 else 0.0,
+        "retry_ms": 900.0 if number == 7 else 0.0,
+        "replayed_prefill_ms": 200.0 if number == 7 else 0.0,
+        "prefill_ms": prefill,
+        "decode_ms": inference - row["ttft_ms"],
+    }
+
+
+def over_time(begin: float, end: float, points: int) -> dict[str, Any]:
+    """GET /history: a run with a gap of the controller after its first third."""
+    begin = max(begin, end - 86_400)
+    step = max(1.0, float(math.ceil((end - begin) / points)))
+    at = [begin + step * index for index in range(int((end - begin) / step))]
+
+    def series(level: float, swing: float, length: int) -> list[float | None]:
+        gap = range(len(at) // 3, len(at) // 3 + len(at) // 20)
+        return [
+            None if index in gap else round(level + swing * math.sin(index / length), 4) for index in range(len(at))
+        ]
+
+    return {
+        "from": begin,
+        "to": end,
+        "step_s": step,
+        "now": end,
+        "model": None,
+        "series": {
+            "at": at,
+            "turns_per_minute": series(700, 40, 17),
+            "tokens_per_second": series(1500, 100, 23),
+            "errors_per_minute": series(4, 4, 40),
+            "rejected_per_minute": series(0, 0, 1),
+            "aborted_per_minute": series(2, 2, 30),
+            "ttft_ms_p50": series(640, 50, 15),
+            "ttft_ms_p95": series(1400, 200, 12),
+            "itl_ms_p50": series(31, 3, 21),
+            "latency_ms_p50": series(7000, 600, 19),
+            "latency_ms_p95": series(12_500, 900, 13),
+            "queued_ms_p95": series(800, 100, 11),
+            "in_flight": series(136, 11, 9),
+            "queue": series(10, 10, 31),
+            "kv_usage": series(0.6, 0.1, 33),
+            "hit_rate": series(0.9, 0.05, 14),
+            "gpu_utilization": series(0.85, 0.1, 25),
+            "preemptions": series(1, 1, 50),
+            "finish_reasons.stop": series(150, 10, 17),
+            "finish_reasons.tool_calls": series(550, 30, 17),
+        },
+        "runs": [{"name": "night", "from": begin + (end - begin) / 2, "to": None}],
+    }
+
+
+def recorded(document: dict[str, Any]) -> dict[str, Any]:
+    """GET /history of a document alone: its last minutes."""
+    points = document["throughput"]["history"]
+    at = [point["at"] for point in points]
+    names = {"turns_per_minute": "turns_per_minute", "tokens_per_second": "tokens_per_second"}
+    names.update({"in_flight": "in_flight", "queue": "pending"})
+    series = {name: [point[key] for point in points] for name, key in names.items()}
+    for rank in ("p50", "p95"):
+        series[f"latency_ms_{rank}"] = [point["latency_ms"][rank] for point in points]
+    return {"from": at[0], "to": at[-1], "step_s": 2, "now": at[-1], "series": {"at": at, **series}, "runs": []}
 
 
 def history(points: int = 300) -> list[dict[str, Any]]:
@@ -272,7 +377,7 @@ def empty(**changes: Any) -> dict[str, Any]:
         ttft_ms=percentiles(None),
         gap_ms=percentiles(None),
     )
-    return busy(
+    document = busy(
         backends=[lone],
         clients=1,
         sessions=0,
@@ -289,6 +394,8 @@ def empty(**changes: Any) -> dict[str, Any]:
             **changes,
         },
     )
+    document["sessions"] = dict.fromkeys(document["sessions"], 0)
+    return document
 
 
 def extreme() -> dict[str, Any]:
@@ -320,6 +427,13 @@ def all_down() -> dict[str, Any]:
     return document
 
 
+def sessions_of(document: Any) -> list[dict[str, Any]]:
+    """The sessions behind a document: 2,000, or none where there was no traffic."""
+    listed = [row["id"] for client in document["clients"] for row in client["sessions"]]
+    names = [*listed, *(f"task-{number:04d}" for number in range(len(listed), 2000))]
+    return [session_row(number, name=name) for number, name in enumerate(names)] if listed else []
+
+
 class StatsServer:
     """A proxy's API over documents that the test sets; owns the server's thread."""
 
@@ -328,9 +442,17 @@ class StatsServer:
         self.status = 200
         self.token: str | None = None
         self.asked: list[str] = []
+        self.sessions: list[dict[str, Any]] = [] if document is None else sessions_of(document)
+        self.history: dict[str, Any] | None = None  # in place of one made up
+        self.turns = 12  # of each session
+        self.said: str | None = None  # instead of the usual prompts, answers and errors
         self.port = port or free_port()
         self.open()
         self.url = f"http://127.0.0.1:{self.port}"
+
+    def show(self, document: Any) -> None:
+        """Serve ``document``, with the sessions behind it."""
+        self.document, self.sessions = document, sessions_of(document)
 
     def open(self) -> None:
         """Listen, after ``close`` on the same port again."""
@@ -347,14 +469,48 @@ class StatsServer:
             return 401, {"error": {"message": "no key"}}
         if self.status != 200:
             return self.status, {"error": {"message": "as the test said"}}
-        if path == "/stats":
+        url = urlsplit(path)
+        options = {name: values[0] for name, values in parse_qs(url.query).items()}
+        if url.path == "/stats":
             return 200, self.document
-        name = unquote(path.removeprefix("/stats/sessions/"))
-        rows = [row for client in self.document["clients"] for row in client["sessions"] if row["id"] == name]
+        if url.path == "/history" and self.history is not None:
+            return 200, self.history
+        if url.path == "/history":
+            now = self.document["now"]
+            begin = float(options.get("from", now - 3600)) if self.sessions else now  # without traffic: nothing
+            return 200, over_time(begin, now, int(options["points"]))
+        if url.path == "/sessions":
+            return 200, self.list(options)
+        name = unquote(url.path.removeprefix("/stats/sessions/"))
+        rows = [row for row in self.sessions if row["id"] == name]
         if not rows:
             return 404, {"error": {"message": "no such session"}}
-        turns = [turn(number, name) for number in range(12)]
-        return 200, {"schema_version": 2, "now": self.document["now"], "session": rows[0], "turns": turns}
+        turns = [traced_turn(number, name) for number in range(self.turns, 0, -1)]
+        if self.said is not None:
+            for row in turns:
+                row.update(prompt=self.said, answer=self.said, error=row["error"] and self.said)
+        found = {"schema_version": 2, "now": self.document["now"], "session": rows[0], "turns_total": self.turns}
+        return 200, {**found, "turns": turns}
+
+    def list(self, options: dict[str, str]) -> dict[str, Any]:
+        """GET /sessions, as docs/proxy-api.md describes it."""
+        text, state, sort = (
+            options.get("query", "").lower(),
+            options.get("state", "all"),
+            options.get("sort", "last_at"),
+        )
+        rows = [
+            row
+            for row in self.sessions
+            if any(text in str(row[key]).lower() for key in ("id", "task", "client", "model"))
+            and (state == "all" or (row["state"] == "ended") == (state == "ended"))
+            and (options.get("outcome") != "error" or row["errors"])
+            and options.get("model", row["model"]) == row["model"]
+        ]
+        rows.sort(key=lambda row: row["id"])
+        rows.sort(key=lambda row: row[sort], reverse=options.get("descending", "1") == "1")
+        begin = int(options.get("offset", 0))
+        return {"total": len(rows), "sessions": rows[begin : begin + int(options.get("limit", 100))]}
 
     def close(self) -> None:
         self.is_closed = True

@@ -36,7 +36,11 @@ def chromium() -> Iterator[Any]:
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=binary, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+            executable_path=binary,
+            args=[
+                *("--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"),
+                "--host-resolver-rules=MAP *.example 127.0.0.1",  # names of web pages that tests serve
+            ],
         )
         yield browser
         browser.close()
@@ -90,7 +94,9 @@ def site_of_module(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture
 def site(site_of_module: Site) -> Iterator[Site]:
     """The page in front of a fleet at work; afterwards no viewer is left and the browser has complained of nothing."""
-    site_of_module.server.document, site_of_module.server.status = stats.busy(), 200
+    site_of_module.server.show(stats.busy())
+    site_of_module.server.status, site_of_module.server.turns = 200, 12
+    site_of_module.server.said = site_of_module.server.history = None
     site_of_module.complaints.clear()
     yield site_of_module
     for context in site_of_module.browser.contexts:

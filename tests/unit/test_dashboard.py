@@ -1,19 +1,17 @@
-"""The page without Streamlit: formats, shaping, charts and panels are pure."""
+"""The page without Streamlit: formats, status, shaping and charts are pure."""
 
 from __future__ import annotations
 
 import ast
-import contextlib
-import copy
 import json
 import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import altair as alt
 import pytest
 import stats_server as stats
 from patience import PATIENCE_S
@@ -32,46 +30,11 @@ def golden() -> dict[str, Any]:
     return document
 
 
-def texts(node: Any) -> str:
-    """All text of a node, as a reader meets it."""
-    if node is None:
-        return ""
-    return node if isinstance(node, str) else "".join(texts(child) for child in node[2:])
-
-
-def nodes(node: Any) -> Iterator[Any]:
-    """A node and all below it."""
-    if isinstance(node, list):
-        yield node
-        for child in node[2:]:
-            yield from nodes(child)
-
-
-def all_panels(document: dict[str, Any], opened: frozenset[str] = frozenset()) -> list[Any]:
-    entries = page.listed(document, "analysis") or [{}]
-    details = {
-        str(name): {"now": stats.NOW, "turns": [stats.turn(1, str(name))]} for name in page.session_rows(document)
-    }
-    opened |= {f"session:{name}" for name in details} | {f"turn:turn-{number}" for number in range(20)}
-    return [
-        page.header_panel(document, "http://127.0.0.1:5800", 1.5, None, False),
-        page.verdict_panel(document),
-        page.queue_panel(document),
-        *(page.pipeline_panel(document, entry, ["one", "two"]) for entry in entries),
-        *(page.what_if_panel(entry) for entry in entries),
-        page.backends_panel(page.backend_frame(document), True),
-        page.sessions_panel(document, page.session_frame(document), opened, details),
-        page.turns_panel(page.turn_frame(page.listed(document, "recent_turns"), document.get("now")), opened),
-        page.watchdog_panel(page.watchdog_frame(document)),
-        page.cost_panel(document),
-    ]
-
-
 @pytest.mark.parametrize(
     ("ms", "text"),
     [
         (0, "0 ms"), (0.04, "0.0 ms"), (9.9, "9.9 ms"), (9.96, "10 ms"), (340.4, "340 ms"), (999.6, "1.00 s"),
-        (3210, "3.21 s"), (32_100, "32.1 s"), (59_960, "1 min 00 s"), (125_000, "2 min 05 s"),
+        (3210, "3.21 s"), (32_100, "32.1 s"), (59_960, "1 min"), (125_000, "2 min 05 s"),
         (11_520_000, "3 h 12 min"), (97 * 3_600_000, "4 d 1 h"), (None, "–"), (math.nan, "–"), (math.inf, "–"),
     ],
 )  # fmt: skip
@@ -92,6 +55,7 @@ def test_figures_say_what_they_are_and_dashes_what_is_not_known() -> None:
         f"42{SPACE}%", f"0.4{SPACE}%", f"0{SPACE}%", "–",
     ]  # fmt: skip
     assert page.percent(-0.12, signed=True) == f"−12{SPACE}%"
+    assert page.percent(-0.00004, signed=True) == f"0{SPACE}%"
     assert page.things(1, "session") + page.things(2, "session") == "1 session2 sessions"
     assert page.seconds(-3) == f"0{SPACE}s"
 
@@ -109,38 +73,26 @@ def test_the_documents_of_these_tests_are_such_as_the_proxy_makes(name: str) -> 
 
 
 @pytest.mark.parametrize("name", [*DOCUMENTS, "golden", "nothing at all", "nothing but nulls"])
-def test_every_panel_shows_every_document_without_nan_or_none(name: str) -> None:
+def test_every_document_is_shaped_without_nan_or_none_in_a_text(name: str) -> None:
     others: dict[str, Any] = {"golden": golden(), "nothing at all": {}, "nothing but nulls": dict.fromkeys(golden())}
     document = others[name] if name in others else DOCUMENTS[name]()
-    for panel in all_panels(document):
-        text = texts(panel)
-        assert not re.search(r"\b(nan|NaN|None|inf|undefined)\b", text), text[:500]
-        assert json.loads(json.dumps(panel, allow_nan=False)) == panel
+    entries = page.listed(document, "analysis") or [{}]
+    frames = [
+        *(shape(document) for shape in (page.replica_frame, page.failure_frame, page.watchdog_frame, page.run_frame)),
+        *(shape(document) for shape in (page.pipeline_frame, page.hours_frame, page.cost_frame)),
+        *(shape(entry) for entry in entries for shape in (page.what_if_frame, page.option_frame, page.share_frame)),
+    ]
+    shown = [str(value) for frame in frames for column in frame for value in frame[column] if isinstance(value, str)]
+    for status in page.status_of(document, None, 0.2):
+        shown += [status.word, status.sentence, status.hint]
+    for metric in (*page.metrics_of_now(document), *page.metrics_of_minute(document)):
+        shown += [metric.label, metric.value, metric.note]
+    assert not [text for text in shown if re.search(r"\b(nan|NaN|None|inf|undefined)\b", text)]
 
 
-def test_whatever_an_agent_sends_stays_text() -> None:
-    """Tags and attribute names are words of this program; what came from outside is text or an attribute's value."""
-    tags: set[str] = set()
-    attributes: set[str] = set()
-    document = stats.extreme()
-    for panel in all_panels(document, frozenset({"clients", "turns"})):
-        for node in nodes(panel):
-            tags.add(node[0])
-            attributes.update(node[1])
-    words = set(re.findall(r'"([a-z0-9]+)"', SOURCE.read_text()))
-    assert tags <= words
-    assert tags.isdisjoint({"script", "iframe", "a", "img", "style", "object", "embed", "link"})
-    assert attributes <= {
-        "class", "title", "style", "role", "tabindex", "key", "id", "scope", "colspan", "aria-hidden", "aria-label",
-        "aria-labelledby", "aria-expanded", "aria-pressed", "data-panel", "data-row", "data-toggle", "data-set",
-        "data-age", "points", "fill", "viewBox", "preserveAspectRatio", "vector-effect",
-    }  # fmt: skip
-    shown = "".join(texts(panel) for panel in all_panels(document))
-    assert all(text in shown for text in stats.HOSTILE)
-
-
-def test_the_browser_part_knows_no_markup() -> None:
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(", page.JS)
+def test_the_browser_parts_know_no_markup() -> None:
+    for script in (page.BAR_JS, page.TRACE_JS):
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(", script)
 
 
 def test_only_views_and_main_speak_to_streamlit_and_nothing_knows_agent_infra() -> None:
@@ -149,9 +101,24 @@ def test_only_views_and_main_speak_to_streamlit_and_nothing_knows_agent_infra() 
     assert min(node.lineno for node in ast.walk(TREE) if isinstance(node, ast.Name) and node.id == "st") > views
     imported = {alias.name for node in ast.walk(TREE) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module or "" for node in ast.walk(TREE) if isinstance(node, ast.ImportFrom)}
-    assert "agent_infra" not in imported
-    assert "unsafe_allow_html" not in text
-    assert not re.search(r"st\.(markdown|write|html|caption|text)\(", text)
+    assert not [name for name in imported if name.startswith("agent_infra")]
+
+
+def test_what_reads_markdown_gets_words_of_this_program_alone() -> None:
+    """Text from agents is in st.text, st.code, tables and the browser parts, which know no markup."""
+    text = SOURCE.read_text()
+    assert "unsafe_allow" not in text
+    assert not re.search(r"st\.(write|latex|info|success|toast)\(", text)
+    assert re.findall(r"st\.html\((.*)\)", text) == ['f"<style>{PAGE_CSS}</style>"']
+    markdown = {
+        ast.unparse(node.args[0])
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) in ("st.markdown", "st.caption", "st.error")
+        and not isinstance(node.args[0], ast.Constant)
+    }
+    allowed = ("Turn {int(turn", "unit")
+    assert [each for each in markdown if not any(word in each for word in allowed)] == []
 
 
 def test_functions_stay_small() -> None:
@@ -160,153 +127,279 @@ def test_functions_stay_small() -> None:
     assert {name: lines for name, lines in large.items() if lines > 55} == {}
 
 
+# --- Status -----------------------------------------------------------------------------------------------------------
+
+VERDICTS = ["GPU-BOUND", "AGENT-BOUND", "NO DATA"]
+
+
+def idle(document: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """``document`` so long after its last turn, as the controller goes on making it."""
+    document["now"] += seconds
+    document["queue"].update(in_flight=0, pending=0, waiting=[])
+    return document
+
+
+def failed(document: dict[str, Any], replicas: int) -> dict[str, Any]:
+    for row in document["backends"][:replicas]:
+        failure = {"kind": "out_of_memory", "line": "CUDA out of memory", "hint": "Lower gpu_memory_utilization."}
+        row.update(state="failed", healthy=False, reason="CUDA out of memory", failure=failure)
+    return document
+
+
+def all_turns_fail(document: dict[str, Any]) -> dict[str, Any]:
+    document["totals"].update(requests=2000, errors=12)
+    document["recent_turns"] = [
+        stats.turn(number, "s", outcome="error", error="the replica died") for number in range(12)
+    ]
+    return document
+
+
+def healthy(document: dict[str, Any]) -> dict[str, Any]:
+    document["recent_turns"] = [stats.turn(number, "s", outcome="completed") for number in range(100)]
+    return document
+
+
+STATES: dict[str, tuple[Any, float, Any]] = {  # change of the document, age of the figures, words of the headline
+    "working": (healthy, 0.3, None),
+    "one failed": (lambda document: failed(healthy(document), 1), 0.3, "FAILED"),
+    "all failed": (lambda document: failed(healthy(document), 4), 0.3, "DOWN"),
+    "failing turns": (all_turns_fail, 0.3, "ERRORS"),
+    "idle": (lambda document: idle(healthy(document), 400.0), 0.3, "IDLE"),
+    "restarted": (lambda document: {**healthy(document), "uptime_seconds": 20.0}, 0.3, None),
+    "controller dead": (lambda document: failed(healthy(document), 1), 25.0, "CONTROLLER GONE"),
+    "no traffic": (lambda _document: stats.empty(), 0.3, "NO TRAFFIC"),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_the_status_contradicts_neither_the_figures_nor_itself(verdict: str, state: str) -> None:
+    change, age_s, headline = STATES[state]
+    document = change(stats.busy(analysis=stats.analysis(verdict)))
+    statements = page.status_of(document, None, age_s, "UTC")
+    check_truth(document, age_s, statements)
+    words = [status.word for status in statements]
+    expected = headline or ("MEASURING" if verdict == "NO DATA" else verdict)
+    assert words[0] == expected, words
+
+
+def check_truth(document: dict[str, Any], age_s: float, statements: list[Any]) -> None:
+    """What is said follows from the document, whatever it is."""
+    words, said = [status.word for status in statements], " ".join(status.sentence for status in statements)
+    rows = document["backends"]
+    down, ready = [row for row in rows if row["state"] == "failed"], [row for row in rows if row["state"] == "ready"]
+    if age_s >= page.STALE_S:
+        assert words == ["CONTROLLER GONE"]  # and nothing of the past as if it were now
+        return
+    assert ("FAILED" in words or "DOWN" in words) == bool(down)
+    assert ("DOWN" in words) == (bool(down) and not ready)
+    if down:
+        assert statements[0].judgement == page.BAD
+        assert statements[0].hint == "Lower gpu_memory_utilization."
+        assert f"{len(down)} of {len(rows)} replicas failed: {down[0]['id']} (out of memory)" in said
+    recent = page.recent_failures(document)
+    assert ("ERRORS" in words) == bool(recent and recent[0])
+    is_open = document["queue"]["in_flight"] + document["queue"]["pending"] > 0
+    quiet_s = min((document["now"] - turn["finished_at"] for turn in document["recent_turns"]), default=None)
+    assert ("NO TRAFFIC" in words) == (document["totals"]["requests"] == 0 and not is_open)
+    assert ("IDLE" in words) == (not is_open and quiet_s is not None and quiet_s >= page.IDLE_S)
+    verdict = document["analysis"][0]["verdict"]["name"]
+    assert (verdict in words) == (verdict != "NO DATA" and not {"IDLE", "NO TRAFFIC", "DOWN"} & set(words))
+    assert not ({"MEASURING", "IDLE", "NO TRAFFIC"} & set(words) and "sure" in said)
+
+
+def test_twelve_of_twelve_failing_turns_are_told_with_their_window() -> None:
+    """Among two thousand earlier ones, they were 0.6 %."""
+    statements = page.status_of(all_turns_fail(stats.busy()), None, 0.3)
+    assert statements[0].sentence.startswith(f"12 of 12 turns failed in the last 5{SPACE}min: the replica")
+    assert page.metrics_of_now(all_turns_fail(stats.busy()))[3].value == f"100{SPACE}%"
+
+
+def test_an_idle_deployment_says_since_when_and_how_old_its_verdict_is() -> None:
+    (status,) = page.status_of(idle(healthy(stats.busy()), 400.0), None, 0.3, "UTC")
+    assert status.word == "IDLE"
+    assert f"No turn for 6{SPACE}min 40{SPACE}s, since " in status.sentence
+    assert "The last verdict is as old: qwen on NVIDIA H100 80GB HBM3: GPU-BOUND." in status.sentence
+
+
+def test_a_suggestion_states_its_price() -> None:
+    advice = page.advice_of(stats.analysis("GPU-BOUND")[0])
+    assert f"Throughput −20{SPACE}%, wait per turn 11.4 s → 6.30 s." in advice
+    priced = {"suggestion": {**stats.analysis("GPU-BOUND")[0]["suggestion"], "sentence": "Run 3: +4 % turns/h."}}
+    assert page.advice_of(priced) == f"Run 3: +4{SPACE}% turns/h."
+
+
+def test_without_a_connection_nothing_else_is_said() -> None:
+    problem = page.Problem("There is no proxy at http://x.", "Start one.")
+    (status,) = page.status_of(failed(stats.busy(), 4), problem, 71.0)
+    assert status.judgement == page.BAD
+    assert f"1{SPACE}min 11{SPACE}s old" in status.sentence
+    assert page.status_of({}, None, None)[0].word == "CONNECTING"
+
+
+def test_replicas_that_start_say_how_far_they_are() -> None:
+    document = stats.busy(replicas=2)
+    document["backends"][0].update(state="pending", reason="Resources")
+    document["backends"][1].update(state="loading", progress="5/9")
+    status = page.status_of(document, None, 0.3)[0]
+    assert status.word == "ERRORS"
+    said = page.status_of(healthy(document), None, 0.3)[0]
+    assert (said.word, said.judgement) == ("STARTING", page.BUSY)
+    assert said.sentence == "0 of 2 replicas ready; 1 pending, 1 loading: qwen-1 (Resources), qwen-2 (5/9)."
+
+
 # --- Replicas ---------------------------------------------------------------------------------------------------------
 
 
 def test_what_needs_a_look_stands_first() -> None:
-    frame = page.backend_frame(stats.extreme())
-    assert list(frame["state"][:3]) == ["failed", "unhealthy", "loading"]
-    marked = set(frame["id"][3:7])
-    assert marked == {"qwen-9", "qwen-10", "qwen-11", "qwen-12"}  # slowest, tunnel down, ends soon, cache full
+    frame = page.replica_frame(stats.extreme())
+    assert [each for (each,) in frame["state"][:3]] == ["✕ failed", "✕ unhealthy", "▲ loading"]
+    marked = dict(zip(frame["id"][3:7], frame["note"][3:7], strict=True))
+    assert marked == {
+        "qwen-9": "slowest", "qwen-10": "tunnel down", "qwen-11": "job ends soon", "qwen-12": "KV cache full",
+    }  # fmt: skip
     assert list(frame["id"][7:10]) == ["qwen-1", "qwen-2", "qwen-3"]
 
 
 def test_the_slowest_replica_is_marked_only_when_it_is_slower_than_the_others() -> None:
     alike, one = stats.busy(), stats.busy()
     one["backends"][2]["latency_ms"] = stats.percentiles(20_000.0)
-    assert not page.backend_frame(alike)["is_slowest"].any()
-    frame = page.backend_frame(one)
-    assert list(frame[frame["is_slowest"]]["id"]) == ["qwen-3"]
-    assert "▲ slowest" in texts(page.backends_panel(frame, False))
-
-
-def test_columns_of_which_nothing_is_known_are_left_out() -> None:
-    text = texts(page.backends_panel(page.backend_frame(stats.empty()), False))
-    assert "GPU busy" not in text
-    assert "tunnel" not in text
-    assert "job ends in" not in text
-    assert "no traffic" in text
-    text = texts(page.backends_panel(page.backend_frame(stats.busy()), False))
-    assert all(word in text for word in ("GPU busy", "GPU memory", "KV cache", "tunnel", "job ends in"))
-
-
-def test_sixty_four_replicas_are_cut_until_asked_for() -> None:
-    frame = page.backend_frame(stats.extreme())
-    short, whole = page.backends_panel(frame, False), page.backends_panel(frame, True)
-    assert sum(node[0] == "tr" for node in nodes(short)) == 1 + page.LISTED_BACKENDS
-    assert sum(node[0] == "tr" for node in nodes(whole)) == 1 + 64
-    assert "show all 64 replicas" in texts(short)
-    assert "61 of 64 ready" in texts(short)
-
-
-def test_durations_are_told_by_the_proxys_clock_alone() -> None:
-    """Whatever this machine's clock says; and a time of the future is no time ago."""
-    document = stats.busy()
-    document["clients"][0]["sessions"][0]["last_seen"] = document["now"] + 500
-    document["backends"][0]["ends_at"] = document["now"] - 60
-    assert page.session_frame(document)["silent_s"].min() == 0
-    assert page.backend_frame(document)["left_s"].min() == 0
+    assert set(page.replica_frame(alike)["note"]) == {""}
+    assert list(page.replica_frame(one).query("note == 'slowest'")["id"]) == ["qwen-3"]
 
 
 # --- Sessions and turns -----------------------------------------------------------------------------------------------
 
 
-def test_a_streamed_turn_is_split_at_its_first_token_and_no_other_is() -> None:
-    row = stats.turn(1, "s", inference_ms=5000.0, ttft_ms=800.0)
-    streamed, whole = page.turn_frame([row, {**row, "stream": False}], stats.NOW).itertuples(index=False)
-    assert (streamed.prefill, streamed.decode) == (800.0, 4200.0)
-    assert not page.is_known(streamed.inference)
-    assert whole.inference == 5000.0
-    assert not page.is_known(whole.prefill)
-    assert streamed.total_ms == whole.total_ms
+def test_rows_keep_their_place_and_new_sessions_wait_until_they_are_asked_for() -> None:
+    former = [stats.session_row(number) for number in range(3)]
+    later = [stats.session_row(9), {**former[2], "turns": 99}, former[0]]
+    rows, held_back = page.arranged(former, later)
+    assert [row["id"] for row in rows] == [row["id"] for row in former]
+    assert (rows[2]["turns"], held_back) == (99, 1)
 
 
-def test_the_parts_of_a_waterfall_are_as_wide_as_they_are_long() -> None:
-    bar = page.phase_bar({"pre": 250.0, "queue": None, "decode": 500.0, "unaccounted": 250.0}, 1000.0)
-    assert [child[1]["class"].split("ai-")[-1] for child in bar[2:]] == ["pre", "decode", "unaccounted"]
-    assert [child[1]["style"] for child in bar[2:]] == ["width:25.00%", "width:50.00%", "width:25.00%"]
-    assert bar[1]["aria-label"] == "pre 250 ms, decode 500 ms, unaccounted 250 ms".replace(" ms", f"{SPACE}ms")
+@pytest.mark.parametrize(
+    ("silent_s", "think_s", "word"),
+    [(20.0, 4.0, "thinking"), (31.0, 4.0, "silent"), (31.0, 90.0, "thinking"), (1620.0, 90.0, "silent")],
+)
+def test_a_session_that_is_quiet_for_longer_than_it_thinks_is_not_said_to_think(
+    silent_s: float, think_s: float, word: str
+) -> None:
+    row = stats.session_row(1, "idle")
+    row.update(last_at=stats.NOW - silent_s, turns=10, think_s=9 * think_s)
+    assert page.session_frame([row], stats.NOW)["state"].tolist() == [word]
 
 
-def test_sessions_are_grouped_by_client_and_open_to_their_turns() -> None:
-    document = stats.busy(clients=2, sessions=6)
-    frame = page.session_frame(document)
-    closed = texts(page.sessions_panel(document, frame, frozenset(), {}))
-    assert "host0:4000" in closed
-    assert "Asking the proxy" not in closed
-    waiting = page.sessions_panel(document, frame, frozenset({"session:task-0000"}), {})
-    assert "Asking the proxy" in texts(waiting)
-    detail = {"now": stats.NOW, "turns": [stats.turn(number, "task-0000") for number in range(5)]}
-    opened = texts(page.sessions_panel(document, frame, frozenset({"session:task-0000"}), {"task-0000": detail}))
-    assert "5 latest turns" in opened
-    assert stats.MISS in opened
-    gone = {"task-0000": {"problem": "no such session"}}
-    assert "no such session" in texts(page.sessions_panel(document, frame, frozenset({"session:task-0000"}), gone))
-    folded = page.sessions_panel(document, frame, frozenset({"client:host0:4000 python agent.py --env webshop"}), {})
-    assert "task-0000" not in texts(folded)
-    assert "task-0001" in texts(folded)
+@pytest.mark.parametrize(("tokens_in", "shown"), [(1000, 90.0), (0, None), (None, None)])
+def test_what_was_cached_is_a_share_of_the_input(tokens_in: int | None, shown: float | None) -> None:
+    row = {**stats.session_row(1), "tokens_in": tokens_in, "cached_tokens": 900}
+    (value,) = page.session_frame([row], stats.NOW)["cached"]
+    assert value == shown or (shown is None and not page.is_known(value))
 
 
-@pytest.mark.parametrize(("prompt", "shown"), [(1000, f"90{SPACE}%"), (0, page.UNKNOWN), (None, page.UNKNOWN)])
-def test_what_was_cached_is_a_share_of_the_prompt_and_not_of_the_answer(prompt: int | None, shown: str) -> None:
-    document = stats.busy(clients=1, sessions=1)
-    figures: dict[str, Any] = {"context_tokens": 1800, "prompt_tokens": prompt, "cached_tokens": 900}
-    document["clients"][0]["sessions"] = [stats.session(0, **figures)]
-    panel = page.sessions_panel(document, page.session_frame(document), frozenset(), {})
-    [row] = [node for node in nodes(panel) if node[1].get("key") == "session:task-0000"]
-    assert texts(row[10]) == shown
+def test_the_phases_of_a_waterfall_follow_each_other_on_one_axis() -> None:
+    turns = [stats.traced_turn(number, "s") for number in (7, 2)]  # latest first
+    drawn = page.waterfall(turns, 7)
+    assert [row["number"] for row in drawn["rows"]] == [2, 7]
+    assert [row["is_open"] for row in drawn["rows"]] == [False, True]
+    names = [[name for name, _, _ in row["bars"]] for row in drawn["rows"]]
+    assert names[1] == ["think", "queued", "retry", "replayed prefill", "prefill", "decode"]
+    for row in drawn["rows"]:
+        for (_, left, width), (_, following, _) in zip(row["bars"], row["bars"][1:], strict=False):
+            assert left + width == pytest.approx(following, abs=0.01)
+    assert drawn["rows"][0]["bars"][0][1] == 0.0
+    assert drawn["rows"][1]["bars"][-1][1] + drawn["rows"][1]["bars"][-1][2] == pytest.approx(100.0, abs=0.01)
+    assert "cache miss" in drawn["rows"][1]["note"]
 
 
-def test_rows_keep_their_keys_when_their_order_changes() -> None:
-    document = stats.busy(clients=1, sessions=5)
-    later = copy.deepcopy(document)
-    later["clients"][0]["sessions"].reverse()
-    keys = []
-    for each in (document, later):
-        panel = page.sessions_panel(each, page.session_frame(each), frozenset(), {})
-        keys.append([node[1]["key"] for node in nodes(panel) if node[0] == "tr" and "key" in node[1]])
-    assert sorted(keys[0]) == sorted(keys[1])
-    assert keys[0] != keys[1]
-    assert len(set(keys[0])) == len(keys[0])
+def test_think_time_contains_idle_time_and_an_answer_that_was_not_streamed_is_one_piece() -> None:
+    turn = {**stats.traced_turn(3, "s"), "prefill_ms": None, "decode_ms": None}
+    phases = page.phases_of(turn)
+    assert (phases["think"], phases["idle"], phases["inference"]) == (2000.0, 1000.0, turn["inference_ms"])
+    assert "inference" not in page.phases_of(stats.traced_turn(3, "s"))
+
+
+def test_a_turn_says_what_was_cached_expected_and_why_it_was_missed() -> None:
+    facts = dict(page.turn_facts(stats.traced_turn(7, "s")))
+    assert facts["cached"].startswith("1,800 of the ")
+    assert facts["cached"].endswith("; 2,000 expected")
+    assert facts["cache miss"] == stats.MISS
+
+
+@pytest.mark.parametrize("span_ms", [3.0, 900.0, 61_000.0, 7_200_000.0, 900_000_000.0])
+def test_an_axis_has_a_few_round_times(span_ms: float) -> None:
+    ticks = page.ticks(span_ms)
+    assert 2 <= len(ticks) <= 7
+    assert ticks[0] == 0
+    assert ticks[-1] <= span_ms
 
 
 # --- Analysis and charts ----------------------------------------------------------------------------------------------
 
 
-def test_the_verdict_names_diagnosis_confidence_suggestion_and_advice() -> None:
-    text = texts(page.verdict_panel(stats.busy()))
-    assert "▲ GPU-BOUND" in text
-    assert f"97{SPACE}% sure" in text
-    assert "147 agents135 to 159 · now 260" in text
-    assert "Run 147 agents (now 260)" in text
-    assert "▲ KV-BOUND" in text
-    assert "over 99" in texts(page.verdict_panel(stats.busy(analysis=stats.analysis("AGENT-BOUND"))))
-    nothing = texts(page.verdict_panel(stats.busy(analysis=stats.analysis("NO DATA"))))
-    assert "○ NO DATA" in nothing
-    assert "12 of 30 turns" in nothing
-    assert "No recent traffic" in texts(page.verdict_panel(stats.busy(analysis=[])))
-    assert "No traffic yet" in texts(page.verdict_panel(stats.empty(analysis=[])))
+def test_steps_are_flat_and_a_gap_of_the_controller_is_a_gap_everywhere() -> None:
+    document = stats.over_time(stats.NOW - 3600, stats.NOW, 300)
+    frame = page.history_frame(document)
+    at = document["series"]["at"]
+    assert len(frame) == 2 * len(at)
+    values = frame["turns_per_minute"]
+    assert (values[0::2].reset_index(drop=True).dropna() == values[1::2].reset_index(drop=True).dropna()).all()
+    gap = frame[values.isna()]
+    assert len(gap) == 2 * document["series"]["turns_per_minute"].count(None)
+    assert gap.drop(columns="at").isna().all(axis=None)
+    assert 6 < frame["latency_ms_p50"].mean() < 8  # s
+    assert 500 < document["series"]["ttft_ms_p50"][0] < 800
+    assert page.history_frame({}).empty
 
 
-def test_a_share_of_errors_is_judged_and_a_small_one_is_not() -> None:
-    calm, bad = stats.busy(), stats.busy()
-    bad["totals"].update(errors=800)
-    assert not any("ai-bad" in node[1].get("class", "") for node in nodes(page.queue_panel(calm)))
-    assert any("ai-bad" in node[1].get("class", "") for node in nodes(page.queue_panel(bad)))
+def test_the_history_is_asked_for_in_steps_that_viewers_share() -> None:
+    paths = {page.history_path(stats.NOW + second, 3600.0, 300, None) for second in range(10)}
+    assert len(paths) <= 2
+    assert page.history_path(stats.NOW, math.inf, 600, "a b") == "/history?from=0&points=600&model=a+b"
 
 
-def test_the_timeline_has_all_lines_in_seconds_and_at_most_so_many_points() -> None:
-    document = stats.busy()
-    frame = page.timeline_frame(document)
-    assert set(frame) == {"at", *(name for names in page.TIMELINE.values() for name in names.values())}
-    assert len(frame) == 300
-    assert 6 < frame["median"].mean() < 8
-    document["throughput"]["history"] = stats.history(5000)
-    document["throughput"]["history"][0]["latency_ms"] = {"p50": None}
-    frame = page.timeline_frame(document)
-    assert len(frame) <= page.MAX_POINTS
-    assert frame["median"].isna().sum() == frame["95th percentile"].isna().sum() == 1
-    assert page.timeline_frame(stats.empty()).empty
+def test_every_series_has_its_chart_and_finish_reasons_are_found_by_name() -> None:
+    frame = page.history_frame(stats.over_time(stats.NOW - 3600, stats.NOW, 100))
+    panels = page.panels_of(page.HISTORY_PANELS, frame.columns)
+    drawn = {name for panel in panels for name in panel.lines}
+    assert set(frame.columns) - drawn == {"at", "queued_ms_p95"}
+    assert panels[-1].lines == {"finish_reasons_stop": "stop", "finish_reasons_tool_calls": "tool_calls"}
+    assert page.panels_of([page.CACHE], ["at"]) == ()
+
+
+def test_the_charts_over_time_share_what_is_zoomed_and_a_crosshair() -> None:
+    template = page.chart_template(page.timeline_chart(alt.NamedData("rows"), page.OVERVIEW_PANELS))
+    params = {each["name"]: each for each in template["params"]}
+    assert len(params["moment"]["views"]) >= 3
+    assert params["zoom"]["select"]["type"] == "interval"
+    strip, *rest = template["vconcat"]
+    assert "domain" not in json.dumps(strip["encoding"]["x"])
+    for chart in rest:
+        for layer in chart["layer"]:
+            assert layer["encoding"]["x"]["scale"]["domain"] == {"param": "zoom"}
+
+
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_text_and_lines_of_charts_stand_out_from_their_background(is_dark: bool) -> None:
+    background = "#121417" if is_dark else "#f4f5f7"
+    config = page.themed({}, is_dark)["config"]
+    for text in (config["axis"]["labelColor"], config["legend"]["labelColor"], config["title"]["color"]):
+        assert contrast(text, background) >= 4.5
+    for line in (*config["range"]["category"], config["rule"]["color"]):
+        assert contrast(line, background) >= 3
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast of two colours, as WCAG 2 defines it."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
 
 
 def test_the_curve_has_the_run_its_limits_and_room_for_their_labels() -> None:
@@ -322,47 +415,16 @@ def test_the_curve_has_the_run_its_limits_and_room_for_their_labels() -> None:
     assert (agent_bound["agents"] <= max(curve["agents"].max(), 20.0)).all()  # nothing beyond what may be said
 
 
-@pytest.mark.parametrize("chart", [page.timeline_chart, page.capacity_chart])
-def test_a_chart_is_the_same_with_its_data_as_the_template_that_is_filled_with_them(chart: Any) -> None:
-    document = stats.busy()
-    frames = {
-        page.timeline_chart: page.timeline_frame(document),
-        page.capacity_chart: page.capacity_frame(document["analysis"][0]),
-    }
-    with pytest.warns(UserWarning, match="deduplicated") if chart is page.timeline_chart else contextlib.nullcontext():
-        whole = chart(frames[chart]).to_dict()
-    (name,) = whole.pop("datasets")
-    template = page.chart_template(chart)
-    assert template.pop("usermeta")
-    assert _without_names(whole, name) == _without_names(template, "rows")
-    text = json.dumps(template)
-    assert all(word in text for word in ("tooltip", "title"))
-
-
-def _without_names(specification: Any, data: str) -> str:
-    """A specification with the names of its data and views, which hang on the data, made the same."""
-    text = json.dumps(specification, sort_keys=True).replace(f'"{data}"', '"DATA"')
-    return re.sub(r'"view_[^"]*"', '"VIEW"', text)
-
-
-def test_the_crosshair_is_common_to_the_three_charts() -> None:
-    template = page.chart_template(page.timeline_chart)
-    (moment,) = [each for each in template["params"] if each["name"] == "moment"]
-    views = {layer["name"] for chart in template["vconcat"] for layer in chart["layer"] if "name" in layer}
-    assert len(views) == 3
-    assert views <= set(moment["views"])
-    assert template["resolve"]["scale"]["x"] == "shared"
-
-
-def test_what_is_not_known_of_gpu_hours_is_told_in_replica_hours() -> None:
-    assert list(page.hours_frame(stats.busy())["unit"]) == ["GPU-hours"]
-    none = {"pending": 0.0, "loading": 0.0, "ready_busy": 0.0, "ready_idle": 0.0}
+def test_what_is_not_known_of_gpu_time_is_told_of_replicas() -> None:
+    assert list(page.hours_frame(stats.busy())["unit"]) == ["GPU time"]
+    none = {"pending": 0.0, "loading": 0.0002, "ready_busy": 0.0, "ready_idle": 0.0}
     some = {**none, "ready_busy": 1.5}
-    rows = [{"model": name, "gpu_hours": none, "replica_hours": some} for name in ("a", "b")]
-    document = {"accounting": {"since": 0, "gpu_hours": none, "replica_hours": some, "by_model": rows}}
+    rows = [{"model": name, "gpu_hours": dict.fromkeys(none, 0.0), "replica_hours": some} for name in ("a", "b")]
+    document = {"accounting": {"since": 0, "gpu_hours": {}, "replica_hours": some, "by_model": rows}}
     frame = page.hours_frame(document)
-    assert list(frame["unit"]) == ["replica-hours"] * 3
-    assert list(frame["ready_busy"]) == [1.5] * 3
+    assert list(frame["unit"]) == ["replica time"] * 3
+    assert list(frame["ready_busy"]) == [f"1{SPACE}h 30{SPACE}min"] * 3
+    assert list(frame["loading"]) == [f"720{SPACE}ms"] * 3
     assert page.hours_frame({"accounting": None}).empty
 
 
@@ -382,10 +444,10 @@ def test_a_url_is_checked_and_loses_its_slash() -> None:
     [
         ({"document": stats.busy(schema_version=1)}, "speaks version 1"),
         ({"document": stats.busy(schema_version=99)}, "speaks version 99"),
-        ({"document": {"hello": "world"}}, "is not Agent Infra's proxy"),
-        ({"document": b"<html>"}, "is not Agent Infra's proxy"),
+        ({"document": {"hello": "world"}}, "isn't Agent Infra's proxy"),
+        ({"document": b"<html>"}, "isn't Agent Infra's proxy"),
         ({"status": 503}, "has no figures yet"),
-        ({"status": 404}, "is not Agent Infra's proxy"),
+        ({"status": 404}, "isn't Agent Infra's proxy"),
         ({"token": "secret-token"}, "asks for its key"),
     ],
 )
@@ -394,63 +456,53 @@ def test_a_proxy_that_gives_no_figures_is_told_with_what_to_do(change: dict[str,
         for name, value in change.items():
             setattr(server, name, value)
         with pytest.raises(page.ProxyError, match=what) as caught:
-            page.ProxyClient(server.url, None).stats()
+            page.ProxyClient(server.url, None).get("/stats")
         assert caught.value.problem.fix
 
 
 def test_a_key_goes_in_the_header_and_nowhere_else() -> None:
     with stats.serving(stats.busy()) as server:
         server.token = "secret-token"
-        assert page.ProxyClient(server.url, "secret-token").stats()["schema_version"] == 2
+        assert page.ProxyClient(server.url, "secret-token").get("/stats")["schema_version"] == 2
         assert server.asked == ["/stats"]
 
 
 def test_many_viewers_ask_the_proxy_once() -> None:
     with stats.serving(stats.busy()) as server:
-        poller = page.Poller(page.ProxyClient(server.url, None))
-        readings = [poller.read(60.0, patience_s=10.0) for _ in range(20)]
+        documents = page.Documents(page.ProxyClient(server.url, None))
+        readings = [documents.read("/stats", 60.0, patience_s=PATIENCE_S) for _ in range(20)]
         assert len(server.asked) == 1
         assert all(reading.document == server.document for reading in readings)
 
 
 def test_the_last_figures_stay_while_the_proxy_is_gone_and_are_renewed_when_it_is_back() -> None:
     with stats.serving(stats.busy()) as server:
-        poller, port = page.Poller(page.ProxyClient(server.url, None)), server.port
-        assert poller.read(0.0, patience_s=10.0).problem is None
-    lost = poller.read(0.0, patience_s=10.0)
+        documents, port = page.Documents(page.ProxyClient(server.url, None)), server.port
+        assert documents.read("/stats", 0.0, patience_s=PATIENCE_S).problem is None
+    lost = documents.read("/stats", 0.0, patience_s=PATIENCE_S)
     assert lost.problem is not None
     assert "There is no proxy" in lost.problem.what
     assert lost.document is not None
     with stats.serving(stats.busy(uptime_seconds=1.0), port):
-        found = poller.read(0.0, patience_s=10.0)
+        found = documents.read("/stats", 0.0, patience_s=PATIENCE_S)
         assert found.problem is None
         assert found.document is not None
         assert found.document["uptime_seconds"] == 1.0
 
 
-def test_a_sessions_turns_are_asked_for_when_it_is_opened_and_again_only_when_something_happened() -> None:
-    name = "a/b c?ü"
-    document = stats.busy(clients=1, sessions=1)
-    document["clients"][0]["sessions"][0]["id"] = name
-    with stats.serving(document) as server:
-        poller = page.Poller(page.ProxyClient(server.url, None))
-        for _ in range(3):
-            reading = poller.read(0.0, [name], patience_s=10.0)
-        assert reading.sessions[name]["turns"]
-        assert [path for path in server.asked if path != "/stats"] == ["/stats/sessions/a%2Fb%20c%3F%C3%BC"]
-        server.document["clients"][0]["sessions"][0]["turns"] += 1
-        poller.read(0.0, [name], patience_s=10.0)
-        assert len([path for path in server.asked if path != "/stats"]) == 2
-
-
-def test_an_idle_poller_ends_its_thread_and_starts_another_when_asked() -> None:
+def test_a_proxy_that_refuses_a_document_says_why() -> None:
     with stats.serving(stats.busy()) as server:
-        poller = page.Poller(page.ProxyClient(server.url, None), idle_s=0.0)
-        assert poller.read(0.0, patience_s=10.0).document is not None
-        thread = poller._thread
-        if thread is not None:
-            thread.join(timeout=PATIENCE_S)
-        assert poller.read(0.0, patience_s=10.0).problem is None
+        client = page.ProxyClient(server.url, None)
+        with pytest.raises(page.ProxyError, match="no such session"):
+            client.get("/stats/sessions/nobody")
+
+
+def test_no_more_documents_are_kept_than_are_read() -> None:
+    with stats.serving(stats.busy()) as server:
+        documents = page.Documents(page.ProxyClient(server.url, None))
+        for number in range(2 * documents.MOST):
+            documents.read(f"/stats/sessions/{number}", 60.0, patience_s=PATIENCE_S)
+        assert len(documents._kept) == documents.MOST
 
 
 def test_the_page_is_in_the_wheel_with_its_colours() -> None:

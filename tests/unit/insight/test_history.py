@@ -420,9 +420,8 @@ def test_runs_go_on_under_the_next_controller(tmp_path: Path) -> None:
     found = []
     for number in range(2):
         tracker = Tracker(time.time)
-        books = Bookkeeper(
-            DEFAULT_CONFIG, DeploymentPaths(tmp_path), tracker, lambda message, _: pytest.fail(message), lambda *_: None
-        )
+        paths = DeploymentPaths(tmp_path)
+        books = Bookkeeper(DEFAULT_CONFIG, paths, tracker, lambda message, _: pytest.fail(message), lambda *_: None)
         books.open()
         for task in range(4 * number, 4 * number + 4):
             started = TurnStarted(f"t{task}", now + task, "m", "/v1/x", f"s{task}", run="night=9")
@@ -440,9 +439,9 @@ def test_runs_go_on_under_the_next_controller(tmp_path: Path) -> None:
 def test_a_run_that_lacks_its_first_turns_is_not_continued(path: Path) -> None:
     with history_file(path) as file:
         runs = {name: Announcement(name, 5, at) for name, at in (("early", 0.0), ("late", 1e12))}
-        file.write(batch(*(record(number) for number in range(10)), announced=runs))
-        assert [run.name for run in file.announced_runs(100)] == ["early", "late"]
-        assert [run.name for run in file.announced_runs(5)] == ["late"]
+        file.write(batch(*(record(number) for number in range(10)), runs=runs))
+        assert [run.name for run in file.runs(100)] == ["early", "late"]
+        assert [run.name for run in file.runs(5)] == ["late"]
 
 
 # --- The writer -------------------------------------------------------------------------------------------------------
