@@ -81,8 +81,8 @@ try:
         STRATEGY_NAMES,
         ClusterConfig,
         Config,
-        ContainerConfig,
         ModelConfig,
+        OtelConfig,
         ProxyConfig,
         Rule,
         SlurmConfig,
@@ -101,12 +101,14 @@ except ImportError as error:
 if TYPE_CHECKING:
     from agent_infra_core.control.controller import Controller
     from agent_infra_core.control.handover import Handover
+    from agent_infra_core.control.scaling import Autoscaler
     from agent_infra_core.control.status import ProxyClient
     from agent_infra_core.fleet.cluster import Cluster, Logs
     from agent_infra_core.fleet.place import JobRequest
     from agent_infra_core.host import CommandRunner
     from agent_infra_core.http.heads import RequestHead
     from agent_infra_core.insight.history import HistoryFile
+    from agent_infra_core.insight.spans import Span
     from agent_infra_core.relay.server import Relay
     from agent_infra_core.ssh.forwards import ForwardServer
     from agent_infra_core.ssh.login_host import LoginHost
@@ -139,8 +141,9 @@ def load_config(path: str | os.PathLike[str] | None = None) -> Config:
 
 
 def load_proxy_config(path: str | os.PathLike[str]) -> Config:
-    """Read only the sections ``proxy`` and ``headers`` of a configuration, for a proxy alone. Raises ConfigError."""
-    wanted = ("version", "proxy", "headers")
+    """Read what a proxy alone needs of a configuration: ``proxy``, ``headers``, ``analysis``, ``otel``. Raises
+    ConfigError."""
+    wanted = ("version", "proxy", "headers", "analysis", "otel")
     alone = {"models": [{"name": "alone", "model_path": "smollm2-135m-instruct"}]}
     return _read_config(path, lambda document: alone | {key: document[key] for key in wanted if key in document})
 
@@ -195,7 +198,7 @@ def _validated(document: Any, problems: list[str]) -> Config:
             return config
     except marshmallow.ValidationError as error:
         problems += _describe_errors(error.messages, "")
-        if error.messages_dict.keys() <= {"version", "proxy", "models", "headers", "analysis"}:
+        if error.messages_dict.keys() <= {"version", "proxy", "models", "headers", "analysis", "otel"}:
             valid: Any = error.valid_data
             deployment = valid.get("cluster", DEFAULT_CONFIG.cluster).name
     raise ConfigError("; ".join(problems) if len(problems) == 1 else "\n  " + "\n  ".join(problems), deployment)
@@ -364,6 +367,9 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"{path}.command: is required with engine: command; an argv such as [my-server, --port, '{{port}}']"
         if model.engine != "command" and model.command:
             yield f"{path}.command: belongs to engine: command, not to {model.engine}; delete it or change engine"
+        low, most = model.min_replicas or 0, model.max_replicas or model.replicas
+        if not low <= model.replicas <= most:
+            yield f"{path}.replicas: found {model.replicas}; allowed: min_replicas to max_replicas ({low} to {most})"
         if model.command and not any("{port}" in word for word in model.command):
             yield f"{path}.command: {{port}} must be part of it, so that the server listens where it is expected"
 
@@ -446,23 +452,16 @@ def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, s
     return [(name, value) for name, value in options.items() if value is not None]
 
 
-def job_launchers(request: JobRequest, container: ContainerConfig | None) -> tuple[ShellText, ShellText]:
+def job_launchers(request: JobRequest, slurm: SlurmConfig) -> tuple[ShellText, ShellText]:
     """Return the shell command before `serve`, and the one before `rank` (which srun starts)."""
-    if container is None:
+    from agent_infra_core.fleet.containers import container_launchers, inside_of
+
+    if slurm.container is None:
         bare = ShellText(f'"$python" {shlex.quote(request.program)}')
         return bare, bare
-    folders = [request.work_dir]
-    if request.model.model_path.startswith("/"):
-        folders.append(os.path.dirname(request.model.model_path))
-    if container.runtime == "apptainer":
-        words = ["apptainer", "exec", *(["--nv"] if request.gpus else [])]
-        words += [word for folder in folders for word in ("--bind", folder)]
-        inside = ShellText(shlex.join([*words, container.image, "python3", request.program]))
-        return inside, inside
-    mounts = ",".join(f"{folder}:{folder}" for folder in folders)
-    words = [f"--container-image={container.image}", f"--container-mounts={mounts}", "python3", request.program]
-    head = ["srun", "--nodes=1", "--ntasks=1", "--relative=0", "--cpu-bind=none", *words]
-    return ShellText(shlex.join(head)), ShellText(shlex.join(words))
+    inside = inside_of(slurm, request.model, request.work_dir, has_gpus=request.gpus > 0)
+    launcher, of_ranks = container_launchers(inside, request.program)
+    return ShellText(launcher), ShellText(of_ranks)
 
 
 def job_template(request: JobRequest) -> str:
@@ -488,7 +487,7 @@ def render_job(request: JobRequest, slurm: SlurmConfig) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["shell"] = ShellText
-    launcher, rank_launcher = job_launchers(request, slurm.container)
+    launcher, rank_launcher = job_launchers(request, slurm)
     values = {item.name: getattr(request, item.name) for item in dataclasses.fields(request)}
     values |= {"partition": request.partition.name, "directives": job_directives(request, slurm)}
     values |= {"setup": slurm.setup, "container": slurm.container, "version": __version__}
@@ -849,6 +848,60 @@ def run_relay(socket_path: str, listener_fd: int) -> int:
 # =====================================================================================================================
 
 
+class OtlpSender:
+    """Sends spans to an OpenTelemetry receiver, by OTLP over HTTP."""
+
+    def __init__(self, config: OtelConfig) -> None:
+        import logging
+
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import Resource
+
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # TurnExporter tells what fails, once
+        headers = dict(config.headers) or None
+        self._exporter = OTLPSpanExporter(config.endpoint, headers=headers, timeout=OTLP_TIMEOUT_S)
+        self._resource = Resource.create({"service.name": "agent-infra", "service.version": __version__})
+
+    def send(self, spans: Sequence[Span]) -> bool:
+        """Send spans; blocks for OTLP_TIMEOUT_S at most. Returns whether the receiver took them."""
+        from opentelemetry.sdk.trace.export import SpanExportResult
+
+        return self._exporter.export([self._readable(span) for span in spans]) is SpanExportResult.SUCCESS
+
+    def _readable(self, span: Span) -> Any:
+        from opentelemetry import trace
+        from opentelemetry.sdk.trace import ReadableSpan
+
+        status = trace.StatusCode.UNSET if span.error is None else trace.StatusCode.ERROR
+        return ReadableSpan(
+            span.name,
+            trace.SpanContext(span.trace_id, span.span_id, False, trace.TraceFlags(trace.TraceFlags.SAMPLED)),
+            resource=self._resource,
+            attributes=span.attributes,
+            kind=trace.SpanKind.CLIENT,
+            status=trace.Status(status, span.error),
+            start_time=span.start_ns,
+            end_time=span.end_ns,
+        )
+
+    def close(self) -> None:
+        self._exporter.shutdown()  # type: ignore[no-untyped-call]
+
+
+OTLP_TIMEOUT_S = 5.0
+
+
+def span_sender(config: OtelConfig) -> OtlpSender | None:
+    """Return what sends turns to ``otel.endpoint``; None without one. RefusedError if a package is missing."""
+    if config.endpoint is None:
+        return None
+    try:
+        return OtlpSender(config)
+    except ImportError as error:
+        packages = "'opentelemetry-sdk>=1.37,<2' 'opentelemetry-exporter-otlp-proto-http>=1.37,<2'"
+        raise RefusedError(f"otel.endpoint needs OpenTelemetry: pip install {packages}") from error
+
+
 ENDING_S = 10.0  # time for replicas to disappear after a stop without grace
 SCALE_DRAIN_S = 300.0  # time for a replica's turns to finish when `scale` removes it
 STARTING_POLL_S = 5.0  # longest interval between checks while a command waits for replicas
@@ -912,6 +965,7 @@ class Deployment:
         self._lock = DeploymentLock(self.paths)
         self.controller: Controller | None = None
         self._handover: Handover | None = None
+        self._autoscaler: Autoscaler | None = None
 
     def select_models(self, name: str | None = None, replicas: int | None = None) -> list[ModelConfig]:
         """Return all models, or only the one called ``name``. Raises RefusedError when there is no such model."""
@@ -1016,6 +1070,7 @@ class Deployment:
         """
         from agent_infra_core.control.controller import Controller
         from agent_infra_core.control.handover import Handover
+        from agent_infra_core.control.scaling import Autoscaler
         from agent_infra_core.fleet.engines import GUARDED_ENGINES
         from agent_infra_core.fleet.slurm import SlurmCluster
         from agent_infra_core.ssh.tunnels import TunnelSet
@@ -1034,19 +1089,22 @@ class Deployment:
             log_format=log_format,
             pause_s=self.cluster.poll_s,
             tunnels=tunnels,
+            spans=span_sender(self.config.otel),
         )
         controller.expected = frozenset(model.name for model in expected)
         if isinstance(self.cluster, SlurmCluster) and self.config.cluster.slurm.handover:
             self._handover = Handover(self, self.cluster, controller.drain)
-        self.controller = controller
+        self.controller, self._autoscaler = controller, Autoscaler(self, self.cluster, controller)
         controller.start()
         return controller
 
     def _look(self) -> list[ReplicaRecord]:
-        """Return the replicas. While the controller runs, also replace those whose walltime is about to end."""
+        """Return the replicas. While the controller runs, also scale, and replace those whose walltime ends soon."""
         records = self.cluster.replicas()
-        if self._handover is not None and self.controller is not None and self.controller.is_running:
-            self._handover.follow(records)
+        if self.controller is not None and self.controller.is_running:
+            for follower in (self._handover, self._autoscaler):
+                if follower is not None:
+                    follower.follow(records)
         return records
 
     def disconnect(self, grace_s: float) -> None:
@@ -1855,25 +1913,17 @@ def _run_proxy(arguments: argparse.Namespace) -> int:
     from agent_infra_core.control.lock import DeploymentLock
 
     records = [parse_backend(text, number) for number, text in enumerate(arguments.backend, start=1)]
-    names = dict.fromkeys(record.model for record in records)
-    base = load_proxy_config(arguments.config) if arguments.config else DEFAULT_CONFIG
-    options = {name: getattr(arguments, name) for name in ("host", "port", "strategy", "capture_text", "history")}
-    proxy = dataclasses.replace(base.proxy, **{key: value for key, value in options.items() if value is not None})
-    config = Config(
-        models=tuple(ModelConfig(name=name, model_path=name, engine="command") for name in names),
-        proxy=proxy,
-        cluster=ClusterConfig(name=f"proxy-{proxy.port}"),
-        headers=base.headers,
-    )
+    config = _proxy_config(arguments, dict.fromkeys(record.model for record in records))
     paths = deployment_paths(config.cluster.name, os.environ)
+    spans = span_sender(config.otel)
     lock, signals = DeploymentLock(paths), OperatorSignals()
     lock.acquire("proxy")
     keys = (client_key(config, paths), os.environ.get("AGENT_INFRA_BACKEND_KEY"))
-    controller = Controller(config, paths, lambda: records, keys=keys, log_format=arguments.log_format)
+    controller = Controller(config, paths, lambda: records, keys=keys, log_format=arguments.log_format, spans=spans)
     try:
         controller.start()
         signals.on_second = controller.relay.terminate
-        _say(f"proxy  {controller.url}  ({proxy.strategy})  backends: {', '.join(arguments.backend)}")
+        _say(f"proxy  {controller.url}  ({config.proxy.strategy})  backends: {', '.join(arguments.backend)}")
         for text, record in zip(arguments.backend, records, strict=True):
             if not is_listening(record.host, record.port or 0):
                 _say(f"degraded: nothing listens at {text}; its turns go elsewhere until something does")
@@ -1884,6 +1934,19 @@ def _run_proxy(arguments: argparse.Namespace) -> int:
         paths.drained.unlink(missing_ok=True)
         lock.release()
     return 0
+
+
+def _proxy_config(arguments: argparse.Namespace, models: Iterable[str]) -> Config:
+    """The configuration of a proxy alone, from its options and its file."""
+    base = load_proxy_config(arguments.config) if arguments.config else DEFAULT_CONFIG
+    options = {name: getattr(arguments, name) for name in ("host", "port", "strategy", "capture_text", "history")}
+    proxy = dataclasses.replace(base.proxy, **{key: value for key, value in options.items() if value is not None})
+    return dataclasses.replace(
+        base,
+        models=tuple(ModelConfig(name=name, model_path=name, engine="command") for name in models),
+        proxy=proxy,
+        cluster=ClusterConfig(name=f"proxy-{proxy.port}"),
+    )
 
 
 def parse_backend(text: str, number: int) -> ReplicaRecord:
@@ -2098,14 +2161,42 @@ def _run_export(arguments: argparse.Namespace) -> int:
 
 
 def _run_report(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.insight.html_report import HtmlReport
     from agent_infra_core.insight.report import Report
 
-    with _history_of(arguments) as file, _output(arguments.output) as out:
+    library = _chart_library() if arguments.html is not None else ""
+    with _history_of(arguments) as file:
         title = arguments.history or f"Deployment {load_config(arguments.config).cluster.name}"
-        out.write(
-            printable_text(Report(file, title, arguments.since).text()) if file else f"# {title}\n\nNo turns yet.\n"
-        )
+        if file is None and arguments.html is not None:
+            raise RefusedError("no turns were kept yet: there is nothing to write a page of")
+        report = Report(file, title, arguments.since) if file else None
+        if arguments.html is None or arguments.output is not None:
+            with _output(arguments.output) as out:
+                out.write(printable_text(report.text()) if report else f"# {title}\n\nNo turns yet.\n")
+        if file and report and arguments.html is not None:
+            page = HtmlReport(file, report, arguments.since, time.time()).page(library)
+            with _output(arguments.html) as out:
+                out.write(page)
+            _say(f"wrote {arguments.html}: one page that needs no network")
     return 0
+
+
+def _run_replay(arguments: argparse.Namespace) -> int:
+    from agent_infra_core.routing.replay import replay
+
+    with _history_of(arguments) as file, _output(arguments.output) as out:
+        told = replay(file.query, arguments.model, arguments.since, arguments.kv_tokens) if file else "No turns yet.\n"
+        out.write(printable_text(told))
+    return 0
+
+
+def _chart_library() -> str:
+    """Return the script that draws charts, with all that it needs. Raises RefusedError if its package is missing."""
+    try:
+        import vl_convert
+    except ImportError as error:
+        raise RefusedError("--html needs vl-convert-python: pip install 'vl-convert-python>=1.8,<2'") from error
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
 
 
 def _history_of(arguments: argparse.Namespace) -> contextlib.AbstractContextManager[HistoryFile | None]:
@@ -2273,7 +2364,9 @@ def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", action="append", required=True, metavar="MODEL=HOST:PORT", help="a server; repeat for each"
     )
-    parser.add_argument("--config", metavar="FILE", help="read its sections proxy and headers; options override it")
+    parser.add_argument(
+        "--config", metavar="FILE", help="read its sections proxy, headers, analysis and otel; options override it"
+    )
     parser.add_argument("--host", help=f"address to listen on (default {defaults.host})")
     parser.add_argument("--port", type=_port, help=f"default {defaults.port}; 0 = any free one")
     parser.add_argument("--strategy", choices=STRATEGY_NAMES, help="how to spread turns")
@@ -2348,7 +2441,11 @@ def _add_history_verbs(verb: Callable[..., argparse.ArgumentParser]) -> None:
     added = verb("export", _run_export, "print every finished turn, one per line", "config", "history")
     added.add_argument("--format", choices=("csv", "jsonl"), default="csv", help="default csv")
     added.add_argument("--session", metavar="ID", help="only this session's")
-    verb("report", _run_report, "summarise a run in Markdown", "config", "history")
+    added = verb("report", _run_report, "summarise a run in Markdown", "config", "history")
+    added.add_argument("--html", metavar="FILE", help="write a page with charts instead, which opens without a network")
+    added = verb("replay", _run_replay, "would another routing policy have been faster?", "config", "history")
+    added.add_argument("--model", metavar="NAME", help="default: the one with the most turns")
+    added.add_argument("--kv-tokens", type=_at_least_one, metavar="N", help="capacity of a replica's KV cache")
 
 
 def _at_least_one(text: str) -> int:

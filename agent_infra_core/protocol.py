@@ -64,14 +64,19 @@ class Backend:
     ends_at: float | None = None  # end of its walltime, s since the epoch
     is_own: bool = False  # `serve` or a tunnel of this user's listens there, so nobody else's server may
     takes_priority: bool = False  # it schedules by the field ``priority`` of requests, the lowest first
+    lacks: tuple[str, ...] = ()  # of LACKS: what its engine can't do as clients expect
 
 
+# What an engine may lack. ``choices``: it counts the tokens of one choice only. ``empty_answers``: it generates a token
+# for max_tokens 0. ``response_indices``: its events of /v1/responses miss those that client libraries need.
+LACKS = ("choices", "empty_answers", "response_indices")
 MAX_RUN_TASKS = 100_000  # of an announced run
 
 # Frames on the Unix socket between controller and relay: one byte of kind, four bytes of length, the payload (JSON).
 # FRAME_TABLE: {"settings": {"proxy": ProxyConfig with its api_key, "headers": HeadersConfig, "log_format": "text" or
 # "json", "drain_seconds"} (in a controller's first table, then only when they change), "models": [names that clients
-# may use], "loading": [models with replicas that are starting: turns wait for them], "backends": [Backend]}.
+# may use], "loading": [models with replicas that are starting: turns wait for them], "wakes": [models that come back
+# when a turn asks for them], "backends": [Backend]}.
 FRAME_TABLE = b"T"  # controller → relay
 FRAME_STATS = b"S"  # controller → relay: the body of GET /stats, which starts with STATS_PREFIX
 STATS_PREFIX = b'{"snapshot_age_ms":0,'  # the relay replaces the age
@@ -141,6 +146,7 @@ class TurnStarted:
     prompt: str = ""  # excerpt of at most proxy.capture_text characters
     prints: bytes = b""  # a four-byte checksum of everything before the messages (tools), then one of each message
     follows: str | None = None  # conversation_key that it continues; "": a new conversation; None: cannot be known
+    run: str | None = None  # the value of X-Run-Tasks, which announces a run
 
 
 @dataclass(slots=True)
@@ -430,6 +436,7 @@ class ReplicaRecord:
     gpu_ids: tuple[str, ...] = ()  # assigned to it (CUDA_VISIBLE_DEVICES)
     is_idle: bool = False  # it shut itself down after idle_shutdown_minutes without a turn
     address: str | None = None  # the node's, as Slurm knows it
+    is_gated: bool = False  # a Gate listens on its port: it asks for the key, and answers the keyed challenge
     # Job fields, from the last query to the scheduler:
     time_left_s: float | None = None  # rest of the walltime
     queue_wait_s: float | None = None  # from submission to start, or until now
@@ -460,7 +467,8 @@ class EngineSpec:
     """How `serve` starts a model's engine. The operator's machine renders it from a row of the table of engines.
 
     `serve` replaces ``{python}``, ``{program}`` (agent_infra.py or node.pyz), ``{host}`` and ``{port}`` in ``argv``
-    and ``rank_argv``; for an engine on several nodes also ``{master_host}``, ``{master_port}`` and ``{node_rank}``.
+    and ``rank_argv``, and ``{model_path}`` if weights are staged; for an engine on several nodes also
+    ``{master_host}``, ``{master_port}`` and ``{node_rank}``.
     """
 
     name: str  # the row's name
@@ -495,8 +503,10 @@ class ServeSpec:
     load_timeout: float = 3600.0  # s for the engine to become ready
     hang_timeout: float = 120.0  # s without an answer to its health probe until a ready engine is killed
     restart_backoff: float = 1.0  # s before the first restart; five times longer before each following one
+    stage: str | None = None  # folder of the node's own disk that weights are copied to; may contain variables
     nodes: int = 1  # that the replica spans; `rank` runs on all but the first
     is_job: bool = False  # it runs in a Slurm job, whose environment has the job id and the node's name
+    is_gated: bool = False  # the engine listens on loopback, and `serve` forwards to it what carries the key (see Gate)
     is_probe: bool = False  # `serve` only reports what it finds on the node (see probe_node()), and exits
     format: int = SPEC_FORMAT
 

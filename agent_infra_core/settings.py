@@ -15,9 +15,9 @@ STRATEGY_NAMES = ("least_load", "round_robin", "least_connections", "least_laten
 AUTO_OR_OFF = ("auto", "off")
 # Claude Code; Codex, twice; opencode
 SESSION_HEADERS = ("X-Claude-Code-Session-Id", "session-id", "session_id", "x-session-affinity")
-ENGINE_NAMES = ("vllm", "llama_cpp", "command")
+ENGINE_NAMES = ("vllm", "sglang", "llama_cpp", "command")
 CLUSTER_TYPES = ("local", "slurm")
-CONTAINER_RUNTIMES = ("apptainer", "pyxis")
+CONTAINER_RUNTIMES = ("apptainer", "pyxis", "podman", "podman-hpc")
 GPU_FLAGS = ("gres", "gpus-per-node", "none")  # the sbatch option that asks for GPUs
 TUNNEL_MODES = ("auto", "login", "node", "exec", "none")
 TUNNEL_DRIVERS = ("auto", "sshtunnel", "openssh")
@@ -145,6 +145,12 @@ class ContainerConfig:
 
     runtime: str = _key(choices=CONTAINER_RUNTIMES)
     image: str = _key(pattern=r"\S+", allowed="a path or URL of an image, without blanks")
+    mounts: tuple[str, ...] = _key(
+        (),
+        pattern=r"/[^\s,:]*(:/[^\s,:]*(:[\w,]+)?)?",
+        allowed="absolute folders: /data, /data:/inside or /data:/inside:ro",
+    )
+    env: Mapping[str, str] = _key({})  # of engines; a model's own wins
 
 
 @dataclass(frozen=True)
@@ -204,6 +210,14 @@ class ModelConfig:
     engine_args: tuple[str, ...] = ()
     env: Mapping[str, str] = _key({})
     idle_shutdown_minutes: float | None = _key(None, above=0)  # minutes without a turn until a replica shuts down
+    min_replicas: int | None = _key(None, low=0, high=1000)  # None: ``replicas``, and so for max_replicas
+    max_replicas: int | None = _key(None, low=1, high=1000)
+    max_gpu_hours: float | None = _key(None, above=0)  # after which no replica is added or woken
+    stage: str | None = _key(  # folder on the node's own disk that weights are copied to
+        None,
+        pattern=r"(/|\$\{?\w+\}?)[^\s,:'\"\\`]*",
+        allowed="an absolute path on the nodes, or one that begins with a variable of the job, such as $${TMPDIR}",
+    )
 
 
 @dataclass(frozen=True)
@@ -225,6 +239,17 @@ class AnalysisConfig:
 
 
 @dataclass(frozen=True)
+class OtelConfig:
+    """Where finished turns are sent as OpenTelemetry spans."""
+
+    endpoint: str | None = _key(
+        None, pattern=r"https?://[^\s/@]+(/\S*)?", allowed="a URL, such as http://127.0.0.1:4318/v1/traces"
+    )
+    headers: Mapping[str, str] = _key({})
+    text: bool = False  # with the excerpts of prompts and answers
+
+
+@dataclass(frozen=True)
 class Config:
     """The whole configuration, validated. ``models`` isn't empty, and names are unique."""
 
@@ -232,6 +257,7 @@ class Config:
     version: str = _key("1.0", choices=("1.0",))
     proxy: ProxyConfig = ProxyConfig()
     analysis: AnalysisConfig = AnalysisConfig()
+    otel: OtelConfig = OtelConfig()
     cluster: ClusterConfig = ClusterConfig()
     headers: HeadersConfig = HeadersConfig()
 

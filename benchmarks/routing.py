@@ -9,8 +9,8 @@
 Agents form a closed loop: a fixed number of sessions run at a time, each returns with a longer prompt after its tool or
 its human, and each that ends is followed by the next. Every policy serves the same scripts. The presets swe, coding and
 fanout follow what was measured of agents in 2026 (TraceLab, arXiv 2606.30560, and the data sets it names): context,
-appended and generated tokens per step, tool times with their tail, human waits. The simulator is in
-routing_simulator.py, the other policies are in routing_baselines.py.
+appended and generated tokens per step, tool times with their tail, human waits. The simulator is
+agent_infra_core/routing/simulator.py, the other policies are in routing_baselines.py.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from routing_baselines import BASELINES
-from routing_ours import Ours
-from routing_simulator import Fleet, Physics, Policy, Script, Step
+
+from agent_infra_core.routing.policies import Ours
+from agent_infra_core.routing.simulator import Fleet, Physics, Policy, Script, Step
 
 LONGEST_TOOL_S, LONGEST_HUMAN_S = 600.0, 1800.0
 

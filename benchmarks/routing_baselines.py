@@ -6,89 +6,11 @@ with. Each docstring names its source. None shares code with the policy of this 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from routing_simulator import Chain, Fleet, PrefixCache, Turn
-
-
-class Baseline:
-    """What all of them can do: count the turns in flight on each replica. Subclasses implement ``choose``."""
-
-    def __init__(self, fleet: Fleet, seed: int) -> None:
-        self.fleet, self.random = fleet, random.Random(seed)
-        self.numbers = range(len(fleet.replicas))
-        self.in_flight = [0 for _ in self.numbers]
-        self.uncached = [0 for _ in self.numbers]  # tokens to prefill of turns without their first token
-        self.sent_uncached: dict[int, int] = {}  # turn → its share of ``uncached``
-
-    def choose(self, turn: Turn, now: float) -> int:
-        raise NotImplementedError
-
-    def believed(self, turn: Turn, number: int) -> int:
-        """Tokens of the turn's prompt that the policy believes to be cached on a replica."""
-        return 0
-
-    def arrive(self, turn: Turn, now: float) -> int | None:
-        number = self.choose(turn, now)
-        self.in_flight[number] += 1
-        self.sent_uncached[id(turn)] = new = turn.prompt - self.believed(turn, number)
-        self.uncached[number] += new
-        return number
-
-    def first_token(self, turn: Turn, now: float) -> None:
-        self.uncached[turn.replica] -= self.sent_uncached.pop(id(turn))
-
-    def finish(self, turn: Turn, is_last: bool, now: float) -> None:
-        self.in_flight[turn.replica] -= 1
-
-    def release(self, now: float) -> Iterable[tuple[Turn, int]]:
-        return ()
-
-    def lowest(self, score: Callable[[int], float], among: Iterable[int] | None = None) -> int:
-        """The replica with the lowest score; ties at random."""
-        rows = [(score(number), number) for number in (self.numbers if among is None else among)]
-        least = min(rows)[0]
-        return self.random.choice([number for value, number in rows if value == least])
-
-
-class RoundRobin(Baseline):
-    """One after the other."""
-
-    count = 0
-
-    def choose(self, turn: Turn, now: float) -> int:
-        self.count += 1
-        return self.count % len(self.numbers)
-
-
-class LeastInFlight(Baseline):
-    """Fewest turns in flight; ties at random."""
-
-    def choose(self, turn: Turn, now: float) -> int:
-        return self.lowest(self.in_flight.__getitem__)
-
-
-class StickySessions(Baseline):
-    """vllm-router's sticky_least_loaded: a session stays; a new one goes where the fewest live."""
-
-    def __init__(self, fleet: Fleet, seed: int) -> None:
-        super().__init__(fleet, seed)
-        self.homes: dict[int, int] = {}
-        self.sessions = [0 for _ in self.numbers]
-
-    def choose(self, turn: Turn, now: float) -> int:
-        home = self.homes.get(turn.session.id)
-        if home is None:
-            home = self.homes[turn.session.id] = self.lowest(self.sessions.__getitem__)
-            self.sessions[home] += 1
-        return home
-
-    def finish(self, turn: Turn, is_last: bool, now: float) -> None:
-        super().finish(turn, is_last, now)
-        if is_last:
-            self.sessions[self.homes.pop(turn.session.id)] -= 1
+from agent_infra_core.routing.policies import Baseline, LeastInFlight, RoundRobin, StickySessions
+from agent_infra_core.routing.simulator import Chain, Fleet, PrefixCache, Turn
 
 
 class SmgCacheAware(Baseline):

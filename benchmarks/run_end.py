@@ -24,7 +24,7 @@ import numpy as np
 from closed_loop import Agent, Workload
 from families import World, planted
 
-from agent_infra_core.insight.runs import Forecast, Run, RunBook, _survival
+from agent_infra_core.insight.runs import Announcement, Forecast, Run, RunBook, task_lengths
 from agent_infra_core.insight.tracker import Tracker
 from agent_infra_core.protocol import SessionEnded, TurnFinished
 
@@ -77,7 +77,7 @@ def play(name: str, seed: int, agents: int, replicas: int) -> list[tuple[float, 
     world, book, found = finite(name, seed, agents, replicas), RunBook(), []
     clock = closed_loop.START
     tracker = Tracker(lambda: clock)
-    book.announce("run", 200, clock)
+    book.announce(Announcement("run", 200, clock))
     rng = np.random.default_rng(seed)
     for share in SHARES:
         world.run(share * end - world.now)
@@ -88,7 +88,7 @@ def play(name: str, seed: int, agents: int, replicas: int) -> list[tuple[float, 
                 for record in tracker.take_records()[0]:
                     book.add(record)
             elif isinstance(event, SessionEnded):
-                book.end_session(event.session)
+                book.end_session(event.session, event.at)
         world.events.clear()
         clock = closed_loop.START + world.now
         [row] = book.document(clock, lambda _: None, {}, lambda: rng)
@@ -102,8 +102,8 @@ def oracle(name: str, run: Run, rng: Any) -> float:
     true = np.array([max(1, round(LENGTHS[name](dice))) for _ in range(2000)], dtype=float)
     so_far = np.array([task.turns for task in run.seen.values() if not task.is_over], dtype=float)
     gap_s = float(np.mean(run.gaps))
-    known = _survival(true, np.full(len(true), True), 100, rng)
-    forecast = Forecast(so_far, run.tasks - len(run.seen), *known, gap_s, float(np.std(run.gaps)) / gap_s)
+    known = task_lengths(true, np.full(len(true), True), rng, draws=100)
+    forecast = Forecast(so_far, run.tasks - len(run.seen), known, gap_s, float(np.std(run.gaps)) / gap_s)
     return float(np.median(forecast.finish_s(len(so_far), 1.0, np.ones(2), rng)))
 
 

@@ -12,23 +12,25 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from agent_infra_core.control.discovery import STOP_S
+from agent_infra_core.control.exporter import SpanSender, TurnExporter, span_maker
 from agent_infra_core.control.reader import HistoryReader, history_question, session_question, sessions_question
 from agent_infra_core.fleet.engines import ENGINES
 from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.insight.analysis import CapacityAnalysis
 from agent_infra_core.insight.gauges import GaugeLog
-from agent_infra_core.insight.gpu_hours import ReplicaTime, replica_use
+from agent_infra_core.insight.gpu_hours import ReplicaTime, hours_by_state, replica_use
 from agent_infra_core.insight.history import RESTORED_S, History, HistoryBatch, HistoryFile, history_path, verdict_row
 from agent_infra_core.insight.measure import fleet_samples
 from agent_infra_core.insight.metrics import StatsMetrics, TurnMetrics, metrics_text
 from agent_infra_core.insight.replicas import as_mapping
-from agent_infra_core.insight.runs import RunBook
+from agent_infra_core.insight.runs import Announcement, RunBook, announcement
 from agent_infra_core.insight.tracker import Tracker
 from agent_infra_core.insight.turns import TurnRecord
-from agent_infra_core.protocol import ReplicaRecord, SessionEnded, TurnEvent
+from agent_infra_core.protocol import ReplicaRecord, SessionEnded, TurnEvent, TurnFinished, TurnStarted
 from agent_infra_core.settings import Config
 
 RESTORED_TURNS = 50_000  # turns a new controller restores, from the last RESTORED_S; takes about a second
+RESTORED_RUN_TURNS = 200_000  # runs that began before the last so many turns aren't continued
 VERDICT_INTERVAL_S = 60.0
 FIGURES_WRITE_S = 10.0  # between writes of replica time and of the points of throughput.history
 ANALYSIS_INTERVAL_S = 5.0
@@ -87,15 +89,26 @@ class Analyst:
             self._runs.add(record)
             self._has_news = True
 
-    def announce_run(self, name: str, tasks: int) -> None:
-        """Begin a run of so many tasks, or change their number."""
-        self._runs.announce(name, tasks, time.time())
+    def restore(self, record: TurnRecord) -> None:
+        """Add a turn of an earlier controller. Runs get theirs from restore_runs()."""
+        self._analysis.add(record)
         self._has_news = True
+
+    def announce_run(self, run: Announcement) -> bool:
+        """Begin a run, or change the number of tasks of one. Returns False if that is known already."""
+        self._has_news = True
+        return self._runs.announce(run)
+
+    def restore_runs(
+        self, runs: Iterable[Announcement], turns: Iterable[TurnRecord], ended: Iterable[tuple[str, float]]
+    ) -> None:
+        """Continue the runs of an earlier controller. Call it before start()."""
+        self._runs.restore(runs, turns, ended)
 
     def end_session(self, session: str, at: float) -> None:
         """Record that an agent ended its session."""
         self._analysis.end(session, at)
-        self._runs.end_session(session)
+        self._runs.end_session(session, at)
         self._has_news = True
 
     def sample(self, replicas: Iterable[Mapping[str, Any]]) -> None:
@@ -151,13 +164,20 @@ class Bookkeeper:
         tracker: Tracker,
         log: Callable[[str, str], None],
         answer: Callable[[Mapping[str, Any], int, str], None],
+        spans: SpanSender | None = None,
     ) -> None:
-        """``log`` takes a message and its level; ``answer`` a request, a status and a JSON document, in any thread."""
+        """``log`` takes a message and its level; ``answer`` a request, a status and a JSON document, in any thread.
+
+        ``spans`` gets every finished turn.
+        """
         self._tracker = tracker
         path = history_path(config.proxy.history, paths.history)
         self._history = History(path, log, time.time) if path is not None else None
         self._reader = HistoryReader(path, answer, log)
         self._gauges = GaugeLog(time.time())
+        engines = {model.name: model.engine for model in config.models}
+        make = span_maker(config.cluster.name, engines, config.otel.text)
+        self._exporter = TurnExporter(spans, make, log) if spans is not None else None
         self._replica_time = ReplicaTime(time.time, time.monotonic)
         self._asked_gpus = {
             model.name: model.tensor_parallel_size * model.pipeline_parallel_size
@@ -165,6 +185,7 @@ class Bookkeeper:
             if config.cluster.type == "slurm" and ENGINES[model.engine].uses_gpus
         }
         self._figures_due = 0.0
+        self.gpu_hours: Mapping[str, float] = {}  # model → GPU-hours of its replicas; replaced as a whole
         self._told_totals = dict(tracker.totals)
         self._verdicts_due = 0.0
         self._told_until = 0.0  # points of throughput.history up to this time have been written
@@ -176,6 +197,8 @@ class Bookkeeper:
         if self._history is not None:
             self._history.open(self._restore)
         self._reader.start()
+        if self._exporter is not None:
+            self._exporter.start()
         self._analyst.start()
 
     def _restore(self, file: HistoryFile) -> None:
@@ -187,14 +210,18 @@ class Bookkeeper:
             for session, at in ended.items():
                 self._analyst.end_session(session, at)
             self._tracker.timeline.restore(file.points())
-            file.end_runs()
+            runs = file.runs(RESTORED_RUN_TURNS)
+            if runs:
+                turns = file.latest_turns(RESTORED_RUN_TURNS, min(run.at for run in runs))
+                self._analyst.restore_runs(runs, turns, ended.items())
+            file.end_runs({run.name for run in runs})
         finally:  # even if it failed halfway: restored data must not be added again
             self._told_totals = dict(self._tracker.totals)
             self._told_until = time.time()
 
     def _noted(self, records: Iterable[TurnRecord]) -> Iterator[TurnRecord]:
         for record in records:
-            self._analyst.take([record])
+            self._analyst.restore(record)
             yield record
 
     def take(self) -> None:
@@ -205,6 +232,8 @@ class Bookkeeper:
             self._told_totals = dict(self._tracker.totals)
             if self._history is not None:
                 self._history.add(HistoryBatch(deque(turns), posts, new))
+        if self._exporter is not None:
+            self._exporter.add(turns)
         self._metrics.add(*turns)
         for post_ms in posts.values():
             self._metrics.add_post(post_ms)
@@ -214,6 +243,11 @@ class Bookkeeper:
         """Process relay events, in order."""
         self._tracker.observe(*events)
         for event in events:
+            started = event.started if isinstance(event, TurnFinished) else event
+            if isinstance(started, TurnStarted) and started.run is not None:
+                run = announcement(started.run, started.client, started.at)
+                if run is not None:
+                    self.announce_run(run)
             if isinstance(event, SessionEnded):
                 self._analyst.end_session(event.session, event.at)
                 if self._history is not None:
@@ -243,14 +277,16 @@ class Bookkeeper:
         if time.monotonic() >= self._figures_due:
             self._figures_due = time.monotonic() + FIGURES_WRITE_S
             self._write_figures()
+            hours = {name: hours_by_state(sums, of_gpus=True) for name, sums in self._replica_time.by_model().items()}
+            self.gpu_hours = {name: sum(row.values()) - row["pending"] for name, row in hours.items()}
 
     def _write_figures(self) -> None:
         taken, points = self._replica_time.take(), self._tracker.timeline.after(self._told_until)
         if points:
             self._told_until = points[-1]["at"]
-        runs = {(run["announced_at"], run["name"]): run["ended_at"] for run in self.runs}
+        ends = {run["name"]: run["ended_at"] for run in self.runs}
         if self._history is not None:
-            self._history.add(HistoryBatch(replica_time=taken, points=points, runs=runs))
+            self._history.add(HistoryBatch(replica_time=taken, points=points, run_ends=ends))
 
     def analyse(self, replicas: Iterable[Mapping[str, Any]], is_watched: bool) -> None:
         """Feed the rows of Tracker.replicas to the analysis; call once a second. ``is_watched``: whether it is read."""
@@ -273,14 +309,20 @@ class Bookkeeper:
             question = session_question(request, self._tracker.session(request["session"]), now)
         self._reader.ask(request, question)
 
-    def announce_run(self, name: str, tasks: int) -> None:
-        """Begin a run of so many tasks, or change their number."""
-        self._analyst.announce_run(name, tasks)
+    def announce_run(self, run: Announcement) -> None:
+        """Begin a run, or change the number of tasks of one. The history keeps it for the next controller."""
+        if self._analyst.announce_run(run) and self._history is not None:
+            self._history.add(HistoryBatch(runs={run.name: run}))
 
     @property
     def runs(self) -> list[dict[str, Any]]:
         """``runs`` of /stats."""
         return self._analyst.runs
+
+    @property
+    def analysis(self) -> list[dict[str, Any]]:
+        """``analysis`` of /stats. Thread-safe."""
+        return self._analyst.document
 
     def document(self) -> dict[str, Any]:
         """``history``, ``accounting``, ``analysis`` and ``runs`` of /stats."""
@@ -301,5 +343,7 @@ class Bookkeeper:
             self._tracker.relay_restarted()  # closes the turns that are still open
             self.take()
             self._write_figures()
+        if self._exporter is not None:
+            self._exporter.close()
         if self._history is not None:
             self._history.close()

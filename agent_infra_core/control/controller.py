@@ -15,6 +15,7 @@ from typing import Any
 
 from agent_infra_core.control.bookkeeping import Bookkeeper
 from agent_infra_core.control.discovery import DISCOVERY_INTERVAL_S, STOP_S, Discovery, replica_table
+from agent_infra_core.control.exporter import SpanSender
 from agent_infra_core.control.link import (
     DRAIN_S,
     RELAY_END_S,
@@ -23,11 +24,13 @@ from agent_infra_core.control.link import (
     RelayGoneError,
     RelayLink,
 )
+from agent_infra_core.control.scaling import Demand, may_wake
 from agent_infra_core.control.status import describe_replica
 from agent_infra_core.errors import AgentInfraError
 from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.host import append_line, write_atomically
 from agent_infra_core.insight.metrics import METRICS_TYPE
+from agent_infra_core.insight.runs import Announcement
 from agent_infra_core.insight.tracker import Tracker, encode_stats
 from agent_infra_core.protocol import (
     FRAME_ANSWER,
@@ -39,6 +42,7 @@ from agent_infra_core.protocol import (
     Backend,
     ReplicaRecord,
     decode_events,
+    is_count,
 )
 from agent_infra_core.settings import Config, proxy_url
 from agent_infra_core.ssh.tunnels import TunnelSet
@@ -135,10 +139,10 @@ class Controller:
         log_format: str = "text",
         pause_s: float = DISCOVERY_INTERVAL_S,
         tunnels: TunnelSet | None = None,
+        spans: SpanSender | None = None,
     ) -> None:
-        """``look`` lists the replicas, ``tunnels`` lead to them; ``keys`` are the clients' and the replicas' key."""
-        self._config, self._paths, self.tunnels = config, paths, tunnels
-        client_key, self._replica_key = keys
+        """``look`` lists replicas, ``tunnels`` lead to them, ``spans`` gets turns; ``keys``: clients' and replicas'."""
+        self._config, self._paths, self.tunnels, (client_key, self._replica_key) = config, paths, tunnels, keys
         self._settings = {
             "proxy": {**dataclasses.asdict(config.proxy), "api_key": client_key},
             "headers": dataclasses.asdict(config.headers),
@@ -151,9 +155,9 @@ class Controller:
         self.discovery = Discovery(look, max(pause_s, DISCOVERY_INTERVAL_S), warn)
         self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
         self._tracker = Tracker(time.time)
-        self._books = Bookkeeper(config, paths, self._tracker, self._log, self._answer)
+        self._books = Bookkeeper(config, paths, self._tracker, self._log, self._answer, spans)
         self._stats = StatsMaker(self._tracker, self._books, config.proxy.strategy, self.relay.send)
-        self.expected: frozenset[str] = frozenset()  # models about to get replicas; replaced as a whole
+        self.expected, self.asleep = frozenset[str](), frozenset[str]()  # models that turns wait for (see Autoscaler)
         # Replicas, with their job and process: those that an operator drained, and as of the last look.
         self._known: dict[str, tuple[str | None, str]] = _read_drained(paths.drained)
         self._drain_lock = threading.Lock()  # for changes of _drained, which discovery and the controller make
@@ -215,6 +219,26 @@ class Controller:
         elif reported_at > asked_at + 2 * SNAPSHOT_INTERVAL_S:
             return int(gauges["backends"].get(replica, {}).get("in_flight", 0))
         return None
+
+    def demand(self) -> dict[str, Demand]:
+        """What each model's agents ask for, as last reported. Thread-safe."""
+        gauges, records, turns = self._gauges[1], self._records, self.turns()
+        verdicts = {row["model"]: row["verdict"]["name"] for row in self._books.analysis}
+        return {
+            model.name: Demand(
+                waiting=gauges.get("waiting", {}).get(model.name, 0),
+                in_flight=sum(turns.get(record.replica, 0) for record in records if record.model == model.name),
+                slots=max((record.slots for record in records if record.model == model.name), default=0),
+                verdict=verdicts.get(model.name),
+                gpu_hours=self._books.gpu_hours.get(model.name, 0.0),
+            )
+            for model in self._config.models
+        }
+
+    def turns(self) -> dict[str, int]:
+        """Replica → its turns in flight, as last reported. Thread-safe."""
+        rows = self._gauges[1].get("backends", {})
+        return {replica: row["in_flight"] for replica, row in rows.items() if is_count(row.get("in_flight"))}
 
     def stop(self, grace_s: float = DRAIN_S) -> None:
         """Wait up to ``grace_s`` for turns in flight, then end the relay and the threads. Safe to call again.
@@ -278,10 +302,11 @@ class Controller:
             if self.discovery.error is None:
                 self._forget_drained(records)
         awaited = self.tunnels.awaited() if self.tunnels is not None else None
-        seen = (self._records, self._drained, self.expected | awaited if awaited else self.expected)
+        seen = (self._records, self._drained, _union(self.expected, self.asleep, awaited or frozenset()))
         if self._sent_table is None or any(new is not old for new, old in zip(seen, self._seen, strict=True)):
             models = [model.name for model in self._config.models]
-            table = replica_table(models, seen[0], self._replica_key, *seen[1:])
+            wakes = [model.name for model in self._config.models if may_wake(model)]
+            table = {**replica_table(models, seen[0], self._replica_key, *seen[1:]), "wakes": wakes}
             if table != self._sent_table:
                 first = {"settings": self._settings} if self._sent_table is None else {}
                 self.relay.send(FRAME_TABLE, json.dumps({**first, **table}).encode())
@@ -333,8 +358,21 @@ class Controller:
             self._tracker.sample(gauges)
             self._books.sample(self._records, gauges)
             self._stats.note_reads(gauges.get("stats_read", 0))
+            if self.asleep & gauges.get("waiting", {}).keys() or self._is_left(gauges):
+                self.discovery.hurry()  # a replica has to be woken
         elif kind == FRAME_REQUEST:
             self._do(json.loads(payload))
+
+    def _is_left(self, gauges: Mapping[str, Any]) -> bool:
+        """Whether turns wait for a model that may be woken, and whose last replica is just leaving by itself."""
+        table, loads = self._sent_table or {}, gauges["backends"]
+        states: dict[str, set[Any]] = {
+            name: set() for name in gauges.get("waiting", {}) if name in table.get("wakes", ())
+        }
+        for row in table.get("backends", ()) if states else ():
+            if row["model"] in states:
+                states[row["model"]].add((loads.get(row["id"], {}).get("load") or {}).get("state"))
+        return any(each == {"draining"} for each in states.values())
 
     def _do(self, request: Mapping[str, Any]) -> None:
         """Serve a request that the relay got over HTTP."""
@@ -346,7 +384,7 @@ class Controller:
             return
         if request["op"] in ("runs", "run"):
             if request["op"] == "run":
-                self._books.announce_run(request["name"], request["tasks"])
+                self._books.announce_run(Announcement(request["name"], request["tasks"], time.time()))
             self._answer(request, 200, json.dumps({"runs": self._books.runs}))
             return
         if request["op"] in ("history", "sessions", "session"):
@@ -386,6 +424,12 @@ class Controller:
         tunnels = self.tunnels.rows() if self.tunnels is not None else {}
         records = [{**dataclasses.asdict(record), "tunnel": tunnels.get(record.replica)} for record in self._records]
         return records, [Backend(**row) for row in self._sent_table["backends"]]
+
+
+@functools.lru_cache(maxsize=16)
+def _union(*parts: frozenset[str]) -> frozenset[str]:
+    """The union: the same object for the same parts, so that a change is noticed by identity."""
+    return frozenset().union(*parts)
 
 
 def _read_drained(path: Path) -> dict[str, tuple[str | None, str]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from agent_infra_core.errors import AgentInfraError
+from agent_infra_core.fleet.engines import ENGINES
 from agent_infra_core.protocol import Backend, ReplicaRecord
 
 DISCOVERY_INTERVAL_S = 0.5
@@ -25,6 +26,7 @@ class Discovery:
     ) -> None:
         self._look, self._interval_s, self._warn = look, interval_s, warn
         self._stop = threading.Event()
+        self._is_due = threading.Event()  # a look is due before the interval is over; also set by stop()
         self._thread = threading.Thread(target=self._run, name="discovery", daemon=True)
         self.records: Sequence[ReplicaRecord] = ()  # replaced as a whole, so readers need no lock
         self.error: str | None = None
@@ -36,12 +38,17 @@ class Discovery:
     def stop(self) -> None:
         """End the thread. If its poll is still running after STOP_S, abandon it; nobody uses its result."""
         self._stop.set()
+        self._is_due.set()
         if self._thread.is_alive():
             self._thread.join(timeout=STOP_S)
             if self._thread.is_alive():
                 self._warn(
                     "a poll of the replicas is still running; it was abandoned, with any handover it was working on"
                 )
+
+    def hurry(self) -> None:
+        """Poll soon, rather than after the interval. Thread-safe."""
+        self._is_due.set()
 
     def look(self) -> None:
         """Poll once. On failure, set ``error`` and keep the last records."""
@@ -54,8 +61,11 @@ class Discovery:
             self.error = problem
 
     def _run(self) -> None:
-        while not self._stop.wait(self._interval_s):
-            self.look()
+        while not self._stop.is_set():
+            if self._is_due.wait(self._interval_s):
+                self._is_due.clear()
+            if not self._stop.is_set():
+                self.look()
 
 
 def replica_table(
@@ -89,6 +99,7 @@ def replica_table(
             ends_at=record.ends_at,
             is_own=record.pid > 0,
             takes_priority=record.takes_priority,
+            lacks=ENGINES[record.engine].lacks if record.engine in ENGINES else (),
         )
         backends.append(dataclasses.asdict(backend))
     return {"models": list(models), "loading": sorted(loading), "backends": backends}

@@ -35,7 +35,8 @@ Question = Callable[[HistoryFile | None], tuple[int, bytes]]  # returns a status
 class HistoryReader:
     """Owns the thread that reads the history. Each question gets a connection of its own, so the file may be replaced.
 
-    ``path`` None: no history is kept, and questions get no file.
+    ``path`` None: no history is kept, and questions get no file. Nor do those about sessions while it can't be read:
+    the controller remembers the latest.
     """
 
     def __init__(
@@ -59,7 +60,8 @@ class HistoryReader:
         try:
             self._questions.put_nowait((request, question))
         except queue.Full:
-            self._refuse(request, 503, f"{MAX_QUESTIONS} questions about the history wait already; try again later")
+            status, document = _refusal(503, f"{MAX_QUESTIONS} questions about the history wait already; try again")
+            self._answer(request, status, document.decode())
 
     def stop(self) -> None:
         """End the thread. If a query is still running after STOP_S, abandon it."""
@@ -74,25 +76,25 @@ class HistoryReader:
             if (item := self._questions.get()) is None:
                 continue
             request, question = item
-            try:
-                status, document = self._read(question)
+            with contextlib.suppress(RelayGoneError):  # and with it the client
+                status, document = self._reply(request, question)
                 self._answer(request, status, document.decode())
-            except RefusedError as error:
-                self._refuse(request, 503, str(error))
-            except RelayGoneError:
-                pass  # and with it the client
-            except Exception as error:  # noqa: BLE001  a question that fails must not end the next
-                self._log(f"a question about the history failed: {traceback.format_exc().strip()}", "error")
-                self._refuse(request, 500, f"the question failed: {error}; the proxy's log says more")
 
-    def _read(self, question: Question) -> tuple[int, bytes]:
-        if self._path is None or not self._path.exists():
-            return question(None)
-        with read_history(self._path) as file:
-            return question(file)
+    def _reply(self, request: Mapping[str, Any], question: Question) -> tuple[int, bytes]:
+        try:
+            if self._path is None or not self._path.exists():
+                return question(None)
+            with read_history(self._path) as file:
+                return question(file)
+        except RefusedError as error:  # it can't be read
+            return _refusal(503, str(error)) if request["op"] == "history" else question(None)
+        except Exception as error:  # noqa: BLE001  a question that fails must not end the next
+            self._log(f"a question about the history failed: {traceback.format_exc().strip()}", "error")
+            return _refusal(500, f"the question failed: {error}; the proxy's log says more")
 
-    def _refuse(self, request: Mapping[str, Any], status: int, message: str) -> None:
-        self._answer(request, status, error_document(status, message, None, False).decode())
+
+def _refusal(status: int, message: str) -> tuple[int, bytes]:
+    return status, error_document(status, message, None, False)
 
 
 LISTED_TURNS = 200  # of one session, if the client asks for no other number
@@ -110,7 +112,7 @@ def history_question(request: Mapping[str, Any], now: float) -> Question:
 
 def _answer_history(file: HistoryFile | None, query: SeriesQuery, now: float) -> tuple[int, bytes]:
     if file is None:
-        return 404, error_document(404, 'no history is kept: proxy.history is "off"', None, False)
+        return _refusal(404, 'no history is kept yet, or proxy.history is "off"')
     return 200, encode_stats(read_series(file, query, now))
 
 
@@ -152,8 +154,7 @@ def _answer_session(
     if row is None and turns.session is not None:
         row = session_row(turns.session, "ended")
     if row is None:
-        error = "this session is unknown or was forgotten; GET /sessions lists the known ones"
-        return 404, error_document(404, error, None, False)
+        return _refusal(404, "this session is unknown or was forgotten; GET /sessions lists the known ones")
     document = {
         "schema_version": SCHEMA_VERSION,
         "now": now,

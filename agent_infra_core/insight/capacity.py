@@ -16,11 +16,13 @@ LEAST_TURNS = 30  # with fewer turns, no figures are reported; below POINT_TURNS
 POINT_TURNS = 300
 RESAMPLES = 300
 CONFIDENCE = 0.9  # share of resampled fits needed for a verdict, and confidence level of intervals
+_BOUNDS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)  # of intervals, as quantiles
 FULL = 0.7  # share of samples with every slot taken above which slots are the limit
 GROWTH_LIMIT = 2.0  # no predictions above this many times the highest number of turns in flight seen
 MAX_CURVE_POINTS = 40
 SHARED_TOOLS = "agents think longer the more of them think: they share tools, which the model doesn't have"
 STRUCTURE = 0.06  # standard error of a predicted change, as a share of it: what the model leaves out
+UNSTEADY = 0.3  # the same for a number of agents that varies, as a share of its coefficient of variation
 LEAST_MISFIT = 0.01  # relative error of X that every prediction allows for
 EPSILON = 1e-9  # lower bound for denominators that may be zero
 Figure = Any  # a float, or an array with one value per resampled fit
@@ -147,7 +149,7 @@ def estimate(unit: str, basis: Basis, value: Figure, draws: Figure = None, reaso
     if reason is not None or value is None:
         return Estimate(None, None, None, unit, basis, reason or "not known")
     spread = np.sort(np.atleast_1d(value if draws is None else draws))
-    at = np.array([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]) * (len(spread) - 1)
+    at = np.array(_BOUNDS) * (len(spread) - 1)
     # As np.quantile, in a tenth of its time.
     low, high = map(significant, np.interp(at, np.arange(len(spread)), spread))
     if high is None or not math.isfinite(value) or abs(high) > 1e6 * (1 + abs(low or 0)):
@@ -173,7 +175,7 @@ class Outlook:
     reason: str | None  # why figures that depend on the fit are withheld
     few: str | None  # why all figures are withheld
     kv: tuple[float, Array] | None
-    doubt: Array  # factors on the draws of a change: it is known to within STRUCTURE of itself at best
+    doubt: Array  # factors on the draws of a change
 
     @property
     def is_full(self) -> bool:
@@ -233,24 +235,21 @@ class Outlook:
             reason = f"the contexts of {agents:.0f} agents would not fit into the KV cache"
         rate = self.told("turns/h", lambda model: 3600 * change(model).throughput(agents), reason)
         if rate.low is None or agents == 0:
-            return {
-                "name": name,
-                "turns_per_hour": rate,
-                "change": estimate("fraction", self.basis, None, reason=rate.reason),
-            }
-        value, draws = (change(m).throughput(agents) / m.throughput(self.agents) - 1 for m in (self.model, self.draws))
-        return {
-            "name": name,
-            "turns_per_hour": rate,
-            "change": estimate("fraction", self.basis, float(value), draws * self.doubt),
-        }
+            share = estimate("fraction", self.basis, None, reason=rate.reason)
+        else:
+            gain, gains = (
+                change(m).throughput(agents) / m.throughput(self.agents) - 1 for m in (self.model, self.draws)
+            )
+            share = estimate("fraction", self.basis, float(gain), gains * self.doubt)
+        return {"name": name, "turns_per_hour": rate, "change": share}
+
+    def _with_replica(self, model: CapacityModel) -> CapacityModel:
+        return self.fit.with_replica(model) if self.fit else model
 
     def what_ifs(self) -> list[dict[str, Any]]:
         half = 1 - 0.5 * (self.think.observing_share if self.think else 0.0)
         return [
-            self.what_if(
-                "+1 replica", lambda model: dataclasses.replace(model, replicas=model.replicas + 1), self.agents
-            ),
+            self.what_if("+1 replica", self._with_replica, self.agents),
             self.what_if(
                 "half the observation time",
                 lambda model: dataclasses.replace(model, think_s=half * model.think_s),
@@ -275,9 +274,11 @@ class Outlook:
             return []
         most = min(self.most_agents, max(2 * self.agents, 1.5 * float(self.model.knee)))
         points = np.unique(np.round(np.linspace(1, max(1.0, most), MAX_CURVE_POINTS)))
-        rows = [(int(at), self.told("turns/h", lambda model, at=at: 3600 * model.throughput(at))) for at in points]  # type: ignore[misc]
+        rates = self.model.throughput(points), *np.quantile(self.draws.throughput(points[:, None]), _BOUNDS, axis=1)
+        rows = zip(points, *(3600 * rate for rate in rates), strict=True)
         return [
-            {"agents": agents, "turns_per_hour": row.value, "low": row.low, "high": row.high} for agents, row in rows
+            dict(zip(("agents", "turns_per_hour", "low", "high"), (int(at), *map(significant, row)), strict=True))
+            for at, *row in rows
         ]
 
 
@@ -329,16 +330,18 @@ def capacity_models(
     )
 
 
-def misfit(model: CapacityModel, agents: Array, turns: Array, window_s: float) -> float:
-    """Relative error of X in earlier windows, beyond what counting explains: at least LEAST_MISFIT.
+def misfit(predicted: Array, turns: Array) -> float:
+    """Relative error of the turns predicted for earlier windows, beyond what counting explains: at least LEAST_MISFIT.
 
-    ``agents`` and ``turns`` have one value per window of ``window_s``.
+    A few windows don't count if they are far off: a run that has just begun isn't settled.
     """
     import numpy as np
 
-    error = np.log(model.throughput(agents) * window_s / np.maximum(turns, 1.0))
-    beyond = float(np.mean(error**2 - 0.5 / np.maximum(turns, 1.0))) if len(turns) else 0.0
-    return max(LEAST_MISFIT, math.sqrt(max(beyond, 0.0)))
+    if not len(turns):
+        return LEAST_MISFIT
+    squares = np.log(predicted / np.maximum(turns, 1.0)) ** 2
+    typical = min(np.mean(squares), np.median(squares) / 0.455)  # the median of χ² with one degree of freedom
+    return max(LEAST_MISFIT, math.sqrt(max(typical - np.mean(0.5 / np.maximum(turns, 1.0)), 0.0)))
 
 
 def widened(model: CapacityModel, draws: CapacityModel, agents: float, error: float) -> CapacityModel:

@@ -34,7 +34,9 @@ def read_history(path: Path) -> Iterator[HistoryFile | None]:
         try:
             file = opened(read_only=True)
             if not file.is_current():
-                opened(read_only=False)
+                migrated = opened(read_only=False)
+                while migrated.catch_up():
+                    pass
             yield file
         except sqlite3.Error as error:
             fix = "the controller renames it at its next start" if is_damaged(error) else "try again"

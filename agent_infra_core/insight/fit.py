@@ -5,24 +5,35 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from agent_infra_core.insight.capacity import EPSILON, FULL, RESAMPLES, Array
-from agent_infra_core.insight.statistics import STEP_RATIO, change_point, interval_widening, resample_counts
+from agent_infra_core.insight.statistics import (
+    STEP_RATIO,
+    change_point,
+    interval_widening,
+    last_of_each,
+    resample_counts,
+)
 
 if TYPE_CHECKING:
     from agent_infra_core.insight.capacity import CapacityModel
-    from agent_infra_core.insight.measure import Beginnings, Measured, ObservedTurn, Operating
+    from agent_infra_core.insight.measure import Beginnings, Measured, Operating
 
-MAX_SILENCES = 1200  # think times used to fit Z; with more, only every second, third, … session is used
+MAX_SILENCES = 8000  # think times used to fit Z; with more, only every second, third, … session is used
+THINK_RESAMPLES = 40  # of which the deviation is taken, on a logarithmic scale
 SLOW_FACTOR = 1.2  # a replica is as fast as the others unless it differs by more, and by SURE_ERRORS standard errors
 SURE_ERRORS = 6.0
 LEAST_SPEED_TURNS = 20  # of a replica before its speed is judged
 ABANDONED = 0.01  # share of silences that never end where sessions report their end: agents that die
-LEAST_CROWDING = 0.5  # exponent that shows shared tools; early think times are the short ones, which looks like 0.3
+LEAST_CROWDING = 0.35  # exponent that shows shared tools; early think times are the short ones, which looks like 0.25
 QUIET_S = 60.0  # a session silent for longer may have been abandoned
+BINS = 65  # of durations, in which the cure model is fitted
+ONE_KIND, TWO_KINDS = (1.0,), (0.5, 4.0)  # of think times, with the means to begin with
+LIKELIER = 5.0  # difference of logarithms from which there are two kinds
+CURE_ERROR = 0.06  # standard error of its mean think time beside that of resampling, as a share
 REPORTING = 0.1  # reported ends, as a share of the quiet sessions, which show that clients report them
 
 
@@ -49,12 +60,20 @@ class ServiceFit:
     per_request_s: float
     base_draws: Array
     per_request_draws: Array
-    turns: int
     most_in_flight: float  # 99th percentile of the turns in flight
     is_alone: bool  # no replica ever served two turns at once, so B is unknown
+    factors: tuple[float, float]  # by which A and B of the fleet exceed those of a replica of speed 1
     slow: Mapping[str, SlowReplica]
     changes: Mapping[str, float]  # replica → when its speed changed, if it did
     reason: str | None = None  # why B can't be determined
+
+    def with_replica(self, model: CapacityModel) -> CapacityModel:
+        """The fleet with one more replica of speed 1, which takes as many turns as the others do on average."""
+        count = model.replicas
+        base, slope = ((count * factor + 1) / (count + 1) / factor for factor in self.factors)
+        return dataclasses.replace(
+            model, replicas=count + 1, base_s=base * model.base_s, per_request_s=slope * model.per_request_s
+        )
 
     def at_full_slots(self, here: Operating, replicas: int, slots: int | None) -> ServiceFit:
         """The fit if B can't be determined but isn't needed: with every slot taken, R follows from X = k·c / R."""
@@ -236,9 +255,9 @@ def fit_service(
         per_request_s=0.0 if is_alone else max(slope_factor * slope, 0.0),
         base_draws=means if is_alone else np.maximum(base_factor * drawn[:, 0], mean / 100),
         per_request_draws=np.zeros(RESAMPLES) if is_alone else np.maximum(slope_factor * slopes, 0.0),
-        turns=len(rows.seconds),
         most_in_flight=float(np.quantile(rows.in_flight, 0.99)),
         is_alone=is_alone,
+        factors=(float(base_factor), float(slope_factor)),
         slow=_slow_replicas(speed, crowd, replica[recent], names),
         changes=_speed_changes(rows, fit.off, replica, names),
         reason=reason,
@@ -250,11 +269,12 @@ class ThinkFit:
     """Z: mean think time per turn and its resampled draws, in seconds, and what to expect of a silent session."""
 
     mean_s: float
+    error: float  # standard error, as a share
     draws: Array
-    turns: int
     observing_share: float  # share of ``pre`` in the think time
     crowding: float  # how think time grows with the agents that think, as an exponent; 0 unless it does for sure
     ends_reported: bool
+    is_guessed: bool  # which silent sessions were abandoned: ends aren't reported, and some think times are long
     left: float  # share of silences that never end because the session was abandoned
     durations: Sequence[float]  # ascending
     surviving: Sequence[float]  # share of the other silences that last longer than each duration
@@ -269,77 +289,86 @@ class ThinkFit:
         return lasting / (lasting + self.left)
 
 
-def every_nth(turns: Sequence[ObservedTurn]) -> Iterable[str]:
-    """Names of every n-th session; together they have about MAX_SILENCES turns."""
-    names = sorted({turn.session for turn in turns if turn.session is not None})
-    return names[:: math.ceil(len(turns) / MAX_SILENCES) or 1]
-
-
-def silences(
-    turns: Sequence[ObservedTurn], since: float, until: float, ended: Mapping[str, float]
-) -> tuple[list[float], list[bool], list[str]]:
-    """``(seconds, is over, session)`` lists of think times that began in [since, until].
+def silences(turns: Array, since: float, until: float, ended: Array) -> tuple[Array, Array, Array]:
+    """``(seconds, is over, session)`` of think times that began in [since, until].
 
     Think times that aren't over count up to ``until``. Without them, a short window would have only short think times.
     """
-    seconds, is_over, sessions = [], [], []
-    last: dict[str, tuple[float, float]] = {}  # session → end of its latest turn, arrival of the one after
-    chosen = set(every_nth(turns))
-    for turn in turns:
-        if turn.session is None or turn.session not in chosen:
-            continue
-        if turn.think_s is not None and since <= turn.arrived - turn.think_s and turn.arrived <= until:
-            seconds.append(turn.think_s)
-            is_over.append(True)
-            sessions.append(turn.session)
-        if turn.arrived <= until:
-            last[turn.session] = turn.begin, turn.end
-    for session, (_, end) in last.items():
-        if since <= end <= until and session not in ended:
-            seconds.append(until - end)
-            is_over.append(False)
-            sessions.append(session)
-    return seconds, is_over, sessions
+    import numpy as np
+
+    names = np.unique(turns["session"][turns["session"] != 0])
+    named = turns[np.isin(turns["session"], names[:: math.ceil(len(turns) / MAX_SILENCES) or 1])]
+    named = named[named["arrived"] <= until]
+    over = named[named["arrived"] - named["think_s"] >= since]
+    last = named[last_of_each(named["session"])] if len(named) else named
+    going = last[(last["end"] >= since) & (last["end"] <= until) & ~np.isin(last["session"], ended)]
+    return (
+        np.concatenate([over["think_s"], until - going["end"]]),
+        np.repeat([1.0, 0.0], [len(over), len(going)]),
+        np.concatenate([over["session"], going["session"]]),
+    )
 
 
-def _returning(durations: Array, over: Array, counts: Array) -> tuple[Array, float]:
-    """Probability that each silence will end, for each row of ``counts``, and the share of silences that won't.
+def _mixture(time: Array, ended: Array, going: Array, parts: Sequence[float]) -> tuple[Array, Array, float]:
+    """``(weights, means, log-likelihood of the first row)`` of as many exponential distributions as ``parts``, by
+    expectation maximisation; the silences that never end have the rest of the weight.
 
-    A cure model (Berkson & Gage 1952) with exponential think times, fitted by expectation maximisation. ``counts`` has
-    a column for each silence.
+    ``ended`` and ``going`` are the numbers of silences of each ``time``, a row per resampling. ``parts`` are the means
+    to begin with, as factors of the mean silence.
     """
     import numpy as np
 
-    going = np.flatnonzero(over == 0)
-    weight, lasting = counts[:, going], durations[going]
-    ended = np.maximum(counts @ over, 1.0)
-    total = counts @ (durations * over)
-    mean, left = np.maximum(total / ended, EPSILON), np.full(len(counts), 0.05)
-    alive = np.ones(weight.shape)
-    for _ in range(20):
-        alive = (1 - left)[:, None] * np.exp(-lasting / mean[:, None])
-        alive /= alive + left[:, None]
-        mean = np.maximum((total + (weight * alive) @ lasting) / ended, EPSILON)
-        left = np.clip((weight * (1 - alive)).sum(axis=1) / counts.sum(axis=1), 1e-3, 0.5)
-    returning = np.ones(counts.shape)
-    returning[:, going] = alive
-    return returning, float(left[0])
+    mean = np.maximum(ended @ time / np.maximum(ended.sum(axis=2), EPSILON), 1e-3)
+    scale, number = mean[:, :, None] * np.array(parts)[:, None], (ended + going).sum(axis=2, keepdims=True)
+    weight = np.full(scale.shape, 0.95 / len(parts))
+    for _ in range(100):
+        lasting = weight * np.exp(-time / scale)
+        ending, staying = (part.sum(axis=1, keepdims=True) for part in (lasting / scale, lasting))
+        staying = staying + 1 - weight.sum(axis=1, keepdims=True)
+        done = ended * lasting / scale / np.maximum(ending, 1e-300)
+        whole = done + going * lasting / staying
+        weight = whole.sum(axis=2, keepdims=True) / number
+        weight = weight / np.maximum(weight.sum(axis=1, keepdims=True) / 0.999, 1.0)
+        scale = np.maximum((whole @ time)[:, :, None] / np.maximum(done.sum(axis=2, keepdims=True), EPSILON), 1e-3)
+    return weight, scale, float((ended * np.log(np.maximum(ending, 1e-300)) + going * np.log(staying))[0].sum())
 
 
-def _crowding(turns: Sequence[ObservedTurn]) -> float:
+def _cure_model(durations: Array, over: Array, counts: Array) -> tuple[Array, float, Array, bool]:
+    """The mean of think times that end, for each row of ``counts``; the share of silences that never end, because the
+    session was abandoned; the share of the others that last longer than each duration; whether there are long ones.
+
+    A cure model (Berkson & Gage 1952) with exponential think times. They are a mixture of short and long ones where
+    that is much more likely, so that long tool calls aren't taken for abandoned sessions. ``durations`` ascend;
+    ``counts`` has a column for each.
+    """
+    import numpy as np
+
+    edges = np.geomspace(max(durations[0], 1e-3), durations[-1], BINS)
+    starts = np.unique(np.searchsorted(durations, edges))[:-1] if durations[-1] > durations[0] else np.zeros(1, int)
+    number = np.diff(np.append(starts, len(durations)))
+    time = np.maximum(np.add.reduceat(durations, starts) / number, 1e-3)
+    ended, going = (np.add.reduceat(counts * part, starts, axis=1)[:, None] for part in (over, 1 - over))
+    single, double = (_mixture(time, ended[:1], going[:1], parts) for parts in (ONE_KIND, TWO_KINDS))
+    has_long = double[2] > single[2] + LIKELIER
+    weight, scale, _ = _mixture(time, ended, going, TWO_KINDS if has_long else ONE_KIND)
+    alive = weight.sum(axis=1)
+    surviving = (weight[0] * np.exp(-durations / scale[0])).sum(axis=0) / alive[0, 0]
+    return ((weight * scale).sum(axis=1) / alive)[:, 0], float(1 - alive[0, 0]), surviving, has_long
+
+
+def _crowding(known: Array) -> float:
     """The exponent by which think time grows with the agents that think at its beginning; 0 unless it does for sure.
 
-    Agents that don't share anything give 0, those that queue for the same machines up to 1.
+    Agents that don't share anything give 0, those that queue for the same machines up to 1. ``known`` are turns with a
+    think time.
     """
     import numpy as np
 
-    known = [(turn.arrived, turn.think_s) for turn in turns if turn.think_s is not None]
     if len(known) < 100:
         return 0.0
-    end, seconds = np.array(known).T
+    end, seconds = known["arrived"], known["think_s"]
     begin = end - seconds
-    order = np.sort(begin), np.sort(end)
-    crowd = np.searchsorted(order[0], begin) - np.searchsorted(order[1], begin)
+    crowd = np.searchsorted(np.sort(begin), begin) - np.searchsorted(np.sort(end), begin)
     x, y = np.log(np.maximum(crowd, 1.0)), np.log(np.maximum(seconds, 1e-3))
     x, y = x - x.mean(), y - y.mean()
     slope = float(x @ y / max(float(x @ x), EPSILON))
@@ -347,35 +376,38 @@ def _crowding(turns: Sequence[ObservedTurn]) -> float:
     return min(slope, 1.0) if slope > max(LEAST_CROWDING, 5 * error) else 0.0
 
 
-def _thinking_share(turns: Sequence[ObservedTurn], since: float, until: float, ends: float) -> float:
+def _thinking_share(turns: Array, since: float, until: float, ends: float) -> float:
     """Share of turns that have a think time, once as many sessions begin as end: steps per turn, less ends per step.
 
     Early in a run most turns are the first of their session, which says nothing of how many will be.
     """
-    own = [turn for turn in turns if turn.session is not None and since <= turn.begin <= until]
-    steps = sum(turn.think_s is not None for turn in own) + len({turn.session for turn in own if turn.think_s is None})
-    return min(1.0, steps / max(1, len(own))) * (1 - min(0.95, ends / max(1, steps)))
+    import numpy as np
+
+    own = turns[(turns["session"] != 0) & (turns["begin"] >= since) & (turns["begin"] <= until)]
+    is_first = np.isnan(own["think_s"])
+    steps = (~is_first).sum() + len(np.unique(own["session"][is_first]))
+    return float(min(1.0, steps / max(1, len(own))) * (1 - min(0.95, ends / max(1, steps))))
 
 
-def _observing_share(turns: Sequence[ObservedTurn]) -> float:
+def _observing_share(turns: Array) -> float:
     """Share of ``pre`` in the think time; 1 if no client split it."""
-    known = [(turn.pre_s, turn.think_s) for turn in turns if turn.pre_s is not None and turn.think_s]
-    spent_s = sum(think for _, think in known)
-    return sum(min(pre, think) for pre, think in known) / spent_s if known else 1.0
+    import numpy as np
+
+    known = turns[np.isfinite(turns["pre_s"]) & (turns["think_s"] > 0)]
+    return float(np.minimum(known["pre_s"], known["think_s"]).sum() / known["think_s"].sum()) if len(known) else 1.0
 
 
-def _think_blocks(sessions: Sequence[str]) -> Array:
+def _think_blocks(sessions: Array) -> Array:
     """The number of each think time's block: its session, or with few sessions a stretch of ten of its think times."""
     import numpy as np
 
-    length = 10 if len(set(sessions)) < 20 else len(sessions)
-    seen: dict[str, int] = {}
-    numbers: dict[tuple[str, int], int] = {}
-    block = []
-    for session in sessions:
-        seen[session] = seen.get(session, 0) + 1
-        block.append(numbers.setdefault((session, (seen[session] - 1) // length), len(numbers)))
-    return np.array(block)
+    names, number = np.unique(sessions, return_inverse=True)
+    if len(names) >= 20:
+        return number
+    order = np.argsort(number, kind="stable")
+    rank = np.empty(len(number), dtype=int)
+    rank[order] = np.arange(len(number)) - np.searchsorted(number[order], number[order])
+    return np.unique(number * len(number) + rank // 10, return_inverse=True)[1]
 
 
 def _kaplan_meier(durations: Array, over: Array, weight: Array) -> tuple[Array, Array]:
@@ -396,46 +428,44 @@ def _kaplan_meier(durations: Array, over: Array, weight: Array) -> tuple[Array, 
 
 
 def fit_think(
-    turns: Sequence[ObservedTurn],
-    since: float,
-    until: float,
-    ended: Mapping[str, float],
-    presence: Callable[[float], float],
-    rng: Any,
+    turns: Array, since: float, until: float, ended: Mapping[int, float], presence: Callable[[float], float], rng: Any
 ) -> ThinkFit | None:
-    """Mean think time per turn, from Kaplan & Meier's mean and _thinking_share; None with fewer than two think times.
+    """Mean think time per turn, from the mean think time and _thinking_share; None with fewer than two think times.
 
-    A silence that lasts to the end of the data may never end; it is weighted by the probability that it does: by
-    ``presence(seconds)`` where sessions report their end, otherwise by a cure model.
+    A silence that lasts to the end of the data may never end. Where sessions report their end, it counts with the
+    probability ``presence(seconds)`` that it does, in Kaplan & Meier's mean; otherwise a cure model says.
     """
     import numpy as np
 
-    seconds, is_over, sessions = silences(turns, since, until, ended)
-    if sum(is_over) < 2:
+    known_ends = np.fromiter(ended, dtype=int, count=len(ended))
+    seconds, over, sessions = silences(turns, since, until, known_ends)
+    if over.sum() < 2:
         return None
     order = np.argsort(seconds, kind="stable")
-    durations, over = np.array(seconds)[order], np.array(is_over, dtype=float)[order]
-    named = {turn.session for turn in turns if turn.session is not None}
+    durations, over, block = seconds[order], over[order], _think_blocks(sessions)[order]
+    named = np.unique(turns["session"][turns["session"] != 0])
+    reported = named[np.isin(named, known_ends)].tolist()
     quiet = ((over == 0) & (durations > QUIET_S)).sum()
-    ends_reported = sum(session in ended for session in named) >= max(1, REPORTING * quiet)
-    block = _think_blocks(sessions)
-    counts = np.vstack([np.ones(block.max() + 1), resample_counts(block.max() + 1, rng)])
-    weight, left = counts[:, block[order]], ABANDONED
-    if ends_reported:
+    weight = resample_counts(int(block.max()) + 1, rng, THINK_RESAMPLES)
+    weight = np.vstack([np.ones(weight.shape[1]), weight])[:, block]
+    left, is_guessed, error = ABANDONED, False, 0.0
+    if ends_reported := len(reported) >= max(1, REPORTING * quiet):
         alive = np.array([1.0 if done else presence(s) for s, done in zip(durations, over, strict=True)])
-        weight, ends = weight * alive, sum(since <= ended.get(name, 0.0) <= until for name in named)
+        means, surviving = _kaplan_meier(durations, over, weight * alive)
+        ends = float(sum(since <= ended[name] <= until for name in reported))
     else:
-        returning, left = _returning(durations, over, weight)
-        weight, ends = weight * returning, (1 - returning[0]).sum() * len(named) / len(set(sessions))
-    means, surviving = _kaplan_meier(durations, over, weight)
-    means = means * _thinking_share(turns, since, until, ends)
+        means, left, surviving, is_guessed = _cure_model(durations, over, weight)
+        ends, error = left * len(seconds) * len(named) / len(np.unique(sessions)), CURE_ERROR
+    mean = float(means[0]) * _thinking_share(turns, since, until, ends)
+    error = math.hypot(error, interval_widening(block.max() + 1, 1) * float(np.std(np.log(means[1:] / means[0]))))
     return ThinkFit(
-        mean_s=float(means[0]),
-        draws=means[0] + interval_widening(counts.shape[1], 1) * (means[1:] - means[0]),
-        turns=int(sum(is_over)),
+        mean_s=mean,
+        error=error,
+        draws=mean * np.exp(error * rng.standard_normal(RESAMPLES)),
         observing_share=_observing_share(turns),
-        crowding=_crowding(turns),
-        ends_reported=ends_reported,
+        crowding=_crowding(turns[turns["arrived"] - turns["think_s"] >= since]),
+        ends_reported=bool(ends_reported),
+        is_guessed=is_guessed,
         left=left,
         durations=durations.tolist(),
         surviving=surviving.tolist(),

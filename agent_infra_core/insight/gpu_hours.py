@@ -89,6 +89,10 @@ class ReplicaTime:
             ][:LISTED_REPLICAS],
         }
 
+    def by_model(self) -> dict[str, dict[ReplicaUse, float]]:
+        """Total seconds by model and use."""
+        return grouped(self._sums, "model")
+
     def seconds(self) -> Mapping[ReplicaUse, float]:
         """Total seconds by use."""
         return self._sums

@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from agent_infra_core.host import absolute_path
 from agent_infra_core.insight import summaries
 from agent_infra_core.insight.gpu_hours import REPLICA_TIME_BIN_S, ReplicaUse
 from agent_infra_core.insight.rates import HISTORY_POINTS
+from agent_infra_core.insight.runs import MAX_RUNS, Announcement
 from agent_infra_core.insight.turns import TurnRecord
 
 HISTORY_BYTES = 1 << 30  # maximum size of the file; above it, the oldest turns are removed
@@ -35,6 +36,7 @@ HISTORY_CLOSE_S = 10.0  # time to write the last batch on close
 HISTORY_RETRY_S = 0.1  # between attempts to write it
 HISTORY_CHUNK = 1000  # turns per query, so that readers hold locks briefly and don't load the whole file
 RESTORED_S = 6 * 3600.0
+KEPT_RUNS = 1000  # that charts can mark
 MAX_VERDICTS = 100_000  # one per minute and model: two months of one model
 REPLICA_TIME_FINE_S = 8 * 86400
 _HISTORY_MARK = 0x41494E46  # PRAGMA application_id, which identifies a history file
@@ -115,7 +117,8 @@ class HistoryBatch:
     points: list[dict[str, Any]] = field(default_factory=list)  # of throughput.history; only the latest are kept
     ended: dict[str, float] = field(default_factory=dict)  # session → time its agent ended it
     gauges: list[tuple[Any, ...]] = field(default_factory=list)  # rows of put_gauges()
-    runs: dict[tuple[float, str], float | None] = field(default_factory=dict)  # (announced at, name) → its end
+    runs: dict[str, Announcement] = field(default_factory=dict)  # by name
+    run_ends: dict[str, float | None] = field(default_factory=dict)  # name → when its last task was over
     text_bytes: int = 0  # approximate size of the turns
 
     def add(self, later: HistoryBatch) -> collections.Counter[str]:
@@ -132,15 +135,17 @@ class HistoryBatch:
         self.ended.update(later.ended)
         self.gauges = (self.gauges + later.gauges)[-HISTORY_BACKLOG_ROWS:]
         self.runs.update(later.runs)
+        self.run_ends.update(later.run_ends)
         dropped: collections.Counter[str] = collections.Counter()
         while self.text_bytes > HISTORY_BACKLOG_BYTES:
             oldest = self.turns.popleft()
             self.text_bytes -= _record_bytes(oldest)
             self.posts.pop(oldest.turn, None)
             dropped["turns"] += 1
-        kept: Mapping[str, dict[Any, float]] = {
+        kept: Mapping[str, dict[Any, Any]] = {
             "action times": self.posts,
             "ends of sessions": self.ended,
+            "runs": self.runs,
             "spans of replica time": self.replica_time,
         }
         for name, rows in kept.items():
@@ -151,7 +156,7 @@ class HistoryBatch:
 
     def __bool__(self) -> bool:
         details = self.posts or self.replica_time or self.verdicts or self.points or self.ended
-        return bool(self.turns or details or self.gauges or self.runs or any(self.totals.values()))
+        return bool(self.turns or details or self.gauges or self.runs or self.run_ends or any(self.totals.values()))
 
 
 def _record_bytes(record: TurnRecord) -> int:
@@ -184,6 +189,10 @@ _INSERT_VERDICT = (
 )
 _ADD_TOTAL = "INSERT INTO totals VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value"
 _SUM_UP = "ON CONFLICT (replica, model, gpu_type, gpus, state, at) DO UPDATE SET seconds = seconds + excluded.seconds"
+_ANNOUNCE_RUN = (
+    "INSERT INTO runs (name, tasks, at) VALUES (?, ?, ?) "
+    "ON CONFLICT (name) DO UPDATE SET tasks = excluded.tasks, at = min(at, excluded.at), ended = NULL"
+)
 _ADD_REPLICA_TIME = (
     "INSERT INTO replica_time (replica, model, gpu_type, gpus, state, at, seconds) VALUES (?, ?, ?, ?, ?, ?, ?) "
     + _SUM_UP
@@ -286,8 +295,9 @@ class HistoryFile:
             points = [(point["at"], json.dumps(point)) for point in batch.points]
             self._put("INSERT OR REPLACE INTO points VALUES (?, ?)", points)
             self._put("INSERT OR REPLACE INTO ended VALUES (?, ?)", list(batch.ended.items()))
+            self._put(_ANNOUNCE_RUN, list(batch.runs.values()))
+            self._put("UPDATE runs SET ended = ? WHERE name = ?", [(end, name) for name, end in batch.run_ends.items()])
             summaries.put_gauges(self._connection, batch.gauges)
-            self._put("INSERT OR REPLACE INTO runs VALUES (?, ?, ?)", [(*run, end) for run, end in batch.runs.items()])
             summaries.summarise(self._connection)
         return added
 
@@ -337,6 +347,8 @@ class HistoryFile:
             latest = "SELECT at FROM points ORDER BY at DESC LIMIT ?"
             self._connection.execute(f"DELETE FROM points WHERE at NOT IN ({latest})", (HISTORY_POINTS,))
             self._connection.execute("DELETE FROM ended WHERE at < ?", (now - RESTORED_S,))
+            latest = "SELECT name FROM runs ORDER BY at DESC LIMIT ?"
+            self._connection.execute(f"DELETE FROM runs WHERE name NOT IN ({latest})", (KEPT_RUNS,))
             self._sum_up_days(int((now - REPLICA_TIME_FINE_S) // 86400) * 86400)
             summaries.tidy(self._connection, now)
 
@@ -390,10 +402,22 @@ class HistoryFile:
         """Session → time its agent ended it, for at least the last RESTORED_S."""
         return dict(self.query("SELECT session, at FROM ended ORDER BY at"))
 
-    def end_runs(self) -> None:
-        """End the runs that an earlier controller followed: with the last turn, as far as is known."""
+    def end_runs(self, followed: Collection[str]) -> None:
+        """End the runs of earlier controllers but those ``followed`` on: with the last turn, as far as is known."""
         last = "(SELECT finished_at FROM turns ORDER BY id DESC LIMIT 1)"
-        self._connection.execute(f"UPDATE runs SET ended = max(began, coalesce({last}, began)) WHERE ended IS NULL")
+        names = "(SELECT value FROM json_each(?))"
+        self._connection.execute(
+            f"UPDATE runs SET ended = max(at, coalesce({last}, at)) WHERE ended IS NULL AND name NOT IN {names}",
+            (json.dumps(list(followed)),),
+        )
+
+    def runs(self, limit: int) -> list[Announcement]:
+        """The latest announcements of runs whose turns are all among the last ``limit`` written, oldest first."""
+        newest = self._value("SELECT max(id) FROM turns") or 0
+        oldest = self.query("SELECT id, finished_at FROM turns WHERE id > ? ORDER BY id LIMIT 1", newest - limit)
+        since = oldest[0][1] if oldest and oldest[0][0] > 1 else 0.0  # with the first turn, nothing is missing
+        rows = self.query("SELECT name, tasks, at FROM runs WHERE at >= ? ORDER BY at DESC LIMIT ?", since, MAX_RUNS)
+        return [Announcement(*row) for row in reversed(rows)]
 
     def count_turns(self) -> int:
         return int(self._value("SELECT count(*) FROM turns"))

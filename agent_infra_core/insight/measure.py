@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,68 +96,64 @@ def _fleet_sample(
     )
 
 
-@dataclass(slots=True)
-class ObservedTurn:
-    """The part of a turn record used by the fit. Times are s since the epoch; at ``begin`` the replica got the turn."""
-
-    begin: float
-    end: float
-    replica: str
-    session: str | None
-    task: str | None
-    is_completed: bool
-    is_aborted: bool  # the client left, or the answer failed
-    queue_s: float
-    think_s: float | None
-    pre_s: float | None
-    ttft_s: float | None
-    prompt: int | None
-    cached: int | None
-    expected: int | None  # tokens that should have been cached
-    output: int | None
-
-    @property
-    def arrived(self) -> float:
-        return self.begin - self.queue_s
-
-    @property
-    def seconds(self) -> float:
-        return self.end - self.begin
-
-    @property
-    def fresh(self) -> int | None:
-        """Tokens to prefill."""
-        return None if self.prompt is None else max(1, self.prompt - (self.cached or 0))
+# What the fit uses of a turn. Times are s since the epoch; at ``begin`` the replica got the turn. Unknown is NaN.
+_TURN_COLUMNS: tuple[tuple[str, type, Callable[[TurnRecord], Any]], ...] = (
+    ("begin", float, lambda record: record.finished_at - (record.inference_ms or 0.0) / 1000),
+    ("end", float, lambda record: record.finished_at),
+    ("session", int, lambda record: number_of(record.session)),
+    ("task", int, lambda record: number_of(record.task)),
+    ("is_completed", bool, lambda record: record.outcome == "completed" and record.retries == 0),
+    ("is_aborted", bool, lambda record: record.outcome != "completed"),  # the client left, or the answer failed
+    ("queue_s", float, lambda record: (record.queue_ms or 0.0) / 1000),
+    ("think_s", float, lambda record: _seconds(record.think_ms)),
+    ("pre_s", float, lambda record: _seconds(record.pre_ms)),
+    ("ttft_s", float, lambda record: _seconds(record.ttft_ms)),
+    ("prompt", float, lambda record: record.prompt_tokens),
+    ("cached", float, lambda record: record.cached_tokens),
+    ("expected", float, lambda record: record.expected_cached_tokens),  # tokens that should have been cached
+    ("output", float, lambda record: record.completion_tokens or None),
+)
 
 
-def observed_turn(record: TurnRecord) -> ObservedTurn | None:
-    """The part of a record used by the fit; None if the turn was never sent to a replica or isn't a generation."""
-    if record.backend is None or not record.inference_ms or not generates(record.path):
-        return None
-    return ObservedTurn(
-        begin=record.finished_at - record.inference_ms / 1000,
-        end=record.finished_at,
-        replica=record.backend,
-        session=record.session,
-        task=record.task,
-        is_completed=record.outcome == "completed" and record.retries == 0,
-        is_aborted=record.outcome != "completed",
-        queue_s=(record.queue_ms or 0.0) / 1000,
-        think_s=None if record.think_ms is None else record.think_ms / 1000,
-        pre_s=None if record.pre_ms is None else record.pre_ms / 1000,
-        ttft_s=None if record.ttft_ms is None else record.ttft_ms / 1000,
-        prompt=record.prompt_tokens,
-        cached=record.cached_tokens,
-        expected=record.expected_cached_tokens,
-        output=record.completion_tokens or None,
-    )
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
 
 
-def _known(values: Iterable[float | None], fallback: float = 1.0) -> Array:
-    """An array with unknown values replaced by the mean of the known ones."""
+def number_of(name: str | None) -> int:
+    """A number of 63 bits for a session or task, so that no two names share one; 0 for None."""
+    if name is None:
+        return 0
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def is_observed(record: TurnRecord) -> bool:
+    """Whether a turn was sent to a replica, and is a generation."""
+    return record.backend is not None and bool(record.inference_ms) and generates(record.path)
+
+
+def observed_turns(records: Sequence[TurnRecord], replicas: Mapping[str, int]) -> Array:
+    """The _TURN_COLUMNS of observed turns and ``arrived``, ``seconds``, ``fresh`` (tokens to prefill) and ``replica``,
+    its number in ``replicas``: a structured array with one row per turn."""
     import numpy as np
 
-    array = np.array([math.nan if value is None else value for value in values], dtype=float)
+    names = [*((name, kind) for name, kind, _ in _TURN_COLUMNS), *_DERIVED_COLUMNS]
+    turns = np.empty(len(records), dtype=names)
+    for name, kind, read in _TURN_COLUMNS:
+        turns[name] = np.array([read(record) for record in records], dtype=kind)
+    turns["replica"] = [replicas[record.backend or ""] for record in records]
+    turns["arrived"], turns["seconds"] = turns["begin"] - turns["queue_s"], turns["end"] - turns["begin"]
+    turns["fresh"] = np.maximum(1.0, turns["prompt"] - np.nan_to_num(turns["cached"]))
+    return turns
+
+
+_DERIVED_COLUMNS = (("replica", int), ("arrived", float), ("seconds", float), ("fresh", float))
+
+
+def _known(array: Array, fallback: float = 1.0) -> Array:
+    """``array`` with unknown values replaced by the mean of the known ones."""
+    import numpy as np
+
     known = array[np.isfinite(array)]
     return np.where(np.isfinite(array), array, known.mean() if len(known) else fallback)
 
@@ -216,41 +213,37 @@ def _averages(begin: Array, end: Array, excess: Array) -> tuple[Array, Array]:
 
 
 def measure(
-    turns: Sequence[ObservedTurn], since: float, until: float, same_speed_since: Mapping[str, float]
+    turns: Array, names: Sequence[str], since: float, until: float, same_speed_since: Mapping[str, float]
 ) -> tuple[Measured, list[Beginnings], Array, list[str]]:
     """Measure the completed turns that began in [since, until], on a replica since its speed last changed.
 
     Returns the measured load, the beginnings on each replica, each turn's index into these, and the replicas' names.
-    ``turns`` must contain every turn that was in flight in that time.
+    ``turns`` must contain every turn that was in flight in that time; ``names`` are the replicas' by their numbers.
     """
     import numpy as np
 
-    begin, end = np.array([turn.begin for turn in turns]), np.array([turn.end for turn in turns])
-    work, context = _known(turn.fresh for turn in turns), _known(turn.prompt for turn in turns)
-    output = _known(turn.output for turn in turns)
-    names = sorted({turn.replica for turn in turns})
-    number = {name: index for index, name in enumerate(names)}
-    replica = np.array([number[turn.replica] for turn in turns], dtype=int)
-    first = np.array([max(since, same_speed_since.get(name, since)) for name in names])
-    wanted = np.array([turn.is_completed for turn in turns], dtype=bool) & (begin <= until)
-    wanted &= begin >= first[replica]
+    begin, end = turns["begin"], turns["end"]
+    work, context, output = _known(turns["fresh"]), _known(turns["prompt"]), _known(turns["output"])
+    numbers, replica = np.unique(turns["replica"], return_inverse=True)
+    found = [names[number] for number in numbers]
+    first = np.array([max(since, same_speed_since.get(name, since)) for name in found])
+    wanted = turns["is_completed"] & (begin <= until) & (begin >= first[replica])
     if wanted.any():
         work, output = work / work[wanted].mean(), output / output[wanted].mean()
         context = context / context[wanted].mean() - 1
     mean, excess = np.zeros((2, len(turns)))
     beginnings = []
-    for index in range(len(names)):
+    for index in range(len(found)):
         here = replica == index
         mean[here], excess[here] = _averages(begin[here], end[here], context[here])
         beginnings.append(Beginnings(begin[here], work[here]))
-    seconds = end - begin
-    typical_s = seconds[wanted].mean() if wanted.any() else 1.0
+    typical_s = turns["seconds"][wanted].mean() if wanted.any() else 1.0
     span_s = np.ptp(begin[wanted]) if wanted.any() else 0.0
     # Overlapping turns share what slowed them down, so a block is at least one turn long. Aim for about 80 blocks.
-    stretch = np.floor((begin - since) / max(typical_s, span_s * len(names) / 80))
-    block = stretch * len(names) + replica
-    columns = (begin, seconds, output, mean, excess, np.ones(len(turns)), block)
-    return Measured(*(column[wanted] for column in columns)), beginnings, replica[wanted], names
+    stretch = np.floor((begin - since) / max(typical_s, span_s * len(found) / 80))
+    block = stretch * len(found) + replica
+    columns = (begin, turns["seconds"], output, mean, excess, np.ones(len(turns)), block)
+    return Measured(*(column[wanted] for column in columns)), beginnings, replica[wanted], found
 
 
 @dataclass(frozen=True)
@@ -268,6 +261,7 @@ class Operating:
     aborted: float  # share of turns without an answer
     agents: float | None  # N, sampled; None without samples
     agents_draws: Array
+    variation: float  # of N, as a coefficient
     in_flight: float | None  # per replica, sampled
     parallel: float  # p: turns in flight of an agent that waits
     full: float  # share of samples with every slot taken and turns that wait for one
@@ -282,21 +276,18 @@ def _is_full(sample: FleetSample) -> bool:
     return bool(sample.slots) and running >= (sample.slots or 0) * len(sample.in_flight) < sample.open_turns
 
 
-def operating(
-    turns: Sequence[ObservedTurn], samples: Sequence[FleetSample], since: float, until: float, rng: Any
-) -> Operating:
+def operating(turns: Array, samples: Sequence[FleetSample], since: float, until: float, rng: Any) -> Operating:
     """Measure a run over [since, until]. X's draws come from counts in 16 equal parts of that time (batch means)."""
     import numpy as np
 
-    over = [turn for turn in turns if since <= turn.end <= until]
-    done = [turn for turn in over if not turn.is_aborted]
-    waits = [turn.queue_s + turn.seconds for turn in over]
+    over = turns[(turns["end"] >= since) & (turns["end"] <= until)]
+    done, waits = over[~over["is_aborted"]], over["queue_s"] + over["seconds"]
     length = max(until - since, EPSILON)
-    counts, _ = np.histogram([turn.end for turn in done], bins=16, range=(since, since + length))
+    counts, _ = np.histogram(done["end"], bins=16, range=(since, since + length))
     error = interval_widening(16, 1) * float(np.std(counts, ddof=1)) / 4 / max(1.0, float(np.mean(counts)))
     per_s = len(done) / length
     looks = [sample for sample in samples if since <= sample.at <= until]
-    agents = [sample.active_agents for sample in looks if sample.active_agents is not None]
+    agents = np.array([sample.active_agents for sample in looks if sample.active_agents is not None])
     in_flight = [sum(sample.in_flight.values()) / len(sample.in_flight) for sample in looks if sample.in_flight]
     return Operating(
         since=since,
@@ -304,12 +295,13 @@ def operating(
         turns=len(done),
         per_s=per_s,
         per_s_draws=per_s * np.maximum(1 + error * rng.standard_normal(RESAMPLES), 0.01),
-        wait_s=float(np.mean(waits)) if over else 0.0,
-        slow_wait_s=float(np.quantile(waits, 0.95)) if over else 0.0,
-        think_s=sum(turn.think_s or 0.0 for turn in over) / max(1, len(over)),
+        wait_s=float(np.mean(waits)) if len(over) else 0.0,
+        slow_wait_s=float(np.quantile(waits, 0.95)) if len(over) else 0.0,
+        think_s=float(np.nansum(over["think_s"])) / max(1, len(over)),
         aborted=1 - len(done) / max(1, len(over)),
-        agents=float(np.mean(agents)) if agents else None,
-        agents_draws=np.array(agents or [math.nan], dtype=float),
+        agents=float(agents.mean()) if len(agents) else None,
+        agents_draws=agents if len(agents) else np.array([math.nan]),
+        variation=float(agents.std() / max(1.0, agents.mean())) if len(agents) else 0.0,
         in_flight=float(np.mean(in_flight)) if in_flight else None,
         parallel=max(1.0, sum(look.open_turns for look in looks) / max(1, sum(look.waiting_agents for look in looks))),
         full=sum(map(_is_full, looks)) / max(1, len(looks)),
@@ -342,53 +334,60 @@ def littles_law(here: Operating, think_s: float | None) -> dict[str, Any]:
     }
 
 
-def mix_change(turns: Sequence[ObservedTurn]) -> tuple[float, str] | None:
+def mix_change(turns: Array) -> tuple[float, str] | None:
     """When the prompt mix or the hit rate last changed, and which of the two; None if neither did.
 
     Only turns that continue a context count, by what they add to it: contexts that grow, or begin again, aren't a
     change.
     """
-    later = [turn for turn in turns if turn.is_completed and turn.output and turn.expected and turn.prompt]
+    import numpy as np
+
+    later = turns[turns["is_completed"] & (turns["output"] > 0) & (turns["expected"] > 0) & (turns["prompt"] > 0)]
+    added = np.maximum(1.0, later["prompt"] - later["expected"])
+    hits = np.minimum(1.0, np.nan_to_num(later["cached"]) / later["expected"])
     found = []
-    for least, what, figure in (
-        (math.log(MIX_RATIO), "prompt mix", lambda turn: math.log(turn.output)),
-        (math.log(MIX_RATIO), "prompt mix", lambda turn: math.log(max(1, turn.prompt - turn.expected))),
-        (HIT_CHANGE, "hit rate", lambda turn: min(1.0, (turn.cached or 0) / turn.expected)),
+    for least, what, values in (
+        (math.log(MIX_RATIO), "prompt mix", np.log(later["output"])),
+        (math.log(MIX_RATIO), "prompt mix", np.log(added)),
+        (HIT_CHANGE, "hit rate", hits),
     ):
-        index = change_point([figure(turn) for turn in later], least)
+        index = change_point(values, least)
         if index is not None:
-            found.append((later[index].begin, what))
+            found.append((float(later["begin"][index]), what))
     return max(found, default=None)
 
 
-def operating_change(turns: Sequence[ObservedTurn], samples: Sequence[FleetSample]) -> float:
+def operating_change(turns: Array, samples: Sequence[FleetSample]) -> float:
     """When the number of agents or the share of turns without an answer last changed; 0.0 if neither did."""
-    agents = [(look.at, math.log(max(1.0, look.active_agents))) for look in samples if look.active_agents is not None]
-    errors = [(turn.end, float(turn.is_aborted)) for turn in turns]
-    at, ratio = last_change(agents, math.log(STEP_RATIO)), math.log(STEP_RATIO) / 2
-    before = [number for time, number in agents if time < at]
-    after = [number for time, number in agents if time >= at]
-    levels = [sum(part) / len(part) for start in range(0, len(before), 30) if (part := before[start : start + 30])]
-    if levels and min(levels) - ratio <= sum(after) / len(after) <= max(levels) + ratio:
+    import numpy as np
+
+    looks = [(look.at, look.active_agents) for look in samples if look.active_agents is not None]
+    times, agents = np.array(looks or [(0.0, 1.0)]).T
+    numbers = np.log(np.maximum(1.0, agents))
+    at, ratio = last_change(times, numbers, math.log(STEP_RATIO)), math.log(STEP_RATIO) / 2
+    before, after = numbers[times < at], numbers[times >= at].mean()
+    levels = [before[start : start + 30].mean() for start in range(0, len(before), 30)]
+    if levels and min(levels) - ratio <= after <= max(levels) + ratio:
         at = 0.0  # batches come and go: the number has been there before
-    return max(at, last_change(errors, ERROR_CHANGE))
+    return max(at, last_change(turns["end"], turns["is_aborted"], ERROR_CHANGE))
 
 
-def think_change(turns: Sequence[ObservedTurn]) -> float:
+def think_change(turns: Array) -> float:
     """When the think time last changed; 0.0 if it never did.
 
     The first think times to end are the short ones, so those count that ended when 95 % of all would have.
     """
-    known = [(turn.arrived, turn.think_s) for turn in turns if turn.think_s is not None]
-    usual_s = sorted(seconds for _, seconds in known)[math.ceil(0.95 * len(known)) - 1] if known else 0.0
-    begun = min((at - seconds for at, seconds in known), default=0.0)
-    settled = [(at, math.log(max(seconds, 1e-3))) for at, seconds in known if at >= begun + usual_s]
-    return last_change(settled, math.log(STEP_RATIO))
+    import numpy as np
+
+    known = turns[np.isfinite(turns["think_s"])]
+    if not len(known):
+        return 0.0
+    at, seconds = known["arrived"], known["think_s"]
+    settled = at >= (at - seconds).min() + np.quantile(seconds, 0.95, method="inverted_cdf")
+    return last_change(at[settled], np.log(np.maximum(seconds[settled], 1e-3)), math.log(STEP_RATIO))
 
 
-def kv_agent_limit(
-    turns: Sequence[ObservedTurn], kv_tokens: float, replicas: int, rng: Any
-) -> tuple[float, Array] | None:
+def kv_agent_limit(turns: Array, kv_tokens: float, replicas: int, rng: Any) -> tuple[float, Array] | None:
     """N_kv and its draws: ``kv_tokens`` of all replicas divided by what a session holds, also while it thinks.
 
     That is its mean context, times the copies that moves between replicas leave behind: 1 + k·(share of turns that
@@ -396,19 +395,15 @@ def kv_agent_limit(
     """
     import numpy as np
 
-    held = [(turn.session or "", turn.prompt + (turn.output or 0)) for turn in turns if turn.prompt]
-    if not held or not kv_tokens:
+    held = turns[turns["prompt"] > 0]
+    if not len(held) or not kv_tokens:
         return None
-    places = [(turn.session, turn.replica) for turn in turns if turn.session is not None]
-    home: dict[str, str] = {}
-    moves = 0
-    for name, replica in places:
-        moves += home.get(name, replica) != replica
-        home[name] = replica
-    copies = min(replicas, 1 + replicas * moves / max(1, len(places) - len(home)))
-    _, session = np.unique([name for name, _ in held], return_inverse=True)
-    tokens, number = np.zeros((2, int(session.max()) + 1))
-    np.add.at(tokens, session, [copies * context for _, context in held])
-    np.add.at(number, session, 1.0)
-    counts = resample_counts(len(number), rng)
+    placed = turns[turns["session"] != 0]
+    placed = placed[np.argsort(placed["session"], kind="stable")]
+    goes_on = placed["session"][1:] == placed["session"][:-1]
+    moves = (goes_on & (placed["replica"][1:] != placed["replica"][:-1])).sum()
+    copies = min(replicas, 1 + replicas * moves / max(1, goes_on.sum()))
+    _, session = np.unique(held["session"], return_inverse=True)
+    tokens = copies * np.bincount(session, held["prompt"] + np.nan_to_num(held["output"]))
+    number, counts = np.bincount(session), resample_counts(session.max() + 1, rng)
     return float(kv_tokens * number.sum() / tokens.sum()), kv_tokens * (counts @ number) / (counts @ tokens)

@@ -1,4 +1,4 @@
-"""The `report` verb: a Markdown report of a run, from the history."""
+"""The `report` verb: what happened in a run, from the history, as blocks and as Markdown."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import re
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +29,77 @@ REPORT_VERDICTS = 100  # only the latest
 _REPORT_STEPS_S = (60, 300, 900, 3600, 4 * 3600, 86400, 7 * 86400)
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """A Markdown table; all columns but the first are right-aligned."""
-    lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
-    return lines + ["| " + " | ".join(map(_words, row)) + " |" for row in rows] + [""]
+@dataclass(frozen=True)
+class Heading:
+    """The title of the report (level 1) or of a section (2)."""
+
+    text: str
+    level: int = 2
 
 
-def _words(value: Any) -> str:
-    """Format a figure or text as a table cell; None is a dash."""
+@dataclass(frozen=True)
+class Sentence:
+    """A line of text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Figures and words, of which None is unknown. All columns but the first are figures."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class VerdictSpan:
+    """A verdict that stood for a while, and what the analysis said of it."""
+
+    where: str  # time, model and GPU type
+    verdict: str
+    rest: str  # flags and confidence
+    sentence: str
+
+
+Block = Heading | Sentence | Table | VerdictSpan
+
+
+def markdown(blocks: Iterable[Block]) -> str:
+    """The text of a report."""
+    lines: list[str] = []
+    for block in blocks:
+        if isinstance(block, VerdictSpan):
+            lines.append(f"- {block.where}: **{block.verdict}**{block.rest}. {words(block.sentence)}")
+            continue
+        if lines and lines[-1]:
+            lines.append("")
+        if isinstance(block, Heading):
+            lines += ["#" * block.level + f" {block.text}", ""]
+        elif isinstance(block, Sentence):
+            lines += [block.text, ""]
+        else:
+            lines += ["| " + " | ".join(block.heads) + " |", "|---" + "|---:" * (len(block.heads) - 1) + "|"]
+            lines += ["| " + " | ".join(map(_cell, row)) + " |" for row in block.rows] + [""]
+    return "\n".join(lines if not lines or not lines[-1] else [*lines, ""])
+
+
+def _cell(value: Any) -> str:
+    return words(value).replace("|", "\\|")
+
+
+def words(value: Any) -> str:
+    """Format a figure or a text of one line; None is a dash."""
     if value is None:
         return "–"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     if isinstance(value, int):
         return f"{value:,}"
-    return " ".join(str(value).split()).replace("|", "\\|")
+    return " ".join(str(value).split())
 
 
-def _at(moment: float, form: str = "%Y-%m-%d %H:%M") -> str:
+def at(moment: float, form: str = "%Y-%m-%d %H:%M") -> str:
     return time.strftime(form, time.localtime(moment))
 
 
@@ -59,11 +113,11 @@ def report_text(setting: str | None, default: Path, title: str, since: float) ->
 
 
 class Report:
-    """A Markdown report of the turns that finished at ``since`` or later, and of replica time and verdicts since."""
+    """A report of the turns that finished at ``since`` or later, and of replica time and verdicts since."""
 
     def __init__(self, file: HistoryFile, title: str, since: float) -> None:
-        self._file, self._title, self._since = file, title, since
-        self._first, self._last, self._turns, self._completed, self._sessions, self._tasks = self._row(
+        self._file, self.title, self._since = file, title, since
+        self._first, self._last, self.turns, self._completed, self._sessions, self._tasks = self._row(
             "min(coalesce(started_at, finished_at)), max(finished_at), count(*), "
             "coalesce(sum(outcome = 'completed'), 0), count(DISTINCT session), count(DISTINCT task)"
         )
@@ -81,23 +135,28 @@ class Report:
         return self._rows(columns)[0]
 
     def text(self) -> str:
-        """The whole report."""
-        parts = [self._summary(), self._replica_time(), self._verdicts()]
-        if self._turns:
-            parts[1:1] = [self._throughput(), self._durations()]
-            parts.append(self._waste())
-        return "\n".join(line for part in parts for line in part)
+        """The whole report, as Markdown."""
+        parts = [self.summary(), self.replica_time(), self.verdicts()]
+        if self.turns:
+            parts[1:1] = [self.throughput(), self.durations()]
+            parts.append(self.waste())
+        return markdown(block for part in parts for block in part)
 
-    def _summary(self) -> list[str]:
-        lines = [f"# {self._title}", ""]
-        if not self._turns:
-            return [*lines, "No turns yet." if self._since == 0 else f"No turns since {_at(self._since)}.", ""]
+    @property
+    def span(self) -> tuple[float, float]:
+        """When the first turn began and the last one ended, in s since the epoch."""
+        return self._first, self._last
+
+    def summary(self) -> list[Block]:
+        lines: list[Block] = [Heading(self.title, 1)]
+        if not self.turns:
+            return [*lines, Sentence("No turns yet." if self._since == 0 else f"No turns since {at(self._since)}.")]
         span_s = self._last - self._first
         tokens_in, tokens_out, cached = self._row("sum(prompt_tokens), sum(completion_tokens), sum(cached_tokens)")
         trimmed = "; turns before that were removed, to keep the history small" if self._is_trimmed else ""
-        lines += [f"{_at(self._first)} to {_at(self._last)}: {span_s / 3600:.2g} h{trimmed}", ""]
+        lines.append(Sentence(f"{at(self._first)} to {at(self._last)}: {words(span_s / 3600)} h{trimmed}"))
         figures: list[tuple[str, Any]] = [
-            ("turns", self._turns),
+            ("turns", self.turns),
             *(
                 (f"… {outcome}", count)
                 for outcome, count in self._rows("outcome, count(*)", "GROUP BY 1 ORDER BY 2 DESC")
@@ -110,9 +169,9 @@ class Report:
             ("tokens out", tokens_out),
             ("tokens out per second", _rate(tokens_out, span_s)),
         ]
-        return lines + _table(("", "all"), figures)
+        return [*lines, Table(("", "all"), figures)]
 
-    def _throughput(self) -> list[str]:
+    def throughput(self) -> list[Block]:
         span_s = self._last - self._first
         step = next((step for step in _REPORT_STEPS_S if span_s / step < REPORT_ROWS), _REPORT_STEPS_S[-1])
         rows = self._rows(
@@ -125,52 +184,52 @@ class Report:
         for n, turns, done, out, queue, inference, sessions in rows:
             seconds = min((n + 1) * step, self._last) - max(n * step, self._first)
             rates = _rate(done * 60, seconds), _rate(out, seconds)
-            table.append((_at(n * step), turns, *rates, _seconds(queue), _seconds(inference), sessions))
-        return ["## Throughput", "", *_table(heads, table), *self._by_replica()]
+            table.append((at(n * step), turns, *rates, _seconds(queue), _seconds(inference), sessions))
+        return [Heading("Throughput"), Table(heads, table), *self._by_replica()]
 
-    def _by_replica(self) -> list[str]:
+    def _by_replica(self) -> list[Block]:
         rows = self._rows(
             "coalesce(model, '?'), coalesce(backend, 'none'), count(*), sum(outcome = 'completed'), "
             "sum(completion_tokens), avg(ttft_ms), avg(inference_ms)",
             "GROUP BY 1, 2 ORDER BY 1, 3 DESC LIMIT 100",
         )
         heads = ("model: replica", "turns", "completed", "tokens out", "ttft s, mean", "inference s, mean")
-        table = (
+        table = [
             (f"{model}: {replica}", turns, completed, tokens, _seconds(ttft), _seconds(inference))
             for model, replica, turns, completed, tokens, ttft, inference in rows
-        )
-        return _table(heads, table)
+        ]
+        return [Table(heads, table)]
 
-    def _durations(self) -> list[str]:
+    def durations(self) -> list[Block]:
         rows = []
-        for part, words in REPORT_PARTS.items():
+        for part, meaning in REPORT_PARTS.items():
             column = f"{part}_ms"
             values = [row[0] for row in self._rows(column, f"AND {column} IS NOT NULL ORDER BY 1")]
             if values:
                 cuts = (values[math.ceil(share * len(values)) - 1] for share in (0.5, 0.9, 0.95, 0.99))
-                rows.append((f"{part}: {words}", len(values), *map(_seconds, (sum(values) / len(values), *cuts))))
+                rows.append((f"{part}: {meaning}", len(values), *map(_seconds, (sum(values) / len(values), *cuts))))
         heads = ("seconds", "turns", "mean", "p50", "p90", "p95", "p99")
-        return ["## Where the time of a turn went", "", *_table(heads, rows)]
+        return [Heading("Where the time of a turn went"), Table(heads, rows)]
 
-    def _replica_time(self) -> list[str]:
+    def replica_time(self) -> list[Block]:
         sums = self._file.replica_seconds(self._replicas_since)
         if not sums:
             return []
-        lines = ["## Replicas and GPUs", ""]
         rows = []
         for model, of_model in grouped(sums, "model").items():
             kinds = ", ".join(sorted({use.gpu_type for use in of_model} - {""})) or "none"
             rows.append((f"{model}: GPUs ({kinds})", *hours_by_state(of_model, of_gpus=True).values()))
             rows.append((f"{model}: replicas", *hours_by_state(of_model, of_gpus=False).values()))
-        lines += _table(("hours", *(state.replace("_", ", ") for state in OCCUPYING_STATES)), rows)
+        lines: list[Block] = [Heading("Replicas and GPUs")]
+        lines.append(Table(("hours", *(state.replace("_", ", ") for state in OCCUPYING_STATES)), rows))
         held = {use: seconds for use, seconds in sums.items() if use.state != "pending"}
         gpu_s = sum(seconds * use.gpus for use, seconds in held.items())
         what, total_s = ("GPU-seconds", gpu_s) if gpu_s else ("replica-seconds", sum(held.values()))
         per = (("completed turn", self._completed), ("session", self._sessions), ("task", self._tasks))
         costs = [(f"{what} per {unit}", ratio(total_s, count)) for unit, count in per if count]
-        return lines + (_table(("loading and ready", "all"), costs) if costs else [])
+        return [*lines, Table(("loading and ready", "all"), costs)] if costs else lines
 
-    def _verdicts(self) -> list[str]:
+    def verdicts(self) -> list[Block]:
         rows = self._file.query(
             f"SELECT {', '.join(VERDICT_COLUMNS)} FROM verdicts WHERE at >= ? ORDER BY model, gpu, id", self._since
         )
@@ -184,16 +243,16 @@ class Report:
                 spans.append({**verdict, "until": verdict["at"]})
         if not spans:
             return []
-        lines = ["## Verdict over time", ""]
+        lines: list[Block] = [Heading("Verdict over time")]
         for span in spans[-REPORT_VERDICTS:]:
             sure = f", {span['confidence']:.0%} sure" if span["confidence"] is not None else ""
             flags = f" [{span['flags']}]" if span["flags"] else ""
             where = f"{span['model']} ({span['gpu']})" if span["gpu"] else span["model"]
-            when = f"{_at(span['at'])}–{_at(span['until'], '%H:%M')}"
-            lines.append(f"- {when} {where}: **{span['verdict']}**{flags}{sure}. {_words(span['sentence'])}")
-        return [*lines, ""]
+            when = f"{at(span['at'])}–{at(span['until'], '%H:%M')}"
+            lines.append(VerdictSpan(f"{when} {where}", span["verdict"], flags + sure, words(span["sentence"])))
+        return lines
 
-    def _waste(self) -> list[str]:
+    def waste(self) -> list[Block]:
         in_vain = "outcome IN ('aborted', 'cut', 'error')"
         is_miss = "cache_miss IS NOT NULL"  # a few missing tokens don't count: engines cache whole blocks
         spent = f"sum(({in_vain}) * (coalesce(prompt_tokens, 0) + coalesce(completion_tokens, 0)))"
@@ -208,13 +267,13 @@ class Report:
             ("aborted, cut or failed", vain, vain_tokens, _share(vain_tokens, tokens_in)),
             ("prefilled again: expected in the cache but missing", misses, prefilled, _share(prefilled, tokens_in)),
         ]
-        lines = ["## Waste", "", *_table(("", "turns", "tokens", "of tokens in"), rows)]
+        lines: list[Block] = [Heading("Waste"), Table(("", "turns", "tokens", "of tokens in"), rows)]
         if vain_ms:
-            lines += [f"Wasted inference: {_words(vain_ms / 1000)} s.", ""]
+            lines.append(Sentence(f"Wasted inference: {words(vain_ms / 1000)} s."))
         reasons: collections.Counter[str] = collections.Counter()
         for reason, count in self._rows("cache_miss, count(*)", "AND cache_miss IS NOT NULL GROUP BY 1"):
             reasons[re.split(r" from | message ", reason)[0]] += count  # without replica names and message numbers
-        return lines + (_table(("why not in the cache", "turns"), reasons.most_common(10)) if reasons else [])
+        return [*lines, Table(("why not in the cache", "turns"), reasons.most_common(10))] if reasons else lines
 
 
 def _rate(amount: float | None, seconds: float) -> float | None:

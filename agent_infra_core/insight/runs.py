@@ -5,25 +5,49 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from agent_infra_core.insight.capacity import EPSILON, RESAMPLES, Array, CapacityModel
 from agent_infra_core.insight.turns import TurnRecord
 from agent_infra_core.protocol import MAX_RUN_TASKS
 
 MAX_RUNS = 20  # above this, the oldest is dropped
-MAX_INBOX = 10_000  # items that wait for the next document()
+MAX_INBOX = 50_000  # items that wait for the next document()
+MAX_ENDED = 20_000  # sessions
 MAX_GAPS = 500  # latest times between two answers of a task
 LEAST_DONE = 5  # tasks that must be over before the end of a run is estimated
 SILENT_FACTOR = 5.0  # a task silent for this many times its run's longest gap, and for SILENT_S, is over
 SILENT_S = 60.0
 RECENT_S = 300.0
 LISTED_STRAGGLERS = 10
-TAIL = 2.0  # exponent of the distribution of turns beyond the longest task seen
+TAIL_FROM = 0.7  # quantile of the turns of tasks beyond which their distribution is a generalised Pareto's
+TAIL_SHAPES = tuple(0.1 * number - 0.45 for number in range(18))  # 0 is exponential, 1/2 has infinite variance
+TAIL_PRIOR = (0.2, 0.35)  # mean and standard deviation of the shape, before any task is seen
 STRAGGLER_SHARE = 0.9  # a straggler has had more turns than this share of the tasks that are over
 MAX_SCHEDULED = 300  # tasks that haven't begun and are scheduled one by one; of more, the sum is shared by all agents
+
+
+class Announcement(NamedTuple):
+    """A run that a client announced, ``at`` s since the epoch."""
+
+    name: str
+    tasks: int
+    at: float
+
+
+def announcement(header: str, client: str | None, at: float) -> Announcement | None:
+    """Read ``X-Run-Tasks``: ``name=tasks``, or only the number. None if it isn't valid.
+
+    A run without a name is called like the client that announces it.
+    """
+    name, _, tasks = header.rpartition("=")
+    name = name.strip() or client or "run"
+    tasks = tasks.strip()
+    if not (tasks.isascii() and tasks.isdigit() and len(tasks) < 10 and 0 < int(tasks) <= MAX_RUN_TASKS):
+        return None
+    return Announcement(name, int(tasks), at)
 
 
 @dataclass
@@ -52,8 +76,8 @@ class Run:
     answered_s: float = 0.0  # time that replicas spent on its turns
     aborted_s: float = 0.0  # of that, on turns without an answer
 
-    def add(self, key: str, record: TurnRecord) -> None:
-        """Add a finished turn of the task ``key``."""
+    def add(self, key: str, record: TurnRecord, ended_at: float) -> None:
+        """Add a finished turn of the task ``key``, whose session ended at ``ended_at``, maybe during the turn."""
         begun = record.finished_at if record.started_at is None else record.started_at
         task = self.seen.get(key)
         if task is None:
@@ -64,10 +88,11 @@ class Run:
         gap = max(0.0, record.finished_at - task.last_end)
         self.gaps.append(gap)
         self.longest_gap = max(self.longest_gap, gap)
-        task.turns, task.last_end, task.is_over = task.turns + 1, max(task.last_end, record.finished_at), False
-        if record.session is not None:
+        task.turns, task.last_end = task.turns + 1, max(task.last_end, record.finished_at)
+        if record.session is not None and ended_at < begun:
             task.live.add(record.session)
             self.of_session.setdefault(record.session, {})[key] = task
+        task.is_over = not task.live and record.session is not None
         spent = (record.inference_ms or 0.0) / 1000
         self.answered_s += spent
         self.aborted_s += spent if record.outcome != "completed" else 0.0
@@ -91,39 +116,66 @@ class Run:
                 task.is_over = True
 
 
-def _survival(turns: Array, is_over: Array, draws: int, rng: Any) -> tuple[Array, Array]:
-    """``(turns, shares)``: the share of tasks that take more turns, a row per draw (Kaplan & Meier 1958).
+@dataclass(frozen=True)
+class Lengths:
+    """How many turns tasks take: a row, or a value, per draw.
 
-    Each draw reweights the tasks (Rubin 1981, "The Bayesian bootstrap"). Tasks that are still running count as far as
-    they are; short tasks end first, so those that are over are too short on average.
+    Up to ``threshold`` as they were seen, beyond it a generalised Pareto distribution.
+    """
+
+    turns: Array  # ascending
+    shares: Array  # of tasks that take more
+    threshold: float
+    shape: Array
+    scale: Array
+
+    def rest(self, so_far: Array, rng: Any) -> Array:
+        """Turns yet to come of tasks that have had ``so_far``: a row per draw, a column per task."""
+        import numpy as np
+
+        index = np.searchsorted(self.turns, so_far, side="right") - 1
+        lasting = np.where(index >= 0, self.shares[:, index], 1.0)
+        wanted, steps = rng.random(lasting.shape) * lasting, np.append(self.turns, np.inf)
+        drawn = np.stack([steps[np.searchsorted(-row, -level)] for row, level in zip(self.shares, wanted, strict=True)])
+        start, shape = np.maximum(so_far, self.threshold), self.shape[:, None]
+        scale = np.maximum(self.scale[:, None] + shape * (start - self.threshold), 0.5)
+        beyond = start + scale / shape * (rng.random(lasting.shape) ** -shape - 1)
+        return np.maximum(np.where(drawn > self.threshold, beyond, drawn) - so_far, 0.5)
+
+
+def task_lengths(turns: Array, is_over: Array, rng: Any, draws: int = RESAMPLES) -> Lengths:
+    """The lengths of tasks, from those that are over and those still running; short tasks end first.
+
+    Each draw reweights the tasks (Rubin 1981, "The Bayesian bootstrap") of Kaplan & Meier's estimate (1958).
     """
     import numpy as np
 
-    # One task more than was seen may take longer than any.
-    turns, is_over = np.append(turns, turns.max()), np.append(is_over, False)
     order = np.lexsort((~is_over, turns))
     turns, is_over = turns[order], is_over[order]
     weight = rng.exponential(size=(draws, len(turns)))
     at_risk = np.cumsum(weight[:, ::-1], axis=1)[:, ::-1]
-    return turns, np.cumprod(1 - weight * is_over / np.maximum(at_risk, EPSILON), axis=1)
+    shares = np.cumprod(1 - weight * is_over / np.maximum(at_risk, EPSILON), axis=1)
+    threshold = float(np.quantile(turns, TAIL_FROM))
+    return Lengths(turns, shares, threshold, *_tail(turns, is_over, threshold, draws, rng))
 
 
-def _draw_turns(turns: Array, shares: Array, so_far: Array, rng: Any) -> Array:
-    """Turns yet to come of tasks that have had ``so_far``: a row per draw, a column per task."""
+def _tail(turns: Array, is_over: Array, threshold: float, draws: int, rng: Any) -> tuple[Array, Array]:
+    """Shape and scale of a generalised Pareto distribution of the turns beyond a threshold (Pickands 1975).
+
+    Drawn from their posterior on a grid: a few long tasks don't tell a heavy tail from a light one for sure.
+    """
     import numpy as np
 
-    index = np.searchsorted(turns, so_far, side="right") - 1
-    lasting = np.where(index >= 0, shares[:, index], 1.0)
-    wanted = rng.random(lasting.shape) * lasting
-    drawn = np.stack(
-        [np.append(turns, np.inf)[np.searchsorted(-row, -level)] for row, level in zip(shares, wanted, strict=True)]
-    )
-    # Beyond the longest, on average by as much as the longest quarter exceeds the shortest of it; heavy-tailed (Lomax).
-    longer = turns[3 * len(turns) // 4 :]
-    excess = max(0.5, float(longer.mean() - longer[0])) * (TAIL - 1)
-    further = np.maximum(turns[-1], so_far) + excess * rng.pareto(TAIL, lasting.shape)
-    drawn = np.where(np.isfinite(drawn), drawn, further)
-    return np.maximum(drawn - so_far, 0.5)
+    long = turns > threshold
+    excess, ended = turns[long] - threshold, is_over[long]
+    typical = max(0.5, float(excess.sum()) / max(1, int(ended.sum())))
+    shape, scale = (part.ravel() for part in np.meshgrid(TAIL_SHAPES, typical * np.geomspace(0.2, 5.0, 30)))
+    logarithm = np.log(np.maximum(1 + shape[:, None] * excess / scale[:, None], EPSILON))
+    likelihood = -(logarithm / shape[:, None]).sum(axis=1) - (logarithm + np.log(scale)[:, None]) @ ended
+    posterior = likelihood - ((shape - TAIL_PRIOR[0]) / TAIL_PRIOR[1]) ** 2 / 2
+    chance = np.exp(posterior - posterior.max())
+    found = rng.choice(len(shape), size=draws, p=chance / chance.sum())
+    return shape[found], scale[found]
 
 
 def _finish_times(running: Array, waiting: Array, agents: int, speedup: Array) -> Array:
@@ -158,8 +210,7 @@ class Forecast:
 
     so_far: Array  # turns that each running task has had
     waiting: int  # tasks that haven't begun
-    turns: Array  # see _survival
-    shares: Array
+    lengths: Lengths
     gap_s: float
     gap_cv: float
 
@@ -168,11 +219,11 @@ class Forecast:
         import numpy as np
 
         def seconds(so_far: Array) -> Array:
-            turns = _draw_turns(self.turns, self.shares, so_far, rng)
+            turns = self.lengths.rest(so_far, rng)
             spread = max(self.gap_cv, 0.05) ** 2
             return pace * self.gap_s * spread * rng.gamma(turns / spread)
 
-        waiting = seconds(np.zeros(self.waiting)) if self.waiting else np.zeros((len(self.shares), 0))
+        waiting = seconds(np.zeros(self.waiting)) if self.waiting else np.zeros((len(self.lengths.shape), 0))
         return _finish_times(seconds(self.so_far), waiting, agents, speedup)
 
 
@@ -199,24 +250,45 @@ def _pace(model: CapacityModel | None, agents: int, then: int, more_replicas: in
 class RunBook:
     """The announced runs. A task belongs to the run whose name its id begins with; otherwise to the latest run.
 
-    ``announce``, ``add`` and ``end_session`` only queue; ``document`` does the work, in any one thread.
+    ``announce``, ``add`` and ``end_session`` only queue, in one thread; ``document`` does the work, in any one thread.
     """
 
     def __init__(self) -> None:
-        self._inbox: deque[Run | TurnRecord | str] = deque(maxlen=MAX_INBOX)
+        self._inbox: deque[Announcement | TurnRecord | tuple[str, float]] = deque(maxlen=MAX_INBOX)
         self._runs: OrderedDict[str, Run] = OrderedDict()
+        self._ended: OrderedDict[str, float] = OrderedDict()  # session → when its agent ended it
+        self._announced: OrderedDict[str, Announcement] = OrderedDict()  # the latest of each run
 
-    def announce(self, name: str, tasks: int, at: float) -> None:
-        """Begin a run, or change the number of tasks of one."""
-        self._inbox.append(Run(name, tasks, at))
+    def announce(self, run: Announcement) -> bool:
+        """Begin a run, or change the number of tasks of one. Returns False if it was announced like this before."""
+        known = self._announced.get(run.name)
+        if known is not None and known.tasks == run.tasks and known.at <= run.at:
+            return False
+        self._announced[run.name] = run
+        if len(self._announced) > MAX_RUNS:
+            self._announced.popitem(last=False)
+        self._inbox.append(run)
+        return True
+
+    def restore(
+        self, runs: Iterable[Announcement], turns: Iterable[TurnRecord], ended: Iterable[tuple[str, float]]
+    ) -> None:
+        """Continue the runs of an earlier book. Call it before anything else, from the thread that announces."""
+        for run in runs:
+            self._announced[run.name] = run
+            self._take(run)
+        for record in turns:
+            self._take(record)
+        for end in ended:
+            self._take(end)
 
     def add(self, record: TurnRecord) -> None:
         """Add a finished turn."""
         self._inbox.append(record)
 
-    def end_session(self, session: str) -> None:
-        """Record that an agent ended its session."""
-        self._inbox.append(session)
+    def end_session(self, session: str, at: float) -> None:
+        """Record that an agent ended its session, maybe before the session's last turn is added."""
+        self._inbox.append((session, at))
 
     def document(
         self,
@@ -231,20 +303,21 @@ class RunBook:
         runs = list(reversed(self._runs.values()))
         return [_run_row(run, now, model_of(run.model), ends_at.get(run.model or "", ()), rng_of) for run in runs]
 
-    def _take(self, item: Run | TurnRecord | str) -> None:
-        if isinstance(item, Run):
-            known = self._runs.get(item.name)
-            if known is not None:
-                known.tasks = item.tasks
-            self._runs.setdefault(item.name, item)
+    def _take(self, item: Announcement | TurnRecord | tuple[str, float]) -> None:
+        if isinstance(item, Announcement):
+            run = self._runs.setdefault(item.name, Run(*item))
+            run.tasks, run.announced_at = item.tasks, min(run.announced_at, item.at)
             while len(self._runs) > MAX_RUNS:
                 self._runs.popitem(last=False)
-        elif isinstance(item, str):
+        elif isinstance(item, tuple):
+            self._ended[item[0]] = item[1]
+            if len(self._ended) > MAX_ENDED:
+                self._ended.popitem(last=False)
             for run in self._runs.values():
-                run.end_session(item)
+                run.end_session(item[0])
         elif self._runs and (key := item.task or item.session) is not None:
             named = [run for name, run in self._runs.items() if key.startswith(name)]
-            (named or list(self._runs.values()))[-1].add(key, item)
+            (named or list(self._runs.values()))[-1].add(key, item, self._ended.get(item.session or "", -math.inf))
 
 
 def _run_row(
@@ -298,11 +371,9 @@ def _forecast(
 
     so_far = np.array([task.turns for task in running.values()], dtype=float)
     is_over = np.array([True] * len(over) + [False] * len(so_far))
-    turns, shares = _survival(np.concatenate([np.array(over, dtype=float), so_far]), is_over, RESAMPLES, rng)
+    lengths = task_lengths(np.concatenate([np.array(over, dtype=float), so_far]), is_over, rng)
     gaps = np.array(run.gaps)
-    forecast = Forecast(
-        so_far, waiting, turns, shares, float(gaps.mean()), float(gaps.std() / max(gaps.mean(), EPSILON))
-    )
+    forecast = Forecast(so_far, waiting, lengths, float(gaps.mean()), float(gaps.std() / max(gaps.mean(), EPSILON)))
     agents = run.agents(now) if waiting else len(running)
     draws = forecast.finish_s(agents, *_pace(model, agents, agents), rng)
     row["remaining_s"] = _interval(draws)

@@ -59,7 +59,7 @@ def read_series(file: HistoryFile, query: SeriesQuery, now: float) -> dict[str, 
     series |= {name: gauges[name] for name in (*_GAUGES, "preemptions")}
     series |= _finish_reasons(reasons, gauges["seconds"])
     runs = file.query(
-        "SELECT name, began, ended FROM runs WHERE began < ? AND coalesce(ended, ?) >= ? ORDER BY began LIMIT 100",
+        "SELECT name, at, ended FROM runs WHERE at < ? AND coalesce(ended, ?) >= ? ORDER BY at LIMIT 100",
         *(query.until, now, axis.first),
     )
     return {
@@ -235,11 +235,15 @@ def _read_gauges(file: HistoryFile, axis: _Axis, model: str | None) -> dict[str,
     if axis.is_live and len(rows) and rows[-1, 0] > axis.until - LIVE_S:  # it holds until the next one
         rows[-1, :2] += max(0.0, axis.until - rows[-1, 0])
     ran = rows[:, :2] if not model else np.array(file.query(query, *ends, ""), dtype=float).reshape(-1, 7)[:, :2]
+    [[begun, oldest]] = file.query("SELECT (SELECT min(at - seconds) FROM gauges), (SELECT min(at) FROM steps)")
     covered, whole = _integral(ran[:, 0], ran[:, 1], np.ones(len(ran)), edges), np.diff(edges)
     seconds = [
         (all_of_it if some >= MOSTLY * all_of_it else max(some, min(all_of_it, LEAST_COVERED_S))) if some else None
         for some, all_of_it in zip(covered.tolist(), whole.tolist(), strict=True)
     ]
+    if begun is not None and oldest is not None and oldest < begun - STEP_S and axis.first <= begun < axis.until:
+        at_first = int((begun - axis.first) // axis.step_s)  # an older version, without gauges, ran before them
+        seconds[at_first] = whole.tolist()[at_first]
     found: dict[str, list[Any]] = {"seconds": seconds}
     for name, values in zip(_GAUGES, rows[:, 3:].T, strict=True):
         known = ~np.isnan(values)
@@ -315,6 +319,7 @@ class SessionsQuery:
     descending: bool = True
     limit: int = 100
     offset: int = 0
+    since: float = 0.0  # s since the epoch; only sessions that were active then or later
 
 
 def find_sessions(file: HistoryFile, live: Sequence[Sequence[Any]], query: SessionsQuery) -> dict[str, Any]:
@@ -345,7 +350,8 @@ def find_sessions(file: HistoryFile, live: Sequence[Sequence[Any]], query: Sessi
 
 def _session_filter(query: SessionsQuery) -> tuple[str, list[Any]]:
     """An SQL condition and its values."""
-    terms, values = ["true"], list[Any]()
+    terms: list[str] = ["last_at >= ?"]
+    values: list[Any] = [query.since]
     if query.state != "all":
         terms.append("state = 'ended'" if query.state == "ended" else "state != 'ended'")
     if query.model is not None:

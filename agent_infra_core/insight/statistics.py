@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 from agent_infra_core.insight.capacity import EPSILON, RESAMPLES, Array
@@ -12,11 +11,16 @@ STEP_RATIO = 1.3  # change of think time, agents or a replica's speed after whic
 LEAST_SIDE = 30  # values on each side of a change
 
 
-def resample_counts(blocks: int, rng: Any) -> Array:
-    """How often each block is drawn in each of RESAMPLES resamplings."""
+def last_of_each(numbers: Array) -> Array:
+    """Index of the last occurrence of each different number."""
     import numpy as np
 
-    return rng.multinomial(blocks, np.full(blocks, 1 / blocks), size=RESAMPLES).astype(float)
+    return len(numbers) - 1 - np.unique(numbers[::-1], return_index=True)[1]
+
+
+def resample_counts(blocks: int, rng: Any, draws: int = RESAMPLES) -> Array:
+    """How often each block counts in each resampling (Rubin 1981, "The Bayesian bootstrap")."""
+    return rng.exponential(size=(draws, blocks))
 
 
 def interval_widening(blocks: int, unknowns: int) -> float:
@@ -47,11 +51,10 @@ def change_point(values: Any, least: float) -> int | None:
     return int(before[best]) if step > max(least, 6 * float(error[best])) else None
 
 
-def last_change(points: Iterable[tuple[float, float]], least: float) -> float:
-    """When the mean of ``(time, value)`` points last changed by more than ``least``; 0.0 if it never did."""
-    times, values = zip(*points, strict=True) if (points := list(points)) else ((), ())
+def last_change(times: Array, values: Array, least: float) -> float:
+    """When the mean of ``values`` at ``times`` last changed by more than ``least``; 0.0 if it never did."""
     at, start = 0.0, 0
     while (index := change_point(values[start:], least)) is not None:
         start += index
-        at = times[start]
+        at = float(times[start])
     return at

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from agent_infra_core.insight.capacity import (
@@ -20,29 +20,27 @@ from agent_infra_core.insight.capacity import (
     percent,
 )
 from agent_infra_core.insight.fit import ThinkFit
-from agent_infra_core.insight.measure import ObservedTurn
+from agent_infra_core.insight.statistics import last_of_each
 
 GOOD_UTILISATION = 0.7
 GOOD_KV_SHARE = 0.9
 
 
 def turns_per_ended(
-    turns: Sequence[ObservedTurn], name: str, think: ThinkFit, ended: Mapping[str, float], now: float
+    turns: Array, name: str, think: ThinkFit, ended: Mapping[int, float], now: float
 ) -> tuple[float, float] | None:
     """``(turns per session or task, number that ended)``; None if fewer than five ended.
 
     Dividing turns by ends is right even while most are still running. The number that ended is an expected value,
     because a silent one has only probably ended.
     """
-    last: dict[str, ObservedTurn] = {}
-    named = 0
-    for turn in turns:
-        key = turn.session if name == "session" else turn.task
-        if key is not None and turn.is_completed:
-            last[key] = turn
-            named += 1
-    over = sum(1.0 if turn.session in ended else 1 - think.presence(now - turn.end) for turn in last.values())
-    return (named / over, over) if over >= 5 else None
+    named = turns[(turns[name] != 0) & turns["is_completed"]]
+    last = named[last_of_each(named[name])]
+    over = sum(
+        1.0 if session in ended else 1 - think.presence(now - end)
+        for session, end in zip(last["session"].tolist(), last["end"].tolist(), strict=True)
+    )
+    return (len(named) / over, over) if over >= 5 else None
 
 
 def _loads(outlook: Outlook, goal_s: float | None) -> list[tuple[str, Figure, Array]]:
@@ -206,25 +204,22 @@ def figures(outlook: Outlook) -> dict[str, Any]:
     }
 
 
-def missed_gpu_share(turns: Sequence[ObservedTurn], since: float, replicas: int, until: float) -> float | None:
+def missed_gpu_share(turns: Array, since: float, replicas: int, until: float) -> float | None:
     """Share of GPU time spent on tokens that should have been cached, by the TTFT per fresh token; None if unknown."""
     import numpy as np
 
-    known = [turn for turn in turns if turn.end >= since and turn.ttft_s and turn.fresh and turn.cached is not None]
+    known = turns[(turns["end"] >= since) & (turns["ttft_s"] > 0) & (turns["fresh"] > 0) & (turns["cached"] >= 0)]
     if len(known) < LEAST_TURNS or until <= since:
         return None
-    known.sort(key=lambda turn: turn.fresh or 0)
-    tenths = np.array_split(np.array([[turn.fresh, turn.ttft_s] for turn in known], dtype=float), 10)
+    tenths = np.array_split(known[np.argsort(known["fresh"], kind="stable")], 10)
     # Medians, since some turns also waited for what was prefilled beside them.
-    fresh, ttft = np.array([np.median(part, axis=0) for part in tenths]).T
+    fresh, ttft = (np.array([np.median(part[name]) for part in tenths]) for name in ("fresh", "ttft_s"))
     token_s = max(0.0, float(np.polyfit(fresh, ttft, 1)[0])) if fresh[-1] > fresh[0] else 0.0
-    missed = sum(max(0, turn.expected - (turn.cached or 0)) for turn in known if turn.expected is not None)
+    missed = float(np.nansum(np.maximum(0.0, known["expected"] - known["cached"])))
     return missed * token_s / (replicas * (until - since))
 
 
-def cost(
-    outlook: Outlook, gpus: int, turns: Sequence[ObservedTurn], ended: Mapping[str, float], rng: Any
-) -> dict[str, Estimate]:
+def cost(outlook: Outlook, gpus: int, turns: Array, ended: Mapping[int, float], rng: Any) -> dict[str, Estimate]:
     """GPU-seconds per turn, session and task: in each second, ``gpus`` GPUs do X turns. And the share of misses."""
     here, think = outlook.here, outlook.think
     missed = missed_gpu_share(turns, here.since, int(outlook.model.replicas), here.until)

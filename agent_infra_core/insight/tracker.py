@@ -228,7 +228,7 @@ class Tracker:
 
         ``{"at", "backends": {id: {"healthy", "reason", "in_flight", "requests", "errors", "load": digest | None}},
         "queue": {"pending", "in_flight", "oldest_ms", "waiting": [...]}, "counters": {...}, "rss_bytes",
-        "connections", "stats_read": number of reads of /stats and /runs}``.
+        "connections", "waiting": {model: turns in the queue}, "stats_read": number of reads of /stats and /runs}``.
         """
         now = self._clock()
         self._relay.read(gauges)

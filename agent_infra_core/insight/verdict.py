@@ -31,7 +31,7 @@ def judge(outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]], before: str |
         sentence = f"No verdict: {reason}."
         return {"name": "NO DATA", "confidence": None, "sentence": sentence, "reason": reason, "shares": shares}
     point = [float(share) for share in outlook.model.shares(outlook.agents)]
-    drawn = np.argmax(np.stack([np.broadcast_to(d, RESAMPLES) for d in outlook.draws.shares(outlook.agents)]), axis=0)
+    drawn = np.argmax(np.stack(np.broadcast_arrays(*outlook.draws.shares(outlook.agents))), axis=0)
     counts = np.bincount(drawn, minlength=3) / RESAMPLES
     largest = VERDICTS.index(before) if before in VERDICTS and max(counts) < CONFIDENCE else int(np.argmax(counts))
     confidence = float(counts[largest])

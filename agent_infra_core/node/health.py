@@ -36,7 +36,9 @@ def read_engine_load(engine: EngineProbe, text: str) -> EngineLoad:
             loads[key] = sum(values) / len(values) if key == "kv_usage" else int(sum(values))
     caches = [_cache_tokens(labels) for labels, _ in samples.get(engine.cache_info_metric or "", ())]
     awake = [value for labels, value in samples.get(engine.sleep_metric or "", ()) if labels["sleep_state"] == "awake"]
-    return EngineLoad(**loads, kv_capacity_tokens=sum(caches) or None, is_sleeping=not all(awake) if awake else None)
+    if caches:
+        loads["kv_capacity_tokens"] = sum(caches) or None
+    return EngineLoad(**loads, is_sleeping=not all(awake) if awake else None)
 
 
 def parse_number(text: str) -> float | None:

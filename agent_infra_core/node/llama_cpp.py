@@ -8,6 +8,7 @@ import signal
 
 from agent_infra_core.errors import AgentInfraError
 from agent_infra_core.host import is_port_free
+from agent_infra_core.node.chat_template import template_with_tools
 
 
 def _wait_for_termination() -> None:
@@ -47,6 +48,8 @@ def run_llama_cpp(options: argparse.Namespace) -> int:
     parameters.cpuparams.n_threads = options.threads or max(1, len(os.sched_getaffinity(0)) // 2)
     parameters.cpuparams_batch.n_threads = parameters.cpuparams.n_threads
     parameters.endpoint_metrics = parameters.endpoint_slots = parameters.endpoint_props = True
+    if template := template_with_tools(model_path):
+        parameters.chat_template = template
     parameters.n_threads_http = slots + 64  # each waiting turn uses one, and the health probe needs one
     parameters.cache_ram_mib = 256  # the default of 8192 would fill a laptop's memory
     parameters.sse_ping_interval = 1  # at shutdown it waits for the next ping of every open stream

@@ -118,6 +118,14 @@ class StopSignals:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGCHLD):
             signal.signal(number, lambda *_: None)
 
+    def close(self) -> None:
+        """Ignore further signals: `stop` repeats them, and the default is to end this process by the signal.
+
+        Then its job would count as failed, though everything has ended in order.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+
     @property
     def is_asked(self) -> bool:
         """Whether a signal asked to drain and stop."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher
-from agent_infra_core.node.replica import make_launch, read_spec
+from agent_infra_core.node.replica import engine_environment, make_launch, read_spec
+from agent_infra_core.node.staging import StagingStopped, stage_weights
 
 RANK_POLL_S = 0.5  # interval at which a rank checks its head
 
@@ -32,7 +33,7 @@ class Rank:
         ends the rank at once. Returns the exit code."""
         try:
             while not signals.is_urgent:
-                self._follow(watcher)
+                self._follow(watcher, signals)
                 if signals.is_asked and not self._told:
                     break
                 signals.wait(RANK_POLL_S)
@@ -40,7 +41,7 @@ class Rank:
             self._end()
         return 0
 
-    def _follow(self, watcher: Watcher) -> None:
+    def _follow(self, watcher: Watcher, signals: StopSignals) -> None:
         try:
             told = self._lead.read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -51,10 +52,19 @@ class Rank:
             self._end()
             self._told = told
             if told:
-                self._process = self._start(json.loads(told), watcher)
+                self._process = self._start(json.loads(told), watcher, signals)
 
-    def _start(self, lead: Mapping[str, Any], watcher: Watcher) -> EngineProcess:
-        launch = make_launch(self._spec, self._key, lead["port"], tuple(lead["master"]), self._number)
+    def _start(self, lead: Mapping[str, Any], watcher: Watcher, signals: StopSignals) -> EngineProcess | None:
+        """Start the engine, after copying the weights if they are staged. None after a signal meanwhile."""
+        spec, weights = self._spec, None
+        if spec.stage is not None:
+            try:
+                weights = stage_weights(
+                    spec.model_path, spec.stage, engine_environment(spec), lambda *_: None, lambda: signals.is_asked
+                )
+            except StagingStopped:
+                return None
+        launch = make_launch(spec, self._key, lead["port"], tuple(lead["master"]), self._number, weights=weights)
         return EngineProcess(launch.argv, launch.environment, self._log, watcher)
 
     def _end(self) -> None:
@@ -67,5 +77,5 @@ class Rank:
 def run_rank(run_directory: str, replica: str) -> int:
     """Run the `rank` role, which srun starts on each node but the head's. Returns the exit code."""
     rank = Rank(run_directory, replica, int(os.environ.get("SLURM_PROCID", "0")) + 1)
-    with contextlib.closing(Watcher()) as watcher:
-        return rank.run(watcher, StopSignals())
+    with contextlib.closing(Watcher()) as watcher, contextlib.closing(StopSignals()) as signals:
+        return rank.run(watcher, signals)

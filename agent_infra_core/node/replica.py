@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -19,12 +20,14 @@ from typing import Any
 
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.host import is_missing, process_stamp, program_home, self_command, write_atomically
-from agent_infra_core.node.failures import PERMANENT_FAILURES, classify_failure
+from agent_infra_core.node.failures import PERMANENT_FAILURES, classify_failure, describe_exit
+from agent_infra_core.node.gate import Gate
 from agent_infra_core.node.gpus import GpuSampler, sampled_gpus
 from agent_infra_core.node.guard import server_identity
 from agent_infra_core.node.health import EngineClient, IdleWatch
 from agent_infra_core.node.hub import is_hub_id, is_in_hub_cache
 from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher, open_log, reserve_port
+from agent_infra_core.node.staging import StagingStopped, stage_weights
 from agent_infra_core.node.telemetry import LoadSampler, Telemetry
 from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, ServeSpec, replace_placeholders, spec_from_json
 
@@ -34,6 +37,8 @@ DRAIN_SETTLE_S = 0.5  # a draining engine is idle after this long without turns:
 IDLE_SETTLE_S = 3.0  # the same if it shuts itself down: the relay learns of it only when it next polls the load
 END_MARGIN_S = 3.0  # part of stop_grace reserved for the engine's shutdown
 MAX_RESTARTS = 3
+IMPORT_S = 180.0  # time for an engine's package to be imported, from a slow file system
+PROBE_HELD_S = 120.0  # how long the job of a probe waits for `doctor`
 RESTARTS_RESET_AFTER_S = 600.0  # after this long healthy, earlier restarts no longer count
 
 
@@ -57,10 +62,25 @@ def engine_environment(spec: ServeSpec) -> dict[str, str]:
     return environment
 
 
+def engine_host(spec: ServeSpec) -> str:
+    """Return the address that the engine listens on."""
+    return "127.0.0.1" if spec.is_gated else spec.bind_host
+
+
 def make_launch(
-    spec: ServeSpec, key: str, port: int, master: tuple[str, int] | None = None, node_rank: int = 0
+    spec: ServeSpec,
+    key: str,
+    port: int,
+    master: tuple[str, int] | None = None,
+    node_rank: int = 0,
+    engine_port: int | None = None,
+    weights: str | None = None,
 ) -> Launch:
-    """Prepare a run of the engine. With ``master`` None and several nodes, choose the port where they meet."""
+    """Prepare a run of the engine. With ``master`` None and several nodes, choose the port where they meet.
+
+    ``port`` is the one that others connect to; the engine listens on ``engine_port``, if that is another one.
+    ``weights`` is where the model's copy on this node is, if it was staged.
+    """
     if master is None:
         master = ("", 0)
         if spec.nodes > 1:
@@ -74,7 +94,8 @@ def make_launch(
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         environment["AGENT_INFRA_IDENTITY"] = identity
     python, program, _ = self_command("serve")
-    values = {"python": python, "program": program, "host": spec.bind_host, "port": port}
+    values = {"python": python, "program": program, "host": engine_host(spec), "port": engine_port or port}
+    values |= {"model_path": weights} if weights else {}
     values |= {"master_host": master[0], "master_port": master[1], "node_rank": node_rank}
     argv = replace_placeholders(engine.rank_argv if node_rank else engine.argv, values)
     return Launch(argv, environment, port, identity, master)
@@ -112,6 +133,7 @@ class Replica:
         self._log = self._directory / "logs" / f"{spec.replica}.log"
         self._gpus = GpuSampler(sampled_gpus(spec, {**os.environ, **spec.env}))
         self._load_sampler = LoadSampler(self._gpus)
+        self._weights: str | None = None  # the copy on this node, once it was staged
         self._is_written = False  # whether the file matches the record
         self._record = ReplicaRecord(
             replica=spec.replica,
@@ -129,6 +151,7 @@ class Replica:
             takes_priority=spec.engine.takes_priority,
             gpus=self._gpus.sample(),
             gpu_ids=spec.gpu_ids,
+            is_gated=spec.is_gated,
         )
 
     def run(self) -> int:
@@ -138,7 +161,9 @@ class Replica:
         )
         try:
             self._update(telemetry_port=telemetry.port)
-            failure = self._run_engines()
+            failure = self._stage()
+            if failure is None and not self._signals.is_asked:
+                failure = self._run_engines()
         except RefusedError as error:
             failure = ReplicaFailure("unknown", str(error), "fix it, and start the replica again")
         finally:
@@ -156,6 +181,29 @@ class Replica:
         """Return the body of ``GET /load``. Thread-safe."""
         return {"state": self._record.state, "slots": self._record.slots, **self._load_sampler.sample()}
 
+    def _stage(self) -> ReplicaFailure | None:
+        """Copy the weights to this node if the model has ``stage``. Returns the failure; None also after a signal."""
+        spec, signals = self._spec, self._signals
+        if spec.stage is None:
+            return None
+        self._update(state="loading")
+
+        def report(copied: int, total: int) -> None:
+            self._update(progress=f"{copied / 1e9:.1f}/{total / 1e9:.1f} GB staged")
+
+        try:
+            self._weights = stage_weights(
+                spec.model_path, spec.stage, engine_environment(spec), report, lambda: signals.is_asked
+            )
+        except StagingStopped:
+            return None
+        except RefusedError as error:
+            line, _, hint = str(error).partition("; ")
+            return ReplicaFailure("quota" if "free some space" in hint else "model_not_found", line, hint)
+        self._note(f"the weights are in {self._weights}")
+        self._update(state="starting", progress=None)
+        return None
+
     def _run_engines(self) -> ReplicaFailure | None:
         """Run the engine, and restart it while that may help. Returns the last failure; None if stopped by a signal."""
         restarts, base_port = 0, self._spec.base_port
@@ -165,7 +213,8 @@ class Replica:
                 line = f"none of the thousand ports from {base_port} on is free"
                 return ReplicaFailure("port_in_use", line, "set base_port to another range")
             with contextlib.closing(reservation):
-                failure = self._run_engine(reservation.port)
+                run = self._run_gated if self._spec.is_gated else self._run_engine
+                failure = run(reservation.port)
             if failure is None:
                 return None
             was_ready = self._record.state == "ready"
@@ -187,10 +236,28 @@ class Replica:
         restarts = self._record.restarts + 1
         self._update(state="starting", message=message, failure=failure, restarts=restarts, port=None, progress=None)
 
-    def _run_engine(self, port: int) -> ReplicaFailure | None:
-        """Run the engine once, from start to end. Returns its failure; None if it was stopped."""
+    def _run_gated(self, port: int) -> ReplicaFailure | None:
+        """Run the engine once on a loopback port, behind a Gate at ``port``. Returns as _run_engine() does."""
+        inner = reserve_port(port + 1)
+        if inner is None:
+            line = f"none of the thousand ports from {port + 1} on is free"
+            return ReplicaFailure("port_in_use", line, "set base_port to another range")
+        with contextlib.closing(inner):
+            identity = server_identity(self._spec.replica, _node_name(self._spec), port)
+            try:
+                gate = Gate(self._spec.bind_host, port, inner.port, self._key, identity)
+            except OSError as error:
+                return ReplicaFailure("port_in_use", f"port {port}: {error.strerror}", "the next start moves on")
+            with contextlib.closing(gate):
+                return self._run_engine(port, inner.port)
+
+    def _run_engine(self, port: int, engine_port: int | None = None) -> ReplicaFailure | None:
+        """Run the engine once, from start to end. Returns its failure; None if it was stopped.
+
+        ``port`` and ``engine_port`` are as for make_launch().
+        """
         spec = self._spec
-        launch = make_launch(spec, self._key, port)
+        launch = make_launch(spec, self._key, port, engine_port=engine_port, weights=self._weights)
         self._lead(launch)
         self._note("starting: " + shlex.join(launch.argv))
         try:
@@ -199,7 +266,7 @@ class Replica:
             hint = "give the program's full path in command, or install it on this node"
             return ReplicaFailure("bad_argument", f"{launch.argv[0]} cannot be started: {error.strerror}", hint)
         client = self._load_sampler.client = EngineClient(
-            self._engine, spec.bind_host, port, self._key, launch.identity
+            self._engine, engine_host(spec), engine_port or port, self._key, launch.identity
         )
         try:
             self._update(state="loading", port=port)
@@ -325,10 +392,10 @@ def read_spec(run_directory: str, replica: str) -> tuple[ServeSpec, str]:
 
 
 def probe_node(spec: ServeSpec) -> dict[str, Any]:
-    """Return what a replica would find on this node: ``{node, python, package, gpus, model, hub}``.
+    """Return what a replica would find on this node: ``{node, python, package, import_error, gpus, model, hub}``.
 
-    ``package`` is the version of the engine's package (None: not installed), ``model`` one of local, cached, remote
-    and missing, ``hub`` whether the Hugging Face hub is reachable.
+    ``package`` is the version of the engine's package (None: not installed), ``import_error`` why Python can't import
+    it, ``model`` one of local, cached, remote and missing, ``hub`` whether the Hugging Face hub is reachable.
     """
     import importlib.metadata
     import urllib.error
@@ -359,7 +426,41 @@ def probe_node(spec: ServeSpec) -> dict[str, Any]:
         model = "missing"
     python = ".".join(str(part) for part in sys.version_info[:3])
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-    return {"node": node, "python": python, "package": version, "gpus": names, "model": model, "hub": hub}
+    problem = import_problem(package, environment) if package and version else None
+    seen = {"node": node, "python": python, "package": version, "import_error": problem, "gpus": names}
+    return {**seen, "model": model, "hub": hub}
+
+
+def import_problem(package: str, environment: Mapping[str, str]) -> str | None:
+    """Import an engine's package as the engine would. Returns the end of what Python printed if that fails."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {package}"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=IMPORT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return f"importing it took more than {IMPORT_S:g} s"
+    said = done.stderr.decode("utf-8", "replace").strip()
+    return said[-2000:] or describe_exit(done.returncode) if done.returncode else None
+
+
+def answer_probe(spec: ServeSpec, key: str, run_directory: Path) -> None:
+    """Report what a replica would find here, and answer challenges on a port, so that a tunnel to it can be tested.
+
+    Ends when `doctor` removes the specification, or after PROBE_HELD_S.
+    """
+    name = f"{spec.replica}@{_node_name(spec)}"
+    with contextlib.closing(Telemetry(spec.bind_host, key, name, dict)) as telemetry:
+        reached = {"replica": spec.replica, "host": _advertised_host(spec.bind_host), "port": telemetry.port}
+        reached["address"] = os.environ.get("AGENT_INFRA_ADDRESS") or None
+        report = json.dumps({**probe_node(spec), **reached})
+        write_atomically(run_directory / "replicas" / f".{spec.replica}.probe", report)
+        deadline = time.monotonic() + PROBE_HELD_S
+        while (run_directory / "specs" / f"{spec.replica}.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.2)
 
 
 def serve(run_directory: str, replica: str) -> int:
@@ -370,7 +471,7 @@ def serve(run_directory: str, replica: str) -> int:
     spec, key = read_spec(run_directory, replica)
     spec = dataclasses.replace(spec, bind_host=_bound_host(spec.bind_host))
     if spec.is_probe:
-        write_atomically(Path(run_directory) / "replicas" / f".{replica}.probe", json.dumps(probe_node(spec)))
+        answer_probe(spec, key, Path(run_directory))
         return 0
-    with contextlib.closing(Watcher()) as watcher:
-        return Replica(spec, key, watcher, StopSignals()).run()
+    with contextlib.closing(Watcher()) as watcher, contextlib.closing(StopSignals()) as signals:
+        return Replica(spec, key, watcher, signals).run()

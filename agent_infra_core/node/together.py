@@ -49,4 +49,5 @@ def serve_together(run_directory: str, replicas: Sequence[str]) -> int:
                 child.send_signal(signal.SIGTERM)
         urgent = signals.is_urgent
         signals.wait(TOGETHER_POLL_S)
+    signals.close()
     return max((child.returncode for child in children.values()), default=0)

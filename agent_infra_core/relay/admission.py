@@ -81,9 +81,13 @@ class Admission:
         soonest = self._soonest(model, route)
         if soonest is not None:
             return "slot" if soonest <= time.monotonic() + PATIENCE_WITH_BUSY_S else "refusal"
-        if model not in self._relay.loading:
+        if model not in self._relay.loading and not self._may_wake(model):
             return "nothing"
         return "loading" if self._relay.control.is_connected else "slot"
+
+    def _may_wake(self, model: str) -> bool:
+        """Whether the controller may wake the model once it notices that its last replica has left."""
+        return model in self._relay.wakes and any(r.is_leaving for r in self._relay.pools.get(model, ()))
 
     def is_served_by(self, turn: Turn, moment: float) -> bool:
         """Whether a replica that may serve ``turn`` takes work by then."""

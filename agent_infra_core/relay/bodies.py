@@ -8,7 +8,7 @@ import re
 import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,8 +27,12 @@ from agent_infra_core.protocol import MAX_FIGURE, TurnFinished, TurnStarted
 if TYPE_CHECKING:
     from agent_infra_core.relay.book import Turn
 
+ROUTED_FIELDS = (
+    *("model", "stream", "stream_options", "priority", "previous_response_id"),
+    *("n", "max_tokens", "max_completion_tokens"),
+)
 # The fields that are read besides messages; the last two stay undecoded.
-KNOWN_FIELDS = ("model", "stream", "stream_options", "priority", "prompt", "input", "tools", "system")
+KNOWN_FIELDS = (*ROUTED_FIELDS, "prompt", "input", "tools", "system")
 _CACHE_MARK = re.compile(rb',\s*"cache_control":\s*\{[^{}]*\}|"cache_control":\s*\{[^{}]*\}\s*,?\s*')
 _OPENING = re.compile(rb"\s*\{(?=\s*[^\s}])")  # of an object that isn't empty
 # A megabyte of JSON is read in 2 ms if it is text, in 150 ms if it is millions of empty lists.
@@ -111,8 +115,7 @@ class Codec:
         )
         self.decode: Callable[[bytes], Any] = msgspec.json.Decoder().decode
         self.convert: Callable[..., Any] = msgspec.convert
-        routing_fields = ("model", "stream", "stream_options", "priority", "previous_response_id")
-        routed = [(name, Any, None) for name in routing_fields]
+        routed = [(name, Any, None) for name in ROUTED_FIELDS]
         words: list[Any] = [("messages", list[msgspec.Raw], ()), ("prompt", Any, None), ("input", Any, None)]
         words += [(name, msgspec.Raw, msgspec.Raw(b"")) for name in ("tools", "system", "instructions")]
         call = msgspec.defstruct("Call", [("id", str, "")])
@@ -144,7 +147,7 @@ class Codec:
         return self._raw(b"[" + b",".join(packs) + b"]")
 
     def request(self, body: bytes | bytearray, known: KnownBody | None = None) -> Any:
-        """Return the fields that routing needs (``model``, ``stream``, ``stream_options``), and those with text if they
+        """Return the fields that routing needs (ROUTED_FIELDS), and those with text if they
         have the usual types; None if the body isn't a JSON object. If the body continues ``known``, ``messages`` are
         the new ones."""
         if len(body) > LIGHT_BODY_BYTES and body.count(b",") > MAX_READ_VALUES:
@@ -349,6 +352,16 @@ def with_priority(body: bytes | bytearray, priority: int) -> tuple[bytes, memory
     empty."""
     opening = _OPENING.match(body)
     return (b'{"priority":%d,' % priority, memoryview(body)[opening.end() :]) if opening is not None else None
+
+
+def refuse_unsupported(fields: Any, lacks: Collection[str]) -> None:
+    """Raise RequestError 400 if an engine that lacks this (LACKS) can't answer a request."""
+    if "choices" in lacks and isinstance(fields.n, int) and fields.n > 1:
+        message = "n must be 1: this engine reports the usage of one choice only; send the request once for each choice"
+        raise RequestError(400, message)
+    counts = (fields.max_tokens, fields.max_completion_tokens)
+    if "empty_answers" in lacks and any(type(count) is int and count == 0 for count in counts):
+        raise RequestError(400, "max_tokens must be at least 1")
 
 
 def form_model(body: bytes | bytearray) -> str | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from agent_infra_core.http.errors import RequestError
 from agent_infra_core.http.events import MAX_TRACED_BYTES, NO_DIGEST, AnswerDigest, EventStream, conversation_key
 from agent_infra_core.protocol import NO_GAPS, EventBatch, Histogram, SessionEnded, TurnAnswering, TurnSent
-from agent_infra_core.relay.bodies import KnownBodies, form_model
+from agent_infra_core.relay.bodies import KnownBodies, form_model, refuse_unsupported
 from agent_infra_core.relay.requests import RequestPlan
 from agent_infra_core.routing.affinity import Placement, SessionTurn
 from agent_infra_core.routing.strategies import ANYWHERE, RouteRequest
@@ -137,6 +137,8 @@ class TurnBook:
             if fields is None:
                 raise RequestError(400, "the body is not a JSON object")
         model = self._model_of(plan.model, form_model(body) if fields is None else fields.model)
+        if (pool := self._relay.pools.get(model)) and (lacks := pool[0].backend.lacks) and fields is not None:
+            refuse_unsupported(fields, lacks)
         self.count = count = self.count + 1
         name = f"{self._prefix}-{count}"
         self.turns[name] = turn = Turn(name, model, plan, self._relay.settings.proxy.capture_text)
@@ -278,7 +280,7 @@ class TurnBook:
         # fmt: off
         return self._relay.codec.turn_started(  # by position: in the order of TurnStarted
             turn.id, turn.arrived_at, turn.model, turn.path.decode("ascii"), turn.session, labels.task, labels.client,
-            turn.is_stream, labels.pre_ms, labels.post_ms, turn.prompt, turn.prints, turn.follows,
+            turn.is_stream, labels.pre_ms, labels.post_ms, turn.prompt, turn.prints, turn.follows, labels.run,
         )
         # fmt: on
 

@@ -348,13 +348,13 @@ class ClientConnection:
         """Count ``size`` more bytes of this body against both limits."""
         if self.held_bytes + size > limit:
             raise RequestError(413, f"the body is larger than {limit} bytes", closes=True)
-        bodies = self.relay.bodies
-        if not bodies.has_room(self.identity, size):
-            bodies.make_room(self.identity, size, self.relay.connections)
-        if not bodies.has_room(self.identity, size):
-            raise RequestError(429, "too many bytes of requests are held already", retry_after_s=1, closes=True)
+        bodies, client = self.relay.bodies, self.identity
+        if not bodies.has_room(client, size):
+            bodies.make_room(client, size, self.relay.connections)
+            if not bodies.has_room(client, size):
+                raise RequestError(429, "too many bytes of requests are held already", retry_after_s=1, closes=True)
         self.held_bytes += size
-        bodies.add(self.identity, size)
+        bodies.add(client, size)
 
     def release_body(self) -> None:
         """Forget the body; safe to call again."""

@@ -86,6 +86,12 @@ class LiveReplica:
         self.capacity = 1 if self.health == "trial" else backend.slots
 
     @property
+    def is_leaving(self) -> bool:
+        """Whether it is ending by itself, and the controller hasn't noticed yet."""
+        load: Mapping[str, Any] = self.load if isinstance(self.load, dict) else {}
+        return self.backend.state == "ready" and load.get("state") == "draining"
+
+    @property
     def has_room(self) -> bool:
         """Whether it takes work and has a free slot."""
         return self.accepts_work and not 0 < self.capacity <= self.in_flight

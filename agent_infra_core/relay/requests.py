@@ -36,6 +36,7 @@ class Labels:
     post_ms: float | None
     ends_session: bool
     is_retry: bool  # a client library sends the same body again
+    run: str | None  # X-Run-Tasks
 
 
 @dataclass(slots=True)
@@ -77,6 +78,7 @@ class LabelReader:
             None if is_retry else _milliseconds(get(self._post)),
             get(b"x-session-end", b"").lower() == b"true",
             is_retry,
+            _text(get(b"x-run-tasks")),
         )
 
 

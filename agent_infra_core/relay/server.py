@@ -91,6 +91,7 @@ class Relay:
         self.keeps_sessions = False  # session_affinity, with the strategy that it goes with
         self.models: list[str] = []
         self.loading: frozenset[str] = frozenset()
+        self.wakes: frozenset[str] = frozenset()  # models that the controller brings back when a turn asks for them
         self.replicas: dict[str, LiveReplica] = {}
         self.pools: dict[str, list[LiveReplica]] = {}
         self.connections: set[ClientConnection] = set()
@@ -134,6 +135,7 @@ class Relay:
                 client.authorization = None
         self.models = list(table["models"])
         self.loading = frozenset(table.get("loading") or ())
+        self.wakes = frozenset(table.get("wakes") or ())
         former, self.replicas = self.replicas, {}
         for row in rows:
             replica = former.get(row.id)
@@ -236,6 +238,7 @@ class Relay:
             },
             "rss_bytes": int(os.pread(self._statm, 100, 0).split()[1]) * os.sysconf("SC_PAGE_SIZE"),
             "connections": len(self.connections),
+            "waiting": Counter(turn.model for turn in self.admission.waiting()),
             "stats_read": self.stats_read,
         }
 

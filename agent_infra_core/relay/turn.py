@@ -445,6 +445,7 @@ class Exchange:
             path=turn.path,
             wanted_text=turn.wanted_text,
             traces=turn.follows is not None,
+            adds_indices="response_indices" in self._replica.backend.lacks,
         )
         turn.stream = self.events
         return returned_head(self.head, turn.answer_fields(), None, self._to_chunks, not self._to_chunks)

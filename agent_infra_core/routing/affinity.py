@@ -24,6 +24,7 @@ LOAD_WEIGHT = 4.0  # of the slowdown by the sessions that live on a replica
 MIN_EVIDENCE_TOKENS = 1024  # a shorter prefix that wasn't cached says nothing: engines cache whole blocks
 ENDS_SOON_S = 1e6  # added to the score of a replica whose walltime ends too soon: better than none
 LONGEST_HOLD_S = 60.0  # that a turn waits for room in a KV cache; then it goes on, and another session is evicted
+LEAST_RETURNS = 1.0  # turns that a session must be expected to have still for its context to be worth a wait
 RETURNS_SOON = 0.9  # share of sessions that send their next turn within ``SessionRouter.return_s``
 MEASURE_EVERY_S = 0.05  # per replica: more turns add nothing to the fitted rates
 REFRESH_S = 0.05  # age of prices, and of what is known of silent sessions
@@ -101,7 +102,7 @@ class SessionRouter:
         self._turns_s = self._think_s = 1.0
         self._mean_slowness = 1.0
         self._further_turns, self._started = 100.0, 10.0  # decayed counts: turns after a session's first; sessions
-        self._refreshed_at = -math.inf
+        self._refresh(-math.inf)
 
     @property
     def horizon(self) -> float:
@@ -153,7 +154,7 @@ class SessionRouter:
         context = self._live_tokens / len(self._live) if self._live else 1.0
         prefill_s, neighbour_s, base_s, load_s, in_turns, first_stay_s, stay_s = self._prices
         load_s, ends_by = load_s / context, now + (first_stay_s if place is None else stay_s)
-        prefix, holds, waits = turn.prefix, self.holds and waited_s < LONGEST_HOLD_S, waited_s < prefill_s * cached
+        prefix, holds, waits = turn.prefix, self._may_hold and waited_s < LONGEST_HOLD_S, waited_s < prefill_s * cached
         best, lowest, ties = None, math.inf, 0
         for view in views:
             belief = view.belief
@@ -190,12 +191,16 @@ class SessionRouter:
         return None if best is not None and 0 < best.capacity <= best.in_flight else best
 
     def _refresh(self, now: float) -> None:
-        """Retire silent sessions, and set the prices: seconds that a turn costs per token to prefill, per turn that is
-        beside it, in any case, and per context that lives beside it, in its session's expected turns. Then the share
-        of their time that sessions spend in turns, and the seconds for which a replica must last for a session's first
-        turn and for a later one: a session that lives somewhere can leave between two turns."""
+        """Retire silent sessions, decide whether turns may be held, and set the prices.
+
+        These are the seconds that a turn costs per token to prefill, per turn that is beside it, in any case, and per
+        context that lives beside it, in its session's expected turns. Then the share of their time that sessions spend
+        in turns, and the seconds for which a replica must last for a session's first turn and for a later one: a
+        session that lives somewhere can leave between two turns.
+        """
         self._refreshed_at = now
         self._expire(now)
+        self._may_hold = self.holds and self.horizon >= LEAST_RETURNS
         rates, output, turn_s = self.rates, self._output, self._turns_s
         in_turns, neighbour_s = turn_s / (turn_s + self._think_s), output * rates.neighbour_s
         load_s = LOAD_WEIGHT * self.horizon * neighbour_s * in_turns

@@ -38,7 +38,7 @@ class TunnelTarget:
     host: str  # address that the engine listens on, as the node sees it
     port: int
     telemetry_port: int | None
-    is_guarded: bool  # whether the engine itself answers the keyed challenge
+    is_guarded: bool  # whether the server on ``port`` itself answers the keyed challenge
     mode: str  # login | node | exec | none
     address: str | None = None  # the node's, as Slurm knows it; None: its name
 
@@ -148,7 +148,7 @@ class MasterLink(Link):
             raise
 
     def broke(self) -> str | None:
-        return None if self._master.is_alive else "the SSH connection was lost"
+        return None if self._master.is_usable else "the SSH connection was lost"
 
     def watch(self, wake: Callable[[], None]) -> None:
         self._wake = wake
@@ -162,7 +162,7 @@ class MasterLink(Link):
             self._master.unwatch(self._wake)
         if is_silent and self._is_nodes:
             self._master.close()
-        if self._master.is_alive:
+        if self._master.is_usable:
             for port, target in zip(self.ports, self._targets, strict=False):
                 self._master.cancel(port, target)
 

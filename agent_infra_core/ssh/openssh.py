@@ -122,6 +122,12 @@ class OpenSshMaster:
         child = self._child
         return child is not None and child.is_alive
 
+    @property
+    def is_usable(self) -> bool:
+        """Whether the connection exists: this process's, or the one of another that it uses."""
+        child = self._child
+        return child.is_alive if child is not None else self._answers(self._control)
+
     def ensure(self, deadline: float, should_stop: Callable[[], bool] = lambda: False) -> None:
         """Connect, unless this process or another of the deployment has. Raises HostUnreachableError, LoginError."""
         with self._lock:

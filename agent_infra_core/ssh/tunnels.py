@@ -324,7 +324,7 @@ class TunnelSet:
             host=record.host,
             port=record.port,
             telemetry_port=record.telemetry_port,
-            is_guarded=record.engine in self._guarded,
+            is_guarded=record.is_gated or record.engine in self._guarded,
             mode=mode,
             address=record.address,
         )

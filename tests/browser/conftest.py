@@ -36,7 +36,11 @@ def chromium() -> Iterator[Any]:
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=binary, args=["--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"]
+            executable_path=binary,
+            args=[
+                *("--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"),
+                "--host-resolver-rules=MAP *.example 127.0.0.1",  # names of web pages that tests serve
+            ],
         )
         yield browser
         browser.close()

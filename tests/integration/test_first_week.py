@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from program import Program, is_listening, wait_for
 from testbed.slurm import SlurmBed
 from weights import packaged_gguf
 
-from agent_infra import load_config
+from agent_infra import Deployment, load_config
+from agent_infra_core.control import scaling
 
 EVALUATION = """\
 import json, os, sys, time, urllib.request
@@ -97,6 +99,71 @@ def test_launch_serves_a_model_without_a_configuration(app: Program) -> None:
     assert app.chat()[0]["choices"]
     assert running.end() == 0
     assert [line for line in running.lines if line.startswith("stopped ")] == ["stopped proxy, smollm2-1"]
+
+
+def test_a_turn_wakes_a_model_that_idleness_has_shut_down(app: Program) -> None:
+    ports = {"base_port": app.port + 1, "idle_shutdown_minutes": 0.05}
+    app.configure(models=[{"name": "smollm2", "model_path": "smollm2-135m-instruct", "engine": "llama_cpp", **ports}])
+    assert app.run("start", "--detach").returncode == 0
+    assert app.run("connect", "--background").returncode == 0
+    wait_for(lambda: [row for row in app.status()["replicas"] if row["is_idle"]], "its end")
+    assert app.chat()[0]["choices"]  # waits while it loads
+    assert "it sleeps; 0 → 1 replicas" in app.run("logs", "proxy").stdout
+    assert app.run("stop").returncode == 0
+
+
+def test_replicas_follow_the_queue_up_to_the_most(app: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, whose clock of the decision can be quickened; the replicas, the relay and the turns are real."""
+    monkeypatch.setattr(scaling, "UP_AFTER_S", 1.0)
+    monkeypatch.setattr(scaling, "DOWN_AFTER_S", 3.0)
+    bounds = {"min_replicas": 1, "max_replicas": 2, "base_port": app.port + 1}
+    engine = {"name": "smollm2", "model_path": "smollm2-135m-instruct", "engine": "llama_cpp", **bounds}
+    app.configure(models=[{**engine, "engine_args": ["--max-num-seqs", "1", "--threads", "1"]}])
+    lines: list[str] = []
+    deployment = Deployment(load_config(app.config), lines.append, app.environment)
+    try:
+        deployment.start(deployment.select_models())
+        deployment.claim("test")
+        deployment.connect()
+        wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 1, "the first replica")
+        agents = [threading.Thread(target=app.chat, kwargs={"max_tokens": 60}) for _ in range(12)]
+        for agent in agents:
+            agent.start()
+        wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 2, "the second replica")
+        for agent in agents:
+            agent.join(PATIENCE_S)
+        wait_for(lambda: len(deployment.cluster.replicas()) == 1, "the end of one")
+        assert deployment.wanted() == {"smollm2": 1}
+        assert [line.partition("; ")[2] for line in lines if "→" in line] == ["1 → 2 replicas", "2 → 1 replicas"]
+    finally:
+        deployment.stop(now=True)
+
+
+def test_replicas_of_a_node_share_one_copy_of_the_weights_on_its_own_disk(app: Program) -> None:
+    stage = app.folder / "local"
+    staged = {"engine": "llama_cpp", "model_path": str(packaged_gguf()), "base_port": app.port + 1, "replicas": 2}
+    app.configure(models=[{"name": "smollm2", **staged, "stage": str(stage)}])
+    started = app.run("start")
+    assert started.returncode == 0, started.stdout + started.stderr
+    [copy] = stage.rglob("*.gguf")
+    for replica in ("smollm2-1", "smollm2-2"):
+        assert f"--model-path {copy} " in app.run("logs", replica).stdout
+    assert app.run("stop").returncode == 0
+
+
+def test_a_node_whose_disk_is_too_small_for_the_weights_says_so(app: Program) -> None:
+    disk = app.folder / "small"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True, timeout=PATIENCE_S)
+    try:
+        staged = {"engine": "llama_cpp", "model_path": str(packaged_gguf()), "base_port": app.port + 1}
+        app.configure(models=[{"name": "smollm2", **staged, "stage": str(disk)}])
+        started = app.run("start")
+        assert started.returncode == 1
+        assert "quota: stage: the weights need 0.1 GB" in started.stdout + started.stderr
+        assert "free some space there" in started.stdout + started.stderr
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True, timeout=PATIENCE_S)
 
 
 def test_init_asks_slurm_and_writes_a_configuration_that_slurm_accepts(slurm: SlurmBed, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
+from otlp_receiver import attributes, otlp_receiver
 from patience import PATIENCE_S
 from program import Program, once_told, wait_for
 from relay_harness import Client
@@ -75,6 +76,23 @@ def test_what_agents_did_is_told_over_time_and_by_session_even_to_the_next_contr
     ended = get(app, "/stats/sessions/web-0")
     assert [(row["number"], row["prompt"]) for row in ended["turns"]] == [(2, "1 of 0"), (1, "0 of 0")]
     wait_history(app, "/history?from=0&points=2000", has_all)
+
+
+def test_turns_reach_an_otlp_receiver_and_text_stays_here(app: Program, engine: FakeEngine) -> None:
+    pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
+    with otlp_receiver() as receiver:
+        app.config.write_text(json.dumps({"otel": {"endpoint": receiver.endpoint}}))
+        proxy = app.bring_up_proxy(engine.port, "--config", str(app.config), model="m")
+        with Client(app.port) as client:
+            for session in ("a", "b", "a"):
+                words = [{"role": "user", "content": "secret"}]
+                assert client.chat({"X-Session-ID": session}, messages=words, stream=True).status == 200
+        assert proxy.end() == 0  # the rest is sent at the end
+        told = [attributes(span) for span in receiver.spans]
+        assert sorted(each["gen_ai.conversation.id"] for each in told) == ["a", "a", "b"]
+        assert len({span.trace_id for span in receiver.spans}) == 2
+        assert {each["agent_infra.replica"] for each in told} == {"m-1"}
+        assert "secret" not in str(told)
 
 
 @pytest.mark.parametrize("path", ["/history", "/sessions", "/stats/sessions/s?limit=1"])

@@ -82,6 +82,25 @@ def test_an_announced_run_is_followed_to_its_end(app: Program, engine: FakeEngin
         assert (run["name"], run["tasks"], run["model"], run["remaining_s"]["value"]) == ("night", 3, "m", 0.0)
 
 
+def test_a_run_that_a_header_announced_goes_on_under_the_next_controller(app: Program, engine: FakeEngine) -> None:
+    proxy = app.bring_up_proxy(engine.port, model="m")
+    with Client(app.port) as client:
+        for number in range(3):
+            headers = {"X-Session-ID": f"s{number}", "X-Run-Tasks": "night=4", "X-Session-End": str(number < 2)}
+            assert client.chat(headers).status == 200
+
+        def run() -> tuple[int, int, int] | None:
+            return next(((row["tasks"], row["done"], row["running"]) for row in app.get("/stats")["runs"]), None)
+
+        wait_for(lambda: run() == (4, 2, 1), "the tasks of the run")
+        assert proxy.end() == 0
+        app.bring_up_proxy(engine.port, model="m")
+    with Client(app.port) as client:
+        wait_for(lambda: run() == (4, 2, 1), "the run under the next controller")
+        assert client.chat({"X-Session-ID": "s2", "X-Session-End": "true"}).status == 200
+        wait_for(lambda: run() == (4, 3, 0), "the end of a task that began under the one before")
+
+
 # --- an agent that sends no header at all
 
 

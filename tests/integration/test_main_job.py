@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -11,9 +12,11 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from patience import PATIENCE_S
 from program import MODULE, Program, Running, is_listening, program, wait_for
@@ -70,6 +73,32 @@ def test_the_quickstart_holds_ten_turns_and_stats_follow_them(app: Program, opti
     engine = app.status()["replicas"][0]["port"]
     assert up.end(signal.SIGINT) == 0
     assert_nothing_is_left(app, [app.port, engine])
+
+
+def test_the_embedded_engine_does_or_refuses_what_sdks_ask_of_it(app: Program) -> None:
+    up = bring_up(app)
+    question: Any = [{"role": "user", "content": "Weather in Paris?"}]
+    function = {"name": "weather", "description": "tells the weather", "parameters": {"type": "object"}}
+    tools: Any = [{"type": "function", "function": function}]
+    picture: Any = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}]
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{app.port}/v1", api_key="none", max_retries=0) as client:
+        with client.responses.stream(model="smollm2", input="hi", max_output_tokens=8) as events:
+            text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+            assert text == events.get_final_response().output_text != ""
+        chat = functools.partial(client.chat.completions.create, model="smollm2", max_tokens=4)
+        usages = [chat(messages=question, **more).usage for more in ({}, {"tools": tools})]
+        sizes = [usage.prompt_tokens for usage in usages if usage is not None]
+        assert sizes[1] > sizes[0] + 30  # the model is shown the tools
+        refused: list[Callable[[], Any]] = [
+            lambda: chat(messages=question, n=2),
+            lambda: chat(messages=question, max_tokens=0),
+            lambda: chat(messages=[{"role": "user", "content": picture}]),
+            lambda: client.embeddings.create(model="smollm2", input="hi"),
+        ]
+        for call in refused:
+            with pytest.raises(openai.BadRequestError):
+                call()
+    assert up.end() == 0
 
 
 def test_start_connect_status_stop_in_steps(app: Program) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from patience import PATIENCE_S
 from program import MODULE, Program, Running, parent_of, wait_for
+from relay_harness import Client, request
 from testbed.ports import free_port
 from weights import packaged_gguf
 
@@ -227,6 +228,25 @@ def test_an_idle_replica_ends_by_itself_though_nobody_is_connected_and_start_bri
     wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 1, "it is back")
     assert app.chat()[0]["choices"]
     assert app.run("stop").returncode == 0
+
+
+def test_stop_now_tells_plain_turns_and_streams_before_their_engine_ends(app: Program) -> None:
+    app.configure(models=[scripted_model(app)])
+    connect(app)
+    with Client(app.port) as plain, Client(app.port) as streaming, Client(app.port) as asking:
+        plain.sock.sendall(request(model="smollm2", fake={"hang": True}))
+        streaming.sock.sendall(request(model="smollm2", stream=True, fake={"held_after": 1}))
+        while b"data: " not in streaming.buffer:
+            streaming.buffer += streaming.sock.recv(65536)
+        wait_for(lambda: asking.get("/queue/status").json()["in_flight"] == 2, "both turns")
+        stopped = app.run("stop", "--now")
+        assert stopped.returncode == 0, stopped.stderr
+        refused, cut = plain.read(), streaming.read()
+    # Not 502 or "the replica died": the proxy has told them before its engine was ended.
+    assert (refused.status, refused.json()["error"]["message"]) == (503, "the proxy was stopped")
+    assert json.loads(cut.events()[-1])["error"]["message"] == "the proxy was stopped"
+    assert cut.is_complete
+    wait_for(lambda: not app.processes(), "no process left")
 
 
 def test_stop_needs_no_configuration_that_can_be_read(app: Program) -> None:

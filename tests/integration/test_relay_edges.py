@@ -404,6 +404,34 @@ def test_what_an_engine_cannot_do_is_no_error_that_sdks_try_again(
         assert (turn["outcome"], turn["status"], turn["error"]) == ("error", returned, said)
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_answers_have_the_same_headers_and_refusals_the_same_words_plain_or_streamed(
+    relay: RelayProcess, engine: FakeEngine, path: str
+) -> None:
+    """Each API's client library builds its exceptions from the status and the shape of the body."""
+    relay.controller.send_table([backend(1, engine.port)], models=["m", "down"])
+    framing = {"content-type", "content-length", "transfer-encoding"}
+    requests: list[tuple[dict[str, Any], int]] = [
+        ({"model": "m"}, 200),
+        ({"model": "other"}, 404),
+        ({"model": 7}, 400),
+        ({"model": "down"}, 503),
+        ({"model": "m", "fake": {"cut": "before"}}, 502),
+        ({"model": "m", "fake": {"status": 422}}, 422),  # the engine's own words
+    ]
+    with Client(relay.port) as client:
+        for document, status in requests:
+            plain, streamed = (client.post(path, {**document, "stream": stream}) for stream in (False, True))
+            assert plain.status == streamed.status == status
+            assert plain.headers.keys() - framing == streamed.headers.keys() - framing
+            assert "x-request-id" in plain.headers
+            if status != 200:
+                assert plain.body == streamed.body
+                error = plain.json()
+                assert error["error"]["message"]
+                assert status == 422 or (error.get("type") == "error") == (path == "/v1/messages")
+
+
 def test_an_old_client_that_asks_keeps_its_connection(relay: RelayProcess) -> None:
     head = b"POST /v1/chat/completions HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n" % len(CHAT)
     with Client(relay.port) as client:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 from fake_engine import FakeEngine
 from program import Program, wait_for
-from relay_harness import Answer, Client, RelayProcess, backend
+from relay_harness import Client, RelayProcess, backend
 from testbed.ports import free_port
 
 Messages = list[dict[str, Any]]
@@ -216,28 +215,27 @@ def test_a_turn_comes_back_to_a_replica_that_it_could_not_reach(relay: RelayProc
             assert answer.result().status == 200
 
 
-def test_a_polite_clients_turn_goes_before_a_greedy_ones_queue(relay: RelayProcess) -> None:
-    """However many sessions the greedy client names."""
-    with FakeEngine(delay=0.1) as engine:
-        relay.controller.send_table([backend(1, engine.port, slots=2)], proxy={"max_queue": 1000})
-        order: list[str] = []
-        lock = threading.Lock()
-
-        def send(client_id: str, session: str) -> Answer:
-            with Client(relay.port) as client:
-                answer = client.chat({"X-Client-ID": client_id, "X-Session-ID": session})
-            with lock:
-                order.append(client_id)
-            return answer
-
-        with ThreadPoolExecutor(61) as pool:
-            greedy = [pool.submit(send, "greedy", f"g{number}") for number in range(60)]
-            wait_for(lambda: relay.controller.gauges and relay.controller.gauges[-1]["queue"]["pending"] > 20)
-            before = len(order)
-            assert pool.submit(send, "polite", "p").result().status == 200
-            after = len(order) - before
-            assert all(future.result().status == 200 for future in greedy)
-    assert after <= 8  # two slots: those at work, those that came while it travelled, and itself
+@pytest.mark.parametrize("has_new_sessions", [True, False], ids=["500 sessions", "one session"])
+def test_a_polite_clients_turn_goes_before_a_greedy_ones_queue(relay: RelayProcess, has_new_sessions: bool) -> None:
+    """Whether 500 requests of the greedy client have a new session each, or all the same one."""
+    with FakeEngine(delay=0.1) as engine, ExitStack() as stack:
+        serve(relay, [engine], {"max_queue": 1000}, slots=2)
+        greedy = [stack.enter_context(Client(relay.port)) for _ in range(500)]
+        document = json.dumps({"model": "m", "messages": [{"role": "user", "content": "hello"}]})
+        for number, client in enumerate(greedy):
+            head = f"Host: t\r\nX-Client-ID: greedy\r\nX-Session-ID: g{number if has_new_sessions else 0}"
+            length = f"Content-Length: {len(document)}"
+            client.sock.sendall(f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\n{length}\r\n\r\n{document}".encode())
+        gauges = relay.controller.gauges
+        wait_for(lambda: gauges[-1:] and gauges[-1]["queue"]["pending"] > 300, "a long queue")
+        polite = stack.enter_context(Client(relay.port))
+        before, waits = engine.call()["requests"], 3
+        for _ in range(waits):
+            assert polite.chat({"X-Client-ID": "polite", "X-Session-ID": "p"}).status == 200
+        after = engine.call()["requests"]
+        engine.call({})
+        assert [client.read().status for client in greedy] == [200] * 500
+    assert after - before <= 8 * waits  # two slots: those at work, those that came while it travelled, and itself
 
 
 def test_a_turn_that_is_held_for_a_kv_cache_says_so_and_goes_on_when_there_is_room(relay: RelayProcess) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -21,8 +22,11 @@ from weights import packaged_gguf
 
 from agent_infra_core.fleet.slurm import SlurmCluster
 from agent_infra_core.fleet.state import deployment_paths
+from agent_infra_core.host import HttpConnection
+from agent_infra_core.node.guard import server_identity
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ClusterConfig, ModelConfig, PartitionConfig, SlurmConfig
+from agent_infra_core.ssh.tunnels import verifies_identity
 
 Make = Callable[..., SlurmCluster]
 
@@ -123,6 +127,21 @@ def only_the_second_of_them_ends(bed: SlurmBed, cluster: SlurmCluster) -> None:
     cluster.stop(["w-1"])
     assert cluster.wait_stopped(["w-1"], time.monotonic() + PATIENCE_S) == []
     assert bed.jobs() == []
+
+
+def test_a_server_that_asks_for_no_key_is_reached_through_a_gate_that_does(make: Make) -> None:
+    cluster = make()
+    start(cluster, server(), 1)
+    [record] = ready(cluster, 1)
+    key = cluster.replica_key()
+    assert record.is_gated
+    assert ask(record, "/v1/chat/completions", {})[0] == 401
+    assert ask(record, "/health") == (200, b'{"status": "ok"}')
+    assert json.loads(ask(record, "/v1/chat/completions", {}, key)[1])["is_key_right"]
+    identity = server_identity(record.replica, record.node, record.port or 0)
+    with contextlib.closing(HttpConnection(record.host, record.port or 0)) as gate:
+        assert verifies_identity(gate, key, identity)
+        assert not verifies_identity(gate, "another-key", identity)
 
 
 def test_a_preempted_replica_comes_back_as_a_new_one(bed: SlurmBed, make: Make) -> None:

@@ -136,6 +136,9 @@ def assert_doctor_and_pull_reach_the_nodes(run: Program, far: FarCluster) -> Non
     assert "partitions: only1: 1 nodes" in said
     # The job runs in the preferred partition.
     assert any(re.match(rf"node: model smollm2 on {far.nodes[0]}: work_dir is shared, Python 3", line) for line in said)
+    assert any(
+        re.match(rf"node: model smollm2 on {far.nodes[0]}: reached from here; tunnel (login|node): ", x) for x in said
+    )
     pulled = run.run("pull")
     assert pulled.returncode == 0, pulled.stderr
     there = far.folder / "work" / "models" / packaged_gguf().name

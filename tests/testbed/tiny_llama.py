@@ -1,4 +1,5 @@
-"""tiny_llama.py FOLDER: a Llama of random weights with a tokenizer and a chat template, for vLLM on CPU; no network.
+"""tiny_llama.py FOLDER [HIDDEN LAYERS CONTEXT]: a Llama of random weights with a tokenizer and a chat template, for
+vLLM on CPU; no network.
 
 Runs with vLLM's Python (torch, transformers, tokenizers).
 """
@@ -12,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-CONTEXT = 2048
+HIDDEN, LAYERS, CONTEXT = map(int, sys.argv[2:5] or (64, 2, 2048))
 TEMPLATE = (
     "{% for m in messages %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{'<|im_start|>assistant\n'}}{% endif %}"
@@ -38,10 +39,10 @@ ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 torch.manual_seed(0)
 config = LlamaConfig(
     vocab_size=len(wrapped),
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=2,
+    hidden_size=HIDDEN,
+    intermediate_size=2 * HIDDEN,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HIDDEN // 32,
     num_key_value_heads=1,
     head_dim=32,  # the smallest that vLLM's attention takes on CPU
     max_position_embeddings=CONTEXT,

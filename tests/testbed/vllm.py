@@ -22,9 +22,10 @@ def vllm_python() -> str:
     return python
 
 
-def tiny_weights(folder: Path) -> str:
-    """Make the weights of a tiny Llama in ``folder``; its path."""
-    subprocess.run([vllm_python(), TESTBED / "tiny_llama.py", folder], check=True, timeout=300)
+def tiny_weights(folder: Path, *shape: int) -> str:
+    """Make the weights of a tiny Llama in ``folder``; its path. ``shape``: hidden size, layers, longest context."""
+    command: list[str | Path] = [vllm_python(), TESTBED / "tiny_llama.py", folder, *map(str, shape)]
+    subprocess.run(command, check=True, timeout=300)
     return str(folder)
 
 

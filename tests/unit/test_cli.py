@@ -149,7 +149,7 @@ VERBS = (
         "logs",
         "dashboard",
     ),
-    *("export", "report", "bundle", "proxy", "completion"),
+    *("export", "report", "replay", "bundle", "proxy", "completion"),
 )
 
 

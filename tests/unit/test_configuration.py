@@ -54,7 +54,10 @@ def test_example_yaml_shows_every_key_with_its_default() -> None:
     ("text", "message"),
     [
         (MODEL + "proxy: {stratgy: least_load}", "proxy.stratgy: unknown key; did you mean strategy?"),
-        (MODEL + "zebra: 1", "zebra: unknown key; known here: analysis, cluster, headers, models, proxy, version"),
+        (
+            MODEL + "zebra: 1",
+            "zebra: unknown key; known here: analysis, cluster, headers, models, otel, proxy, version",
+        ),
         ("models: [{nam: m, model_path: p}]", "models[0].nam: unknown key; did you mean name?"),
         (MODEL + "proxy: {port: '5800'}", 'proxy.port: found "5800"; allowed: a whole number at least 0'),
         (
@@ -80,7 +83,7 @@ def test_example_yaml_shows_every_key_with_its_default() -> None:
         (MODEL + "cluster: {ssh: {host: l, prot: 22}}", "cluster.ssh.prot: unknown key; did you mean port?"),
         (MODEL + "cluster: {ssh: {host: -oProxyCommand=x}}", "cluster.ssh.host: found"),
         (MODEL + "cluster: {ssh: login}", "cluster.ssh: a mapping of keys is needed"),
-        (MODEL + "cluster: {tunnel: maybe}", "allowed: one of auto, login, node, none"),
+        (MODEL + "cluster: {tunnel: maybe}", "allowed: one of auto, login, node, exec, none"),
         (MODEL + "cluster: {ssh: {host: login}}", "cluster.ssh: applies only to type: slurm"),
         (MODEL + "cluster: {tunnel: login}", "cluster.tunnel: applies only to type: slurm"),
         (MODEL + "cluster: {poll_interval: 5}", "cluster.poll_interval: applies only to type: slurm"),
@@ -91,8 +94,12 @@ def test_example_yaml_shows_every_key_with_its_default() -> None:
         (slurm("partitions: [{name: a}, {name: a}]"), "cluster.slurm.partitions[1].name: a is used twice"),
         (slurm("partitions: [{name: a, gres: 'gpu:h100:4'}]"), "allowed: a GRES as name or name:type"),
         (slurm("partitions: [{name: a, time_limit: 2h}]"), "cluster.slurm.partitions[0].time_limit: found"),
-        (slurm("partitions: [{name: a}], container: {runtime: docker, image: x}"), "one of apptainer, pyxis"),
+        (slurm("partitions: [{name: a}], container: {runtime: docker, image: x}"), "one of apptainer, pyxis, podman"),
         (slurm("partitions: [{name: a}], container: {runtime: pyxis}"), "cluster.slurm.container.image: is required"),
+        (
+            slurm("partitions: [{name: a}], container: {runtime: podman, image: x, mounts: [data]}"),
+            "cluster.slurm.container.mounts: found",
+        ),
         (slurm("partitions: [{name: a}], work_dir: runs"), "cluster.slurm.work_dir: found"),
         (slurm("partitions: [{name: a}], sbatch: {output: x}"), "cluster.slurm.sbatch.output: is set by this program"),
         (slurm("partitions: [{name: a}], sbatch: {clusters: x}"), "clusters: set cluster.ssh to that cluster's own"),
@@ -183,3 +190,13 @@ def test_a_deployment_is_known_from_a_configuration_with_errors_elsewhere(
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "nowhere.yaml")
     assert caught.value.deployment is None
+
+
+def test_a_proxy_alone_takes_what_concerns_it_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "other.yaml"
+    path.write_text("proxy: {port: 7000}\nanalysis: {latency_goal_s: 3}\ncluster: {name: other}\nmodels: 17\n")
+    words = ["proxy", "--backend", "m=127.0.0.1:1", "--config", str(path), "--port", "7001"]
+    config = agent_infra._proxy_config(agent_infra.build_parser().parse_args(words), ["m"])
+    assert config.analysis.latency_goal_s == 3
+    assert (config.proxy.port, config.cluster.name) == (7001, "proxy-7001")
+    assert [model.name for model in config.models] == ["m"]

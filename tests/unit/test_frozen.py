@@ -82,7 +82,9 @@ def test_the_record_of_a_replica_of_0_1_0_is_read_and_would_be_written_again_as_
     record = record_from_json((KEPT / "run/replicas/m-1.json").read_text())
     assert (record.replica, record.state, type(record)) == ("m-1", "ready", ReplicaRecord)
     was = written_by_0_1_0("run/replicas/m-1.json")
-    assert json.loads(json.dumps(dataclasses.asdict(record))) == {**was, "format": 0, "takes_priority": False}  # new
+    again = json.loads(json.dumps(dataclasses.asdict(record)))
+    assert known_of(again, was) == was
+    assert again["format"] == 0  # 0.1.0 wrote no number
 
 
 def test_what_0_1_0_told_a_replica_is_refused_by_a_serve_that_could_not_follow_it() -> None:

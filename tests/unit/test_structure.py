@@ -24,6 +24,7 @@ from agent_infra_core.settings import (
     ContainerConfig,
     HeadersConfig,
     ModelConfig,
+    OtelConfig,
     PartitionConfig,
     ProxyConfig,
     SlurmConfig,
@@ -46,6 +47,7 @@ KINDS = {
     "models": ModelConfig,
     "headers": HeadersConfig,
     "analysis": AnalysisConfig,
+    "otel": OtelConfig,
 }
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in [SOURCE, *FILES]}
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent_infra_core.fleet.doctor import CHECKS, judge_probe
 from agent_infra_core.fleet.parse import describe_span, slurm_limit_s
+from agent_infra_core.node.replica import import_problem
 from agent_infra_core.settings import ModelConfig
 
 
@@ -41,6 +44,7 @@ SEEN = {"node": "gpu07", "python": "3.11.2", "package": "0.32.0", "gpus": ["H100
     [
         ({}, ["ok", "ok", "ok"]),
         ({"package": None}, ["error", "ok", "ok"]),
+        ({"import_error": "Traceback\nOSError: libgomp.so.1: cannot open shared object file"}, ["error", "ok", "ok"]),
         ({"gpus": []}, ["ok", "warning", "ok"]),
         ({"model": "missing"}, ["ok", "ok", "error"]),
         ({"model": "remote"}, ["ok", "ok", "error"]),  # offline, and not fetched
@@ -53,3 +57,12 @@ def test_what_a_node_sees_is_judged_for_the_model_that_is_to_run_there(
     findings = list(judge_probe(ModelConfig("m", "org/m"), "model m on gpu07", {**SEEN, **change}))
     assert [finding.level for finding in findings] == levels
     assert all(finding.fix for finding in findings if finding.level != "ok")
+
+
+def test_a_package_that_is_there_but_cannot_be_imported_is_told_from_one_that_can(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import ctypes\nctypes.CDLL('libno-such.so.1')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    assert import_problem("json", environment) is None
+    problem = import_problem("broken", environment)
+    assert problem is not None
+    assert "libno-such.so.1: cannot open shared object file" in problem.splitlines()[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import socket
 from pathlib import Path
@@ -114,6 +115,40 @@ def test_progress_of_loading_is_read_from_the_progress_bar() -> None:
 def test_what_serve_decides_itself_is_refused_among_vllms_arguments(word: str) -> None:
     with pytest.raises(RefusedError, match="model chat: engine_args: --"):
         check_engine_args(ModelConfig("chat", "org/model", engine_args=(word, "x")))
+
+
+def test_sglang_is_started_with_every_key_of_its_model() -> None:
+    model = ModelConfig(
+        name="chat",
+        model_path="org/model",
+        engine="sglang",
+        gpu_memory_utilization=0.9,
+        tensor_parallel_size=2,
+        pipeline_parallel_size=3,
+        max_model_len=4096,
+        trust_remote_code=True,
+        engine_args=("--tool-call-parser", "qwen", "--reasoning-parser", "qwen3"),
+    )
+    assert replace_placeholders(render_engine(model).argv, FIRST_WORDS) == [
+        *("/env/bin/python", "-m", "sglang.launch_server", "--model-path", "org/model"),
+        *("--host", "127.0.0.1", "--port", "5901", "--served-model-name", "chat"),
+        *("--mem-fraction-static", "0.9", "--tensor-parallel-size", "2", "--pipeline-parallel-size", "3"),
+        *("--context-length", "4096", "--trust-remote-code", "--enable-metrics", "--enable-cache-report"),
+        *("--max-running-requests", "256", "--tool-call-parser", "qwen", "--reasoning-parser", "qwen3"),
+    ]
+    assert ENGINES["sglang"].slots(model) == 256
+    fewer = dataclasses.replace(model, engine_args=("--max-running-requests=8",))
+    assert ENGINES["sglang"].slots(fewer) == 8
+    with pytest.raises(RefusedError, match="--api-key is set by this program"):
+        check_engine_args(dataclasses.replace(model, engine_args=("--api-key", "x")))
+
+
+def test_an_engine_behind_a_gate_listens_on_loopback_at_a_port_of_its_own() -> None:
+    model = ModelConfig("chat", "org/model", engine="sglang")
+    spec = serve_spec("m-1", model, "/run", "/key", bind_host="0.0.0.0", is_gated=True)
+    launch = make_launch(spec, "secret-key", 5900, engine_port=5901)
+    assert (option(launch.argv, "--host"), option(launch.argv, "--port")) == ("127.0.0.1", "5901")
+    assert launch.identity.endswith(":5900")  # the gate's
 
 
 def test_llama_cpp_is_told_its_slots_threads_and_context() -> None:

@@ -17,6 +17,7 @@ from agent_infra import job_directives, render_job, shell_words
 from agent_infra_core import __version__
 from agent_infra_core.control.status import describe_replica
 from agent_infra_core.errors import RefusedError
+from agent_infra_core.fleet.containers import fetch_command
 from agent_infra_core.fleet.explain import diagnose_job, explain_pending, reconcile_record
 from agent_infra_core.fleet.parse import (
     JobEnd,
@@ -32,7 +33,7 @@ from agent_infra_core.fleet.parse import (
 )
 from agent_infra_core.fleet.place import (
     JobRequest,
-    engine_bind_host,
+    bind_options,
     idle_gpus,
     job_name,
     job_replicas,
@@ -294,15 +295,12 @@ def test_gpus_are_asked_for_as_the_site_wants_it(flag: str, gres: str, option: t
     assert {("account", "abc"), ("constraint", "a100&ib"), ("mem", "1024M")} <= set(options)
 
 
-def test_only_engines_that_ask_for_the_key_everywhere_listen_beyond_loopback() -> None:
+def test_engines_that_do_not_ask_for_the_key_everywhere_stand_behind_a_gate() -> None:
     command = ModelConfig("c", "x", engine="command", command=("s", "{port}"))
-    assert [engine_bind_host(VLLM, mode) for mode in ("auto", "login", "none", "node")] == [
-        *("0.0.0.0", "0.0.0.0", "0.0.0.0", "127.0.0.1"),
-    ]
-    assert engine_bind_host(command, "auto") == "127.0.0.1"
-    for mode in ("none", "login"):
-        with pytest.raises(RefusedError, match="set it to node"):
-            engine_bind_host(command, mode)
+    for model, is_gated in ((VLLM, False), (command, True), (dataclasses.replace(VLLM, engine="sglang"), True)):
+        for mode in ("auto", "login", "none"):
+            assert bind_options(model, mode) == {"bind_host": "0.0.0.0", "is_gated": is_gated}
+        assert bind_options(model, "node") == {"bind_host": "127.0.0.1", "is_gated": False}
 
 
 # --- What became of a replica. ---------------------------------------------------------------------------------------
@@ -490,6 +488,11 @@ REQUEST = JobRequest("d", VLLM, ("m-1",), GPU, "/h/w", "/h/w/d/run", "/h/w/progr
             SlurmConfig(),
         ),
         (
+            "sglang",
+            dataclasses.replace(REQUEST, model=dataclasses.replace(VLLM, engine="sglang"), cpus=8, memory_mb=65536),
+            SlurmConfig(setup=("source ~/venvs/sglang/bin/activate",)),
+        ),
+        (
             "apptainer",
             dataclasses.replace(REQUEST, model=ModelConfig("m", "/scratch/it's/m")),
             SlurmConfig(container=ContainerConfig("apptainer", "/images/v$llm.sif")),
@@ -498,6 +501,13 @@ REQUEST = JobRequest("d", VLLM, ("m-1",), GPU, "/h/w", "/h/w/d/run", "/h/w/progr
             "pyxis",
             dataclasses.replace(REQUEST, model=SIXTEEN, nodes=2, gpus=8),
             SlurmConfig(container=ContainerConfig("pyxis", "vllm/vllm-openai")),
+        ),
+        (
+            "podman",
+            dataclasses.replace(
+                REQUEST, model=ModelConfig("m", "org/m", env={"HF_HOME": "/scratch/it's", "HF_TOKEN": "t"})
+            ),
+            SlurmConfig(container=ContainerConfig("podman", "vllm", mounts=("/data", "/a:/b:ro"), env={"X": "secret"})),
         ),
     ],
 )
@@ -508,6 +518,28 @@ def test_the_script_is_the_golden_one_and_the_shell_can_read_it(
     golden = GOLDEN / f"{name}.sbatch"
     assert script.replace(__version__, "VERSION") == golden.read_text()
     subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=PATIENCE_S)
+
+
+@pytest.mark.parametrize(
+    ("container", "command"),
+    [
+        (None, 'exec "${AGENT_INFRA_PYTHON:-python3}" /h/w/p.pyz fetch org/m'),
+        (ContainerConfig("apptainer", "v.sif"), "exec apptainer exec --bind /h/w "),
+        (
+            ContainerConfig("pyxis", "v"),
+            "exec srun --nodes=1 --ntasks=1 --partition=fast --account=abc --container-image=v",
+        ),
+        (ContainerConfig("podman", "v"), " -e HF_TOKEN "),
+    ],
+)
+def test_models_are_pulled_with_the_python_of_the_container(container: ContainerConfig | None, command: str) -> None:
+    partitions = (PartitionConfig("slow"), PartitionConfig("fast", priority=2))
+    slurm = SlurmConfig(partitions, account="abc", container=container)
+    text = fetch_command(slurm, ModelConfig("m", "org/m", env={"HF_TOKEN": "hush"}), "/h/w", "/h/w/p.pyz")
+    assert command in text
+    assert text.endswith("/h/w/p.pyz fetch org/m")
+    assert "hush" not in text
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True, timeout=PATIENCE_S)
 
 
 def test_a_partitions_options_win_and_null_takes_one_away() -> None:

@@ -12,6 +12,7 @@ from agent_infra_core.http.bodies import LAST_CHUNK, BodyDecoder, encode_chunk
 from agent_infra_core.http.events import (
     AnswerDigest,
     EventStream,
+    ResponseIndices,
     answer_text_and_calls,
     message_fingerprint,
 )
@@ -349,3 +350,23 @@ def test_a_whole_answers_text_is_its_first_choices_without_its_reasoning(
     document: dict[str, Any], expected: tuple[str, list[str]]
 ) -> None:
     assert answer_text_and_calls(document) == expected
+
+
+def test_events_of_responses_get_the_indices_that_they_miss() -> None:
+    indices = ResponseIndices()
+
+    def complete(document: dict[str, Any]) -> Any:
+        name, _, data = indices.complete(b"event: x\ndata: " + json.dumps(document).encode() + b"\n\n").partition(b"\n")
+        assert name == b"event: " + document["type"].encode()
+        return json.loads(data.removeprefix(b"data: "))
+
+    created = complete({"type": "response.created", "response": {"id": "r"}})
+    assert (created["sequence_number"], created["response"]) == (0, {"id": "r", "output": []})
+    for number, name in enumerate(("one", "two")):
+        added = complete({"type": "response.output_item.added", "item": {"id": name}})
+        assert (added["output_index"], "content_index" in added) == (number, False)
+        delta = complete({"type": "response.output_text.delta", "item_id": name, "delta": "x"})
+        assert (delta["output_index"], delta["content_index"], delta["delta"]) == (number, 0, "x")
+    kept = {"type": "response.output_text.delta", "item_id": "one", "output_index": 7, "content_index": 3}
+    assert complete(kept) == {**kept, "sequence_number": 5}
+    assert indices.complete(b": ping\n\n") == b": ping\n\n"

@@ -164,7 +164,7 @@ def test_where_no_share_is_the_largest_for_sure_the_verdict_is_balanced() -> Non
     balance = next(
         agents for agents in range(40, 400) if SIMULATED.shares(agents)[0] < SIMULATED.shares(agents)[2]
     )  # as many agents as make think time and contention equal
-    verdict = entry_of(planted_run(balance, 400))["verdict"]
+    verdict = entry_of(planted_run(balance, 800))["verdict"]
     assert verdict["name"] == "BALANCED"
     assert verdict["confidence"] < 0.9
 

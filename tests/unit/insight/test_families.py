@@ -8,11 +8,13 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from families import FAMILIES, SETTLE_S, Family, Habits, Watched, thinking
 
 from agent_infra_core.insight.analysis import CapacityAnalysis
-from agent_infra_core.insight.capacity import Basis, Estimate
+from agent_infra_core.insight.capacity import Basis, CapacityModel, Estimate
+from agent_infra_core.insight.fit import ServiceFit, _cure_model
 from agent_infra_core.insight.verdict import find_flags
 
 FAMILY = {family.name: family for family in FAMILIES}
@@ -46,6 +48,47 @@ def test_turns_without_a_think_time_are_not_charged_one(name: str, seconds: floa
     entry = entry_of(name, seconds)
     assert entry["littles_law"]["holds"] is True
     assert entry["verdict"]["name"] in ("AGENT-BOUND", "BALANCED")
+
+
+def silent_agents(long_share: float, seconds: float) -> tuple[Any, Any]:
+    """Ascending silences and which of them are over, of agents that abandon a session after 15 turns or so."""
+    rng = np.random.default_rng(5)
+    found = []
+    for _ in range(150):
+        now = rng.uniform(0, 5)
+        while now < seconds:
+            thinks_s = rng.exponential(120.0 if rng.random() < long_share else 5.0)
+            is_over = rng.random() > 1 / 15 and now + thinks_s < seconds
+            found.append((thinks_s if is_over else seconds - now, float(is_over)))
+            now += thinks_s + 4.0
+    durations, over = np.array(sorted(found)).T
+    return durations, over
+
+
+@pytest.mark.parametrize(("long_share", "seconds", "mean_s"), [(0.1, 600.0, 16.5), (0.0, 120.0, 5.0)])
+def test_long_tool_calls_are_told_from_sessions_that_were_abandoned(
+    long_share: float, seconds: float, mean_s: float
+) -> None:
+    durations, over = silent_agents(long_share, seconds)
+    means, left, _, has_long = _cure_model(durations, over, np.ones((1, len(durations))))
+    assert means[0] == pytest.approx(mean_s, rel=0.25)
+    assert left == pytest.approx(1 / 15, rel=0.25)
+    assert has_long == (long_share > 0)
+
+
+def test_nothing_is_said_while_silent_sessions_may_be_thinking_or_gone() -> None:
+    entry = entry_of("tests_silent")
+    assert entry["verdict"]["name"] == "NO DATA"
+    assert "X-Session-End" in entry["verdict"]["reason"]
+    assert entry["fit"]["think_s"]["low"] is not None  # the range is told all the same
+
+
+def test_one_more_replica_beside_a_slow_one_is_a_fast_one() -> None:
+    """A slow replica's share of the turns becomes smaller: the fleet's mean factor falls from 5/4 to 6/5."""
+    nothing = np.zeros(1)
+    fit = ServiceFit(1.25, 0.25, nothing, nothing, 8.0, False, (1.25, 1.25), {}, {})
+    model = fit.with_replica(CapacityModel(4, fit.base_s, fit.per_request_s, 10.0))
+    assert (model.replicas, model.base_s, model.per_request_s) == (5, pytest.approx(1.2), pytest.approx(0.24))
 
 
 def test_agents_that_send_several_turns_at_once_are_still_counted_once() -> None:
@@ -103,11 +146,12 @@ def test_contexts_that_grow_do_not_start_the_fit_over() -> None:
 def test_a_change_in_mid_run_is_judged_right_within_a_minute_and_stays_so(name: str) -> None:
     family = replace(FAMILY[name], change_s=120.0)
     after = [
-        entry["verdict"]["name"]
+        entry
         for entry in watch(family, family.change_s + SETTLE_S + 60.0)
         if entry["at"] >= family.change_s + SETTLE_S + 10.0
     ]
-    assert set(after) == {"AGENT-BOUND" if name == "killed" else "GPU-BOUND"}
+    assert {entry["verdict"]["name"] for entry in after} == {"AGENT-BOUND" if name == "killed" else "GPU-BOUND"}
+    assert not any("TOOLS" in flags(entry) for entry in after)  # a new think time isn't one that the crowd makes
 
 
 def test_a_verdict_that_is_found_once_is_not_shown_at_once() -> None:

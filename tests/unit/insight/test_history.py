@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from clock import Clock
 from patience import PATIENCE_S
@@ -47,6 +48,7 @@ from agent_infra_core.insight.history import (
 )
 from agent_infra_core.insight.rates import HISTORY_POINTS, Timeline
 from agent_infra_core.insight.report import Report
+from agent_infra_core.insight.runs import Announcement
 from agent_infra_core.insight.tracker import Tracker
 from agent_infra_core.insight.turns import TurnRecord
 from agent_infra_core.protocol import GpuSample, ReplicaRecord, SessionEnded, TurnFinished, TurnStarted
@@ -411,6 +413,35 @@ def test_a_session_that_was_over_stays_so_and_one_that_was_taken_up_again_lives(
             assert snapshot["totals"]["requests"] == 4
         books.close()
     assert said == []
+
+
+def test_runs_go_on_under_the_next_controller(tmp_path: Path) -> None:
+    now = time.time() - 60
+    found = []
+    for number in range(2):
+        tracker = Tracker(time.time)
+        paths = DeploymentPaths(tmp_path)
+        books = Bookkeeper(DEFAULT_CONFIG, paths, tracker, lambda message, _: pytest.fail(message), lambda *_: None)
+        books.open()
+        for task in range(4 * number, 4 * number + 4):
+            started = TurnStarted(f"t{task}", now + task, "m", "/v1/x", f"s{task}", run="night=9")
+            books.observe(TurnFinished(started.turn, now + task + 1, "completed", 200, started=started))
+            if task % 2:
+                books.observe(SessionEnded(f"s{task}", now + task + 1))
+        books.take()
+        book = books._analyst._runs
+        [run] = book.document(now + 10, lambda _: None, {}, lambda: np.random.default_rng(1))
+        found.append((run["name"], run["tasks"], run["announced_at"], run["done"], run["running"]))
+        books.close()
+    assert found == [("night", 9, now, 2, 2), ("night", 9, now, 4, 4)]
+
+
+def test_a_run_that_lacks_its_first_turns_is_not_continued(path: Path) -> None:
+    with history_file(path) as file:
+        runs = {name: Announcement(name, 5, at) for name, at in (("early", 0.0), ("late", 1e12))}
+        file.write(batch(*(record(number) for number in range(10)), runs=runs))
+        assert [run.name for run in file.runs(100)] == ["early", "late"]
+        assert [run.name for run in file.runs(5)] == ["late"]
 
 
 # --- The writer -------------------------------------------------------------------------------------------------------

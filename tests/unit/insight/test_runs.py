@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from agent_infra_core.insight.capacity import CapacityModel
-from agent_infra_core.insight.runs import RunBook
+from agent_infra_core.insight.runs import Announcement, RunBook, announcement, task_lengths
 from agent_infra_core.insight.turns import TurnRecord
 
 GAP_S = 10.0
@@ -32,7 +32,7 @@ class Played:
 
     def until(self, now: float, tasks: int) -> RunBook:
         book = RunBook()
-        book.announce("night", tasks, 0.0)
+        book.announce(Announcement("night", tasks, 0.0))
         for number, (at, task) in enumerate(sorted(self.turns)):
             if at <= now:
                 record = TurnRecord(f"t{number}", at, "completed", 200, session=task, task=task, model="m")
@@ -40,7 +40,7 @@ class Played:
                 book.add(record)
         for at, task in self.ends:
             if at <= now:
-                book.end_session(task)
+                book.end_session(task, at)
         return book
 
     def row(self, now: float, tasks: int, model: CapacityModel | None = None, **ends_at: list[float]) -> dict[str, Any]:
@@ -71,6 +71,23 @@ def test_intervals_hold_where_tasks_differ() -> None:
             remaining = played.row(now, 200)["remaining_s"]
             held.append(remaining["low"] <= played.end_s - now <= remaining["high"])
     assert sum(held) >= 0.85 * len(held)
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.5])
+def test_a_task_far_beyond_all_others_is_not_about_to_end_where_tails_are_heavy(alpha: float) -> None:
+    """What is left of a Pareto task that has had t turns has the median t·(2^(1/α) − 1), and grows with t."""
+    dice, rng = random.Random(3), np.random.default_rng(3)
+    turns = np.array([6 * dice.paretovariate(alpha) for _ in range(300)])
+    found = task_lengths(turns, np.full(len(turns), True), rng).rest(np.array([100.0, 1000.0]), rng)
+    for so_far, rest in zip((100, 1000), np.median(found, axis=0), strict=True):
+        assert 0.5 < rest / (so_far * (2 ** (1 / alpha) - 1)) < 2.0
+
+
+def test_a_task_without_memory_has_as_much_left_as_any_other() -> None:
+    rng = np.random.default_rng(3)
+    turns = rng.exponential(14.0, size=300)
+    found = task_lengths(turns, np.full(len(turns), True), rng).rest(np.array([0.0, 40.0]), rng)
+    assert 0.6 < np.median(found[:, 1]) / np.median(found[:, 0]) < 1.7
 
 
 def test_short_tasks_that_end_first_do_not_make_the_rest_look_short() -> None:
@@ -117,7 +134,7 @@ def test_more_replicas_and_fewer_agents_move_the_end_by_what_the_model_says() ->
 
 def test_turns_without_an_answer_are_waste() -> None:
     book = RunBook()
-    book.announce("night", 10, 0.0)
+    book.announce(Announcement("night", 10, 0.0))
     for number in range(10):
         outcome = "aborted" if number < 2 else "completed"
         book.add(
@@ -129,8 +146,8 @@ def test_turns_without_an_answer_are_waste() -> None:
 
 def test_a_task_belongs_to_the_run_whose_name_its_id_begins_with() -> None:
     book = RunBook()
-    book.announce("swe", 10, 0.0)
-    book.announce("web", 10, 0.0)
+    book.announce(Announcement("swe", 10, 0.0))
+    book.announce(Announcement("web", 10, 0.0))
     for task in ("swe-1", "swe-2", "web-1", "other"):
         book.add(TurnRecord(task, 5.0, "completed", 200, session=task, task=task, started_at=1.0))
     latest, first = book.document(6.0, lambda _: None, {}, lambda: None)
@@ -138,9 +155,34 @@ def test_a_task_belongs_to_the_run_whose_name_its_id_begins_with() -> None:
     assert (first["name"], first["running"]) == ("swe", 2)
 
 
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [
+        ("night=200", Announcement("night", 200, 5.0)),
+        (" night = 200 ", Announcement("night", 200, 5.0)),
+        ("a=b=3", Announcement("a=b", 3, 5.0)),
+        ("200", Announcement("me", 200, 5.0)),
+        *((wrong, None) for wrong in ("", "night", "night=", "night=0", "night=-1", "night=1.5", "night=²", "9" * 30)),
+    ],
+)
+def test_a_header_announces_a_run(header: str, found: Announcement | None) -> None:
+    assert announcement(header, "me", 5.0) == found
+
+
+def test_a_run_that_each_turn_announces_is_announced_once() -> None:
+    book = RunBook()
+    assert book.announce(Announcement("night", 10, 5.0))
+    assert not book.announce(Announcement("night", 10, 6.0))
+    assert book.announce(Announcement("night", 10, 4.0))  # the turns of a batch don't come in the order they began in
+    assert book.announce(Announcement("night", 12, 7.0))
+    book.add(TurnRecord("t", 6.0, "completed", 200, session="s", started_at=4.0))
+    [row] = book.document(8.0, lambda _: None, {}, lambda: None)
+    assert (row["tasks"], row["announced_at"], row["running"]) == (12, 4.0, 1)
+
+
 def test_tasks_that_began_before_the_run_are_not_of_it() -> None:
     book = RunBook()
-    book.announce("night", 10, 3.0)
+    book.announce(Announcement("night", 10, 3.0))
     book.add(TurnRecord("t", 5.0, "completed", 200, session="s", task="t", started_at=1.0))
     [row] = book.document(6.0, lambda _: None, {}, lambda: None)
     assert row["running"] == row["done"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,10 @@ from stats_schema import check_stats
 
 from agent_infra_core.control.reader import _answer_session
 from agent_infra_core.insight import summaries
+from agent_infra_core.insight.export import read_history
 from agent_infra_core.insight.gauges import GaugeLog
-from agent_infra_core.insight.history import HistoryBatch, HistoryFile
+from agent_infra_core.insight.history import _HISTORY_MARK, _MIGRATIONS, HistoryBatch, HistoryFile
+from agent_infra_core.insight.runs import Announcement
 from agent_infra_core.insight.series import (
     SESSION_COLUMNS,
     SESSION_FIELDS,
@@ -220,15 +223,18 @@ def test_a_history_before_the_gauges_shows_the_steps_with_turns(file: HistoryFil
 
 
 def test_runs_are_marked_and_those_of_a_former_controller_ended_with_its_last_turn(file: HistoryFile) -> None:
-    write(file, turn("t", START + 500), runs={(START + 100, "night"): None, (START + 50, "first"): START + 90})
+    begun = {"night": START + 100, "first": START + 50, "followed": START + 200}
+    runs = {name: Announcement(name, 5, at) for name, at in begun.items()}
+    write(file, turn("t", START + 500), runs=runs, run_ends={"first": START + 90})
     query = SeriesQuery(START, START + 600, 10)
     runs = read_series(file, query, START + 600)["runs"]
     assert runs == [
         {"name": "first", "from": START + 50, "to": START + 90},
         {"name": "night", "from": START + 100, "to": None},
+        {"name": "followed", "from": START + 200, "to": None},
     ]
-    file.end_runs()
-    assert read_series(file, query, START + 600)["runs"][1]["to"] == START + 500
+    file.end_runs({"followed"})
+    assert [run["to"] for run in read_series(file, query, START + 600)["runs"]] == [START + 90, START + 500, None]
 
 
 def test_old_steps_and_gauges_are_merged_and_sums_stay(file: HistoryFile) -> None:
@@ -264,6 +270,33 @@ def test_an_older_file_is_summarised_piece_by_piece_and_each_turn_once(
     found = file.query("SELECT * FROM steps"), file.query("SELECT * FROM sessions")
     assert json.dumps(found[1]) == json.dumps(wanted[1])
     assert found[0][0][:12] == wanted[0][0][:12]
+
+
+def test_a_file_of_the_schema_before_is_read_with_all_its_turns(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    old = sqlite3.connect(path, isolation_level=None)
+    for step in _MIGRATIONS[:-1]:
+        for statement in step.split(";"):
+            old.execute(statement)
+    old.execute(f"PRAGMA application_id = {_HISTORY_MARK}")
+    old.execute(f"PRAGMA user_version = {len(_MIGRATIONS) - 1}")
+    rows = [
+        (f"t{number}", START + number, "completed", 200, f"s{number % 2}", "m", START + number - 1, 0, 0, "q", "a")
+        for number in range(20)
+    ]
+    columns = (
+        "turn, finished_at, outcome, status, session, model, started_at, retries, tokens_estimated, prompt, answer"
+    )
+    old.executemany(f"INSERT INTO turns ({columns}) VALUES ({', '.join('?' * 11)})", rows)
+    old.close()
+    with read_history(path) as file:
+        assert file is not None
+        assert [(row["id"], row["turns"]) for row in find_sessions(file, [], SessionsQuery(sort="id"))["sessions"]] == [
+            ("s1", 10),
+            ("s0", 10),
+        ]
+        assert next(file.turns()).held_ms is None
+        assert read_series(file, SeriesQuery(START, START + 60, 2), START + 90)["series"]["turns_per_minute"] == [20.0]
 
 
 def test_a_turn_that_is_written_twice_is_summarised_once(file: HistoryFile) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from agent_infra_core.fleet.engines import ENGINES
 from agent_infra_core.node.health import read_engine_load
+from agent_infra_core.protocol import EngineLoad
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
@@ -24,6 +25,36 @@ llamacpp:predicted_tokens_seconds 99.5
 llamacpp:requests_processing 3
 llamacpp:requests_deferred 2
 """
+
+
+# From https://docs.sglang.io/docs/references/production_metrics and sglang/srt/metrics/collector.py.
+SGLANG_PAGE = """\
+# TYPE sglang:prompt_tokens_total counter
+sglang:prompt_tokens_total{model_name="m"} 8.128902e+06
+sglang:generation_tokens_total{model_name="m"} 7.557572e+06
+sglang:token_usage{model_name="m",tp_rank="0"} 0.28
+sglang:cache_hit_rate{model_name="m"} 0.0075
+sglang:cached_tokens_total{model_name="m",cache_source="device"} 1000.0
+sglang:cached_tokens_total{model_name="m",cache_source="host"} 24.0
+sglang:num_running_reqs{model_name="m"} 162.0
+sglang:num_queue_reqs{model_name="m"} 2826.0
+sglang:max_total_num_tokens{model_name="m"} 442000.0
+sglang:num_retracted_requests_total{model_name="m"} 3.0
+"""
+
+
+def test_sglangs_metrics_are_read_by_their_documented_names() -> None:
+    assert read_engine_load(ENGINES["sglang"].probe, SGLANG_PAGE) == EngineLoad(
+        running=162,
+        waiting=2826,
+        kv_usage=0.28,
+        kv_capacity_tokens=442_000,
+        prefix_queries=8_128_902,
+        prefix_hits=1024,
+        preemptions=3,
+        prompt_tokens=8_128_902,
+        generation_tokens=7_557_572,
+    )
 
 
 def test_vllms_page_is_read() -> None:

@@ -1,11 +1,22 @@
-"""Bodies that would keep the relay busy for seconds: their words aren't read, or they are refused."""
+"""Bodies that would keep the relay busy for seconds, and those that an engine can't answer."""
 
 from __future__ import annotations
+
+import contextlib
+import json
+from typing import Any
 
 import pytest
 
 from agent_infra_core.http.errors import RequestError
-from agent_infra_core.relay.bodies import HEAVY_BODY_BYTES, MAX_READ_VALUES, MAX_SKIPPED_VALUES, Codec
+from agent_infra_core.protocol import LACKS
+from agent_infra_core.relay.bodies import (
+    HEAVY_BODY_BYTES,
+    MAX_READ_VALUES,
+    MAX_SKIPPED_VALUES,
+    Codec,
+    refuse_unsupported,
+)
 
 CODEC = Codec()
 
@@ -27,3 +38,21 @@ def test_a_heavy_body_of_text_is_read_and_one_of_millions_of_values_is_refused()
     with pytest.raises(RequestError) as caught:
         CODEC.request(values)
     assert caught.value.status == 413
+
+
+@pytest.mark.parametrize(
+    ("body", "is_refused"),
+    [
+        ({"n": 2}, True),
+        ({"max_tokens": 0}, True),
+        ({"max_completion_tokens": 0}, True),
+        ({"n": 1, "max_tokens": 1}, False),
+        ({"n": "2", "max_tokens": None}, False),  # the engine says what is wrong with it
+        ({}, False),
+    ],
+)
+def test_what_an_engine_lacks_is_refused_and_by_others_served(body: dict[str, Any], is_refused: bool) -> None:
+    fields = CODEC.request(json.dumps({"model": "m", "messages": [], **body}).encode())
+    refuse_unsupported(fields, ())
+    with pytest.raises(RequestError) if is_refused else contextlib.nullcontext():
+        refuse_unsupported(fields, LACKS)

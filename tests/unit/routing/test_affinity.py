@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from routing_ours import View
 
 from agent_infra_core.routing.affinity import (
     IDLE_S,
@@ -19,6 +18,7 @@ from agent_infra_core.routing.affinity import (
     SessionRouter,
     SessionTurn,
 )
+from agent_infra_core.routing.policies import View
 from agent_infra_core.routing.rates import DEFAULT_PREFILL_S, ServiceRates
 
 
@@ -168,6 +168,17 @@ def test_a_turn_that_would_evict_a_session_that_returns_soon_is_held_for_a_bound
     assert turn.is_held
     assert fleet.router.choose(fleet.views, turn, fleet.now, LONGEST_HOLD_S) is fleet.views[0]
     assert not turn.is_held
+
+
+def test_nothing_is_held_for_sessions_that_never_return() -> None:
+    fleet, held = Fleet(1, kv_tokens=100_000), []
+    for number in range(300):
+        turn = SessionTurn(f"s{number}", 6000)
+        held.append(fleet.router.choose(fleet.views, turn, fleet.now) is None)
+        view, placement = fleet.send(turn, fleet.now - LONGEST_HOLD_S)
+        fleet.answer(view, placement, 6000, 0)
+    assert any(held[:100])  # until it is known
+    assert not any(held[100:])
 
 
 def test_a_prompt_larger_than_the_cache_is_never_held() -> None:

@@ -8,7 +8,8 @@ import math
 import pytest
 from routing import WORKLOADS, build_fleet, run
 from routing_baselines import BASELINES
-from routing_simulator import Fleet, Physics, PrefixCache, Replica, Script, Session, Step, Turn
+
+from agent_infra_core.routing.simulator import Fleet, Physics, PrefixCache, Replica, Script, Session, Step, Turn
 
 SMALL = dataclasses.replace(WORKLOADS["fanout"], agents=6, sessions=9, steps=(8, 0.3), forks_per_session=1.0)
 

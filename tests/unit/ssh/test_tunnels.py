@@ -88,6 +88,22 @@ def test_auto_reaches_a_replica_where_it_listens(wanted: str, has_login: bool, h
 
 
 @pytest.mark.parametrize(
+    ("host", "closed", "mode"),
+    [
+        ("10.0.0.7", (), "login"),
+        ("10.0.0.7", ("login",), "node"),
+        ("10.0.0.7", ("login", "node"), "exec"),
+        ("127.0.0.1", (), "node"),
+        ("127.0.0.1", ("node",), "exec"),
+    ],
+)
+def test_auto_passes_over_modes_that_the_login_host_forbids(host: str, closed: tuple[str, ...], mode: str) -> None:
+    record = dataclasses.replace(RECORD, host=host)
+    assert tunnel_mode("auto", True, record, "here", closed)[0] == mode
+    assert tunnel_mode("login", True, record, "here", closed)[0] == "login"
+
+
+@pytest.mark.parametrize(
     ("said", "kind", "meaning"),
     [
         ("ssh: connect to host l port 22: Connection refused\r\n", HostUnreachableError, "refuses connections"),

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Protocol, TypeAlias
 
+FIRST_SESSION = 1_000_000  # number of the first session; those of shared segments are lower
 TICK_S = 0.5  # how often a policy may release held turns without an event
 Chain: TypeAlias = tuple[tuple[int, int], ...]  # (segment, tokens) from the prompt's start on
 
@@ -43,6 +44,7 @@ class Step:
     appended: int  # tokens that its prompt adds to the context: the task or a tool's result
     output: int
     think_s: float  # after its answer
+    replaces: bool = False  # its prompt doesn't continue the context, but the shared segments: it was compacted
     forks: tuple[Script, ...] = ()  # sub-agents that run before the next step
 
 
@@ -312,6 +314,7 @@ class Fleet:
     agents: int
     ramp_s: float = 30.0
     flush: tuple[int, float] | None = None
+    starts: Sequence[float] = ()  # when each script starts, in place of ``agents`` at a time
     now: float = 0.0
     turns: list[Turn] = field(default_factory=list)
     ended: list[float] = field(default_factory=list)  # when each top-level session was over
@@ -322,15 +325,15 @@ class Fleet:
     def __post_init__(self) -> None:
         self.replicas = [Replica(self.physics, speed) for speed in self.speeds]
         self._scripts = iter(self.scripts)
-        self._numbers = count(1_000_000)  # of sessions and their own segments; shared ones lie below
+        self._numbers = count(FIRST_SESSION)  # of sessions and their own segments
         self._events: list[tuple[float, int, Session]] = []
         self._dues: list[tuple[float, int]] = []
         self._order = count()
         self._live: dict[int, Session] = {}
         self._known = PrefixCache(math.inf)
         self._prefilling: dict[int, list[Turn]] = {number: [] for number in range(len(self.replicas))}
-        for number in range(self.agents):
-            self._start_next(self.ramp_s * number / self.agents)
+        for at in self.starts or [self.ramp_s * number / self.agents for number in range(self.agents)]:
+            self._start_next(at)
 
     def run(self, policy: Policy) -> None:
         """Serve all scripts. ValueError if turns are held for ever."""
@@ -371,7 +374,10 @@ class Fleet:
     def _arrive(self, session: Session, policy: Policy) -> None:
         step = session.script.steps[session.step]
         key, own = session.chain[-1]
-        session.chain = (*session.chain[:-1], (key, own + step.appended))
+        if step.replaces:
+            session.chain = (*session.script.shared, (next(self._numbers), step.appended))
+        else:
+            session.chain = (*session.chain[:-1], (key, own + step.appended))
         turn = Turn(session, session.chain, session.context, step.output, self.now)
         turn.known = self._known.find(turn.chain)
         number = policy.arrive(turn, self.now)

@@ -1,0 +1,246 @@
+"""Wake and scale: how many replicas of a model should run. The decision is pure; Autoscaler executes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from agent_infra_core.control.handover import read_successions
+from agent_infra_core.control.status import SERVING_STATES, choose_to_stop
+from agent_infra_core.errors import AgentInfraError
+from agent_infra_core.fleet.cluster import Cluster
+from agent_infra_core.fleet.state import DeploymentPaths
+from agent_infra_core.protocol import ReplicaRecord
+from agent_infra_core.settings import ModelConfig
+
+UP_AFTER_S = 30.0  # of a queue, or of a verdict that more GPUs would help
+DOWN_AFTER_S = 600.0  # of calm: loading a model takes minutes, so a replica is kept through short pauses
+CALM_SHARE = 0.5  # of the slots that would be left, in use at most
+REPLICAS_DO_NOT_HELP = ("AGENT-BOUND", "LATENCY-BOUND")  # verdicts
+RETRY_S = 60.0  # after replicas couldn't be started; doubles each time
+RETRY_MOST_S = 3600.0
+LEAVE_S = 300.0  # for the turns of a replica that is removed
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a model's agents ask for, and what its replicas have cost."""
+
+    waiting: int = 0  # turns in the queue
+    in_flight: int = 0  # turns that replicas are working on
+    slots: int = 0  # turns that one replica can run at once; 0 = unknown
+    verdict: str | None = None  # what limits the run; None: not known
+    gpu_hours: float = 0.0
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A model's replicas."""
+
+    serving: int = 0  # in one of SERVING_STATES, and not on its way out
+    ready: int = 0
+    idle: int = 0  # shut down for idleness, or about to be
+    is_leaving: bool = False  # some are draining
+    has_failed: bool = False
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What a decision remembers of a model. Times are monotonic s."""
+
+    is_asleep: bool = False  # its turns wait for a replica to be woken
+    pressed_since: float = math.inf
+    calm_since: float = math.inf
+    retry_at: float = 0.0  # not before: starting replicas has failed
+    failures: int = 0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How many replicas should serve, and why; ``reason`` is empty if that is as many as do."""
+
+    target: int
+    reason: str = ""
+
+
+def bounds(model: ModelConfig, wanted: int) -> tuple[int, int]:
+    """The fewest and the most replicas. For a model that isn't scaled, those that idleness took may come back."""
+    low = model.min_replicas if model.min_replicas is not None else model.replicas
+    high = model.max_replicas if model.max_replicas is not None else model.replicas
+    return (low, high) if is_scaled(model) else (0, wanted)
+
+
+def is_scaled(model: ModelConfig) -> bool:
+    return model.min_replicas is not None or model.max_replicas is not None
+
+
+def may_wake(model: ModelConfig) -> bool:
+    """Whether a turn may bring the model back."""
+    return model.idle_shutdown_minutes is not None or model.min_replicas == 0
+
+
+def feel(pulse: Pulse, model: ModelConfig, fleet: Fleet, demand: Demand, now: float) -> Pulse:
+    """The pulse at this moment. Pressure and calm count from when they began, while nothing changes."""
+    may_sleep = fleet.idle > 0 or ((model.min_replicas == 0 or pulse.is_asleep) and not fleet.has_failed)
+    is_settled = fleet.serving == fleet.ready > 0
+    is_pressed = demand.waiting > 0 or demand.verdict == "GPU-BOUND"
+    would_be_left = demand.slots * (fleet.serving - 1)
+    is_light = demand.verdict in REPLICAS_DO_NOT_HELP and demand.in_flight <= CALM_SHARE * would_be_left
+    is_calm = not is_pressed and (is_light or demand.in_flight == 0)
+    return dataclasses.replace(
+        pulse,
+        is_asleep=fleet.serving == 0 and may_sleep and now >= pulse.retry_at and not is_spent(model, demand),
+        pressed_since=min(pulse.pressed_since, now) if is_settled and is_pressed else math.inf,
+        calm_since=min(pulse.calm_since, now) if is_settled and is_calm else math.inf,
+        failures=0 if fleet.ready else pulse.failures,
+    )
+
+
+def is_spent(model: ModelConfig, demand: Demand) -> bool:
+    """Whether the model's budget of GPU-hours is used up."""
+    return model.max_gpu_hours is not None and demand.gpu_hours >= model.max_gpu_hours
+
+
+def decide(model: ModelConfig, wanted: int, fleet: Fleet, demand: Demand, pulse: Pulse, now: float) -> Decision:
+    """How many replicas of a model should serve now, by the pulse that feel() returned."""
+    low, high = bounds(model, wanted)
+    if pulse.is_asleep:
+        is_called = demand.waiting > 0 and not fleet.is_leaving  # what is leaving still has its GPUs
+        return Decision(max(1, low), f"{demand.waiting} turns wait, and it sleeps") if is_called else Decision(0)
+    if now < pulse.retry_at:
+        return Decision(fleet.serving)
+    can_grow = fleet.serving < high and (is_scaled(model) or fleet.idle > 0)
+    if can_grow and now - pulse.pressed_since >= UP_AFTER_S and not is_spent(model, demand):
+        more = max(1, demand.waiting // demand.slots if demand.slots else 1)
+        why = f"{demand.waiting} turns wait" if demand.waiting else "the verdict is GPU-BOUND"
+        return Decision(min(high, fleet.serving + more), f"{why} for {UP_AFTER_S:g} s")
+    if is_scaled(model) and fleet.serving > low and now - pulse.calm_since >= DOWN_AFTER_S:
+        return Decision(fleet.serving - 1, f"one replica less would do, for {DOWN_AFTER_S / 60:g} min")
+    return Decision(fleet.serving)
+
+
+class ScaledDeployment(Protocol):
+    """The parts of a deployment that Autoscaler uses."""
+
+    @property
+    def paths(self) -> DeploymentPaths: ...
+    @property
+    def report(self) -> Callable[[str], None]: ...
+    def select_models(self, name: str | None = None, replicas: int | None = None) -> list[ModelConfig]: ...
+    def wanted(self) -> dict[str, int]: ...
+    def want(self, counts: Mapping[str, int]) -> None: ...
+
+
+class ScaledTraffic(Protocol):
+    """The controller, as Autoscaler uses it."""
+
+    asleep: frozenset[str]  # models whose turns wait to be woken; set by Autoscaler
+
+    def demand(self) -> Mapping[str, Demand]: ...
+    def turns(self) -> Mapping[str, int]: ...  # replica → its turns in flight
+    def drain(self, replica: str) -> int | None: ...
+
+
+class Autoscaler:
+    """Wakes models that were shut down for idleness, and keeps those with bounds at the number that demand asks for.
+
+    Its steps run right after each poll of the replicas, so they never act on old data.
+    """
+
+    def __init__(
+        self,
+        deployment: ScaledDeployment,
+        cluster: Cluster,
+        traffic: ScaledTraffic,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._deployment, self._cluster, self._traffic, self._clock = deployment, cluster, traffic, clock
+        self._log = deployment.report
+        self._pulses: dict[str, Pulse] = {}
+        self._leaving: dict[str, float] = {}  # replica that is being removed → when its turns are cut
+        self._told: dict[str, str] = {}  # model → what was logged last
+        self._lock = threading.Lock()
+
+    def follow(self, records: Sequence[ReplicaRecord]) -> None:
+        """Take the next steps, if any. Does nothing while the scheduler doesn't respond."""
+        if self._cluster.problem or not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._retire(records)
+            demand, wanted = self._traffic.demand(), self._deployment.wanted()
+            for model in self._deployment.select_models():
+                if is_scaled(model) or model.idle_shutdown_minutes is not None:
+                    self._follow(model, wanted[model.name], records, demand.get(model.name, Demand()))
+            self._traffic.asleep = frozenset(name for name, pulse in self._pulses.items() if pulse.is_asleep)
+        except Exception as error:  # noqa: BLE001  whatever fails here must not keep the replicas from being seen
+            self._tell("", f"scaling: {error!r}; it is retried at each poll")
+        finally:
+            self._lock.release()
+
+    def _follow(self, model: ModelConfig, wanted: int, records: Sequence[ReplicaRecord], demand: Demand) -> None:
+        mine = [record for record in records if record.model == model.name and record.replica not in self._leaving]
+        serving = [record for record in mine if record.state in SERVING_STATES]
+        if any(record.replica in read_successions(self._deployment.paths) for record in serving):
+            return  # a replica and its successor count as one; until then nothing is decided
+        fleet = Fleet(
+            serving=len(serving),
+            ready=sum(record.state == "ready" for record in serving),
+            idle=sum(record.state in ("draining", "stopped") and record.is_idle for record in mine),
+            is_leaving=any(record.state == "draining" for record in mine),
+            has_failed=any(record.state == "failed" for record in mine),
+        )
+        now = self._clock()
+        pulse = self._pulses[model.name] = feel(self._pulses.get(model.name, Pulse()), model, fleet, demand, now)
+        decision = decide(model, wanted, fleet, demand, pulse, now)
+        if is_spent(model, demand):
+            self._tell(model.name, f"{model.name} has used its {model.max_gpu_hours:g} GPU-hours: no replica is added")
+        if decision.target > fleet.serving:
+            self._grow(model, decision, fleet, now)
+        elif decision.target < fleet.serving:
+            self._shrink(model, decision, serving, now)
+
+    def _grow(self, model: ModelConfig, decision: Decision, fleet: Fleet, now: float) -> None:
+        self._log(f"{model.name}: {decision.reason}; {fleet.serving} → {decision.target} replicas")
+        pulse = self._pulses[model.name]
+        pause_s = min(RETRY_MOST_S, RETRY_S * 2**pulse.failures)
+        failed = dataclasses.replace(pulse, retry_at=now + pause_s, failures=pulse.failures + 1)
+        try:
+            prepared = self._cluster.prepare(dataclasses.replace(model, replicas=decision.target))
+            self._cluster.start_replicas(prepared, decision.target - fleet.serving)
+        except (AgentInfraError, OSError) as error:
+            self._pulses[model.name] = dataclasses.replace(failed, is_asleep=False)
+            self._log(f"{model.name}: no replica can be started: {error}; it is tried again in {pause_s:g} s")
+            return
+        # Asleep until it is seen to start: this look's records don't show it yet.
+        self._pulses[model.name] = Pulse(is_asleep=pulse.is_asleep, failures=pulse.failures)
+        if is_scaled(model):
+            self._deployment.want({model.name: decision.target})
+
+    def _shrink(self, model: ModelConfig, decision: Decision, serving: Sequence[ReplicaRecord], now: float) -> None:
+        self._log(f"{model.name}: {decision.reason}; {len(serving)} → {decision.target} replicas")
+        rows = {replica: {"inflight": count} for replica, count in self._traffic.turns().items()}
+        for record in choose_to_stop(serving, rows, len(serving) - decision.target):
+            self._leaving[record.replica] = now + LEAVE_S
+        self._pulses[model.name] = Pulse()
+        self._deployment.want({model.name: decision.target})
+
+    def _retire(self, records: Sequence[ReplicaRecord]) -> None:
+        """End the replicas that are being removed and have no turn left, and clean up those that have ended."""
+        states = {record.replica: record.state for record in records}
+        for replica, until in list(self._leaving.items()):
+            if states.get(replica) in ("stopped", "failed", None):
+                self._cluster.wait_stopped([replica], time.monotonic())
+                del self._leaving[replica]
+            elif self._traffic.drain(replica) == 0 or self._clock() >= until:
+                self._cluster.stop([replica])
+
+    def _tell(self, model: str, line: str) -> None:
+        """Log a line once."""
+        if self._told.get(model) != line:
+            self._told[model] = line
+            self._log(line)

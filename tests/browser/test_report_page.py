@@ -1,0 +1,73 @@
+"""The page that `report --html` writes, in a real Chromium without a network."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from patience import PATIENCE_S
+from program import MODULE
+from recorded_run import HOSTILE, write_run
+
+CHARTS_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("vl_convert")
+    folder = tmp_path_factory.mktemp("report")
+    write_run(folder / "history.db")
+    words = ["report", "--history", str(folder / "history.db"), "--html", str(folder / "run.html")]
+    done = subprocess.run(
+        [sys.executable, str(MODULE), *words], capture_output=True, text=True, timeout=2 * PATIENCE_S, cwd=folder
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert os.stat(folder / "run.html").st_mode & 0o777 == 0o600
+    return folder / "run.html"
+
+
+@pytest.fixture
+def opened(chromium: Any, page_file: Path) -> Iterator[tuple[Any, list[str]]]:
+    """The page, and what it asked of the network or complained about."""
+    context = chromium.new_context(viewport={"width": 390, "height": 800}, offline=True)
+    page, troubles = context.new_page(), list[str]()
+    page.on(
+        "request", lambda request: troubles.append(request.url) if request.url[:5] not in ("file:", "data:") else None
+    )
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("console", lambda message: troubles.append(message.text))
+    page.goto(page_file.as_uri())
+    page.wait_for_selector("#stages svg", timeout=1000 * CHARTS_S)
+    page.wait_for_selector("#over-time svg", timeout=1000 * CHARTS_S)
+    yield page, troubles
+    context.close()
+
+
+def test_it_opens_offline_with_all_charts_and_runs_nothing_that_an_agent_wrote(opened: tuple[Any, list[str]]) -> None:
+    page, troubles = opened
+    page.wait_for_selector("#capacity svg", timeout=1000 * CHARTS_S)
+    assert page.evaluate("window.hacked === undefined")
+    assert page.locator("#over-time svg .mark-line path").count() >= 9
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert troubles == []
+
+
+def test_sessions_are_searched_and_sorted_and_a_prompt_is_read(opened: tuple[Any, list[str]]) -> None:
+    page, _ = opened
+    sessions = page.locator("#sessions table")
+    page.locator("#sessions input").fill("S1<")
+    assert sessions.locator("tbody tr:visible").count() == 1
+    page.locator("#sessions input").fill("")
+    for order in ("ascending", "descending"):
+        sessions.locator("th", has_text="session").first.click()
+        assert sessions.locator("th").first.get_attribute("aria-sort") == order
+    assert sessions.locator("tbody tr").first.inner_text().startswith("s2")
+    slowest = page.locator("#turns table").last.locator("tbody tr").first
+    prompt = slowest.locator("details").nth(1)
+    prompt.locator("summary").click()
+    assert prompt.locator("pre").inner_text() == f"q239 {HOSTILE}"

@@ -1,0 +1,120 @@
+"""`report --html`: the figures of the text, charts that Vega-Lite takes, and nothing that agents wrote as markup."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import pytest
+from recorded_run import HOSTILE, START, write_run
+
+import agent_infra
+from agent_infra_core.insight.history import HistoryFile
+from agent_infra_core.insight.html_report import HtmlReport
+from agent_infra_core.insight.report import Report, Table
+
+
+class Outline(HTMLParser):
+    """The elements of a page, and the cells of its tables."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.texts: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def make_page(path: Path, since: float = 0.0) -> str:
+    write_run(path)
+    with contextlib.closing(HistoryFile(path, read_only=True)) as file:
+        report = Report(file, f"a run {HOSTILE}", since)
+        return HtmlReport(file, report, since, START + 3000).page("window.vegaEmbed = null; // </script>")
+
+
+def specs_of(page: str) -> Any:
+    [text] = re.findall(r'<script type="application/json" id="specs">(.*?)</script>', page, re.S)
+    return json.loads(text)
+
+
+def test_what_agents_wrote_is_text_and_never_markup(tmp_path: Path) -> None:
+    page = make_page(tmp_path / "history.db")
+    outline = Outline(page)
+    assert outline.tags.count("script") == 3
+    assert "img" not in outline.tags
+    assert not [name for name, _ in outline.attributes if name.startswith("on")]
+    assert any(HOSTILE in text for text in outline.texts)
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
+    assert "default-src 'none'" in page
+
+
+def test_every_chart_is_one_that_vega_lite_takes(tmp_path: Path) -> None:
+    specs = specs_of(make_page(tmp_path / "history.db"))
+    assert set(specs) == {"over-time", "stages", "capacity"}
+    titles = [chart["title"] for chart in specs["over-time"]["vconcat"]]
+    assert titles[0] == "turns per minute"
+    assert len(titles) == 9
+    rows = {chart["title"]: chart["data"]["values"] for chart in specs["over-time"]["vconcat"]}
+    turns = [row["value"] for row in rows["turns per minute"] if row["name"] == "turns"]
+    assert turns[:11] == [None, *[12.0, 0.0] * 5]  # one in ten seconds, in steps of five
+    assert sum(row["value"] or 0 for row in rows["preemptions"]) == 239
+    for spec in specs.values():
+        for chart in spec.get("vconcat", [spec]):
+            del chart["data"]["values"][3:]  # Altair looks at each row, which takes minutes
+        alt.Chart.from_dict(spec)  # raises if it doesn't fit the schema
+
+
+def test_the_page_has_every_figure_of_the_text(tmp_path: Path) -> None:
+    texts = set(Outline(make_page(tmp_path / "history.db")).texts)
+    with contextlib.closing(HistoryFile(tmp_path / "history.db", read_only=True)) as file:
+        report = Report(file, "a run", 0.0)
+        text = report.text()
+        parts = [report.summary(), report.throughput(), report.durations(), report.replica_time(), report.waste()]
+    tables = [block for part in parts for block in part if isinstance(block, Table)]
+    assert len(tables) >= 6
+    cells = [cell for table in tables for row in table.rows for cell in row if isinstance(cell, str)]
+    assert [cell for cell in cells if cell not in texts] == []
+    figures = re.findall(r"(?<=\| )[\d,.%]+(?= \|)", text)
+    assert len(figures) > 50
+    assert [figure for figure in figures if figure not in texts] == []
+    assert [text for text in texts if "BOUND" in text]
+
+
+def test_a_page_of_a_later_time_leaves_the_rest_out(tmp_path: Path) -> None:
+    page = make_page(tmp_path / "history.db", since=START + 1200)
+    texts = Outline(page).texts
+    assert any(text.startswith("q239 ") for text in texts)
+    assert not any(text.startswith("q7 ") for text in texts)
+    assert specs_of(page)["over-time"]["vconcat"][0]["data"]["values"][0]["at"] >= (START + 1190) * 1000
+
+
+def test_without_the_package_the_message_says_how_to_get_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run(tmp_path / "history.db")
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    words = ["report", "--history", str(tmp_path / "history.db"), "--html", str(tmp_path / "run.html")]
+    assert agent_infra.main(words) == 2
+    assert "pip install 'vl-convert-python" in capsys.readouterr().err
+    assert not (tmp_path / "run.html").exists()
+
+
+def test_where_nothing_was_kept_there_is_no_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("models: [{name: m, model_path: p}]\ncluster: {name: nothing-kept-here}\n")
+    pytest.importorskip("vl_convert")
+    assert agent_infra.main(["report", "--config", str(config), "--html", str(tmp_path / "run.html")]) == 2
+    assert "no turns were kept yet" in capsys.readouterr().err
