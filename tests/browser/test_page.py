@@ -38,7 +38,7 @@ UNTIDY = """() => {
       if (each.shadowRoot) walk(each.shadowRoot);
       const own = [...each.childNodes].some(child => child.nodeType === 3 && child.textContent.trim());
       if (!own || !each.checkVisibility({ opacityProperty: true, visibilityProperty: true })) continue;
-      if (each.closest("table, canvas, [data-testid=stHeader], [data-testid=stTooltipContent]")) continue;
+      if (each.closest("table, canvas, pre, [data-testid=stHeader], [data-testid=stTooltipContent]")) continue;
       const range = document.createRange();
       range.selectNodeContents(each);
       const box = range.getBoundingClientRect(), clip = each.getBoundingClientRect();
@@ -371,33 +371,36 @@ PICTURES: dict[str, tuple[Callable[[], Any], str, int, int, str]] = {  # name: (
 }
 
 
-@pytest.mark.parametrize("name", PICTURES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "picture" in metafunc.fixturenames:
+        every = metafunc.config.getoption("--screenshots")
+        metafunc.parametrize("picture", PICTURES if every else ("busy-light", "saturated", "agent-bound"))
+
+
 def test_fleets_are_shown_as_what_they_are(
-    site: Site, request: pytest.FixtureRequest, tmp_path: Path, name: str
+    site: Site, request: pytest.FixtureRequest, tmp_path: Path, picture: str
 ) -> None:
-    """The pictures of the documentation: --screenshots writes them anew."""
-    make, scheme, width, height, each = PICTURES[name]
+    """The pictures of the documentation: --screenshots writes all of them anew."""
+    make, scheme, width, height, each = PICTURES[picture]
     is_kept = request.config.getoption("--screenshots")
-    if not is_kept and name not in ("busy-light", "saturated", "agent-bound"):
-        pytest.skip("only for the documentation: --screenshots")
     document = make()
     check_stats(document)
     if make in SIMULATED:
         site.server.history = stats.recorded(document)
-    is_trace = name.startswith("session-") or name == "session"
+    is_trace = picture in ("session", "session-dark")
     options = {"session": "task-0012"} if is_trace else {"tab": each, "range": "15m"}
     tab = site.open(document, scheme, width, height, **options)
     if is_trace:
         tab.locator(".row").nth(6).click()
         wait_text(tab, "Turn 7")
     else:
-        tab.wait_for_selector("[data-testid=stCode] code" if name == "empty" else TABS[each])
-    if name in ("saturated", "agent-bound"):
-        assert {"saturated": "GPU-BOUND", "agent-bound": "AGENT-BOUND"}[name] in status(tab)
+        tab.wait_for_selector("[data-testid=stCode] code" if picture == "empty" else TABS[each])
+    if picture in ("saturated", "agent-bound"):
+        assert {"saturated": "GPU-BOUND", "agent-bound": "AGENT-BOUND"}[picture] in status(tab)
     assert_tidy(tab)
     tab.wait_for_timeout(2500 if is_kept else 100)
     folder = MODULE.parent / "docs" if is_kept else tmp_path
-    tab.screenshot(path=str(folder / f"page-{name}.png"))
+    tab.screenshot(path=str(folder / f"page-{picture}.png"))
 
 
 def test_a_page_whose_own_server_died_says_so(chromium: Any, tmp_path: Path) -> None:

@@ -138,8 +138,8 @@ def test_up_serves_what_is_ready_and_tells_what_still_waits_in_the_queue(
     wait_for(lambda: any("RUNNING" in line for line in bed.jobs()), "the foreign job")
     configure(app, tmp_path / "work", replicas=3)
     up = app.spawn("up")
-    up.wait_line("export OPENAI_BASE_URL")
     up.wait_line(r"^m-3 joins later: PENDING \(\w+")
+    up.wait_line("export OPENAI_BASE_URL")
     assert app.chat(model="m")[0]["choices"]
     assert app.get("/health")["models"]["m"]["ready"] == 2
     bed.run("scancel", "--name=sbatch")
