@@ -40,4 +40,4 @@ export AGENT_INFRA_OPENAI2_PYTHON=$PWD/$VENV/openai2/bin/python
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
 # Most of the time is spent waiting for real parts, so a file each to three processes; AGENT_INFRA_TEST_PROCESSES=0: one by one.
-exec "$VENV/bin/python" -m pytest -n "${AGENT_INFRA_TEST_PROCESSES:-3}" --dist loadfile "$@"
+exec "$VENV/bin/python" -m pytest -n "${AGENT_INFRA_TEST_PROCESSES:-3}" --dist loadfile --no-loadscope-reorder "$@"
