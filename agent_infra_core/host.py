@@ -97,6 +97,11 @@ def listener_owners(port: int) -> set[int]:
     return owners
 
 
+def is_only_ours(port: int) -> bool:
+    """Whether no user but this one and root listens on a TCP port of this machine; true if nobody does."""
+    return listener_owners(port) <= {0, os.getuid()}
+
+
 def process_stamp(pid: int) -> str | None:
     """Return boot id and start time of process ``pid``, which a later process with this pid doesn't share.
 
