@@ -433,7 +433,7 @@ def test_where_the_login_host_forbids_ports_of_engines_auto_goes_through_the_nod
 def test_where_the_login_host_forbids_all_forwarding_connections_are_commands(cluster: Cluster) -> None:
     """Whatever the login shell prints does no harm, and there may be more of them than a login allows sessions."""
     command = cluster.folder / "shell"
-    command.write_text('#!/bin/sh\necho "Welcome @"\nexec tcsh -c "$SSH_ORIGINAL_COMMAND"\n')
+    command.write_text('#!/bin/sh\necho "Welcome @"\necho "no locale" >&2\nexec tcsh -c "$SSH_ORIGINAL_COMMAND"\n')
     command.chmod(0o755)
     cluster.login.options["ForceCommand"] = str(command)
     record = forbid_forwarding(cluster, "nothing")
