@@ -28,6 +28,7 @@ class Signals:
     def __init__(self) -> None:
         self.on_each: Callable[[int], None] = lambda _: None
         self.on_second: Callable[[], None] = lambda: None
+        self.last = 0
 
 
 def python(program: str) -> list[str]:
@@ -137,3 +138,9 @@ def test_the_second_signal_cuts_no_turns_while_the_command_runs() -> None:
 def test_a_command_that_cannot_be_run_is_refused_before_anything_starts(words: list[str]) -> None:
     with pytest.raises(RefusedError, match=r"name the command|was not found"):
         find_command(words, ENVIRONMENT)
+
+
+def test_a_signal_while_the_command_starts_is_passed_on() -> None:
+    signals = Signals()
+    signals.last = signal.SIGTERM
+    assert run_command(python("import time; time.sleep(600)"), ENVIRONMENT, signals, until(lambda: None)) == 143
