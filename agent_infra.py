@@ -370,6 +370,8 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"{path}.command: belongs to engine: command, not to {model.engine}; delete it or change engine"
         if model.min_replicas and model.idle_shutdown_minutes is not None:
             yield f"{path}.idle_shutdown_minutes: stops what min_replicas keeps; set min_replicas: 0, or delete one"
+        if model.stage is not None and any(word.split("=")[0] == "--revision" for word in model.engine_args):
+            yield f"{path}.stage: copies the main revision, not that of --revision in engine_args; delete one of them"
         low, most = model.min_replicas or 0, model.max_replicas or model.replicas
         if not low <= model.replicas <= most:
             yield f"{path}.replicas: found {model.replicas}; allowed: min_replicas to max_replicas ({low} to {most})"

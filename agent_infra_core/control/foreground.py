@@ -97,9 +97,7 @@ def run_command(
     on_second = signals.on_second
     signals.on_each, signals.on_second = command.pass_on, lambda: None  # the second one doesn't cut its turns
     try:
-        if (
-            signals.last and not command.is_signalled
-        ):  # it came after the caller's last look, and the command may have started too late to get it
+        if signals.last and not command.is_signalled:  # it came while the command was being started
             command.pass_on(signals.last)
         return command.wait(check)
     finally:

@@ -206,10 +206,8 @@ class Autoscaler:
         if not failed:
             self._logged.pop(f"{model.name} failed", None)
         if decision.target > fleet.serving and failed:  # the next one would fail, too
-            why = (
-                f"{', '.join(failed)} was added and failed: see its log, and `stop` it; until then no replica is added"
-            )
-            self._tell(f"{model.name} failed", f"{model.name}: {why}")
+            why = "was added and failed: see its log, and `stop` it; until then no replica is added"
+            self._tell(f"{model.name} failed", f"{model.name}: {', '.join(failed)} {why}")
         elif decision.target > fleet.serving:
             self._grow(model, decision, fleet, now)
         elif decision.target < fleet.serving:
