@@ -158,7 +158,7 @@ class HttpConnection:
         self._connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
         self._errors = (OSError, http.client.HTTPException)
 
-    def get(
+    def request(
         self, path: str, key: str | None = None, method: str = "GET", body: bytes | None = None
     ) -> tuple[int, bytes]:
         """Send a request. Returns status and body; status 0 if no answer in time."""
@@ -189,7 +189,7 @@ def http_get(
 ) -> tuple[int, bytes]:
     """Send a request, ignoring http_proxy. Returns status and body; status 0 if no answer in time."""
     with contextlib.closing(HttpConnection(host, port, timeout_s)) as connection:
-        return connection.get(path, key, method, body)
+        return connection.request(path, key, method, body)
 
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")

@@ -70,7 +70,7 @@ def verifies_identity(server: HttpConnection, key: str, identity: str, engine_po
     """
     nonce = os.urandom(16).hex()
     suffix = "" if engine_port is None else f"&port={engine_port}"
-    status, body = server.get(f"{CHALLENGE_PATH}?nonce={nonce}{suffix}")
+    status, body = server.request(f"{CHALLENGE_PATH}?nonce={nonce}{suffix}")
     if status == 0:
         return None
     message = f"{nonce}:{identity}" + ("" if engine_port is None else f":{engine_port}")
