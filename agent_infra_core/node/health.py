@@ -50,9 +50,9 @@ def parse_number(text: str) -> float | None:
 
 def _cache_tokens(labels: Mapping[str, str]) -> int:
     """Return the capacity of one engine's KV cache in tokens; 0 if unknown. Older vLLM reports only blocks."""
-    told, blocks, block = (labels.get(key, "") for key in ("kv_cache_size_tokens", "num_gpu_blocks", "block_size"))
-    if told.isdecimal():
-        return int(told)
+    tokens, blocks, block = (labels.get(key, "") for key in ("kv_cache_size_tokens", "num_gpu_blocks", "block_size"))
+    if tokens.isdecimal():
+        return int(tokens)
     return int(blocks) * int(block) if blocks.isdecimal() and block.isdecimal() else 0
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
+import json
 import os
 import threading
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +18,7 @@ import pytest
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.engines import serve_spec
 from agent_infra_core.node import staging
+from agent_infra_core.node.ranks import Rank
 from agent_infra_core.node.replica import make_launch
 from agent_infra_core.node.staging import StagingError, StagingStopped, find_source, list_files, stage_weights
 from agent_infra_core.settings import ModelConfig
@@ -214,6 +218,19 @@ def test_a_source_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "scandir", stale)
     with pytest.raises(StagingError, match="original: Stale file handle; make it readable on this node"):
         stage(source, tmp_path / "local")
+
+
+def test_a_rank_stages_without_waiting_for_its_head(tmp_path: Path) -> None:
+    config = ModelConfig("m", str(model(tmp_path)), stage=str(tmp_path / "local"))
+    spec = serve_spec("m-1", config, str(tmp_path), str(tmp_path / "key"))
+    (tmp_path / "key").write_text("secret-key")
+    (tmp_path / "specs").mkdir()
+    (tmp_path / "specs" / "m-1.json").write_text(json.dumps(dataclasses.asdict(spec)))
+    signals: Any = SimpleNamespace(is_asked=False, is_urgent=False)
+    signals.wait = lambda _: setattr(signals, "is_asked", True)
+    watcher: Any = None  # no engine is started
+    assert Rank(str(tmp_path), "m-1", 1).run(watcher, signals) == 0
+    assert list((tmp_path / "local").rglob("model-1.safetensors"))
 
 
 def test_a_signal_ends_the_copy_and_leaves_nothing(tmp_path: Path) -> None:
