@@ -63,6 +63,7 @@ try:
         absolute_path,
         allow_many_descriptors,
         command_name,
+        create_atomically,
         freeze_imported_objects,
         is_listening,
         printable_text,
@@ -367,6 +368,10 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"{path}.command: is required with engine: command; an argv such as [my-server, --port, '{{port}}']"
         if model.engine != "command" and model.command:
             yield f"{path}.command: belongs to engine: command, not to {model.engine}; delete it or change engine"
+        if model.min_replicas and model.idle_shutdown_minutes is not None:
+            yield f"{path}.idle_shutdown_minutes: stops what min_replicas keeps; set min_replicas: 0, or delete one"
+        if model.stage is not None and any(word.split("=")[0] == "--revision" for word in model.engine_args):
+            yield f"{path}.stage: copies the main revision, not that of --revision in engine_args; delete one of them"
         low, most = model.min_replicas or 0, model.max_replicas or model.replicas
         if not low <= model.replicas <= most:
             yield f"{path}.replicas: found {model.replicas}; allowed: min_replicas to max_replicas ({low} to {most})"
@@ -1431,18 +1436,18 @@ class ReplicaBoard:
 class OperatorSignals:
     """Counts SIGINT, SIGTERM and SIGHUP; the second one calls ``on_second``, which ends turns in flight at once.
 
-    ``on_each`` is called with the number of each signal.
+    ``on_each`` is called with the number of each signal; ``last`` is that of the last one.
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.last = 0
         self.on_second: Callable[[], None] = lambda: None
         self.on_each: Callable[[int], None] = lambda _: None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._take)
 
     def _take(self, number: int, _frame: object) -> None:
-        self.count += 1
+        self.count, self.last = self.count + 1, number
         self.on_each(number)
         if self.count > 1:
             self.on_second()
@@ -1856,14 +1861,20 @@ def _run_run(arguments: argparse.Namespace) -> int:
     words, since = find_command(arguments.command, os.environ), time.time()
     name = arguments.name or time.strftime("run-%Y%m%d-%H%M%S")
     with contextlib.redirect_stdout(sys.stderr):
-        deployment, signals, code = _deployment(arguments), OperatorSignals(), 130
+        deployment, signals = _deployment(arguments), OperatorSignals()
         models = deployment.select_models(arguments.model, arguments.replicas)
         with _serving(deployment, models, signals, "run", arguments.log_format) as controller:
-            proxy = deployment.proxy()
-            if arguments.tasks and proxy is not None:
+            if arguments.tasks and not signals.came():
+                proxy = deployment.proxy()
+                if proxy is None:
+                    path = deployment.paths.relay_record
+                    raise AgentInfraError(f"--tasks: {path} could not be written; free some space there, and run again")
                 proxy.announce_run(name, arguments.tasks)
-            if proxy is not None and not signals.came():
-                told = {"OPENAI_BASE_URL": f"{controller.url}/v1", "OPENAI_API_KEY": proxy.key}
+            if signals.came():
+                code = 128 + signals.last  # as a shell has it, although the command never ran
+            else:
+                key = client_key(deployment.config, deployment.paths)
+                told = {"OPENAI_BASE_URL": f"{controller.url}/v1", "OPENAI_API_KEY": key}
                 code = run_command(words, {**os.environ, **told}, signals, controller.check)
         _say(report_text(deployment.config.proxy.history, deployment.paths.history, f"Run {name}", since))
     return code
@@ -1902,8 +1913,8 @@ def _run_init(arguments: argparse.Namespace) -> int:
     if os.path.lexists(arguments.output):
         raise RefusedError(f"{arguments.output} exists; remove it, or name another file with --output")
     text = _draft(arguments, arguments.model)
-    with open(arguments.output, "x", encoding="utf-8") as file:
-        file.write(text)
+    if not create_atomically(Path(arguments.output), text):  # it appeared meanwhile
+        raise RefusedError(f"{arguments.output} exists; remove it, or name another file with --output")
     _say(f"wrote {arguments.output}; read its comments, then run `{command_name()} doctor`")
     return 0
 

@@ -97,6 +97,11 @@ def listener_owners(port: int) -> set[int]:
     return owners
 
 
+def is_only_ours(port: int) -> bool:
+    """Whether no user but this one and root listens on a TCP port of this machine; true if nobody does."""
+    return listener_owners(port) <= {0, os.getuid()}
+
+
 def process_stamp(pid: int) -> str | None:
     """Return boot id and start time of process ``pid``, which a later process with this pid doesn't share.
 
@@ -153,7 +158,7 @@ class HttpConnection:
         self._connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
         self._errors = (OSError, http.client.HTTPException)
 
-    def get(
+    def request(
         self, path: str, key: str | None = None, method: str = "GET", body: bytes | None = None
     ) -> tuple[int, bytes]:
         """Send a request. Returns status and body; status 0 if no answer in time."""
@@ -184,7 +189,7 @@ def http_get(
 ) -> tuple[int, bytes]:
     """Send a request, ignoring http_proxy. Returns status and body; status 0 if no answer in time."""
     with contextlib.closing(HttpConnection(host, port, timeout_s)) as connection:
-        return connection.get(path, key, method, body)
+        return connection.request(path, key, method, body)
 
 
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")

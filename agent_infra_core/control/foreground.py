@@ -47,6 +47,11 @@ class ForegroundCommand:
             return  # the terminal sent Ctrl-C to the command, too
         self._send(number)
 
+    @property
+    def is_signalled(self) -> bool:
+        """Whether pass_on() was called."""
+        return self._signals > 0
+
     def wait(self, check: Callable[[], None]) -> int:
         """Wait until it ends. Returns its status as a shell has it: 128 + N if signal N ended it.
 
@@ -74,10 +79,11 @@ class ForegroundCommand:
 
 
 class PassedSignals(Protocol):
-    """The signals of this process: what is called with each one, and at the second one."""
+    """The signals of this process: what is called with each one and at the second one, and which came last."""
 
     on_each: Callable[[int], None]
     on_second: Callable[[], None]
+    last: int  # number of the last one; 0 before the first
 
 
 def run_command(
@@ -91,6 +97,8 @@ def run_command(
     on_second = signals.on_second
     signals.on_each, signals.on_second = command.pass_on, lambda: None  # the second one doesn't cut its turns
     try:
+        if signals.last and not command.is_signalled:  # it came while the command was being started
+            command.pass_on(signals.last)
         return command.wait(check)
     finally:
         signals.on_each, signals.on_second = lambda _: None, on_second

@@ -180,6 +180,9 @@ class RelayLink:
             with self._send_lock:
                 control.sendall(encode_frame(kind, payload))
         except OSError as error:
+            if control is not None:
+                with contextlib.suppress(OSError):
+                    control.shutdown(socket.SHUT_RDWR)  # half a frame may have been sent; nothing may follow it
             raise RelayGoneError(f"the relay (pid {self.pid}) is gone: {error}") from error
 
     def receive(self, timeout: float) -> list[tuple[bytes, bytes]]:

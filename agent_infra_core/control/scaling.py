@@ -50,7 +50,7 @@ class Fleet:
 
 
 @dataclass(frozen=True)
-class Pulse:
+class DemandState:
     """What a decision remembers of a model. Times are monotonic s."""
 
     is_asleep: bool = False  # its turns wait for a replica to be woken
@@ -84,20 +84,20 @@ def may_wake(model: ModelConfig) -> bool:
     return model.idle_shutdown_minutes is not None or model.min_replicas == 0
 
 
-def feel(pulse: Pulse, model: ModelConfig, fleet: Fleet, demand: Demand, now: float) -> Pulse:
-    """The pulse at this moment. Pressure and calm count from when they began, while nothing changes."""
-    may_sleep = fleet.idle > 0 or ((model.min_replicas == 0 or pulse.is_asleep) and not fleet.has_failed)
+def observe(state: DemandState, model: ModelConfig, fleet: Fleet, demand: Demand, now: float) -> DemandState:
+    """The state at this moment. Pressure and calm count from when they began, while nothing changes."""
+    may_sleep = fleet.idle > 0 or ((model.min_replicas == 0 or state.is_asleep) and not fleet.has_failed)
     is_settled = fleet.serving == fleet.ready > 0
     is_pressed = demand.waiting > 0 or demand.verdict == "GPU-BOUND"
     would_be_left = demand.slots * (fleet.serving - 1)
     is_light = demand.verdict in REPLICAS_DO_NOT_HELP and demand.in_flight <= CALM_SHARE * would_be_left
     is_calm = not is_pressed and (is_light or demand.in_flight == 0)
     return dataclasses.replace(
-        pulse,
-        is_asleep=fleet.serving == 0 and may_sleep and now >= pulse.retry_at and not is_spent(model, demand),
-        pressed_since=min(pulse.pressed_since, now) if is_settled and is_pressed else math.inf,
-        calm_since=min(pulse.calm_since, now) if is_settled and is_calm else math.inf,
-        failures=0 if fleet.ready else pulse.failures,
+        state,
+        is_asleep=fleet.serving == 0 and may_sleep and now >= state.retry_at and not is_spent(model, demand),
+        pressed_since=min(state.pressed_since, now) if is_settled and is_pressed else math.inf,
+        calm_since=min(state.calm_since, now) if is_settled and is_calm else math.inf,
+        failures=0 if fleet.ready else state.failures,
     )
 
 
@@ -106,20 +106,20 @@ def is_spent(model: ModelConfig, demand: Demand) -> bool:
     return model.max_gpu_hours is not None and demand.gpu_hours >= model.max_gpu_hours
 
 
-def decide(model: ModelConfig, wanted: int, fleet: Fleet, demand: Demand, pulse: Pulse, now: float) -> Decision:
-    """How many replicas of a model should serve now, by the pulse that feel() returned."""
+def decide(model: ModelConfig, wanted: int, fleet: Fleet, demand: Demand, state: DemandState, now: float) -> Decision:
+    """How many replicas of a model should serve now, by the state that observe() returned."""
     low, high = bounds(model, wanted)
-    if pulse.is_asleep:
+    if state.is_asleep:
         is_called = demand.waiting > 0 and not fleet.is_leaving  # what is leaving still has its GPUs
         return Decision(max(1, low), f"{demand.waiting} turns wait, and it sleeps") if is_called else Decision(0)
-    if now < pulse.retry_at:
+    if now < state.retry_at:
         return Decision(fleet.serving)
     can_grow = fleet.serving < high and (is_scaled(model) or fleet.idle > 0)
-    if can_grow and now - pulse.pressed_since >= UP_AFTER_S and not is_spent(model, demand):
+    if can_grow and now - state.pressed_since >= UP_AFTER_S and not is_spent(model, demand):
         more = max(1, demand.waiting // demand.slots if demand.slots else 1)
         why = f"{demand.waiting} turns wait" if demand.waiting else "the verdict is GPU-BOUND"
         return Decision(min(high, fleet.serving + more), f"{why} for {UP_AFTER_S:g} s")
-    if is_scaled(model) and fleet.serving > low and now - pulse.calm_since >= DOWN_AFTER_S:
+    if is_scaled(model) and fleet.serving > low and now - state.calm_since >= DOWN_AFTER_S:
         return Decision(fleet.serving - 1, f"one replica less would do, for {DOWN_AFTER_S / 60:g} min")
     return Decision(fleet.serving)
 
@@ -161,9 +161,10 @@ class Autoscaler:
     ) -> None:
         self._deployment, self._cluster, self._traffic, self._clock = deployment, cluster, traffic, clock
         self._log = deployment.report
-        self._pulses: dict[str, Pulse] = {}
+        self._states: dict[str, DemandState] = {}
         self._leaving: dict[str, float] = {}  # replica that is being removed → when its turns are cut
-        self._told: dict[str, str] = {}  # model → what was logged last
+        self._started: dict[str, set[str]] = {}  # model → replicas that were added
+        self._logged: dict[str, str] = {}  # topic → what was logged last
         self._lock = threading.Lock()
 
     def follow(self, records: Sequence[ReplicaRecord]) -> None:
@@ -176,7 +177,8 @@ class Autoscaler:
             for model in self._deployment.select_models():
                 if is_scaled(model) or model.idle_shutdown_minutes is not None:
                     self._follow(model, wanted[model.name], records, demand.get(model.name, Demand()))
-            self._traffic.asleep = frozenset(name for name, pulse in self._pulses.items() if pulse.is_asleep)
+            self._traffic.asleep = frozenset(name for name, state in self._states.items() if state.is_asleep)
+            self._logged.pop("", None)
         except Exception as error:  # noqa: BLE001  whatever fails here must not keep the replicas from being seen
             self._tell("", f"scaling: {error!r}; it is retried at each poll")
         finally:
@@ -195,30 +197,38 @@ class Autoscaler:
             has_failed=any(record.state == "failed" for record in mine),
         )
         now = self._clock()
-        pulse = self._pulses[model.name] = feel(self._pulses.get(model.name, Pulse()), model, fleet, demand, now)
-        decision = decide(model, wanted, fleet, demand, pulse, now)
+        state = observe(self._states.get(model.name, DemandState()), model, fleet, demand, now)
+        self._states[model.name] = state
+        decision = decide(model, wanted, fleet, demand, state, now)
         if is_spent(model, demand):
             self._tell(model.name, f"{model.name} has used its {model.max_gpu_hours:g} GPU-hours: no replica is added")
-        if decision.target > fleet.serving:
+        failed = [r.replica for r in mine if r.state == "failed" and r.replica in self._started.get(model.name, ())]
+        if not failed:
+            self._logged.pop(f"{model.name} failed", None)
+        if decision.target > fleet.serving and failed:  # the next one would fail, too
+            why = "was added and failed: see its log, and `stop` it; until then no replica is added"
+            self._tell(f"{model.name} failed", f"{model.name}: {', '.join(failed)} {why}")
+        elif decision.target > fleet.serving:
             self._grow(model, decision, fleet, now)
         elif decision.target < fleet.serving:
             self._shrink(model, decision, serving, now)
 
     def _grow(self, model: ModelConfig, decision: Decision, fleet: Fleet, now: float) -> None:
         self._log(f"{model.name}: {decision.reason}; {fleet.serving} → {decision.target} replicas")
-        pulse = self._pulses[model.name]
-        pause_s = min(RETRY_MOST_S, RETRY_S * 2**pulse.failures)
-        failed = dataclasses.replace(pulse, retry_at=now + pause_s, failures=pulse.failures + 1)
+        state = self._states[model.name]
+        pause_s = min(RETRY_MOST_S, RETRY_S * 2**state.failures)
+        failed = dataclasses.replace(state, retry_at=now + pause_s, failures=state.failures + 1)
         try:
             prepared = self._cluster.prepare(dataclasses.replace(model, replicas=decision.target))
-            self._cluster.start_replicas(prepared, decision.target - fleet.serving)
+            added = self._cluster.start_replicas(prepared, decision.target - fleet.serving)
         except (AgentInfraError, OSError) as error:
-            self._pulses[model.name] = dataclasses.replace(failed, is_asleep=False)
+            self._states[model.name] = dataclasses.replace(failed, is_asleep=False)
             self._log(f"{model.name}: no replica can be started: {error}; it is tried again in {pause_s:g} s")
             return
         # Asleep until it is seen to start: this look's records don't show it yet.
-        self._pulses[model.name] = Pulse(is_asleep=pulse.is_asleep, failures=pulse.failures)
+        self._states[model.name] = DemandState(is_asleep=state.is_asleep, failures=state.failures)
         if is_scaled(model):
+            self._started.setdefault(model.name, set()).update(record.replica for record in added)
             self._deployment.want({model.name: decision.target})
 
     def _shrink(self, model: ModelConfig, decision: Decision, serving: Sequence[ReplicaRecord], now: float) -> None:
@@ -226,7 +236,7 @@ class Autoscaler:
         rows = {replica: {"inflight": count} for replica, count in self._traffic.turns().items()}
         for record in choose_to_stop(serving, rows, len(serving) - decision.target):
             self._leaving[record.replica] = now + LEAVE_S
-        self._pulses[model.name] = Pulse()
+        self._states[model.name] = DemandState()
         self._deployment.want({model.name: decision.target})
 
     def _retire(self, records: Sequence[ReplicaRecord]) -> None:
@@ -239,8 +249,8 @@ class Autoscaler:
             elif self._traffic.drain(replica) == 0 or self._clock() >= until:
                 self._cluster.stop([replica])
 
-    def _tell(self, model: str, line: str) -> None:
-        """Log a line once."""
-        if self._told.get(model) != line:
-            self._told[model] = line
+    def _tell(self, topic: str, line: str) -> None:
+        """Log a line of a topic, unless it is the last one that was logged."""
+        if self._logged.get(topic) != line:
+            self._logged[topic] = line
             self._log(line)

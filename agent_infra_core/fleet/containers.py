@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -45,20 +46,32 @@ def inside_of(slurm: SlurmConfig, model: ModelConfig, work_dir: str, has_gpus: b
     model, folders = in_container(model, slurm.container), [work_dir]
     if model.model_path.startswith("/"):
         folders.append(os.path.dirname(model.model_path))
-    if model.stage is not None and model.stage.startswith("/"):
-        folders.append(model.stage)
     shared: tuple[str, ...] = SHARED_FOLDERS
     if model.env.get("HF_HOME", "").startswith("/"):  # podman refuses a folder that is named twice
         folders, shared = [*folders, model.env["HF_HOME"]], SHARED_FOLDERS[1:]
+    folder, variable = staging_mount(model.stage or "")
+    folders += [folder] if folder else []
+    variables = dict.fromkeys([*model.env, *([variable] if variable else [])])
+    if variable and variable not in SHARED_FOLDERS:
+        shared = (*shared, variable)
     every = tuple(dict.fromkeys([*folders, *slurm.container.mounts]))
-    return Inside(slurm.container, every, shared, tuple(model.env), has_gpus)
+    return Inside(slurm.container, every, shared, tuple(variables), has_gpus)
+
+
+def staging_mount(stage: str) -> tuple[str, str]:
+    """The folder to mount for ``stage``, or the variable that names it; both may be empty."""
+    if match := re.match(r"\$(?:\{(\w+)\}|(\w+))", stage):
+        return "", match[1] or match[2]
+    fixed, dollar, _ = stage.partition("$")
+    folder = os.path.dirname(fixed) if dollar else fixed  # a variable further on has no value before the job runs
+    return ("" if folder == "/" else folder), ""
 
 
 def _apptainer(inside: Inside) -> str:
-    words = ["apptainer", "exec", *(["--nv"] if inside.has_gpus else [])]
-    words += [word for folder in inside.folders for word in ("--bind", folder)]
+    argv = ["apptainer", "exec", *(["--nv"] if inside.has_gpus else [])]
+    argv += [word for folder in inside.folders for word in ("--bind", folder)]
     shared = [f'${{{name}:+--bind "${name}"}}' for name in inside.shared]
-    return " ".join([shlex.join(words), *shared, shlex.quote(inside.container.image)])
+    return " ".join([shlex.join(argv), *shared, shlex.quote(inside.container.image)])
 
 
 def _pyxis(inside: Inside) -> str:
@@ -72,20 +85,20 @@ def _podman(inside: Inside) -> str:
     """The job's network and cgroup are the container's, too, so Slurm counts and ends what runs there."""
     container = inside.container
     gpus = "--gpu" if container.runtime == "podman-hpc" else "--device=nvidia.com/gpu=all"
-    words = [container.runtime, "run", "--rm", "--network=host", "--ipc=host", "--cgroups=disabled"]
-    words += ["--security-opt=label=disable", *([gpus] if inside.has_gpus else [])]
-    words += [word for name in (*PODMAN_VARIABLES, *inside.variables) for word in ("-e", name)]
-    words += [word for pair in inside.pairs for word in ("-v", pair)]
+    argv = [container.runtime, "run", "--rm", "--network=host", "--ipc=host", "--cgroups=disabled"]
+    argv += ["--security-opt=label=disable", *([gpus] if inside.has_gpus else [])]
+    argv += [word for name in (*PODMAN_VARIABLES, *inside.variables) for word in ("-e", name)]
+    argv += [word for pair in inside.pairs for word in ("-v", pair)]
     shared = [f'${{{name}:+-v "${name}:${name}"}}' for name in inside.shared]
-    return " ".join([shlex.join(words), *shared, shlex.quote(container.image)])
+    return " ".join([shlex.join(argv), *shared, shlex.quote(container.image)])
 
 
 @dataclass(frozen=True)
 class Runtime:
     """How a runtime is called."""
 
-    words: Callable[[Inside], str]  # what stands before the program
-    is_srun: bool = False  # the words are options of srun
+    prefix: Callable[[Inside], str]  # the part of the command before the program
+    is_srun: bool = False  # the prefix consists of options of srun
 
 
 RUNTIMES: Mapping[str, Runtime] = {
@@ -99,7 +112,7 @@ RUNTIMES: Mapping[str, Runtime] = {
 def container_launchers(inside: Inside, program: str) -> tuple[str, str]:
     """Return the command before `serve`, and the one before `rank` (which srun starts)."""
     runtime = RUNTIMES[inside.container.runtime]
-    command = f"{runtime.words(inside)} {shlex.join(['python3', program])}"
+    command = f"{runtime.prefix(inside)} {shlex.join(['python3', program])}"
     if not runtime.is_srun:
         return command, command
     return f"srun --nodes=1 --ntasks=1 --relative=0 --cpu-bind=none {command}", command
@@ -110,12 +123,12 @@ def fetch_command(slurm: SlurmConfig, model: ModelConfig, work_dir: str, program
 
     The variables of ``model.env`` must be exported. No value is on the command line.
     """
-    words = shlex.join([program, "fetch", model.model_path])
+    argv = shlex.join([program, "fetch", model.model_path])
     if slurm.container is None:
-        return f'exec "${{AGENT_INFRA_PYTHON:-python3}}" {words}'
-    runtime = RUNTIMES[slurm.container.runtime]
+        return f'exec "${{AGENT_INFRA_PYTHON:-python3}}" {argv}'
+    runtime, model = RUNTIMES[slurm.container.runtime], dataclasses.replace(model, stage=None)  # a folder of the nodes
     lines = [f'export {name}="${{{name}:-{default}}}"' for name, default in SHARED_DEFAULTS]
-    command = f"{runtime.words(inside_of(slurm, model, work_dir, has_gpus=False))} python3 {words}"
+    command = f"{runtime.prefix(inside_of(slurm, model, work_dir, has_gpus=False))} python3 {argv}"
     # pyxis only runs in jobs.
     return "\n".join([*lines, 'mkdir -p "$HF_HOME"', f"exec {_srun(slurm) if runtime.is_srun else ''}{command}"])
 
@@ -124,5 +137,5 @@ def _srun(slurm: SlurmConfig) -> str:
     """Return srun with the options of the preferred partition, without GPUs."""
     partition: PartitionConfig = max(slurm.partitions, key=lambda each: each.priority)
     options = {"partition": partition.name, "qos": partition.qos or slurm.default_qos, "account": slurm.account}
-    words = ["srun", "--nodes=1", "--ntasks=1", *(f"--{name}={value}" for name, value in options.items() if value)]
-    return shlex.join(words) + " "
+    argv = ["srun", "--nodes=1", "--ntasks=1", *(f"--{name}={value}" for name, value in options.items() if value)]
+    return shlex.join(argv) + " "

@@ -77,17 +77,17 @@ def _placement(row: CatalogueModel, site: Site) -> tuple[Sequence[SitePartition]
         raise RefusedError(f"{row.name} needs GPUs, and no partition has any; `launch smollm2` runs on CPUs")
     needed = {each.name: _gpus_needed(row, each.memory_gb or USUAL_GPU_GB) for each in having}
 
-    def merit(each: SitePartition) -> tuple[bool, bool, bool, int]:
+    def rank(each: SitePartition) -> tuple[bool, bool, bool, int]:
         wanted = needed[each.name]
         return wanted > each.gpus_per_node, wanted > each.idle_gpus, not each.is_default, wanted
 
-    best = min(having, key=merit)
+    best = min(having, key=rank)
     count = needed[best.name]
     if count > best.gpus_per_node and count % best.gpus_per_node:  # over several nodes, evenly
         count = -(-count // best.gpus_per_node) * best.gpus_per_node
-    told = f"{best.memory_gb} GB each" if best.memory_gb else f"if each has {USUAL_GPU_GB} GB; {best.gres} doesn't tell"
-    suiting = [each for each in sorted(having, key=merit) if needed[each.name] <= count]
-    return suiting, count, f"documented minimum: {row.memory_gb} GB in all; {told}"
+    size = f"{best.memory_gb} GB each" if best.memory_gb else f"if each has {USUAL_GPU_GB} GB; {best.gres} doesn't tell"
+    suiting = [each for each in sorted(having, key=rank) if needed[each.name] <= count]
+    return suiting, count, f"documented minimum: {row.memory_gb} GB in all; {size}"
 
 
 def _local_gpus(row: CatalogueModel, site: Site) -> tuple[int, str]:
@@ -116,8 +116,9 @@ def _gpus_needed(row: CatalogueModel, memory_gb: int) -> int:
 def _slurm_lines(row: CatalogueModel, site: Site, usable: Sequence[SitePartition], ssh: SshConfig | None) -> list[str]:
     lines = ["  type: slurm"]
     if ssh is not None:
-        told = {"host": ssh.host, "user": ssh.user, "port": ssh.port}
-        lines.append("  ssh: {" + ", ".join(f"{key}: {_scalar(value)}" for key, value in told.items() if value) + "}")
+        options = {"host": ssh.host, "user": ssh.user, "port": ssh.port}
+        pairs = [f"{key}: {_scalar(value)}" for key, value in options.items() if value]
+        lines.append("  ssh: {" + ", ".join(pairs) + "}")
     lines.append("  slurm:")
     if site.prologue:
         listed = ", ".join(_scalar(line) for line in site.prologue)

@@ -19,7 +19,7 @@ from agent_infra_core.settings import ClusterConfig
 # several sizes counts as the smallest. From the vendors' data sheets, and the taxonomy of vLLM's recipes.
 _GPU_MEMORY_GB = (
     *(("mi355x", 288), ("mi325x", 256), ("mi300x", 192), ("mi300a", 128), ("mi250", 128), ("mi210", 64)),
-    *(("gb300", 288), ("b300", 268), ("gb200", 192), ("b200", 180), ("h200", 141), ("gh200", 96), ("h100", 80)),
+    *(("gb300", 288), ("b300", 268), ("gb200", 192), ("b200", 180), ("gh200", 96), ("h200", 141), ("h100", 80)),
     *(("a100", 40), ("l40", 48), ("a40", 48), ("a30", 24), ("a10", 24), ("l4", 24), ("v100", 16), ("t4", 16)),
     *(("rtx_pro_6000", 96), ("rtx6000ada", 48), ("a6000", 48), ("a5000", 24), ("5090", 32), ("4090", 24), ("3090", 24)),
 )
@@ -28,9 +28,9 @@ _GPU_MEMORY_GB = (
 def gpu_memory_gb(kind: str) -> int | None:
     """GB of memory of a GPU by its name, such as h100 or a100_80gb; None if the name doesn't tell."""
     name = kind.lower().replace("-", "_").replace(" ", "_")
-    stated = re.search(r"(\d+)_?gb?\b|(\d+)_?gb", name)
-    if stated is not None:
-        return int(stated[1] or stated[2])
+    name = name.replace("gh200_480gb", "gh200")  # the CPU's memory
+    if stated := re.findall(r"(\d+)_?gb?(?![a-z0-9])|(\d+)_?gb", name):
+        return int(max(stated[-1]))  # the last size: in a MIG type such as a100_3g.20gb, 3g is its share of the GPU
     return next((size for part, size in _GPU_MEMORY_GB if part in name), None)
 
 
@@ -75,6 +75,7 @@ _SURVEY_SCRIPT = """\
 command -v scontrol > /dev/null || exit 127
 scontrol --oneliner show partition || exit
 echo @nodes@; scontrol --oneliner --details show node
+echo @groups@; id -Gn
 echo @accounting@; scontrol show config | sed -n 's/^AccountingStorageType *= *//p'
 echo @accounts@; sacctmgr -nP show user "$(id -un)" format=defaultaccount 2> /dev/null
 sacctmgr -nP show assoc user="$(id -un)" format=account,partition,qos 2> /dev/null
@@ -108,13 +109,18 @@ def survey_slurm(cluster: ClusterConfig, runner: CommandRunner) -> Site:
 def parse_survey(text: str) -> Site:
     """The site as _SURVEY_SCRIPT printed it. Pure. RefusedError if no partition takes jobs."""
     parts = re.split(r"(?m)^@(\w+)@\n", text)
-    told = dict(zip(parts[1::2], parts[2::2], strict=False))
-    rows, nodes = parse_partitions(parts[0]), parse_nodes(told.get("nodes", ""))
-    accounts, qos = _accounts(told.get("accounts", "")) if "none" not in told.get("accounting", "") else ((), ())
+    sections = dict(zip(parts[1::2], parts[2::2], strict=False))
+    rows, nodes = parse_partitions(parts[0]), parse_nodes(sections.get("nodes", ""))
+    has_accounting = "none" not in sections.get("accounting", "")
+    accounts, qos = _accounts(sections.get("accounts", "")) if has_accounting else ((), ())
+    groups = sections.get("groups", "").split()
     partitions = tuple(
         _partition(row, [node for node in nodes if name in node.partitions])
         for name, row in rows.items()
-        if row.get("State", "UP") == "UP" and _takes(row, "AllowAccounts", accounts) and _takes(row, "AllowQos", qos)
+        if row.get("State", "UP") == "UP"
+        and _takes(row, "AllowGroups", groups)
+        and _takes(row, "AllowAccounts", accounts, "DenyAccounts")
+        and _takes(row, "AllowQos", qos, "DenyQos")
     )
     if not partitions:
         raise RefusedError(
@@ -133,10 +139,17 @@ def _accounts(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(accounts), tuple(sorted({name for row in rows for name in row[2].split(",") if name}))
 
 
-def _takes(row: Mapping[str, str], field: str, mine: Iterable[str]) -> bool:
-    """Whether a partition's list of those that it takes has one of mine; unknown ones count as taken."""
-    allowed, own = row.get(field, "ALL"), set(mine)
-    return allowed in ("ALL", "(null)", "") or not own or bool(own & set(allowed.split(",")))
+def _takes(row: Mapping[str, str], allow: str, mine: Iterable[str], deny: str = "") -> bool:
+    """Whether one of mine is in a partition's list ``allow`` and not in ``deny``; unknown ones count as taken.
+
+    Slurm ignores ``deny`` where it shows ``allow``.
+    """
+    own, allowed = set(mine), row.get(allow, "ALL")
+    if not own:
+        return True
+    if allowed not in ("ALL", "(null)", ""):
+        return bool(own & set(allowed.split(",")))
+    return not own <= set(row.get(deny, "").split(","))
 
 
 def _partition(row: Mapping[str, str], nodes: Sequence[SlurmNode]) -> SitePartition:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from agent_infra_core.host import listener_owners
+from agent_infra_core.host import is_only_ours
 
 CHALLENGE_PATH = "/agent-infra/challenge"
 
@@ -34,7 +34,7 @@ def challenge_reply(key: str, identity: str, query: str) -> tuple[int, bytes]:
         return 400, error_body("nonce must be 16 to 128 hexadecimal digits", "invalid_request_error", None)
     nonce = f"{match[1]}:{identity}"
     if match[2]:
-        if not listener_owners(int(match[2])) <= {0, os.getuid()}:
+        if not is_only_ours(int(match[2])):
             return 409, error_body("another user listens there", "invalid_request_error", "foreign_server")
         nonce += f":{match[2]}"
     return 200, json.dumps({"answer": answer_challenge(key, nonce)}).encode()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from agent_infra_core.host import http_get
+from agent_infra_core.host import http_get, is_only_ours
 from agent_infra_core.node.guard import CHALLENGE_PATH, answer_challenge
 from agent_infra_core.protocol import EngineLoad, EngineProbe
 from agent_infra_core.settings import connect_address
@@ -50,9 +50,9 @@ def parse_number(text: str) -> float | None:
 
 def _cache_tokens(labels: Mapping[str, str]) -> int:
     """Return the capacity of one engine's KV cache in tokens; 0 if unknown. Older vLLM reports only blocks."""
-    told, blocks, block = (labels.get(key, "") for key in ("kv_cache_size_tokens", "num_gpu_blocks", "block_size"))
-    if told.isdecimal():
-        return int(told)
+    tokens, blocks, block = (labels.get(key, "") for key in ("kv_cache_size_tokens", "num_gpu_blocks", "block_size"))
+    if tokens.isdecimal():
+        return int(tokens)
     return int(blocks) * int(block) if blocks.isdecimal() and block.isdecimal() else 0
 
 
@@ -74,16 +74,16 @@ class EngineClient:
         return 200 <= self._get(self.engine.health_path)[0] < self.engine.healthy_below
 
     def is_ours(self) -> bool:
-        """Whether the server on the port knows the key; always true for engines that can't prove it."""
+        """Whether the server on the port knows the key; of an engine that can't prove it, whether we or root run it."""
         if not self.engine.is_guarded:
-            return True
+            return is_only_ours(self.port)
         nonce = os.urandom(16).hex()
         status, body = self._get(f"{CHALLENGE_PATH}?nonce={nonce}")
         return status == 200 and answer_challenge(self.key, f"{nonce}:{self.identity}").encode() in body
 
     def load(self) -> EngineLoad | None:
-        """Return the engine's load; None if it has no metrics or doesn't answer."""
-        if not self.engine.metrics:
+        """Return the engine's load; None if it has no metrics or doesn't answer. Another user's server gets no key."""
+        if not self.engine.metrics or not is_only_ours(self.port):
             return None
         status, body = self._get(METRICS_PATH, self.key)
         return read_engine_load(self.engine, body.decode("utf-8", "replace")) if status == 200 else None

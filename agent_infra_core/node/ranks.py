@@ -25,46 +25,54 @@ class Rank:
         folder = Path(run_directory)
         self._lead = folder / "ranks" / f"{replica}.json"
         self._log = folder / "logs" / f"{replica}.rank{number}.log"
-        self._told = ""  # the head's file for the current run; empty: no run
+        self._run = ""  # the head's file for the current run; empty: no run
+        self._weights: str | None = None  # the copy on this node, if it was staged
         self._process: EngineProcess | None = None
 
     def run(self, watcher: Watcher, signals: StopSignals) -> int:
-        """Follow the head. After a signal, go on until the head's run ends, whose turns need this rank; a second one
-        ends the rank at once. Returns the exit code."""
+        """Stage the weights while the head does, then follow it. Returns the exit code. Raises StagingError.
+
+        After a signal, go on until the head's run ends, whose turns need this rank; a second one ends the rank at once.
+        """
+        try:
+            self._stage(signals)
+        except StagingStopped:
+            return 0
         try:
             while not signals.is_urgent:
-                self._follow(watcher, signals)
-                if signals.is_asked and not self._told:
+                self._follow(watcher)
+                if signals.is_asked and not self._run:
                     break
                 signals.wait(RANK_POLL_S)
         finally:
             self._end()
         return 0
 
-    def _follow(self, watcher: Watcher, signals: StopSignals) -> None:
+    def _follow(self, watcher: Watcher) -> None:
         try:
-            told = self._lead.read_text(encoding="utf-8")
+            text = self._lead.read_text(encoding="utf-8")
         except FileNotFoundError:
-            told = ""
+            text = ""
         except OSError:  # the shared file system fails for a moment; the engine needn't end for that
             return
-        if told != self._told:
+        if text != self._run:
             self._end()
-            self._told = told
-            if told:
-                self._process = self._start(json.loads(told), watcher, signals)
+            self._run = text
+            if text:
+                self._process = self._start(json.loads(text), watcher)
 
-    def _start(self, lead: Mapping[str, Any], watcher: Watcher, signals: StopSignals) -> EngineProcess | None:
-        """Start the engine, after copying the weights if they are staged. None after a signal meanwhile."""
-        spec, weights = self._spec, None
+    def _stage(self, signals: StopSignals) -> None:
+        """Copy the weights to this node if the model has ``stage``. Raises StagingError, and StagingStopped."""
+        spec = self._spec
         if spec.stage is not None:
-            try:
-                weights = stage_weights(
-                    spec.model_path, spec.stage, engine_environment(spec), lambda *_: None, lambda: signals.is_asked
-                )
-            except StagingStopped:
-                return None
-        launch = make_launch(spec, self._key, lead["port"], tuple(lead["master"]), self._number, weights=weights)
+            self._weights = stage_weights(
+                spec.model_path, spec.stage, engine_environment(spec), lambda *_: None, lambda: signals.is_asked
+            )
+
+    def _start(self, lead: Mapping[str, Any], watcher: Watcher) -> EngineProcess:
+        launch = make_launch(
+            self._spec, self._key, lead["port"], tuple(lead["master"]), self._number, weights=self._weights
+        )
         return EngineProcess(launch.argv, launch.environment, self._log, watcher)
 
     def _end(self) -> None:

@@ -27,7 +27,7 @@ from agent_infra_core.node.guard import server_identity
 from agent_infra_core.node.health import EngineClient, IdleWatch
 from agent_infra_core.node.hub import is_hub_id, is_in_hub_cache
 from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher, open_log, reserve_port
-from agent_infra_core.node.staging import StagingStopped, stage_weights
+from agent_infra_core.node.staging import StagingError, StagingStopped, stage_weights
 from agent_infra_core.node.telemetry import LoadSampler, Telemetry
 from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, ServeSpec, replace_placeholders, spec_from_json
 
@@ -197,9 +197,9 @@ class Replica:
             )
         except StagingStopped:
             return None
-        except RefusedError as error:
+        except StagingError as error:
             line, _, hint = str(error).partition("; ")
-            return ReplicaFailure("quota" if "free some space" in hint else "model_not_found", line, hint)
+            return ReplicaFailure(error.kind, line, hint)
         self._note(f"the weights are in {self._weights}")
         self._update(state="starting", progress=None)
         return None

@@ -26,6 +26,14 @@ LOCK_WAIT_S = 3600.0  # for another replica that copies the same weights
 REPORT_S = 1.0
 
 
+class StagingError(RefusedError):
+    """The weights can't be staged; ``kind`` is the class of failure."""
+
+    def __init__(self, message: str, kind: str = "model_not_found") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
 class StagingStopped(Exception):  # noqa: N818 (nothing went wrong)
     """``should_stop`` returned true before the weights were there."""
 
@@ -52,10 +60,10 @@ def stage_weights(
 
     ``stage`` may contain variables of ``environment``.  The copy is made under another name and renamed once it is
     whole; meanwhile other replicas wait.  ``report`` gets the bytes copied and their total, about once a second.
-    Raises RefusedError with the reason and the fix, and StagingStopped.
+    Raises StagingError with the reason and the fix, and StagingStopped.
     """
     source = find_source(model_path, environment)
-    files = list(list_files(source))
+    files = readable_files(source)
     folder = private_folder(expand(stage, environment))
     manifest = json.dumps([(each.name, each.size, each.modified_ns) for each in files])
     name = f"{Path(model_path).name}-{hashlib.sha256(manifest.encode()).hexdigest()[:12]}"
@@ -66,13 +74,16 @@ def stage_weights(
                 _copy_all(files, target, report, should_stop)
     except OSError as error:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        fix = f"free some space there, such as earlier copies in {folder}" if is_full else "check stage"
-        raise RefusedError(f"stage: {error.filename or folder}: {error.strerror or error}; {fix}") from error
+        fix = f"check that {source} can be read on this node, and stage written"
+        if is_full:
+            fix = f"free some space there, such as earlier copies in {folder}"
+        message = f"stage: {error.filename or folder}: {error.strerror or error}; {fix}"
+        raise StagingError(message, "quota" if is_full else "model_not_found") from error
     return str(target if source.is_dir() else target / files[0].name)
 
 
 def expand(stage: str, environment: Mapping[str, str]) -> Path:
-    """Replace the variables in ``stage``. Raises RefusedError for one that isn't set here, or if no path comes out."""
+    """Replace the variables in ``stage``. Raises StagingError for one that isn't set here, or if no path comes out."""
     missing: list[str] = []
 
     def value(match: re.Match[str]) -> str:
@@ -84,12 +95,12 @@ def expand(stage: str, environment: Mapping[str, str]) -> Path:
     path = re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, stage)
     if missing or not path.startswith("/"):
         why = f"{missing[0]} is not set on this node" if missing else f"{path} is not an absolute path"
-        raise RefusedError(f"stage: {stage}: {why}; name a folder on the nodes' own disks")
+        raise StagingError(f"stage: {stage}: {why}; name a folder on the nodes' own disks")
     return Path(path)
 
 
 def find_source(model_path: str, environment: Mapping[str, str]) -> Path:
-    """The file or folder of a model; of a Hugging Face id, the one in the cache. Raises RefusedError."""
+    """The file or folder of a model; of a Hugging Face id, the one in the cache. Raises StagingError."""
     if os.path.exists(model_path):
         return Path(model_path)
     if is_hub_id(model_path):
@@ -98,32 +109,57 @@ def find_source(model_path: str, environment: Mapping[str, str]) -> Path:
             snapshot = cached / "snapshots" / (cached / "refs" / "main").read_text(encoding="utf-8").strip()
             if snapshot.is_dir():
                 return snapshot
-        raise RefusedError(f"stage: {model_path} is not in {hub_cache(environment)}; `pull` downloads it there first")
-    raise RefusedError(f"stage: {model_path} does not exist on this node; correct model_path")
+        raise StagingError(f"stage: {model_path} is not in {hub_cache(environment)}; `pull` downloads it there first")
+    raise StagingError(f"stage: {model_path} does not exist on this node; correct model_path")
+
+
+def readable_files(source: Path) -> list[SourceFile]:
+    """The files of a model. Raises StagingError if there is none, or if they can't be read."""
+    try:
+        files = list(list_files(source))
+    except OSError as error:
+        what = f"{error.filename or source}: {error.strerror or error}"
+        raise StagingError(f"stage: {what}; make it readable on this node, and start the replica again") from error
+    if not files:
+        raise StagingError(f"stage: {source} contains no file; correct model_path, or `pull` the model again")
+    return files
 
 
 def list_files(source: Path) -> Iterator[SourceFile]:
-    """Yield the files of a model in order, symbolic links followed. The hub's cache names its blobs by SHA-256."""
-    paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
-    for path in paths:
-        real, told = path.resolve(), path.stat()
+    """Yield the files of a model in order, symbolic links followed. The hub's cache names its blobs by SHA-256.
+
+    Raises OSError for a folder that can't be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    walked = os.walk(source, onerror=fail) if source.is_dir() else ()
+    found = [Path(folder, name) for folder, _, names in walked for name in names] or [source]
+    for path in sorted(path for path in found if path.is_file()):
+        real, status = path.resolve(), path.stat()
         sha256 = real.name if path.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", real.name) else None
         name = str(path.relative_to(source)) if path != source else path.name
-        yield SourceFile(name, real, told.st_size, told.st_mtime_ns, sha256)
+        yield SourceFile(name, real, status.st_size, status.st_mtime_ns, sha256)
 
 
 def private_folder(stage: Path) -> Path:
-    """Create our own folder in ``stage``, which all users of the node may share. Raises RefusedError."""
+    """Create our own folder in ``stage``, which all users of the node may share. Raises StagingError."""
     folder = stage / f"agent-infra-{os.getuid()}"
     try:
         stage.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-        found = folder.lstat()
+        parent, found = stage.stat(), folder.lstat()
     except OSError as error:
-        raise RefusedError(f"stage: {folder}: {error.strerror}; name a folder that you can write to") from error
+        raise StagingError(f"stage: {folder}: {error.strerror}; name a folder that you can write to") from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise RefusedError(f"stage: {folder} is not a directory of yours alone; name another folder")
+        raise StagingError(f"stage: {folder} is not a directory of yours alone; name another folder")
+    if parent.st_uid not in (0, os.getuid()) or (parent.st_mode & 0o022 and not parent.st_mode & stat.S_ISVTX):
+        raise StagingError(
+            f"stage: another user could replace the weights in {stage}; name a folder that only you or root can "
+            "change, or one with the sticky bit (chmod +t)"
+        )
     return folder
 
 
@@ -148,7 +184,7 @@ def _locked(path: Path, should_stop: Callable[[], bool]) -> Iterator[None]:
             if should_stop():
                 raise StagingStopped
             if time.monotonic() > deadline:
-                raise RefusedError(f"stage: another replica has held {path} for {LOCK_WAIT_S / 60:g} min; end it")
+                raise StagingError(f"stage: another replica has held {path} for {LOCK_WAIT_S / 60:g} min; end it")
             time.sleep(LOCK_POLL_S)
         yield
     finally:
@@ -164,9 +200,10 @@ def _copy_all(
         shutil.rmtree(leftover, ignore_errors=True)
     free = shutil.disk_usage(target.parent).free
     if free < total + SPARE_BYTES:
-        raise RefusedError(
+        raise StagingError(
             f"stage: the weights need {total / 1e9:.1f} GB, and {target.parent} has {free / 1e9:.1f} GB free; "
-            "free some space there, such as earlier copies, or leave stage out"
+            "free some space there, such as earlier copies, or leave stage out",
+            "quota",
         )
     copied, reported_at = 0, 0.0
     try:
@@ -199,4 +236,4 @@ def _copy(each: SourceFile, target: Path) -> Iterator[int]:
         os.fsync(copy.fileno())
     if size != each.size or each.sha256 not in (None, digest.hexdigest()):
         what = f"has {size} bytes, not {each.size}" if size != each.size else "doesn't match its SHA-256"
-        raise RefusedError(f"stage: {each.path} {what}; it changed while it was copied, or is damaged: `pull` it again")
+        raise StagingError(f"stage: {each.path} {what}; it changed while it was copied, or is damaged: `pull` it again")

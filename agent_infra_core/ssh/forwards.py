@@ -13,7 +13,7 @@ import shlex
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from agent_infra_core.host import HostUnreachableError
@@ -30,7 +30,7 @@ from agent_infra_core.ssh.routes import (
 )
 
 LOST_AFTER_S = 15.0 + SSH_KEEPALIVE_S  # without an answer; the last one may be one interval old
-SUSPECT_AFTER_S = 2.0 * SSH_KEEPALIVE_S  # the same, if something behind the connection is silent, too
+SILENT_AFTER_S = 2.0 * SSH_KEEPALIVE_S  # the same, if something behind the connection is silent, too
 MOST_LOGINS = 16  # for connections by commands; sshd allows 10 sessions each by default
 CHECK_S = 0.2  # interval between looks at the connections
 COPY_BYTES = 1 << 16
@@ -52,20 +52,24 @@ class Traffic:
             self._pairs.add((sock, channel))
         try:
             sock.setblocking(True)
-            here, there = sock.fileno(), channel.fileno()
+            local, remote = sock.fileno(), channel.fileno()
             ready = select.poll()
-            ready.register(here, select.POLLIN)
-            ready.register(there, select.POLLIN)
+            ready.register(local, select.POLLIN)
+            ready.register(remote, select.POLLIN)
             while channel.active:
                 readable = {number for number, _ in ready.poll(60_000)}
-                if here in readable:
+                if local in readable:
                     if not (data := sock.recv(COPY_BYTES)):
                         return
                     channel.sendall(data)
-                if there in readable:
-                    if not channel.recv_ready() or not (data := channel.recv(COPY_BYTES)):
-                        return
-                    sock.sendall(data)
+                if remote in readable:
+                    has_errors = channel.recv_stderr_ready()  # what a login shell prints there isn't the server's
+                    if has_errors:
+                        channel.recv_stderr(COPY_BYTES)
+                    if channel.recv_ready():
+                        sock.sendall(channel.recv(COPY_BYTES))
+                    elif not has_errors:
+                        return  # the descriptor is readable for the end alone
         finally:
             with self._lock:
                 self._pairs.discard((sock, channel))
@@ -126,15 +130,16 @@ _CONNECT = (
     'exec python3 -c "import base64, sys; exec(base64.b64decode(sys.argv.pop(1)))" "$2" "$0" "$1"\''
 )
 _CONNECT_ON_NODE = """sh -c 'printf %s @MARK@; exec ssh -o BatchMode=yes -W "$0:$1" "$2" 2> /dev/null'"""
+# For the host's Python, 3.6 or later.
 _COPY_BOTH_WAYS = b"""\
 import os, socket, sys, threading
 server = socket.create_connection(sys.argv[1:])
 def send():
-    while data := os.read(0, 65536):
+    for data in iter(lambda: os.read(0, 65536), b""):
         server.sendall(data)
     server.shutdown(socket.SHUT_WR)
 threading.Thread(target=send, daemon=True).start()
-while data := server.recv(65536):
+for data in iter(lambda: server.recv(65536), b""):
     os.write(1, data)
 """
 
@@ -147,20 +152,42 @@ class Sessions:
 
     def __init__(self, log_in: Callable[[], Any]) -> None:
         self._log_in = log_in
-        self._lock = threading.Lock()
+        self._login_lock = threading.Lock()  # one login at a time; held before _lock
+        self._lock = threading.Lock()  # guards _transports; never held while the host is asked
         self._transports: list[Any] = []
 
     def open(self) -> Any:
         """Return a new session's channel. Raises HostUnreachableError."""
+        tried = self._active()
+        if (channel := _new_session(tried)) is not None:
+            return channel
+        with self._login_lock:
+            # Another thread may have logged in meanwhile.
+            if (channel := _new_session([each for each in self._active() if each not in tried])) is not None:
+                return channel
+            if len(self._active()) >= MOST_LOGINS:
+                raise HostUnreachableError(f"no session is left on {MOST_LOGINS} connections (MaxSessions)")
+            transport = self._log_in()
+            with self._lock:
+                self._transports.append(transport)
+        try:
+            return transport.open_session(timeout=SSH_PATIENCE_S)
+        except (load_paramiko().SSHException, EOFError, OSError) as error:
+            raise HostUnreachableError(f"the host opens no session after the login: {error}") from error
+
+    def _active(self) -> list[Any]:
+        """Forget the connections that are lost, and return the others."""
         with self._lock:
             self._transports = [each for each in self._transports if each.is_active()]
-            for transport in reversed(self._transports):
-                with contextlib.suppress(load_paramiko().SSHException, EOFError, OSError):
-                    return transport.open_session(timeout=SSH_PATIENCE_S)
-            if len(self._transports) == MOST_LOGINS:
-                raise HostUnreachableError(f"no session is left on {MOST_LOGINS} connections (MaxSessions)")
-            self._transports.append(self._log_in())
-            return self._transports[-1].open_session(timeout=SSH_PATIENCE_S)
+            return list(self._transports)
+
+
+def _new_session(transports: Sequence[Any]) -> Any | None:
+    """Open a channel on the latest connection that has a session left; None if none has."""
+    for transport in reversed(transports):
+        with contextlib.suppress(load_paramiko().SSHException, EOFError, OSError):
+            return transport.open_session(timeout=SSH_PATIENCE_S)
+    return None
 
 
 class ExecChannels:
@@ -206,7 +233,7 @@ class Forwards:
         self._requests: queue.Queue[Mapping[str, Any]] = queue.Queue()
         self._lock = threading.Lock()  # guards what follows
         self._open: dict[int, tuple[Connection, list[ForwardServer]]] = {}
-        self._closed: set[int] = set()  # closed by the parent, perhaps before they were open
+        self._opening: set[int] = set()  # being opened, and not closed by the parent meanwhile
         self._nodes: dict[str, Connection] = {}
         self._logins: dict[str, threading.Lock] = {}  # node → held while somebody logs in there
         self._selector = selectors.DefaultSelector()  # the kernel's: ports come and go while a thread waits for them
@@ -228,6 +255,9 @@ class Forwards:
             with contextlib.suppress(queue.Empty):
                 request = self._requests.get(timeout=CHECK_S)
                 work = self._open_forward if "open" in request else self._close_forward
+                if "open" in request:
+                    with self._lock:
+                        self._opening.add(request["open"])
                 # In a thread of its own: a host that is silent must not hold up the forwards of others.
                 threading.Thread(target=work, args=(login, request), daemon=True).start()
             self._drop_lost()
@@ -262,7 +292,8 @@ class Forwards:
         except Exception as error:  # noqa: BLE001  whatever it is, the parent is told rather than left to guess
             report |= {"error": f"{type(error).__name__}: {error}", "kind": "host"}
         with self._lock:
-            is_wanted = "error" not in report and number not in self._closed
+            is_wanted = "error" not in report and number in self._opening
+            self._opening.discard(number)
             if is_wanted:
                 self._open[number] = connection, servers
                 for server in servers:
@@ -292,10 +323,10 @@ class Forwards:
         """Close one forward. One that was silent ends its connection, if nothing else is heard from there."""
         number = request["close"]
         with self._lock:
-            self._closed.add(number)
+            self._opening.discard(number)
             found = self._open.pop(number, None)
         if found is not None:
-            if request["is_silent"] and found[0].problem(SUSPECT_AFTER_S) is not None:
+            if request["is_silent"] and found[0].problem(SILENT_AFTER_S) is not None:
                 close_connection(found[0].transport)
             self._end(*found)
 

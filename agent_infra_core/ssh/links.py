@@ -168,7 +168,7 @@ class MasterLink(Link):
 
 
 @dataclass
-class _Seat:
+class _SharedProcess:
     """The `tunnel` process of one host; ``lock`` is held by whoever logs in or leaves."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -183,7 +183,7 @@ class Links:
         """``login``: the host that runs commands, None for this machine."""
         self._login = login
         self._lock = threading.Lock()  # guards what follows
-        self._seats: dict[str, _Seat] = {}  # alias of the first host that is logged in to
+        self._processes: dict[str, _SharedProcess] = {}  # alias of the first host that is logged in to
         self._node_keys: dict[str, tuple[tuple[str, str], ...]] = {}
         self._left: deque[tuple[float, list[socket.socket]]] = deque()  # (release time, reserved ports)
         self._is_closed = False
@@ -220,9 +220,9 @@ class Links:
     ) -> Link:
         """Open a link with paramiko, in the process of its login host."""
         hop, via, keyring = self._hops(target, login)
-        seat, child = self._take_seat(hop, keyring, deadline, should_stop)
+        shared, child = self._acquire(hop, keyring, deadline, should_stop)
         with contextlib.ExitStack() as undone:
-            undone.callback(self._leave_seat, seat, child)
+            undone.callback(self._release_process, shared, child)
             held = [undone.enter_context(reserve_local_port()) for _ in target.ends]
             ports = tuple(each.getsockname()[1] for each in held)
             asked = {
@@ -239,7 +239,7 @@ class Links:
                     self._node_keys.pop(target.node, None)
                 raise
             undone.pop_all()
-        return ChildLink(child, number, ports, functools.partial(self._leave, seat, child, held))
+        return ChildLink(child, number, ports, functools.partial(self._leave, shared, child, held))
 
     def _hops(self, target: TunnelTarget, login: SshCommands | None) -> tuple[SshRoute, SshRoute | None, Keyring]:
         """Return the first host to log in to, the node to log in to from there, and the keys of the first login."""
@@ -259,14 +259,14 @@ class Links:
                 self._node_keys[target.node] = keys
         return login.route, dataclasses.replace(route, host_keys=keys), login.keyring
 
-    def _take_seat(
+    def _acquire(
         self, hop: SshRoute, keyring: Keyring, deadline: float, should_stop: Callable[[], bool]
-    ) -> tuple[_Seat, TunnelChild]:
+    ) -> tuple[_SharedProcess, TunnelChild]:
         """Return the process that is logged in to a host; starts it if there is none. Raises HostUnreachableError."""
         with self._lock:
-            seat = self._seats.setdefault(hop.alias, _Seat())
-        with _held(seat.lock, deadline, should_stop):
-            if seat.child is None or not seat.child.is_alive:
+            shared = self._processes.setdefault(hop.alias, _SharedProcess())
+        with _held(shared.lock, deadline, should_stop):
+            if shared.child is None or not shared.child.is_alive:
                 child = TunnelChild(
                     {"driver": "sshtunnel", "hop": dataclasses.asdict(hop), "keyring": dataclasses.asdict(keyring)}
                 )
@@ -275,25 +275,25 @@ class Links:
                 except BaseException:
                     child.close()
                     raise
-                seat.child, seat.users = child, 0
-            seat.users += 1
-            return seat, seat.child
+                shared.child, shared.users = child, 0
+            shared.users += 1
+            return shared, shared.child
 
     @staticmethod
-    def _leave_seat(seat: _Seat, child: TunnelChild) -> None:
+    def _release_process(shared: _SharedProcess, child: TunnelChild) -> None:
         """Note that a forward of ``child`` is closed; the last one ends it."""
-        with seat.lock:
-            if seat.child is child:
-                seat.users -= 1
-                if seat.users == 0:
-                    seat.child = None
+        with shared.lock:
+            if shared.child is child:
+                shared.users -= 1
+                if shared.users == 0:
+                    shared.child = None
                     child.close()
             elif not child.is_alive:
                 child.close()  # it was replaced; close() may be called again
 
-    def _leave(self, seat: _Seat, child: TunnelChild, held: list[socket.socket]) -> None:
+    def _leave(self, shared: _SharedProcess, child: TunnelChild, held: list[socket.socket]) -> None:
         """Reserve the ports of a closed link a little longer, until the relay knows that it is closed."""
-        self._leave_seat(seat, child)
+        self._release_process(shared, child)
         with self._lock:
             self._left.append((time.monotonic() + PORT_HELD_S, held))
             if self._is_closed:

@@ -70,7 +70,7 @@ def verifies_identity(server: HttpConnection, key: str, identity: str, engine_po
     """
     nonce = os.urandom(16).hex()
     suffix = "" if engine_port is None else f"&port={engine_port}"
-    status, body = server.get(f"{CHALLENGE_PATH}?nonce={nonce}{suffix}")
+    status, body = server.request(f"{CHALLENGE_PATH}?nonce={nonce}{suffix}")
     if status == 0:
         return None
     message = f"{nonce}:{identity}" + ("" if engine_port is None else f":{engine_port}")
@@ -236,6 +236,7 @@ class TunnelSet:
         self._reasons: dict[str, str] = {}  # mode → why it is used
         self.links = Links(login)
         self._closed_modes: set[str] = set()  # that `auto` avoids, because the login host forbids them
+        self._proven_modes: set[str] = set()  # in which a tunnel was up: a later failure is that of one node
         self._followed: Sequence[ReplicaRecord] | None = None  # the latest records, and their targets
         self._wanted: Mapping[str, TunnelTarget] = {}
         self._is_closed = False
@@ -252,6 +253,7 @@ class TunnelSet:
         driver = self._login.driver if self._login is not None else "sshtunnel"
         self.links.release_ports()
         with self._lock:
+            self._proven_modes.update(each.target.mode for each in self._tunnels.values() if each.ends is not None)
             for replica in [name for name, tunnel in self._tunnels.items() if tunnel.target != wanted.get(name)]:
                 self._tunnels.pop(replica).stop()
             for replica, target in wanted.items() if not self._is_closed else ():
@@ -303,7 +305,8 @@ class TunnelSet:
         is_last_resort = target.mode == "node" and "login" in self._closed_modes
         has_next = target.mode == "login" or self._login.driver == "sshtunnel"
         with self._lock:
-            if has_next and (isinstance(error, ForwardingForbiddenError) or is_last_resort):
+            is_closed = isinstance(error, ForwardingForbiddenError) or is_last_resort
+            if has_next and is_closed and target.mode not in self._proven_modes:
                 self._closed_modes.add(target.mode)
                 self._reasons.pop(target.mode, None)
                 self._followed = None

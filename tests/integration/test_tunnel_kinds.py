@@ -185,11 +185,11 @@ def test_replicas_share_a_login_and_one_that_goes_or_comes_leaves_the_others_alo
         port = there[record.replica].port
         assert port is not None
         with contextlib.closing(HttpConnection("127.0.0.1", port, PATIENCE_S)) as kept:
-            kept.get("/health")
+            kept.request("/health")
             opened = kept._connection.sock
             others[0].process.kill()
             wait_for(lambda: all_there(tunnels, [record, comes]), "the new one is up")
-            assert kept.get("/health")[0] == 200
+            assert kept.request("/health")[0] == 200
             assert kept._connection.sock is opened
         assert tunnels.follow([record, comes])[0].port == port
         assert tunnels.states()[record.replica].reconnects == 0
@@ -433,7 +433,7 @@ def test_where_the_login_host_forbids_ports_of_engines_auto_goes_through_the_nod
 def test_where_the_login_host_forbids_all_forwarding_connections_are_commands(cluster: Cluster) -> None:
     """Whatever the login shell prints does no harm, and there may be more of them than a login allows sessions."""
     command = cluster.folder / "shell"
-    command.write_text('#!/bin/sh\necho "Welcome @"\nexec tcsh -c "$SSH_ORIGINAL_COMMAND"\n')
+    command.write_text('#!/bin/sh\necho "Welcome @"\necho "no locale" >&2\nexec tcsh -c "$SSH_ORIGINAL_COMMAND"\n')
     command.chmod(0o755)
     cluster.login.options["ForceCommand"] = str(command)
     record = forbid_forwarding(cluster, "nothing")
@@ -445,8 +445,8 @@ def test_where_the_login_host_forbids_all_forwarding_connections_are_commands(cl
         ends = [HttpConnection("127.0.0.1", there.telemetry_port or 0, PATIENCE_S) for _ in range(6)]
         for end in ends:
             kept.enter_context(contextlib.closing(end))
-            assert end.get("/load", KEY)[0] == 200
-        assert [end.get("/load", KEY)[0] for end in ends] == [200] * 6
+            assert end.request("/load", KEY)[0] == 200
+        assert [end.request("/load", KEY)[0] for end in ends] == [200] * 6
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

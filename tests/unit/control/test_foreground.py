@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from patience import PATIENCE_S
 from program import wait_for
 
+from agent_infra import main
 from agent_infra_core.control import foreground
 from agent_infra_core.control.foreground import ForegroundCommand, find_command, run_command
 from agent_infra_core.errors import AgentInfraError, RefusedError
@@ -22,12 +25,14 @@ IGNORES = (
     "time.sleep(600)"
 )
 ENVIRONMENT = dict(os.environ)
+Begin = Callable[[Callable[[], None]], Path]
 
 
 class Signals:
     def __init__(self) -> None:
         self.on_each: Callable[[int], None] = lambda _: None
         self.on_second: Callable[[], None] = lambda: None
+        self.last = 0
 
 
 def python(program: str) -> list[str]:
@@ -137,3 +142,54 @@ def test_the_second_signal_cuts_no_turns_while_the_command_runs() -> None:
 def test_a_command_that_cannot_be_run_is_refused_before_anything_starts(words: list[str]) -> None:
     with pytest.raises(RefusedError, match=r"name the command|was not found"):
         find_command(words, ENVIRONMENT)
+
+
+def test_a_signal_while_the_command_starts_is_passed_on() -> None:
+    signals = Signals()
+    signals.last = signal.SIGTERM
+    assert run_command(python("import time; time.sleep(600)"), ENVIRONMENT, signals, until(lambda: None)) == 143
+
+
+@pytest.fixture
+def serve_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Begin]:
+    """Make `run` serve nothing, as with a disk so full that the relay's record couldn't be written."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    config = tmp_path / "config.yaml"
+    config.write_text("models: [{name: m, model_path: org/m}]")
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+
+    def begin(meanwhile: Callable[[], None]) -> Path:
+        @contextlib.contextmanager
+        def serving(*_: object) -> Iterator[object]:
+            meanwhile()
+            yield SimpleNamespace(url="http://127.0.0.1:1", check=lambda: None)
+
+        monkeypatch.setattr("agent_infra._serving", serving)
+        return config
+
+    yield begin
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def test_run_runs_its_command_without_the_relays_record(serve_nothing: Begin, tmp_path: Path) -> None:
+    config = serve_nothing(lambda: None)
+    program = "import os, sys; open(sys.argv[1], 'w').write(os.environ['OPENAI_BASE_URL']); sys.exit(7)"
+    words = ["--", sys.executable, "-c", program, str(tmp_path / "ran")]
+    assert main(["run", "--config", str(config), *words]) == 7
+    assert (tmp_path / "ran").read_text() == "http://127.0.0.1:1/v1"
+
+
+def test_run_cannot_announce_its_tasks_without_the_relays_record(
+    serve_nothing: Begin, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = serve_nothing(lambda: None)
+    assert main(["run", "--config", str(config), "--tasks", "3", "--", sys.executable, "-c", ""]) == 1
+    assert "could not be written; free some space there" in capsys.readouterr().err
+
+
+def test_a_signal_before_the_command_starts_ends_run_as_a_shell_has_it(serve_nothing: Begin, tmp_path: Path) -> None:
+    config = serve_nothing(lambda: signal.raise_signal(signal.SIGTERM))
+    words = ["--", sys.executable, "-c", "open(__import__('sys').argv[1], 'w')", str(tmp_path / "ran")]
+    assert main(["run", "--config", str(config), *words]) == 143
+    assert not (tmp_path / "ran").exists()

@@ -18,10 +18,10 @@ from agent_infra_core.control.scaling import (
     Autoscaler,
     Decision,
     Demand,
+    DemandState,
     Fleet,
-    Pulse,
     decide,
-    feel,
+    observe,
 )
 from agent_infra_core.errors import ConfigError, RefusedError
 from agent_infra_core.fleet.state import DeploymentPaths
@@ -39,14 +39,14 @@ class Model:
     """A model over time: ``then`` passes seconds in steps of 5 with one fleet and demand, until a change is decided."""
 
     def __init__(self, config: ModelConfig, wanted: int = 2) -> None:
-        self.config, self.wanted, self.now, self.pulse = config, wanted, 1000.0, Pulse()
+        self.config, self.wanted, self.now, self.state = config, wanted, 1000.0, DemandState()
 
     def then(self, seconds: float, fleet: Fleet, demand: Demand) -> int:
         """The last target."""
         end, target = self.now + seconds, fleet.serving
         while self.now <= end:
-            self.pulse = feel(self.pulse, self.config, fleet, demand, self.now)
-            target = decide(self.config, self.wanted, fleet, demand, self.pulse, self.now).target
+            self.state = observe(self.state, self.config, fleet, demand, self.now)
+            target = decide(self.config, self.wanted, fleet, demand, self.state, self.now).target
             if target != fleet.serving:
                 return target
             self.now += 5.0
@@ -115,7 +115,7 @@ def test_it_does_not_swing_between_two_numbers() -> None:
         demand = Demand(waiting=4 if count == 1 else 0, in_flight=4 if count == 1 else 6, slots=4, verdict="BALANCED")
         target = model.then(60, Fleet(count, count), demand)
         if target != count:
-            model.pulse, count = Pulse(), target
+            model.state, count = DemandState(), target
             changes.append(count)
     assert changes == [2]
 
@@ -123,7 +123,7 @@ def test_it_does_not_swing_between_two_numbers() -> None:
 def test_a_model_that_was_shut_down_for_idleness_is_woken_by_a_turn_and_not_before() -> None:
     model, idle = Model(IDLES), Fleet(idle=2)
     assert model.then(3600, idle, Demand()) == 0
-    assert model.pulse.is_asleep
+    assert model.state.is_asleep
     assert model.then(0, idle, Demand(waiting=3)) == 1
 
 
@@ -136,7 +136,7 @@ def test_idle_replicas_come_back_for_a_queue_too() -> None:
 def test_what_is_leaving_keeps_its_gpus_so_the_wake_waits_for_its_end() -> None:
     model = Model(IDLES)
     assert model.then(10, Fleet(idle=1, is_leaving=True), Demand(waiting=1)) == 0
-    assert model.pulse.is_asleep  # meanwhile turns wait instead of being refused
+    assert model.state.is_asleep  # meanwhile turns wait instead of being refused
     assert model.then(0, Fleet(idle=1), Demand(waiting=1)) == 1
 
 
@@ -150,7 +150,7 @@ def test_a_model_with_a_minimum_of_none_goes_to_sleep_and_is_woken() -> None:
 def test_a_model_that_failed_is_not_woken_again_and_again() -> None:
     model = Model(IDLES)
     assert model.then(100, Fleet(has_failed=True), Demand(waiting=3)) == 0
-    assert not model.pulse.is_asleep  # so its turns are refused, with the reason
+    assert not model.state.is_asleep  # so its turns are refused, with the reason
 
 
 def test_the_budget_of_gpu_hours_stops_wakes_and_growth_and_nothing_else() -> None:
@@ -159,7 +159,7 @@ def test_the_budget_of_gpu_hours_stops_wakes_and_growth_and_nothing_else() -> No
     assert Model(scaled).then(DOWN_AFTER_S, Fleet(2, 2), dataclasses.replace(CALM, gpu_hours=10.0)) == 1
     asleep = Model(dataclasses.replace(IDLES, max_gpu_hours=10.0))
     assert asleep.then(60, Fleet(idle=1), Demand(waiting=1, gpu_hours=10.0)) == 0
-    assert not asleep.pulse.is_asleep
+    assert not asleep.state.is_asleep
     assert asleep.then(60, Fleet(idle=1), Demand(waiting=1, gpu_hours=9.9)) == 1
 
 
@@ -176,6 +176,8 @@ def test_a_model_without_bounds_and_without_idleness_is_left_alone() -> None:
         ("max_replicas: 2, max_gpu_hours: 0.5", True),
         ("min_replicas: -1", False),
         ("max_gpu_hours: 0", False),
+        ("min_replicas: 1, max_replicas: 3, idle_shutdown_minutes: 10", False),
+        ("min_replicas: 0, max_replicas: 3, idle_shutdown_minutes: 10", True),
     ],
 )
 def test_the_number_to_begin_with_lies_between_the_bounds(keys: str, is_valid: bool) -> None:
@@ -317,6 +319,45 @@ def test_a_replica_too_many_is_drained_before_it_ends(tmp_path: Path) -> None:
     assert list(story.cluster.records) == ["m-1"]
 
 
+def test_nothing_is_added_while_what_was_added_has_failed(tmp_path: Path) -> None:
+    story = Story(tmp_path, SCALED)
+    story.cluster.put("m-1", "ready")
+    story.traffic.now_demanded = QUEUE
+    story.follow(UP_AFTER_S)
+    assert list(story.cluster.records) == ["m-1", "m-2"]
+    story.cluster.put("m-2", "failed")
+    story.follow(10 * UP_AFTER_S)
+    assert list(story.cluster.records) == ["m-1", "m-2"]
+    assert [line for line in story.lines if "m-2" in line] == [
+        "m: m-2 was added and failed: see its log, and `stop` it; until then no replica is added"
+    ]
+    del story.cluster.records["m-2"]
+    story.follow(2 * UP_AFTER_S)
+    assert list(story.cluster.records) == ["m-1", "m-2"]
+
+
+def test_one_of_the_first_replicas_that_failed_does_not_stop_growth(tmp_path: Path) -> None:
+    story = Story(tmp_path, SCALED)
+    story.cluster.put("m-1", "ready")
+    story.cluster.put("m-2", "failed")
+    story.traffic.now_demanded = QUEUE
+    story.follow(UP_AFTER_S)
+    assert list(story.cluster.records) == ["m-1", "m-2", "m-3"]
+
+
+def test_an_error_that_comes_back_is_logged_again(tmp_path: Path) -> None:
+    story = Story(tmp_path, SCALED)
+    usual = story.traffic.demand
+
+    def broken() -> Mapping[str, Demand]:
+        raise OSError("disk")
+
+    for demand in (broken, broken, usual, broken):
+        story.traffic.demand = demand  # type: ignore[method-assign]
+        story.follow()
+    assert len([line for line in story.lines if "disk" in line]) == 2
+
+
 def test_a_turn_that_never_ends_does_not_keep_a_replica_for_ever(tmp_path: Path) -> None:
     story = Story(tmp_path, SCALED)
     for name in ("m-1", "m-2"):
@@ -345,4 +386,4 @@ def test_nothing_is_decided_while_the_scheduler_does_not_answer(tmp_path: Path) 
 
 
 def test_a_decision_without_a_reason_changes_nothing() -> None:
-    assert decide(SCALED, 2, Fleet(2, 2), Demand(), Pulse(), 0.0) == Decision(2)
+    assert decide(SCALED, 2, Fleet(2, 2), Demand(), DemandState(), 0.0) == Decision(2)

@@ -87,6 +87,23 @@ def test_a_survey_of_slurm_finds_the_partitions_that_take_the_users_jobs() -> No
     assert site.qos == ("high", "normal")
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "names"),
+    [
+        ("gpu AllowGroups=ALL", "gpu AllowGroups=chem,staff", ["cpu"]),
+        ("gpu AllowGroups=ALL", "gpu AllowGroups=chem,users", ["cpu", "gpu"]),
+        ("AllowAccounts=proj,x", "DenyAccounts=proj,other", ["cpu"]),
+        ("AllowAccounts=proj,x", "DenyAccounts=proj", ["cpu", "gpu"]),
+        ("AllowAccounts=proj,x AllowQos=ALL", "DenyQos=high,normal", ["cpu"]),
+        ("AllowAccounts=proj,x AllowQos=ALL", "DenyQos=high", ["cpu", "gpu"]),
+    ],
+)
+def test_a_partition_that_excludes_the_user_is_left_out(was: str, now: str, names: list[str]) -> None:
+    text = SURVEY.replace(was, now).replace("@accounting@", "@groups@\nme users\n@accounting@")
+    assert was not in text
+    assert [partition.name for partition in parse_survey(text).partitions] == names
+
+
 def test_without_accounting_slurm_asks_for_no_account() -> None:
     site = parse_survey(SURVEY.replace("accounting_storage/slurmdbd", "accounting_storage/none"))
     assert site.accounts == ()
@@ -150,6 +167,11 @@ def test_a_model_that_no_partition_and_no_gpu_can_hold_is_refused() -> None:
         ("a100-sxm4-40gb", 40),
         ("NVIDIA L40S", 48),
         ("l4", 24),
+        ("h200", 141),
+        ("gh200", 96),
+        ("NVIDIA GH200 480GB", 96),
+        ("a100_3g.20gb", 20),
+        ("nvidia_h100_80gb_hbm3_1g.10gb", 10),
         ("x", None),
     ],
 )

@@ -521,6 +521,26 @@ def test_the_script_is_the_golden_one_and_the_shell_can_read_it(
 
 
 @pytest.mark.parametrize(
+    ("stage", "line", "mount"),
+    [
+        ("/local/it's", """mkdir -p '/local/it'"'"'s'""", """-v '/local/it'"'"'s:/local/it'"'"'s'"""),
+        ("/local/$USER/x", None, "-v /local:/local"),
+        ("$SCRATCH/x", None, '-e SCRATCH -v /w:/w ${HF_HOME:+-v "$HF_HOME:$HF_HOME"}'),
+        ("${SCRATCH}", None, '${SCRATCH:+-v "$SCRATCH:$SCRATCH"}'),
+        ("$TMPDIR/x", None, '${TMPDIR:+-v "$TMPDIR:$TMPDIR"} vllm'),
+    ],
+)
+def test_a_container_gets_the_folder_for_staging(stage: str, line: str | None, mount: str) -> None:
+    request = dataclasses.replace(REQUEST, model=ModelConfig("m", "org/m", stage=stage), work_dir="/w")
+    script = render_job(request, SlurmConfig(container=ContainerConfig("podman", "vllm")))
+    assert mount in script
+    assert [each for each in script.splitlines() if each.startswith("mkdir") and "HF_HOME" not in each] == (
+        [line] if line else []
+    )
+    assert script.count('"$TMPDIR:$TMPDIR"') == 1
+
+
+@pytest.mark.parametrize(
     ("container", "command"),
     [
         (None, 'exec "${AGENT_INFRA_PYTHON:-python3}" /h/w/p.pyz fetch org/m'),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import socket
 import threading
 import urllib.request
@@ -13,8 +14,9 @@ from collections.abc import Iterator
 import pytest
 from patience import PATIENCE_S
 from program import wait_for
+from relay_harness import another_user
 
-from agent_infra_core.node.gate import MAX_HEAD_BYTES, Gate, read_head
+from agent_infra_core.node.gate import MAX_HEAD_BYTES, MOST_STRANGERS, Gate, read_head
 from agent_infra_core.node.guard import answer_challenge
 
 KEY = "the-replica-key"
@@ -166,6 +168,37 @@ def test_without_an_engine_the_gate_says_so_and_lives_on(port: int, engine: Engi
     for _ in range(2):
         wait_for(lambda: ask(port, "GET / HTTP/1.1", WITH_KEY).startswith(b"HTTP/1.1 502 "), "the word of the gate")
         assert ask(port, "GET /health HTTP/1.1").startswith(b"HTTP/1.1 502 ")
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("request_line", ["POST /v1/chat/completions HTTP/1.1", "GET /health HTTP/1.1"])
+def test_another_users_server_on_the_engines_port_gets_nothing(request_line: str) -> None:
+    with another_user():
+        engine = Engine(OK)
+    with contextlib.closing(Gate("127.0.0.1", 0, engine.port, KEY, IDENTITY)) as gate:
+        answer = ask(gate.port, request_line, WITH_KEY)
+    engine.close()
+    assert answer.startswith(b"HTTP/1.1 502 ")
+    assert b"another user listens on the engine's port" in answer
+    assert engine.seen == [b""]
+
+
+def test_a_node_that_only_has_ipv6_has_a_gate_too(engine: Engine) -> None:
+    with contextlib.closing(Gate("::", 0, engine.port, KEY, IDENTITY)) as gate:
+        for host in ("::1", "127.0.0.1"):
+            with socket.create_connection((host, gate.port), timeout=PATIENCE_S) as client:
+                client.sendall(f"GET / HTTP/1.1\r\n{WITH_KEY}\r\n\r\n".encode())
+                assert client.recv(100) == OK
+
+
+def test_connections_without_a_key_are_bounded_and_the_oldest_makes_room(port: int) -> None:
+    with contextlib.ExitStack() as stack:
+        oldest = stack.enter_context(connect(port))
+        oldest.sendall(b"GET / HTTP/1.1\r\n")
+        others = [stack.enter_context(connect(port)) for _ in range(MOST_STRANGERS)]
+        assert oldest.recv(100) == b""  # closed
+        others[-1].sendall(f"GET / HTTP/1.1\r\n{WITH_KEY}\r\n\r\n".encode())
+        assert others[-1].recv(100) == OK
 
 
 def test_a_closed_gate_cuts_what_passes_and_frees_its_port(engine: Engine) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 from pathlib import Path
 
 import pytest
+from relay_harness import another_user
 
 from agent_infra_core.fleet.engines import ENGINES
-from agent_infra_core.node.health import read_engine_load
+from agent_infra_core.node.health import EngineClient, read_engine_load
 from agent_infra_core.protocol import EngineLoad
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -98,3 +101,21 @@ def test_the_embedded_engines_page_is_read_and_cached_tokens_count_as_prompt() -
 @pytest.mark.parametrize("page", ["", "<html>", "vllm:num_requests_running NaN\n", "vllm:num_requests_running\n"])
 def test_a_page_that_tells_nothing_gives_no_figures(page: str) -> None:
     assert read_engine_load(ENGINES["vllm"].probe, page).running is None
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_users_server_on_the_port_is_not_ours_and_gets_no_key() -> None:
+    with another_user():
+        server = socket.create_server(("127.0.0.1", 0))
+    with server:
+        for name in ("llama_cpp", "vllm"):
+            client = EngineClient(ENGINES[name].probe, "127.0.0.1", server.getsockname()[1], "the-key")
+            assert client.load() is None
+            server.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                server.accept()  # nothing was sent
+        client = EngineClient(ENGINES["llama_cpp"].probe, "127.0.0.1", server.getsockname()[1], "the-key")
+        assert not client.is_ours()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = EngineClient(ENGINES["llama_cpp"].probe, "127.0.0.1", server.getsockname()[1], "the-key")
+        assert client.is_ours()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
+import json
 import os
 import threading
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +18,9 @@ import pytest
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.engines import serve_spec
 from agent_infra_core.node import staging
+from agent_infra_core.node.ranks import Rank
 from agent_infra_core.node.replica import make_launch
-from agent_infra_core.node.staging import StagingStopped, find_source, list_files, stage_weights
+from agent_infra_core.node.staging import StagingError, StagingStopped, find_source, list_files, stage_weights
 from agent_infra_core.settings import ModelConfig
 
 Usage = namedtuple("Usage", "total used free")
@@ -161,8 +165,9 @@ def test_a_disk_that_runs_full_meanwhile_is_told_and_the_rest_removed(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(RefusedError, match="No space left on device; free some space there"):
+    with pytest.raises(StagingError, match="No space left on device; free some space there") as caught:
         stage(source, tmp_path / "local")
+    assert caught.value.kind == "quota"
     assert list((tmp_path / "local").rglob("*.partial")) == []
 
 
@@ -172,6 +177,60 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
     ours.chmod(0o777)
     with pytest.raises(RefusedError, match="not a directory of yours alone"):
         stage(model(tmp_path), tmp_path / "local")
+
+
+@pytest.mark.parametrize(
+    ("owner", "mode", "is_safe"),
+    [(0, 0o755, True), (0, 0o1777, True), (0, 0o777, False), (0, 0o775, False), (65534, 0o755, False)],
+)
+def test_a_folder_whose_content_another_user_can_replace_is_refused(
+    owner: int, mode: int, is_safe: bool, tmp_path: Path
+) -> None:
+    if owner and os.getuid() != 0:
+        pytest.skip("only root can give a folder away")
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local").chmod(mode)
+    if owner:
+        os.chown(tmp_path / "local", owner, -1)
+    if is_safe:
+        assert stage(model(tmp_path), tmp_path / "local").is_dir()
+    else:
+        with pytest.raises(StagingError, match="another user could replace the weights"):
+            stage(model(tmp_path), tmp_path / "local")
+
+
+def test_a_model_without_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty" / "folder").mkdir(parents=True)
+    with pytest.raises(StagingError, match="contains no file; correct model_path") as caught:
+        stage(tmp_path / "empty", tmp_path / "local")
+    assert caught.value.kind == "model_not_found"
+
+
+def test_a_source_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = model(tmp_path)
+    really = os.scandir
+
+    def stale(path: Any) -> Any:
+        if Path(path).name == "original":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return really(path)
+
+    monkeypatch.setattr(os, "scandir", stale)
+    with pytest.raises(StagingError, match="original: Stale file handle; make it readable on this node"):
+        stage(source, tmp_path / "local")
+
+
+def test_a_rank_stages_without_waiting_for_its_head(tmp_path: Path) -> None:
+    config = ModelConfig("m", str(model(tmp_path)), stage=str(tmp_path / "local"))
+    spec = serve_spec("m-1", config, str(tmp_path), str(tmp_path / "key"))
+    (tmp_path / "key").write_text("secret-key")
+    (tmp_path / "specs").mkdir()
+    (tmp_path / "specs" / "m-1.json").write_text(json.dumps(dataclasses.asdict(spec)))
+    signals: Any = SimpleNamespace(is_asked=False, is_urgent=False)
+    signals.wait = lambda _: setattr(signals, "is_asked", True)
+    watcher: Any = None  # no engine is started
+    assert Rank(str(tmp_path), "m-1", 1).run(watcher, signals) == 0
+    assert list((tmp_path / "local").rglob("model-1.safetensors"))
 
 
 def test_a_signal_ends_the_copy_and_leaves_nothing(tmp_path: Path) -> None:

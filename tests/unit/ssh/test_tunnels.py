@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import base64
+import contextlib
 import dataclasses
 import hmac
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +20,15 @@ from patience import PATIENCE_S
 
 from agent_infra_core.host import HostUnreachableError
 from agent_infra_core.protocol import ReplicaRecord
-from agent_infra_core.settings import SshConfig
+from agent_infra_core.settings import ClusterConfig, SshConfig
 from agent_infra_core.ssh.child import TunnelChild, explain_openssh
+from agent_infra_core.ssh.forwards import _COPY_BOTH_WAYS, Sessions, Traffic
 from agent_infra_core.ssh.host_keys import known_host_keys
+from agent_infra_core.ssh.links import TunnelTarget
 from agent_infra_core.ssh.login import SshCommands
 from agent_infra_core.ssh.openssh import reason_for_openssh
 from agent_infra_core.ssh.routes import LoginError, SshRoute, load_paramiko, ssh_route
-from agent_infra_core.ssh.tunnels import tunnel_mode
+from agent_infra_core.ssh.tunnels import TunnelSet, TunnelState, tunnel_mode
 
 ROUTE = SshRoute("login", "10.0.0.1", 22, "me", "10.0.0.1", ("~/.ssh/known_hosts",))
 RECORD = ReplicaRecord("m-1", "m", "ready", "vllm", "gpu07", 1, "stamp", host="0.0.0.0", port=5900)
@@ -217,3 +223,110 @@ def test_a_tunnel_process_tells_its_parent_of_any_error() -> None:
             child.wait_ready(time.monotonic() + PATIENCE_S)
     finally:
         child.close()
+
+
+@contextlib.contextmanager
+def session() -> Iterator[tuple[Any, Any]]:
+    """Both ends of a session's channel of SSH."""
+    paramiko = load_paramiko()
+
+    class Open(paramiko.ServerInterface):  # type: ignore[misc, name-defined]
+        def check_auth_none(self, _user: str) -> int:
+            return int(paramiko.AUTH_SUCCESSFUL)
+
+        def check_channel_request(self, _kind: str, _number: int) -> int:
+            return int(paramiko.OPEN_SUCCEEDED)
+
+    near, far = socket.socketpair()
+    server, client = paramiko.Transport(far), paramiko.Transport(near)
+    try:
+        server.add_server_key(paramiko.ECDSAKey.generate())
+        server.start_server(event=threading.Event(), server=Open())
+        client.start_client(timeout=PATIENCE_S)
+        client.auth_none("somebody")
+        channel = client.open_session(timeout=PATIENCE_S)
+        yield channel, server.accept(PATIENCE_S)
+    finally:
+        client.close()
+        server.close()
+
+
+def test_what_a_command_prints_on_stderr_does_not_end_its_connection() -> None:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(PATIENCE_S)
+    with session() as (near, far), ours, theirs:
+        thread = threading.Thread(target=Traffic().relay, args=(theirs, near))
+        far.sendall_stderr(b"no locale")
+        thread.start()
+        for data in (b"one", b"two"):
+            far.sendall(data)
+            assert ours.recv(100) == data
+            far.sendall_stderr(b"more noise")
+        ours.sendall(b"question")
+        assert far.recv(100) == b"question"
+        far.close()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+
+
+def test_the_login_hosts_python_may_be_an_old_one() -> None:
+    ast.parse(_COPY_BOTH_WAYS.decode(), feature_version=(3, 6))
+
+
+class Login:
+    """An SSH connection with few sessions."""
+
+    def __init__(self, sessions: int) -> None:
+        self.left = sessions
+
+    def is_active(self) -> bool:
+        return True
+
+    def open_session(self, timeout: float) -> str:  # noqa: ARG002
+        if not self.left:
+            raise load_paramiko().SSHException("no session is left")
+        self.left -= 1
+        return "channel"
+
+
+def test_sessions_are_reused_while_another_thread_logs_in() -> None:
+    logins, may_end, has_begun = [Login(1)], threading.Event(), threading.Event()
+
+    def log_in() -> Login:
+        if len(logins) > 1:
+            has_begun.set()
+            assert may_end.wait(PATIENCE_S)
+        return logins[-1]
+
+    sessions = Sessions(log_in)
+    assert sessions.open() == "channel"
+    logins.append(Login(1))
+    thread = threading.Thread(target=sessions.open)
+    thread.start()
+    assert has_begun.wait(PATIENCE_S)
+    logins[0].left = 1  # a session has ended
+    assert sessions.open() == "channel"
+    may_end.set()
+    thread.join(PATIENCE_S)
+
+
+def test_a_host_without_sessions_is_out_of_reach() -> None:
+    with pytest.raises(HostUnreachableError, match="opens no session after the login: no session is left"):
+        Sessions(lambda: Login(0)).open()
+
+
+@pytest.mark.parametrize(("was_up", "mode"), [(False, "exec"), (True, "node")])
+def test_a_dead_node_closes_no_mode_that_has_worked(was_up: bool, mode: str) -> None:
+    login: Any = SimpleNamespace(driver="sshtunnel", reason="", ssh=None)
+    tunnels = TunnelSet(ClusterConfig(type="slurm", tunnel="auto"), login, "key", ["vllm"])
+    tunnels._closed_modes.add("login")
+    target = tunnels._target(RECORD)
+    assert isinstance(target, TunnelTarget)
+    state = TunnelState("up", 0, None, "sshtunnel", "node")
+    up: Any = SimpleNamespace(target=target, ends=("127.0.0.1", (1, 2)) if was_up else None, state=state, lost_at=0.0)
+    tunnels._tunnels[RECORD.replica] = up
+    tunnels.follow([RECORD])
+    tunnels._close_mode(target, HostUnreachableError("gpu08 is dead"))
+    after = tunnels._target(RECORD)
+    assert after is not None
+    assert after.mode == mode
