@@ -245,13 +245,13 @@ def document_of(url: str, path: str, status: int, body: bytes) -> Mapping[str, A
             "Name the file that has it with --token-file, or set the key in the environment variable "
             "AGENT_INFRA_TOKEN; on the proxy's machine it is “api_key” in the deployment's state directory.",
         )
-    if status == 503:
-        raise ProxyError(f"The proxy at {url} has no figures yet.", "It has just started; this page keeps trying.")
     try:
         document = json.loads(body)
     except ValueError:
         document = None
     message = part(document, "error").get("message")
+    if status == 503:
+        raise ProxyError(str(message or f"The proxy at {url} has no figures yet."), "This page keeps trying.")
     if status != 200 and path != "/stats" and isinstance(message, str):
         raise ProxyError(message, "")
     version = document.get("schema_version") if isinstance(document, dict) else None
@@ -1716,14 +1716,14 @@ def show_problem(problem: Problem | None) -> None:
 
 
 @st.cache_resource(show_spinner=False)
-def _template(name: str, panels: tuple[tuple[str, tuple[tuple[str, str], ...]], ...], dark: bool) -> dict[str, Any]:
-    """A chart without its data, built once per process.
+def _template(panels: tuple[tuple[str, tuple[tuple[str, str], ...]], ...], dark: bool) -> dict[str, Any]:
+    """A chart without its data, built once per process; without panels, the curve of the capacity.
 
     Streamlit collects garbage after every run, a fragment's too: 0.2 s of CPU with all that pandas and Altair have
     made. Objects that exist by now stay, so collections skip them from here on.
     """
     rows = alt.NamedData("rows")
-    if name == "capacity":
+    if not panels:
         template = chart_template(capacity_chart(rows))
     else:
         template = chart_template(timeline_chart(rows, [Panel(title, dict(lines)) for title, lines in panels]))
@@ -1734,7 +1734,7 @@ def _template(name: str, panels: tuple[tuple[str, tuple[tuple[str, str], ...]], 
 def show_chart(name: str, label: str, data: Mapping[str, pd.DataFrame], panels: Sequence[Panel] = ()) -> None:
     """Show a chart. The browser changes its data in place, so what is zoomed stays zoomed."""
     key = tuple((panel.title, tuple(panel.lines.items())) for panel in panels)
-    specification = {**_template(name, key, is_dark()), "datasets": dict(data)}
+    specification = {**_template(key, is_dark()), "datasets": dict(data)}
     st.vega_lite_chart(spec=specification, key=name, width="stretch", alt=label, theme=None)
 
 

@@ -446,7 +446,7 @@ def test_a_url_is_checked_and_loses_its_slash() -> None:
         ({"document": stats.busy(schema_version=99)}, "speaks version 99"),
         ({"document": {"hello": "world"}}, "isn't Agent Infra's proxy"),
         ({"document": b"<html>"}, "isn't Agent Infra's proxy"),
-        ({"status": 503}, "has no figures yet"),
+        ({"status": 503}, "as the test said"),
         ({"status": 404}, "isn't Agent Infra's proxy"),
         ({"token": "secret-token"}, "asks for its key"),
     ],
@@ -458,6 +458,13 @@ def test_a_proxy_that_gives_no_figures_is_told_with_what_to_do(change: dict[str,
         with pytest.raises(page.ProxyError, match=what) as caught:
             page.ProxyClient(server.url, None).get("/stats")
         assert caught.value.problem.fix
+
+
+def test_a_proxy_that_is_busy_gives_its_own_reason() -> None:
+    for body, what in ((b"", "has no figures yet"), (b'{"error": {"message": "the controller is gone"}}', "is gone")):
+        with pytest.raises(page.ProxyError, match=what) as caught:
+            page.document_of("http://x", "/stats", 503, body)
+        assert "started" not in str(caught.value.problem)
 
 
 def test_a_key_goes_in_the_header_and_nowhere_else() -> None:
