@@ -553,16 +553,11 @@ def _verdict_status(entry: Mapping[str, Any], is_named: bool) -> Status:
 
 
 def advice_of(entry: Mapping[str, Any]) -> str:
-    """The suggestion with its price: what it costs in throughput and in the wait for an answer."""
+    """The suggestion, whose sentence has its price in throughput and in the wait; if that isn't known, why."""
     suggestion = part(entry, "suggestion")
-    sentence = str(suggestion.get("sentence") or "")
-    now, then = part(suggestion, "now"), part(suggestion, "then")
-    change, waits = part(then, "change").get("value"), [part(row, "wait_s").get("value") for row in (now, then)]
-    if is_known(change) and "turns/h" not in sentence:
-        sentence += f" Throughput {percent(change, signed=True)}"
-        if all(map(is_known, waits)):
-            sentence += f", wait per turn {figure(waits[0])} s → {figure(waits[1])} s"
-        sentence += "."
+    sentence, change = str(suggestion.get("sentence") or ""), part(suggestion, "then", "change")
+    if suggestion.get("bound_by") and not is_known(change.get("low")) and change.get("reason"):
+        sentence += f" What it does to throughput isn't known: {change['reason']}."
     return sentence.replace(" %", f"{SPACE}%")
 
 
