@@ -752,7 +752,7 @@ class RelayApp:
     def _ask_history(self, op: str, **details: Any) -> Any:
         """Ask the controller what its history says, with the parameters that the client gave."""
         from agent_infra_core.http.queries import PARAMETERS, read_query
-        from agent_infra_core.relay.control import HISTORY_QUESTION_S
+        from agent_infra_core.protocol import HISTORY_QUESTION_S
 
         given = read_query(self._flask.request.args, PARAMETERS[op])
         return self._ask(op, HISTORY_QUESTION_S, **given, **details)

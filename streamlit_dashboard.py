@@ -44,6 +44,7 @@ SCHEMA_VERSION = 2  # of /stats, as this page reads it
 INTERVALS_S = (1, 2, 5, 10)
 CHARTS_EVERY_S = 5.0
 LIST_EVERY_S = 2.0
+READ_TIMEOUT_S = 15.0  # longer than the 10 s after which the proxy itself gives up on a question
 LISTED_SESSIONS = 200  # on one page of the list
 LISTED_TURNS = 200  # on one page of a session
 
@@ -155,13 +156,15 @@ def ago(now: Any, at: Any) -> float | None:
     return max(0.0, now - at) if is_known(now) and is_known(at) else None
 
 
-def clock(at: float, zone: str | None) -> str:
-    """A time of day in the viewer's zone: 14:32:05, with the day if it is another one than today."""
+def clock(at: float, zone: str | None, now: float) -> str:
+    """A time of day in the viewer's zone: 14:32:05, with the day, 3 Dec 14:32:05, if it is another one than today."""
     try:
         tz: Any = ZoneInfo(zone) if zone else timezone.utc
     except (KeyError, ValueError):
         tz = timezone.utc
-    return datetime.fromtimestamp(at, tz).strftime("%H:%M:%S")
+    then, today = datetime.fromtimestamp(at, tz), datetime.fromtimestamp(now, tz)
+    day = "" if then.date() == today.date() else f"{then.day} {then:%b} "
+    return f"{day}{then:%H:%M:%S}"
 
 
 # =====================================================================================================================
@@ -175,6 +178,7 @@ class Problem:
 
     what: str
     fix: str
+    is_final: bool = False  # what was asked for isn't there, and won't be
 
 
 @dataclass(frozen=True)
@@ -189,9 +193,9 @@ class Reading:
 class ProxyError(Exception):
     """The proxy returned no document that this page can show."""
 
-    def __init__(self, what: str, fix: str) -> None:
+    def __init__(self, what: str, fix: str, is_final: bool = False) -> None:
         super().__init__(what)
-        self.problem = Problem(what, fix)
+        self.problem = Problem(what, fix, is_final)
 
 
 def checked_url(url: str) -> str:
@@ -222,7 +226,7 @@ class ProxyClient:
             if self._token:
                 session.headers["Authorization"] = f"Bearer {self._token}"
         try:
-            answer = session.get(self.url + path, timeout=(2.0, 10.0), allow_redirects=False)
+            answer = session.get(self.url + path, timeout=(2.0, READ_TIMEOUT_S), allow_redirects=False)
         except self._requests.Timeout:
             raise ProxyError(
                 f"The proxy at {self.url} doesn't answer in time.",
@@ -245,15 +249,15 @@ def document_of(url: str, path: str, status: int, body: bytes) -> Mapping[str, A
             "Name the file that has it with --token-file, or set the key in the environment variable "
             "AGENT_INFRA_TOKEN; on the proxy's machine it is “api_key” in the deployment's state directory.",
         )
-    if status == 503:
-        raise ProxyError(f"The proxy at {url} has no figures yet.", "It has just started; this page keeps trying.")
     try:
         document = json.loads(body)
     except ValueError:
         document = None
     message = part(document, "error").get("message")
+    if status == 503:
+        raise ProxyError(str(message or f"The proxy at {url} has no figures yet."), "This page keeps trying.")
     if status != 200 and path != "/stats" and isinstance(message, str):
-        raise ProxyError(message, "")
+        raise ProxyError(message, "", is_final=status == 404)
     version = document.get("schema_version") if isinstance(document, dict) else None
     if status != 200 or not isinstance(document, dict) or (path == "/stats" and not isinstance(version, int)):
         raise ProxyError(
@@ -290,6 +294,7 @@ class Documents:
         self._client = client
         self.clock = clock
         self._threads = ThreadPoolExecutor(3, "agent-infra-page")
+        self._stats_thread = ThreadPoolExecutor(1, "agent-infra-page-stats")  # the status waits for no slow question
         self._lock = threading.Lock()  # guards the two below and what is in them
         self._kept: dict[str, Kept] = {}  # path → document, the one read last at the end
 
@@ -303,7 +308,8 @@ class Documents:
             is_idle = kept.request is None or kept.request.done()
             if is_idle and self.clock() - kept.asked_at > max_age_s:
                 kept.asked_at = self.clock()
-                kept.request = self._threads.submit(self._request, path, kept)
+                threads = self._stats_thread if path == "/stats" else self._threads
+                kept.request = threads.submit(self._request, path, kept)
             request = kept.request
         if request is not None:
             wait((request,), patience_s)
@@ -340,7 +346,7 @@ JUDGEMENT_OF_STATE = {
 JUDGEMENT_OF_VERDICT = {"BALANCED": GOOD, "NO DATA": NEUTRAL, "UNHEALTHY": BAD}  # all others: BUSY
 STARTING = ("pending", "starting", "loading")
 FAILED_OUTCOMES = ("error", "cut")
-STALE_S = 10.0  # figures older than this come from no controller
+STALE_S = 10.0  # figures older than this are of the past
 IDLE_S = 60.0  # without a turn for so long, nothing is going on
 RECENT_S = 300.0  # window of the error rate
 BAD_ERROR_SHARE = 0.05
@@ -369,15 +375,12 @@ def status_of(
         return [Status(BAD, "NO CONNECTION", problem.what + old, problem.fix)]
     if not document:
         return [Status(NEUTRAL, "CONNECTING", "Waiting for the proxy's first answer.")]
+    if (document.get("snapshot_age_ms") or 0) / 1000 >= STALE_S:
+        text = f"The figures below are {seconds(age_s)} old: the controller is gone. Turns are still served."
+        return [Status(BAD, "CONTROLLER GONE", text, "“python agent_infra.py connect” takes over.")]
     if age_s is not None and age_s >= STALE_S:
-        return [
-            Status(
-                BAD,
-                "CONTROLLER GONE",
-                f"The figures below are {seconds(age_s)} old: the controller is gone. Turns are still served.",
-                "“python agent_infra.py connect” takes over.",
-            )
-        ]
+        text = f"The proxy hasn't answered for {seconds(age_s)}; the figures below are as old."
+        return [Status(BAD, "NO CONNECTION", text, "This page keeps trying.")]
     found = [*_replica_status(document), *_error_status(document)]
     found += [*_activity_status(document, zone, is_down=not _ready(document)), *_side_status(document)]
     order = (BAD, BUSY, GOOD, NEUTRAL)
@@ -473,7 +476,7 @@ def _error_status(document: Mapping[str, Any]) -> list[Status]:
     why = str(latest.get("error") or "")[:200]
     text += f": {why.rstrip('.')}." if why else "."
     is_bad = failed / finished >= BAD_ERROR_SHARE
-    return [Status(BAD if is_bad else BUSY, "ERRORS", text, "They are under Sessions, “failed”.")]
+    return [Status(BAD if is_bad else BUSY, "ERRORS", text, "See Sessions → failed.")]
 
 
 def _side_status(document: Mapping[str, Any]) -> list[Status]:
@@ -486,10 +489,11 @@ def _side_status(document: Mapping[str, Any]) -> list[Status]:
     history = part(document, "history")
     if history.get("state") == "failing":
         found.append(Status(BUSY, "HISTORY FAILS", f"Turns aren't recorded: {history.get('reason') or 'unknown'}."))
-    uptime, requests = document.get("uptime_seconds"), part(document, "totals").get("requests")
-    if is_known(uptime) and uptime < RESTARTED_S and is_known(requests):
-        before = requests - len(listed(document, "recent_turns"))
-        if before > 0 or part(document, "relay").get("restarts"):
+    now, uptime = document.get("now"), document.get("uptime_seconds")
+    points = listed(part(document, "throughput"), "history")
+    if is_known(now) and is_known(uptime) and uptime < RESTARTED_S and points:
+        began = points[0].get("at")
+        if is_known(began) and began < now - uptime - 1:  # measured by an earlier controller, and restored
             text = f"The controller restarted {seconds(uptime)} ago; rates and verdicts start again, totals go on."
             found.append(Status(NEUTRAL, "RESTARTED", text))
     return found
@@ -525,10 +529,10 @@ def _activity_status(document: Mapping[str, Any], zone: str | None, is_down: boo
         return [Status(NEUTRAL, "NO TRAFFIC" if not requests else "IDLE", text)]
     entries = listed(document, "analysis")
     if idle is not None and finished is not None:
-        text = f"No turn for {seconds(idle)}, since {clock(finished, zone)}."
+        text = f"No turn for {seconds(idle)}, since {clock(finished, zone, finished + idle)}."
         last = [f"{entry_label(entry)}: {verdict_name(entry)}" for entry in entries if verdict_name(entry) != "NO DATA"]
         if last:
-            text += f" The last verdict is as old: {', '.join(last)}."
+            text += f" Last verdict, {seconds(idle)} ago: {', '.join(last)}."
         return [Status(NEUTRAL, "IDLE", text)]
     if is_down:
         waiting = queue.get("pending") or 0
@@ -549,16 +553,11 @@ def _verdict_status(entry: Mapping[str, Any], is_named: bool) -> Status:
 
 
 def advice_of(entry: Mapping[str, Any]) -> str:
-    """The suggestion with its price: what it costs in throughput and in the wait for an answer."""
+    """The suggestion, whose sentence has its price in throughput and in the wait; if that isn't known, why."""
     suggestion = part(entry, "suggestion")
-    sentence = str(suggestion.get("sentence") or "")
-    now, then = part(suggestion, "now"), part(suggestion, "then")
-    change, waits = part(then, "change").get("value"), [part(row, "wait_s").get("value") for row in (now, then)]
-    if is_known(change) and "turns/h" not in sentence:
-        sentence += f" Throughput {percent(change, signed=True)}"
-        if all(map(is_known, waits)):
-            sentence += f", wait per turn {figure(waits[0])} s → {figure(waits[1])} s"
-        sentence += "."
+    sentence, change = str(suggestion.get("sentence") or ""), part(suggestion, "then", "change")
+    if suggestion.get("bound_by") and not is_known(change.get("low")) and change.get("reason"):
+        sentence += f" What it does to throughput isn't known: {change['reason']}."
     return sentence.replace(" %", f"{SPACE}%")
 
 
@@ -608,6 +607,12 @@ def replica_frame(document: Mapping[str, Any]) -> pd.DataFrame:
         key=lambda row: (order[JUDGEMENT_OF_STATE.get(row["word"], NEUTRAL)], not row["notes"], natural(row["id"]))
     )
     return pd.DataFrame(rows, columns=list(REPLICA_COLUMNS))
+
+
+def in_order(frame: pd.DataFrame, names: Sequence[Any]) -> pd.DataFrame:
+    """``frame`` with its rows in the order of ``names``, which are ids; the others come last."""
+    places = {name: place for place, name in enumerate(names)}
+    return frame.sort_values("id", key=lambda ids: ids.map(places), kind="stable", ignore_index=True)
 
 
 def natural(name: Any) -> tuple[Any, ...]:
@@ -696,11 +701,12 @@ def arranged(
     """``(rows, number held back)``: the sessions of ``former`` in their order, with their current figures.
 
     So no row moves while somebody points at it. Sessions that came since are held back until they are asked for; one
-    that has left the list keeps its last figures.
+    that has left this part of the list keeps its last figures, and says so.
     """
     by_id = {row.get("id"): row for row in current}
     known = {row.get("id") for row in former}
-    return [by_id.get(row.get("id"), row) for row in former], sum(name not in known for name in by_id)
+    rows = [by_id.get(row.get("id")) or {**row, "state": "not current"} for row in former]
+    return rows, sum(name not in known for name in by_id)
 
 
 # The phases of a turn on the time axis: what is drawn before its arrival, and then one after the other.
@@ -791,14 +797,14 @@ def turn_facts(turn: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What is known of a turn, as (name, text)."""
     retries, expected = turn.get("retries"), turn.get("expected_cached_tokens")
     tokens = f"{count(turn.get('tokens_in'))} in, {count(turn.get('tokens_out'))} out"
-    cached = f"{count(turn.get('cached_tokens'))} of the {count(turn.get('tokens_in'))} in"
+    cached = f"{count(turn.get('cached_tokens'))} of {count(turn.get('tokens_in'))} input tokens"
     if is_known(expected):
-        cached += f"; {count(expected)} expected"
+        cached += f", {count(expected)} expected"
     outcome = str(turn.get("outcome") or UNKNOWN)
     if is_known(turn.get("status")) and turn["status"]:
         outcome += f", HTTP {turn['status']}"
     if is_known(retries) and retries:
-        outcome += f", sent again {'once' if retries == 1 else f'{retries} times'}"
+        outcome += f", retried {'once' if retries == 1 else f'{retries} times'}"
     facts = [
         ("outcome", outcome),
         ("replica", str(turn.get("replica") or UNKNOWN)),
@@ -882,6 +888,7 @@ def pipeline_frame(document: Mapping[str, Any]) -> pd.DataFrame:
 
 
 RANGES = {"15m": 900.0, "1h": 3600.0, "6h": 21_600.0, "24h": 86_400.0, "7d": 604_800.0, "all": math.inf}
+RANGE_WORDS = {"15m": "15 min", "1h": "hour", "6h": "6 h", "24h": "24 h", "7d": "7 days"}
 
 
 def history_path(now: float, span_s: float, points: int, model: str | None) -> str:
@@ -1093,6 +1100,7 @@ def cost_frame(document: Mapping[str, Any]) -> pd.DataFrame:
 
 
 COURSE_S = 15.0
+COURSE_BLOCKS = 40  # at most: the ten minutes that /stats lists, also where a controller was away in between
 
 
 @dataclass(frozen=True)
@@ -1106,21 +1114,33 @@ class Metric:
     judgement: str = NEUTRAL
 
 
-def metrics_of_now(document: Mapping[str, Any]) -> list[Metric]:
-    """What is going on, and the failures of the last minutes."""
+def failure_share(history: Mapping[str, Any]) -> float | None:
+    """Share of the turns in a GET /history that failed; None without a turn."""
+    sums = {}
+    for outcome in ("turns", "errors", "rejected", "aborted"):
+        values = part(history, "series").get(f"{outcome}_per_minute")
+        sums[outcome] = sum(filter(is_known, values)) if isinstance(values, list) else 0.0
+    total = sum(sums.values())
+    return sums["errors"] / total if total else None
+
+
+def metrics_of_now(document: Mapping[str, Any], history: Mapping[str, Any]) -> list[Metric]:
+    """What is going on, and the failures of the last RECENT_S: of ``history``, a GET /history, where that is known."""
     queue, sessions = part(document, "queue"), part(document, "sessions")
     slots = [row.get("slots") for row in listed(document, "models")]
     of_slots = f"of {things(sum(filter(is_known, slots)), 'slot')}" if any(map(is_known, slots)) else "now"
     failed, finished, window = recent_failures(document) or (0, 0, RECENT_S)
-    share = failed / finished if finished else 0.0
+    share, recorded = failed / finished if finished else None, failure_share(history)
+    if recorded is not None:
+        share, window = recorded, RECENT_S
     pending, oldest = queue.get("pending"), queue.get("oldest_ms")
     waiting = f"for up to {duration(oldest)}" if pending and is_known(oldest) else "now"
-    judgement = NEUTRAL if not failed else BAD if share >= BAD_ERROR_SHARE else BUSY
+    judgement = NEUTRAL if not share else BAD if share >= BAD_ERROR_SHARE else BUSY
     return [
-        Metric("Active agents", count(sessions.get("active")), "now"),
+        Metric("Active sessions", count(sessions.get("active")), "last 5 min"),
         Metric("In flight", count(queue.get("in_flight")), of_slots),
         Metric("Waiting", count(pending), waiting),
-        Metric("Failed turns", percent(share) if finished else UNKNOWN, f"last {seconds(window)}", (), judgement),
+        Metric("Failed turns", percent(share), f"last {seconds(window)}", (), judgement),
     ]
 
 
@@ -1131,13 +1151,21 @@ def metrics_of_minute(document: Mapping[str, Any]) -> list[Metric]:
     latency = part(history[-1], "latency_ms") if history else {}
 
     def course(*path: str) -> tuple[float, ...]:
-        """Means of blocks of COURSE_S, so that what is drawn changes no more often than that."""
+        """Means of blocks of COURSE_S, so that what is drawn changes no more often than that; NaN where none is known.
+
+        The latest one, which isn't over, is left out.
+        """
         blocks: dict[int, list[float]] = {}
         for point in history:
-            value = part(point, *path[:-1]).get(path[-1])
-            if is_known(value) and is_known(point.get("at")):
-                blocks.setdefault(int(point["at"] // COURSE_S), []).append(value)
-        return tuple(statistics.fmean(values) for values in list(blocks.values())[:-1])
+            if is_known(point.get("at")):
+                values, value = (
+                    blocks.setdefault(int(point["at"] // COURSE_S), []),
+                    part(point, *path[:-1]).get(path[-1]),
+                )
+                values += [value] if is_known(value) else []
+        spanned = range(min(blocks, default=0), max(blocks, default=0))
+        means = [statistics.fmean(blocks[block]) if blocks.get(block) else math.nan for block in spanned]
+        return tuple(means[-COURSE_BLOCKS:]) if any(map(is_known, means)) else ()
 
     return [
         Metric("Turns per min", figure(rates.get("turns_per_minute")), "last minute", course("turns_per_minute")),
@@ -1183,9 +1211,9 @@ LATENCY = Panel(
 )
 FIRST_TOKEN = Panel("time to the first token, s", {"ttft_ms_p50": "median", "ttft_ms_p95": "p95"})
 TOKEN_GAP = Panel("inter-token latency, ms", {"itl_ms_p50": "median"})
-QUEUE = Panel("turns at once", {"in_flight": "in flight", "queue": "waiting"})
+QUEUE = Panel("concurrent turns", {"in_flight": "in flight", "queue": "waiting"})
 CACHE = Panel(
-    "share in use or found, 0 to 1",
+    "KV cache, prefix hits, GPU: share",
     {"kv_usage": "KV cache in use", "hit_rate": "prefix cache hits", "gpu_utilization": "GPUs utilised"},
 )
 FAILURES = Panel(
@@ -1223,7 +1251,8 @@ def _steps(data: Data, panel: Panel, is_last: bool, height: int, brush: Any, cro
     names, own = list(panel.lines), alt.Chart(data)
     times = alt.Axis(title=None, format=TIMES, tickCount=6, labelOverlap=True, labelFlush=True, grid=False)
     times.labels = is_last  # the axis is common
-    figures = alt.Axis(title=None, tickCount=3, ticks=False, domain=False, offset=-AXIS_PX, labelPadding=6, format="~s")
+    figures = alt.Axis(title=None, tickCount=3, ticks=False, domain=False, offset=-AXIS_PX, labelPadding=6)
+    figures.labelExpr = "abs(datum.value) >= 1000 ? format(datum.value, '~s') : format(datum.value, '~g')"
     x = alt.X("at:T", axis=times, scale=alt.Scale(domain=brush, range=[AXIS_PX, alt.ExprRef("width")]))
     legend = alt.Legend(
         orient="top",
@@ -1380,6 +1409,15 @@ ul { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 6px 0 0; padding: 0;
 .swatch { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px; }
 """
 
+MAKE_JS = """
+function make(tag, className, text) {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+"""
+
 BAR_CSS = (
     COLOURS_CSS
     + """
@@ -1393,15 +1431,10 @@ BAR_CSS = (
 
 # The bar of phases is always there, so it also owns what belongs to the whole page: it notices that the page's server
 # is gone, and hears the keys.
-BAR_JS = r"""
+BAR_JS = (
+    MAKE_JS
+    + r"""
 const SILENT_MS = 5000;
-
-function make(tag, className, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
 
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
@@ -1463,6 +1496,7 @@ export default function ({ data, parentElement, setStateValue }) {
   };
 }
 """
+)
 
 TRACE_CSS = (
     COLOURS_CSS
@@ -1488,14 +1522,9 @@ TRACE_CSS = (
 """
 )
 
-TRACE_JS = r"""
-function make(tag, className, text) {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
+TRACE_JS = (
+    MAKE_JS
+    + r"""
 const rowsOf = root => [...root.rows.children];
 
 // One row is in the order of Tab: the current one, by its number, whatever moves around it.
@@ -1598,6 +1627,7 @@ export default function ({ data, parentElement, setStateValue }) {
   return () => { delete parentElement.root; root.remove(); };
 }
 """
+)
 
 # What Streamlit has no setting for: less room above, no fading while figures are refreshed, cards in a grid.
 PAGE_CSS = """
@@ -1636,18 +1666,22 @@ class Source:
     interval_s: float
     is_paused: bool
 
-    def read(self, path: str, every_s: float = 0.0, name: str | None = None) -> Reading:
+    def read(self, path: str, every_s: float = 0.0, name: str | None = None, patience_s: float = 0.5) -> Reading:
         """The reading of ``path`` to show: the current one, or the one from when the viewer paused.
 
         ``name`` stands for paths that differ only in their time.
         """
         kept: dict[str, Reading] = st.session_state.setdefault("readings", {})
         name = name or path
-        if not self.is_paused or name not in kept:
-            kept[name] = self.documents.read(path, 0.9 * max(self.interval_s, every_s))
-            while len(kept) > 16:
-                del kept[next(iter(kept))]
-        return kept[name]
+        former = kept.pop(name, None)
+        if former is None or not self.is_paused:
+            found = self.documents.read(path, 0.9 * max(self.interval_s, every_s), patience_s)
+            is_open = found.document is None and found.problem is None  # a later path of the same name
+            former = former if former is not None and is_open else found
+        kept[name] = former  # the one read last is at the end
+        while len(kept) > 16:
+            del kept[next(iter(kept))]
+        return former
 
     def stats(self) -> Mapping[str, Any]:
         """The last body of GET /stats; empty before the first."""
@@ -1670,8 +1704,7 @@ def is_dark() -> bool:
 
 def open_session(name: str | None) -> None:
     """Open a session's trace, or the list with None."""
-    for each in ("turn", "turns_page"):
-        st.session_state.pop(each, None)
+    st.session_state.pop("turns_page", None)
     if name is None:
         st.query_params.pop("session", None)
         return
@@ -1695,7 +1728,8 @@ def show_table(frame: pd.DataFrame, columns: Mapping[str, Any], key: str, opens:
     if opens:
         on_select = functools.partial(_open_selected, key, list(frame[opens]))
         options.update(on_select=on_select, selection_mode="single-row")
-    shown = [name for name in columns if name in frame and frame[name].notna().any()]
+    known = frame.notna() & ~frame.isin([UNKNOWN])
+    shown = [name for name in columns if name in frame and known[name].any()]
     st.dataframe(
         frame[shown],
         hide_index=True,
@@ -1709,21 +1743,23 @@ def show_table(frame: pd.DataFrame, columns: Mapping[str, Any], key: str, opens:
 
 def show_problem(problem: Problem | None) -> None:
     """Why a part of the page isn't current."""
-    if problem is not None:
+    if problem is not None and problem.is_final:
+        st.text(problem.what)
+    elif problem is not None:
         with st.container(horizontal=True):
             st.badge("not current", color="red")
             st.text(" ".join(filter(None, (problem.what, problem.fix))))
 
 
 @st.cache_resource(show_spinner=False)
-def _template(name: str, panels: tuple[tuple[str, tuple[tuple[str, str], ...]], ...], dark: bool) -> dict[str, Any]:
-    """A chart without its data, built once per process.
+def _template(panels: tuple[tuple[str, tuple[tuple[str, str], ...]], ...], dark: bool) -> dict[str, Any]:
+    """A chart without its data, built once per process; without panels, the curve of the capacity.
 
     Streamlit collects garbage after every run, a fragment's too: 0.2 s of CPU with all that pandas and Altair have
     made. Objects that exist by now stay, so collections skip them from here on.
     """
     rows = alt.NamedData("rows")
-    if name == "capacity":
+    if not panels:
         template = chart_template(capacity_chart(rows))
     else:
         template = chart_template(timeline_chart(rows, [Panel(title, dict(lines)) for title, lines in panels]))
@@ -1734,7 +1770,7 @@ def _template(name: str, panels: tuple[tuple[str, tuple[tuple[str, str], ...]], 
 def show_chart(name: str, label: str, data: Mapping[str, pd.DataFrame], panels: Sequence[Panel] = ()) -> None:
     """Show a chart. The browser changes its data in place, so what is zoomed stays zoomed."""
     key = tuple((panel.title, tuple(panel.lines.items())) for panel in panels)
-    specification = {**_template(name, key, is_dark()), "datasets": dict(data)}
+    specification = {**_template(key, is_dark()), "datasets": dict(data)}
     st.vega_lite_chart(spec=specification, key=name, width="stretch", alt=label, theme=None)
 
 
@@ -1773,15 +1809,16 @@ def status_view(source: Source, body: Callable[[Source], None] | None) -> None:
         st.rerun()  # with the rest of the page
     reading = source.read("/stats")
     document, age_s = reading.document or {}, None
+    if model_names(document) != st.session_state["models"]:
+        st.rerun()  # with the choice of models
     if reading.document is not None:
         age_s = max(0.0, source.documents.clock() - reading.read_at) + (document.get("snapshot_age_ms") or 0) / 1000
-    paused_s = age_s if source.is_paused else None
     if source.is_paused:
         age_s = (document.get("snapshot_age_ms") or 0) / 1000
     statements = status_of(document, reading.problem, age_s, st.context.timezone)
-    if paused_s is not None:
-        text = "The figures stand still until you resume."
-        statements.insert(0, Status(NEUTRAL, "PAUSED", text))
+    if source.is_paused:
+        statements.insert(0, paused_status(document, st.context.timezone, time.time()))
+    st.text(facts_of(source, document))
     with st.container(border=True, key="status", gap="xsmall"):
         for status in statements[:5]:
             with st.container(horizontal=True, wrap=False, gap="small"):
@@ -1792,10 +1829,19 @@ def status_view(source: Source, body: Callable[[Source], None] | None) -> None:
         body(source)
 
 
+def model_names(document: Mapping[str, Any]) -> list[str]:
+    return [str(row.get("name")) for row in listed(document, "models")]
+
+
+def paused_status(document: Mapping[str, Any], zone: str | None, now: float) -> Status:
+    at = document.get("now")
+    of = f"The figures are of {clock(at, zone, now)} and" if is_known(at) else "The figures"
+    return Status(NEUTRAL, "PAUSED", f"{of} stand still until you resume.")
+
+
 def facts_of(source: Source, document: Mapping[str, Any]) -> str:
     """What the proxy is, in a line."""
-    models = ", ".join(str(row.get("name")) for row in listed(document, "models"))
-    facts = [source.url, models, str(document.get("strategy") or "")]
+    facts = [source.url, ", ".join(model_names(document)), str(document.get("strategy") or "")]
     if is_known(document.get("uptime_seconds")):
         facts.append(f"up {seconds(document['uptime_seconds'])}")
     return " · ".join(filter(None, facts))
@@ -1827,8 +1873,12 @@ def show_metrics(metrics: Iterable[Metric], key: str) -> None:
 
 def now_view(source: Source) -> None:
     """The figures of this moment."""
-    if source.stats():
-        show_metrics(metrics_of_now(source.stats()), "metrics_now")
+    document = source.stats()
+    if not document:
+        return
+    path = history_path(float(document.get("now") or 0.0), RECENT_S, 60, None)
+    history = source.read(path, CHARTS_EVERY_S, name="failures", patience_s=0.0)
+    show_metrics(metrics_of_now(document, history.document or {}), "metrics_now")
 
 
 def course_view(source: Source) -> None:
@@ -1901,10 +1951,10 @@ def timeline_view(source: Source, name: str, panels: Sequence[Panel], points: in
             st.text("Nothing has been recorded in this time.")
         return
     of = f" of {model}" if model else ""
-    step = duration(1000 * float((reading.document or {})["step_s"]))
-    span = f"Last {chosen}" if chosen != "all" else "All that is recorded"
+    step = seconds(float((reading.document or {})["step_s"]))
+    span = f"Last {RANGE_WORDS.get(chosen, chosen)}" if chosen != "all" else "All that is recorded"
     st.text(
-        f"{span}{of}, each step {step}. Gaps: no controller ran, or nothing was measured. "
+        f"{span}{of}, in steps of {step}. Gaps: no controller ran, or nothing was measured. "
         "Latency is the time from a turn's arrival to the last byte of its answer: queue and inference."
     )
     label = "Lines over time, on one axis: " + "; ".join(panel.title for panel in panels)
@@ -1971,10 +2021,11 @@ def list_view(source: Source) -> None:
         first = LISTED_SESSIONS * (page - 1)
         text = f"Showing {count(first + 1)} to {count(first + len(rows))} of {things(many, 'session')}, {order} first."
         st.text(text if many else f"{things(len(rows), 'session')}, {order} first.")
-        label = f"{things(held_back, 'new session')}: order again" if held_back else "Order again"
+        others = f"{things(held_back, 'other session')} in this order now: refresh"
+        label = others if held_back else "Refresh order"
         st.button(label, key="reorder", on_click=_reorder, type="secondary" if held_back else "tertiary")
     if not rows:
-        st.text("No session matches." if reading.document else "Asking the proxy for its sessions…")
+        st.text("No session matches." if reading.document else "Loading sessions…")
         return
     show_table(session_frame(rows, source.stats().get("now")), session_columns(), "sessions", "id", height=640)
     if many:
@@ -2026,7 +2077,7 @@ def trace_view(source: Source, name: str) -> None:
     turns, session = listed(document, "turns"), part(document, "session")
     if not turns:
         if reading.problem is None:
-            st.text("No finished turn yet." if document else "Asking the proxy for its turns…")
+            st.text("No finished turn yet." if document else "Loading turns…")
         return
     total = document.get("turns_total")
     st.session_state["turns_total"] = total if page == 1 else turns_total
@@ -2059,8 +2110,10 @@ def session_facts(session: Mapping[str, Any], now: Any) -> str:
     """A session in a line."""
     replica = session.get("replica") or session.get("backend")
     seen = session.get("last_at") or session.get("last_seen")
+    thought = [ms for name in ("pre_ms", "post_ms", "unaccounted_ms") for ms in [session.get(name)] if is_known(ms)]
+    state = session_state({"think_s": sum(thought) / 1000 if thought else None, **session, "last_at": seen}, now)
     facts = [
-        session_state({**session, "last_at": seen}, now),
+        state,
         f"seen {seconds(ago(now, seen))} ago",
         f"task {session['task']}" if session.get("task") else "",
         str(session.get("model") or ""),
@@ -2080,7 +2133,7 @@ def turn_view(turn: Mapping[str, Any]) -> None:
     for name in ("prompt", "answer"):
         st.text(name)
         st.code(str(turn.get(name) or UNKNOWN), language=None, wrap_lines=True)
-    st.text("of this turn")
+    st.text("details")
     st.code("\n".join(f"{name}: {text}" for name, text in turn_facts(turn)), language=None, wrap_lines=True)
 
 
@@ -2096,6 +2149,9 @@ def replicas_view(source: Source) -> None:
         return
     ready = _ready(document)
     st.text(f"{ready} of {things(len(frame), 'replica')} ready. Inference and first token: last 5 minutes.")
+    if part(st.session_state.get("replicas"), "selection").get("rows"):  # Streamlit knows a ticked row by its place
+        frame = in_order(frame, st.session_state.get("order of replicas", ()))
+    st.session_state["order of replicas"] = list(frame["id"])
     height = min(640, 40 + 32 * len(frame))
     columns = replica_columns(frame)
     show_table(frame, columns, "replicas", on_select="rerun", selection_mode="single-row", height=height)
@@ -2174,7 +2230,7 @@ def analysis_view(source: Source) -> None:
     shown = [entry for entry in entries if chosen is None or entry.get("model") == chosen]
     for index, entry in enumerate(shown):
         with st.container(border=True):
-            entry_view(entry, index)
+            entry_view(entry, index, idle_s(document))
     if not shown:
         st.text("There is no analysis yet: it needs turns.")
     text = st.column_config.TextColumn
@@ -2215,12 +2271,13 @@ def hours_view(document: Mapping[str, Any]) -> None:
         show_table(cost, {**columns, "of": st.column_config.TextColumn("GPU time", width=130)}, "cost")
 
 
-def entry_view(entry: Mapping[str, Any], index: int) -> None:
-    """The verdict on one model and GPU type."""
+def entry_view(entry: Mapping[str, Any], index: int, idle: float | None) -> None:
+    """The verdict on one model and GPU type; ``idle``: for how long (s) it has been of the past."""
     name, text = verdict_name(entry), st.column_config.TextColumn
-    judgement = JUDGEMENT_OF_VERDICT.get(name, BUSY)
+    judgement = JUDGEMENT_OF_VERDICT.get(name, BUSY) if idle is None else NEUTRAL
+    age = "" if idle is None or name == "NO DATA" else f", {seconds(idle)} ago"
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.badge(f"{SHAPES[judgement]} {name}", color=COLOURS[judgement])
+        st.badge(f"{SHAPES[judgement]} {name}{age}", color=COLOURS[judgement])
         st.text(entry_label(entry))
     verdict = part(entry, "verdict")
     st.text(str(verdict.get("sentence") or verdict.get("reason") or ""))
@@ -2244,7 +2301,7 @@ def entry_view(entry: Mapping[str, Any], index: int) -> None:
         show_table(what_if_frame(entry), titled(words), f"what ifs {index}")
     with right:
         if curve.empty:
-            st.text("There is no curve: it would say more than is known.")
+            st.text("No curve: too little is known to predict throughput.")
         else:
             label = "Predicted turns per hour by number of agents, with the current position and the limits."
             show_chart("capacity" if index == 0 else f"capacity {index}", label, {"rows": curve})
@@ -2254,12 +2311,10 @@ def entry_view(entry: Mapping[str, Any], index: int) -> None:
 # --- The page ---------------------------------------------------------------------------------------------------------
 
 
-def controls_view(source: Source, document: Mapping[str, Any]) -> None:
+def controls_view(source: Source, models: Sequence[str]) -> None:
     """What the figures are of, and how they are refreshed."""
     with st.container(horizontal=True, vertical_alignment="center", key="controls"):
-        st.markdown("#### Agent Infra", width="content")
-        st.text(facts_of(source, document), width="stretch")
-        models = [str(row.get("name")) for row in listed(document, "models")]
+        st.markdown("#### Agent Infra", width="stretch")
         if len(models) > 1:
             st.pills("Model", models, key="model", label_visibility="collapsed", bind="query-params")
         st.segmented_control(
@@ -2309,7 +2364,8 @@ def tabs_view(source: Source) -> None:
     for tab, (fast, slow, least_s) in zip(tabs, TABS.values(), strict=True):
         if tab.open:
             with tab:
-                controls_view(source, source.stats())
+                models = st.session_state["models"] = model_names(source.stats())
+                controls_view(source, models)
                 source.refreshed(
                     functools.partial(status_view, body=fast if is_painted() else None),
                 )

@@ -446,6 +446,7 @@ class ReplicaRecord:
     format: int = RECORD_FORMAT
 
 
+HISTORY_QUESTION_S = 10.0  # time the controller has for questions that it reads from the disk
 STOP_GRACE_S = 25.0  # time for an engine's turns to finish after SIGTERM; less than Slurm's KillWait, 30 s
 
 

@@ -77,16 +77,16 @@ class TurnExporter:
         if not batch:
             return False
         try:
-            problem = None if self._sender.send([self._make(record) for record in batch]) else "it took none"
+            problem = None if self._sender.send([self._make(record) for record in batch]) else "refused them"
         except Exception as error:  # noqa: BLE001  whatever it is: the next batch may be taken
-            problem = repr(error)
+            problem = f"failed: {error!r}"
         if problem is not None:
             with self._lock:
                 self.lost += len(batch)
         if (problem is not None) != self._is_failing:
             self._is_failing = problem is not None
-            told = f"the receiver of otel.endpoint failed, its turns are lost: {problem}" if problem else None
-            self._log(told or f"the receiver of otel.endpoint takes turns again; {self.lost} were lost", "warning")
+            told = f"turns were dropped: the receiver of otel.endpoint {problem}" if problem else None
+            self._log(told or f"the receiver of otel.endpoint takes turns again; {self.lost} were dropped", "warning")
         return problem is None and bool(self._waiting)
 
 

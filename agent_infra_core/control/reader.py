@@ -6,6 +6,7 @@ import contextlib
 import functools
 import queue
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from agent_infra_core.insight.series import (
 )
 from agent_infra_core.insight.tracker import SCHEMA_VERSION, encode_stats, session_row
 from agent_infra_core.insight.turns import TurnRecord
+from agent_infra_core.protocol import HISTORY_QUESTION_S
 
 MAX_QUESTIONS = 16  # that wait; of more, clients are asked to come back
 
@@ -34,6 +36,8 @@ Question = Callable[[HistoryFile | None], tuple[int, bytes]]  # returns a status
 
 class HistoryReader:
     """Owns the thread that reads the history. Each question gets a connection of its own, so the file may be replaced.
+
+    A question has HISTORY_QUESTION_S: then its query is interrupted, or isn't begun, as its client has been told off.
 
     ``path`` None: no history is kept, and questions get no file. Nor do those about sessions while it can't be read:
     the controller remembers the latest.
@@ -48,7 +52,7 @@ class HistoryReader:
         """``answer`` takes a request, a status and a JSON document; it is called in the thread. ``log``: a message and
         its level."""
         self._path, self._answer, self._log = path, answer, log
-        self._questions: queue.Queue[tuple[Mapping[str, Any], Question] | None] = queue.Queue(MAX_QUESTIONS)
+        self._questions: queue.Queue[tuple[float, Mapping[str, Any], Question] | None] = queue.Queue(MAX_QUESTIONS)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="history reader", daemon=True)
 
@@ -58,7 +62,7 @@ class HistoryReader:
     def ask(self, request: Mapping[str, Any], question: Question) -> None:
         """Answer ``request`` by ``question``, soon. It is refused at once while too many wait."""
         try:
-            self._questions.put_nowait((request, question))
+            self._questions.put_nowait((time.monotonic() + HISTORY_QUESTION_S, request, question))
         except queue.Full:
             status, document = _refusal(503, f"{MAX_QUESTIONS} questions about the history wait already; try again")
             self._answer(request, status, document.decode())
@@ -75,22 +79,35 @@ class HistoryReader:
         while not self._stop.is_set():
             if (item := self._questions.get()) is None:
                 continue
-            request, question = item
-            with contextlib.suppress(RelayGoneError):  # and with it the client
-                status, document = self._reply(request, question)
-                self._answer(request, status, document.decode())
+            try:
+                self._serve(*item)
+            except RelayGoneError:  # and with it the client
+                pass
+            except Exception:  # noqa: BLE001  an answer that fails must not end the next
+                self._log(f"an answer about the history failed: {traceback.format_exc().strip()}", "error")
 
-    def _reply(self, request: Mapping[str, Any], question: Question) -> tuple[int, bytes]:
+    def _serve(self, deadline: float, request: Mapping[str, Any], question: Question) -> None:
+        if time.monotonic() > deadline:
+            return
+        try:
+            status, document = self._reply(deadline, request, question)
+        except Exception as error:  # noqa: BLE001  a question that fails must not end the next
+            self._log(f"a question about the history failed: {traceback.format_exc().strip()}", "error")
+            status, document = _refusal(500, f"the question failed: {error}; the proxy's log says more")
+        self._answer(request, status, document.decode())
+
+    def _reply(self, deadline: float, request: Mapping[str, Any], question: Question) -> tuple[int, bytes]:
         try:
             if self._path is None or not self._path.exists():
                 return question(None)
             with read_history(self._path) as file:
+                if file is not None:
+                    file.interrupt_at(deadline)
                 return question(file)
         except RefusedError as error:  # it can't be read
+            if time.monotonic() > deadline:
+                return _refusal(503, f"the history gave no answer in {HISTORY_QUESTION_S:g} s; ask for less")
             return _refusal(503, str(error)) if request["op"] == "history" else question(None)
-        except Exception as error:  # noqa: BLE001  a question that fails must not end the next
-            self._log(f"a question about the history failed: {traceback.format_exc().strip()}", "error")
-            return _refusal(500, f"the question failed: {error}; the proxy's log says more")
 
 
 def _refusal(status: int, message: str) -> tuple[int, bytes]:
@@ -151,8 +168,8 @@ def _answer_session(
     elif row is not None:
         turns.count = max(0, row["turns"] - len(latest))
     turns.add(latest)
-    if row is None and turns.session is not None:
-        row = session_row(turns.session, "ended")
+    if turns.session is not None and (row is None or turns.session.turns > row["turns"]):  # as find_sessions() does
+        row = session_row(turns.session, row["state"] if row is not None else "ended")
     if row is None:
         return _refusal(404, "this session is unknown or was forgotten; GET /sessions lists the known ones")
     document = {

@@ -39,6 +39,7 @@ RESTORED_S = 6 * 3600.0
 KEPT_RUNS = 1000  # that charts can mark
 MAX_VERDICTS = 100_000  # one per minute and model: two months of one model
 REPLICA_TIME_FINE_S = 8 * 86400
+PROGRESS_STEPS = 50_000  # of SQLite's machine, about a millisecond: between looks at a deadline
 _HISTORY_MARK = 0x41494E46  # PRAGMA application_id, which identifies a history file
 
 # Steps from each schema version (PRAGMA user_version) to the next. Never change a released step.
@@ -199,6 +200,10 @@ _ADD_REPLICA_TIME = (
 )
 
 
+def _in_lower_case(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
 def share_of_day(since: float, begun: float) -> float:
     """Share of its day's replica time at or after ``since``, given that sampling started at ``begun``."""
     end = since // 86400 * 86400 + 86400
@@ -220,6 +225,7 @@ class HistoryFile:
         self.refused: list[str] = []  # SQLite's error for each row that the last write() left out
         if path is None:
             self._connection = sqlite3.connect(":memory:", isolation_level=None)
+            self._add_functions()
             self._migrate()
             return
         if not read_only and not path.exists():
@@ -235,12 +241,21 @@ class HistoryFile:
             check_same_thread=False,  # opened by the controller to restore, then used by the writer thread
         )
         try:
+            self._add_functions()
             self._check()
             if not read_only:
                 self._prepare(path)
         except BaseException:
             self.close()
             raise
+
+    def _add_functions(self) -> None:
+        # SQLite's lower() knows ASCII alone
+        self._connection.create_function("lower_text", 1, _in_lower_case, deterministic=True)
+
+    def interrupt_at(self, deadline: float) -> None:
+        """From ``deadline`` on, in monotonic seconds, queries fail with sqlite3.OperationalError."""
+        self._connection.set_progress_handler(lambda: time.monotonic() > deadline, PROGRESS_STEPS)
 
     def _check(self) -> None:
         version, mark = self._value("PRAGMA user_version"), self._value("PRAGMA application_id")

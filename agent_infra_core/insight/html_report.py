@@ -40,13 +40,25 @@ PANELS: Mapping[str, Sequence[str]] = {
     "turns by finish reason": (),  # whichever there are
 }
 _SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # a name; nothing is loaded from there
-_GREY = "#7a7a7a"  # at least 4:1 on white and on the dark background
-_CONFIG = {
-    "background": "transparent",
-    "view": {"stroke": None},
-    "axis": {"labelColor": _GREY, "titleColor": _GREY, "gridColor": "#8884", "domainColor": _GREY, "tickColor": _GREY},
-    "legend": {"labelColor": _GREY, "titleColor": _GREY, "orient": "top", "title": None},
-    "title": {"color": _GREY, "anchor": "start", "fontSize": 12, "fontWeight": "normal"},
+BACKGROUNDS = {"light": "#ffffff", "dark": "#16181c"}
+
+
+def _chart_config(text: str, lines: Sequence[str]) -> dict[str, Any]:
+    return {
+        "background": "transparent",
+        "view": {"stroke": None},
+        "axis": dict.fromkeys(("labelColor", "titleColor", "domainColor", "tickColor"), text) | {"gridColor": "#8884"},
+        "legend": {"labelColor": text, "titleColor": text, "orient": "top", "title": None},
+        "title": {"color": text, "anchor": "start", "fontSize": 12, "fontWeight": "normal"},
+        "rule": {"color": text},
+        "range": {"category": list(lines)},
+    }
+
+
+# The page's colours: text at least 4.5:1 on its background, lines at least 3:1.
+CHART_CONFIGS = {
+    "light": _chart_config("#4f5965", ("#1f5fb4", "#b0448f", "#0b8076", "#7a6a00", "#6d4fc2", "#59626d")),
+    "dark": _chart_config("#b4bcc6", ("#5a96e6", "#e08ac4", "#3fc4b0", "#d2bd4a", "#b39df0", "#98a2ad")),
 }
 
 
@@ -161,13 +173,13 @@ def timeline_spec(document: Mapping[str, Any]) -> dict[str, Any]:
         charts[0]["layer"].append(
             {
                 "data": {"values": runs},
-                "mark": {"type": "rule", "strokeDash": [4, 4], "color": _GREY, "strokeWidth": 1.5, "clip": True},
+                "mark": {"type": "rule", "strokeDash": [4, 4], "strokeWidth": 1.5, "clip": True},
                 "encoding": {"x": {"field": "at", "type": "temporal"}, "tooltip": {"field": "run", "title": "run"}},
             }
         )
     return {
         "$schema": _SCHEMA,
-        "config": _CONFIG,
+        "config": CHART_CONFIGS["light"],  # the page sets the one of the reader's scheme
         "params": [
             {
                 "name": "zoom",
@@ -223,7 +235,7 @@ def _panel(title: str, series: Mapping[str, Sequence[float | None]], times: Sequ
                     "color": {
                         "field": "name",
                         "type": "nominal",
-                        "scale": {"domain": names, "scheme": "tableau10"},
+                        "scale": {"domain": names},
                         **({"legend": None} if len(names) == 1 else {}),
                     },
                 },
@@ -243,7 +255,7 @@ def stages_spec(durations: Sequence[Block]) -> dict[str, Any]:
     ]
     return {
         "$schema": _SCHEMA,
-        "config": _CONFIG,
+        "config": CHART_CONFIGS["light"],  # the page sets the one of the reader's scheme
         "data": {"values": rows},
         "height": {"step": 14},
         "mark": {"type": "bar", "tooltip": True},
@@ -251,7 +263,7 @@ def stages_spec(durations: Sequence[Block]) -> dict[str, Any]:
             "y": {"field": "stage", "type": "nominal", "sort": None, "axis": {"title": None, "labelLimit": 240}},
             "yOffset": {"field": "statistic", "sort": None},
             "x": {"field": "seconds", "type": "quantitative", "axis": {"title": "seconds", "tickCount": 6}},
-            "color": {"field": "statistic", "scale": {"domain": ["mean", "p95"], "scheme": "tableau10"}},
+            "color": {"field": "statistic", "scale": {"domain": ["mean", "p95"]}},
         },
     }
 
@@ -268,13 +280,13 @@ def capacity_spec(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 "type": "quantitative",
                 "axis": {"title": "turns per hour", "tickCount": 5},
             },
-            "color": {"field": "verdict", "type": "nominal", "scale": {"scheme": "tableau10"}},
+            "color": {"field": "verdict", "type": "nominal"},
             "shape": {"field": "model", "type": "nominal"},
         },
     }
     rule = {
         "data": {"values": [dict(row) for row in suggested]},
-        "mark": {"type": "rule", "strokeDash": [4, 4], "color": _GREY, "strokeWidth": 1.5},
+        "mark": {"type": "rule", "strokeDash": [4, 4], "strokeWidth": 1.5},
         "encoding": {
             "x": {"field": "suggested_agents", "type": "quantitative"},
             "tooltip": {"field": "suggested_agents", "title": "suggested agents"},
@@ -282,7 +294,7 @@ def capacity_spec(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     return {
         "$schema": _SCHEMA,
-        "config": _CONFIG,
+        "config": CHART_CONFIGS["light"],  # the page sets the one of the reader's scheme
         "title": "agents and throughput, minute by minute; dashed: the agents suggested last",
         "data": {"values": [dict(row) for row in rows]},
         "height": 240,
@@ -362,11 +374,15 @@ input[type=search] { font: inherit; padding: .2rem .5rem; width: min(20rem, 90%)
 section > div { max-width: 100%; overflow-x: auto; }
 """
 
-_PROGRAM = """
+_PROGRAM = (
+    f"const configs = {json.dumps(CHART_CONFIGS)};"
+    + """
+const config = configs[matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"];
 for (const [name, spec] of Object.entries(JSON.parse(document.getElementById("specs").textContent))) {
   const place = document.getElementById(name), width = Math.max(260, place.clientWidth - 110);
   for (const chart of spec.vconcat || [spec]) chart.width = width - (name === "stages" ? 140 : 0);
-  vegaEmbed(place, spec, {renderer: "svg", actions: {export: true, source: false, compiled: false, editor: false}})
+  const actions = {export: true, source: false, compiled: false, editor: false};
+  vegaEmbed(place, {...spec, config}, {renderer: "svg", actions})
     .catch(error => { place.textContent = "This chart cannot be drawn: " + error; });
 }
 for (const table of document.querySelectorAll("table")) {
@@ -392,6 +408,7 @@ for (const table of document.querySelectorAll("table")) {
   });
 }
 """
+)
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">

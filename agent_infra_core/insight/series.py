@@ -28,6 +28,7 @@ MAX_READ_TURNS = 50_000  # read one by one, at most; of more, the summaries are 
 WRITTEN_S = 3.0  # turns that finished longer ago than this are in the file …
 MEAN_WRITTEN_S = 0.5  # … and on average those that finished longer ago than this
 LEAST_COVERED_S = 15.0  # rates are of at least as much time, so that two turns in a moment are no thousand a minute
+MAX_TEXT_BYTES = 8 * 2**20  # of prompts and answers in one answer
 LIVE_S = 15.0  # a controller that ran so recently still runs: it is the one that asks
 LISTED_REASONS = 10
 EMPTY_RANGE_S = 3600.0  # shown of a history without anything
@@ -102,9 +103,10 @@ class _Axis:
             of_range = "SELECT 1 FROM turns WHERE finished_at >= ? AND finished_at < ? LIMIT 1 OFFSET ?"
             is_many = bool(file.query(of_range, since, until, MAX_READ_TURNS))
             step = STEP_S if is_many else step
-        if since < until - FINE_S and step < COARSE_STEP_S:  # that far back, there are only long steps
-            [[oldest]] = file.query("SELECT min(at) FROM steps WHERE width = ?", STEP_S)
-            step = COARSE_STEP_S if oldest is None or since < oldest - COARSE_STEP_S else step
+        if since < now - FINE_S and STEP_S <= step < COARSE_STEP_S:  # rows that old may have been merged
+            merged = "SELECT 1 FROM steps WHERE width = ? AND at > ? AND at < ? LIMIT 1"
+            is_merged = bool(file.query(merged, COARSE_STEP_S, since - COARSE_STEP_S, until))
+            step = COARSE_STEP_S if is_merged else step
         first, is_summed = int(since // step) * step, step >= STEP_S
         written = now - (MEAN_WRITTEN_S if is_summed else WRITTEN_S)
         end = first + max(1, -int(-(until - first) // step)) * step
@@ -361,7 +363,7 @@ def _session_filter(query: SessionsQuery) -> tuple[str, list[Any]]:
         terms.append(f"{_OUTCOMES[query.outcome]} > 0")
     if query.query:
         names = ("id", "task", "client", "model")
-        terms.append(f"({' OR '.join(f'instr(lower({name}), ?)' for name in names)})")
+        terms.append(f"({' OR '.join(f'instr(lower_text({name}), ?)' for name in names)})")
         values += [query.query.lower()] * len(names)
     return " AND ".join(terms), values
 
@@ -370,7 +372,7 @@ class SessionTurns:
     """The turns of one session, added oldest first: its figures, and up to ``limit`` turns before number ``before``."""
 
     def __init__(self, limit: int, before: int | None) -> None:
-        self._rows: deque[dict[str, Any]] = deque(maxlen=limit)
+        self._kept: deque[tuple[TurnRecord, int]] = deque(maxlen=limit)
         self._before = before
         self._known: set[str] = set()
         self.count = 0  # so far
@@ -388,10 +390,16 @@ class SessionTurns:
                 self.session = Session(name, record.task, record.client, record.model or "", record.finished_at)
             self.session.restore(record, record.finished_at)
             if self._before is None or self.count < self._before:
-                self._rows.append(turn_row(record, self.count))
+                self._kept.append((record, self.count))
 
     def latest_first(self) -> list[dict[str, Any]]:
-        return list(reversed(self._rows))
+        """The rows; of all texts together, those beyond MAX_TEXT_BYTES are None."""
+        rows, left = [], MAX_TEXT_BYTES
+        for record, number in reversed(self._kept):
+            left -= sum(len(text.encode(errors="replace")) for text in (record.prompt, record.answer) if text)
+            row = turn_row(record, number)
+            rows.append(row if left >= 0 else {**row, "prompt": None, "answer": None})
+        return rows
 
 
 def turn_row(record: TurnRecord, number: int) -> dict[str, Any]:

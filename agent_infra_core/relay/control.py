@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from agent_infra_core.relay.server import Relay
 
 SHORTAGE_S = 60.0  # how often a lack of descriptors is logged
-HISTORY_QUESTION_S = 10.0  # time the controller has for questions that it reads from the disk
 BATCHED_TURNS = 512  # finished turns in one frame
 MAX_BUFFERED_EVENTS = 50_000
 

@@ -11,6 +11,7 @@ from program import MODULE, wait_for
 from streamlit.testing.v1 import AppTest
 
 PAGE = MODULE.with_name("streamlit_dashboard.py")
+TWO_MODELS = [{**entry, "model": name} for name in ("qwen", "llama") for entry in stats.analysis("GPU-BOUND")]
 TABS = ["Overview", "Sessions", "Replicas", "Analysis", "History"]
 
 
@@ -43,7 +44,9 @@ def run_page(
 
 
 @pytest.mark.parametrize("tab", TABS)
-@pytest.mark.parametrize("document", [stats.busy(), stats.extreme(), stats.all_down(), stats.empty()])
+@pytest.mark.parametrize(
+    "document", [stats.busy(), stats.extreme(), stats.all_down(), stats.empty(), stats.busy(analysis=TWO_MODELS)]
+)
 def test_every_tab_shows_every_document(monkeypatch: pytest.MonkeyPatch, document: Any, tab: str) -> None:
     with stats.serving(document) as server:
         app = run_page(monkeypatch, server.url, tab=tab)

@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_every_document_is_shaped_without_nan_or_none_in_a_text(name: str) -> No
     shown = [str(value) for frame in frames for column in frame for value in frame[column] if isinstance(value, str)]
     for status in page.status_of(document, None, 0.2):
         shown += [status.word, status.sentence, status.hint]
-    for metric in (*page.metrics_of_now(document), *page.metrics_of_minute(document)):
+    for metric in (*page.metrics_of_now(document, {}), *page.metrics_of_minute(document)):
         shown += [metric.label, metric.value, metric.note]
     assert not [text for text in shown if re.search(r"\b(nan|NaN|None|inf|undefined)\b", text)]
 
@@ -166,7 +167,11 @@ STATES: dict[str, tuple[Any, float, Any]] = {  # change of the document, age of 
     "failing turns": (all_turns_fail, 0.3, "ERRORS"),
     "idle": (lambda document: idle(healthy(document), 400.0), 0.3, "IDLE"),
     "restarted": (lambda document: {**healthy(document), "uptime_seconds": 20.0}, 0.3, None),
-    "controller dead": (lambda document: failed(healthy(document), 1), 25.0, "CONTROLLER GONE"),
+    "controller dead": (
+        lambda document: {**failed(healthy(document), 1), "snapshot_age_ms": 24_500},
+        25.0,
+        "CONTROLLER GONE",
+    ),
     "no traffic": (lambda _document: stats.empty(), 0.3, "NO TRAFFIC"),
 }
 
@@ -212,21 +217,60 @@ def test_twelve_of_twelve_failing_turns_are_told_with_their_window() -> None:
     """Among two thousand earlier ones, they were 0.6 %."""
     statements = page.status_of(all_turns_fail(stats.busy()), None, 0.3)
     assert statements[0].sentence.startswith(f"12 of 12 turns failed in the last 5{SPACE}min: the replica")
-    assert page.metrics_of_now(all_turns_fail(stats.busy()))[3].value == f"100{SPACE}%"
+    assert page.metrics_of_now(all_turns_fail(stats.busy()), {})[3].value == f"100{SPACE}%"
+
+
+def test_failed_turns_are_those_of_five_minutes_where_the_history_knows_them() -> None:
+    series = {"errors_per_minute": [None, 1.0, 1.0], "turns_per_minute": [None, 10.0, 28.0]}
+    metric = page.metrics_of_now(all_turns_fail(stats.busy()), {"series": series})[3]
+    assert (metric.value, metric.note, metric.judgement) == (f"5{SPACE}%", f"last 5{SPACE}min", page.BAD)
+    assert page.failure_share({"series": {"errors_per_minute": [0.0, None]}}) is None
+
+
+def test_only_what_an_earlier_controller_measured_tells_of_a_restart() -> None:
+    """A fresh controller may have served more turns than /stats lists; a history off has nothing to restore."""
+    document = {**healthy(stats.busy()), "uptime_seconds": 20.0}
+    assert "RESTARTED" in [status.word for status in page.status_of(document, None, 0.3)]
+    points = document["throughput"]["history"]
+    document["throughput"]["history"] = [point for point in points if point["at"] >= stats.NOW - 20]
+    assert "RESTARTED" not in [status.word for status in page.status_of(document, None, 0.3)]
+
+
+def test_a_proxy_that_does_not_answer_is_not_said_to_have_lost_its_controller() -> None:
+    (status,) = page.status_of(stats.busy(), None, 25.0)
+    assert (status.word, "for 25" in status.sentence) == ("NO CONNECTION", True)
+
+
+def test_a_time_of_another_day_has_its_day() -> None:
+    assert page.clock(stats.NOW, "UTC", stats.NOW + 60) == "16:30:00"
+    assert page.clock(stats.NOW, "UTC", stats.NOW + 86_400) == "22 Nov 16:30:00"
+    assert page.paused_status({}, "UTC", stats.NOW).sentence == "The figures stand still until you resume."
+    assert "are of 16:30:00" in page.paused_status(stats.busy(), "UTC", stats.NOW).sentence
+
+
+def test_what_is_not_known_is_a_gap_in_the_course_of_a_figure() -> None:
+    document = stats.busy()
+    for point in document["throughput"]["history"]:
+        if stats.NOW - 60 <= point["at"] < stats.NOW - 30:
+            point["turns_per_minute"] = None
+    document["throughput"]["history"] = [p for p in document["throughput"]["history"] if p["at"] >= stats.NOW - 120]
+    course = page.metrics_of_minute(document)[0].course
+    assert [page.is_known(value) for value in course] == [True] * 4 + [False] * 2 + [True]
 
 
 def test_an_idle_deployment_says_since_when_and_how_old_its_verdict_is() -> None:
     (status,) = page.status_of(idle(healthy(stats.busy()), 400.0), None, 0.3, "UTC")
     assert status.word == "IDLE"
     assert f"No turn for 6{SPACE}min 40{SPACE}s, since " in status.sentence
-    assert "The last verdict is as old: qwen on NVIDIA H100 80GB HBM3: GPU-BOUND." in status.sentence
+    assert f"Last verdict, 6{SPACE}min 40{SPACE}s ago: qwen on NVIDIA H100 80GB HBM3: GPU-BOUND." in status.sentence
 
 
-def test_a_suggestion_states_its_price() -> None:
-    advice = page.advice_of(stats.analysis("GPU-BOUND")[0])
-    assert f"Throughput −20{SPACE}%, wait per turn 11.4 s → 6.30 s." in advice
-    priced = {"suggestion": {**stats.analysis("GPU-BOUND")[0]["suggestion"], "sentence": "Run 3: +4 % turns/h."}}
-    assert page.advice_of(priced) == f"Run 3: +4{SPACE}% turns/h."
+def test_a_suggestion_states_its_price_or_why_that_is_not_known() -> None:
+    priced = {**stats.analysis("GPU-BOUND")[0]["suggestion"], "sentence": "Run 3 agents: +4 % turns/h."}
+    assert page.advice_of({"suggestion": priced}) == f"Run 3 agents: +4{SPACE}% turns/h."
+    unpriced = {"bound_by": "kv", "sentence": "Run 3 agents.", "then": {"change": {"low": None, "reason": "too few"}}}
+    text = "Run 3 agents. What it does to throughput isn't known: too few."
+    assert page.advice_of({"suggestion": unpriced}) == text
 
 
 def test_without_a_connection_nothing_else_is_said() -> None:
@@ -268,15 +312,33 @@ def test_the_slowest_replica_is_marked_only_when_it_is_slower_than_the_others() 
     assert list(page.replica_frame(one).query("note == 'slowest'")["id"]) == ["qwen-3"]
 
 
+def test_replicas_keep_their_order_while_one_is_chosen() -> None:
+    """Streamlit knows a chosen row by its place."""
+    former = list(page.replica_frame(stats.busy())["id"])
+    document = stats.busy(replicas=5)
+    document["backends"][3].update(state="failed", healthy=False)
+    frame = page.replica_frame(document)
+    assert frame["id"].iloc[0] == "qwen-4"
+    assert list(page.in_order(frame, former)["id"]) == [*former, "qwen-5"]
+
+
 # --- Sessions and turns -----------------------------------------------------------------------------------------------
 
 
 def test_rows_keep_their_place_and_new_sessions_wait_until_they_are_asked_for() -> None:
     former = [stats.session_row(number) for number in range(3)]
-    later = [stats.session_row(9), {**former[2], "turns": 99}, former[0]]
+    later = [stats.session_row(9), {**former[2], "turns": 99}, former[0]]  # without the second one
     rows, held_back = page.arranged(former, later)
     assert [row["id"] for row in rows] == [row["id"] for row in former]
     assert (rows[2]["turns"], held_back) == (99, 1)
+    assert [row["state"] for row in rows] == [former[0]["state"], "not current", former[2]["state"]]
+
+
+def test_a_session_thinks_or_is_silent_in_its_own_view_as_in_the_list() -> None:
+    row = {**stats.session(1, state="idle"), "turns": 10, "last_seen": stats.NOW - 31}
+    for think_ms, word in ((9 * 4000.0, "silent"), (9 * 90_000.0, "thinking")):
+        row.update(pre_ms=think_ms / 2, post_ms=think_ms / 4, unaccounted_ms=think_ms / 4)
+        assert page.session_facts(row, stats.NOW).startswith(word)
 
 
 @pytest.mark.parametrize(
@@ -322,8 +384,7 @@ def test_think_time_contains_idle_time_and_an_answer_that_was_not_streamed_is_on
 
 def test_a_turn_says_what_was_cached_expected_and_why_it_was_missed() -> None:
     facts = dict(page.turn_facts(stats.traced_turn(7, "s")))
-    assert facts["cached"].startswith("1,800 of the ")
-    assert facts["cached"].endswith("; 2,000 expected")
+    assert facts["cached"] == f"1,800 of {facts['tokens'].split()[0]} input tokens, 2,000 expected"
     assert facts["cache miss"] == stats.MISS
 
 
@@ -373,6 +434,8 @@ def test_the_charts_over_time_share_what_is_zoomed_and_a_crosshair() -> None:
     params = {each["name"]: each for each in template["params"]}
     assert len(params["moment"]["views"]) >= 3
     assert params["zoom"]["select"]["type"] == "interval"
+    assert "'~s'" in json.dumps(template)
+    assert '"format": "~s"' not in json.dumps(template)  # with which a half is "500m"
     strip, *rest = template["vconcat"]
     assert "domain" not in json.dumps(strip["encoding"]["x"])
     for chart in rest:
@@ -446,7 +509,7 @@ def test_a_url_is_checked_and_loses_its_slash() -> None:
         ({"document": stats.busy(schema_version=99)}, "speaks version 99"),
         ({"document": {"hello": "world"}}, "isn't Agent Infra's proxy"),
         ({"document": b"<html>"}, "isn't Agent Infra's proxy"),
-        ({"status": 503}, "has no figures yet"),
+        ({"status": 503}, "as the test said"),
         ({"status": 404}, "isn't Agent Infra's proxy"),
         ({"token": "secret-token"}, "asks for its key"),
     ],
@@ -458,6 +521,13 @@ def test_a_proxy_that_gives_no_figures_is_told_with_what_to_do(change: dict[str,
         with pytest.raises(page.ProxyError, match=what) as caught:
             page.ProxyClient(server.url, None).get("/stats")
         assert caught.value.problem.fix
+
+
+def test_a_proxy_that_is_busy_gives_its_own_reason() -> None:
+    for body, what in ((b"", "has no figures yet"), (b'{"error": {"message": "the controller is gone"}}', "is gone")):
+        with pytest.raises(page.ProxyError, match=what) as caught:
+            page.document_of("http://x", "/stats", 503, body)
+        assert "started" not in str(caught.value.problem)
 
 
 def test_a_key_goes_in_the_header_and_nowhere_else() -> None:
@@ -493,8 +563,25 @@ def test_the_last_figures_stay_while_the_proxy_is_gone_and_are_renewed_when_it_i
 def test_a_proxy_that_refuses_a_document_says_why() -> None:
     with stats.serving(stats.busy()) as server:
         client = page.ProxyClient(server.url, None)
-        with pytest.raises(page.ProxyError, match="no such session"):
+        with pytest.raises(page.ProxyError, match="no such session") as caught:
             client.get("/stats/sessions/nobody")
+        assert caught.value.problem.is_final
+
+
+def test_the_figures_of_now_wait_for_no_slow_question() -> None:
+    free = threading.Event()
+
+    class Slow(page.ProxyClient):
+        def get(self, path: str) -> Any:
+            if path != "/stats":
+                free.wait(PATIENCE_S)
+            return {}
+
+    documents = page.Documents(Slow("http://x", None))
+    for number in range(5):
+        documents.read(f"/sessions?offset={number}", 0.0, patience_s=0.0)
+    assert documents.read("/stats", 0.0, patience_s=PATIENCE_S).document == {}
+    free.set()
 
 
 def test_no_more_documents_are_kept_than_are_read() -> None:

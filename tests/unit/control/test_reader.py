@@ -92,6 +92,45 @@ def test_of_a_history_that_cannot_be_read_sessions_are_what_the_controller_remem
     assert (status, "cannot be read" in document["error"]["message"]) == (503, True)
 
 
+def test_neither_an_answer_that_fails_nor_a_second_failure_ends_the_thread(
+    desk: Callable[..., Desk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "history.db").write_bytes(b"!" * 5000)
+    made = desk()
+    assert made.ask(broken, "session")[0] == 500  # also of what the controller remembers
+    with monkeypatch.context() as patched:
+        patched.setattr(made.reader, "_answer", broken)
+        made.reader.ask({"op": "session"}, fine)
+        wait_for(lambda: "an answer about the history failed" in made.said[-1], "its end")
+    assert made.ask(fine, "session")[0] == 200
+
+
+def test_a_question_ends_with_the_patience_of_its_client(
+    desk: Callable[..., Desk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    HistoryFile(tmp_path / "history.db").close()
+    made = desk()
+    asked: list[int] = []
+
+    def late(_: HistoryFile | None) -> tuple[int, bytes]:
+        asked.append(1)
+        return 200, b"{}"
+
+    def endless(file: HistoryFile | None) -> tuple[int, bytes]:
+        assert file is not None
+        file.query("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n")
+        return 200, b"{}"
+
+    monkeypatch.setattr(reader, "HISTORY_QUESTION_S", 0.2)
+    status, document = made.ask(endless, "sessions")
+    assert (status, "no answer in 0.2 s" in document["error"]["message"]) == (503, True)
+    monkeypatch.setattr(reader, "HISTORY_QUESTION_S", -1.0)
+    made.reader.ask({"op": "history"}, late)  # nobody waits for it any more
+    monkeypatch.setattr(reader, "HISTORY_QUESTION_S", PATIENCE_S)
+    assert made.ask(fine)[0] == 200
+    assert asked == []
+
+
 @pytest.mark.parametrize("name", [None, "missing.db"])
 def test_without_a_file_there_is_no_history(desk: Callable[..., Desk], name: str | None) -> None:
     assert desk(name).ask(history_question({}, 1e9))[0] == 404

@@ -16,7 +16,7 @@ from recorded_run import HOSTILE, START, write_run
 
 import agent_infra
 from agent_infra_core.insight.history import HistoryFile
-from agent_infra_core.insight.html_report import HtmlReport
+from agent_infra_core.insight.html_report import BACKGROUNDS, CHART_CONFIGS, HtmlReport
 from agent_infra_core.insight.report import Report, Table
 
 
@@ -75,6 +75,29 @@ def test_every_chart_is_one_that_vega_lite_takes(tmp_path: Path) -> None:
         for chart in spec.get("vconcat", [spec]):
             del chart["data"]["values"][3:]  # Altair looks at each row, which takes minutes
         alt.Chart.from_dict(spec)  # raises if it doesn't fit the schema
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [each / 12.92 if each <= 0.04045 else ((each + 0.055) / 1.055) ** 2.4 for each in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_text_and_lines_stand_out_in_both_schemes(tmp_path: Path, scheme: str) -> None:
+    """Contrast as WCAG 2 defines it."""
+
+    def contrast(colour: str) -> float:
+        light, dark = sorted((luminance(colour), luminance(BACKGROUNDS[scheme])), reverse=True)
+        return (light + 0.05) / (dark + 0.05)
+
+    config = CHART_CONFIGS[scheme]
+    assert min(contrast(config[part][name]) for part, name in (("axis", "labelColor"), ("title", "color"))) >= 4.5
+    assert min(map(contrast, config["range"]["category"])) >= 3
+    page = make_page(tmp_path / "history.db")
+    assert json.dumps(config) in page
+    assert "scheme" not in json.dumps(specs_of(page))
+    assert BACKGROUNDS["dark"] in page
 
 
 def test_the_page_has_every_figure_of_the_text(tmp_path: Path) -> None:

@@ -28,7 +28,9 @@ from agent_infra_core.insight.series import (
     turn_row,
 )
 from agent_infra_core.insight.summaries import FINE_GAUGES_S, FINE_S
+from agent_infra_core.insight.tracker import Tracker
 from agent_infra_core.insight.turns import TurnRecord
+from agent_infra_core.protocol import TurnFinished, TurnStarted
 
 START = 1_795_305_600.0  # divisible by 3600
 HOUR = 3600.0
@@ -252,6 +254,16 @@ def test_old_steps_and_gauges_are_merged_and_sums_stay(file: HistoryFile) -> Non
     assert read_series(file, query, now)["series"] == before["series"]
 
 
+def test_a_short_time_of_long_ago_is_read_in_the_steps_that_are_left_of_it(file: HistoryFile) -> None:
+    write(file, *(turn(f"t{n}", START + 60 * n) for n in range(1440)), gauges=ran(START, START + 24 * HOUR))
+    now = START + FINE_S + 30 * HOUR
+    file.tidy(now)
+    document = read_series(file, SeriesQuery(START, START + 24 * HOUR, 2000), now)
+    assert (document["step_s"], document["series"]["turns_per_minute"]) == (3600, [1.0] * 24)
+    short = read_series(file, SeriesQuery(START, START + HOUR, 300), now)  # from the turns themselves
+    assert (short["step_s"], sum(short["series"]["turns_per_minute"])) == (15, 60 * 4.0)
+
+
 # --- Summaries --------------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +380,12 @@ def test_the_file_knows_the_turns_that_a_new_controller_has_forgotten(file: Hist
     assert row["turns"] == 6
 
 
+def test_a_search_knows_the_cases_of_all_letters(file: HistoryFile) -> None:
+    write(file, turn("t1", START, session="s1", task="BÜCHER"), turn("t2", START, session="s2"))
+    assert ids(find_sessions(file, [live("s3", "idle", task="Ärger")], SessionsQuery(query="bücher"))) == ["s1"]
+    assert ids(find_sessions(file, [live("s3", "idle", task="Ärger")], SessionsQuery(query="ÄRGER"))) == ["s3"]
+
+
 @pytest.mark.parametrize("sort", sorted(SESSION_FIELDS))
 def test_pages_of_sessions_have_each_session_once(file: HistoryFile, sort: str) -> None:
     write(file, *(turn(f"t{n}", START + n % 3, session=f"s{n:02}") for n in range(20)))
@@ -401,6 +419,26 @@ def test_an_ended_sessions_turns_come_from_the_history(file: HistoryFile) -> Non
     assert document is not None
     assert [(row["number"], row["prompt"], row["answer"]) for row in document["turns"]] == [(7, "q7", "a7")]
     assert session_document(file, session="unknown") is None
+
+
+def test_the_texts_of_an_answer_are_bounded(file: HistoryFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent_infra_core.insight.series.MAX_TEXT_BYTES", 10)
+    write(file, *(turn(f"t{n}", START + n, prompt="éé", answer="a") for n in range(1, 4)))
+    document = session_document(file)
+    assert document is not None
+    assert [(row["number"], row["prompt"], row["answer"]) for row in document["turns"]] == [
+        (3, "éé", "a"), (2, "éé", "a"), (1, None, None),
+    ]  # fmt: skip
+
+
+def test_a_session_that_was_resumed_has_the_figures_of_all_its_turns(file: HistoryFile) -> None:
+    write(file, *(turn(f"t{n}", START + n) for n in range(1, 6)))
+    tracker = Tracker(lambda: START + 10)
+    tracker.observe(TurnStarted("t6", START + 9, "m", "/v1/chat/completions", "s"))
+    tracker.observe(TurnFinished("t6", START + 10, "completed", 200))
+    document = session_document(file, tracker.session("s"))
+    assert document is not None
+    assert (document["session"]["state"], document["session"]["turns"], document["turns_total"]) == ("idle", 6, 6)
 
 
 def test_turns_that_are_not_written_yet_come_from_the_controller(file: HistoryFile) -> None:
