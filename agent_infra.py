@@ -741,7 +741,13 @@ class RelayApp:
         return self._ask("run", name=name, tasks=tasks)
 
     def _session(self, session: str) -> Any:
-        return self._ask_history("session", session=session[:256])
+        return self._ask_history("session", session=self._label(session))
+
+    def _label(self, session: str) -> str:
+        """Return the name by which a session is known whose header had this value."""
+        from agent_infra_core.relay.requests import label_text
+
+        return label_text(session.encode()) or ""
 
     def _sessions(self) -> Any:
         return self._ask_history("sessions")
@@ -795,8 +801,9 @@ class RelayApp:
         return {**row, "max_model_len": min(lengths)} if lengths else row
 
     def _end_session(self, session: str) -> Any:
-        self._relay.book.end_session(session[:256])
-        return {"session": session[:256], "noted": True}  # only the controller knows whether the session exists
+        session = self._label(session)
+        self._relay.book.end_session(session)
+        return {"session": session, "noted": True}  # only the controller knows whether the session exists
 
     def _drain(self, backend: str, operation: str) -> Any:
         replica = self._relay.replicas.get(backend)

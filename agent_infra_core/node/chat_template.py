@@ -18,7 +18,7 @@ _TOOLS = """\
 {%- for message in messages -%}
 {%- set content = message.content if message.content is string else '' -%}
 {%- if message.role == 'system' -%}
-{%- set ns.system = content -%}
+{%- set ns.system = (ns.system + '\\n\\n' + content) | trim -%}
 {%- elif message.role == 'tool' -%}
 {%- set result = '<tool_response>\\n' + content + '\\n</tool_response>' -%}
 {%- set ns.messages = ns.messages + [{'role': 'user', 'content': result}] -%}
@@ -55,14 +55,14 @@ def template_with_tools(model_path: str) -> str:
     try:
         with open(model_path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             template = read_chat_template(data)
-    except (OSError, ValueError, KeyError, struct.error):
+    except (OSError, ValueError, KeyError, OverflowError, RecursionError, struct.error):
         return ""  # the engine says what is wrong with the file
     return "" if not template or "tools" in template else _TOOLS + template
 
 
 def read_chat_template(data: bytes | mmap.mmap) -> str | None:
-    """Return the chat template in a GGUF file's metadata; None without one. Raises ValueError, KeyError or struct.error
-    if the file is no GGUF file (version 2 or later)."""
+    """Return the chat template in a GGUF file's metadata; None without one. Raises ValueError, KeyError,
+    OverflowError, RecursionError or struct.error if the file is no GGUF file (version 2 or later)."""
     magic, version, _, count = struct.unpack_from("<4sIQQ", data)
     if magic != b"GGUF" or version < 2:
         raise ValueError("not a GGUF file that can be read")

@@ -12,7 +12,7 @@ from agent_infra_core.http.errors import RequestError
 from agent_infra_core.relay.book import Turn
 from agent_infra_core.relay.replicas import LiveReplica, explain_absence
 from agent_infra_core.relay.sessions import SessionRoutes
-from agent_infra_core.routing.queue_order import AttainedService, FairQueue, Waiting, queue_key
+from agent_infra_core.routing.queue_order import AGING, AttainedService, FairQueue, Waiting, queue_key
 from agent_infra_core.routing.strategies import ANYWHERE, RouteRequest, choose_backend
 
 if TYPE_CHECKING:
@@ -66,11 +66,12 @@ class Admission:
 
     def priority(self, turn: Turn) -> int:
         """Return a turn's priority for an engine that schedules by it, the lowest first: its order in our queue, in ms
-        of attained service."""
+        of attained service less its wait. It stays near 0, which requests without a priority have."""
         attained_s = turn.charged_from_s
         if turn.session is not None and not turn.charged_s:
             attained_s = self._attained.charge(turn.session, 0.0, turn.arrived)
-        return round(1000 * queue_key(attained_s, turn.arrived, self._relay.settings.proxy.queue_timeout))
+        key = queue_key(attained_s, turn.arrived, self._relay.settings.proxy.queue_timeout)
+        return round(1000 * (key - AGING * time.monotonic()))
 
     def outlook(self, model: str, route: RouteRequest = ANYWHERE) -> str:
         """What waiting may bring: ``slot`` (all are busy), ``loading`` (one is on its way), ``nothing``, or ``refusal``
@@ -118,8 +119,10 @@ class Admission:
         for model, queue in self._queues.items():
             if queue:
                 self.dispatch(model)
+                general = self.outlook(model)  # the same for most turns
                 for waiting in queue:
-                    if self.outlook(model, waiting.turn.route) in ("nothing", "refusal"):
+                    route = waiting.turn.route
+                    if (general if route is ANYWHERE else self.outlook(model, route)) in ("nothing", "refusal"):
                         self._relay.reactor.loop.run_callback(waiting.turn.wake)
 
     def waiting(self) -> list[Turn]:
@@ -201,7 +204,7 @@ class Admission:
                     wait_s = math.ceil((self._soonest(turn.model, turn.route) or now) - now)
                     message = f"the replicas of {turn.model} are overloaded, and ask for {wait_s} s without requests"
                     raise RequestError(429, message, retry_after_s=max(1, wait_s))
-                is_held = turn.routed is not None and turn.routed.is_held  # that wait has a bound of its own
+                is_held = self.sessions.is_held(turn, now)  # that wait has a bound of its own
                 if outlook == "loading" or was_loading or is_held:
                     since, was_loading = now, outlook == "loading"
                 if now >= since + timeout_s:

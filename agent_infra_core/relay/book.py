@@ -139,9 +139,8 @@ class TurnBook:
         model = self._model_of(plan.model, form_model(body) if fields is None else fields.model)
         if (pool := self._relay.pools.get(model)) and (lacks := pool[0].backend.lacks) and fields is not None:
             refuse_unsupported(fields, lacks)
-        self.count = count = self.count + 1
-        name = f"{self._prefix}-{count}"
-        self.turns[name] = turn = Turn(name, model, plan, self._relay.settings.proxy.capture_text)
+        name = f"{self._prefix}-{self.count + 1}"
+        turn = Turn(name, model, plan, self._relay.settings.proxy.capture_text)
         turn.tokens = len(body) // 4
         if b"origin" in plan.request.fields:
             turn.cors = self._relay.access.cors_fields(plan.request)
@@ -149,6 +148,8 @@ class TurnBook:
             self._retry_tokens += RETRY_SHARE
         if fields is not None:
             self._read_fields(turn, fields, body, peer)
+        self.count += 1
+        self.turns[name] = turn
         return turn
 
     def _read_fields(self, turn: Turn, fields: Any, body: bytes | bytearray, peer: tuple[Any, ...]) -> None:
@@ -171,7 +172,7 @@ class TurnBook:
                 has_marks = body.find(b'"cache_control"') >= 0
                 turn.prints, turn.follows = codec.trace(fields, is_named, has_marks)
         sessions.identify(turn, *codec.shared_prefix(fields, turn.prints))
-        if turn.prints and len(body) >= LONG_BODY_BYTES:
+        if turn.prints and len(body) >= LONG_BODY_BYTES and turn.path != RESPONSES_PATH:
             conversation = turn.session or peer
             goes_on = getattr(fields, "before", None) is not None or self._bodies.find(conversation) is None
             # Otherwise several agents may share a connection: keep only every other body.
@@ -324,11 +325,11 @@ class TurnBook:
         for turn in waiting[:50]:
             waited_ms = round((now - turn.arrived) * 1000)
             rows.append({"turn": turn.id, "session": turn.session, "model": turn.model, "waited_ms": waited_ms})
-            if (why := sessions.why_held(turn)) is not None:
+            if (why := sessions.why_held(turn, now)) is not None:
                 rows[-1] |= {"held": True, "why": why}
         return {
             "pending": len(waiting),
-            "held": sum(turn.routed is not None and turn.routed.is_held for turn in waiting),
+            "held": sum(sessions.is_held(turn, now) for turn in waiting),
             "in_flight": len(self.turns) - len(waiting),
             "oldest_ms": rows[0]["waited_ms"] if rows else 0,
             "waiting": rows,

@@ -51,7 +51,8 @@ class ClientConnection:
         self.is_known = False  # sent a request that was let pass
         self.is_trusted: bool | None = None  # whether the socket's owner needs no key; asked once, like the next
         self.owner = str(peer[0])  # of the other end: this user, another one on this machine, or a host
-        self.is_one_too_many = False  # accepted to be refused: its owner has most of the connections
+        self.is_among_last = False  # accepted when descriptors were short: these are for those who have few connections
+        self.sharer: str | None = None  # the ``identity`` of its last request that was let pass
         self.authorization: bytes | None = None  # of the last request that was let pass
         self.plan: RequestPlan | None = None  # of the request in progress
         self.has_unread_body = False
@@ -349,10 +350,9 @@ class ClientConnection:
         if self.held_bytes + size > limit:
             raise RequestError(413, f"the body is larger than {limit} bytes", closes=True)
         bodies, client = self.relay.bodies, self.identity
-        if not bodies.has_room(client, size):
-            bodies.make_room(client, size, self.relay.connections)
-            if not bodies.has_room(client, size):
-                raise RequestError(429, "too many bytes of requests are held already", retry_after_s=1, closes=True)
+        has_room = bodies.has_room(client, size, self.held_bytes)
+        if not has_room and not bodies.make_room(client, size, self.held_bytes, self.relay.connections):
+            raise RequestError(429, "too many bytes of requests are held already", retry_after_s=1, closes=True)
         self.held_bytes += size
         bodies.add(client, size)
 
@@ -400,10 +400,13 @@ class HeldBodies:
         self.held = 0  # bytes
         self._by_client: Counter[str] = Counter()
 
-    def has_room(self, client: str, size: int) -> bool:
-        """Whether ``client`` may hold ``size`` more bytes. One body alone may be larger than its client's share."""
-        mine = self._by_client[client]
-        return self.held + size <= self.limit and (not mine or mine + size <= CLIENT_SHARE * self.limit)
+    def has_room(self, client: str, size: int, begun: int = 0) -> bool:
+        """Whether ``client`` may hold ``size`` more bytes of a body of which it holds ``begun``. One body alone may be
+        larger than its client's share."""
+        return self._would_fit(self.held + size, self._by_client[client] + size, begun + size)
+
+    def _would_fit(self, held: int, mine: int, body: int) -> bool:
+        return held <= self.limit and (mine <= body or mine <= CLIENT_SHARE * self.limit)
 
     def add(self, client: str, size: int) -> None:
         """Count bytes of a body, or that they are no longer held (a negative ``size``)."""
@@ -412,14 +415,19 @@ class HeldBodies:
         if not self._by_client[client]:
             del self._by_client[client]
 
-    def make_room(self, client: str, size: int, connections: Iterable[ClientConnection]) -> None:
+    def make_room(self, client: str, size: int, begun: int, connections: Iterable[ClientConnection]) -> bool:
         """Forget bodies that were sent and are kept for a retry only, the client's own first: no turn is refused so
-        that another one may be sent twice."""
+        that another one may be sent twice. Returns whether there is room now; if not, none was forgotten."""
         spare = [each for each in connections if each.has_sent_body and each.held_bytes]
+        held = self.held - sum(each.held_bytes for each in spare) + size
+        mine = self._by_client[client] - sum(each.held_bytes for each in spare if each.identity == client) + size
+        if not self._would_fit(held, mine, begun + size):
+            return False
         for each in sorted(spare, key=lambda each: each.identity != client):
-            if self.has_room(client, size):
+            if self.has_room(client, size, begun):
                 break
             each.spend_body()
+        return True
 
 
 def descriptor_trouble(error: OSError) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import socket
 import time
 from collections import deque
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 SHORTAGE_S = 60.0  # how often a lack of descriptors is logged
 BATCHED_TURNS = 512  # finished turns in one frame
-MAX_BUFFERED_EVENTS = 50_000
+MAX_BUFFERED_EVENTS, MAX_BUFFERED_BYTES = 50_000, 64 << 20  # without a controller that takes them
 
 
 class ControlChannel:
@@ -40,6 +41,7 @@ class ControlChannel:
     def __init__(self, relay: Relay, path: str, listener: Any) -> None:
         self._relay, self._listener = relay, listener
         self._finished: deque[bytes] = deque()  # encoded TurnFinished events
+        self._finished_bytes = 0
         self._ended: deque[SessionEnded] = deque(maxlen=MAX_BUFFERED_EVENTS)
         self._unsent = b""  # a batch, encoded
         self._controller: Any = None
@@ -129,8 +131,9 @@ class ControlChannel:
     def add_finished(self, event: bytes) -> None:
         """Queue an encoded TurnFinished for the next batch."""
         self._finished.append(event)
-        if len(self._finished) > MAX_BUFFERED_EVENTS:
-            self._finished.popleft()
+        self._finished_bytes += len(event)
+        while len(self._finished) > MAX_BUFFERED_EVENTS or self._finished_bytes > MAX_BUFFERED_BYTES:
+            self._finished_bytes -= len(self._finished.popleft())
             self.events_dropped += 1
 
     def add_ended_session(self, event: SessionEnded) -> None:
@@ -155,6 +158,7 @@ class ControlChannel:
     def _next_batch(self) -> bytes:
         """What happened, encoded; empty if nothing did."""
         finished = [self._finished.popleft() for _ in range(min(BATCHED_TURNS, len(self._finished)))]
+        self._finished_bytes -= sum(map(len, finished))
         # A turn that starts may continue one that is still to be reported as finished: that one goes first.
         # So do all turns of a session that ended.
         is_last = not self._finished
@@ -185,7 +189,10 @@ class Questions:
     def __init__(self, channel: ControlChannel, reactor: Reactor) -> None:
         self._channel, self._reactor = channel, reactor
         self._waiting: dict[int, Any] = {}
-        self._count = 0
+        self._unsent: dict[int, bytes] = {}  # of these, questions that still have to go out
+        self._is_sending = False
+        # A late answer to a question of an earlier relay must reach nobody. JSON's numbers are exact up to 2**53.
+        self._count = secrets.randbits(48)
 
     def ask(self, op: str, patience_s: float, **details: Any) -> dict[str, Any] | None:
         """Return a FRAME_ANSWER; None if no controller answers within ``patience_s``. Blocks this greenlet."""
@@ -193,17 +200,25 @@ class Questions:
         number, result = self._count, self._reactor.new_result()
         self._waiting[number] = result
         try:
-            question = json.dumps({**details, "op": op, "id": number}).encode()
+            self._unsent[number] = json.dumps({**details, "op": op, "id": number}).encode()
             # Sent by another greenlet: a controller that reads nothing must not hold this one beyond its time.
-            self._reactor.spawn(self._send, question)
+            if not self._is_sending:
+                self._is_sending = True
+                self._reactor.spawn(self._send)
             answer: dict[str, Any] | None = result.wait(patience_s) if self._channel.is_connected else None
             return answer
         finally:
             del self._waiting[number]
+            self._unsent.pop(number, None)  # nobody waits for its answer any more
 
-    def _send(self, question: bytes) -> None:
-        self._channel.flush()  # the answer is to include every turn that is over
-        self._channel.send(FRAME_REQUEST, question)
+    def _send(self) -> None:
+        try:
+            while self._unsent:
+                self._channel.flush()  # the answers are to include every turn that is over
+                if self._unsent:
+                    self._channel.send(FRAME_REQUEST, self._unsent.pop(next(iter(self._unsent))))
+        finally:
+            self._is_sending = False
 
     def deliver(self, payload: bytes) -> None:
         """Deliver a FRAME_ANSWER, unless nobody waits for it any more."""

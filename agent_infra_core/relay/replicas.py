@@ -58,6 +58,7 @@ class LiveReplica:
         self.last_byte = 0.0  # of an answer
         self.dead_until = 0.0  # a probe found it dead; believed until this time
         self.died_at = 0.0  # when it was last found dead: turns that were sent before died with it
+        self.ejected_dead_at = 0.0  # when its death had its consequences: turns that were sent before add nothing
         self.idle: dict[Upstream, None] = {}  # the most recently used last
         self.greenlets: list[Any] = []  # of its health and load, killed with it
         self.probe_now: Any = None  # event: probe now
@@ -111,12 +112,15 @@ class LiveReplica:
             self.ejections = 0
             self.set_health("up", None)
 
-    def note_failure(self, reason: str, is_dead: bool) -> None:
-        """Note a transport error. Several in a row, or a proof of death, eject the replica until a probe succeeds."""
+    def note_failure(self, reason: str, is_dead: bool, sent: float) -> None:
+        """Note a transport error of a turn that was sent at ``sent``. Several in a row, or a proof of death, eject the
+        replica until a probe succeeds. A death that is noticed late says nothing about the successor."""
         self.errors += 1
+        if sent < self.ejected_dead_at:
+            return
         self.failures += 1
         if is_dead:
-            self.died_at = time.monotonic()
+            self.died_at = self.ejected_dead_at = time.monotonic()
             self.belief.clear()
         if is_dead or self.failures >= EJECT_AFTER or self.health == "trial":
             self._eject(reason)

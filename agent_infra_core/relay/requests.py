@@ -71,14 +71,14 @@ class LabelReader:
         get = fields.get
         is_retry = get(b"x-stainless-retry-count", b"0") != b"0"
         return Labels(
-            next(filter(None, map(_text, map(get, self._sessions))), None),
-            _text(get(self._task)),
-            _text(get(self._client)),
+            next(filter(None, map(label_text, map(get, self._sessions))), None),
+            label_text(get(self._task)),
+            label_text(get(self._client)),
             None if is_retry else _milliseconds(get(self._pre)),
             None if is_retry else _milliseconds(get(self._post)),
             get(b"x-session-end", b"").lower() == b"true",
             is_retry,
-            _text(get(b"x-run-tasks")),
+            label_text(get(b"x-run-tasks")),
         )
 
 
@@ -129,7 +129,7 @@ class HeadReader:
         return head, head.length
 
 
-def _text(value: bytes | None) -> str | None:
+def label_text(value: bytes | None) -> str | None:
     """Return a header's value as text; None if it is missing or empty. A long one ends in a digest of the whole, so
     that two that differ stay two."""
     text = value.decode("utf-8", "replace").strip() if value else ""

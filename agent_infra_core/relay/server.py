@@ -106,7 +106,7 @@ class Relay:
         self._exit_code = 0
         self._ends_at = 0.0  # monotonic; when stopping
         self.watch = ReplicaWatch(self)
-        self._acceptor = Acceptor(self)
+        self.acceptor = Acceptor(self)
 
     # Frames from the controller.
 
@@ -152,7 +152,7 @@ class Relay:
             self.pools.setdefault(replica.backend.model, []).append(replica)
         self.admission.sweep()
         if table.get("settings"):
-            self._acceptor.open()
+            self.acceptor.open()
 
     def _add_replica(self, row: Backend) -> LiveReplica:
         replica = LiveReplica(row)
@@ -201,7 +201,7 @@ class Relay:
         self.admission.sweep()
         if self.control.has_news:
             self._has_news.set()
-        self._acceptor.sweep()
+        self.acceptor.sweep()
 
     def _flush_events(self) -> None:
         while True:
@@ -254,7 +254,7 @@ class Relay:
     def _stop(self) -> None:
         """Accept nobody, let turns in flight finish until the deadline, then end."""
         self.log("info", f"stopping: {len(self.book.turns)} turns to finish")
-        self._acceptor.close()
+        self.acceptor.close()
         while self.connections and time.monotonic() < self._ends_at:
             for client in [client for client in self.connections if client.is_idle]:
                 self.reactor.loop.run_callback(client.leave_idle)
@@ -329,12 +329,7 @@ class Acceptor:
         """Accept again once descriptors are free."""
         if self._watcher is None or self._watcher.active or self._relay.is_stopping:
             return
-        try:
-            lowest = os.dup(self._relay.listener.fileno())
-            os.close(lowest)
-        except OSError:  # none is free
-            lowest = self._limit(1.0)
-        if lowest < self._limit(LAST_CONNECTIONS):
+        if self._lowest_free() < self._limit(LAST_CONNECTIONS):
             self._watcher.start(self._accept)
         else:
             self._make_room()
@@ -361,7 +356,7 @@ class Acceptor:
             if descriptor >= self._limit(LAST_CONNECTIONS):
                 self._pause(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
                 return
-            client.is_one_too_many = not has_room and self._has_most(client)
+            client.is_among_last = not has_room
 
     def _make_room(self) -> bool:
         """Close the older half of the connections that have held a descriptor for a while and sent no request; else of
@@ -377,12 +372,23 @@ class Acceptor:
             relay.reactor.loop.run_callback(client.leave_idle, True)
         return bool(unwanted)
 
-    def _has_most(self, client: ClientConnection) -> bool:
-        """Whether a client's owner has so many of the connections that the last ones are for others."""
-        with contextlib.suppress(OSError):
-            client.find_owner()
-        owners = Counter(each.owner for each in self._relay.connections)
-        return owners[client.owner] > CLIENT_SHARE * owners.total()
+    def has_most(self, client: ClientConnection) -> bool:
+        """Whether descriptors are short still, and a client that asks has so many of the connections that the last ones
+        are for others."""
+        if self._lowest_free() < self._limit(CONNECTIONS):
+            client.is_among_last = False
+            return False
+        sharers = Counter(each.sharer or each.owner for each in self._relay.connections)
+        return sharers[client.identity] > CLIENT_SHARE * sharers.total()
+
+    def _lowest_free(self) -> int:
+        """Return the descriptor that the next connection would get."""
+        try:
+            lowest = os.dup(self._relay.listener.fileno())
+            os.close(lowest)
+        except OSError:  # none is free
+            return self._limit(1.0)
+        return lowest
 
     def _limit(self, share: float) -> int:
         """Return the first descriptor beyond a share of those that this process may have."""

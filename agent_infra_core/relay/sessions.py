@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from agent_infra_core.http.events import NO_DIGEST
+from agent_infra_core.http.events import NO_DIGEST, conversation_key
 from agent_infra_core.protocol import Conversations
 from agent_infra_core.relay.replicas import LiveReplica
 from agent_infra_core.routing.affinity import (
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from agent_infra_core.relay.book import Turn
     from agent_infra_core.relay.server import Relay
 
-RETRIED_BODIES = 5_000  # bodies remembered, for the client libraries that send them again
+RETRIED_BODIES = 5_000  # bodies without an answer remembered, for the client libraries that send them again
 HELD_RESPONSES = 50_000  # answers of /v1/responses remembered, for the requests that continue them by their id
 
 
@@ -39,7 +39,7 @@ class SessionRoutes:
         self._routers: dict[str, SessionRouter] = {}
         self._holds = True
         self._conversations = Conversations()
-        self._sent: OrderedDict[bytes, str] = OrderedDict()  # prints of a body → session that sent it
+        self._failed: OrderedDict[str, str] = OrderedDict()  # key of a body that got no answer → session that sent it
         self._responses: OrderedDict[str, tuple[str | None, str]] = OrderedDict()  # id → session, who holds it
         self._tokens_per_guess = 1.0  # decayed mean: prompt tokens over those guessed from a body's size
 
@@ -52,7 +52,7 @@ class SessionRoutes:
             tokens = self._tokens_per_guess
             shared = int(prefix_bytes / 4 * tokens)
             prompt = int(turn.tokens * tokens) or 1
-            if turn.route.holder is not None and (place := self._router(turn.model).find(session)) is not None:
+            if turn.route.holder and (place := self._router(turn.model).find(session)) is not None:
                 prompt += place.context  # the holder knows it already
             turn.routed = SessionTurn(session, prompt, parent, prefix if shared else None, shared)
 
@@ -62,19 +62,16 @@ class SessionRoutes:
         session, holder = self._responses.get(response, (None, None))
         turn.session = turn.session or session
         turn.follows = "" if turn.session is None else None
-        turn.route = RouteRequest(holder=holder)
+        turn.route = RouteRequest(holder=holder or "")
 
     def _follow(self, turn: Turn, follows: str) -> tuple[str, str | None]:
         """Find the session whose answer a turn continues; if another turn continues it already, that of its parent."""
-        session = self._sent.get(turn.prints) if turn.labels.is_retry else None
-        parent = None
-        if session is None:
-            parent = self._conversations.parent_of(follows)
-            session = self._conversations.session_of(turn.id, None, follows) or turn.id
-        self._sent[turn.prints] = session
-        if len(self._sent) > RETRIED_BODIES:
-            self._sent.popitem(last=False)
-        return session, parent
+        if turn.labels.is_retry and turn.prints:
+            session = self._failed.pop(conversation_key(turn.prints, b""), None)
+            if session is not None:
+                return session, None
+        parent = self._conversations.parent_of(follows)
+        return self._conversations.session_of(turn.id, None, follows) or turn.id, parent
 
     def choose(self, turn: Turn, routed: SessionTurn, pool: Sequence[LiveReplica], now: float) -> LiveReplica | None:
         """Return the replica for a turn of a session, its work reserved there; None if none may take it, or the turn
@@ -103,11 +100,15 @@ class SessionRoutes:
             return
         if turn.placement is not None:
             prompt = digest.prompt_tokens
-            if prompt and turn.tokens:
+            if prompt and turn.tokens and turn.route.holder is None:  # else its body is a part of its prompt
                 self._tokens_per_guess += 0.02 * (prompt / turn.tokens - self._tokens_per_guess)
             self._finish(turn.placement, turn, turn.ended, prompt, digest.cached_tokens, digest.completion_tokens)
         if turn.follows is not None:
             self._conversations.finish(turn.id, turn.follows, key, routed.session)
+            if turn.outcome != "completed" and turn.prints:
+                self._failed[conversation_key(turn.prints, b"")] = routed.session
+                if len(self._failed) > RETRIED_BODIES:
+                    self._failed.popitem(last=False)
         if turn.labels.ends_session:
             self.end(routed.session)
 
@@ -125,10 +126,15 @@ class SessionRoutes:
         for router in self._routers.values():
             router.end(session)
 
-    def why_held(self, turn: Turn) -> str | None:
+    def is_held(self, turn: Turn, now: float) -> bool:
+        """Whether a waiting turn waits for room in a KV cache, not for a slot. After the longest hold it doesn't, even
+        if it has not been offered a slot since."""
+        return turn.routed is not None and turn.routed.is_held and now < turn.arrived + LONGEST_HOLD_S
+
+    def why_held(self, turn: Turn, now: float) -> str | None:
         """Return why a waiting turn waits for room in a KV cache; None if it waits for a slot."""
         routed = turn.routed
-        if routed is None or not routed.is_held:
+        if routed is None or not self.is_held(turn, now):
             return None
         return (
             f"{routed.held_tokens:,} of its tokens aren't cached, and would push out contexts that are expected back "

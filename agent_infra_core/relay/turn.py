@@ -90,10 +90,11 @@ def serve_turn(client: ClientConnection) -> bool:
 def authorize(client: ClientConnection, plan: RequestPlan, authorization: bytes) -> None:
     """Raise RequestError unless the client may ask for this. /health and a browser's question are open to all."""
     request, access = plan.request, client.relay.access
-    if client.is_one_too_many:
-        raise RequestError(503, MOST_CONNECTIONS, retry_after_s=1, closes=True)
     if plan.path != b"/health" and access.preflight(request) is None:
         access.authorize(client, request, authorization)
+        client.sharer = client.identity
+        if client.is_among_last and client.relay.acceptor.has_most(client):
+            raise RequestError(503, MOST_CONNECTIONS, retry_after_s=1, closes=True)
     if b"upgrade" in request.fields and b"websocket" in request.fields[b"upgrade"].lower():
         raise RequestError(501, "WebSocket is not supported; the same models answer over HTTP", closes=True)
 
@@ -207,7 +208,7 @@ class Delivery:
             self._after_death(replica, message, is_proven=broken.kind == "died" or turn.first > 0.0)
             return None
         if broken.kind in ("lost", "timeout") and not self._relay.is_stopping:  # a stop may be what broke it
-            replica.note_failure(message, is_dead=False)
+            replica.note_failure(message, False, turn.sent)
         if exchange.is_passed_on:
             turn.outcome, turn.error = "cut", message
             return exchange.end_broken(broken)
@@ -218,7 +219,7 @@ class Delivery:
 
     def _try_elsewhere(self, replica: LiveReplica, error: str) -> None:
         """The replica got nothing of the request: any other one may get it, within the budget."""
-        replica.note_failure(error, is_dead=True)
+        replica.note_failure(error, True, self._turn.sent)
         self._unreachable += 1
         route = self._turn.route  # it may be back in a moment, and it got nothing
         until = (*route.until, (replica.id, time.monotonic() + UNREACHABLE_S))
@@ -237,7 +238,7 @@ class Delivery:
         A prompt that kills engines must not kill them all.
         """
         is_dead = is_proven or not self._relay.watch.has_lived(replica, self._turn.sent)
-        replica.note_failure(error, is_dead=is_dead)
+        replica.note_failure(error, is_dead, self._turn.sent)
         self._turn.deaths += 1
         self._exclude(replica)
         if not is_dead:

@@ -251,9 +251,10 @@ class SessionRouter:
 
     def _return(self, session: str, place: SessionPlace, home: ReplicaBelief, arrived: float) -> None:
         """A session sends another turn, perhaps to a new home."""
-        self._further_turns += 1.0
-        if not place.in_flight:
-            self._learn_return(arrived - place.used_at)
+        if place.in_flight or arrived >= place.used_at:  # else the turn is sent again, or waited for the one before
+            self._further_turns += 1.0
+            if not place.in_flight:
+                self._learn_return(arrived - place.used_at)
         self._sessions.move_to_end(session)
         if place.home is not home:
             place.home.drop(session)
@@ -315,11 +316,13 @@ class SessionRouter:
         if not place.is_over:
             place.in_flight -= 1
             if place.home is belief:
-                context = place.context if prompt is None else max(1, prompt + (output or 0))
-                self._use(placement.session, place, context, min(place.shared, context), now)
+                if prompt is not None or belief.cached.get(placement.session) is place:  # else it died with the turn
+                    context = place.context if prompt is None else max(1, prompt + (output or 0))
+                    self._use(placement.session, place, context, min(place.shared, context), now)
+                    belief.cached.move_to_end(placement.session)
                 place.used_at = now
-                self._live.move_to_end(placement.session)
-                belief.cached.move_to_end(placement.session)
+                if place.is_live:
+                    self._live.move_to_end(placement.session)
         belief.note_prefilled(placement.sent_tokens, self.rates.prefill_s, now)
         if cached is not None and placement.expected > MIN_EVIDENCE_TOKENS:
             if 2 * cached < placement.expected:

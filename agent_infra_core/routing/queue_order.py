@@ -70,9 +70,6 @@ class FairQueue(Generic[TurnT]):
         self._clients: dict[str, list[Waiting[TurnT]]] = {}  # heaps
         self._in_flight: dict[str, int] = {}
 
-    def __len__(self) -> int:
-        return sum(map(len, self._clients.values()))
-
     def __bool__(self) -> bool:
         return bool(self._clients)
 

@@ -62,7 +62,8 @@ class RouteRequest:
 
     excluded: frozenset[str] = frozenset()
     until: tuple[tuple[str, float], ...] = ()  # (replica, clock time): it couldn't be reached, so it got nothing
-    holder: str | None = None  # replica that holds the answer which the turn continues
+    # Replica that holds the answer which the turn continues by its id; empty: unknown. None: it has its whole context.
+    holder: str | None = None
 
     def excluded_at(self, now: float) -> frozenset[str]:
         """Return the replicas that must not get the turn now."""
@@ -72,7 +73,7 @@ class RouteRequest:
 
     def among(self, views: Sequence[ViewT]) -> Sequence[ViewT]:
         """Return the replicas that the turn may go to: the holder alone for as long as it takes work."""
-        if self.holder is None:
+        if not self.holder:
             return views
         held = [view for view in views if view.id == self.holder and view.accepts_work]
         return views if not held or self.holder in self.excluded else held

@@ -62,6 +62,9 @@ def test_names_are_cut_and_stay_apart(relay: RelayProcess) -> None:
     turns = [event["started"] for event in relay.controller.finished(2)]
     assert [(len(turn["session"]), turn["task"]) for turn in turns] == [(256, "t" * 256)] * 2
     assert turns[0]["session"] != turns[1]["session"]
+    with Client(relay.port) as client:  # by its whole name, or by the one that is shown
+        ended = [client.post(f"/sessions/{name}/end", b"").json() for name in ("s" * 5000 + "b", turns[1]["session"])]
+    assert ended == [{"session": turns[1]["session"], "noted": True}] * 2
 
 
 def test_a_body_too_long_to_follow_belongs_to_the_session_that_its_header_names(relay: RelayProcess) -> None:

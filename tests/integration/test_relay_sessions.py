@@ -137,7 +137,7 @@ def test_a_client_librarys_retry_is_the_same_turn(relay: RelayProcess, engines: 
     with Client(relay.port) as client:
         for number in range(8):
             messages = [{"role": "user", "content": f"task {number}"}]
-            first = client.chat(messages=messages)
+            first = client.chat(messages=messages, fake={"status": 500})
             again = client.chat({"x-stainless-retry-count": "1"}, messages=messages)
             assert first.headers["x-agent-infra-backend"] == again.headers["x-agent-infra-backend"]
 
@@ -262,7 +262,7 @@ def test_a_turn_that_is_held_for_a_kv_cache_says_so_and_goes_on_when_there_is_ro
 
 
 def test_an_engine_that_schedules_by_priority_gets_the_order_of_our_queue(relay: RelayProcess) -> None:
-    """By arrival, and the session that had a second of service comes as much later."""
+    """Near 0, which its other requests have; the session that had a second of service comes as much later."""
     with FakeEngine() as engine:
         serve(relay, [engine], takes_priority=True)
 
@@ -274,11 +274,8 @@ def test_an_engine_that_schedules_by_priority_gets_the_order_of_our_queue(relay:
 
         with Client(relay.port) as client:
             client.chat({"X-Session-ID": "busy"}, fake={"delay": 1.0})
-            sent = [priority(session) for session in ("busy", "new", "other")]
-            arrived = [event["started"]["at"] for event in relay.controller.finished(4)[1:]]
-            busy, new, other = (value - 4000 * at for value, at in zip(sent, arrived, strict=True))
-            assert busy - new > 700
-            assert abs(other - new) < 50
+            assert priority("busy") > 400
+            assert abs(priority("new")) < 400
             assert priority("new", priority=7) == 7  # the client's own
             answer = client.post("/v1/messages", {"model": "m", "messages": [{"role": "user", "content": "hello"}]})
             assert answer.status == 200

@@ -357,8 +357,12 @@ def test_requirements_txt_says_what_pyproject_says() -> None:
 
 
 def test_the_documented_limits_are_those_of_the_code() -> None:
+    import agent_infra
+    from agent_infra_core import protocol
+    from agent_infra_core.control import reader
     from agent_infra_core.http import events, heads
-    from agent_infra_core.relay import admission, bodies, connection, server, turn
+    from agent_infra_core.relay import admission, bodies, book, connection, control, requests, server, sessions, turn
+    from agent_infra_core.routing import affinity
 
     rows = {row[0]: row[1] for row in table(documentation().partition("\n## Limits\n")[2].partition("\n## ")[0])}
     assert {
@@ -380,6 +384,22 @@ def test_the_documented_limits_are_those_of_the_code() -> None:
         "a body whose conversation is followed": (
             f"{events.MAX_TRACED_BYTES >> 20} MB and {bodies.MAX_READ_VALUES:,} values"
         ),
+        "requests sent again": f"{book.RETRY_SHARE * 100:g} % of all, and {book.RETRY_FLOOR:g} more at the start",
+        "a plain answer that is read for the statistics": f"{turn.DIGESTED_ANSWER_BYTES >> 20} MB",
+        "an event of a stream that is read": f"{events.MAX_HELD_EVENT_BYTES >> 20} MB",
+        "an answer whose conversation is followed": f"{events.MAX_TRACED_BYTES >> 20} MB",
+        "answers of `/v1/responses` whose replica is known": f"{sessions.HELD_RESPONSES:,}",
+        "bodies without an answer that are known when they are sent again": f"{sessions.RETRIED_BODIES:,}",
+        "time in which a turn waits for room in a KV cache": f"{affinity.LONGEST_HOLD_S:g} s",
+        "finished turns kept without a controller": (
+            f"{control.MAX_BUFFERED_EVENTS:,} and {control.MAX_BUFFERED_BYTES >> 20} MB"
+        ),
+        "time for the controller to answer": (
+            f"{agent_infra.QUESTION_S:g} s; {control.HISTORY_QUESTION_S:g} s for the history"
+        ),
+        "questions about the history that wait": f"{reader.MAX_QUESTIONS}",
+        "tasks of a run": f"{protocol.MAX_RUN_TASKS:,}",
+        "names of sessions, tasks and clients": f"{requests.MAX_NAME} characters",
         "refusals in the log": f"{server.REFUSALS_LOGGED_A_SECOND} a second",
     }.items() <= rows.items()
 

@@ -48,7 +48,19 @@ def test_the_template_is_found_behind_values_of_every_type() -> None:
     assert read_chat_template(gguf(None)) is None
 
 
-@pytest.mark.parametrize("content", [gguf(WITH_TOOLS), gguf(None), b"", b"GGUF", gguf(PLAIN)[:80], b"x" * 500])
+def corrupt(value: bytes) -> bytes:
+    return struct.pack("<4sIQQ", b"GGUF", 3, 0, 2) + text("key") + value
+
+
+FAR = corrupt(struct.pack("<IQ", 8, 2**64 - 100) + b"x" * 100)  # a text's length
+DEEP = corrupt(struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000)  # lists in lists
+
+
+@pytest.mark.parametrize(
+    "content",
+    [gguf(WITH_TOOLS), gguf(None), b"", b"GGUF", gguf(PLAIN)[:80], b"x" * 500, FAR, DEEP],
+    ids=["tools", "none", "empty", "magic", "short", "other", "far", "deep"],
+)
 def test_a_file_that_has_tools_or_cannot_be_read_is_left_to_the_engine(tmp_path: Path, content: bytes) -> None:
     assert extended(tmp_path, content) == ""
 
@@ -77,3 +89,9 @@ def test_tools_stand_in_the_system_message_and_calls_and_results_in_plain_ones(t
     assert json.loads(system.partition("<tools>\n")[2].partition("\n</tools>")[0]) == TOOL
     said = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
     assert rest == f"Weather in Paris?<assistant>{said}<user><tool_response>\n18 C\n</tool_response>"
+
+
+def test_every_system_message_stays_beside_the_tools(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, QUESTION, {"role": "system", "content": "Be kind."}]
+    said = rendered(extended(tmp_path, gguf(PLAIN)), messages, [TOOL])
+    assert said.startswith("<system>Be brief.\n\nBe kind.\n\n# Tools")

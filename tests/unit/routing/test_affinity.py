@@ -322,3 +322,30 @@ def test_a_session_moves_between_turns_before_its_replica_ends() -> None:
     home = fleet.turn("a", 5000)
     next(view for view in fleet.views if view.id == home).ends_at = fleet.now + 0.5
     assert fleet.turn("a", 6000) != home
+
+
+def test_a_turn_that_dies_with_its_replica_leaves_nothing_cached_there() -> None:
+    fleet = Fleet(1)
+    fleet.turn("a", 5000)
+    view, placement = fleet.send(SessionTurn("a", 6000))
+    view.belief.clear()
+    fleet.now += 1.0
+    fleet.router.finish(placement, fleet.now, 0, None, None, None)
+    place = fleet.router.find("a")
+    assert place is not None
+    assert (place.cached, view.belief.used_tokens, place.in_flight, place.used_at) == (0, 0, 0, fleet.now)
+
+
+def test_a_turn_that_is_sent_again_is_one_turn_and_no_pause() -> None:
+    once, twice = Fleet(1), Fleet(1)
+    for fleet in (once, twice):
+        fleet.turn("a", 5000)
+        fleet.now += 20.0
+        arrived = fleet.now
+        for _ in range(2 if fleet is twice else 1):
+            view, placement = fleet.send(SessionTurn("a", 6000), arrived)
+            fleet.now += 5.0
+            view.in_flight -= 1
+            fleet.router.finish(placement, fleet.now, 0, None, None, None)
+    assert once.router.horizon == twice.router.horizon
+    assert once.router.return_s == twice.router.return_s
