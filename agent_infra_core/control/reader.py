@@ -37,7 +37,7 @@ Question = Callable[[HistoryFile | None], tuple[int, bytes]]  # returns a status
 class HistoryReader:
     """Owns the thread that reads the history. Each question gets a connection of its own, so the file may be replaced.
 
-    A question has HISTORY_QUESTION_S: then its query is interrupted, or isn't begun, as its client has been told off.
+    A question is dropped, or its query interrupted, HISTORY_QUESTION_S after it came: nobody waits for it any longer.
 
     ``path`` None: no history is kept, and questions get no file. Nor do those about sessions while it can't be read:
     the controller remembers the latest.

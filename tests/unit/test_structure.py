@@ -395,7 +395,7 @@ def test_the_documented_limits_are_those_of_the_code() -> None:
             f"{control.MAX_BUFFERED_EVENTS:,} and {control.MAX_BUFFERED_BYTES >> 20} MB"
         ),
         "time for the controller to answer": (
-            f"{agent_infra.QUESTION_S:g} s; {control.HISTORY_QUESTION_S:g} s for the history"
+            f"{agent_infra.QUESTION_S:g} s; {protocol.HISTORY_QUESTION_S:g} s for the history"
         ),
         "questions about the history that wait": f"{reader.MAX_QUESTIONS}",
         "tasks of a run": f"{protocol.MAX_RUN_TASKS:,}",
