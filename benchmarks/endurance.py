@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import http.client
 import json
@@ -9,10 +10,11 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import fake_engine  # noqa: E402
-from bench_process import Child, arguments_of, free_port, process_tree, resident_mb, wait_until  # noqa: E402
+from bench_process import BenchmarkError, Child, arguments_of, free_port, process_tree, resident_mb, wait_until  # noqa: E402
 
 from agent_infra_core.host import is_listening  # noqa: E402
 
 MODEL = "m"
 ANSWER_S = 60.0  # that an agent waits for a byte of its answer
+MOST_SHOWN = 40  # problems
 PAUSE_S = 0.1  # of an agent after a turn that failed
 SESSION_TURNS = 25  # of an agent's session; then it begins another one
 
@@ -261,3 +264,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Rows as a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def main(about: str | None, seconds: float, run: Callable[[float, int, Path], list[str]], all_right: str) -> None:
+    """Run the benchmark of the command line: ``run(seconds, seed, folder)`` returns what went wrong."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=seconds, help="how long (%(default)g)")
+    parser.add_argument("--seed", type=int, default=20_261_129, help="of all that is random (%(default)s)")
+    options = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory(prefix="agent-infra-") as folder:
+        try:
+            problems = run(options.seconds, options.seed, Path(folder))
+        except BenchmarkError as error:
+            sys.exit(f"{parser.prog}: {error}")
+    shown = problems[:MOST_SHOWN] + ([f"and {len(problems) - MOST_SHOWN} more"] if len(problems) > MOST_SHOWN else [])
+    print("\n".join(["", *(shown or [all_right])]))
+    sys.exit(1 if problems else 0)

@@ -12,15 +12,12 @@ memory and open files must be what they were; the exit code is 1 if any of this 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import random
-import signal
 import socket
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -29,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_process import BenchmarkError, proxy_and_load_cores, wait_until
-from endurance import MODEL, Agent, RunningProxy, ScriptedEngine, ask, table, totals
+from endurance import MODEL, Agent, RunningProxy, ScriptedEngine, ask, main, table, totals
 from nonsense import BODY, EXPECTED, STREAM, assail, mutate, post
 from relay_harness import Client
 
@@ -306,22 +303,5 @@ def _report(
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Run the benchmark of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600.0, help="how long (%(default)g)")
-    parser.add_argument("--seed", type=int, default=20_261_129, help="of all that is random (%(default)s)")
-    options = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(143))
-    with tempfile.TemporaryDirectory(prefix="agent-infra-fuzz-") as folder:
-        try:
-            problems = run(options.seconds, options.seed, Path(folder))
-        except BenchmarkError as error:
-            sys.exit(f"fuzz.py: {error}")
-    print("\n".join(["", *problems] if problems else ["", "all answers right, nothing left behind"]))
-    sys.exit(1 if problems else 0)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, 600.0, run, "all answers right, nothing left behind")

@@ -13,7 +13,6 @@ before a kill may be missing. The exit code is 1 if any of this fails.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -23,7 +22,6 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -33,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_process import BenchmarkError, proxy_and_load_cores
-from endurance import MODEL, Agent, Asked, RunningProxy, ScriptedEngine, ask, table, totals
+from endurance import MODEL, Agent, Asked, RunningProxy, ScriptedEngine, ask, main, table, totals
 from relay_harness import Client, request
 
 AGENTS = 8
@@ -402,23 +400,5 @@ def _report(asked: Sequence[Asked], rows: Sequence[dict[str, Any]], strikes: Seq
     return table(["fault", "times", "whole answers", "other ends", "turns that the history lacks"], lines)
 
 
-def main() -> None:
-    """Run the benchmark of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=1200.0, help="how long (%(default)g)")
-    parser.add_argument("--seed", type=int, default=20_261_129, help="of all that is random (%(default)s)")
-    options = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(143))
-    with tempfile.TemporaryDirectory(prefix="agent-infra-soak-") as folder:
-        try:
-            problems = run(options.seconds, options.seed, Path(folder))
-        except BenchmarkError as error:
-            sys.exit(f"soak.py: {error}")
-    shown = problems[:40] + ([f"and {len(problems) - 40} more"] if len(problems) > 40 else [])
-    print("\n".join(["", *(shown or ["the agents saw what the docs promise, and the history agrees with them"])]))
-    sys.exit(1 if problems else 0)
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, 1200.0, run, "the agents saw what the docs promise, and the history agrees with them")

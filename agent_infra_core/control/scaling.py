@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from agent_infra_core.control.handover import read_successions
+from agent_infra_core.control.handover import ReplacedDeployment, read_successions
 from agent_infra_core.control.status import SERVING_STATES, choose_to_stop
 from agent_infra_core.errors import AgentInfraError
 from agent_infra_core.fleet.cluster import Cluster
-from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ModelConfig
 
@@ -124,15 +123,9 @@ def decide(model: ModelConfig, wanted: int, fleet: Fleet, demand: Demand, state:
     return Decision(fleet.serving)
 
 
-class ScaledDeployment(Protocol):
+class ScaledDeployment(ReplacedDeployment, Protocol):
     """The parts of a deployment that Autoscaler uses."""
 
-    @property
-    def paths(self) -> DeploymentPaths: ...
-    @property
-    def report(self) -> Callable[[str], None]: ...
-    def select_models(self, name: str | None = None, replicas: int | None = None) -> list[ModelConfig]: ...
-    def wanted(self) -> dict[str, int]: ...
     def want(self, counts: Mapping[str, int]) -> None: ...
 
 
@@ -187,7 +180,7 @@ class Autoscaler:
     def _follow(self, model: ModelConfig, wanted: int, records: Sequence[ReplicaRecord], demand: Demand) -> None:
         mine = [record for record in records if record.model == model.name and record.replica not in self._leaving]
         serving = [record for record in mine if record.state in SERVING_STATES]
-        if any(record.replica in read_successions(self._deployment.paths) for record in serving):
+        if not read_successions(self._deployment.paths).keys().isdisjoint(record.replica for record in serving):
             return  # a replica and its successor count as one; until then nothing is decided
         fleet = Fleet(
             serving=len(serving),
