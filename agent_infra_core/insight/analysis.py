@@ -112,7 +112,7 @@ class FleetAnalysis:
 
     @property
     def has_turns(self) -> bool:
-        return bool(len(self._turns) or self._since)
+        return bool(self._names)
 
     def _restart(self, at: float, why: str) -> None:
         self._since, self._why = max(self._since, at), why

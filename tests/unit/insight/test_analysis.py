@@ -374,6 +374,15 @@ def test_a_model_without_turns_that_changes_its_replicas_takes_the_analysis_from
     json.dumps(quiet, allow_nan=False)
 
 
+def test_a_model_that_never_had_a_turn_takes_the_analysis_from_nobody_either() -> None:
+    analysis = CapacityAnalysis(lambda: closed_loop.START + 40.0, random.Random(1))
+    for model in ("busy", "quiet"):
+        looked_at(analysis, model, [1] * 10)
+    add_turns(analysis, "busy", 5, 7)
+    looked_at(analysis, "quiet", [1] * 20 + [2] * 10)
+    assert [entry["model"] for entry in analysis.document()] == ["busy"]
+
+
 def test_a_fleet_that_starts_is_no_change_and_one_that_comes_back_is() -> None:
     analysis = CapacityAnalysis(lambda: closed_loop.START + 100.0, random.Random(1))
     looked_at(analysis, "m", [0] * 10 + [2] * 10)
