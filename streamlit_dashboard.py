@@ -505,10 +505,15 @@ def last_finish(document: Mapping[str, Any]) -> float | None:
     return max(known, default=None)
 
 
+def open_turns(document: Mapping[str, Any]) -> int:
+    """Turns with a replica or in the queue."""
+    queue = part(document, "queue")
+    return int(queue.get("in_flight") or 0) + int(queue.get("pending") or 0)
+
+
 def idle_s(document: Mapping[str, Any]) -> float | None:
     """For how long nothing has been going on (s); None while turns are open, or finished less than IDLE_S ago."""
-    queue = part(document, "queue")
-    if (queue.get("in_flight") or 0) + (queue.get("pending") or 0) > 0:
+    if open_turns(document) > 0:
         return None
     finished = last_finish(document)
     since = ago(document.get("now"), finished) if finished is not None else document.get("uptime_seconds")
@@ -523,8 +528,7 @@ def _activity_status(document: Mapping[str, Any], zone: str | None, is_down: boo
     """Whether turns are flowing, and what limits them."""
     requests, finished, idle = part(document, "totals").get("requests"), last_finish(document), idle_s(document)
     queue = part(document, "queue")
-    is_open = (queue.get("in_flight") or 0) + (queue.get("pending") or 0) > 0
-    if not is_open and finished is None:
+    if open_turns(document) <= 0 and finished is None:
         text = "No turn has arrived yet." if not requests else "No turn since the controller started."
         return [Status(NEUTRAL, "NO TRAFFIC" if not requests else "IDLE", text)]
     entries = listed(document, "analysis")
@@ -711,7 +715,6 @@ def arranged(
 
 # The phases of a turn on the time axis: what is drawn before its arrival, and then one after the other.
 BEFORE = ("think", "idle")
-PHASES = ("queued", "held", "retry", "replayed prefill", "prefill", "decode", "inference")
 PHASE_MEANINGS = {
     "think": "the agent observes and acts, before the turn",
     "idle": "time before the turn that the agent didn't explain",
@@ -727,7 +730,7 @@ PHASE_MEANINGS = {
 
 def phases_of(turn: Mapping[str, Any]) -> dict[str, float]:
     """A turn's known phases in ms, in their order on the time axis."""
-    known = {name: turn.get(f"{name.replace(' ', '_')}_ms") for name in (*BEFORE, *PHASES)}
+    known = {name: turn.get(f"{name.replace(' ', '_')}_ms") for name in PHASE_MEANINGS}
     if is_known(known["prefill"]) or is_known(known["decode"]):
         known["inference"] = None
     if is_known(known["think"]) and is_known(known["idle"]):
@@ -784,7 +787,7 @@ def outcome_judgement(outcome: Any) -> str:
 
 def turn_note(turn: Mapping[str, Any], phases: Mapping[str, float]) -> str:
     """A turn's length without think time, and what went wrong: "3.21 s", "3.21 s · error"."""
-    took = sum(ms for name, ms in phases.items() if name in PHASES)
+    took = sum(ms for name, ms in phases.items() if name not in BEFORE)
     words = [duration(took) if took else UNKNOWN]
     if turn.get("outcome") not in ("completed", None):
         words.append(str(turn["outcome"]))
@@ -865,7 +868,6 @@ def run_frame(document: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["name", "done", "tasks", "left", "late"])
 
 
-PIPELINE = ("pre", "queue", "inference", "post", "unaccounted")
 PIPELINE_WORDS = {
     "pre": "observing",
     "queue": "queue",
@@ -880,7 +882,7 @@ def pipeline_frame(document: Mapping[str, Any]) -> pd.DataFrame:
     pipeline = part(document, "pipeline")
     rows = [
         {"part": name, "share": row["share"], **{key: duration(row.get(f"{key}_ms")) for key in ("mean", "p50", "p95")}}
-        for name in PIPELINE
+        for name in PIPELINE_WORDS
         for row in [part(pipeline, name)]
         if is_known(row.get("share"))
     ]
@@ -2086,7 +2088,8 @@ def trace_view(source: Source, name: str) -> None:
     left, right = st.columns([3, 2] if chosen is not None else [1, 0.001], gap="medium")
     with left:
         drawn = waterfall(turns, chosen)
-        phases = [[phase, text] for phase, text in PHASE_MEANINGS.items() if any(phase in phases_of(t) for t in turns)]
+        known = {phase for turn in turns for phase in phases_of(turn)}
+        phases = [[phase, text] for phase, text in PHASE_MEANINGS.items() if phase in known]
         label = f"{things(len(drawn['rows']), 'turn')}; Enter shows a turn's text"
         show = st.components.v2.component("agent_infra_trace", css=TRACE_CSS, js=TRACE_JS)
         message = json.dumps({**drawn, "phases": phases, "label": label}).encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import deque
@@ -19,7 +18,7 @@ EXPORT_CLOSE_S = 5.0  # to send the rest on close
 
 
 class SpanSender(Protocol):
-    """What speaks to the receiver."""
+    """The connection to the receiver."""
 
     def send(self, spans: Sequence[Span]) -> bool:
         """Send spans; may block for seconds. Returns whether the receiver took them."""
@@ -71,9 +70,7 @@ class TurnExporter:
     def _flush(self) -> bool:
         """Send one batch. Returns whether more waits and the receiver takes it."""
         with self._lock:
-            batch = list(itertools.islice(self._waiting, EXPORTED_TURNS))
-            for _ in batch:
-                self._waiting.popleft()
+            batch = [self._waiting.popleft() for _ in range(min(EXPORTED_TURNS, len(self._waiting)))]
         if not batch:
             return False
         try:
@@ -85,13 +82,16 @@ class TurnExporter:
                 self.lost += len(batch)
         if (problem is not None) != self._is_failing:
             self._is_failing = problem is not None
-            told = f"turns were dropped: the receiver of otel.endpoint {problem}" if problem else None
-            self._log(told or f"the receiver of otel.endpoint takes turns again; {self.lost} were dropped", "warning")
+            if problem is not None:
+                message = f"turns were dropped: the receiver of otel.endpoint {problem}"
+            else:
+                message = f"the receiver of otel.endpoint takes turns again; {self.lost} were dropped"
+            self._log(message, "warning")
         return problem is None and bool(self._waiting)
 
 
 def span_maker(deployment: str, providers: Mapping[str, str], has_text: bool) -> Callable[[TurnRecord], Span]:
-    """What makes spans of turns. ``providers``: model → engine."""
+    """A function that makes the span of a turn. ``providers``: model → engine."""
 
     def make(record: TurnRecord) -> Span:
         engine = providers.get(record.model or "", "command")

@@ -16,7 +16,7 @@ from agent_infra_core.insight.statistics import (
     last_change,
     resample_counts,
 )
-from agent_infra_core.insight.turns import TurnRecord, generates, is_finite_number
+from agent_infra_core.insight.turns import TurnRecord, generates, in_seconds, is_finite_number
 
 LITTLE_TOLERANCE = 0.15
 MIX_RATIO = 1.4  # change of the typical turn that restarts the fit, as a factor
@@ -105,18 +105,14 @@ _TURN_COLUMNS: tuple[tuple[str, type, Callable[[TurnRecord], Any]], ...] = (
     ("is_completed", bool, lambda record: record.outcome == "completed" and record.retries == 0),
     ("is_aborted", bool, lambda record: record.outcome != "completed"),  # the client left, or the answer failed
     ("queue_s", float, lambda record: (record.queue_ms or 0.0) / 1000),
-    ("think_s", float, lambda record: _seconds(record.think_ms)),
-    ("pre_s", float, lambda record: _seconds(record.pre_ms)),
-    ("ttft_s", float, lambda record: _seconds(record.ttft_ms)),
+    ("think_s", float, lambda record: in_seconds(record.think_ms)),
+    ("pre_s", float, lambda record: in_seconds(record.pre_ms)),
+    ("ttft_s", float, lambda record: in_seconds(record.ttft_ms)),
     ("prompt", float, lambda record: record.prompt_tokens),
     ("cached", float, lambda record: record.cached_tokens),
     ("expected", float, lambda record: record.expected_cached_tokens),  # tokens that should have been cached
     ("output", float, lambda record: record.completion_tokens or None),
 )
-
-
-def _seconds(milliseconds: float | None) -> float | None:
-    return None if milliseconds is None else milliseconds / 1000
 
 
 def number_of(name: str | None) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from agent_infra_core.insight.export import read_history
 from agent_infra_core.insight.gpu_hours import OCCUPYING_STATES, grouped, hours_by_state
 from agent_infra_core.insight.history import VERDICT_COLUMNS, HistoryFile, history_path, ratio
+from agent_infra_core.insight.turns import in_seconds
 
 REPORT_PARTS = {
     "pre": "observing",
@@ -184,7 +185,7 @@ class Report:
         for n, turns, done, out, queue, inference, sessions in rows:
             seconds = min((n + 1) * step, self._last) - max(n * step, self._first)
             rates = _rate(done * 60, seconds), _rate(out, seconds)
-            table.append((at(n * step), turns, *rates, _seconds(queue), _seconds(inference), sessions))
+            table.append((at(n * step), turns, *rates, in_seconds(queue), in_seconds(inference), sessions))
         return [Heading("Throughput"), Table(heads, table), *self._by_replica()]
 
     def _by_replica(self) -> list[Block]:
@@ -195,7 +196,7 @@ class Report:
         )
         heads = ("model: replica", "turns", "completed", "tokens out", "ttft s, mean", "inference s, mean")
         table = [
-            (f"{model}: {replica}", turns, completed, tokens, _seconds(ttft), _seconds(inference))
+            (f"{model}: {replica}", turns, completed, tokens, in_seconds(ttft), in_seconds(inference))
             for model, replica, turns, completed, tokens, ttft, inference in rows
         ]
         return [Table(heads, table)]
@@ -207,7 +208,7 @@ class Report:
             values = [row[0] for row in self._rows(column, f"AND {column} IS NOT NULL ORDER BY 1")]
             if values:
                 cuts = (values[math.ceil(share * len(values)) - 1] for share in (0.5, 0.9, 0.95, 0.99))
-                rows.append((f"{part}: {meaning}", len(values), *map(_seconds, (sum(values) / len(values), *cuts))))
+                rows.append((f"{part}: {meaning}", len(values), *map(in_seconds, (sum(values) / len(values), *cuts))))
         heads = ("seconds", "turns", "mean", "p50", "p90", "p95", "p99")
         return [Heading("Where the time of a turn went"), Table(heads, rows)]
 
@@ -284,7 +285,3 @@ def _rate(amount: float | None, seconds: float) -> float | None:
 def _share(part: float | None, whole: float | None) -> str | None:
     share = ratio(part, whole)
     return None if share is None else f"{share:.1%}"
-
-
-def _seconds(ms: float | None) -> float | None:
-    return None if ms is None else ms / 1000

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from agent_infra_core.insight.turns import TurnRecord
+from agent_infra_core.insight.turns import TurnRecord, in_seconds
 
 OPERATIONS = {  # end of a path → gen_ai.operation.name
     "chat/completions": "chat",
@@ -45,7 +45,7 @@ def turn_span(record: TurnRecord, deployment: str, provider: str, has_text: bool
         "gen_ai.request.stream": record.stream,
         "gen_ai.response.id": record.turn,
         "gen_ai.response.finish_reasons": [record.finish_reason] if record.finish_reason else None,
-        "gen_ai.response.time_to_first_chunk": _seconds(record.ttft_ms) if record.stream else None,
+        "gen_ai.response.time_to_first_chunk": in_seconds(record.ttft_ms) if record.stream else None,
         "gen_ai.usage.input_tokens": record.prompt_tokens,
         "gen_ai.usage.output_tokens": record.completion_tokens,
         "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
@@ -83,10 +83,6 @@ def _messages(record: TurnRecord) -> dict[str, str | None]:
             text("assistant", record.answer, finish_reason=record.finish_reason or "") if record.answer else None
         ),
     }
-
-
-def _seconds(ms: float | None) -> float | None:
-    return None if ms is None else ms / 1000
 
 
 def _hash(size: int, *names: str) -> int:

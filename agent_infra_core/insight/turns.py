@@ -32,6 +32,10 @@ def rounded(ms: float | None) -> float | None:
     return None if ms is None else round(ms, 2)
 
 
+def in_seconds(ms: float | None) -> float | None:
+    return None if ms is None else ms / 1000
+
+
 def add_known(total: Number | None, value: Number | None) -> Number | None:
     """``total + value``, where None means unknown; None if both are unknown."""
     if total is None or value is None:
