@@ -716,10 +716,10 @@ class RelayApp:
         turns = relay.book.finished
         is_fresh = relay.stats is not None and time.monotonic() - relay.stats[1] <= STATS_FRESH_S
         # The document arrives before the answer, and has every turn that is over by now.
-        if (not is_fresh or relay.stats_turns != turns) and relay.control.questions.ask(
-            "stats", QUESTION_S
-        ) is not None:
-            relay.stats_turns = turns
+        if not is_fresh or relay.stats_turns != turns:
+            answer = relay.control.questions.ask("stats", QUESTION_S)
+            if answer is not None:
+                relay.stats_turns = turns
         if relay.stats is None:
             return self._unanswered(QUESTION_S)
         document, at = relay.stats
@@ -763,9 +763,8 @@ class RelayApp:
         given = read_query(self._flask.request.args, PARAMETERS[op])
         return self._ask(op, HISTORY_QUESTION_S, **given, **details)
 
-    def _ask(self, op: str, patience_s: float | None = None, **details: Any) -> Any:
+    def _ask(self, op: str, patience_s: float = QUESTION_S, **details: Any) -> Any:
         """Ask the controller and return its answer."""
-        patience_s = patience_s or QUESTION_S
         answer = self._relay.control.questions.ask(op, patience_s, **details)
         if answer is None:
             return self._unanswered(patience_s)
@@ -904,7 +903,7 @@ OTLP_TIMEOUT_S = 5.0
 
 
 def span_sender(config: OtelConfig) -> OtlpSender | None:
-    """Return what sends turns to ``otel.endpoint``; None without one. RefusedError if a package is missing."""
+    """Return a sender of spans to ``otel.endpoint``; None without one. Raises RefusedError if a package is missing."""
     if config.endpoint is None:
         return None
     try:
@@ -915,7 +914,6 @@ def span_sender(config: OtelConfig) -> OtlpSender | None:
 
 
 ENDING_S = 10.0  # time for replicas to disappear after a stop without grace
-SCALE_DRAIN_S = 300.0  # time for a replica's turns to finish when `scale` removes it
 STARTING_POLL_S = 5.0  # longest interval between checks while a command waits for replicas
 
 
@@ -1865,7 +1863,7 @@ def _run_run(arguments: argparse.Namespace) -> int:
     from agent_infra_core.control.foreground import find_command, run_command
     from agent_infra_core.insight.report import report_text
 
-    words, since = find_command(arguments.command, os.environ), time.time()
+    argv, since = find_command(arguments.command, os.environ), time.time()
     name = arguments.name or time.strftime("run-%Y%m%d-%H%M%S")
     with contextlib.redirect_stdout(sys.stderr):
         deployment, signals = _deployment(arguments), OperatorSignals()
@@ -1881,8 +1879,8 @@ def _run_run(arguments: argparse.Namespace) -> int:
                 code = 128 + signals.last  # as a shell has it, although the command never ran
             else:
                 key = client_key(deployment.config, deployment.paths)
-                told = {"OPENAI_BASE_URL": f"{controller.url}/v1", "OPENAI_API_KEY": key}
-                code = run_command(words, {**os.environ, **told}, signals, controller.check)
+                variables = {"OPENAI_BASE_URL": f"{controller.url}/v1", "OPENAI_API_KEY": key}
+                code = run_command(argv, {**os.environ, **variables}, signals, controller.check)
         _say(report_text(deployment.config.proxy.history, deployment.paths.history, f"Run {name}", since))
     return code
 
@@ -1917,11 +1915,12 @@ def _run_launch(arguments: argparse.Namespace) -> int:
 
 
 def _run_init(arguments: argparse.Namespace) -> int:
+    exists = RefusedError(f"{arguments.output} exists; remove it, or name another file with --output")
     if os.path.lexists(arguments.output):
-        raise RefusedError(f"{arguments.output} exists; remove it, or name another file with --output")
+        raise exists
     text = _draft(arguments, arguments.model)
     if not create_atomically(Path(arguments.output), text):  # it appeared meanwhile
-        raise RefusedError(f"{arguments.output} exists; remove it, or name another file with --output")
+        raise exists
     _say(f"wrote {arguments.output}; read its comments, then run `{command_name()} doctor`")
     return 0
 
@@ -1991,6 +1990,7 @@ def parse_backend(text: str, number: int) -> ReplicaRecord:
 
 def _run_scale(arguments: argparse.Namespace) -> int:
     from agent_infra_core.control.lock import lock_holder
+    from agent_infra_core.control.scaling import LEAVE_S
 
     deployment = _deployment(arguments)
     signals = OperatorSignals()
@@ -2000,7 +2000,7 @@ def _run_scale(arguments: argparse.Namespace) -> int:
         _say("the proxy is running without its controller: it gets no new replicas until `connect` takes it over")
     scaling = Scaling(deployment)
     started, surplus = scaling.scale(arguments.name, arguments.count)
-    ended = scaling.retire(surplus, 0.0 if arguments.now else SCALE_DRAIN_S, signals.came)
+    ended = scaling.retire(surplus, 0.0 if arguments.now else LEAVE_S, signals.came)
     if started and not arguments.detach:
         with ReplicaBoard() as board:
             deployment.wait_ready(board.show, signals.came, [record.replica for record in started])
@@ -2203,8 +2203,8 @@ def _run_replay(arguments: argparse.Namespace) -> int:
     from agent_infra_core.routing.replay import replay
 
     with _history_of(arguments) as file, _output(arguments.output) as out:
-        told = replay(file.query, arguments.model, arguments.since, arguments.kv_tokens) if file else "No turns yet.\n"
-        out.write(printable_text(told))
+        text = replay(file.query, arguments.model, arguments.since, arguments.kv_tokens) if file else "No turns yet.\n"
+        out.write(printable_text(text))
     return 0
 
 

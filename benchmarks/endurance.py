@@ -51,10 +51,9 @@ class ScriptedEngine:
         self._child = Child(command, self._cores, log)
         wait_until(lambda: is_listening("127.0.0.1", self.port), "the engine's start")
 
-    def behave(self, **behaviour: Any) -> dict[str, Any]:
-        """Set what it does from now on. Returns what it has seen so far."""
-        document: dict[str, Any] = json.loads(ask(self.port, "POST", "/fake", json.dumps(behaviour)))
-        return document
+    def behave(self, **behaviour: Any) -> None:
+        """Set what it does from now on."""
+        ask(self.port, "POST", "/fake", json.dumps(behaviour))
 
     def requests(self) -> int:
         """How many turns it got since its start."""

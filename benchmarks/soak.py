@@ -97,12 +97,10 @@ class Bed:
         self.kills.append((began, time.time() + 0.5))
 
 
-@contextlib.contextmanager
-def misbehaving(bed: Bed, seconds: float, **behaviour: Any) -> Iterator[None]:
+def misbehave(bed: Bed, seconds: float, **behaviour: Any) -> None:
     """One engine does this for a while."""
     engine = bed.engine()
     engine.behave(**behaviour)
-    yield
     time.sleep(seconds)
     engine.behave()
 
@@ -129,23 +127,19 @@ def engine_hangs(bed: Bed) -> None:
 
 
 def engine_answers_500(bed: Bed) -> None:
-    with misbehaving(bed, 5.0, status=500):
-        pass
+    misbehave(bed, 5.0, status=500)
 
 
 def engine_answers_429(bed: Bed) -> None:
-    with misbehaving(bed, 5.0, status=429, retry_after=1):
-        pass
+    misbehave(bed, 5.0, status=429, retry_after=1)
 
 
 def engine_cuts_streams(bed: Bed) -> None:
-    with misbehaving(bed, 3.0, cut=1):
-        pass
+    misbehave(bed, 3.0, cut=1)
 
 
 def engine_breaks_off(bed: Bed) -> None:
-    with misbehaving(bed, 3.0, cut="before"):
-        pass
+    misbehave(bed, 3.0, cut="before")
 
 
 def relay_killed(bed: Bed) -> None:

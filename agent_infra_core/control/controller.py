@@ -301,9 +301,9 @@ class Controller:
             self._records = records
             if self.discovery.error is None:
                 self._forget_drained(records)
-        awaited = self.tunnels.awaited() if self.tunnels is not None else None
-        seen = (self._records, self._drained, _union(self.expected, self.asleep, awaited or frozenset()))
-        if self._sent_table is None or any(new is not old for new, old in zip(seen, self._seen, strict=True)):
+        awaited = self.tunnels.awaited() if self.tunnels is not None else frozenset[str]()
+        seen = (self._records, self._drained, self.expected | self.asleep | awaited)
+        if self._sent_table is None or seen != self._seen:
             models = [model.name for model in self._config.models]
             wakes = [model.name for model in self._config.models if may_wake(model)]
             table = {**replica_table(models, seen[0], self._replica_key, *seen[1:]), "wakes": wakes}
@@ -424,12 +424,6 @@ class Controller:
         tunnels = self.tunnels.rows() if self.tunnels is not None else {}
         records = [{**dataclasses.asdict(record), "tunnel": tunnels.get(record.replica)} for record in self._records]
         return records, [Backend(**row) for row in self._sent_table["backends"]]
-
-
-@functools.lru_cache(maxsize=16)
-def _union(*parts: frozenset[str]) -> frozenset[str]:
-    """The union: the same object for the same parts, so that a change is noticed by identity."""
-    return frozenset().union(*parts)
 
 
 def _read_drained(path: Path) -> dict[str, tuple[str | None, str]]:

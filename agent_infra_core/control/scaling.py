@@ -166,22 +166,25 @@ class Autoscaler:
             return
         try:
             self._retire(records)
-            demand, wanted = self._traffic.demand(), self._deployment.wanted()
-            for model in self._deployment.select_models():
-                if is_scaled(model) or model.idle_shutdown_minutes is not None:
-                    self._follow(model, wanted[model.name], records, demand.get(model.name, Demand()))
+            models = [model for model in self._deployment.select_models() if is_scaled(model) or may_wake(model)]
+            if models:
+                # A replica and its successor count as one; until then nothing is decided.
+                replaced = read_successions(self._deployment.paths).keys()
+                demand, wanted = self._traffic.demand(), self._deployment.wanted()
+                for model in models:
+                    mine = [each for each in records if each.model == model.name and each.replica not in self._leaving]
+                    if not any(each.replica in replaced and each.state in SERVING_STATES for each in mine):
+                        self._follow(model, wanted[model.name], mine, demand.get(model.name, Demand()))
             self._traffic.asleep = frozenset(name for name, state in self._states.items() if state.is_asleep)
             self._logged.pop("", None)
         except Exception as error:  # noqa: BLE001  whatever fails here must not keep the replicas from being seen
-            self._tell("", f"scaling: {error!r}; it is retried at each poll")
+            self._log_change("", f"scaling: {error!r}; it is retried at each poll")
         finally:
             self._lock.release()
 
-    def _follow(self, model: ModelConfig, wanted: int, records: Sequence[ReplicaRecord], demand: Demand) -> None:
-        mine = [record for record in records if record.model == model.name and record.replica not in self._leaving]
+    def _follow(self, model: ModelConfig, wanted: int, mine: Sequence[ReplicaRecord], demand: Demand) -> None:
+        """Take a model's next step; ``mine`` are its replicas but those that are being removed."""
         serving = [record for record in mine if record.state in SERVING_STATES]
-        if not read_successions(self._deployment.paths).keys().isdisjoint(record.replica for record in serving):
-            return  # a replica and its successor count as one; until then nothing is decided
         fleet = Fleet(
             serving=len(serving),
             ready=sum(record.state == "ready" for record in serving),
@@ -194,13 +197,15 @@ class Autoscaler:
         self._states[model.name] = state
         decision = decide(model, wanted, fleet, demand, state, now)
         if is_spent(model, demand):
-            self._tell(model.name, f"{model.name} has used its {model.max_gpu_hours:g} GPU-hours: no replica is added")
+            self._log_change(
+                model.name, f"{model.name} has used its {model.max_gpu_hours:g} GPU-hours: no replica is added"
+            )
         failed = [r.replica for r in mine if r.state == "failed" and r.replica in self._started.get(model.name, ())]
         if not failed:
             self._logged.pop(f"{model.name} failed", None)
         if decision.target > fleet.serving and failed:  # the next one would fail, too
             why = "was added and failed: see its log, and `stop` it; until then no replica is added"
-            self._tell(f"{model.name} failed", f"{model.name}: {', '.join(failed)} {why}")
+            self._log_change(f"{model.name} failed", f"{model.name}: {', '.join(failed)} {why}")
         elif decision.target > fleet.serving:
             self._grow(model, decision, fleet, now)
         elif decision.target < fleet.serving:
@@ -242,7 +247,7 @@ class Autoscaler:
             elif self._traffic.drain(replica) == 0 or self._clock() >= until:
                 self._cluster.stop([replica])
 
-    def _tell(self, topic: str, line: str) -> None:
+    def _log_change(self, topic: str, line: str) -> None:
         """Log a line of a topic, unless it is the last one that was logged."""
         if self._logged.get(topic) != line:
             self._logged[topic] = line

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from agent_infra_core.settings import ContainerConfig, ModelConfig, PartitionConfig, SlurmConfig
 
 SHARED_DEFAULTS = (("HF_HOME", "$HOME/.cache/huggingface"), ("TMPDIR", "/tmp"))  # noqa: S108 (the system's)
-SHARED_FOLDERS = ("HF_HOME", "TMPDIR")  # variables of the job; job.sbatch.j2 sets them, the user's own may not
+SHARED_FOLDERS = tuple(name for name, _ in SHARED_DEFAULTS)  # the job sets them; the user's own variables may not
 # A variable, or all with a prefix, that podman passes on from the job. Not HOME and PATH, which are the container's.
 PODMAN_VARIABLES = (
     *("AGENT_INFRA_*", "SLURM*", "CUDA*", "NVIDIA_*", "ROCR_*", "HIP_*", "NCCL_*", "UCX_*"),
@@ -48,7 +48,7 @@ def inside_of(slurm: SlurmConfig, model: ModelConfig, work_dir: str, has_gpus: b
         folders.append(os.path.dirname(model.model_path))
     shared: tuple[str, ...] = SHARED_FOLDERS
     if model.env.get("HF_HOME", "").startswith("/"):  # podman refuses a folder that is named twice
-        folders, shared = [*folders, model.env["HF_HOME"]], SHARED_FOLDERS[1:]
+        folders, shared = [*folders, model.env["HF_HOME"]], tuple(name for name in SHARED_FOLDERS if name != "HF_HOME")
     folder, variable = staging_mount(model.stage or "")
     folders += [folder] if folder else []
     variables = dict.fromkeys([*model.env, *([variable] if variable else [])])

@@ -378,9 +378,18 @@ def _check_job(deployment: ExaminedDeployment) -> Iterator[Finding]:
 def _test_tunnel(deployment: ExaminedDeployment, where: str, seen: Mapping[str, Any]) -> Finding:
     """Open a tunnel to the job of a probe, as `connect` does to a replica."""
     record = ReplicaRecord(
-        seen["replica"], "", "ready", "probe", seen["node"], 0, "", seen["host"], seen["port"], seen["port"]
+        replica=seen["replica"],
+        model="",
+        state="ready",
+        engine="probe",
+        node=seen["node"],
+        pid=0,
+        process="",
+        host=seen["host"],
+        port=seen["port"],
+        telemetry_port=seen["port"],
+        address=seen["address"],
     )
-    record = dataclasses.replace(record, address=seen["address"])
     tunnels = TunnelSet(deployment.config.cluster, deployment.login, deployment.cluster.replica_key() or "", ())
     deadline = time.monotonic() + PROBE_TUNNEL_S
     try:

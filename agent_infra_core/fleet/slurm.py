@@ -280,7 +280,10 @@ class SlurmCluster:
         return requests
 
     def _submit(self, requests: Sequence[JobRequest]) -> list[ReplicaRecord]:
-        orders = [Order(each, self._specs(each), self.render_job(each, self._config.slurm)) for each in requests]
+        orders = [
+            Order(each, job_specs(self.host, self._config, each), self.render_job(each, self._config.slurm))
+            for each in requests
+        ]
         self.started.update(replica for each in requests for replica in each.replicas)
         records = []
         for request, job in zip(requests, self.host.submit(orders), strict=True):
@@ -288,11 +291,12 @@ class SlurmCluster:
             records += [reported_record(replica, told, None) for replica in request.replicas]
         return records
 
-    def _specs(self, request: JobRequest) -> list[ServeSpec]:
-        key_file = f"{self.host.root}/replica_key"
-        options = {**bind_options(request.model, self._config.tunnel), "nodes": request.nodes, "is_job": True}
-        model = in_container(request.model, self._config.slurm.container)
-        return [serve_spec(r, model, request.run_dir, key_file, **options) for r in request.replicas]
+
+def job_specs(host: SlurmHost, config: ClusterConfig, request: JobRequest, **rest: Any) -> list[ServeSpec]:
+    """The specifications of a job's replicas; ``rest`` are further fields of ServeSpec."""
+    model, key_file = in_container(request.model, config.slurm.container), f"{host.root}/replica_key"
+    options = {**bind_options(request.model, config.tunnel), "nodes": request.nodes, "is_job": True, **rest}
+    return [serve_spec(replica, model, request.run_dir, key_file, **options) for replica in request.replicas]
 
 
 _PROBE_SCRIPT = """\
@@ -331,9 +335,7 @@ class SlurmExamination:
         """
         request = self._request(model)
         [name] = request.replicas
-        key_file, bind = f"{self._host.root}/replica_key", bind_options(model, self._config.tunnel)
-        model = in_container(model, self._config.slurm.container)
-        spec = serve_spec(name, model, request.run_dir, key_file, is_job=True, is_probe=True, **bind)
+        [spec] = job_specs(self._host, self._config, request, is_probe=True)
         script = self._render_job(request, self._config.slurm)
         told = json.dumps(dataclasses.asdict(spec)) + "\n" + script
         done = self._host.asked(self._host.slurm(_PROBE_SCRIPT, request.run_dir, name, stdin=told.encode()))

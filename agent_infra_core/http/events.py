@@ -288,7 +288,7 @@ class EventStream:
         adds_indices: bool = False,
     ) -> None:
         """``path`` is the request's; it says what a complete answer is. ``traces``: the digest needs ``print``.
-        ``adds_indices``: the engine's events of /v1/responses miss theirs."""
+        ``adds_indices``: the engine's events of /v1/responses lack theirs."""
         self.decoder = decoder
         self.events = 0  # rough number so far: counts data lines
         self.fault: str | None = None

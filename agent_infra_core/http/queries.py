@@ -55,13 +55,13 @@ def _choice(*choices: str) -> Parameter:
     return Parameter(read, "one of " + ", ".join(choices))
 
 
-HISTORY_PARAMETERS: Mapping[str, Parameter] = {
+_HISTORY = {
     "from": _number(0, LATEST_TIME, float),
     "to": _number(0, LATEST_TIME, float),
     "points": _number(1, 2000, int),
     "model": _text(),
 }
-SESSIONS_PARAMETERS: Mapping[str, Parameter] = {
+_SESSIONS = {
     "query": _text(),
     "state": _choice("live", "ended", "all"),
     "model": _text(),
@@ -71,11 +71,11 @@ SESSIONS_PARAMETERS: Mapping[str, Parameter] = {
     "limit": _number(0, 1000, int),
     "offset": _number(0, 1_000_000, int),
 }
-SESSION_PARAMETERS: Mapping[str, Parameter] = {
+_SESSION = {
     "limit": _number(1, 1000, int),
     "before": _number(1, 1_000_000_000, int),
 }
-PARAMETERS = {"history": HISTORY_PARAMETERS, "sessions": SESSIONS_PARAMETERS, "session": SESSION_PARAMETERS}
+PARAMETERS: Mapping[str, Mapping[str, Parameter]] = {"history": _HISTORY, "sessions": _SESSIONS, "session": _SESSION}
 
 
 def read_query(arguments: Mapping[str, str], parameters: Mapping[str, Parameter]) -> dict[str, Any]:

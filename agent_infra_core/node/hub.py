@@ -39,9 +39,14 @@ def hub_cache(environment: Mapping[str, str]) -> Path:
     return Path(os.path.expanduser(environment.get("HF_HUB_CACHE") or os.path.join(base, "hub")))
 
 
+def hub_folder(repository: str, environment: Mapping[str, str]) -> Path:
+    """Return the folder of the cache that holds a model of the hub."""
+    return hub_cache(environment) / f"models--{repository.replace('/', '--')}"
+
+
 def is_in_hub_cache(repository: str, environment: Mapping[str, str]) -> bool:
     """Whether a model of the hub is in the cache that this environment uses."""
-    return any(hub_cache(environment).glob(f"models--{repository.replace('/', '--')}/snapshots/*"))
+    return any(hub_folder(repository, environment).glob("snapshots/*"))
 
 
 def fetch_from_hub(repository: str) -> str:

@@ -425,9 +425,8 @@ def probe_node(spec: ServeSpec) -> dict[str, Any]:
     else:
         model = "missing"
     python = ".".join(str(part) for part in sys.version_info[:3])
-    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     problem = import_problem(package, environment) if package and version else None
-    seen = {"node": node, "python": python, "package": version, "import_error": problem, "gpus": names}
+    seen = {"node": _node_name(spec), "python": python, "package": version, "import_error": problem, "gpus": names}
     return {**seen, "model": model, "hub": hub}
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.node.hub import hub_cache, is_hub_id
+from agent_infra_core.node.hub import hub_cache, hub_folder, is_hub_id
 
 CHUNK_BYTES = 16 << 20
 SPARE_BYTES = 256 << 20  # left free on the disk
@@ -104,7 +104,7 @@ def find_source(model_path: str, environment: Mapping[str, str]) -> Path:
     if os.path.exists(model_path):
         return Path(model_path)
     if is_hub_id(model_path):
-        cached = hub_cache(environment) / f"models--{model_path.replace('/', '--')}"
+        cached = hub_folder(model_path, environment)
         with contextlib.suppress(OSError):
             snapshot = cached / "snapshots" / (cached / "refs" / "main").read_text(encoding="utf-8").strip()
             if snapshot.is_dir():

@@ -355,7 +355,7 @@ def with_priority(body: bytes | bytearray, priority: int) -> tuple[bytes, memory
 
 
 def refuse_unsupported(fields: Any, lacks: Collection[str]) -> None:
-    """Raise RequestError 400 if an engine that lacks this (LACKS) can't answer a request."""
+    """Raise RequestError 400 for a request that an engine with these LACKS can't answer."""
     if "choices" in lacks and isinstance(fields.n, int) and fields.n > 1:
         message = "n must be 1: this engine reports the usage of one choice only; send the request once for each choice"
         raise RequestError(400, message)

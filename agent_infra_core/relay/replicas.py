@@ -291,7 +291,7 @@ class ReplicaWatch:
                         replica.apply_load(None)
                 self._relay.reactor.sleep(self._relay.settings.proxy.load_poll_interval)
 
-    def has_lived(self, replica: LiveReplica, since: float) -> bool:
+    def has_survived(self, replica: LiveReplica, since: float) -> bool:
         """Whether it answers a health probe now, or can't be asked, and wasn't found dead after ``since`` (monotonic).
 
         Its successor may answer the probe. A death just found is believed for a moment.
@@ -344,10 +344,8 @@ class ProbeConnection:
         is_kept = self._sock is not None
         try:
             return self._exchange(replica, port, path, key)
-        except TimeoutError:
-            raise
-        except OSError:
-            if not is_kept:
+        except OSError as error:
+            if not is_kept or isinstance(error, TimeoutError):
                 raise
         return self._exchange(replica, port, path, key)
 
@@ -375,14 +373,11 @@ class ProbeConnection:
                 while decoder is None and (end := received.find(b"\r\n\r\n") + 4) >= 4:
                     answer, length = self._relay.heads.answer(received, end)
                     if answer.status >= 200:
-                        status, decoder, is_reusable = answer.status, BodyDecoder(length), answer.is_reusable
+                        status, decoder = answer.status, BodyDecoder(length)
                         decoder.feed(received, end, pieces)
                     received = received[end:]  # the real answer follows an interim one
-            is_reusable = is_reusable and decoder.is_over
+            is_reusable = answer.is_reusable and decoder.is_over
             return status, b"".join(pieces)
-        except BaseException:
-            is_reusable = False
-            raise
         finally:
             if not is_reusable:
                 self.close()

@@ -44,7 +44,7 @@ LAST_WORD_S = 0.5  # for the clients to be told that their turns are cut
 # Shares of the descriptors. A client is no use without one left for its replica, so not all are for clients; the last
 # ones of theirs are for those who don't have most of the connections.
 CONNECTIONS, LAST_CONNECTIONS = 0.75, 0.8125
-STRANGERS_WHILE_S = 0.5  # that a new connection has for its first bytes when descriptors run out
+STRANGER_GRACE_S = 0.5  # that a new connection has for its first bytes when descriptors run out
 REFUSALS_LOGGED_A_SECOND = 5
 LAST_FLUSH_S = 2.0  # for the last events when the relay ends; the controller may not take them
 
@@ -361,7 +361,7 @@ class Acceptor:
     def _make_room(self) -> bool:
         """Close the older half of the connections that have held a descriptor for a while and sent no request; else of
         the idle ones of the owner that has most connections. Returns whether there were any."""
-        relay, latest = self._relay, time.monotonic() + STRANGER_S - STRANGERS_WHILE_S
+        relay, latest = self._relay, time.monotonic() + STRANGER_S - STRANGER_GRACE_S
         unwanted = [each for each in relay.connections if each.is_stranger and each.deadline <= latest]
         if not unwanted:
             most = max(Counter(each.owner for each in relay.connections).items(), key=lambda item: item[1])[0]

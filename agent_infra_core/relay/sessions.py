@@ -76,8 +76,7 @@ class SessionRoutes:
     def choose(self, turn: Turn, routed: SessionTurn, pool: Sequence[LiveReplica], now: float) -> LiveReplica | None:
         """Return the replica for a turn of a session, its work reserved there; None if none may take it, or the turn
         does better to wait."""
-        router, route = self._router(turn.model), turn.route
-        excluded = route.excluded_at(now) if route.until else route.excluded
+        router, excluded = self._router(turn.model), turn.route.excluded_at(now)
         replica = router.choose(pool, routed, now, now - turn.arrived, excluded)
         if replica is not None:
             turn.placement = router.place(replica, routed, now, turn.arrived)

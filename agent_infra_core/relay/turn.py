@@ -181,7 +181,7 @@ class Delivery:
             self._after_death(replica, "the engine was shut down", is_proven=True)
             return None
         if head.status >= 500 and head.status != 503:
-            if turn.deaths == 0 and not self._relay.watch.has_lived(replica, turn.sent):
+            if turn.deaths == 0 and not self._relay.watch.has_survived(replica, turn.sent):
                 self._after_death(replica, f"it answered {head.status} and died", is_proven=True)
                 return None
             pool = self._relay.pools.get(turn.model, ())
@@ -208,7 +208,7 @@ class Delivery:
             self._after_death(replica, message, is_proven=broken.kind == "died" or turn.first > 0.0)
             return None
         if broken.kind in ("lost", "timeout") and not self._relay.is_stopping:  # a stop may be what broke it
-            replica.note_failure(message, False, turn.sent)
+            replica.note_failure(message, is_dead=False, sent=turn.sent)
         if exchange.is_passed_on:
             turn.outcome, turn.error = "cut", message
             return exchange.end_broken(broken)
@@ -219,7 +219,7 @@ class Delivery:
 
     def _try_elsewhere(self, replica: LiveReplica, error: str) -> None:
         """The replica got nothing of the request: any other one may get it, within the budget."""
-        replica.note_failure(error, True, self._turn.sent)
+        replica.note_failure(error, is_dead=True, sent=self._turn.sent)
         self._unreachable += 1
         route = self._turn.route  # it may be back in a moment, and it got nothing
         until = (*route.until, (replica.id, time.monotonic() + UNREACHABLE_S))
@@ -237,7 +237,7 @@ class Delivery:
 
         A prompt that kills engines must not kill them all.
         """
-        is_dead = is_proven or not self._relay.watch.has_lived(replica, self._turn.sent)
+        is_dead = is_proven or not self._relay.watch.has_survived(replica, self._turn.sent)
         replica.note_failure(error, is_dead, self._turn.sent)
         self._turn.deaths += 1
         self._exclude(replica)

@@ -20,7 +20,15 @@ from agent_infra_core.ssh.host_keys import node_keys
 from agent_infra_core.ssh.login import SshCommands
 from agent_infra_core.ssh.login_host import LoginHost
 from agent_infra_core.ssh.openssh import OpenSshCommands, OpenSshMaster
-from agent_infra_core.ssh.routes import SSH_PATIENCE_S, HostKeyError, Keyring, LoginError, SshRoute, ssh_route
+from agent_infra_core.ssh.routes import (
+    SSH_PATIENCE_S,
+    HostKeyError,
+    Keyring,
+    LoginError,
+    SshRoute,
+    node_route,
+    ssh_route,
+)
 
 PORT_HELD_S = 10.0  # how long the ports of a closed tunnel stay reserved: the relay may still connect to them
 _WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 (a comparison)
@@ -61,11 +69,6 @@ class TunnelTarget:
 
 def is_loopback(host: str) -> bool:
     return host.startswith("127.") or host in ("localhost", "::1")
-
-
-def node_route(route: SshRoute, target: TunnelTarget) -> SshRoute:
-    """Use the address that Slurm knows, unless ssh_config has one: the name may mean nothing on the login host."""
-    return dataclasses.replace(route, host=target.address or route.host) if route.host == target.node else route
 
 
 class Link:
@@ -247,10 +250,10 @@ class Links:
             if target.mode != "node":
                 raise LoginError(f"cluster.tunnel: {target.mode} needs cluster.ssh, the host to go through")
             route = ssh_route(SshConfig(host=target.node), target.node)
-            return node_route(route, target), None, Keyring()
+            return node_route(route, target.node, target.address), None, Keyring()
         if self._login is None or target.mode != "node":
             return login.route, None, login.keyring
-        route = node_route(ssh_route(self._login.ssh, target.node), target)
+        route = node_route(ssh_route(self._login.ssh, target.node), target.node, target.address)
         with self._lock:
             keys = self._node_keys.get(target.node)
         if keys is None:

@@ -32,6 +32,7 @@ from agent_infra_core.ssh.routes import (
     LoginError,
     SshRoute,
     make_route,
+    node_route,
     public_half,
     read_ssh_config,
     ssh_options,
@@ -285,8 +286,7 @@ class OpenSshCommands:
             return self._nodes.setdefault(node, master)
 
     def _node_route(self, node: str, address: str | None) -> SshRoute:
-        route = openssh_route(self._ssh, node, self._here)
-        return dataclasses.replace(route, host=address) if address is not None and route.host == node else route
+        return node_route(openssh_route(self._ssh, node, self._here), node, address)
 
     def fetch_host_keys(self, node: str, address: str | None) -> None:
         """Fetch a node's keys, unless known_hosts has them. Raises HostUnreachableError or LoginError."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,11 @@ def make_route(ssh: SshConfig, alias: str, options: Mapping[str, Any]) -> SshRou
         identities_only=bool(ssh.identity_file) or options.get("identitiesonly") == "yes",
         proxy_command=None if proxy == "none" else proxy,
     )
+
+
+def node_route(route: SshRoute, node: str, address: str | None) -> SshRoute:
+    """Use the address that Slurm knows, unless ssh_config has one: the name may mean nothing on the login host."""
+    return replace(route, host=address) if address is not None and route.host == node else route
 
 
 def load_paramiko() -> Any:
