@@ -61,6 +61,7 @@ class Controller:
         self.gauges: list[dict[str, Any]] = []
         self.requests: list[dict[str, Any]] = []
         self._told: set[str] = set()  # turns
+        self._has_sent_table = False
         self.sock = socket.socket(socket.AF_UNIX)
         try:
             with unix_address(path) as address:
@@ -124,6 +125,18 @@ class Controller:
             "backends": [dataclasses.asdict(row) for row in rows],
         }
         self.sock.sendall(encode_frame(FRAME_TABLE, json.dumps(table).encode()))
+        if self._has_sent_table:  # before the first, requests wait for it
+            self._wait_for_a_round()
+        self._has_sent_table = True
+
+    def _wait_for_a_round(self) -> None:
+        """Wait until the relay's event loop has gone round: it reads sockets that get bytes at once in any order.
+
+        The second answer is of a later round than what was sent before the first request.
+        """
+        with Client(self.listener.getsockname()[1], host=self.listener.getsockname()[0]) as client:
+            for _ in range(2):
+                client.get("/health")
 
     def send_stats(self, document: bytes) -> None:
         self.sock.sendall(encode_frame(FRAME_STATS, document))

@@ -253,8 +253,12 @@ class Delivery:
         self._start_over()
 
     def _exclude(self, replica: LiveReplica) -> None:
-        """Exclude a replica, and its node too if another one serves: the node may be at fault."""
-        excluded, pool = self._turn.route.excluded | {replica.id}, self._relay.pools.get(self._turn.model, ())
+        """Exclude a replica, and its node too if another one serves: the node may be at fault.
+
+        One that left the table isn't excluded: its name may be its successor's by now.
+        """
+        excluded, pool = self._turn.route.excluded, self._relay.pools.get(self._turn.model, ())
+        excluded |= frozenset() if replica.is_gone else {replica.id}
         mates = {other.id for other in pool if other.backend.node == replica.backend.node}
         if any(other.accepts_work and other.id not in excluded | mates for other in pool):
             excluded |= mates

@@ -301,6 +301,18 @@ def test_a_prompt_that_kills_its_engine_kills_two_at_most(
             engine.kill()
 
 
+def test_a_turn_whose_only_replica_moved_is_answered_at_its_new_address(relay: RelayProcess) -> None:
+    with FakeEngine() as former, FakeEngine() as successor, Client(relay.port) as client:
+        relay.controller.send_table([backend(1, former.port)])
+        client.sock.sendall(request(fake={"held": True}))
+        former.wait_for("requests", 1)
+        relay.controller.send_table([backend(1, successor.port)])
+        former.kill()
+        successor.wait_for("requests", 1)
+        successor.call({"release": True})
+        assert client.read().status == 200
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_replica_that_is_busy_sends_its_turn_elsewhere_and_is_left_alone(relay: RelayProcess, status: int) -> None:
     with FakeEngine(status=status, retry_after=30) as busy, FakeEngine() as free, Client(relay.port) as client:

@@ -49,8 +49,7 @@ def test_a_connection_that_asks_nothing_more_is_closed(tmp_path: Path, engine: F
 
 
 def test_a_replicas_head_without_end_is_502(relay: RelayProcess) -> None:
-    with FakeEngine() as other, Client(relay.port) as client:
-        relay.controller.send_table([backend(1, other.port)])
+    with Client(relay.port) as client:
         refused = client.chat(fake={"head": 100_000})
         assert (refused.status, "head is too long" in refused.json()["error"]["message"]) == (502, True)
 
