@@ -339,6 +339,7 @@ JUDGEMENT_OF_STATE = {
     "loading": BUSY,
     "draining": BUSY,
     "stopped": NEUTRAL,
+    "gone": NEUTRAL,
     "failed": BAD,
     "lost": BAD,
     "unhealthy": BAD,
@@ -346,9 +347,9 @@ JUDGEMENT_OF_STATE = {
 JUDGEMENT_OF_VERDICT = {"BALANCED": GOOD, "NO DATA": NEUTRAL, "UNHEALTHY": BAD}  # all others: BUSY
 STARTING = ("pending", "starting", "loading")
 FAILED_OUTCOMES = ("error", "cut")
+RECENT = f"5{SPACE}min"  # window of recent_outcomes, pipeline and the replicas' latencies in /stats
 STALE_S = 10.0  # figures older than this are of the past
 IDLE_S = 60.0  # without a turn for so long, nothing is going on
-RECENT_S = 300.0  # window of the error rate
 BAD_ERROR_SHARE = 0.05
 RESTARTED_S = 120.0
 
@@ -450,28 +451,18 @@ def _replica_status(document: Mapping[str, Any]) -> list[Status]:
     return found
 
 
-def recent_failures(document: Mapping[str, Any]) -> tuple[int, int, float] | None:
-    """``(failed, finished, window in s)`` of the last 5 minutes, or of the turns that /stats still lists of them.
-
-    None without a finished turn. Failed: error answers and answers that broke off.
-    """
-    now = document.get("now")
-    rows = listed(document, "recent_turns")
-    ages = [age for row in rows for age in [ago(now, row.get("finished_at"))] if age is not None]
-    recent = [row for row in rows if (ago(now, row.get("finished_at")) or 0.0) <= RECENT_S]
-    if not recent or not ages:
-        return None
-    is_cut = len(rows) >= 100 and max(ages) < RECENT_S  # /stats lists at most 100 turns
-    window = max(ages) if is_cut else RECENT_S
-    return sum(row.get("outcome") in FAILED_OUTCOMES for row in recent), len(recent), window
+def recent_failures(document: Mapping[str, Any]) -> tuple[int, int]:
+    """``(failed, finished)`` of the last 5 minutes. Failed: error answers and answers that broke off."""
+    counts = {name: value for name, value in part(document, "recent_outcomes").items() if is_known(value)}
+    counts.pop("window_s", None)
+    return int(counts.get("errors", 0)), int(sum(counts.values()))
 
 
 def _error_status(document: Mapping[str, Any]) -> list[Status]:
-    recent = recent_failures(document)
-    if recent is None or not recent[0]:
+    failed, finished = recent_failures(document)
+    if not failed:
         return []
-    failed, finished, window = recent
-    text = f"{failed} of {things(finished, 'turn')} failed in the last {seconds(window)}"
+    text = f"{count(failed)} of {things(finished, 'turn')} failed in the last {RECENT}"
     latest = next((row for row in listed(document, "recent_turns") if row.get("outcome") in FAILED_OUTCOMES), {})
     why = str(latest.get("error") or "")[:200]
     text += f": {why.rstrip('.')}." if why else "."
@@ -524,34 +515,41 @@ def verdict_name(entry: Mapping[str, Any]) -> str:
     return str(part(entry, "verdict").get("name") or "NO DATA")
 
 
+def last_verdict(entry: Mapping[str, Any], now: Any) -> str:
+    """The last verdict with its age: "GPU-BOUND as of 12 min ago"; empty if there was none."""
+    last = part(entry, "last_verdict")
+    return f"{last['name']} as of {seconds(ago(now, last.get('at')))} ago" if last.get("name") else ""
+
+
 def _activity_status(document: Mapping[str, Any], zone: str | None, is_down: bool) -> list[Status]:
     """Whether turns are flowing, and what limits them."""
     requests, finished, idle = part(document, "totals").get("requests"), last_finish(document), idle_s(document)
-    queue = part(document, "queue")
+    queue, now = part(document, "queue"), document.get("now")
     if open_turns(document) <= 0 and finished is None:
         text = "No turn has arrived yet." if not requests else "No turn since the controller started."
         return [Status(NEUTRAL, "NO TRAFFIC" if not requests else "IDLE", text)]
     entries = listed(document, "analysis")
     if idle is not None and finished is not None:
         text = f"No turn for {seconds(idle)}, since {clock(finished, zone, finished + idle)}."
-        last = [f"{entry_label(entry)}: {verdict_name(entry)}" for entry in entries if verdict_name(entry) != "NO DATA"]
+        last = [f"{entry_label(entry)}: {last_verdict(entry, now)}" for entry in entries if last_verdict(entry, now)]
         if last:
-            text += f" Last verdict, {seconds(idle)} ago: {', '.join(last)}."
+            text += f" Last verdict: {', '.join(last)}."
         return [Status(NEUTRAL, "IDLE", text)]
     if is_down:
         waiting = queue.get("pending") or 0
         return [Status(NEUTRAL, "WAITING", f"{things(waiting, 'turn')} in the queue.")] if waiting else []
     if not entries:
         return [Status(NEUTRAL, "MEASURING", "Turns are arriving; there is no verdict yet.")]
-    return [_verdict_status(entry, len(entries) > 1) for entry in entries]
+    return [_verdict_status(entry, now, len(entries) > 1) for entry in entries]
 
 
-def _verdict_status(entry: Mapping[str, Any], is_named: bool) -> Status:
+def _verdict_status(entry: Mapping[str, Any], now: Any, is_named: bool) -> Status:
     name, verdict = verdict_name(entry), part(entry, "verdict")
     label = f"{entry_label(entry)}: " if is_named else ""
     if name == "NO DATA":
         reason = str(verdict.get("reason") or "too few turns")
-        return Status(NEUTRAL, "MEASURING", f"{label}No verdict yet: {reason}.")
+        last = f" The last one: {last_verdict(entry, now)}." if last_verdict(entry, now) else ""
+        return Status(NEUTRAL, "MEASURING", f"{label}No verdict yet: {reason}.{last}")
     sentence = label + str(verdict.get("sentence") or "").replace(" %", f"{SPACE}%")
     return Status(JUDGEMENT_OF_VERDICT.get(name, BUSY), name, sentence, advice_of(entry))
 
@@ -577,7 +575,8 @@ def entry_label(entry: Mapping[str, Any]) -> str:
 SLOW_FACTOR = 1.2  # a replica whose median exceeds the median of all by this factor is marked
 FULL_KV = 0.95  # of the KV cache: from here on sequences are preempted
 SOON_S = 900.0  # a job that ends this soon is marked
-THINKING_FACTOR, THINKING_LEAST_S = 4.0, 30.0  # a session silent for so many times its mean think time is "silent"
+# As in `sessions.alive` of /stats: longer silences than these are of "silent" sessions, which aren't alive.
+THINKING_FACTOR, THINKING_LEAST_S = 4.0, 30.0
 REPLICA_COLUMNS = (
     *("state", "id", "model", "note", "gpu", "kv", "in_flight", "slots", "history", "ttft_s", "p50_s", "p95_s"),
     *("memory", "requests", "errors", "restarts", "ends", "tunnel", "node", "partition", "gpu_name"),
@@ -611,6 +610,12 @@ def replica_frame(document: Mapping[str, Any]) -> pd.DataFrame:
         key=lambda row: (order[JUDGEMENT_OF_STATE.get(row["word"], NEUTRAL)], not row["notes"], natural(row["id"]))
     )
     return pd.DataFrame(rows, columns=list(REPLICA_COLUMNS))
+
+
+def with_gone(current: Sequence[Mapping[str, Any]], former: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """``current`` and those replicas of ``former`` that vanished, as "gone": without them, later rows would move up."""
+    known = {row.get("id") for row in current}
+    return [*current, *({**row, "state": "gone"} for row in former if row.get("id") not in known)]
 
 
 def in_order(frame: pd.DataFrame, names: Sequence[Any]) -> pd.DataFrame:
@@ -1116,33 +1121,21 @@ class Metric:
     judgement: str = NEUTRAL
 
 
-def failure_share(history: Mapping[str, Any]) -> float | None:
-    """Share of the turns in a GET /history that failed; None without a turn."""
-    sums = {}
-    for outcome in ("turns", "errors", "rejected", "aborted"):
-        values = part(history, "series").get(f"{outcome}_per_minute")
-        sums[outcome] = sum(filter(is_known, values)) if isinstance(values, list) else 0.0
-    total = sum(sums.values())
-    return sums["errors"] / total if total else None
-
-
-def metrics_of_now(document: Mapping[str, Any], history: Mapping[str, Any]) -> list[Metric]:
-    """What is going on, and the failures of the last RECENT_S: of ``history``, a GET /history, where that is known."""
+def metrics_of_now(document: Mapping[str, Any]) -> list[Metric]:
+    """What is going on, and the share of recent turns that failed."""
     queue, sessions = part(document, "queue"), part(document, "sessions")
-    slots = [row.get("slots") for row in listed(document, "models")]
+    slots = [row.get("slots") for row in listed(document, "backends") if state_of(row) == "ready"]
     of_slots = f"of {things(sum(filter(is_known, slots)), 'slot')}" if any(map(is_known, slots)) else "now"
-    failed, finished, window = recent_failures(document) or (0, 0, RECENT_S)
-    share, recorded = failed / finished if finished else None, failure_share(history)
-    if recorded is not None:
-        share, window = recorded, RECENT_S
+    failed, finished = recent_failures(document)
+    share = failed / finished if finished else None
     pending, oldest = queue.get("pending"), queue.get("oldest_ms")
     waiting = f"for up to {duration(oldest)}" if pending and is_known(oldest) else "now"
     judgement = NEUTRAL if not share else BAD if share >= BAD_ERROR_SHARE else BUSY
     return [
-        Metric("Active sessions", count(sessions.get("active")), "last 5 min"),
+        Metric("Sessions alive", count(sessions.get("alive")), "in a turn or thinking"),
         Metric("In flight", count(queue.get("in_flight")), of_slots),
         Metric("Waiting", count(pending), waiting),
-        Metric("Failed turns", percent(share), f"last {seconds(window)}", (), judgement),
+        Metric("Failed turns", percent(share), f"last {RECENT}", (), judgement),
     ]
 
 
@@ -1647,7 +1640,7 @@ PAGE_CSS = """
 # Views: the only part that speaks to Streamlit.
 # =====================================================================================================================
 
-STATES = ("all", "live", "ended")
+STATES = {"all": "all", "live": "not ended", "ended": "ended"}  # of GET /sessions → its words
 OUTCOME_WORDS = {"completed": "completed", "error": "failed", "rejected": "refused", "aborted": "client left"}
 ORDERS = {  # of the list: its words → the field of GET /sessions, all with the highest first
     "most recent": "last_at",
@@ -1876,11 +1869,8 @@ def show_metrics(metrics: Iterable[Metric], key: str) -> None:
 def now_view(source: Source) -> None:
     """The figures of this moment."""
     document = source.stats()
-    if not document:
-        return
-    path = history_path(float(document.get("now") or 0.0), RECENT_S, 60, None)
-    history = source.read(path, CHARTS_EVERY_S, name="failures", patience_s=0.0)
-    show_metrics(metrics_of_now(document, history.document or {}), "metrics_now")
+    if document:
+        show_metrics(metrics_of_now(document), "metrics_now")
 
 
 def course_view(source: Source) -> None:
@@ -1929,10 +1919,10 @@ def attention_view(document: Mapping[str, Any]) -> None:
             columns = {name: text(name) for name in ("kind", "session", "sentence", "since")}
             show_table(watched, columns, "watchdog", "session", height=260)
     with right, st.container(border=True, height="stretch"):
-        st.markdown("**Latest failed turns**")
+        st.markdown("**Latest turns that failed or were refused**")
         failed = failure_frame(document)
         if failed.empty:
-            st.text(f"None of the {things(len(listed(document, 'recent_turns')), 'turn')} that finished last failed.")
+            st.text(f"None among the {things(len(listed(document, 'recent_turns')), 'turn')} that finished last.")
         else:
             columns = {name: text(name) for name in ("ago", "session", "outcome", "error", "replica")}
             show_table(failed, columns, "failures", "session", height=260)
@@ -1997,7 +1987,15 @@ def list_filters() -> None:
     with st.container(horizontal=True, vertical_alignment="bottom"):
         hint = "id, task, client or model"
         st.text_input("Search", key="query", type="search", live=True, placeholder=hint, width=300, persist_state=kept)
-        st.pills("State", STATES, key="state", default="all", required=True, persist_state=kept)
+        st.pills(
+            "State",
+            list(STATES),
+            key="state",
+            default="all",
+            required=True,
+            format_func=STATES.__getitem__,
+            persist_state=kept,
+        )
         words = OUTCOME_WORDS
         st.pills("With a turn that", list(words), key="outcome", format_func=words.__getitem__, persist_state=kept)
         st.selectbox("Order", list(ORDERS), key="order", width=180, persist_state=kept)
@@ -2146,22 +2144,27 @@ def turn_view(turn: Mapping[str, Any]) -> None:
 def replicas_view(source: Source) -> None:
     """The replicas, the most urgent first, and all that is known of the chosen one."""
     document = source.stats()
-    frame = replica_frame(document)
+    former: Sequence[Mapping[str, Any]] = ()
+    if part(st.session_state.get("replicas"), "selection").get("rows"):  # Streamlit knows a ticked row by its place
+        former = st.session_state.get("former replicas", ())
+    rows = with_gone(listed(document, "backends"), former)
+    frame = in_order(replica_frame({**document, "backends": rows}), [row["id"] for row in former])
     if frame.empty:
         st.text("There are no replicas; “python agent_infra.py start” starts them." if document else "")
         return
-    ready = _ready(document)
-    st.text(f"{ready} of {things(len(frame), 'replica')} ready. Inference and first token: last 5 minutes.")
-    if part(st.session_state.get("replicas"), "selection").get("rows"):  # Streamlit knows a ticked row by its place
-        frame = in_order(frame, st.session_state.get("order of replicas", ()))
-    st.session_state["order of replicas"] = list(frame["id"])
+    st.session_state["former replicas"] = frame[["id", "model"]].to_dict("records")
+    total = sum(state_of(row) not in ("stopped", "gone") for row in rows)
+    st.text(
+        f"{_ready(document)} of {things(total, 'replica')} ready. Inference and first token: last {RECENT}. "
+        "Turns and failures: since the proxy started."
+    )
     height = min(640, 40 + 32 * len(frame))
     columns = replica_columns(frame)
     show_table(frame, columns, "replicas", on_select="rerun", selection_mode="single-row", height=height)
-    rows = st.session_state["replicas"]["selection"]["rows"]
-    if rows and rows[0] < len(frame):
-        name = frame["id"].iloc[rows[0]]
-        replica_view(next(row for row in listed(document, "backends") if row.get("id") == name))
+    ticked = st.session_state["replicas"]["selection"]["rows"]
+    if ticked and ticked[0] < len(frame):
+        name = frame["id"].iloc[ticked[0]]
+        replica_view(next(row for row in rows if row.get("id") == name))
 
 
 def replica_columns(frame: pd.DataFrame) -> dict[str, Any]:
@@ -2233,7 +2236,7 @@ def analysis_view(source: Source) -> None:
     shown = [entry for entry in entries if chosen is None or entry.get("model") == chosen]
     for index, entry in enumerate(shown):
         with st.container(border=True):
-            entry_view(entry, index, idle_s(document))
+            entry_view(entry, index, document.get("now"), idle_s(document) is not None)
     if not shown:
         st.text("There is no analysis yet: it needs turns.")
     text = st.column_config.TextColumn
@@ -2274,25 +2277,26 @@ def hours_view(document: Mapping[str, Any]) -> None:
         show_table(cost, {**columns, "of": st.column_config.TextColumn("GPU time", width=130)}, "cost")
 
 
-def entry_view(entry: Mapping[str, Any], index: int, idle: float | None) -> None:
-    """The verdict on one model and GPU type; ``idle``: for how long (s) it has been of the past."""
-    name, text = verdict_name(entry), st.column_config.TextColumn
-    judgement = JUDGEMENT_OF_VERDICT.get(name, BUSY) if idle is None else NEUTRAL
-    age = "" if idle is None or name == "NO DATA" else f", {seconds(idle)} ago"
+def entry_view(entry: Mapping[str, Any], index: int, now: Any, is_idle: bool) -> None:
+    """The verdict on one model and GPU type: the last one, with its age, while ``is_idle`` or while there is none."""
+    text, verdict, last = st.column_config.TextColumn, part(entry, "verdict"), part(entry, "last_verdict")
+    word = name = verdict_name(entry)
+    judgement, advice = JUDGEMENT_OF_VERDICT.get(name, BUSY), advice_of(entry)
+    if last and (is_idle or name == "NO DATA"):
+        word, judgement, verdict, advice = last_verdict(entry, now), NEUTRAL, last, str(last.get("suggestion") or "")
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.badge(f"{SHAPES[judgement]} {name}{age}", color=COLOURS[judgement])
+        st.badge(f"{SHAPES[judgement]} {word}", color=COLOURS[judgement])
         st.text(entry_label(entry))
-    verdict = part(entry, "verdict")
     st.text(str(verdict.get("sentence") or verdict.get("reason") or ""))
-    if advice_of(entry):
-        st.text(advice_of(entry))
+    if advice:
+        st.text(advice)
     for flag in listed(entry, "flags"):
         with st.container(horizontal=True, wrap=False):
             flagged = JUDGEMENT_OF_VERDICT.get(str(flag.get("name")), BUSY)
             st.badge(f"{SHAPES[flagged]} {flag.get('name')}", color=COLOURS[flagged])
             st.text(str(flag.get("sentence") or ""), width="stretch")
     shares, curve = share_frame(entry), capacity_frame(entry)
-    if shares.empty:
+    if shares.empty or (is_idle and last and last.get("name") != name):  # what an idle fleet looks like
         return
     left, right = st.columns(2)
     with left:
