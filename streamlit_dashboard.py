@@ -1142,32 +1142,35 @@ def metrics_of_now(document: Mapping[str, Any]) -> list[Metric]:
 def metrics_of_minute(document: Mapping[str, Any]) -> list[Metric]:
     """The rates and latencies of the last minute, with their course over the last minutes."""
     rates = part(document, "throughput")
-    history = listed(rates, "history")
-    latency = part(history[-1], "latency_ms") if history else {}
+    points = [point for point in listed(rates, "history") if is_known(point.get("at"))]
+    current = {**rates, "latency_ms": part(points[-1], "latency_ms") if points else {}}
+    shown: tuple[tuple[str, Callable[[Any], str], tuple[str, ...]], ...] = (
+        ("Turns per min", figure, ("turns_per_minute",)),
+        ("Tokens per s", figure, ("tokens_per_second",)),
+        ("Latency, median", duration, ("latency_ms", "p50")),
+        ("Latency, p95", duration, ("latency_ms", "p95")),
+    )
 
-    def course(*path: str) -> tuple[float, ...]:
-        """Means of blocks of COURSE_S, so that what is drawn changes no more often than that; NaN where none is known.
-
-        The latest one, which isn't over, is left out.
-        """
-        blocks: dict[int, list[float]] = {}
-        for point in history:
-            if is_known(point.get("at")):
-                values, value = (
-                    blocks.setdefault(int(point["at"] // COURSE_S), []),
-                    part(point, *path[:-1]).get(path[-1]),
-                )
-                values += [value] if is_known(value) else []
-        spanned = range(min(blocks, default=0), max(blocks, default=0))
-        means = [statistics.fmean(blocks[block]) if blocks.get(block) else math.nan for block in spanned]
-        return tuple(means[-COURSE_BLOCKS:]) if any(map(is_known, means)) else ()
+    def read(point: Mapping[str, Any], path: Sequence[str]) -> Any:
+        return part(point, *path[:-1]).get(path[-1])
 
     return [
-        Metric("Turns per min", figure(rates.get("turns_per_minute")), "last minute", course("turns_per_minute")),
-        Metric("Tokens per s", figure(rates.get("tokens_per_second")), "last minute", course("tokens_per_second")),
-        Metric("Latency, median", duration(latency.get("p50")), "last minute", course("latency_ms", "p50")),
-        Metric("Latency, p95", duration(latency.get("p95")), "last minute", course("latency_ms", "p95")),
+        Metric(label, show(read(current, path)), "last minute", course((p["at"], read(p, path)) for p in points))
+        for label, show, path in shown
     ]
+
+
+def course(points: Iterable[tuple[float, Any]]) -> tuple[float, ...]:
+    """Means of a figure, from its ``(time, value)``, over blocks of COURSE_S: what is drawn changes no more often.
+
+    NaN where nothing is known. The latest block, which isn't over, is left out.
+    """
+    blocks: dict[int, list[float]] = {}
+    for at, value in points:
+        blocks.setdefault(int(at // COURSE_S), []).extend([value] if is_known(value) else [])
+    spanned = range(min(blocks, default=0), max(blocks, default=0))
+    means = [statistics.fmean(blocks[block]) if blocks.get(block) else math.nan for block in spanned]
+    return tuple(means[-COURSE_BLOCKS:]) if any(map(is_known, means)) else ()
 
 
 # =====================================================================================================================
@@ -1249,27 +1252,15 @@ def _steps(data: Data, panel: Panel, is_last: bool, height: int, brush: Any, cro
     figures = alt.Axis(title=None, tickCount=3, ticks=False, domain=False, offset=-AXIS_PX, labelPadding=6)
     figures.labelExpr = "abs(datum.value) >= 1000 ? format(datum.value, '~s') : format(datum.value, '~g')"
     x = alt.X("at:T", axis=times, scale=alt.Scale(domain=brush, range=[AXIS_PX, alt.ExprRef("width")]))
-    legend = alt.Legend(
-        orient="top",
-        direction="horizontal",
-        symbolType="stroke",
-        title=None,
-        offset=10,
-        labelExpr=f"{json.dumps(dict(panel.lines))}[datum.label]",
-        labelLimit=200,
-    )
-    several = legend if len(names) > 1 else None
-    lines = (
-        own.transform_fold(names, as_=["name", "value"])
-        .mark_line(strokeWidth=1.75, clip=True)
-        .encode(
-            x=x,
-            y=alt.Y("value:Q", scale=alt.Scale(zero=True, nice=3), axis=figures),
-            color=alt.Color("name:N", scale=alt.Scale(domain=names), legend=several),
-            strokeDash=alt.StrokeDash(
-                "name:N", scale=alt.Scale(domain=names, range=[[1, 0], [6, 3], [2, 2]]), legend=several
-            ),
-        )
+    titles = f"{json.dumps(dict(panel.lines))}[datum.label]"
+    legend = alt.Legend(symbolType="stroke", offset=10, labelExpr=titles) if len(names) > 1 else None
+    dashes = alt.Scale(domain=names, range=[[1, 0], [6, 3], [2, 2]])
+    folded = own.transform_fold(names, as_=["name", "value"])
+    lines = folded.mark_line(strokeWidth=1.75, clip=True).encode(
+        x=x,
+        y=alt.Y("value:Q", scale=alt.Scale(zero=True, nice=3), axis=figures),
+        color=alt.Color("name:N", scale=alt.Scale(domain=names), legend=legend),
+        strokeDash=alt.StrokeDash("name:N", scale=dashes, legend=legend),
     )
     tooltip = [alt.Tooltip("at:T", title="time", format="%d %b %H:%M:%S")]
     tooltip += [alt.Tooltip(f"{name}:Q", title=word, format=",.3~r") for name, word in panel.lines.items()]
@@ -1277,8 +1268,7 @@ def _steps(data: Data, panel: Panel, is_last: bool, height: int, brush: Any, cro
     rule = own.mark_rule(strokeWidth=1, clip=True).encode(x=x, tooltip=tooltip, opacity=shown).add_params(crosshair)
     runs = alt.Chart(alt.NamedData("runs")).encode(x=x, tooltip=[alt.Tooltip("run:N", title="run")])
     marks = runs.mark_rule(strokeWidth=1.5, strokeDash=[3, 3], clip=True)
-    heading = alt.Title(panel.title, anchor="start", fontSize=13, fontWeight="normal", offset=6)
-    return alt.layer(lines, rule, marks).properties(height=height, title=heading)
+    return alt.layer(lines, rule, marks).properties(height=height, title=panel.title)
 
 
 def timeline_chart(data: Data, panels: Sequence[Panel], height: int = 110) -> Any:
@@ -1290,36 +1280,17 @@ def timeline_chart(data: Data, panels: Sequence[Panel], height: int = 110) -> An
     crosshair = alt.selection_point(
         name="moment", fields=["at"], nearest=True, on="pointerover", clear="pointerout", empty=False
     )
-    first = next(iter(panels[0].lines))
-    strip = (
-        alt.Chart(data)
-        .mark_area(opacity=0.5)
-        .encode(
-            x=alt.X(
-                "at:T",
-                axis=alt.Axis(title=None, labels=False, ticks=False, grid=False),
-                scale=alt.Scale(range=[AXIS_PX, alt.ExprRef("width")]),
-            ),
-            y=alt.Y(f"{first}:Q", axis=None),
-        )
-        .properties(
-            height=28,
-            title=alt.Title(
-                "drag here to zoom all charts; double-click to show all",
-                anchor="start",
-                fontSize=13,
-                fontWeight="normal",
-                offset=4,
-            ),
-        )
-        .add_params(brush)
-    )
+    axis = alt.Axis(title=None, labels=False, ticks=False, grid=False)
+    x = alt.X("at:T", axis=axis, scale=alt.Scale(range=[AXIS_PX, alt.ExprRef("width")]))
+    y = alt.Y(f"{next(iter(panels[0].lines))}:Q", axis=None)
+    hint = "drag here to zoom all charts; double-click to show all"
+    area = alt.Chart(data).mark_area(opacity=0.5).encode(x=x, y=y)
+    strip = area.properties(height=28, title=hint).add_params(brush)
     rest = [_steps(data, panel, panel is panels[-1], height, brush, crosshair) for panel in panels]
     with warnings.catch_warnings():  # Altair warns that several charts share a crosshair, which is intended
         warnings.simplefilter("ignore", UserWarning)
         joined = alt.vconcat(strip, *rest, spacing=14)
-    joined = joined.resolve_scale(color="independent", strokeDash="independent")
-    return joined.configure(background="transparent").configure_view(strokeWidth=0)
+    return joined.resolve_scale(color="independent", strokeDash="independent")
 
 
 def capacity_chart(data: Data, height: int = 300) -> Any:
@@ -1329,7 +1300,7 @@ def capacity_chart(data: Data, height: int = 300) -> Any:
         y=alt.Y("turns_per_hour:Q", title="turns per hour", scale=alt.Scale(zero=True, nice=False)),
     )
     names = list(CAPACITY.values())
-    legend = alt.Legend(orient="top", direction="horizontal", title=None, offset=16, labelLimit=300, symbolOpacity=1)
+    legend = alt.Legend(offset=16, symbolOpacity=1)
     colour = alt.Color("kind:N", scale=alt.Scale(domain=names), legend=legend)
     tooltip = [alt.Tooltip("agents:Q", title="agents", format=",.0f")]
     for name, text in (("turns_per_hour", "turns per hour"), ("low", "at least"), ("high", "at most")):
@@ -1347,9 +1318,7 @@ def capacity_chart(data: Data, height: int = 300) -> Any:
         measured.mark_rule(strokeWidth=2).encode(**span),
         measured.mark_point(size=150, filled=True, shape="diamond", opacity=1).encode(color=colour, tooltip=tooltip),
     ]
-    return (
-        alt.layer(*layers).properties(height=height).configure(background="transparent").configure_view(strokeWidth=0)
-    )
+    return alt.layer(*layers).properties(height=height)
 
 
 def themed(specification: Mapping[str, Any], is_dark: bool) -> dict[str, Any]:
@@ -1357,14 +1326,17 @@ def themed(specification: Mapping[str, Any], is_dark: bool) -> dict[str, Any]:
     text, line, grid = ("#b4bcc6", "#98a2ad", "#2d3339") if is_dark else ("#4f5965", "#59626d", "#e1e5ea")
     light = ("#1f5fb4", "#b0448f", "#0b8076", "#7a6a00", "#6d4fc2", "#59626d")
     dark = ("#5a96e6", "#e08ac4", "#3fc4b0", "#d2bd4a", "#b39df0", "#98a2ad")
+    at_the_top = {"orient": "top", "direction": "horizontal"}
     config = {
         **part(specification, "config"),
+        "background": "transparent",
+        "view": {"strokeWidth": 0},
         "font": '"Source Sans", sans-serif',
         "range": {"category": list(dark if is_dark else light)},
         "area": {"color": dark[0] if is_dark else light[0]},
         "axis": {"labelColor": text, "titleColor": text, "gridColor": grid, "labelFontSize": 12, "titleFontSize": 12},
-        "legend": {"labelColor": text, "labelFontSize": 12},
-        "title": {"color": text},
+        "legend": {"labelColor": text, "labelFontSize": 12, "labelLimit": 300, "title": None, **at_the_top},
+        "title": {"color": text, "anchor": "start", "fontSize": 13, "fontWeight": "normal", "offset": 6},
         "rule": {"color": line},
         "text": {"color": text},
     }
@@ -1693,8 +1665,9 @@ def titled(titles: Mapping[str, str]) -> dict[str, Any]:
     return {name: st.column_config.TextColumn(title) for name, title in titles.items()}
 
 
-def is_dark() -> bool:
-    return st.context.theme.type == "dark"
+def share(title: str, **options: Any) -> Any:
+    """A column of bars, of shares in percent."""
+    return st.column_config.ProgressColumn(title, format="%.0f %%", min_value=0, max_value=100, **options)
 
 
 def open_session(name: str | None) -> None:
@@ -1736,36 +1709,36 @@ def show_table(frame: pd.DataFrame, columns: Mapping[str, Any], key: str, opens:
     )
 
 
+def show_badge(judgement: str, word: str) -> None:
+    st.badge(f"{SHAPES[judgement]} {word}", color=COLOURS[judgement])
+
+
 def show_problem(problem: Problem | None) -> None:
     """Why a part of the page isn't current."""
     if problem is not None and problem.is_final:
         st.text(problem.what)
     elif problem is not None:
         with st.container(horizontal=True):
-            st.badge("not current", color="red")
+            show_badge(BAD, "not current")
             st.text(" ".join(filter(None, (problem.what, problem.fix))))
 
 
-@st.cache_resource(show_spinner=False)
-def _template(panels: tuple[tuple[str, tuple[tuple[str, str], ...]], ...], dark: bool) -> dict[str, Any]:
+@st.cache_resource(show_spinner=False, hash_funcs={Panel: repr})
+def _template(panels: Sequence[Panel], dark: bool) -> dict[str, Any]:
     """A chart without its data, built once per process; without panels, the curve of the capacity.
 
     Streamlit collects garbage after every run, a fragment's too: 0.2 s of CPU with all that pandas and Altair have
     made. Objects that exist by now stay, so collections skip them from here on.
     """
     rows = alt.NamedData("rows")
-    if not panels:
-        template = chart_template(capacity_chart(rows))
-    else:
-        template = chart_template(timeline_chart(rows, [Panel(title, dict(lines)) for title, lines in panels]))
+    template = chart_template(timeline_chart(rows, panels) if panels else capacity_chart(rows))
     gc.freeze()
     return themed(template, dark)
 
 
 def show_chart(name: str, label: str, data: Mapping[str, pd.DataFrame], panels: Sequence[Panel] = ()) -> None:
     """Show a chart. The browser changes its data in place, so what is zoomed stays zoomed."""
-    key = tuple((panel.title, tuple(panel.lines.items())) for panel in panels)
-    specification = {**_template(key, is_dark()), "datasets": dict(data)}
+    specification = {**_template(panels, st.context.theme.type == "dark"), "datasets": dict(data)}
     st.vega_lite_chart(spec=specification, key=name, width="stretch", alt=label, theme=None)
 
 
@@ -1817,7 +1790,7 @@ def status_view(source: Source, body: Callable[[Source], None] | None) -> None:
     with st.container(border=True, key="status", gap="xsmall"):
         for status in statements[:5]:
             with st.container(horizontal=True, wrap=False, gap="small"):
-                st.badge(f"{SHAPES[status.judgement]} {status.word}", color=COLOURS[status.judgement])
+                show_badge(status.judgement, status.word)
                 st.text(" ".join(filter(None, (status.sentence, status.hint))), width="stretch")
         phase_bar(document)
     if body is not None:
@@ -1898,17 +1871,11 @@ def first_steps(source: Source, document: Mapping[str, Any]) -> None:
 
 def attention_view(document: Mapping[str, Any]) -> None:
     """Runs, sessions that may need attention, and the latest failures."""
-    text, runs = st.column_config.TextColumn, run_frame(document)
+    runs = run_frame(document)
     if not runs.empty:
         st.markdown("**Runs**")
-        columns = {
-            "name": text("run"),
-            "done": st.column_config.ProgressColumn("done", format="%d %%", min_value=0, max_value=100),
-            "tasks": text("tasks"),
-            "left": text("remaining (90 % interval)"),
-            "late": text("stragglers"),
-        }
-        show_table(runs, columns, "runs")
+        titles = {"tasks": "tasks", "left": "remaining (90 % interval)", "late": "stragglers"}
+        show_table(runs, {**titled({"name": "run"}), "done": share("done"), **titled(titles)}, "runs")
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
         st.markdown("**Sessions that may need attention**")
@@ -1916,7 +1883,7 @@ def attention_view(document: Mapping[str, Any]) -> None:
         if watched.empty:
             st.text("None: no session is silent, repeating, oversized or thrashing.")
         else:
-            columns = {name: text(name) for name in ("kind", "session", "sentence", "since")}
+            columns = titled({name: name for name in ("kind", "session", "sentence", "since")})
             show_table(watched, columns, "watchdog", "session", height=260)
     with right, st.container(border=True, height="stretch"):
         st.markdown("**Latest turns that failed or were refused**")
@@ -1924,7 +1891,7 @@ def attention_view(document: Mapping[str, Any]) -> None:
         if failed.empty:
             st.text(f"None among the {things(len(listed(document, 'recent_turns')), 'turn')} that finished last.")
         else:
-            columns = {name: text(name) for name in ("ago", "session", "outcome", "error", "replica")}
+            columns = titled({name: name for name in ("ago", "session", "outcome", "error", "replica")})
             show_table(failed, columns, "failures", "session", height=260)
 
 
@@ -1983,22 +1950,15 @@ def sessions_path(offset: int) -> str:
 
 def list_filters() -> None:
     """Search, state, outcome and order; kept while a session is open."""
-    kept: Any = "session"
+    kept: dict[str, Any] = {"persist_state": "session"}
+    of_state = {**kept, "default": "all", "required": True, "format_func": STATES.__getitem__}
+    of_outcome = {**kept, "format_func": OUTCOME_WORDS.__getitem__}
     with st.container(horizontal=True, vertical_alignment="bottom"):
         hint = "id, task, client or model"
-        st.text_input("Search", key="query", type="search", live=True, placeholder=hint, width=300, persist_state=kept)
-        st.pills(
-            "State",
-            list(STATES),
-            key="state",
-            default="all",
-            required=True,
-            format_func=STATES.__getitem__,
-            persist_state=kept,
-        )
-        words = OUTCOME_WORDS
-        st.pills("With a turn that", list(words), key="outcome", format_func=words.__getitem__, persist_state=kept)
-        st.selectbox("Order", list(ORDERS), key="order", width=180, persist_state=kept)
+        st.text_input("Search", key="query", type="search", live=True, placeholder=hint, width=300, **kept)
+        st.pills("State", list(STATES), key="state", **of_state)
+        st.pills("With a turn that", list(OUTCOME_WORDS), key="outcome", **of_outcome)
+        st.selectbox("Order", list(ORDERS), key="order", width=180, **kept)
 
 
 def list_view(source: Source) -> None:
@@ -2015,12 +1975,11 @@ def list_view(source: Source) -> None:
         shown = (path, current)
     rows, held_back = arranged(shown[1], current)
     st.session_state["listing"] = (path, rows)
+    many = total if is_known(total) and total > LISTED_SESSIONS else 0
     with st.container(horizontal=True, vertical_alignment="center"):
-        order = st.session_state.get("order") or next(iter(ORDERS))
-        many = total if is_known(total) and total > LISTED_SESSIONS else 0
-        first = LISTED_SESSIONS * (page - 1)
-        text = f"Showing {count(first + 1)} to {count(first + len(rows))} of {things(many, 'session')}, {order} first."
-        st.text(text if many else f"{things(len(rows), 'session')}, {order} first.")
+        before, order = LISTED_SESSIONS * (page - 1), st.session_state.get("order") or next(iter(ORDERS))
+        span = f"Showing {count(before + 1)} to {count(before + len(rows))} of " if many else ""
+        st.text(f"{span}{things(many or len(rows), 'session')}, {order} first.")
         others = f"{things(held_back, 'other session')} in this order now: refresh"
         label = others if held_back else "Refresh order"
         st.button(label, key="reorder", on_click=_reorder, type="secondary" if held_back else "tertiary")
@@ -2052,9 +2011,7 @@ def session_columns() -> dict[str, Any]:
         ),
         "tokens_in": number("tokens in", format="compact", width=80),
         "tokens_out": number("tokens out", format="compact", width=85),
-        "cached": st.column_config.ProgressColumn(
-            "cached", format="%d %%", min_value=0, max_value=100, width=110, help="share of the input tokens"
-        ),
+        "cached": share("cached", width=110, help="share of the input tokens"),
         "task": text("task", width=130),
         "replica": text("replica", width=110),
         "model": text("model", width=110),
@@ -2129,7 +2086,7 @@ def turn_view(turn: Mapping[str, Any]) -> None:
     """A turn: what it was about, and what is known of it."""
     st.markdown(f"**Turn {int(turn['number'])}**")
     if turn.get("error"):
-        st.badge(f"{SHAPES[BAD]} failed", color="red")
+        show_badge(BAD, "failed")
         st.code(str(turn["error"]), language=None, wrap_lines=True)
     for name in ("prompt", "answer"):
         st.text(name)
@@ -2170,7 +2127,6 @@ def replicas_view(source: Source) -> None:
 def replica_columns(frame: pd.DataFrame) -> dict[str, Any]:
     text, number = st.column_config.TextColumn, st.column_config.NumberColumn
     colours: list[Any] = [COLOURS[judgement] for judgement in JUDGEMENT_OF_STATE.values()]
-    share: dict[str, Any] = {"format": "%d %%", "min_value": 0, "max_value": 100, "width": 110}
     most = max([1.0, *(value for row in frame["history"] for value in row)])
     return {
         "id": text("replica"),
@@ -2179,9 +2135,9 @@ def replica_columns(frame: pd.DataFrame) -> dict[str, Any]:
         ),
         "note": text("note", width=150),
         "model": text("model"),
-        "gpu": st.column_config.ProgressColumn("GPU utilised", **share),
-        "kv": st.column_config.ProgressColumn("KV cache", **share),
-        "memory": st.column_config.ProgressColumn("GPU memory", **share),
+        "gpu": share("GPU utilised", width=110),
+        "kv": share("KV cache", width=110),
+        "memory": share("GPU memory", width=110),
         "in_flight": number("in flight", width=70),
         "slots": number("slots", width=60),
         "history": st.column_config.LineChartColumn("in flight, 2 min", y_min=0, y_max=most, width=130),
@@ -2204,7 +2160,7 @@ def replica_view(row: Mapping[str, Any]) -> None:
     with st.container(border=True):
         state = state_of(row)
         with st.container(horizontal=True, vertical_alignment="center"):
-            st.badge(state_label(state), color=COLOURS[JUDGEMENT_OF_STATE.get(state, NEUTRAL)])
+            show_badge(JUDGEMENT_OF_STATE.get(state, NEUTRAL), state)
             st.code(str(row.get("id")), language=None, width="content")
         failure, tunnel = part(row, "failure"), part(row, "tunnel")
         for text in (reason_of(row), hint_of(row), tunnel.get("reason")):
@@ -2239,7 +2195,6 @@ def analysis_view(source: Source) -> None:
             entry_view(entry, index, document.get("now"), idle_s(document) is not None)
     if not shown:
         st.text("There is no analysis yet: it needs turns.")
-    text = st.column_config.TextColumn
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
         st.markdown("**Where the time of turns goes**, last 5 minutes")
@@ -2249,14 +2204,10 @@ def analysis_view(source: Source) -> None:
         else:
             pipeline["share"] *= 100
             pipeline["part"] = [PIPELINE_WORDS[name] for name in pipeline["part"]]
-            columns = {"part": text("part"), "share": _share("share"), **{n: text(n) for n in ("mean", "p50", "p95")}}
-            show_table(pipeline, columns, "pipeline")
+            titles = {name: name for name in ("mean", "p50", "p95")}
+            show_table(pipeline, {**titled({"part": "part"}), "share": share("share"), **titled(titles)}, "pipeline")
     with right, st.container(border=True, height="stretch"):
         hours_view(document)
-
-
-def _share(title: str) -> Any:
-    return st.column_config.ProgressColumn(title, format="%.0f %%", min_value=0, max_value=100)
 
 
 def hours_view(document: Mapping[str, Any]) -> None:
@@ -2268,44 +2219,42 @@ def hours_view(document: Mapping[str, Any]) -> None:
         st.text("No GPU time has been recorded yet.")
     else:
         st.markdown(f"**{hours['unit'].iloc[0]}**, last {seconds(since)}")
-        words = {"model": "model", "ready_busy": "busy", "ready_idle": "idle", "loading": "loading"}
-        columns = titled({**words, "pending": "pending"})
-        show_table(hours, {**columns, "busy": _share("busy share")}, "hours")
+        titles = {"model": "model", "ready_busy": "busy", "ready_idle": "idle"}
+        columns = titled({**titles, "loading": "loading", "pending": "pending"})
+        show_table(hours, {**columns, "busy": share("busy share")}, "hours")
     if not cost.empty:
-        words = {"of": "GPU time", "turn": "per turn", "session": "per session", "task": "per task"}
-        columns = titled({**words, "lost": "cache misses"})
-        show_table(cost, {**columns, "of": st.column_config.TextColumn("GPU time", width=130)}, "cost")
+        titles = {"turn": "per turn", "session": "per session", "task": "per task", "lost": "cache misses"}
+        show_table(cost, {"of": st.column_config.TextColumn("GPU time", width=130), **titled(titles)}, "cost")
 
 
 def entry_view(entry: Mapping[str, Any], index: int, now: Any, is_idle: bool) -> None:
     """The verdict on one model and GPU type: the last one, with its age, while ``is_idle`` or while there is none."""
-    text, verdict, last = st.column_config.TextColumn, part(entry, "verdict"), part(entry, "last_verdict")
+    verdict, last = part(entry, "verdict"), part(entry, "last_verdict")
     word = name = verdict_name(entry)
     judgement, advice = JUDGEMENT_OF_VERDICT.get(name, BUSY), advice_of(entry)
     if last and (is_idle or name == "NO DATA"):
         word, judgement, verdict, advice = last_verdict(entry, now), NEUTRAL, last, str(last.get("suggestion") or "")
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.badge(f"{SHAPES[judgement]} {word}", color=COLOURS[judgement])
+        show_badge(judgement, word)
         st.text(entry_label(entry))
     st.text(str(verdict.get("sentence") or verdict.get("reason") or ""))
     if advice:
         st.text(advice)
     for flag in listed(entry, "flags"):
         with st.container(horizontal=True, wrap=False):
-            flagged = JUDGEMENT_OF_VERDICT.get(str(flag.get("name")), BUSY)
-            st.badge(f"{SHAPES[flagged]} {flag.get('name')}", color=COLOURS[flagged])
+            show_badge(JUDGEMENT_OF_VERDICT.get(str(flag.get("name")), BUSY), str(flag.get("name")))
             st.text(str(flag.get("sentence") or ""), width="stretch")
     shares, curve = share_frame(entry), capacity_frame(entry)
     if shares.empty or (is_idle and last and last.get("name") != name):  # what an idle fleet looks like
         return
     left, right = st.columns(2)
     with left:
-        columns: dict[str, Any] = {"name": text("throughput is limited by"), "share": _share("share")}
-        show_table(shares, {**columns, "interval": text("interval")}, f"shares {index}")
-        words = {"what": "agents", "agents": "number", "then": "turns", "change": "change", "wait": "wait per turn"}
-        show_table(option_frame(entry), titled(words), f"options {index}")
-        words = {"what": "what if", "change": "turns", "interval": "interval", "then": "then"}
-        show_table(what_if_frame(entry), titled(words), f"what ifs {index}")
+        columns = {**titled({"name": "throughput is limited by"}), "share": share("share")}
+        show_table(shares, {**columns, **titled({"interval": "interval"})}, f"shares {index}")
+        titles = {"what": "agents", "agents": "number", "then": "turns", "change": "change", "wait": "wait per turn"}
+        show_table(option_frame(entry), titled(titles), f"options {index}")
+        titles = {"what": "what if", "change": "turns", "interval": "interval", "then": "then"}
+        show_table(what_if_frame(entry), titled(titles), f"what ifs {index}")
     with right:
         if curve.empty:
             st.text("No curve: too little is known to predict throughput.")
@@ -2342,10 +2291,9 @@ def controls_view(source: Source, models: Sequence[str]) -> None:
 
 
 def _pause() -> None:
-    is_paused = st.session_state["paused"] = not st.session_state.get("paused")
-    if is_paused:
-        return
-    st.session_state.pop("readings", None)
+    st.session_state["paused"] = not st.session_state.get("paused")
+    if not st.session_state["paused"]:
+        st.session_state.pop("readings", None)
 
 
 def history_view(source: Source) -> None:
