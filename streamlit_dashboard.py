@@ -43,6 +43,7 @@ DEFAULT_PROXY = "http://127.0.0.1:5800"
 SCHEMA_VERSION = 2  # of /stats, as this page reads it
 INTERVALS_S = (1, 2, 5, 10)
 CHARTS_EVERY_S = 5.0
+HISTORY_EVERY_S = 10.0  # ten charts
 LIST_EVERY_S = 2.0
 READ_TIMEOUT_S = 15.0  # longer than the 10 s after which the proxy itself gives up on a question
 LISTED_SESSIONS = 200  # on one page of the list
@@ -2307,7 +2308,7 @@ TABS: Mapping[str, tuple[View, View, float]] = {
     "Sessions": (None, sessions_view, LIST_EVERY_S),
     "Replicas": (replicas_view, None, 0.0),
     "Analysis": (None, analysis_view, CHARTS_EVERY_S),
-    "History": (None, history_view, CHARTS_EVERY_S),
+    "History": (None, history_view, HISTORY_EVERY_S),
 }
 
 
