@@ -347,6 +347,7 @@ JUDGEMENT_OF_STATE = {
 }
 JUDGEMENT_OF_VERDICT = {"BALANCED": GOOD, "NO DATA": NEUTRAL, "UNHEALTHY": BAD}  # all others: BUSY
 STARTING = ("pending", "starting", "loading")
+HOLDING_TURNS = ("ready", "unhealthy", "draining")  # states of replicas that have turns
 FAILED_OUTCOMES = ("error", "cut")
 RECENT = f"5{SPACE}min"  # window of recent_outcomes, pipeline and the replicas' latencies in /stats
 STALE_S = 10.0  # figures older than this are of the past
@@ -1125,7 +1126,7 @@ class Metric:
 def metrics_of_now(document: Mapping[str, Any]) -> list[Metric]:
     """What is going on, and the share of recent turns that failed."""
     queue, sessions = part(document, "queue"), part(document, "sessions")
-    slots = [row.get("slots") for row in listed(document, "backends") if state_of(row) == "ready"]
+    slots = [row.get("slots") for row in listed(document, "backends") if state_of(row) in HOLDING_TURNS]
     of_slots = f"of {things(sum(filter(is_known, slots)), 'slot')}" if any(map(is_known, slots)) else "now"
     failed, finished = recent_failures(document)
     share = failed / finished if finished else None

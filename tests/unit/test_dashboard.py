@@ -236,6 +236,14 @@ def test_the_status_and_the_overview_speak_of_the_same_turns() -> None:
     assert page.metrics_of_now({})[3].value == page.UNKNOWN
 
 
+def test_slots_are_those_of_replicas_that_can_have_turns() -> None:
+    document = stats.busy()
+    document["backends"][0].update(state="failed", healthy=False)
+    document["backends"][1].update(state="draining")
+    document["backends"][2].update(state="loading")
+    assert page.metrics_of_now(document)[1].note == "of 128 slots"
+
+
 def test_only_what_an_earlier_controller_measured_tells_of_a_restart() -> None:
     """A fresh controller may have served more turns than /stats lists; a history off has nothing to restore."""
     document = {**healthy(stats.busy()), "uptime_seconds": 20.0}
