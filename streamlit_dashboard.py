@@ -1919,8 +1919,9 @@ def timeline_view(source: Source, name: str, panels: Sequence[Panel], points: in
         "Latency is the time from a turn's arrival to the last byte of its answer: queue and inference."
     )
     label = "Lines over time, on one axis: " + "; ".join(panel.title for panel in panels)
-    data = {"rows": frame, "runs": run_markers(reading.document or {})}
-    show_chart(name, label, data, panels_of(panels, frame.columns))
+    drawn = panels_of(panels, frame.columns)
+    rows = frame[["at", *(line for panel in drawn for line in panel.lines)]]  # Vega copies all columns for each line
+    show_chart(name, label, {"rows": rows, "runs": run_markers(reading.document or {})}, drawn)
 
 
 # --- Sessions ---------------------------------------------------------------------------------------------------------
