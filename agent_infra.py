@@ -1192,7 +1192,8 @@ class Deployment:
             live |= {record.replica: record for record in self._end_replicas(now)}
         except AgentInfraError as error:
             raise type(error)(f"{error}; ended: {', '.join(ended) or 'nothing'}") from error
-        for leftover in (self.paths.wanted, self.paths.config, self.paths.handover, self.paths.drained):
+        paths = self.paths
+        for leftover in (paths.wanted, paths.config, paths.handover, paths.drained, paths.leaving):
             leftover.unlink(missing_ok=True)
         return ended + [name + (f" (job {record.job_id})" if record.job_id else "") for name, record in live.items()]
 

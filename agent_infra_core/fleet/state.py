@@ -82,6 +82,11 @@ class DeploymentPaths:
         return self.root / "handover.json"
 
     @property
+    def leaving(self) -> Path:
+        """JSON {replica: its job, or its process without one} of replicas that scaling removes."""
+        return self.root / "leaving.json"
+
+    @property
     def run(self) -> Path:
         """The run directory: specs/, replicas/, logs/. With Slurm it is on the cluster's shared file system."""
         return self.root / "run"
