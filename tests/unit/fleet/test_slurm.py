@@ -540,6 +540,13 @@ def test_a_container_gets_the_folder_for_staging(stage: str, line: str | None, m
     assert script.count('"$TMPDIR:$TMPDIR"') == 1
 
 
+def test_every_node_of_a_replica_gets_the_folder_that_its_container_mounts() -> None:
+    request = dataclasses.replace(REQUEST, model=dataclasses.replace(SIXTEEN, stage="/local"), nodes=2, gpus=8)
+    script = render_job(request, SlurmConfig(container=ContainerConfig("apptainer", "v.sif")))
+    assert "\nsrun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpu-bind=none mkdir -p /local\n" in script
+    assert script.index("mkdir -p /local") < script.index(" rank --replica ")
+
+
 @pytest.mark.parametrize(
     ("container", "command"),
     [
