@@ -179,24 +179,41 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
         stage(model(tmp_path), tmp_path / "local")
 
 
+@pytest.mark.parametrize("below", ["", "mine", "a/b"])
 @pytest.mark.parametrize(
     ("owner", "mode", "is_safe"),
     [(0, 0o755, True), (0, 0o1777, True), (0, 0o777, False), (0, 0o775, False), (65534, 0o755, False)],
 )
-def test_a_folder_whose_content_another_user_can_replace_is_refused(
-    owner: int, mode: int, is_safe: bool, tmp_path: Path
+def test_a_folder_is_refused_if_another_user_can_replace_anything_on_the_way_to_it(
+    owner: int, mode: int, is_safe: bool, below: str, tmp_path: Path
 ) -> None:
     if owner and os.getuid() != 0:
         pytest.skip("only root can give a folder away")
-    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / below).mkdir(parents=True, mode=0o755)
     (tmp_path / "local").chmod(mode)
     if owner:
         os.chown(tmp_path / "local", owner, -1)
     if is_safe:
-        assert stage(model(tmp_path), tmp_path / "local").is_dir()
+        assert stage(model(tmp_path), tmp_path / "local" / below).is_dir()
     else:
-        with pytest.raises(StagingError, match="another user could replace the weights"):
-            stage(model(tmp_path), tmp_path / "local")
+        with pytest.raises(StagingError, match=f"replace the weights in .*, because {tmp_path}/local is not yours"):
+            stage(model(tmp_path), tmp_path / "local" / below)
+
+
+def test_a_link_on_the_way_is_followed_once_so_nobody_can_change_it_later(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "disk").mkdir(mode=0o755)
+    (tmp_path / "open" / "local").symlink_to(tmp_path / "disk")
+    assert stage(model(tmp_path), tmp_path / "open" / "local").is_relative_to(tmp_path / "disk")
+
+
+def test_folders_that_it_creates_are_its_own_whatever_the_umask(tmp_path: Path) -> None:
+    umask = os.umask(0o002)
+    try:
+        assert stage(model(tmp_path), tmp_path / "local" / "a" / "b").is_dir()
+    finally:
+        os.umask(umask)
 
 
 def test_a_model_without_files_is_refused(tmp_path: Path) -> None:
