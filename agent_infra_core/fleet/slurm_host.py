@@ -126,7 +126,9 @@ done
 """
 _FORGET_SCRIPT = """\
 cd "$1" || exit 3; shift
-for replica; do rm -f "specs/$replica.json" "replicas/$replica.json" "jobs/$replica" "ranks/$replica.json"; done
+for replica; do
+  rm -f "specs/$replica.json" "replicas/$replica.json" "jobs/$replica" "ranks/$replica.json" "ranks/$replica.refused"
+done
 find logs -type f -name '*-*.log*' -mtime +30 -exec rm -f {} +
 """
 _EXPLAIN_SCRIPT = """\
