@@ -389,7 +389,7 @@ def test_the_documented_limits_are_those_of_the_code() -> None:
         "an event of a stream that is read": f"{events.MAX_HELD_EVENT_BYTES >> 20} MB",
         "an answer whose conversation is followed": f"{events.MAX_TRACED_BYTES >> 20} MB",
         "answers of `/v1/responses` whose replica is known": f"{sessions.HELD_RESPONSES:,}",
-        "bodies without an answer that are known when they are sent again": f"{sessions.RETRIED_BODIES:,}",
+        "bodies that are known when a client library sends them again": f"{protocol.MAX_TRIES:,}",
         "time in which a turn waits for room in a KV cache": f"{affinity.LONGEST_HOLD_S:g} s",
         "finished turns kept without a controller": (
             f"{control.MAX_BUFFERED_EVENTS:,} and {control.MAX_BUFFERED_BYTES >> 20} MB"
