@@ -544,7 +544,7 @@ class ServeSpec:
     nodes: int = 1  # that the replica spans; `rank` runs on all but the first
     is_job: bool = False  # it runs in a Slurm job, whose environment has the job id and the node's name
     is_gated: bool = False  # the engine listens on loopback, and `serve` forwards to it what carries the key (see Gate)
-    is_probe: bool = False  # `serve` only reports what it finds on the node (see probe_node()), and exits
+    is_probe: bool = False  # `serve` starts no engine; it answers `doctor` (see answer_probe())
     format: int = SPEC_FORMAT
 
 
