@@ -208,7 +208,7 @@ class Program:
 
     def get(self, path: str) -> Any:
         """A JSON document of the proxy; what the controller has to be asked, once it answers."""
-        return once_told(lambda: self._get(path)) if path.startswith("/stats") else self._get(path)
+        return once_told(lambda: self._get(path)) if path.startswith(("/stats", "/runs")) else self._get(path)
 
     def _get(self, path: str) -> Any:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=PATIENCE_S) as answer:
