@@ -135,11 +135,12 @@ def test_sessions_are_spread_though_each_comes_when_all_replicas_are_idle(
 def test_a_client_librarys_retry_is_the_same_turn(relay: RelayProcess, engines: list[FakeEngine]) -> None:
     serve(relay, engines)
     with Client(relay.port) as client:
-        for number in range(8):
+        for number, status in enumerate([500] * 8 + [200] * 8):  # 200: its client gave up just before
             messages = [{"role": "user", "content": f"task {number}"}]
-            first = client.chat(messages=messages, fake={"status": 500})
+            first = client.chat(messages=messages, fake={"status": status})
             again = client.chat({"x-stainless-retry-count": "1"}, messages=messages)
             assert first.headers["x-agent-infra-backend"] == again.headers["x-agent-infra-backend"]
+    assert [turn["started"]["is_retry"] for turn in relay.controller.finished(32)] == [False, True] * 16
 
 
 def test_identical_conversations_at_once_are_sessions_with_all_their_turns(
