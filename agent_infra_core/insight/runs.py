@@ -283,8 +283,9 @@ class RunBook:
             self._take(end)
 
     def add(self, record: TurnRecord) -> None:
-        """Add a finished turn."""
-        self._inbox.append(record)
+        """Add a finished turn. Without a run, it is nobody's."""
+        if self._announced:
+            self._inbox.append(record)
 
     def end_session(self, session: str, at: float) -> None:
         """Record that an agent ended its session, maybe before the session's last turn is added."""

@@ -180,6 +180,13 @@ def test_a_run_that_each_turn_announces_is_announced_once() -> None:
     assert (row["tasks"], row["announced_at"], row["running"]) == (12, 4.0, 1)
 
 
+def test_without_a_run_no_turn_is_kept_for_one() -> None:
+    book = RunBook()
+    for number in range(3):
+        book.add(TurnRecord(str(number), 1.0, "completed", 200, task="t"))
+    assert len(book._inbox) == 0
+
+
 def test_tasks_that_began_before_the_run_are_not_of_it() -> None:
     book = RunBook()
     book.announce(Announcement("night", 10, 3.0))
