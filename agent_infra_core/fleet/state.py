@@ -82,6 +82,11 @@ class DeploymentPaths:
         return self.root / "handover.json"
 
     @property
+    def proxy_job(self) -> Path:
+        """JSON {job, node, host, port, pid} of the proxy in a job of its own, written by it once it serves."""
+        return self.root / "proxy_job.json"
+
+    @property
     def run(self) -> Path:
         """The run directory: specs/, replicas/, logs/. With Slurm it is on the cluster's shared file system."""
         return self.root / "run"
