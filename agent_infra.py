@@ -1108,7 +1108,7 @@ class Deployment:
         self.controller, self._autoscaler = controller, Autoscaler(self, self.cluster, controller)
         controller.start()
         if self._in_job:
-            record_proxy(self.paths, self.environment, self.config.proxy.host, controller.relay.port)
+            record_proxy(self.paths, self.environment, (self.config.proxy.host, controller.relay.port))
         return controller
 
     def _look(self) -> list[ReplicaRecord]:
@@ -1122,6 +1122,11 @@ class Deployment:
 
     def disconnect(self, grace_s: float) -> None:
         """Stop the controller and relay if this process runs them; turns in flight have ``grace_s`` to finish."""
+        from agent_infra_core.control.proxy_job import record_proxy
+
+        if self._in_job:
+            with contextlib.suppress(OSError):
+                record_proxy(self.paths, self.environment, None)
         if self.controller is not None:
             self.controller.stop(grace_s)
             self.controller = None

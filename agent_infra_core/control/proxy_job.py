@@ -35,10 +35,15 @@ def job_host(host: str) -> str:
     return bound_host("0.0.0.0" if connect_address(host) in ("127.0.0.1", "::1", "localhost") else host)  # noqa: S104
 
 
-def record_proxy(paths: DeploymentPaths, environment: Mapping[str, str], host: str, port: int) -> None:
-    """Write where the proxy of this job is reached. OSError if the disk is full: nobody could find it."""
-    names = {"job": environment.get("SLURM_JOB_ID", ""), "node": environment.get("SLURMD_NODENAME", "")}
-    record = {**names, "host": advertised_host(host), "port": port, "pid": os.getpid()}
+def record_proxy(paths: DeploymentPaths, environment: Mapping[str, str], place: tuple[str, int] | None) -> None:
+    """Write where the proxy of this job is reached, by the host and port that it listens on; None: nowhere any more.
+
+    OSError if the disk is full: nobody could find it.
+    """
+    record: dict[str, Any] = {"job": environment.get("SLURM_JOB_ID", "")}
+    if place is not None:
+        node = environment.get("SLURMD_NODENAME", "")
+        record |= {"node": node, "host": advertised_host(place[0]), "port": place[1], "pid": os.getpid()}
     write_atomically(paths.proxy_job, json.dumps(record))
 
 
@@ -141,7 +146,7 @@ class ProxyJob:
         if (record := self._record(job)) is not None:
             return record, None
         reason = f" ({job.reason})" if job.reason not in ("", "None") else ""
-        return None, f"the proxy doesn't serve yet: its job {job.id} is {job.state}{reason}"
+        return None, f"the proxy does not serve: its job {job.id} is {job.state}{reason}"
 
     def stop(self, now: bool) -> list[str]:
         """End the job. Turns in flight have DRAIN_S to finish, or no time with ``now``. Returns what it ended.

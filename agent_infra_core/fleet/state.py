@@ -83,7 +83,7 @@ class DeploymentPaths:
 
     @property
     def proxy_job(self) -> Path:
-        """JSON {job, node, host, port, pid} of the proxy in a job of its own, written by it once it serves."""
+        """JSON {job, node, host, port, pid} of the proxy in a job of its own while it serves; then {job}."""
         return self.root / "proxy_job.json"
 
     @property

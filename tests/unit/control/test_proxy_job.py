@@ -90,9 +90,9 @@ def job(host: StandIn) -> ProxyJob:
     return ProxyJob(cluster, config, paths, render_proxy_job)
 
 
-def record(job: str = "7", node: str = "n1") -> None:
-    environment = {"SLURM_JOB_ID": job, "SLURMD_NODENAME": node}
-    record_proxy(deployment_paths("d", os.environ), environment, "10.0.0.5", 5800)
+def record(serves: bool = True) -> None:
+    environment = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1"}
+    record_proxy(deployment_paths("d", os.environ), environment, ("10.0.0.5", 5800) if serves else None)
 
 
 def nothing() -> None:
@@ -221,10 +221,10 @@ def test_it_is_found_once_it_serves(job: ProxyJob, host: StandIn) -> None:
     ("jobs", "trouble"),
     [
         ([], "no proxy is running; `connect` starts one"),
-        ([PENDING], "the proxy doesn't serve yet: its job 7 is PENDING (Priority)"),
+        ([PENDING], "the proxy does not serve: its job 7 is PENDING (Priority)"),
         # Requeued to another node, where it hasn't written yet; and the next job after that one.
-        ([dataclasses.replace(JOB, node="n2")], "the proxy doesn't serve yet: its job 7 is RUNNING"),
-        ([dataclasses.replace(JOB, id="8")], "the proxy doesn't serve yet: its job 8 is RUNNING"),
+        ([dataclasses.replace(JOB, node="n2")], "the proxy does not serve: its job 7 is RUNNING"),
+        ([dataclasses.replace(JOB, id="8")], "the proxy does not serve: its job 8 is RUNNING"),
         ([dataclasses.replace(JOB, id="6", state="COMPLETED")], "no proxy is running; `connect` starts one"),
     ],
 )
@@ -236,6 +236,12 @@ def test_it_is_not_found_where_it_no_longer_is(
     assert job.find() == (None, trouble)
 
 
+def test_it_is_not_found_any_more_while_it_ends(job: ProxyJob, host: StandIn) -> None:
+    host.jobs = [JOB]
+    record(serves=False)
+    assert job.find() == (None, "the proxy does not serve: its job 7 is RUNNING")
+
+
 def test_while_slurm_is_silent_nothing_is_said_of_it(job: ProxyJob, host: StandIn) -> None:
     host.is_silent = True
     record()
@@ -245,7 +251,7 @@ def test_while_slurm_is_silent_nothing_is_said_of_it(job: ProxyJob, host: StandI
 def test_one_that_served_and_ended_says_why(job: ProxyJob, host: StandIn) -> None:
     host.jobs = [dataclasses.replace(JOB, state="TIMEOUT")]
     host.end = "JobId=7 JobState=TIMEOUT Reason=TimeLimit ExitCode=0:15"
-    record()
+    record(serves=False)
     found, trouble = job.find()
     assert found is None
     assert trouble is not None
