@@ -20,7 +20,6 @@ from agent_infra_core.fleet.slurm_host import SchedulerError
 from agent_infra_core.fleet.state import DeploymentPaths, start_lock
 from agent_infra_core.host import HostUnreachableError, http_get, last_line, self_command, write_atomically
 from agent_infra_core.node.failures import describe_exit
-from agent_infra_core.node.replica import advertised_host, bound_host
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ClusterConfig, connect_address
 
@@ -32,6 +31,8 @@ POLL_S = 5.0  # longest interval between looks at the job
 
 def job_host(host: str) -> str:
     """The address that the proxy listens on in a job: other machines must reach it, so never loopback alone."""
+    from agent_infra_core.node.replica import bound_host
+
     return bound_host("0.0.0.0" if connect_address(host) in ("127.0.0.1", "::1", "localhost") else host)  # noqa: S104
 
 
@@ -40,6 +41,8 @@ def record_proxy(paths: DeploymentPaths, environment: Mapping[str, str], place: 
 
     OSError if the disk is full: nobody could find it.
     """
+    from agent_infra_core.node.replica import advertised_host
+
     record: dict[str, Any] = {"job": environment.get("SLURM_JOB_ID", "")}
     if place is not None:
         node = environment.get("SLURMD_NODENAME", "")
@@ -149,13 +152,16 @@ class ProxyJob:
         return None, f"the proxy does not serve: its job {job.id} is {job.state}{reason}"
 
     def stop(self, now: bool) -> list[str]:
-        """End the job. Turns in flight have DRAIN_S to finish, or no time with ``now``. Returns what it ended.
+        """End the job that the cluster's last look saw. Returns what it ended.
 
+        Turns in flight have DRAIN_S to finish, or no time with ``now``.
         AgentInfraError if it is still there at the end, SchedulerError if Slurm doesn't respond.
         """
         ended, asked = dict[str, None](), set[str]()
         late = time.monotonic() + (END_S if now else 2 * DRAIN_S + END_S)
-        while jobs := _living(self._cluster.find_proxies()):
+        seen = self._cluster.proxies
+        jobs = _living(self._cluster.find_proxies() if seen is None else seen)
+        while jobs:
             ended |= dict.fromkeys(f"proxy (job {job.id})" for job in jobs)
             if time.monotonic() > late + END_S:
                 raise AgentInfraError(f"{', '.join(ended)} did not end; `squeue` and the administrators may know why")
@@ -165,6 +171,7 @@ class ProxyJob:
                 self._cluster.host.cancel(wanted, time.monotonic() > late, "TERM")
             asked.update(job.id for job in jobs if job.state == "RUNNING")
             time.sleep(min(1.0, self._cluster.poll_s))
+            jobs = _living(self._cluster.find_proxies())
         self._paths.proxy_job.unlink(missing_ok=True)
         return list(ended)
 

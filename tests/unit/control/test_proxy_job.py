@@ -283,6 +283,7 @@ def test_an_end_is_explained(end: JobEnd | None, said: str, told: str) -> None:
 def test_stop_ends_it_wherever_it_is(job: ProxyJob, host: StandIn) -> None:
     assert job.stop(now=False) == []
     host.jobs = [JOB]
+    job._cluster.replicas()
     record()
     assert job.stop(now=False) == ["proxy (job 7)"]
     assert host.cancelled == ["scancel --state=PENDING 7; scancel --state=RUNNING --batch --signal=TERM 7"]
