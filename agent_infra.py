@@ -962,7 +962,7 @@ class Deployment:
             self.login = LoginHost(config.cluster, environment, str(self.paths.root), ask)
         self.cluster = make_cluster(config.cluster, self.paths, self.login, environment, report)
         self._lock = DeploymentLock(self.paths)
-        self._in_job, self.proxy_job = in_job, None
+        self.in_job, self.proxy_job = in_job, None
         if isinstance(self.cluster, SlurmCluster) and not in_job:  # it may exist, whatever the configuration says now
             self.proxy_job = ProxyJob(self.cluster, config.cluster, self.paths, render_proxy_job)
         self.controller: Controller | None = None
@@ -1080,7 +1080,6 @@ class Deployment:
         """
         from agent_infra_core.control.controller import Controller
         from agent_infra_core.control.handover import Handover
-        from agent_infra_core.control.proxy_job import record_proxy
         from agent_infra_core.control.scaling import Autoscaler
         from agent_infra_core.fleet.engines import GUARDED_ENGINES
         from agent_infra_core.fleet.slurm import SlurmCluster
@@ -1107,8 +1106,6 @@ class Deployment:
             self._handover = Handover(self, self.cluster, controller.drain)
         self.controller, self._autoscaler = controller, Autoscaler(self, self.cluster, controller)
         controller.start()
-        if self._in_job:
-            record_proxy(self.paths, self.environment, (self.config.proxy.host, controller.relay.port))
         return controller
 
     def _look(self) -> list[ReplicaRecord]:
@@ -1124,7 +1121,7 @@ class Deployment:
         """Stop the controller and relay if this process runs them; turns in flight have ``grace_s`` to finish."""
         from agent_infra_core.control.proxy_job import record_proxy
 
-        if self._in_job:
+        if self.in_job:
             with contextlib.suppress(OSError):
                 record_proxy(self.paths, self.environment, None)
         if self.controller is not None:
@@ -1641,6 +1638,7 @@ def _run_proxy_job(arguments: argparse.Namespace) -> int:
 def _serve(deployment: Deployment, arguments: argparse.Namespace, detach: Callable[[Path], None] | None = None) -> int:
     """Run controller and proxy until a signal arrives; call ``detach`` once they serve."""
     from agent_infra_core.control.link import DRAIN_S
+    from agent_infra_core.control.proxy_job import record_proxy
 
     signals = OperatorSignals()
     deployment.claim("connect")
@@ -1648,6 +1646,8 @@ def _serve(deployment: Deployment, arguments: argparse.Namespace, detach: Callab
         controller = deployment.connect(arguments.log_format)
         signals.on_second = controller.relay.terminate
         controller.refresh()
+        if deployment.in_job:  # only now: before the first look at the replicas, a turn would find none
+            record_proxy(deployment.paths, os.environ, (deployment.config.proxy.host, controller.relay.port))
         _greet(controller.url, deployment, controller.routes())
         try:
             for reason in deployment.status()["degraded"]:

@@ -420,10 +420,9 @@ def test_the_proxy_runs_in_a_job_and_the_login_node_finds_it(at_login: Program, 
     assert url is not None, done.stdout
     key = (run.state / "agent-infra" / "far" / "api_key").read_text().strip()
     assert key not in far.slurm.run("scontrol", "write", "batch_script", job, "-") + done.stdout
+    wait_for(lambda: run.status()["degraded"] == [], "a replica that the proxy reaches")
     assert_a_stream_needs_the_key(far, f"{url[1]}/v1/chat/completions", key)
-    status = run.status()
-    assert status["degraded"] == []
-    proxy = status["proxy"]
+    proxy = run.status()["proxy"]
     assert (proxy["job"], proxy["node"], f"http://{proxy['host']}:{proxy['port']}") == (job, far.nodes[1], url[1])
     assert f"it runs in job {job} on " in run.run("connect").stdout  # finds it, and submits nothing
     assert len(far.slurm.jobs()) == 2
@@ -435,7 +434,7 @@ def test_the_proxy_runs_in_a_job_and_the_login_node_finds_it(at_login: Program, 
 
 
 def assert_a_stream_needs_the_key(far: FarCluster, url: str, key: str) -> None:
-    """From the login node; the turn waits until the replica is ready."""
+    """From the login node."""
     body = {"model": "smollm2", "max_tokens": 4, "stream": True, "messages": [{"role": "user", "content": "Count."}]}
     words = ["curl", "-sS", "--max-time", "90", "-H", "Content-Type: application/json", "-d", json.dumps(body), url]
     assert "a key is needed" in far.run_on("login", *words).stdout
