@@ -87,6 +87,11 @@ class DeploymentPaths:
         return self.root / "leaving.json"
 
     @property
+    def proxy_job(self) -> Path:
+        """JSON {job, node, host, port, pid} of the proxy in a job of its own while it serves; then {job}."""
+        return self.root / "proxy_job.json"
+
+    @property
     def run(self) -> Path:
         """The run directory: specs/, replicas/, logs/. With Slurm it is on the cluster's shared file system."""
         return self.root / "run"

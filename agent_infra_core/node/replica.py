@@ -85,7 +85,7 @@ def make_launch(
         master = ("", 0)
         if spec.nodes > 1:
             with socket.create_server(("", 0)) as probe:
-                master = (_advertised_host("0.0.0.0"), probe.getsockname()[1])  # noqa: S104 (where others find this node)
+                master = (advertised_host("0.0.0.0"), probe.getsockname()[1])  # noqa: S104 (where others find this node)
     environment, engine = engine_environment(spec), spec.engine
     identity = server_identity(spec.replica, node_name(spec), port)
     environment[engine.key_variable] = key
@@ -106,18 +106,18 @@ def node_name(spec: ServeSpec) -> str:
     return (spec.is_job and os.environ.get("SLURMD_NODENAME")) or socket.gethostname()
 
 
-def _advertised_host(bind_host: str) -> str:
+def advertised_host(bind_host: str) -> str:
     """Return the address at which others reach a server on ``bind_host``; job scripts set the node's, from Slurm."""
     is_wildcard = bind_host in ("", "0.0.0.0", "::")  # noqa: S104 (a comparison)
     return (os.environ.get("AGENT_INFRA_ADDRESS") or socket.gethostname()) if is_wildcard else bind_host
 
 
-def _bound_host(bind_host: str) -> str:
+def bound_host(bind_host: str) -> str:
     """Return the address to listen on: on a node that only has IPv6, :: (which takes IPv4 too) for 0.0.0.0."""
     if bind_host != "0.0.0.0":  # noqa: S104 (a comparison)
         return bind_host
     try:
-        found = {info[0] for info in socket.getaddrinfo(_advertised_host(bind_host), None, type=socket.SOCK_STREAM)}
+        found = {info[0] for info in socket.getaddrinfo(advertised_host(bind_host), None, type=socket.SOCK_STREAM)}
     except OSError:
         return bind_host
     return "::" if found == {socket.AF_INET6} else bind_host
@@ -143,7 +143,7 @@ class Replica:
             node=node_name(spec),
             pid=os.getpid(),
             process=process_stamp(os.getpid()) or "",
-            host=_advertised_host(spec.bind_host),
+            host=advertised_host(spec.bind_host),
             job_id=os.environ.get("SLURM_JOB_ID") if spec.is_job else spec.job_id,
             started_at=time.time(),
             address=os.environ.get("AGENT_INFRA_ADDRESS") or None,
@@ -482,7 +482,7 @@ def answer_probe(spec: ServeSpec, key: str, run_directory: Path) -> None:
     """
     name = f"{spec.replica}@{node_name(spec)}"
     with contextlib.closing(Telemetry(spec.bind_host, key, name, dict)) as telemetry:
-        reached = {"replica": spec.replica, "host": _advertised_host(spec.bind_host), "port": telemetry.port}
+        reached = {"replica": spec.replica, "host": advertised_host(spec.bind_host), "port": telemetry.port}
         reached["address"] = os.environ.get("AGENT_INFRA_ADDRESS") or None
         report = json.dumps({**probe_node(spec), **reached})
         write_atomically(run_directory / "replicas" / f".{spec.replica}.probe", report)
@@ -497,7 +497,7 @@ def serve(run_directory: str, replica: str) -> int:
     Writes replicas/<replica>.json and logs/<replica>.log. Raises RefusedError if it cannot be started at all.
     """
     spec, key = read_spec(run_directory, replica)
-    spec = dataclasses.replace(spec, bind_host=_bound_host(spec.bind_host))
+    spec = dataclasses.replace(spec, bind_host=bound_host(spec.bind_host))
     if spec.is_probe:
         answer_probe(spec, key, Path(run_directory))
         return 0

@@ -27,6 +27,7 @@ from agent_infra_core.settings import (
     OtelConfig,
     PartitionConfig,
     ProxyConfig,
+    ProxyJobConfig,
     SlurmConfig,
     SshConfig,
 )
@@ -43,6 +44,7 @@ KINDS = {
     "ssh": SshConfig,
     "slurm": SlurmConfig,
     "partitions": PartitionConfig,
+    "proxy_job": ProxyJobConfig,
     "container": ContainerConfig,
     "models": ModelConfig,
     "headers": HeadersConfig,

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from patience import PATIENCE_S
 
 import agent_infra
-from agent_infra import job_directives, render_job, shell_words
+from agent_infra import render_job, shell_words
 from agent_infra_core import __version__
 from agent_infra_core.control.status import describe_replica
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.containers import fetch_command
+from agent_infra_core.fleet.directives import job_directives
 from agent_infra_core.fleet.explain import diagnose_job, explain_pending, reconcile_record
 from agent_infra_core.fleet.parse import (
     JobEnd,
