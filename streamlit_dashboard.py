@@ -43,6 +43,7 @@ DEFAULT_PROXY = "http://127.0.0.1:5800"
 SCHEMA_VERSION = 2  # of /stats, as this page reads it
 INTERVALS_S = (1, 2, 5, 10)
 CHARTS_EVERY_S = 5.0
+HISTORY_EVERY_S = 10.0  # ten charts
 LIST_EVERY_S = 2.0
 READ_TIMEOUT_S = 15.0  # longer than the 10 s after which the proxy itself gives up on a question
 LISTED_SESSIONS = 200  # on one page of the list
@@ -339,16 +340,18 @@ JUDGEMENT_OF_STATE = {
     "loading": BUSY,
     "draining": BUSY,
     "stopped": NEUTRAL,
+    "gone": NEUTRAL,
     "failed": BAD,
     "lost": BAD,
     "unhealthy": BAD,
 }
 JUDGEMENT_OF_VERDICT = {"BALANCED": GOOD, "NO DATA": NEUTRAL, "UNHEALTHY": BAD}  # all others: BUSY
 STARTING = ("pending", "starting", "loading")
+HOLDING_TURNS = ("ready", "unhealthy", "draining")  # states of replicas that have turns
 FAILED_OUTCOMES = ("error", "cut")
+RECENT = f"5{SPACE}min"  # window of recent_outcomes, pipeline and the replicas' latencies in /stats
 STALE_S = 10.0  # figures older than this are of the past
 IDLE_S = 60.0  # without a turn for so long, nothing is going on
-RECENT_S = 300.0  # window of the error rate
 BAD_ERROR_SHARE = 0.05
 RESTARTED_S = 120.0
 
@@ -450,28 +453,18 @@ def _replica_status(document: Mapping[str, Any]) -> list[Status]:
     return found
 
 
-def recent_failures(document: Mapping[str, Any]) -> tuple[int, int, float] | None:
-    """``(failed, finished, window in s)`` of the last 5 minutes, or of the turns that /stats still lists of them.
-
-    None without a finished turn. Failed: error answers and answers that broke off.
-    """
-    now = document.get("now")
-    rows = listed(document, "recent_turns")
-    ages = [age for row in rows for age in [ago(now, row.get("finished_at"))] if age is not None]
-    recent = [row for row in rows if (ago(now, row.get("finished_at")) or 0.0) <= RECENT_S]
-    if not recent or not ages:
-        return None
-    is_cut = len(rows) >= 100 and max(ages) < RECENT_S  # /stats lists at most 100 turns
-    window = max(ages) if is_cut else RECENT_S
-    return sum(row.get("outcome") in FAILED_OUTCOMES for row in recent), len(recent), window
+def recent_failures(document: Mapping[str, Any]) -> tuple[int, int]:
+    """``(failed, finished)`` of the last 5 minutes. Failed: error answers and answers that broke off."""
+    counts = {name: value for name, value in part(document, "recent_outcomes").items() if is_known(value)}
+    counts.pop("window_s", None)
+    return int(counts.get("errors", 0)), int(sum(counts.values()))
 
 
 def _error_status(document: Mapping[str, Any]) -> list[Status]:
-    recent = recent_failures(document)
-    if recent is None or not recent[0]:
+    failed, finished = recent_failures(document)
+    if not failed:
         return []
-    failed, finished, window = recent
-    text = f"{failed} of {things(finished, 'turn')} failed in the last {seconds(window)}"
+    text = f"{count(failed)} of {things(finished, 'turn')} failed in the last {RECENT}"
     latest = next((row for row in listed(document, "recent_turns") if row.get("outcome") in FAILED_OUTCOMES), {})
     why = str(latest.get("error") or "")[:200]
     text += f": {why.rstrip('.')}." if why else "."
@@ -524,34 +517,41 @@ def verdict_name(entry: Mapping[str, Any]) -> str:
     return str(part(entry, "verdict").get("name") or "NO DATA")
 
 
+def last_verdict(entry: Mapping[str, Any], now: Any) -> str:
+    """The last verdict with its age: "GPU-BOUND as of 12 min ago"; empty if there was none."""
+    last = part(entry, "last_verdict")
+    return f"{last['name']} as of {seconds(ago(now, last.get('at')))} ago" if last.get("name") else ""
+
+
 def _activity_status(document: Mapping[str, Any], zone: str | None, is_down: bool) -> list[Status]:
     """Whether turns are flowing, and what limits them."""
     requests, finished, idle = part(document, "totals").get("requests"), last_finish(document), idle_s(document)
-    queue = part(document, "queue")
+    queue, now = part(document, "queue"), document.get("now")
     if open_turns(document) <= 0 and finished is None:
         text = "No turn has arrived yet." if not requests else "No turn since the controller started."
         return [Status(NEUTRAL, "NO TRAFFIC" if not requests else "IDLE", text)]
     entries = listed(document, "analysis")
     if idle is not None and finished is not None:
         text = f"No turn for {seconds(idle)}, since {clock(finished, zone, finished + idle)}."
-        last = [f"{entry_label(entry)}: {verdict_name(entry)}" for entry in entries if verdict_name(entry) != "NO DATA"]
+        last = [f"{entry_label(entry)}: {last_verdict(entry, now)}" for entry in entries if last_verdict(entry, now)]
         if last:
-            text += f" Last verdict, {seconds(idle)} ago: {', '.join(last)}."
+            text += f" Last verdict: {', '.join(last)}."
         return [Status(NEUTRAL, "IDLE", text)]
     if is_down:
         waiting = queue.get("pending") or 0
         return [Status(NEUTRAL, "WAITING", f"{things(waiting, 'turn')} in the queue.")] if waiting else []
     if not entries:
         return [Status(NEUTRAL, "MEASURING", "Turns are arriving; there is no verdict yet.")]
-    return [_verdict_status(entry, len(entries) > 1) for entry in entries]
+    return [_verdict_status(entry, now, len(entries) > 1) for entry in entries]
 
 
-def _verdict_status(entry: Mapping[str, Any], is_named: bool) -> Status:
+def _verdict_status(entry: Mapping[str, Any], now: Any, is_named: bool) -> Status:
     name, verdict = verdict_name(entry), part(entry, "verdict")
     label = f"{entry_label(entry)}: " if is_named else ""
     if name == "NO DATA":
         reason = str(verdict.get("reason") or "too few turns")
-        return Status(NEUTRAL, "MEASURING", f"{label}No verdict yet: {reason}.")
+        last = f" The last one: {last_verdict(entry, now)}." if last_verdict(entry, now) else ""
+        return Status(NEUTRAL, "MEASURING", f"{label}No verdict yet: {reason}.{last}")
     sentence = label + str(verdict.get("sentence") or "").replace(" %", f"{SPACE}%")
     return Status(JUDGEMENT_OF_VERDICT.get(name, BUSY), name, sentence, advice_of(entry))
 
@@ -577,7 +577,8 @@ def entry_label(entry: Mapping[str, Any]) -> str:
 SLOW_FACTOR = 1.2  # a replica whose median exceeds the median of all by this factor is marked
 FULL_KV = 0.95  # of the KV cache: from here on sequences are preempted
 SOON_S = 900.0  # a job that ends this soon is marked
-THINKING_FACTOR, THINKING_LEAST_S = 4.0, 30.0  # a session silent for so many times its mean think time is "silent"
+# As in `sessions.alive` of /stats: longer silences than these are of "silent" sessions, which aren't alive.
+THINKING_FACTOR, THINKING_LEAST_S = 4.0, 30.0
 REPLICA_COLUMNS = (
     *("state", "id", "model", "note", "gpu", "kv", "in_flight", "slots", "history", "ttft_s", "p50_s", "p95_s"),
     *("memory", "requests", "errors", "restarts", "ends", "tunnel", "node", "partition", "gpu_name"),
@@ -611,6 +612,12 @@ def replica_frame(document: Mapping[str, Any]) -> pd.DataFrame:
         key=lambda row: (order[JUDGEMENT_OF_STATE.get(row["word"], NEUTRAL)], not row["notes"], natural(row["id"]))
     )
     return pd.DataFrame(rows, columns=list(REPLICA_COLUMNS))
+
+
+def with_gone(current: Sequence[Mapping[str, Any]], former: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """``current`` and those replicas of ``former`` that vanished, as "gone": without them, later rows would move up."""
+    known = {row.get("id") for row in current}
+    return [*current, *({**row, "state": "gone"} for row in former if row.get("id") not in known)]
 
 
 def in_order(frame: pd.DataFrame, names: Sequence[Any]) -> pd.DataFrame:
@@ -1116,65 +1123,56 @@ class Metric:
     judgement: str = NEUTRAL
 
 
-def failure_share(history: Mapping[str, Any]) -> float | None:
-    """Share of the turns in a GET /history that failed; None without a turn."""
-    sums = {}
-    for outcome in ("turns", "errors", "rejected", "aborted"):
-        values = part(history, "series").get(f"{outcome}_per_minute")
-        sums[outcome] = sum(filter(is_known, values)) if isinstance(values, list) else 0.0
-    total = sum(sums.values())
-    return sums["errors"] / total if total else None
-
-
-def metrics_of_now(document: Mapping[str, Any], history: Mapping[str, Any]) -> list[Metric]:
-    """What is going on, and the failures of the last RECENT_S: of ``history``, a GET /history, where that is known."""
+def metrics_of_now(document: Mapping[str, Any]) -> list[Metric]:
+    """What is going on, and the share of recent turns that failed."""
     queue, sessions = part(document, "queue"), part(document, "sessions")
-    slots = [row.get("slots") for row in listed(document, "models")]
+    slots = [row.get("slots") for row in listed(document, "backends") if state_of(row) in HOLDING_TURNS]
     of_slots = f"of {things(sum(filter(is_known, slots)), 'slot')}" if any(map(is_known, slots)) else "now"
-    failed, finished, window = recent_failures(document) or (0, 0, RECENT_S)
-    share, recorded = failed / finished if finished else None, failure_share(history)
-    if recorded is not None:
-        share, window = recorded, RECENT_S
+    failed, finished = recent_failures(document)
+    share = failed / finished if finished else None
     pending, oldest = queue.get("pending"), queue.get("oldest_ms")
     waiting = f"for up to {duration(oldest)}" if pending and is_known(oldest) else "now"
     judgement = NEUTRAL if not share else BAD if share >= BAD_ERROR_SHARE else BUSY
     return [
-        Metric("Active sessions", count(sessions.get("active")), "last 5 min"),
+        Metric("Sessions alive", count(sessions.get("alive")), "in a turn or thinking"),
         Metric("In flight", count(queue.get("in_flight")), of_slots),
         Metric("Waiting", count(pending), waiting),
-        Metric("Failed turns", percent(share), f"last {seconds(window)}", (), judgement),
+        Metric("Failed turns", percent(share), f"last {RECENT}", (), judgement),
     ]
 
 
 def metrics_of_minute(document: Mapping[str, Any]) -> list[Metric]:
     """The rates and latencies of the last minute, with their course over the last minutes."""
     rates = part(document, "throughput")
-    history = listed(rates, "history")
-    latency = part(history[-1], "latency_ms") if history else {}
+    points = [point for point in listed(rates, "history") if is_known(point.get("at"))]
+    current = {**rates, "latency_ms": part(points[-1], "latency_ms") if points else {}}
+    shown: tuple[tuple[str, Callable[[Any], str], tuple[str, ...]], ...] = (
+        ("Turns per min", figure, ("turns_per_minute",)),
+        ("Tokens per s", figure, ("tokens_per_second",)),
+        ("Latency, median", duration, ("latency_ms", "p50")),
+        ("Latency, p95", duration, ("latency_ms", "p95")),
+    )
 
-    def course(*path: str) -> tuple[float, ...]:
-        """Means of blocks of COURSE_S, so that what is drawn changes no more often than that; NaN where none is known.
-
-        The latest one, which isn't over, is left out.
-        """
-        blocks: dict[int, list[float]] = {}
-        for point in history:
-            if is_known(point.get("at")):
-                values, value = (
-                    blocks.setdefault(int(point["at"] // COURSE_S), []),
-                    part(point, *path[:-1]).get(path[-1]),
-                )
-                values += [value] if is_known(value) else []
-        spanned = range(min(blocks, default=0), max(blocks, default=0))
-        means = [statistics.fmean(blocks[block]) if blocks.get(block) else math.nan for block in spanned]
-        return tuple(means[-COURSE_BLOCKS:]) if any(map(is_known, means)) else ()
+    def read(point: Mapping[str, Any], path: Sequence[str]) -> Any:
+        return part(point, *path[:-1]).get(path[-1])
 
     return [
-        Metric("Turns per min", figure(rates.get("turns_per_minute")), "last minute", course("turns_per_minute")),
-        Metric("Tokens per s", figure(rates.get("tokens_per_second")), "last minute", course("tokens_per_second")),
-        Metric("Latency, median", duration(latency.get("p50")), "last minute", course("latency_ms", "p50")),
-        Metric("Latency, p95", duration(latency.get("p95")), "last minute", course("latency_ms", "p95")),
+        Metric(label, show(read(current, path)), "last minute", course((p["at"], read(p, path)) for p in points))
+        for label, show, path in shown
     ]
+
+
+def course(points: Iterable[tuple[float, Any]]) -> tuple[float, ...]:
+    """Means of a figure, from its ``(time, value)``, over blocks of COURSE_S: what is drawn changes no more often.
+
+    NaN where nothing is known. The latest block, which isn't over, is left out.
+    """
+    blocks: dict[int, list[float]] = {}
+    for at, value in points:
+        blocks.setdefault(int(at // COURSE_S), []).extend([value] if is_known(value) else [])
+    spanned = range(min(blocks, default=0), max(blocks, default=0))
+    means = [statistics.fmean(blocks[block]) if blocks.get(block) else math.nan for block in spanned]
+    return tuple(means[-COURSE_BLOCKS:]) if any(map(is_known, means)) else ()
 
 
 # =====================================================================================================================
@@ -1256,27 +1254,15 @@ def _steps(data: Data, panel: Panel, is_last: bool, height: int, brush: Any, cro
     figures = alt.Axis(title=None, tickCount=3, ticks=False, domain=False, offset=-AXIS_PX, labelPadding=6)
     figures.labelExpr = "abs(datum.value) >= 1000 ? format(datum.value, '~s') : format(datum.value, '~g')"
     x = alt.X("at:T", axis=times, scale=alt.Scale(domain=brush, range=[AXIS_PX, alt.ExprRef("width")]))
-    legend = alt.Legend(
-        orient="top",
-        direction="horizontal",
-        symbolType="stroke",
-        title=None,
-        offset=10,
-        labelExpr=f"{json.dumps(dict(panel.lines))}[datum.label]",
-        labelLimit=200,
-    )
-    several = legend if len(names) > 1 else None
-    lines = (
-        own.transform_fold(names, as_=["name", "value"])
-        .mark_line(strokeWidth=1.75, clip=True)
-        .encode(
-            x=x,
-            y=alt.Y("value:Q", scale=alt.Scale(zero=True, nice=3), axis=figures),
-            color=alt.Color("name:N", scale=alt.Scale(domain=names), legend=several),
-            strokeDash=alt.StrokeDash(
-                "name:N", scale=alt.Scale(domain=names, range=[[1, 0], [6, 3], [2, 2]]), legend=several
-            ),
-        )
+    titles = f"{json.dumps(dict(panel.lines))}[datum.label]"
+    legend = alt.Legend(symbolType="stroke", offset=10, labelExpr=titles) if len(names) > 1 else None
+    dashes = alt.Scale(domain=names, range=[[1, 0], [6, 3], [2, 2]])
+    folded = own.transform_fold(names, as_=["name", "value"])
+    lines = folded.mark_line(strokeWidth=1.75, clip=True).encode(
+        x=x,
+        y=alt.Y("value:Q", scale=alt.Scale(zero=True, nice=3), axis=figures),
+        color=alt.Color("name:N", scale=alt.Scale(domain=names), legend=legend),
+        strokeDash=alt.StrokeDash("name:N", scale=dashes, legend=legend),
     )
     tooltip = [alt.Tooltip("at:T", title="time", format="%d %b %H:%M:%S")]
     tooltip += [alt.Tooltip(f"{name}:Q", title=word, format=",.3~r") for name, word in panel.lines.items()]
@@ -1284,8 +1270,7 @@ def _steps(data: Data, panel: Panel, is_last: bool, height: int, brush: Any, cro
     rule = own.mark_rule(strokeWidth=1, clip=True).encode(x=x, tooltip=tooltip, opacity=shown).add_params(crosshair)
     runs = alt.Chart(alt.NamedData("runs")).encode(x=x, tooltip=[alt.Tooltip("run:N", title="run")])
     marks = runs.mark_rule(strokeWidth=1.5, strokeDash=[3, 3], clip=True)
-    heading = alt.Title(panel.title, anchor="start", fontSize=13, fontWeight="normal", offset=6)
-    return alt.layer(lines, rule, marks).properties(height=height, title=heading)
+    return alt.layer(lines, rule, marks).properties(height=height, title=panel.title)
 
 
 def timeline_chart(data: Data, panels: Sequence[Panel], height: int = 110) -> Any:
@@ -1297,36 +1282,17 @@ def timeline_chart(data: Data, panels: Sequence[Panel], height: int = 110) -> An
     crosshair = alt.selection_point(
         name="moment", fields=["at"], nearest=True, on="pointerover", clear="pointerout", empty=False
     )
-    first = next(iter(panels[0].lines))
-    strip = (
-        alt.Chart(data)
-        .mark_area(opacity=0.5)
-        .encode(
-            x=alt.X(
-                "at:T",
-                axis=alt.Axis(title=None, labels=False, ticks=False, grid=False),
-                scale=alt.Scale(range=[AXIS_PX, alt.ExprRef("width")]),
-            ),
-            y=alt.Y(f"{first}:Q", axis=None),
-        )
-        .properties(
-            height=28,
-            title=alt.Title(
-                "drag here to zoom all charts; double-click to show all",
-                anchor="start",
-                fontSize=13,
-                fontWeight="normal",
-                offset=4,
-            ),
-        )
-        .add_params(brush)
-    )
+    axis = alt.Axis(title=None, labels=False, ticks=False, grid=False)
+    x = alt.X("at:T", axis=axis, scale=alt.Scale(range=[AXIS_PX, alt.ExprRef("width")]))
+    y = alt.Y(f"{next(iter(panels[0].lines))}:Q", axis=None)
+    hint = "drag here to zoom all charts; double-click to show all"
+    area = alt.Chart(data).mark_area(opacity=0.5).encode(x=x, y=y)
+    strip = area.properties(height=28, title=hint).add_params(brush)
     rest = [_steps(data, panel, panel is panels[-1], height, brush, crosshair) for panel in panels]
     with warnings.catch_warnings():  # Altair warns that several charts share a crosshair, which is intended
         warnings.simplefilter("ignore", UserWarning)
         joined = alt.vconcat(strip, *rest, spacing=14)
-    joined = joined.resolve_scale(color="independent", strokeDash="independent")
-    return joined.configure(background="transparent").configure_view(strokeWidth=0)
+    return joined.resolve_scale(color="independent", strokeDash="independent")
 
 
 def capacity_chart(data: Data, height: int = 300) -> Any:
@@ -1336,7 +1302,7 @@ def capacity_chart(data: Data, height: int = 300) -> Any:
         y=alt.Y("turns_per_hour:Q", title="turns per hour", scale=alt.Scale(zero=True, nice=False)),
     )
     names = list(CAPACITY.values())
-    legend = alt.Legend(orient="top", direction="horizontal", title=None, offset=16, labelLimit=300, symbolOpacity=1)
+    legend = alt.Legend(offset=16, symbolOpacity=1)
     colour = alt.Color("kind:N", scale=alt.Scale(domain=names), legend=legend)
     tooltip = [alt.Tooltip("agents:Q", title="agents", format=",.0f")]
     for name, text in (("turns_per_hour", "turns per hour"), ("low", "at least"), ("high", "at most")):
@@ -1354,9 +1320,7 @@ def capacity_chart(data: Data, height: int = 300) -> Any:
         measured.mark_rule(strokeWidth=2).encode(**span),
         measured.mark_point(size=150, filled=True, shape="diamond", opacity=1).encode(color=colour, tooltip=tooltip),
     ]
-    return (
-        alt.layer(*layers).properties(height=height).configure(background="transparent").configure_view(strokeWidth=0)
-    )
+    return alt.layer(*layers).properties(height=height)
 
 
 def themed(specification: Mapping[str, Any], is_dark: bool) -> dict[str, Any]:
@@ -1364,14 +1328,17 @@ def themed(specification: Mapping[str, Any], is_dark: bool) -> dict[str, Any]:
     text, line, grid = ("#b4bcc6", "#98a2ad", "#2d3339") if is_dark else ("#4f5965", "#59626d", "#e1e5ea")
     light = ("#1f5fb4", "#b0448f", "#0b8076", "#7a6a00", "#6d4fc2", "#59626d")
     dark = ("#5a96e6", "#e08ac4", "#3fc4b0", "#d2bd4a", "#b39df0", "#98a2ad")
+    at_the_top = {"orient": "top", "direction": "horizontal"}
     config = {
         **part(specification, "config"),
+        "background": "transparent",
+        "view": {"strokeWidth": 0},
         "font": '"Source Sans", sans-serif',
         "range": {"category": list(dark if is_dark else light)},
         "area": {"color": dark[0] if is_dark else light[0]},
         "axis": {"labelColor": text, "titleColor": text, "gridColor": grid, "labelFontSize": 12, "titleFontSize": 12},
-        "legend": {"labelColor": text, "labelFontSize": 12},
-        "title": {"color": text},
+        "legend": {"labelColor": text, "labelFontSize": 12, "labelLimit": 300, "title": None, **at_the_top},
+        "title": {"color": text, "anchor": "start", "fontSize": 13, "fontWeight": "normal", "offset": 6},
         "rule": {"color": line},
         "text": {"color": text},
     }
@@ -1647,7 +1614,7 @@ PAGE_CSS = """
 # Views: the only part that speaks to Streamlit.
 # =====================================================================================================================
 
-STATES = ("all", "live", "ended")
+STATES = {"all": "all", "live": "not ended", "ended": "ended"}  # of GET /sessions → its words
 OUTCOME_WORDS = {"completed": "completed", "error": "failed", "rejected": "refused", "aborted": "client left"}
 ORDERS = {  # of the list: its words → the field of GET /sessions, all with the highest first
     "most recent": "last_at",
@@ -1700,8 +1667,9 @@ def titled(titles: Mapping[str, str]) -> dict[str, Any]:
     return {name: st.column_config.TextColumn(title) for name, title in titles.items()}
 
 
-def is_dark() -> bool:
-    return st.context.theme.type == "dark"
+def share(title: str, **options: Any) -> Any:
+    """A column of bars, of shares in percent."""
+    return st.column_config.ProgressColumn(title, format="%.0f %%", min_value=0, max_value=100, **options)
 
 
 def open_session(name: str | None) -> None:
@@ -1743,36 +1711,36 @@ def show_table(frame: pd.DataFrame, columns: Mapping[str, Any], key: str, opens:
     )
 
 
+def show_badge(judgement: str, word: str) -> None:
+    st.badge(f"{SHAPES[judgement]} {word}", color=COLOURS[judgement])
+
+
 def show_problem(problem: Problem | None) -> None:
     """Why a part of the page isn't current."""
     if problem is not None and problem.is_final:
         st.text(problem.what)
     elif problem is not None:
         with st.container(horizontal=True):
-            st.badge("not current", color="red")
+            show_badge(BAD, "not current")
             st.text(" ".join(filter(None, (problem.what, problem.fix))))
 
 
-@st.cache_resource(show_spinner=False)
-def _template(panels: tuple[tuple[str, tuple[tuple[str, str], ...]], ...], dark: bool) -> dict[str, Any]:
+@st.cache_resource(show_spinner=False, hash_funcs={Panel: repr})
+def _template(panels: Sequence[Panel], dark: bool) -> dict[str, Any]:
     """A chart without its data, built once per process; without panels, the curve of the capacity.
 
     Streamlit collects garbage after every run, a fragment's too: 0.2 s of CPU with all that pandas and Altair have
     made. Objects that exist by now stay, so collections skip them from here on.
     """
     rows = alt.NamedData("rows")
-    if not panels:
-        template = chart_template(capacity_chart(rows))
-    else:
-        template = chart_template(timeline_chart(rows, [Panel(title, dict(lines)) for title, lines in panels]))
+    template = chart_template(timeline_chart(rows, panels) if panels else capacity_chart(rows))
     gc.freeze()
     return themed(template, dark)
 
 
 def show_chart(name: str, label: str, data: Mapping[str, pd.DataFrame], panels: Sequence[Panel] = ()) -> None:
     """Show a chart. The browser changes its data in place, so what is zoomed stays zoomed."""
-    key = tuple((panel.title, tuple(panel.lines.items())) for panel in panels)
-    specification = {**_template(key, is_dark()), "datasets": dict(data)}
+    specification = {**_template(panels, st.context.theme.type == "dark"), "datasets": dict(data)}
     st.vega_lite_chart(spec=specification, key=name, width="stretch", alt=label, theme=None)
 
 
@@ -1824,7 +1792,7 @@ def status_view(source: Source, body: Callable[[Source], None] | None) -> None:
     with st.container(border=True, key="status", gap="xsmall"):
         for status in statements[:5]:
             with st.container(horizontal=True, wrap=False, gap="small"):
-                st.badge(f"{SHAPES[status.judgement]} {status.word}", color=COLOURS[status.judgement])
+                show_badge(status.judgement, status.word)
                 st.text(" ".join(filter(None, (status.sentence, status.hint))), width="stretch")
         phase_bar(document)
     if body is not None:
@@ -1876,11 +1844,8 @@ def show_metrics(metrics: Iterable[Metric], key: str) -> None:
 def now_view(source: Source) -> None:
     """The figures of this moment."""
     document = source.stats()
-    if not document:
-        return
-    path = history_path(float(document.get("now") or 0.0), RECENT_S, 60, None)
-    history = source.read(path, CHARTS_EVERY_S, name="failures", patience_s=0.0)
-    show_metrics(metrics_of_now(document, history.document or {}), "metrics_now")
+    if document:
+        show_metrics(metrics_of_now(document), "metrics_now")
 
 
 def course_view(source: Source) -> None:
@@ -1908,17 +1873,11 @@ def first_steps(source: Source, document: Mapping[str, Any]) -> None:
 
 def attention_view(document: Mapping[str, Any]) -> None:
     """Runs, sessions that may need attention, and the latest failures."""
-    text, runs = st.column_config.TextColumn, run_frame(document)
+    runs = run_frame(document)
     if not runs.empty:
         st.markdown("**Runs**")
-        columns = {
-            "name": text("run"),
-            "done": st.column_config.ProgressColumn("done", format="%d %%", min_value=0, max_value=100),
-            "tasks": text("tasks"),
-            "left": text("remaining (90 % interval)"),
-            "late": text("stragglers"),
-        }
-        show_table(runs, columns, "runs")
+        titles = {"tasks": "tasks", "left": "remaining (90 % interval)", "late": "stragglers"}
+        show_table(runs, {**titled({"name": "run"}), "done": share("done"), **titled(titles)}, "runs")
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
         st.markdown("**Sessions that may need attention**")
@@ -1926,15 +1885,15 @@ def attention_view(document: Mapping[str, Any]) -> None:
         if watched.empty:
             st.text("None: no session is silent, repeating, oversized or thrashing.")
         else:
-            columns = {name: text(name) for name in ("kind", "session", "sentence", "since")}
+            columns = titled({name: name for name in ("kind", "session", "sentence", "since")})
             show_table(watched, columns, "watchdog", "session", height=260)
     with right, st.container(border=True, height="stretch"):
-        st.markdown("**Latest failed turns**")
+        st.markdown("**Latest turns that failed or were refused**")
         failed = failure_frame(document)
         if failed.empty:
-            st.text(f"None of the {things(len(listed(document, 'recent_turns')), 'turn')} that finished last failed.")
+            st.text(f"None among the {things(len(listed(document, 'recent_turns')), 'turn')} that finished last.")
         else:
-            columns = {name: text(name) for name in ("ago", "session", "outcome", "error", "replica")}
+            columns = titled({name: name for name in ("ago", "session", "outcome", "error", "replica")})
             show_table(failed, columns, "failures", "session", height=260)
 
 
@@ -1993,14 +1952,15 @@ def sessions_path(offset: int) -> str:
 
 def list_filters() -> None:
     """Search, state, outcome and order; kept while a session is open."""
-    kept: Any = "session"
+    kept: dict[str, Any] = {"persist_state": "session"}
+    of_state = {**kept, "default": "all", "required": True, "format_func": STATES.__getitem__}
+    of_outcome = {**kept, "format_func": OUTCOME_WORDS.__getitem__}
     with st.container(horizontal=True, vertical_alignment="bottom"):
         hint = "id, task, client or model"
-        st.text_input("Search", key="query", type="search", live=True, placeholder=hint, width=300, persist_state=kept)
-        st.pills("State", STATES, key="state", default="all", required=True, persist_state=kept)
-        words = OUTCOME_WORDS
-        st.pills("With a turn that", list(words), key="outcome", format_func=words.__getitem__, persist_state=kept)
-        st.selectbox("Order", list(ORDERS), key="order", width=180, persist_state=kept)
+        st.text_input("Search", key="query", type="search", live=True, placeholder=hint, width=300, **kept)
+        st.pills("State", list(STATES), key="state", **of_state)
+        st.pills("With a turn that", list(OUTCOME_WORDS), key="outcome", **of_outcome)
+        st.selectbox("Order", list(ORDERS), key="order", width=180, **kept)
 
 
 def list_view(source: Source) -> None:
@@ -2017,12 +1977,11 @@ def list_view(source: Source) -> None:
         shown = (path, current)
     rows, held_back = arranged(shown[1], current)
     st.session_state["listing"] = (path, rows)
+    many = total if is_known(total) and total > LISTED_SESSIONS else 0
     with st.container(horizontal=True, vertical_alignment="center"):
-        order = st.session_state.get("order") or next(iter(ORDERS))
-        many = total if is_known(total) and total > LISTED_SESSIONS else 0
-        first = LISTED_SESSIONS * (page - 1)
-        text = f"Showing {count(first + 1)} to {count(first + len(rows))} of {things(many, 'session')}, {order} first."
-        st.text(text if many else f"{things(len(rows), 'session')}, {order} first.")
+        before, order = LISTED_SESSIONS * (page - 1), st.session_state.get("order") or next(iter(ORDERS))
+        span = f"Showing {count(before + 1)} to {count(before + len(rows))} of " if many else ""
+        st.text(f"{span}{things(many or len(rows), 'session')}, {order} first.")
         others = f"{things(held_back, 'other session')} in this order now: refresh"
         label = others if held_back else "Refresh order"
         st.button(label, key="reorder", on_click=_reorder, type="secondary" if held_back else "tertiary")
@@ -2054,9 +2013,7 @@ def session_columns() -> dict[str, Any]:
         ),
         "tokens_in": number("tokens in", format="compact", width=80),
         "tokens_out": number("tokens out", format="compact", width=85),
-        "cached": st.column_config.ProgressColumn(
-            "cached", format="%d %%", min_value=0, max_value=100, width=110, help="share of the input tokens"
-        ),
+        "cached": share("cached", width=110, help="share of the input tokens"),
         "task": text("task", width=130),
         "replica": text("replica", width=110),
         "model": text("model", width=110),
@@ -2131,7 +2088,7 @@ def turn_view(turn: Mapping[str, Any]) -> None:
     """A turn: what it was about, and what is known of it."""
     st.markdown(f"**Turn {int(turn['number'])}**")
     if turn.get("error"):
-        st.badge(f"{SHAPES[BAD]} failed", color="red")
+        show_badge(BAD, "failed")
         st.code(str(turn["error"]), language=None, wrap_lines=True)
     for name in ("prompt", "answer"):
         st.text(name)
@@ -2146,28 +2103,32 @@ def turn_view(turn: Mapping[str, Any]) -> None:
 def replicas_view(source: Source) -> None:
     """The replicas, the most urgent first, and all that is known of the chosen one."""
     document = source.stats()
-    frame = replica_frame(document)
+    former: Sequence[Mapping[str, Any]] = ()
+    if part(st.session_state.get("replicas"), "selection").get("rows"):  # Streamlit knows a ticked row by its place
+        former = st.session_state.get("former replicas", ())
+    rows = with_gone(listed(document, "backends"), former)
+    frame = in_order(replica_frame({**document, "backends": rows}), [row["id"] for row in former])
     if frame.empty:
         st.text("There are no replicas; “python agent_infra.py start” starts them." if document else "")
         return
-    ready = _ready(document)
-    st.text(f"{ready} of {things(len(frame), 'replica')} ready. Inference and first token: last 5 minutes.")
-    if part(st.session_state.get("replicas"), "selection").get("rows"):  # Streamlit knows a ticked row by its place
-        frame = in_order(frame, st.session_state.get("order of replicas", ()))
-    st.session_state["order of replicas"] = list(frame["id"])
+    st.session_state["former replicas"] = frame[["id", "model"]].to_dict("records")
+    total = sum(state_of(row) not in ("stopped", "gone") for row in rows)
+    st.text(
+        f"{_ready(document)} of {things(total, 'replica')} ready. Inference and first token: last {RECENT}. "
+        "Turns and failures: since the proxy started."
+    )
     height = min(640, 40 + 32 * len(frame))
     columns = replica_columns(frame)
     show_table(frame, columns, "replicas", on_select="rerun", selection_mode="single-row", height=height)
-    rows = st.session_state["replicas"]["selection"]["rows"]
-    if rows and rows[0] < len(frame):
-        name = frame["id"].iloc[rows[0]]
-        replica_view(next(row for row in listed(document, "backends") if row.get("id") == name))
+    ticked = st.session_state["replicas"]["selection"]["rows"]
+    if ticked and ticked[0] < len(frame):
+        name = frame["id"].iloc[ticked[0]]
+        replica_view(next(row for row in rows if row.get("id") == name))
 
 
 def replica_columns(frame: pd.DataFrame) -> dict[str, Any]:
     text, number = st.column_config.TextColumn, st.column_config.NumberColumn
     colours: list[Any] = [COLOURS[judgement] for judgement in JUDGEMENT_OF_STATE.values()]
-    share: dict[str, Any] = {"format": "%d %%", "min_value": 0, "max_value": 100, "width": 110}
     most = max([1.0, *(value for row in frame["history"] for value in row)])
     return {
         "id": text("replica"),
@@ -2176,9 +2137,9 @@ def replica_columns(frame: pd.DataFrame) -> dict[str, Any]:
         ),
         "note": text("note", width=150),
         "model": text("model"),
-        "gpu": st.column_config.ProgressColumn("GPU utilised", **share),
-        "kv": st.column_config.ProgressColumn("KV cache", **share),
-        "memory": st.column_config.ProgressColumn("GPU memory", **share),
+        "gpu": share("GPU utilised", width=110),
+        "kv": share("KV cache", width=110),
+        "memory": share("GPU memory", width=110),
         "in_flight": number("in flight", width=70),
         "slots": number("slots", width=60),
         "history": st.column_config.LineChartColumn("in flight, 2 min", y_min=0, y_max=most, width=130),
@@ -2201,7 +2162,7 @@ def replica_view(row: Mapping[str, Any]) -> None:
     with st.container(border=True):
         state = state_of(row)
         with st.container(horizontal=True, vertical_alignment="center"):
-            st.badge(state_label(state), color=COLOURS[JUDGEMENT_OF_STATE.get(state, NEUTRAL)])
+            show_badge(JUDGEMENT_OF_STATE.get(state, NEUTRAL), state)
             st.code(str(row.get("id")), language=None, width="content")
         failure, tunnel = part(row, "failure"), part(row, "tunnel")
         for text in (reason_of(row), hint_of(row), tunnel.get("reason")):
@@ -2233,10 +2194,9 @@ def analysis_view(source: Source) -> None:
     shown = [entry for entry in entries if chosen is None or entry.get("model") == chosen]
     for index, entry in enumerate(shown):
         with st.container(border=True):
-            entry_view(entry, index, idle_s(document))
+            entry_view(entry, index, document.get("now"), idle_s(document) is not None)
     if not shown:
         st.text("There is no analysis yet: it needs turns.")
-    text = st.column_config.TextColumn
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):
         st.markdown("**Where the time of turns goes**, last 5 minutes")
@@ -2246,14 +2206,10 @@ def analysis_view(source: Source) -> None:
         else:
             pipeline["share"] *= 100
             pipeline["part"] = [PIPELINE_WORDS[name] for name in pipeline["part"]]
-            columns = {"part": text("part"), "share": _share("share"), **{n: text(n) for n in ("mean", "p50", "p95")}}
-            show_table(pipeline, columns, "pipeline")
+            titles = {name: name for name in ("mean", "p50", "p95")}
+            show_table(pipeline, {**titled({"part": "part"}), "share": share("share"), **titled(titles)}, "pipeline")
     with right, st.container(border=True, height="stretch"):
         hours_view(document)
-
-
-def _share(title: str) -> Any:
-    return st.column_config.ProgressColumn(title, format="%.0f %%", min_value=0, max_value=100)
 
 
 def hours_view(document: Mapping[str, Any]) -> None:
@@ -2265,43 +2221,42 @@ def hours_view(document: Mapping[str, Any]) -> None:
         st.text("No GPU time has been recorded yet.")
     else:
         st.markdown(f"**{hours['unit'].iloc[0]}**, last {seconds(since)}")
-        words = {"model": "model", "ready_busy": "busy", "ready_idle": "idle", "loading": "loading"}
-        columns = titled({**words, "pending": "pending"})
-        show_table(hours, {**columns, "busy": _share("busy share")}, "hours")
+        titles = {"model": "model", "ready_busy": "busy", "ready_idle": "idle"}
+        columns = titled({**titles, "loading": "loading", "pending": "pending"})
+        show_table(hours, {**columns, "busy": share("busy share")}, "hours")
     if not cost.empty:
-        words = {"of": "GPU time", "turn": "per turn", "session": "per session", "task": "per task"}
-        columns = titled({**words, "lost": "cache misses"})
-        show_table(cost, {**columns, "of": st.column_config.TextColumn("GPU time", width=130)}, "cost")
+        titles = {"turn": "per turn", "session": "per session", "task": "per task", "lost": "cache misses"}
+        show_table(cost, {"of": st.column_config.TextColumn("GPU time", width=130), **titled(titles)}, "cost")
 
 
-def entry_view(entry: Mapping[str, Any], index: int, idle: float | None) -> None:
-    """The verdict on one model and GPU type; ``idle``: for how long (s) it has been of the past."""
-    name, text = verdict_name(entry), st.column_config.TextColumn
-    judgement = JUDGEMENT_OF_VERDICT.get(name, BUSY) if idle is None else NEUTRAL
-    age = "" if idle is None or name == "NO DATA" else f", {seconds(idle)} ago"
+def entry_view(entry: Mapping[str, Any], index: int, now: Any, is_idle: bool) -> None:
+    """The verdict on one model and GPU type: the last one, with its age, while ``is_idle`` or while there is none."""
+    verdict, last = part(entry, "verdict"), part(entry, "last_verdict")
+    word = name = verdict_name(entry)
+    judgement, advice = JUDGEMENT_OF_VERDICT.get(name, BUSY), advice_of(entry)
+    if last and (is_idle or name == "NO DATA"):
+        word, judgement, verdict, advice = last_verdict(entry, now), NEUTRAL, last, str(last.get("suggestion") or "")
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.badge(f"{SHAPES[judgement]} {name}{age}", color=COLOURS[judgement])
+        show_badge(judgement, word)
         st.text(entry_label(entry))
-    verdict = part(entry, "verdict")
     st.text(str(verdict.get("sentence") or verdict.get("reason") or ""))
-    if advice_of(entry):
-        st.text(advice_of(entry))
+    if advice:
+        st.text(advice)
     for flag in listed(entry, "flags"):
         with st.container(horizontal=True, wrap=False):
-            flagged = JUDGEMENT_OF_VERDICT.get(str(flag.get("name")), BUSY)
-            st.badge(f"{SHAPES[flagged]} {flag.get('name')}", color=COLOURS[flagged])
+            show_badge(JUDGEMENT_OF_VERDICT.get(str(flag.get("name")), BUSY), str(flag.get("name")))
             st.text(str(flag.get("sentence") or ""), width="stretch")
     shares, curve = share_frame(entry), capacity_frame(entry)
-    if shares.empty:
+    if shares.empty or (is_idle and last and last.get("name") != name):  # what an idle fleet looks like
         return
     left, right = st.columns(2)
     with left:
-        columns: dict[str, Any] = {"name": text("throughput is limited by"), "share": _share("share")}
-        show_table(shares, {**columns, "interval": text("interval")}, f"shares {index}")
-        words = {"what": "agents", "agents": "number", "then": "turns", "change": "change", "wait": "wait per turn"}
-        show_table(option_frame(entry), titled(words), f"options {index}")
-        words = {"what": "what if", "change": "turns", "interval": "interval", "then": "then"}
-        show_table(what_if_frame(entry), titled(words), f"what ifs {index}")
+        columns = {**titled({"name": "throughput is limited by"}), "share": share("share")}
+        show_table(shares, {**columns, **titled({"interval": "interval"})}, f"shares {index}")
+        titles = {"what": "agents", "agents": "number", "then": "turns", "change": "change", "wait": "wait per turn"}
+        show_table(option_frame(entry), titled(titles), f"options {index}")
+        titles = {"what": "what if", "change": "turns", "interval": "interval", "then": "then"}
+        show_table(what_if_frame(entry), titled(titles), f"what ifs {index}")
     with right:
         if curve.empty:
             st.text("No curve: too little is known to predict throughput.")
@@ -2338,10 +2293,9 @@ def controls_view(source: Source, models: Sequence[str]) -> None:
 
 
 def _pause() -> None:
-    is_paused = st.session_state["paused"] = not st.session_state.get("paused")
-    if is_paused:
-        return
-    st.session_state.pop("readings", None)
+    st.session_state["paused"] = not st.session_state.get("paused")
+    if not st.session_state["paused"]:
+        st.session_state.pop("readings", None)
 
 
 def history_view(source: Source) -> None:
@@ -2355,7 +2309,7 @@ TABS: Mapping[str, tuple[View, View, float]] = {
     "Sessions": (None, sessions_view, LIST_EVERY_S),
     "Replicas": (replicas_view, None, 0.0),
     "Analysis": (None, analysis_view, CHARTS_EVERY_S),
-    "History": (None, history_view, CHARTS_EVERY_S),
+    "History": (None, history_view, HISTORY_EVERY_S),
 }
 
 

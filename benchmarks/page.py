@@ -3,10 +3,11 @@
 
     python benchmarks/page.py                     # 64 replicas, 2,000 live sessions, whose figures change all the time
     python benchmarks/page.py --seconds 60 --tab Sessions
+    python benchmarks/page.py --minutes 10        # whether memory stays flat
 
 Needs Chromium (apt-get install chromium) and playwright (pip install -e '.[test]').  A viewer paints first when the
 status is there, and has the page whole with its figures and charts.  Memory is that of the page's server and of the
-browser, at the beginning and at the end of the stay.
+browser, at the beginning of the stay, after each minute and at its end.
 """
 
 from __future__ import annotations
@@ -81,10 +82,10 @@ def measure(browser: Any, url: str, whole: str, server_pid: int, asked: Sequence
     time.sleep(5)
     ours = set(process_tree(server_pid))
     shown = [pid for pid in process_tree(os.getpid()) if pid not in ours and pid != os.getpid()]
-    print(f"memory: server {memory_mib(ours):.0f} MiB, browser {memory_mib(shown):.0f} MiB", flush=True)
     server_s, browser_s, asked_before, began = cpu_seconds(ours), cpu_seconds(shown), len(asked), time.monotonic()
-    time.sleep(seconds)
-    wall_s = time.monotonic() - began
+    while (wall_s := time.monotonic() - began) < seconds:
+        print(f"{wall_s:.0f} s: server {memory_mib(ours):.0f} MiB, browser {memory_mib(shown):.0f} MiB", flush=True)
+        time.sleep(min(60.0, seconds - wall_s))
     refreshed = asked[asked_before:].count("/stats") / wall_s
     print(f"refreshed {refreshed:.2f} times a second")  # fewer than 1: the machine is busy
     print(f"page's server: {(cpu_seconds(ours) - server_s) / wall_s:.2f} of a core")
@@ -105,9 +106,12 @@ def memory_mib(pids: Iterable[int]) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure once."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=30.0, help="of steady showing")
+    stay = parser.add_mutually_exclusive_group()
+    stay.add_argument("--seconds", type=float, default=30.0, help="of steady showing")
+    stay.add_argument("--minutes", type=float, help="likewise")
     parser.add_argument("--tab", choices=list(WHOLE), default="Overview", help="the one that is open")
     arguments, port, stopping = parser.parse_args(argv), free_port(), threading.Event()
+    seconds = arguments.seconds if arguments.minutes is None else 60 * arguments.minutes
     try:
         from playwright.sync_api import sync_playwright
     except ModuleNotFoundError:
@@ -133,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
                     key = (state / "agent-infra/default/page_key").read_text().strip()
                     url = f"http://127.0.0.1:{port}/?key={key}&tab={arguments.tab}"
-                    measure(browser, url, WHOLE[arguments.tab], child.pid, server.asked, arguments.seconds)
+                    measure(browser, url, WHOLE[arguments.tab], child.pid, server.asked, seconds)
                     browser.close()
         finally:
             stopping.set()

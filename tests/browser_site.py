@@ -22,6 +22,17 @@ def collect_complaints(tab: Any, complaints: list[str]) -> None:
     tab.on("pageerror", lambda error: complaints.append(str(error)))
 
 
+def wait_text(tab: Any, text: str, selector: str = ".stMainBlockContainer") -> None:
+    tab.wait_for_function(
+        "([selector, text]) => document.querySelector(selector)?.innerText.includes(text)", arg=[selector, text]
+    )
+
+
+def status(tab: Any) -> str:
+    """What the status line says."""
+    return str(tab.inner_text(".st-key-status"))
+
+
 @dataclass
 class Site:
     """The page's server and what stands behind it."""

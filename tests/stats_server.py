@@ -35,6 +35,11 @@ def analysis(*names: str) -> list[dict[str, Any]]:
     return [entry for entry in entries if not names or entry["verdict"]["name"] in names]
 
 
+def last_verdict(name: str) -> dict[str, Any]:
+    """The field of an entry of the analysis, of a second ago."""
+    return {"last_verdict": {**analysis("GPU-BOUND")[0]["last_verdict"], "name": name, "at": NOW - 1}}
+
+
 def percentiles(p50: float | None) -> dict[str, float | None]:
     return {"p50": p50, "p95": p50 and p50 * 2.4, "p99": p50 and p50 * 3.1}
 
@@ -160,6 +165,11 @@ def turn(number: int, session_id: str, **changes: Any) -> dict[str, Any]:
         "answer": "I open the third article, because it is the cheapest one that fits.",
         **changes,
     }
+
+
+def outcomes(completed: int, errors: int = 0, aborted: int = 0) -> dict[str, float]:
+    """Of the last five minutes."""
+    return {"window_s": 300.0, "completed": completed, "errors": errors, "aborted": aborted, "rejected": 0}
 
 
 def session_row(number: int, state: str | None = None, name: str | None = None) -> dict[str, Any]:
@@ -321,11 +331,12 @@ def busy(replicas: int = 4, clients: int = 6, sessions: int = 40, **changes: Any
                 for n in range(3)
             ],
         },
-        "sessions": {"live": sessions * 8, "active": 258, "listed": sessions, "ended": 431, "evicted": 0},
+        "sessions": {"live": sessions * 8, "alive": 258, "active": 271, "listed": sessions, "ended": 431, "evicted": 0},
         "clients": [
             {"id": f"host{n}:{4000 + n}", "command": "python agent.py --env webshop", "sessions": rows[n::clients]}
             for n in range(clients)
         ],
+        "recent_outcomes": outcomes(2464, errors=576, aborted=560) if rows else outcomes(0),
         "recent_turns": [turn(number, rows[number % len(rows)]["id"]) for number in range(100)] if rows else [],
         "pipeline": pipeline(),
         "relay": {
@@ -401,7 +412,7 @@ def empty(**changes: Any) -> dict[str, Any]:
 def extreme() -> dict[str, Any]:
     """64 replicas, 2,000 live sessions (the API lists 200), ids and prompts that try to be something else."""
     document = busy(replicas=64, clients=25, sessions=200)
-    document["sessions"].update(live=2000, active=1460, listed=200)
+    document["sessions"].update(live=2000, alive=1460, active=1493, listed=200)
     document["backends"][5].update(state="failed", reason="CUDA out of memory. Tried to allocate 2.00 GiB " * 4)
     document["backends"][6].update(healthy=False, reason="3 requests in a row were refused")
     document["backends"][7].update(state="loading", progress="5/9", latency_ms=percentiles(None))

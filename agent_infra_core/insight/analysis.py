@@ -84,6 +84,7 @@ class FleetAnalysis:
         self.model_now: CapacityModel | None = None  # the latest fit; None if it may not be reported
         self._shown: dict[str, Any] | None = None  # the verdict shown last
         self._rival_since = math.inf  # time since when another one has been found
+        self._last_verdict: dict[str, Any] | None = None  # on the latest turns for which there was one
 
     def presence(self, silent_s: float, now: float) -> float:
         """Probability that a silent session is still thinking. A guess until think times are known.
@@ -185,15 +186,18 @@ class FleetAnalysis:
         flags = find_flags(outlook, self._samples)
         self._flagged = {name: self._flagged.get(name, now) for name in flags}
         gpus = int(outlook.model.replicas) * (self._samples[-1].gpus_per_replica if self._samples else 1)
+        verdict, suggestion = self._verdict(outlook, what_ifs, now), suggest(outlook, goal_s)
+        self._keep_verdict(verdict, suggestion)
         return {
             "model": self.model,
             "gpu": self.gpu,
             "replicas": self.replicas,
             "computed_at": now,
-            "verdict": self._verdict(outlook, what_ifs, now),
+            "verdict": verdict,
+            "last_verdict": self._last_verdict,
             "flags": [{"name": name, "since": self._flagged[name], "sentence": flags[name]} for name in flags],
             **figures(outlook),
-            "suggestion": suggest(outlook, goal_s),
+            "suggestion": suggestion,
             "curve": outlook.curve(),
             "what_ifs": what_ifs,
             "cost": cost(outlook, gpus, self._turns, ended, rng),
@@ -213,6 +217,13 @@ class FleetAnalysis:
             self._rival_since = math.inf
         self._shown = found
         return found
+
+    def _keep_verdict(self, verdict: Mapping[str, Any], suggestion: Mapping[str, Any]) -> None:
+        """Keep the verdict on the latest turns. Once turns stop, an idle fleet's doesn't replace it."""
+        at = float(self._turns["end"][-1]) if len(self._turns) else 0.0
+        if verdict["name"] != "NO DATA" and (self._last_verdict is None or at > self._last_verdict["at"]):
+            kept = {name: verdict[name] for name in ("name", "confidence", "sentence")}
+            self._last_verdict = {**kept, "at": at, "suggestion": suggestion["bound_by"] and suggestion["sentence"]}
 
     def _outlook(self, now: float, ended: Mapping[int, float], rng: Any) -> Outlook:
         """Fit the model and collect all figures for the document."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from agent_infra_core.insight.replicas import as_mapping
-from agent_infra_core.insight.summaries import GAUGE_STEP_S
+from agent_infra_core.insight.summaries import GAUGE_STEP_S, GAUGES
 from agent_infra_core.insight.turns import is_finite_number
 from agent_infra_core.protocol import is_count
 
@@ -71,7 +71,7 @@ class GaugeLog:
 
     def _close(self, now: float) -> None:
         for model, means in self._means.items():
-            figures = (means.mean(name) for name in ("in_flight", "queue", "kv_usage", "gpu_utilization"))
+            figures = (means.mean(name) for name in GAUGES)
             self._rows.append((now, model, now - self._begun, *figures, means.preemptions))
         self._begun, self._means = now, {}
 

@@ -39,8 +39,6 @@ PANELS: Mapping[str, Sequence[str]] = {
     "preemptions": ("preemptions",),
     "turns by finish reason": (),  # whichever there are
 }
-_SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # a name; nothing is loaded from there
-BACKGROUNDS = {"light": "#ffffff", "dark": "#16181c"}
 
 
 def _chart_config(text: str, lines: Sequence[str]) -> dict[str, Any]:
@@ -59,6 +57,10 @@ def _chart_config(text: str, lines: Sequence[str]) -> dict[str, Any]:
 CHART_CONFIGS = {
     "light": _chart_config("#4f5965", ("#1f5fb4", "#b0448f", "#0b8076", "#7a6a00", "#6d4fc2", "#59626d")),
     "dark": _chart_config("#b4bcc6", ("#5a96e6", "#e08ac4", "#3fc4b0", "#d2bd4a", "#b39df0", "#98a2ad")),
+}
+_CHART = {
+    "$schema": "https://vega.github.io/schema/vega-lite/v6.json",  # a name; nothing is loaded from there
+    "config": CHART_CONFIGS["light"],  # the page sets the one of the reader's scheme
 }
 
 
@@ -151,13 +153,13 @@ class HtmlReport:
 
     def _operating(self) -> list[dict[str, Any]]:
         """Agents, throughput and verdict of each minute for which the analysis had them."""
+        names = ("model", "verdict", "agents", "turns_per_hour", "suggested_agents")
         rows = self._file.query(
-            "SELECT at, model, verdict, agents, turns_per_hour, suggested_agents FROM verdicts "
+            f"SELECT CAST(at * 1000 AS INTEGER), {', '.join(names)} FROM verdicts "
             "WHERE at >= ? AND agents IS NOT NULL AND turns_per_hour IS NOT NULL ORDER BY id DESC LIMIT 2000",
             self._since,
         )
-        names = ("at", "model", "verdict", "agents", "turns_per_hour", "suggested_agents")
-        return [dict(zip(names, (int(row[0] * 1000), *row[1:]), strict=True)) for row in rows]
+        return [dict(zip(("at", *names), row, strict=True)) for row in rows]
 
 
 def timeline_spec(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,8 +180,7 @@ def timeline_spec(document: Mapping[str, Any]) -> dict[str, Any]:
             }
         )
     return {
-        "$schema": _SCHEMA,
-        "config": CHART_CONFIGS["light"],  # the page sets the one of the reader's scheme
+        **_CHART,
         "params": [
             {
                 "name": "zoom",
@@ -196,8 +197,7 @@ def timeline_spec(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _label(name: str) -> str:
     """``ttft_ms_p50`` → ``ttft p50``; the unit is in the title."""
-    words = name.removeprefix("finish_reasons.").replace("_ms", "").replace("_per_minute", "").split("_")
-    return " ".join(words)
+    return name.removeprefix("finish_reasons.").replace("_ms", "").replace("_per_minute", "").replace("_", " ")
 
 
 def _has_figures(values: Iterable[float | None]) -> bool:
@@ -254,8 +254,7 @@ def stages_spec(durations: Sequence[Block]) -> dict[str, Any]:
         for column, statistic in ((2, "mean"), (5, "p95"))
     ]
     return {
-        "$schema": _SCHEMA,
-        "config": CHART_CONFIGS["light"],  # the page sets the one of the reader's scheme
+        **_CHART,
         "data": {"values": rows},
         "height": {"step": 14},
         "mark": {"type": "bar", "tooltip": True},
@@ -293,8 +292,7 @@ def capacity_spec(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         },
     }
     return {
-        "$schema": _SCHEMA,
-        "config": CHART_CONFIGS["light"],  # the page sets the one of the reader's scheme
+        **_CHART,
         "title": "agents and throughput, minute by minute; dashed: the agents suggested last",
         "data": {"values": [dict(row) for row in rows]},
         "height": 240,

@@ -55,6 +55,35 @@ class RecentHistogram:
         return merged
 
 
+class RecentOutcomes:
+    """Turns by outcome of the last RECENT_S seconds, to within a tenth of that."""
+
+    _SLICES = 10
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._slice_s = RECENT_S / self._SLICES
+        self._slices: dict[int, collections.Counter[str]] = {}  # slice number → its turns
+
+    def add(self, outcome: str, at: float) -> None:
+        """Count a turn that finished at ``at``; one that finished too long ago is ignored."""
+        self._forget()
+        number = int(min(at, self._clock()) // self._slice_s)
+        if number > self._clock() // self._slice_s - self._SLICES:
+            self._slices.setdefault(number, collections.Counter())[outcome] += 1
+
+    def _forget(self) -> None:
+        """Drop the slices that are over, and those from the future: the clock was set back."""
+        now = int(self._clock() // self._slice_s)
+        if any(not now - self._SLICES < number <= now for number in self._slices):
+            self._slices = {n: turns for n, turns in self._slices.items() if now - self._SLICES < n <= now}
+
+    def read(self) -> collections.Counter[str]:
+        """All turns within the window."""
+        self._forget()
+        return sum(self._slices.values(), collections.Counter())
+
+
 def percentiles(durations: Histogram, *percents: int) -> dict[str, float | None]:
     """``{"p50": ms, …}``; values are None if nothing was counted."""
     return {f"p{percent}": rounded(durations.percentile(percent / 100)) for percent in percents}

@@ -16,6 +16,7 @@ from agent_infra_core.insight.summaries import (
     COUNTS,
     DURATIONS,
     FINE_S,
+    GAUGES,
     REASON,
     STEP_S,
 )
@@ -33,7 +34,6 @@ LIVE_S = 15.0  # a controller that ran so recently still runs: it is the one tha
 LISTED_REASONS = 10
 EMPTY_RANGE_S = 3600.0  # shown of a history without anything
 MOSTLY = 0.9  # a step of which a controller ran for this share counts as whole: samples aren't on the second
-_GAUGES = ("in_flight", "queue", "kv_usage", "gpu_utilization")
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,16 @@ def read_series(file: HistoryFile, query: SeriesQuery, now: float) -> dict[str, 
     since = query.since or _oldest(file, now)
     axis = _Axis.of(file, since, query, now)
     counts, reasons, buckets = axis.read(file, query.model)
-    gauges = _read_gauges(file, axis, query.model)
+    covered, gauges = _read_gauges(file, axis, query.model)
+    for number in counts:  # steps with turns count as covered: a file of before the gauges has only those
+        covered[number] = axis.seconds(number) if covered[number] is None else covered[number]
     series = {
         "at": axis.starts(),
-        **_rates(counts, gauges["seconds"], axis),
-        **_percentiles(buckets, gauges["seconds"]),
+        **_rates(counts, covered),
+        **_percentiles(buckets, covered),
+        **gauges,
+        **_finish_reasons(reasons, covered),
     }
-    series |= {name: gauges[name] for name in (*_GAUGES, "preemptions")}
-    series |= _finish_reasons(reasons, gauges["seconds"])
     runs = file.query(
         "SELECT name, at, ended FROM runs WHERE at < ? AND coalesce(ended, ?) >= ? ORDER BY at LIMIT 100",
         *(query.until, now, axis.first),
@@ -125,13 +127,10 @@ class _Axis:
 
     def read(self, file: HistoryFile, model: str | None) -> tuple[dict[int, Any], list[tuple[int, str, int]], Any]:
         """``(step → counts in the order of COUNTS, (step, finish reason, turns), buckets by duration)``."""
-        if self.is_summed:
-            source, at, ends = "steps", "at", (self.first, self.until)
-        else:
-            source, at, ends = "turns", "finished_at", (self.first, self.until)
+        source, at = ("steps", "at") if self.is_summed else ("turns", "finished_at")
         number = f"CAST(({at} - {self.first}) / {self.step_s} AS INTEGER)"
         where = f"FROM {source} WHERE {at} >= ? AND {at} < ?" + (" AND model = ?" if model is not None else "")
-        values = [*ends] if model is None else [*ends, model]
+        values = [self.first, self.until, *([] if model is None else [model])]
         sums = ", ".join(f"sum({name if self.is_summed else how})" for name, how in COUNTS.items())
         counts = {row[0]: row[1:] for row in file.query(f"SELECT {number}, {sums} {where} GROUP BY 1", *values)}
         if self.is_summed:
@@ -198,14 +197,10 @@ _PER_MINUTE = {
 }
 
 
-def _rates(counts: Mapping[int, Any], seconds: list[float | None], axis: _Axis) -> dict[str, list[float | None]]:
-    """Rates and the hit rate. Steps with turns count as covered: a file of before the gauges has only those."""
-    names = list(COUNTS)
-    none = [0] * len(names)
-    for number in counts:
-        if seconds[number] is None:
-            seconds[number] = axis.seconds(number)
-    table = [dict(zip(names, counts.get(number, none), strict=True)) for number in range(axis.count)]
+def _rates(counts: Mapping[int, Any], seconds: Sequence[float | None]) -> dict[str, list[float | None]]:
+    """Rates and the hit rate."""
+    none = [0] * len(COUNTS)
+    table = [dict(zip(COUNTS, counts.get(number, none), strict=True)) for number in range(len(seconds))]
 
     def rate(name: str, per_s: float) -> list[float | None]:
         return [
@@ -223,20 +218,25 @@ def _rates(counts: Mapping[int, Any], seconds: list[float | None], axis: _Axis) 
     }
 
 
-def _read_gauges(file: HistoryFile, axis: _Axis, model: str | None) -> dict[str, list[Any]]:
-    """Means of the gauges by step, ``preemptions``, and ``seconds``: how long a controller ran; None: not at all."""
+def _read_gauges(file: HistoryFile, axis: _Axis, model: str | None) -> tuple[list[float | None], dict[str, list[Any]]]:
+    """By step: for how long a controller ran (s; None: not at all), and means of the GAUGES with ``preemptions``."""
     import numpy as np
 
     edges = np.minimum(axis.first + axis.step_s * np.arange(axis.count + 1), axis.until)
     query = (
-        f"SELECT at, seconds, preemptions, {', '.join(_GAUGES)} FROM gauges WHERE at > ? AND at < ? AND model = ? "
+        f"SELECT at, seconds, preemptions, {', '.join(GAUGES)} FROM gauges WHERE at > ? AND at < ? AND model = ? "
         "ORDER BY at"
     )
     ends = (axis.first, axis.until + COARSE_GAUGE_STEP_S)  # a row covers the time before it
-    rows = np.array(file.query(query, *ends, model or ""), dtype=float).reshape(-1, 3 + len(_GAUGES))
-    if axis.is_live and len(rows) and rows[-1, 0] > axis.until - LIVE_S:  # it holds until the next one
-        rows[-1, :2] += max(0.0, axis.until - rows[-1, 0])
-    ran = rows[:, :2] if not model else np.array(file.query(query, *ends, ""), dtype=float).reshape(-1, 7)[:, :2]
+
+    def read(of_model: str) -> Any:
+        rows = np.array(file.query(query, *ends, of_model), dtype=float).reshape(-1, 3 + len(GAUGES))
+        if axis.is_live and len(rows) and rows[-1, 0] > axis.until - LIVE_S:  # it holds until the next one
+            rows[-1, :2] += max(0.0, axis.until - rows[-1, 0])
+        return rows
+
+    rows = read(model or "")
+    ran = read("") if model else rows
     [[begun, oldest]] = file.query("SELECT (SELECT min(at - seconds) FROM gauges), (SELECT min(at) FROM steps)")
     covered, whole = _integral(ran[:, 0], ran[:, 1], np.ones(len(ran)), edges), np.diff(edges)
     seconds = [
@@ -246,8 +246,8 @@ def _read_gauges(file: HistoryFile, axis: _Axis, model: str | None) -> dict[str,
     if begun is not None and oldest is not None and oldest < begun - STEP_S and axis.first <= begun < axis.until:
         at_first = int((begun - axis.first) // axis.step_s)  # an older version, without gauges, ran before them
         seconds[at_first] = whole.tolist()[at_first]
-    found: dict[str, list[Any]] = {"seconds": seconds}
-    for name, values in zip(_GAUGES, rows[:, 3:].T, strict=True):
+    found: dict[str, list[Any]] = {}
+    for name, values in zip(GAUGES, rows[:, 3:].T, strict=True):
         known = ~np.isnan(values)
         at, span, values = rows[known, 0], rows[known, 1], values[known]
         weights = _integral(at, span, np.ones(len(at)), edges).tolist()
@@ -259,7 +259,7 @@ def _read_gauges(file: HistoryFile, axis: _Axis, model: str | None) -> dict[str,
     found["preemptions"] = [
         None if second is None else int(count) for count, second in zip(counted, seconds, strict=True)
     ]
-    return found
+    return seconds, found
 
 
 def _integral(ends: Any, spans: Any, values: Any, edges: Any) -> Any:

@@ -13,6 +13,9 @@ from agent_infra_core.protocol import TurnStarted
 
 LISTED_SESSIONS = 200  # in /stats: the most recently active
 LISTED_ENDED = 50  # and this many ended sessions
+# A session is alive while a turn is open, and then while its silence is no longer than so many times its mean think
+# time, and than so many seconds. The page tells "thinking" from "silent" by the same two.
+THINKING_FACTOR, THINKING_LEAST_S = 4.0, 30.0
 OVERLAP_TOLERANCE_S = 0.01  # turns that overlap by more than this were open together; less is clock noise
 KEPT_PRINTS = 257  # of a session's last request: one for the part before the messages, 256 for the first messages
 
@@ -66,6 +69,11 @@ class Session:
     def is_open(self, arrival: float) -> bool:
         """Whether a turn was open at ``arrival``, including one that ended later but has been reported already."""
         return bool(self.open_turns) or (self.last_end is not None and arrival < self.last_end - OVERLAP_TOLERANCE_S)
+
+    def is_alive(self, now: float) -> bool:
+        """Whether a turn is open, or the silence since its last sign of life is one of an agent that thinks."""
+        usual_s = (self.think_ms or 0.0) / 1000 / max(1, self.turns - 1)
+        return bool(self.open_turns) or now - self.last_seen <= max(THINKING_LEAST_S, THINKING_FACTOR * usual_s)
 
     def think_time_ms(self, arrival: float) -> float | None:
         """Time from the previous answer's end to ``arrival``; None for a first turn or while another turn is open."""
@@ -251,6 +259,7 @@ class SessionTable:
         """``sessions`` of /stats."""
         return {
             "live": len(self),
+            "alive": sum(session.is_alive(now) for session in self),
             "active": self.count_active(now),
             "listed": min(len(self), LISTED_SESSIONS),
             "ended": self.ended,

@@ -42,6 +42,7 @@ DURATIONS: Mapping[str, str] = {  # ms
     "latency": "CASE WHEN outcome = 'completed' THEN queue_ms + inference_ms END",
     "queued": "queue_ms",
 }
+GAUGES = ("in_flight", "queue", "kv_usage", "gpu_utilization")  # columns of the table gauges
 REASON = "CASE WHEN outcome = 'completed' THEN coalesce(finish_reason, 'none') END"
 
 # Tables and indices that this file and insight/series.py work with; a migration of the history creates them.
@@ -183,8 +184,7 @@ def tidy(connection: Any, now: float) -> None:
 def _merge_gauges(connection: Any, before: float) -> None:
     """Merge the gauges before ``before`` into means over COARSE_GAUGE_STEP_S, each at the middle of its time."""
     means = ", ".join(
-        f"sum({name} * seconds) / sum(CASE WHEN {name} IS NULL THEN NULL ELSE seconds END)"
-        for name in ("in_flight", "queue", "kv_usage", "gpu_utilization")
+        f"sum({name} * seconds) / sum(CASE WHEN {name} IS NULL THEN NULL ELSE seconds END)" for name in GAUGES
     )
     slot = f"CAST(at / {COARSE_GAUGE_STEP_S} AS INTEGER)"
     merged = connection.execute(
@@ -199,7 +199,7 @@ def _merge_gauges(connection: Any, before: float) -> None:
 
 
 def put_gauges(connection: Any, rows: Iterable[Sequence[Any]]) -> None:
-    """Write rows ``(at, model, seconds, in_flight, queue, kv_usage, gpu_utilization, preemptions)``.
+    """Write rows ``(at, model, seconds, *GAUGES, preemptions)``.
 
     Each covers the ``seconds`` before ``at``. The model ``""`` is all of them together.
     """

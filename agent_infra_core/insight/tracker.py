@@ -9,7 +9,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from agent_infra_core.insight.alerts import Watchdog
-from agent_infra_core.insight.rates import RATE_S, Pipeline, RecentHistogram, Throughput, Timeline
+from agent_infra_core.insight.rates import (
+    RATE_S,
+    RECENT_S,
+    Pipeline,
+    RecentHistogram,
+    RecentOutcomes,
+    Throughput,
+    Timeline,
+)
 from agent_infra_core.insight.replicas import BackendTable, RelayReport, finite
 from agent_infra_core.insight.sessions import (
     LISTED_SESSIONS,
@@ -140,10 +148,11 @@ def _sum_known(values: Iterable[int | None]) -> int | None:
 
 
 class TurnFigures:
-    """Measurements of turns: totals, pipeline, waits and backends."""
+    """Measurements of turns: totals, recent outcomes, pipeline, waits and backends."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.totals = dict.fromkeys(_TOTALS, 0)
+        self.outcomes = RecentOutcomes(clock)
         self.pipeline = Pipeline(clock)
         self.wait = RecentHistogram(clock, RATE_S)  # queue + inference of completed turns: how long an agent waits
         self.backends = BackendTable(clock)
@@ -163,7 +172,9 @@ class TurnFigures:
         by_backend: dict[str, list[TurnFinished]] = {}
         waits = []
         for event in done:
-            totals[TOTAL_OF_OUTCOME.get(event.outcome, "errors")] += 1
+            outcome = TOTAL_OF_OUTCOME.get(event.outcome, "errors")
+            totals[outcome] += 1
+            self.outcomes.add(outcome, event.at)
             if event.backend is not None:
                 by_backend.setdefault(event.backend, []).append(event)
             if event.outcome == "completed" and event.inference_ms is not None:
@@ -173,6 +184,11 @@ class TurnFigures:
         self.wait.add(*waits)
         for backend, events in by_backend.items():
             self.backends.figures(backend).finish(events)
+
+    def recent_outcomes(self) -> dict[str, float]:
+        """``recent_outcomes`` of /stats."""
+        recent = self.outcomes.read()
+        return {"window_s": RECENT_S, **{name: recent[name] for name in dict.fromkeys(TOTAL_OF_OUTCOME.values())}}
 
 
 class Tracker:
@@ -281,6 +297,7 @@ class Tracker:
             if not is_first:
                 continue
             self._log.keep(record)
+            self._figures.outcomes.add(TOTAL_OF_OUTCOME.get(record.outcome, "errors"), record.finished_at)
             at = min(record.finished_at, self._clock())
             session = self._sessions.open(record.session, record, at)
             if session is not None:
@@ -325,6 +342,7 @@ class Tracker:
             "queue": self._relay.queue(self._turns.open),
             "sessions": self._sessions.counts(now),
             "clients": _client_rows(listed, self._sessions.latest_ended(), self._turns.phases()),
+            "recent_outcomes": self._figures.recent_outcomes(),
             "recent_turns": [record.row() for record in self._log.latest(RECENT_TURNS)],
             "pipeline": self._figures.pipeline.document(),
             "watchdog": self._watchdog.rows,

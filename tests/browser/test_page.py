@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import simulated
 import stats_server as stats
-from browser_site import Site, collect_complaints
+from browser_site import Site, collect_complaints, status, wait_text
 from patience import PATIENCE_S
 from program import MODULE, is_listening, program, wait_for
 from stats_schema import check_stats
@@ -70,16 +70,6 @@ SHOWN_TIMES = """() => {
   }
   return null;
 }"""
-
-
-def wait_text(tab: Any, text: str, selector: str = ".stMainBlockContainer") -> None:
-    tab.wait_for_function(
-        "([selector, text]) => document.querySelector(selector)?.innerText.includes(text)", arg=[selector, text]
-    )
-
-
-def status(tab: Any) -> str:
-    return str(tab.inner_text(".st-key-status"))
 
 
 def assert_tidy(tab: Any) -> None:

@@ -19,6 +19,7 @@ from patience import PATIENCE_S
 from stats_schema import check_stats
 
 import streamlit_dashboard as page
+from agent_infra_core.insight.sessions import Session
 
 SOURCE = Path(page.__file__)
 TREE = ast.parse(SOURCE.read_text())
@@ -86,7 +87,7 @@ def test_every_document_is_shaped_without_nan_or_none_in_a_text(name: str) -> No
     shown = [str(value) for frame in frames for column in frame for value in frame[column] if isinstance(value, str)]
     for status in page.status_of(document, None, 0.2):
         shown += [status.word, status.sentence, status.hint]
-    for metric in (*page.metrics_of_now(document, {}), *page.metrics_of_minute(document)):
+    for metric in (*page.metrics_of_now(document), *page.metrics_of_minute(document)):
         shown += [metric.label, metric.value, metric.note]
     assert not [text for text in shown if re.search(r"\b(nan|NaN|None|inf|undefined)\b", text)]
 
@@ -149,6 +150,7 @@ def failed(document: dict[str, Any], replicas: int) -> dict[str, Any]:
 
 def all_turns_fail(document: dict[str, Any]) -> dict[str, Any]:
     document["totals"].update(requests=2000, errors=12)
+    document["recent_outcomes"] = stats.outcomes(0, errors=12)
     document["recent_turns"] = [
         stats.turn(number, "s", outcome="error", error="the replica died") for number in range(12)
     ]
@@ -157,6 +159,7 @@ def all_turns_fail(document: dict[str, Any]) -> dict[str, Any]:
 
 def healthy(document: dict[str, Any]) -> dict[str, Any]:
     document["recent_turns"] = [stats.turn(number, "s", outcome="completed") for number in range(100)]
+    document["recent_outcomes"] = stats.outcomes(3600)
     return document
 
 
@@ -202,8 +205,11 @@ def check_truth(document: dict[str, Any], age_s: float, statements: list[Any]) -
         assert statements[0].judgement == page.BAD
         assert statements[0].hint == "Lower gpu_memory_utilization."
         assert f"{len(down)} of {len(rows)} replicas failed: {down[0]['id']} (out of memory)" in said
-    recent = page.recent_failures(document)
-    assert ("ERRORS" in words) == bool(recent and recent[0])
+    failed, finished = (int(document["recent_outcomes"]["errors"]), page.recent_failures(document)[1])
+    assert ("ERRORS" in words) == bool(failed)
+    if failed:
+        assert f"{failed} of {finished} turns failed" in said
+        assert page.metrics_of_now(document)[3].value == page.percent(failed / finished)
     is_open = document["queue"]["in_flight"] + document["queue"]["pending"] > 0
     quiet_s = min((document["now"] - turn["finished_at"] for turn in document["recent_turns"]), default=None)
     assert ("NO TRAFFIC" in words) == (document["totals"]["requests"] == 0 and not is_open)
@@ -217,14 +223,25 @@ def test_twelve_of_twelve_failing_turns_are_told_with_their_window() -> None:
     """Among two thousand earlier ones, they were 0.6 %."""
     statements = page.status_of(all_turns_fail(stats.busy()), None, 0.3)
     assert statements[0].sentence.startswith(f"12 of 12 turns failed in the last 5{SPACE}min: the replica")
-    assert page.metrics_of_now(all_turns_fail(stats.busy()), {})[3].value == f"100{SPACE}%"
 
 
-def test_failed_turns_are_those_of_five_minutes_where_the_history_knows_them() -> None:
-    series = {"errors_per_minute": [None, 1.0, 1.0], "turns_per_minute": [None, 10.0, 28.0]}
-    metric = page.metrics_of_now(all_turns_fail(stats.busy()), {"series": series})[3]
-    assert (metric.value, metric.note, metric.judgement) == (f"5{SPACE}%", f"last 5{SPACE}min", page.BAD)
-    assert page.failure_share({"series": {"errors_per_minute": [0.0, None]}}) is None
+def test_the_status_and_the_overview_speak_of_the_same_turns() -> None:
+    """Not of the hundred that /stats lists: of 2,000 turns in five minutes, those may all have failed, or none."""
+    for document in (all_turns_fail(stats.busy()), healthy(stats.busy())):
+        document["recent_outcomes"] = stats.outcomes(1900, errors=100)
+        (status,) = (each for each in page.status_of(document, None, 0.3) if each.word == "ERRORS")
+        assert status.sentence.startswith(f"100 of 2,000 turns failed in the last 5{SPACE}min")
+        metric = page.metrics_of_now(document)[3]
+        assert (metric.value, metric.note, metric.judgement) == (f"5{SPACE}%", f"last 5{SPACE}min", page.BAD)
+    assert page.metrics_of_now({})[3].value == page.UNKNOWN
+
+
+def test_slots_are_those_of_replicas_that_can_have_turns() -> None:
+    document = stats.busy()
+    document["backends"][0].update(state="failed", healthy=False)
+    document["backends"][1].update(state="draining")
+    document["backends"][2].update(state="loading")
+    assert page.metrics_of_now(document)[1].note == "of 128 slots"
 
 
 def test_only_what_an_earlier_controller_measured_tells_of_a_restart() -> None:
@@ -258,11 +275,23 @@ def test_what_is_not_known_is_a_gap_in_the_course_of_a_figure() -> None:
     assert [page.is_known(value) for value in course] == [True] * 4 + [False] * 2 + [True]
 
 
-def test_an_idle_deployment_says_since_when_and_how_old_its_verdict_is() -> None:
-    (status,) = page.status_of(idle(healthy(stats.busy()), 400.0), None, 0.3, "UTC")
+@pytest.mark.parametrize("verdict", ["GPU-BOUND", "AGENT-BOUND", "NO DATA"])
+def test_an_idle_deployment_says_since_when_and_how_old_its_last_verdict_is(verdict: str) -> None:
+    """Whatever an idle fleet looks like: for some minutes limited by its agents, later there is no data."""
+    document = idle(healthy(stats.busy(analysis=stats.analysis(verdict))), 719.0)
+    document["analysis"][0].update(stats.last_verdict("GPU-BOUND"), model="qwen", gpu=None)
+    (status,) = page.status_of(document, None, 0.3, "UTC")
     assert status.word == "IDLE"
-    assert f"No turn for 6{SPACE}min 40{SPACE}s, since " in status.sentence
-    assert f"Last verdict, 6{SPACE}min 40{SPACE}s ago: qwen on NVIDIA H100 80GB HBM3: GPU-BOUND." in status.sentence
+    assert f"No turn for 11{SPACE}min 59{SPACE}s, since " in status.sentence
+    assert f"Last verdict: qwen: GPU-BOUND as of 12{SPACE}min ago." in status.sentence
+
+
+def test_while_there_is_no_verdict_the_last_one_stands_there_with_its_age() -> None:
+    document = healthy(stats.busy(analysis=stats.analysis("NO DATA")))
+    document["analysis"][0].update(stats.last_verdict("BALANCED"))
+    status = page.status_of(document, None, 0.3)[-1]
+    assert status.word == "MEASURING"
+    assert status.sentence.endswith(f"too few for any number. The last one: BALANCED as of 1{SPACE}s ago.")
 
 
 def test_a_suggestion_states_its_price_or_why_that_is_not_known() -> None:
@@ -322,6 +351,18 @@ def test_replicas_keep_their_order_while_one_is_chosen() -> None:
     assert list(page.in_order(frame, former)["id"]) == [*former, "qwen-5"]
 
 
+def test_a_replica_that_vanishes_keeps_its_row_while_one_is_chosen() -> None:
+    """Else the tick would be on the next one."""
+    document = stats.busy()
+    former = [{"id": row["id"], "model": row["model"]} for row in document["backends"]]
+    del document["backends"][1]
+    rows = page.with_gone(document["backends"], former)
+    frame = page.in_order(page.replica_frame({**document, "backends": rows}), [row["id"] for row in former])
+    assert list(frame["id"]) == [row["id"] for row in former]
+    assert [state for (state,) in frame["state"]] == ["● ready", "○ gone", "● ready", "● ready"]
+    assert page.with_gone(document["backends"], ()) == document["backends"]
+
+
 # --- Sessions and turns -----------------------------------------------------------------------------------------------
 
 
@@ -351,6 +392,19 @@ def test_a_session_that_is_quiet_for_longer_than_it_thinks_is_not_said_to_think(
     row = stats.session_row(1, "idle")
     row.update(last_at=stats.NOW - silent_s, turns=10, think_s=9 * think_s)
     assert page.session_frame([row], stats.NOW)["state"].tolist() == [word]
+
+
+@pytest.mark.parametrize("turns", [1, 2, 10])
+@pytest.mark.parametrize("think_s", [None, 1.0, 20.0, 90.0])
+@pytest.mark.parametrize("silent_s", [0.0, 29.0, 31.0, 79.0, 81.0, 370.0])
+def test_sessions_that_work_or_think_are_those_that_the_proxy_counts_as_alive(
+    turns: int, think_s: float | None, silent_s: float
+) -> None:
+    sum_s = None if think_s is None else think_s * (turns - 1)
+    session = Session("s", None, None, "m", stats.NOW - silent_s, turns=turns)
+    session.think_ms = sum_s and 1000 * sum_s
+    row = {**stats.session_row(1, "idle"), "last_at": stats.NOW - silent_s, "turns": turns, "think_s": sum_s}
+    assert (page.session_state(row, stats.NOW) == "thinking") == session.is_alive(stats.NOW)
 
 
 @pytest.mark.parametrize(("tokens_in", "shown"), [(1000, 90.0), (0, None), (None, None)])

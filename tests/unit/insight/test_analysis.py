@@ -504,7 +504,8 @@ def test_the_golden_document_has_the_keys_of_a_real_one() -> None:
     assert shape(full) == shape(golden[0])
     assert shape({**empty, "flags": []}) == shape({**golden[2], "flags": []})
     empty["suggestion"]["options"] = golden[1]["suggestion"]["options"]  # nor is there a suggestion below thirty turns
-    assert shape({**empty, "curve": golden[1]["curve"]}) == shape(golden[1])
+    missing = {name: golden[1][name] for name in ("curve", "last_verdict")}
+    assert shape({**empty, **missing}) == shape(golden[1])
 
 
 # --- What the controller gives it. ------------------------------------------------------------------------------------
@@ -545,6 +546,21 @@ def test_sessions_left_without_a_word_stop_counting() -> None:
     analysis.document()
     assert analysis.presence("simulated", "simulated", 0.0) > 0.9
     assert analysis.presence("simulated", "simulated", 100.0) < 0.1
+
+
+def test_the_last_verdict_stays_as_it_was_when_turns_stop() -> None:
+    watched = Watched(planted_run(200, 2000))
+    entry = watched.run(20)
+    assert entry["last_verdict"] == {
+        **{name: entry["verdict"][name] for name in ("name", "confidence", "sentence")},
+        "at": pytest.approx(closed_loop.START + watched.loop.now, abs=5),
+        "suggestion": entry["suggestion"]["sentence"],
+    }
+    for silent_s in (100, 3000):
+        watched.loop.now += silent_s
+        [idle] = watched.analysis.document()
+        assert idle["last_verdict"] == entry["last_verdict"]
+    assert idle["verdict"]["name"] == "NO DATA"
 
 
 def test_models_and_gpu_types_are_told_apart() -> None:

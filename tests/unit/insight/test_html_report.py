@@ -16,7 +16,7 @@ from recorded_run import HOSTILE, START, write_run
 
 import agent_infra
 from agent_infra_core.insight.history import HistoryFile
-from agent_infra_core.insight.html_report import BACKGROUNDS, CHART_CONFIGS, HtmlReport
+from agent_infra_core.insight.html_report import CHART_CONFIGS, HtmlReport
 from agent_infra_core.insight.report import Report, Table
 
 
@@ -75,6 +75,9 @@ def test_every_chart_is_one_that_vega_lite_takes(tmp_path: Path) -> None:
         for chart in spec.get("vconcat", [spec]):
             del chart["data"]["values"][3:]  # Altair looks at each row, which takes minutes
         alt.Chart.from_dict(spec)  # raises if it doesn't fit the schema
+
+
+BACKGROUNDS = {"light": "#ffffff", "dark": "#16181c"}  # of the page, as its style has them
 
 
 def luminance(colour: str) -> float:

@@ -171,7 +171,7 @@ def test_a_session_ends_when_its_agent_says_so(tracker: Tracker, clock: Clock) -
     take_turn(tracker, clock, "t")
     tracker.observe(SessionEnded("s", clock.now))
     tracker.observe(SessionEnded("s", clock.now))
-    assert stats(tracker)["sessions"] == {"live": 0, "active": 0, "listed": 0, "ended": 1, "evicted": 0}
+    assert stats(tracker)["sessions"] == {"live": 0, "alive": 0, "active": 0, "listed": 0, "ended": 1, "evicted": 0}
 
 
 def test_a_session_ends_after_half_an_hour_of_silence_and_not_before(tracker: Tracker, clock: Clock) -> None:
@@ -181,7 +181,38 @@ def test_a_session_ends_after_half_an_hour_of_silence_and_not_before(tracker: Tr
     assert stats(tracker)["sessions"]["live"] == 1
     clock.now += 1
     tracker.sample(gauges())
-    assert stats(tracker)["sessions"] == {"live": 0, "active": 0, "listed": 0, "ended": 1, "evicted": 0}
+    assert stats(tracker)["sessions"] == {"live": 0, "alive": 0, "active": 0, "listed": 0, "ended": 1, "evicted": 0}
+
+
+def test_a_session_is_alive_while_its_silence_is_one_of_thinking(tracker: Tracker, clock: Clock) -> None:
+    for session, think_s in (("slow", 20.0), ("quick", 1.0)):
+        for number in range(3):
+            take_turn(tracker, clock, f"{session}-{number}", session)
+            clock.now += think_s
+    start(tracker, clock, "running", "slow to answer")
+    for silent_s, alive in ((0, 3), (40, 2), (60, 1), (600, 1)):  # the one with an open turn stays
+        clock.now += silent_s
+        assert stats(tracker)["sessions"]["alive"] == alive
+
+
+def test_outcomes_are_those_of_the_last_five_minutes(tracker: Tracker, clock: Clock) -> None:
+    none = {"window_s": 300.0, **dict.fromkeys(("completed", "errors", "aborted", "rejected"), 0)}
+    assert stats(tracker)["recent_outcomes"] == none
+    for number, outcome in enumerate(("completed", "error", "cut", "aborted", "rejected")):
+        start(tracker, clock, str(number))
+        finish(tracker, clock, str(number), outcome)
+    some = {**none, "completed": 1, "errors": 2, "aborted": 1, "rejected": 1}
+    assert stats(tracker)["recent_outcomes"] == some
+    records, _ = tracker.take_records()
+    clock.now += 240
+    assert stats(tracker)["recent_outcomes"] == some
+    later = Tracker(clock)
+    later.restore(records, {})
+    assert stats(later)["recent_outcomes"] == some
+    clock.now += 90
+    assert stats(tracker)["recent_outcomes"] == stats(later)["recent_outcomes"] == none
+    later.restore(records, {})
+    assert stats(later)["recent_outcomes"] == none
 
 
 def test_a_session_whose_turn_is_running_does_not_end_by_idleness(tracker: Tracker, clock: Clock) -> None:
@@ -448,7 +479,7 @@ def test_a_turn_whose_finish_was_lost_is_forgotten_and_a_late_finish_still_count
     start(tracker, clock, "lost")
     clock.now += MAX_TURN_S
     tracker.sample(gauges())
-    assert stats(tracker)["sessions"] == {"live": 0, "active": 0, "listed": 0, "ended": 1, "evicted": 0}
+    assert stats(tracker)["sessions"] == {"live": 0, "alive": 0, "active": 0, "listed": 0, "ended": 1, "evicted": 0}
     finish(tracker, clock, "lost", prompt_tokens=5)
     assert stats(tracker)["totals"]["tokens_in"] == 5
 
