@@ -8,7 +8,6 @@ from typing import Any
 
 from agent_infra_core.insight.capacity import (
     EPSILON,
-    LEAST_TURNS,
     RESAMPLES,
     Array,
     CapacityModel,
@@ -21,6 +20,7 @@ from agent_infra_core.insight.capacity import (
 )
 from agent_infra_core.insight.fit import ThinkFit
 from agent_infra_core.insight.statistics import last_of_each
+from agent_infra_core.insight.waste import prefill_s
 
 GOOD_UTILISATION = 0.7
 GOOD_KV_SHARE = 0.9
@@ -208,13 +208,10 @@ def missed_gpu_share(turns: Array, since: float, replicas: int, until: float) ->
     """Share of GPU time spent on tokens that should have been cached, by the TTFT per fresh token; None if unknown."""
     import numpy as np
 
-    known = turns[(turns["end"] >= since) & (turns["ttft_s"] > 0) & (turns["fresh"] > 0) & (turns["cached"] >= 0)]
-    if len(known) < LEAST_TURNS or until <= since:
+    known = turns[(turns["end"] >= since) & (turns["ttft_s"] > 0) & (turns["cached"] >= 0)]
+    token_s = prefill_s(np.column_stack([known["fresh"], known["ttft_s"]]))
+    if token_s is None or until <= since:
         return None
-    tenths = np.array_split(known[np.argsort(known["fresh"], kind="stable")], 10)
-    # Medians, since some turns also waited for what was prefilled beside them.
-    fresh, ttft = (np.array([np.median(part[name]) for part in tenths]) for name in ("fresh", "ttft_s"))
-    token_s = max(0.0, float(np.polyfit(fresh, ttft, 1)[0])) if fresh[-1] > fresh[0] else 0.0
     missed = float(np.nansum(np.maximum(0.0, known["expected"] - known["cached"])))
     return missed * token_s / (replicas * (until - since))
 
