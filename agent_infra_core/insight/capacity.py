@@ -248,29 +248,20 @@ class Outlook:
 
     def what_ifs(self) -> list[dict[str, Any]]:
         half = 1 - 0.5 * (self.think.observing_share if self.think else 0.0)
-        return [
-            self.what_if("+1 replica", self._with_replica, self.agents),
-            self.what_if(
-                "half the observation time",
-                lambda model: dataclasses.replace(model, think_s=half * model.think_s),
-                self.agents,
-            ),
-            self.what_if("+25 % agents", lambda model: model, 1.25 * self.agents),
-            self.what_if("−25 % agents", lambda model: model, 0.75 * self.agents),
-        ]
+        changes: tuple[tuple[str, Callable[[CapacityModel], CapacityModel], float], ...] = (
+            ("+1 replica", self._with_replica, 1.0),
+            ("half the observation time", lambda model: dataclasses.replace(model, think_s=half * model.think_s), 1.0),
+            ("+25 % agents", lambda model: model, 1.25),
+            ("−25 % agents", lambda model: model, 0.75),
+        )
+        return [self.what_if(name, change, factor * self.agents) for name, change, factor in changes]
 
     def curve(self) -> list[dict[str, Any]]:
         """Points of X(N), up to the highest N that can be predicted and is of interest."""
         import numpy as np
 
-        if (
-            self.few
-            or self.reason
-            or self.evicting
-            or self.fit is None
-            or self.fit.is_alone
-            or self.basis.turns < POINT_TURNS
-        ):
+        base = self.told("s", lambda model: model.base_s, self.evicting)
+        if base.value is None or self.fit is None or self.fit.is_alone:
             return []
         most = min(self.most_agents, max(2 * self.agents, 1.5 * float(self.model.knee)))
         points = np.unique(np.round(np.linspace(1, max(1.0, most), MAX_CURVE_POINTS)))
@@ -318,16 +309,11 @@ def capacity_models(
     """The models of the estimates and of their draws. Without a fit, A and B are placeholders: don't use them."""
     import numpy as np
 
-    zeros = np.zeros(RESAMPLES)
-    limit = float(slots) if slots else math.inf
-    point = CapacityModel(replicas, 1.0, 0.0, think.mean_s if think else 0.0, parallel, limit)
-    draws = CapacityModel(replicas, zeros + 1, zeros, think.draws if think else zeros, parallel, limit)
-    if fit is None:
-        return point, draws
-    return (
-        dataclasses.replace(point, base_s=fit.base_s, per_request_s=fit.per_request_s),
-        dataclasses.replace(draws, base_s=fit.base_draws, per_request_s=fit.per_request_draws),
-    )
+    zeros, limit = np.zeros(RESAMPLES), float(slots) if slots else math.inf
+    base, slope = (fit.base_s, fit.per_request_s) if fit else (1.0, 0.0)
+    bases, slopes = (fit.base_draws, fit.per_request_draws) if fit else (zeros + 1, zeros)
+    point = CapacityModel(replicas, base, slope, think.mean_s if think else 0.0, parallel, limit)
+    return point, CapacityModel(replicas, bases, slopes, think.draws if think else zeros, parallel, limit)
 
 
 def misfit(predicted: Array, turns: Array) -> float:
@@ -354,13 +340,7 @@ def widened(model: CapacityModel, draws: CapacityModel, agents: float, error: fl
     rate = draws.throughput(agents)
     spread = max(float(np.std(rate) / np.mean(rate)), EPSILON)
     factor = min(math.hypot(spread, error) / spread, 10.0)
-
-    def spread_out(value: float, drawn: Array) -> Array:
-        return np.maximum(value + factor * (drawn - value), 0.1 * value)
-
-    return dataclasses.replace(
-        draws,
-        base_s=spread_out(model.base_s, draws.base_s),
-        per_request_s=spread_out(model.per_request_s, draws.per_request_s),
-        think_s=spread_out(model.think_s, draws.think_s),
-    )
+    names = ("base_s", "per_request_s", "think_s")
+    both = [(getattr(model, name), getattr(draws, name)) for name in names]
+    spread_out = [np.maximum(value + factor * (drawn - value), 0.1 * value) for value, drawn in both]
+    return dataclasses.replace(draws, **dict(zip(names, spread_out, strict=True)))

@@ -79,14 +79,9 @@ class ServiceFit:
         """The fit if B can't be determined but isn't needed: with every slot taken, R follows from X = k·c / R."""
         if self.reason is None or not slots or here.full < FULL:
             return self
-        answers = [slots * replicas / per_s for per_s in (here.per_s, here.per_s_draws)]
+        answer, answers = (slots * replicas / per_s for per_s in (here.per_s, here.per_s_draws))
         return dataclasses.replace(
-            self,
-            base_s=answers[0],
-            base_draws=answers[1],
-            per_request_s=0.0,
-            per_request_draws=0 * answers[1],
-            reason=None,
+            self, base_s=answer, base_draws=answers, per_request_s=0.0, per_request_draws=0 * answers, reason=None
         )
 
 

@@ -137,11 +137,8 @@ def suggest(outlook: Outlook, goal_s: float | None) -> dict[str, Any]:
     value = max(1.0, round(value))
     spread = np.maximum(1.0, np.round(np.min([limit[1] for limit in limits], axis=0)))
     agents = estimate("agents", outlook.basis, value, spread)
-    told = (
-        f"{value:.0f}"
-        if agents.value is not None or agents.low == agents.high
-        else f"{agents.low:.0f} to {agents.high:.0f}"
-    )
+    is_sure = agents.value is not None or agents.low == agents.high
+    told = f"{value:.0f}" if is_sure else f"{agents.low:.0f} to {agents.high:.0f}"
     prices = [_priced(outlook, number) for number in (outlook.agents, value)]
     most = min([limit[0] for limit in limits[1:]], default=value)
     options = [
@@ -162,7 +159,7 @@ def suggest(outlook: Outlook, goal_s: float | None) -> dict[str, Any]:
 def figures(outlook: Outlook) -> dict[str, Any]:
     """``fit``, ``operating`` and ``limits`` of an entry of ``analysis``."""
     model, draws, here = outlook.model, outlook.draws, outlook.here
-    thinking = "no session had two turns"
+    thinking, no_kv = "no session had two turns", "the KV capacity or the contexts are not known"
     alone = outlook.beyond(math.inf) if outlook.fit and outlook.fit.is_alone else None
     blind = alone or outlook.evicting
     knee_flight = float(model.in_flight(model.knee)) if math.isfinite(model.knee) else math.inf
@@ -172,6 +169,11 @@ def figures(outlook: Outlook) -> dict[str, Any]:
     good_flight = GOOD_UTILISATION / (1 - GOOD_UTILISATION) * model.base_s / max(model.per_request_s, EPSILON)
     good_far = far if good_flight > outlook.most_in_flight else None
     kv_value, kv_draws = outlook.kv if outlook.kv is not None else (None, None)
+    agents_draws = None if here.agents is None else here.agents_draws
+
+    def utilised(model: CapacityModel) -> Figure:
+        return model.agents_at_utilisation(GOOD_UTILISATION)
+
     return {
         "fit": {
             "base_latency_s": outlook.told("s", lambda m: m.base_s),
@@ -179,27 +181,16 @@ def figures(outlook: Outlook) -> dict[str, Any]:
             "think_s": outlook.measured("s", model.think_s if outlook.think else None, draws.think_s, thinking),
         },
         "operating": {
-            "agents": outlook.measured(
-                "agents",
-                outlook.agents or None,
-                outlook.agents if here.agents is None else here.agents_draws,
-                "no agent is active",
-            ),
-            "in_flight_per_replica": outlook.measured(
-                "turns", here.in_flight, here.in_flight, "no sample of the fleet"
-            ),
+            "agents": outlook.measured("agents", outlook.agents or None, agents_draws, "no agent is active"),
+            "in_flight_per_replica": outlook.measured("turns", here.in_flight, None, "no sample of the fleet"),
             "turns_per_hour": outlook.measured("turns/h", 3600 * here.per_s, 3600 * here.per_s_draws, ""),
             "predicted_turns_per_hour": outlook.told("turns/h", lambda m: 3600 * m.throughput(outlook.agents)),
             "utilisation": outlook.told("fraction", lambda m: m.utilisation(outlook.agents), alone),
         },
         "limits": {
             "knee_agents": outlook.told("agents", lambda m: m.knee, blind or far),
-            "kv_agents": outlook.measured(
-                "agents", kv_value, kv_draws, "the KV capacity or the contexts are not known"
-            ),
-            "utilisation_agents": outlook.told(
-                "agents", lambda m: m.agents_at_utilisation(GOOD_UTILISATION), blind or good_far
-            ),
+            "kv_agents": outlook.measured("agents", kv_value, kv_draws, no_kv),
+            "utilisation_agents": outlook.told("agents", utilised, blind or good_far),
         },
     }
 
