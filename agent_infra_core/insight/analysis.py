@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from agent_infra_core.insight.capacity import (
+    FULL,
     LEAST_MISFIT,
     LEAST_TURNS,
     RESAMPLES,
@@ -21,6 +22,7 @@ from agent_infra_core.insight.capacity import (
     Estimate,
     Outlook,
     capacity_models,
+    fleets,
     misfit,
     percent,
     widened,
@@ -36,6 +38,7 @@ from agent_infra_core.insight.measure import (
     littles_law,
     measure,
     mix_change,
+    moved_share,
     number_of,
     observed_turns,
     operating,
@@ -238,6 +241,7 @@ class FleetAnalysis:
             # A guessed number of agents says little about the model.
             error = self._misfit(model, point, now) if is_counted else LEAST_MISFIT
             draws = widened(model, draws, agents, error)
+        moves = moved_share(turns_since)
         kv_tokens = (last.kv_capacity_tokens or 0) * self.replicas if last else 0
         return Outlook(
             model=model,
@@ -250,7 +254,8 @@ class FleetAnalysis:
             reason=self._refusal(fit, think, here, agents, law),
             few=few,
             doubt=1 + math.hypot(STRUCTURE, UNSTEADY * here.variation) * rng.standard_normal(RESAMPLES),
-            kv=kv_agent_limit(turns_since, kv_tokens, self.replicas, rng),
+            kv=kv_agent_limit(turns_since, kv_tokens, self.replicas, moves, rng),
+            fleets=(model, draws) if here.full >= FULL else fleets(model, draws, fit, moves),
         )
 
     def _fit_service(self, here: Operating, settled: float, rng: Any) -> tuple[ServiceFit | None, Basis, str | None]:

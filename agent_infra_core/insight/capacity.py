@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -110,6 +111,69 @@ class CapacityModel:
         rate = self.replicas * utilisation / np.maximum(self.per_request_s, EPSILON)
         return rate * (self.think_s + self.base_s / (1 - utilisation) / self.parallel)
 
+    def with_replica(self) -> CapacityModel:
+        """The fleet with one more replica."""
+        return dataclasses.replace(self, replicas=self.replicas + 1)
+
+    def thinking(self, share: float) -> CapacityModel:
+        """The fleet with a share of the think time."""
+        return dataclasses.replace(self, think_s=share * self.think_s)
+
+
+@dataclass(frozen=True)
+class UnequalFleet:
+    """Replicas that differ in speed: what a change brings depends on which of them become crowded.
+
+    Where turns go to any replica, each keeps its share of them, and R is the mean of A_i / (1 − B_i·X_i). Where
+    sessions stay, each replica is a closed system of its own with a share of the agents. In between, X is interpolated.
+    ``speeds``, ``shares`` and ``homes`` are columns with a row per replica; the rest is as in CapacityModel.
+    """
+
+    model: CapacityModel  # if every replica had speed 1
+    speeds: Array  # factor of A and B
+    shares: Array  # of the turns
+    homes: Array  # share of the agents
+    moves: float  # share of turns that go to any replica
+
+    def throughput(self, agents: Figure) -> Figure:
+        """X in turns per second."""
+        import numpy as np
+
+        model, shares = self.model, self.shares
+        base, slope = self.speeds * model.base_s, self.speeds * model.per_request_s
+        one = dataclasses.replace(model, replicas=1, base_s=base, per_request_s=slope)
+        low: Figure = 0.0
+        high = agents / (model.think_s + (shares * base).sum(axis=0) / model.parallel)
+        for _ in range(30):
+            rate = (low + high) / 2
+            answer = (shares * base / np.maximum(1 - slope * shares * rate, EPSILON)).sum(axis=0)
+            is_less = rate * (model.think_s + answer / model.parallel) < agents
+            low, high = np.where(is_less, rate, low), np.where(is_less, high, rate)
+        return self.moves * low + (1 - self.moves) * one.throughput(self.homes * agents).sum(axis=0)
+
+    def with_replica(self) -> UnequalFleet:
+        """The fleet with one more replica that is as fast as most."""
+        import numpy as np
+
+        shares, homes = (
+            np.vstack([part, [[typical]]])
+            for part, typical in ((self.shares, np.median(self.shares)), (self.homes, self.homes.mean()))
+        )
+        speeds = np.vstack([self.speeds, [[1.0]]])
+        return UnequalFleet(self.model, speeds, shares / shares.sum(), homes / homes.sum(), self.moves)
+
+    def thinking(self, share: float) -> UnequalFleet:
+        """The fleet with a share of the think time."""
+        return dataclasses.replace(self, model=self.model.thinking(share))
+
+    def healed(self, number: int) -> UnequalFleet:
+        """The fleet with a replica as fast as most in the place of one."""
+        import numpy as np
+
+        speeds, shares = self.speeds.copy(), self.shares.copy()
+        speeds[number], shares[number] = 1.0, np.median(shares)
+        return dataclasses.replace(self, speeds=speeds, shares=shares / shares.sum())
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -176,6 +240,7 @@ class Outlook:
     few: str | None  # why all figures are withheld
     kv: tuple[float, Array] | None
     doubt: Array  # factors on the draws of a change
+    fleets: tuple[Any, Any]  # what changes are predicted with: model and draws, or an UnequalFleet of each
 
     @property
     def is_full(self) -> bool:
@@ -226,35 +291,36 @@ class Outlook:
             return None
         return "contexts are evicted at this load, and how replicas do when others fit, the fit cannot tell"
 
-    def what_if(self, name: str, change: Callable[[CapacityModel], CapacityModel], agents: float) -> dict[str, Any]:
-        """Throughput after a change to the system, and the gain as a fraction."""
-        reason = self.evicting or self.beyond(agents)
-        if self.crowding and change(self.model).think_s != self.model.think_s:
+    def what_if(
+        self, name: str, agents: float, think: float = 1.0, change: Callable[[Any], Any] = lambda fleet: fleet
+    ) -> dict[str, Any]:
+        """Throughput with so many agents, a share ``think`` of the think time and a changed fleet, and the gain."""
+        import numpy as np
+
+        reason = self.few or self.reason or self.evicting or self.beyond(agents)
+        if self.crowding and think != 1:
             reason = SHARED_TOOLS
         if reason is None and self.kv is not None and self.agents < agents and agents > self.kv[0]:
             reason = f"the contexts of {agents:.0f} agents would not fit into the KV cache"
-        rate = self.told("turns/h", lambda model: 3600 * change(model).throughput(agents), reason)
-        if rate.low is None or agents == 0:
-            share = estimate("fraction", self.basis, None, reason=rate.reason)
-        else:
-            gain, gains = (
-                change(m).throughput(agents) / m.throughput(self.agents) - 1 for m in (self.model, self.draws)
-            )
-            share = estimate("fraction", self.basis, float(gain), gains * self.doubt)
+        if reason is not None or agents == 0:
+            rate, share = (estimate(unit, self.basis, None, reason=reason) for unit in ("turns/h", "fraction"))
+            return {"name": name, "turns_per_hour": rate, "change": share}
+        then = [change(fleet).thinking(think).throughput(agents) for fleet in self.fleets]
+        gain, gains = (rate / fleet.throughput(self.agents) for rate, fleet in zip(then, self.fleets, strict=True))
+        rates = [3600 * model.throughput(self.agents) for model in (self.model, self.draws)]
+        gain = float(np.squeeze(gain))
+        rate = estimate("turns/h", self.basis, rates[0] * gain, rates[1] * gains)
+        share = estimate("fraction", self.basis, gain - 1, (gains - 1) * self.doubt)
         return {"name": name, "turns_per_hour": rate, "change": share}
-
-    def _with_replica(self, model: CapacityModel) -> CapacityModel:
-        return self.fit.with_replica(model) if self.fit else model
 
     def what_ifs(self) -> list[dict[str, Any]]:
         half = 1 - 0.5 * (self.think.observing_share if self.think else 0.0)
-        changes: tuple[tuple[str, Callable[[CapacityModel], CapacityModel], float], ...] = (
-            ("+1 replica", self._with_replica, 1.0),
-            ("half the observation time", lambda model: dataclasses.replace(model, think_s=half * model.think_s), 1.0),
-            ("+25 % agents", lambda model: model, 1.25),
-            ("−25 % agents", lambda model: model, 0.75),
-        )
-        return [self.what_if(name, change, factor * self.agents) for name, change, factor in changes]
+        return [
+            self.what_if("+1 replica", self.agents, change=methodcaller("with_replica")),
+            self.what_if("half the observation time", self.agents, half),
+            self.what_if("+25 % agents", 1.25 * self.agents),
+            self.what_if("−25 % agents", 0.75 * self.agents),
+        ]
 
     def curve(self) -> list[dict[str, Any]]:
         """Points of X(N), up to the highest N that can be predicted and is of interest."""
@@ -314,6 +380,25 @@ def capacity_models(
     bases, slopes = (fit.base_draws, fit.per_request_draws) if fit else (zeros + 1, zeros)
     point = CapacityModel(replicas, base, slope, think.mean_s if think else 0.0, parallel, limit)
     return point, CapacityModel(replicas, bases, slopes, think.draws if think else zeros, parallel, limit)
+
+
+def fleets(model: CapacityModel, draws: CapacityModel, fit: ServiceFit | None, moves: float) -> tuple[Any, Any]:
+    """What changes are predicted with: ``model`` and ``draws``, or an UnequalFleet of each if a replica is slow.
+
+    ``moves`` is the share of turns that go to another replica than the session's last.
+    """
+    import numpy as np
+
+    if fit is None or not fit.slow:
+        return model, draws
+    speeds, shares, answers = np.array([*fit.lately.values()]).T[:, :, None]
+    homes, anywhere = shares * (model.think_s + answers / model.parallel), moves * len(speeds) / (len(speeds) - 1)
+    base, slope = fit.factors
+    ones = (
+        dataclasses.replace(m, base_s=m.base_s / base, per_request_s=m.per_request_s / slope) for m in (model, draws)
+    )
+    point, drawn = (UnequalFleet(one, speeds, shares, homes / homes.sum(), min(1.0, anywhere)) for one in ones)
+    return point, drawn
 
 
 def misfit(predicted: Array, turns: Array) -> float:

@@ -19,7 +19,6 @@ from agent_infra_core.insight.statistics import (
 )
 
 if TYPE_CHECKING:
-    from agent_infra_core.insight.capacity import CapacityModel
     from agent_infra_core.insight.measure import Beginnings, Measured, Operating
 
 MAX_SILENCES = 8000  # think times used to fit Z; with more, only every second, third, … session is used
@@ -38,21 +37,6 @@ REPORTING = 0.1  # reported ends, as a share of the quiet sessions, which show t
 
 
 @dataclass
-class SlowReplica:
-    """A replica's speed factor, and by what A and B of the fleet would change if it were as fast as the others."""
-
-    factor: float
-    base: float
-    per_request: float
-
-    def healed(self, model: CapacityModel) -> CapacityModel:
-        """The fleet with a replica of the others' speed in its place."""
-        return dataclasses.replace(
-            model, base_s=self.base * model.base_s, per_request_s=self.per_request * model.per_request_s
-        )
-
-
-@dataclass
 class ServiceFit:
     """R(n) = A + B·n of the fleet as it is: the estimates of A and B and their resampled draws, in seconds."""
 
@@ -63,17 +47,14 @@ class ServiceFit:
     most_in_flight: float  # 99th percentile of the turns in flight
     is_alone: bool  # no replica ever served two turns at once, so B is unknown
     factors: tuple[float, float]  # by which A and B of the fleet exceed those of a replica of speed 1
-    slow: Mapping[str, SlowReplica]
+    lately: Mapping[str, tuple[float, float, float]]  # replica → its speed factor, share of the turns, mean answer in s
     changes: Mapping[str, float]  # replica → when its speed changed, if it did
     reason: str | None = None  # why B can't be determined
 
-    def with_replica(self, model: CapacityModel) -> CapacityModel:
-        """The fleet with one more replica of speed 1, which takes as many turns as the others do on average."""
-        count = model.replicas
-        base, slope = ((count * factor + 1) / (count + 1) / factor for factor in self.factors)
-        return dataclasses.replace(
-            model, replicas=count + 1, base_s=base * model.base_s, per_request_s=slope * model.per_request_s
-        )
+    @property
+    def slow(self) -> dict[str, float]:
+        """The replicas that are slower than the others, and their factors."""
+        return {name: factor for name, (factor, _, _) in self.lately.items() if factor > 1}
 
     def at_full_slots(self, here: Operating, replicas: int, slots: int | None) -> ServiceFit:
         """The fit if B can't be determined but isn't needed: with every slot taken, R follows from X = k·c / R."""
@@ -171,18 +152,6 @@ def regress(rows: Measured, beginnings: list[Beginnings], replica: Array) -> Reg
     return Regression(design, weight, _solve(design, rows.seconds / speed, weight), speed, off)
 
 
-def _slow_replicas(speed: Array, in_flight: Array, replica: Array, names: Sequence[str]) -> dict[str, SlowReplica]:
-    """The replicas that are slower than the others, and what their speed costs, by turns that began lately."""
-    found = {}
-    for index, name in enumerate(names):
-        here = replica == index
-        if here.any() and (factor := float(speed[here][-1])) > 1:
-            healed = speed.copy()
-            healed[here] = 1.0
-            found[name] = SlowReplica(factor, healed.mean() / speed.mean(), (healed @ in_flight) / (speed @ in_flight))
-    return found
-
-
 def _speed_changes(rows: Measured, off: Array, replica: Array, names: Sequence[str]) -> dict[str, float]:
     """When each replica last became faster or slower, where it did."""
     import numpy as np
@@ -243,6 +212,7 @@ def fit_service(
     recent = recent if len(recent) else np.arange(now)
     speed, crowd = fit.speed[recent], rows.in_flight[recent]
     base_factor, slope_factor = (speed.mean(), speed @ crowd / crowd.sum()) if now else (1.0, 1.0)
+    seconds, homes = rows.seconds[recent], [(name, replica[recent] == index) for index, name in enumerate(names)]
     slope, slopes = fit.found[2] + fit.found[3], drawn[:, 2] + drawn[:, 3]
     mean = rows.seconds.mean()
     return ServiceFit(
@@ -253,7 +223,7 @@ def fit_service(
         most_in_flight=float(np.quantile(rows.in_flight, 0.99)),
         is_alone=is_alone,
         factors=(float(base_factor), float(slope_factor)),
-        slow=_slow_replicas(speed, crowd, replica[recent], names),
+        lately={name: (speed[here][-1], here.mean(), seconds[here].mean()) for name, here in homes if here.any()},
         changes=_speed_changes(rows, fit.off, replica, names),
         reason=reason,
     )

@@ -383,22 +383,29 @@ def think_change(turns: Array) -> float:
     return last_change(at[settled], np.log(np.maximum(seconds[settled], 1e-3)), math.log(STEP_RATIO))
 
 
-def kv_agent_limit(turns: Array, kv_tokens: float, replicas: int, rng: Any) -> tuple[float, Array] | None:
+def moved_share(turns: Array) -> float:
+    """Share of the turns of going sessions that went to another replica than the turn before."""
+    import numpy as np
+
+    placed = turns[turns["session"] != 0]
+    placed = placed[np.argsort(placed["session"], kind="stable")]
+    goes_on = placed["session"][1:] == placed["session"][:-1]
+    moves = (goes_on & (placed["replica"][1:] != placed["replica"][:-1])).sum()
+    return float(moves / max(1, goes_on.sum()))
+
+
+def kv_agent_limit(turns: Array, kv_tokens: float, replicas: int, moves: float, rng: Any) -> tuple[float, Array] | None:
     """N_kv and its draws: ``kv_tokens`` of all replicas divided by what a session holds, also while it thinks.
 
-    That is its mean context, times the copies that moves between replicas leave behind: 1 + k·(share of turns that
-    moved), which is 1 if sessions stay and k if each turn goes to a replica at random.
+    That is its mean context, times the copies that moves between replicas leave behind: 1 + k·``moves``, the share of
+    turns that moved. It is 1 if sessions stay and k if each turn goes to a replica at random.
     """
     import numpy as np
 
     held = turns[turns["prompt"] > 0]
     if not len(held) or not kv_tokens:
         return None
-    placed = turns[turns["session"] != 0]
-    placed = placed[np.argsort(placed["session"], kind="stable")]
-    goes_on = placed["session"][1:] == placed["session"][:-1]
-    moves = (goes_on & (placed["replica"][1:] != placed["replica"][:-1])).sum()
-    copies = min(replicas, 1 + replicas * moves / max(1, goes_on.sum()))
+    copies = min(replicas, 1 + replicas * moves)
     _, session = np.unique(held["session"], return_inverse=True)
     tokens = copies * np.bincount(session, held["prompt"] + np.nan_to_num(held["output"]))
     number, counts = np.bincount(session), resample_counts(session.max() + 1, rng)

@@ -71,7 +71,7 @@ def _loads(outlook: Outlook, goal_s: float | None) -> list[tuple[str, Figure, Ar
 
 def _priced(outlook: Outlook, agents: float) -> dict[str, Estimate]:
     """What it is to run so many agents: throughput, the wait for an answer, and the change of throughput."""
-    what = outlook.what_if("", lambda model: model, agents)
+    what = outlook.what_if("", agents)
     reason = what["change"].reason if what["change"].low is None else None
     return {
         "turns_per_hour": what["turns_per_hour"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import methodcaller
 from typing import Any
 
 from agent_infra_core.insight.capacity import CONFIDENCE, RESAMPLES, Outlook, in_words, percent
@@ -83,10 +84,13 @@ def find_flags(outlook: Outlook, samples: Sequence[FleetSample]) -> dict[str, st
             "add a replica."
         )
     slow_ones = []
-    for name, slow in (outlook.fit.slow if outlook.fit and not outlook.few else {}).items():
-        gain = in_words(outlook.what_if("A replica as fast as the others", slow.healed, outlook.agents), True)
-        sentence = f"{name} takes {slow.factor:.1f} times as long as the others for the same turns."
-        slow_ones.append(f"{sentence} {gain}." if gain else sentence)
+    lately = outlook.fit.lately if outlook.fit and not outlook.few else {}
+    for number, (name, (factor, _, _)) in enumerate(lately.items()):
+        if factor > 1:
+            healed = methodcaller("healed", number)
+            gain = in_words(outlook.what_if("A replica as fast as the others", outlook.agents, change=healed), True)
+            sentence = f"{name} takes {factor:.1f} times as long as the others for the same turns."
+            slow_ones.append(f"{sentence} {gain}." if gain else sentence)
     if slow_ones:
         found["SLOW"] = " ".join(slow_ones)
     if outlook.crowding and not outlook.few:

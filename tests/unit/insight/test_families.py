@@ -13,8 +13,8 @@ import pytest
 from families import FAMILIES, SETTLE_S, Family, Habits, Watched, thinking
 
 from agent_infra_core.insight.analysis import CapacityAnalysis
-from agent_infra_core.insight.capacity import Basis, CapacityModel, Estimate
-from agent_infra_core.insight.fit import ServiceFit, _cure_model
+from agent_infra_core.insight.capacity import Basis, CapacityModel, UnequalFleet, Estimate
+from agent_infra_core.insight.fit import _cure_model
 from agent_infra_core.insight.verdict import find_flags
 
 FAMILY = {family.name: family for family in FAMILIES}
@@ -83,12 +83,28 @@ def test_nothing_is_said_while_silent_sessions_may_be_thinking_or_gone() -> None
     assert entry["fit"]["think_s"]["low"] is not None  # the range is told all the same
 
 
+def slow_fleet(moves: float) -> UnequalFleet:
+    """Four replicas, of which the last takes twice as long; turns and agents are shared evenly."""
+    even = np.full((4, 1), 0.25)
+    return UnequalFleet(CapacityModel(4, 1.875, 0.269, 10.0), np.array([[1.0], [1.0], [1.0], [2.0]]), even, even, moves)
+
+
 def test_one_more_replica_beside_a_slow_one_is_a_fast_one() -> None:
-    """A slow replica's share of the turns becomes smaller: the fleet's mean factor falls from 5/4 to 6/5."""
-    nothing = np.zeros(1)
-    fit = ServiceFit(1.25, 0.25, nothing, nothing, 8.0, False, (1.25, 1.25), {}, {})
-    model = fit.with_replica(CapacityModel(4, fit.base_s, fit.per_request_s, 10.0))
-    assert (model.replicas, model.base_s, model.per_request_s) == (5, pytest.approx(1.2), pytest.approx(0.24))
+    """Sessions that stay make each replica a closed system of its own; turns in turn, each serves as many."""
+    alone = CapacityModel(1, 1.875, 0.269, 10.0)
+    stays, moves = (slow_fleet(moves).with_replica().throughput(152) for moves in (0.0, 1.0))
+    slow = CapacityModel(1, 3.75, 0.538, 10.0)
+    assert stays == pytest.approx(4 * alone.throughput(152 / 5) + slow.throughput(152 / 5))
+    each = moves / 5
+    answers = [1.875 / (1 - 0.269 * each)] * 4 + [3.75 / (1 - 0.538 * each)]
+    assert moves * (10.0 + sum(answers) / 5) == pytest.approx(152)
+
+
+@pytest.mark.parametrize("moves", [0.0, 0.5, 1.0])
+def test_replicas_of_one_speed_are_a_fleet_of_the_plain_model(moves: float) -> None:
+    fleet = slow_fleet(moves).healed(3)
+    for agents in (20, 152, 400):
+        assert fleet.throughput(agents) == pytest.approx(CapacityModel(4, 1.875, 0.269, 10.0).throughput(agents))
 
 
 def test_agents_that_send_several_turns_at_once_are_still_counted_once() -> None:
@@ -209,12 +225,12 @@ def test_gpu_time_lost_to_cache_misses_is_what_the_missing_tokens_cost() -> None
 
 
 def test_each_of_several_slow_replicas_is_named() -> None:
-    slow = {name: SimpleNamespace(factor=factor, healed=None) for name, factor in (("r1", 2.0), ("r2", 3.0))}
+    lately = {"r0": (1.0, 0.5, 2.0), "r1": (2.0, 0.3, 4.0), "r2": (3.0, 0.2, 6.0)}
     unknown = Estimate(None, None, None, "fraction", Basis(0, 0.0))
     outlook: Any = SimpleNamespace(
-        fit=SimpleNamespace(slow=slow),
+        fit=SimpleNamespace(lately=lately),
         here=SimpleNamespace(since=0.0),
-        what_if=lambda name, *_: {"name": name, "change": unknown},
+        what_if=lambda name, *_, **__: {"name": name, "change": unknown},
         few=None,
         kv=None,
         crowding=None,
