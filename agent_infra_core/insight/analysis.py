@@ -219,6 +219,8 @@ class FleetAnalysis:
 
     def _outlook(self, now: float, ended: Mapping[int, float], rng: Any) -> Outlook:
         """Fit the model and collect all figures for the document."""
+        import numpy as np
+
         start, last = self._start, self._samples[-1] if self._samples else None
         recent = self._turns["seconds"][-500:]
         # Turns are recorded when they end, so figures on turns that began after this may still change.
@@ -250,6 +252,7 @@ class FleetAnalysis:
             think=think,
             here=here,
             agents=agents or 0.0,
+            agents_draws=(agents or 0.0) * np.maximum(1 + here.agents_error * rng.standard_normal(RESAMPLES), 0.01),
             basis=basis,
             reason=self._refusal(fit, think, here, agents, law),
             few=few,

@@ -235,6 +235,7 @@ class Outlook:
     think: ThinkFit | None
     here: Operating
     agents: float  # N, sampled or computed
+    agents_draws: Array
     basis: Basis
     reason: str | None  # why figures that depend on the fit are withheld
     few: str | None  # why all figures are withheld

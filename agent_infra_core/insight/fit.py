@@ -27,7 +27,8 @@ SLOW_FACTOR = 1.2  # a replica is as fast as the others unless it differs by mor
 SURE_ERRORS = 6.0
 LEAST_SPEED_TURNS = 20  # of a replica before its speed is judged
 ABANDONED = 0.01  # share of silences that never end where sessions report their end: agents that die
-LEAST_CROWDING = 0.35  # exponent that shows shared tools; early think times are the short ones, which looks like 0.25
+LEAST_CROWDING = 0.25  # exponent that shows shared tools, if it is CROWDING_ERRORS standard errors from 0 as well
+CROWDING_ERRORS = 4.0
 QUIET_S = 60.0  # a session silent for longer may have been abandoned
 BINS = 65  # of durations, in which the cure model is fitted
 ONE_KIND, TWO_KINDS = (1.0,), (0.5, 4.0)  # of think times, with the means to begin with
@@ -325,20 +326,21 @@ def _crowding(known: Array) -> float:
     """The exponent by which think time grows with the agents that think at its beginning; 0 unless it does for sure.
 
     Agents that don't share anything give 0, those that queue for the same machines up to 1. ``known`` are turns with a
-    think time.
+    think time. Those that began lately are left out: of them, only the short ones are over, while the crowd grows.
     """
     import numpy as np
 
-    if len(known) < 100:
-        return 0.0
     end, seconds = known["arrived"], known["think_s"]
     begin = end - seconds
     crowd = np.searchsorted(np.sort(begin), begin) - np.searchsorted(np.sort(end), begin)
-    x, y = np.log(np.maximum(crowd, 1.0)), np.log(np.maximum(seconds, 1e-3))
+    settled = begin <= end.max(initial=0.0) - np.quantile(seconds, 0.9) if len(known) else begin > 0
+    if settled.sum() < 100:
+        return 0.0
+    x, y = np.log(np.maximum(crowd, 1.0))[settled], np.log(np.maximum(seconds, 1e-3))[settled]
     x, y = x - x.mean(), y - y.mean()
     slope = float(x @ y / max(float(x @ x), EPSILON))
     error = float(np.std(y - slope * x)) / math.sqrt(max(float(x @ x), EPSILON))
-    return min(slope, 1.0) if slope > max(LEAST_CROWDING, 5 * error) else 0.0
+    return min(slope, 1.0) if slope > max(LEAST_CROWDING, CROWDING_ERRORS * error) else 0.0
 
 
 def _thinking_share(turns: Array, since: float, until: float, ends: float) -> float:

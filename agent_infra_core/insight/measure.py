@@ -10,6 +10,7 @@ from typing import Any
 
 from agent_infra_core.insight.capacity import EPSILON, RESAMPLES, Array, significant
 from agent_infra_core.insight.statistics import (
+    LEAST_SIDE,
     STEP_RATIO,
     change_point,
     interval_widening,
@@ -256,7 +257,7 @@ class Operating:
     think_s: float  # mean per turn, of think times that ended
     aborted: float  # share of turns without an answer
     agents: float | None  # N, sampled; None without samples
-    agents_draws: Array
+    agents_error: float  # standard error of N, as a share
     variation: float  # of N, as a coefficient
     in_flight: float | None  # per replica, sampled
     parallel: float  # p: turns in flight of an agent that waits
@@ -272,15 +273,21 @@ def _is_full(sample: FleetSample) -> bool:
     return bool(sample.slots) and running >= (sample.slots or 0) * len(sample.in_flight) < sample.open_turns
 
 
+def _relative_error(parts: Array) -> float:
+    """Standard error of the mean of 16 equal parts of a window (batch means), as a share of the mean."""
+    import numpy as np
+
+    return interval_widening(16, 1) * float(np.std(parts, ddof=1)) / 4 / max(1.0, float(np.mean(parts)))
+
+
 def operating(turns: Array, samples: Sequence[FleetSample], since: float, until: float, rng: Any) -> Operating:
-    """Measure a run over [since, until]. X's draws come from counts in 16 equal parts of that time (batch means)."""
+    """Measure a run over [since, until]. The errors of X and N come from 16 equal parts of that time."""
     import numpy as np
 
     over = turns[(turns["end"] >= since) & (turns["end"] <= until)]
     done, waits = over[~over["is_aborted"]], over["queue_s"] + over["seconds"]
     length = max(until - since, EPSILON)
     counts, _ = np.histogram(done["end"], bins=16, range=(since, since + length))
-    error = interval_widening(16, 1) * float(np.std(counts, ddof=1)) / 4 / max(1.0, float(np.mean(counts)))
     per_s = len(done) / length
     looks = [sample for sample in samples if since <= sample.at <= until]
     agents = np.array([sample.active_agents for sample in looks if sample.active_agents is not None])
@@ -290,13 +297,13 @@ def operating(turns: Array, samples: Sequence[FleetSample], since: float, until:
         until=until,
         turns=len(done),
         per_s=per_s,
-        per_s_draws=per_s * np.maximum(1 + error * rng.standard_normal(RESAMPLES), 0.01),
+        per_s_draws=per_s * np.maximum(1 + _relative_error(counts) * rng.standard_normal(RESAMPLES), 0.01),
         wait_s=float(np.mean(waits)) if len(over) else 0.0,
         slow_wait_s=float(np.quantile(waits, 0.95)) if len(over) else 0.0,
         think_s=float(np.nansum(over["think_s"])) / max(1, len(over)),
         aborted=1 - len(done) / max(1, len(over)),
         agents=float(agents.mean()) if len(agents) else None,
-        agents_draws=agents if len(agents) else np.array([math.nan]),
+        agents_error=_relative_error(agents[np.linspace(0, len(agents) - 1, 16).astype(int)]) if len(agents) else 0.0,
         variation=float(agents.std() / max(1.0, agents.mean())) if len(agents) else 0.0,
         in_flight=float(np.mean(in_flight)) if in_flight else None,
         parallel=max(1.0, sum(look.open_turns for look in looks) / max(1, sum(look.waiting_agents for look in looks))),
@@ -362,8 +369,8 @@ def operating_change(turns: Array, samples: Sequence[FleetSample]) -> float:
     numbers = np.log(np.maximum(1.0, agents))
     at, ratio = last_change(times, numbers, math.log(STEP_RATIO)), math.log(STEP_RATIO) / 2
     before, after = numbers[times < at], numbers[times >= at].mean()
-    levels = [before[start : start + 30].mean() for start in range(0, len(before), 30)]
-    if levels and min(levels) - ratio <= after <= max(levels) + ratio:
+    levels = np.convolve(before, np.ones(LEAST_SIDE) / LEAST_SIDE, "valid") if len(before) >= LEAST_SIDE else before
+    if len(levels) and min(levels) - ratio <= after <= max(levels) + ratio:
         at = 0.0  # batches come and go: the number has been there before
     return max(at, last_change(turns["end"], turns["is_aborted"], ERROR_CHANGE))
 

@@ -169,7 +169,6 @@ def figures(outlook: Outlook) -> dict[str, Any]:
     good_flight = GOOD_UTILISATION / (1 - GOOD_UTILISATION) * model.base_s / max(model.per_request_s, EPSILON)
     good_far = far if good_flight > outlook.most_in_flight else None
     kv_value, kv_draws = outlook.kv if outlook.kv is not None else (None, None)
-    agents_draws = None if here.agents is None else here.agents_draws
 
     def utilised(model: CapacityModel) -> Figure:
         return model.agents_at_utilisation(GOOD_UTILISATION)
@@ -181,7 +180,7 @@ def figures(outlook: Outlook) -> dict[str, Any]:
             "think_s": outlook.measured("s", model.think_s if outlook.think else None, draws.think_s, thinking),
         },
         "operating": {
-            "agents": outlook.measured("agents", outlook.agents or None, agents_draws, "no agent is active"),
+            "agents": outlook.measured("agents", outlook.agents or None, outlook.agents_draws, "no agent is active"),
             "in_flight_per_replica": outlook.measured("turns", here.in_flight, None, "no sample of the fleet"),
             "turns_per_hour": outlook.measured("turns/h", 3600 * here.per_s, 3600 * here.per_s_draws, ""),
             "predicted_turns_per_hour": outlook.told("turns/h", lambda m: 3600 * m.throughput(outlook.agents)),

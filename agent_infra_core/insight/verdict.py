@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from operator import methodcaller
 from typing import Any
 
-from agent_infra_core.insight.capacity import CONFIDENCE, RESAMPLES, Outlook, in_words, percent
+from agent_infra_core.insight.capacity import CONFIDENCE, RESAMPLES, Outlook, estimate, in_words, percent
 from agent_infra_core.insight.measure import FleetSample
 from agent_infra_core.insight.suggestion import GOOD_KV_SHARE
 
@@ -24,16 +24,14 @@ def judge(outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]], before: str |
 
     names = ("agent", "base_latency", "contention")  # in the order of VERDICTS
     reason = outlook.few or outlook.reason
-    shares = {
-        name: outlook.told("fraction", lambda model, index=index: model.shares(outlook.agents)[index])  # type: ignore[misc]
-        for index, name in enumerate(names)
-    }
+    point = [float(share) for share in outlook.model.shares(outlook.agents)]
+    drawn = np.stack(np.broadcast_arrays(*outlook.draws.shares(outlook.agents_draws)))
+    told = (estimate("fraction", outlook.basis, *share, reason) for share in zip(point, drawn, strict=True))
+    shares = dict(zip(names, told, strict=True))
     if reason is not None:
         sentence = f"No verdict: {reason}."
         return {"name": "NO DATA", "confidence": None, "sentence": sentence, "reason": reason, "shares": shares}
-    point = [float(share) for share in outlook.model.shares(outlook.agents)]
-    drawn = np.argmax(np.stack(np.broadcast_arrays(*outlook.draws.shares(outlook.agents))), axis=0)
-    counts = np.bincount(drawn, minlength=3) / RESAMPLES
+    counts = np.bincount(np.argmax(drawn, axis=0), minlength=3) / RESAMPLES
     largest = VERDICTS.index(before) if before in VERDICTS and max(counts) < CONFIDENCE else int(np.argmax(counts))
     confidence = float(counts[largest])
     is_named = confidence >= (KEPT if VERDICTS[largest] == before else CONFIDENCE)

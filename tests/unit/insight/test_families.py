@@ -13,7 +13,7 @@ import pytest
 from families import FAMILIES, SETTLE_S, Family, Habits, Watched, thinking
 
 from agent_infra_core.insight.analysis import CapacityAnalysis
-from agent_infra_core.insight.capacity import Basis, CapacityModel, UnequalFleet, Estimate
+from agent_infra_core.insight.capacity import Basis, CapacityModel, Estimate, UnequalFleet
 from agent_infra_core.insight.fit import _cure_model
 from agent_infra_core.insight.verdict import find_flags
 
