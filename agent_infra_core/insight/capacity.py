@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ GROWTH_LIMIT = 2.0  # no predictions above this many times the highest number of
 MAX_CURVE_POINTS = 40
 SHARED_TOOLS = "agents think longer the more of them think: they share tools, which the model doesn't have"
 STRUCTURE = 0.06  # standard error of a predicted change, as a share of it: what the model leaves out
-UNSTEADY = 0.3  # the same for a number of agents that varies, as a share of its coefficient of variation
 LEAST_MISFIT = 0.01  # relative error of X that every prediction allows for
 EPSILON = 1e-9  # lower bound for denominators that may be zero
 Figure = Any  # a float, or an array with one value per resampled fit
@@ -105,19 +103,18 @@ class CapacityModel:
         return self.replicas * in_flight * (self.think_s + answer / self.parallel) / answer
 
     def agents_at_utilisation(self, utilisation: float) -> Figure:
-        """N at utilisation ρ: (kρ/B)·(Z + A/(p·(1 − ρ)))."""
+        """N at utilisation ρ, which n = ρ/(1 − ρ)·A/B turns in flight make."""
         import numpy as np
 
-        rate = self.replicas * utilisation / np.maximum(self.per_request_s, EPSILON)
-        return rate * (self.think_s + self.base_s / (1 - utilisation) / self.parallel)
+        return self.agents_at(utilisation / (1 - utilisation) * self.base_s / np.maximum(self.per_request_s, EPSILON))
 
     def with_replica(self) -> CapacityModel:
         """The fleet with one more replica."""
-        return dataclasses.replace(self, replicas=self.replicas + 1)
+        return replace(self, replicas=self.replicas + 1)
 
     def thinking(self, share: float) -> CapacityModel:
         """The fleet with a share of the think time."""
-        return dataclasses.replace(self, think_s=share * self.think_s)
+        return replace(self, think_s=share * self.think_s)
 
 
 @dataclass(frozen=True)
@@ -131,17 +128,17 @@ class UnequalFleet:
 
     model: CapacityModel  # if every replica had speed 1
     speeds: Array  # factor of A and B
-    shares: Array  # of the turns
-    homes: Array  # share of the agents
+    shares: Array  # of the turns; they needn't sum to 1
+    homes: Array  # of the agents, likewise
     moves: float  # share of turns that go to any replica
 
     def throughput(self, agents: Figure) -> Figure:
         """X in turns per second."""
         import numpy as np
 
-        model, shares = self.model, self.shares
+        model, shares, homes = self.model, self.shares / self.shares.sum(), self.homes / self.homes.sum()
         base, slope = self.speeds * model.base_s, self.speeds * model.per_request_s
-        one = dataclasses.replace(model, replicas=1, base_s=base, per_request_s=slope)
+        one = replace(model, replicas=1, base_s=base, per_request_s=slope)
         low: Figure = 0.0
         high = agents / (model.think_s + (shares * base).sum(axis=0) / model.parallel)
         for _ in range(30):
@@ -149,30 +146,27 @@ class UnequalFleet:
             answer = (shares * base / np.maximum(1 - slope * shares * rate, EPSILON)).sum(axis=0)
             is_less = rate * (model.think_s + answer / model.parallel) < agents
             low, high = np.where(is_less, rate, low), np.where(is_less, high, rate)
-        return self.moves * low + (1 - self.moves) * one.throughput(self.homes * agents).sum(axis=0)
+        return self.moves * low + (1 - self.moves) * one.throughput(homes * agents).sum(axis=0)
 
     def with_replica(self) -> UnequalFleet:
         """The fleet with one more replica that is as fast as most."""
         import numpy as np
 
-        shares, homes = (
-            np.vstack([part, [[typical]]])
-            for part, typical in ((self.shares, np.median(self.shares)), (self.homes, self.homes.mean()))
-        )
-        speeds = np.vstack([self.speeds, [[1.0]]])
-        return UnequalFleet(self.model, speeds, shares / shares.sum(), homes / homes.sum(), self.moves)
+        added = ((self.speeds, 1.0), (self.shares, np.median(self.shares)), (self.homes, self.homes.mean()))
+        speeds, shares, homes = (np.vstack([part, [[own]]]) for part, own in added)
+        return replace(self, speeds=speeds, shares=shares, homes=homes)
 
     def thinking(self, share: float) -> UnequalFleet:
         """The fleet with a share of the think time."""
-        return dataclasses.replace(self, model=self.model.thinking(share))
+        return replace(self, model=self.model.thinking(share))
 
     def healed(self, number: int) -> UnequalFleet:
         """The fleet with a replica as fast as most in the place of one."""
         import numpy as np
 
-        speeds, shares = self.speeds.copy(), self.shares.copy()
-        speeds[number], shares[number] = 1.0, np.median(shares)
-        return dataclasses.replace(self, speeds=speeds, shares=shares / shares.sum())
+        is_other = np.arange(len(self.speeds))[:, None] != number
+        shares = np.where(is_other, self.shares, np.median(self.shares))
+        return replace(self, speeds=np.where(is_other, self.speeds, 1.0), shares=shares)
 
 
 @dataclass(frozen=True)
@@ -243,11 +237,6 @@ class Outlook:
     doubt: Array  # factors on the draws of a change
     fleets: tuple[Any, Any]  # what changes are predicted with: model and draws, or an UnequalFleet of each
 
-    @property
-    def is_full(self) -> bool:
-        """Whether turns wait because every slot is taken."""
-        return self.here.full >= FULL
-
     def told(self, unit: str, figure: Callable[[CapacityModel], Figure], reason: str | None = None) -> Estimate:
         """Estimate a figure that depends on the fit. A ``reason`` withholds it."""
         reason = self.few or self.reason or reason
@@ -277,7 +266,7 @@ class Outlook:
         if self.fit is not None and self.fit.is_alone and agents > self.agents:
             return "no replica ever served two turns at once, so it cannot be told how one slows down"
         if agents > self.most_agents * 1.0001:
-            return f"{agents:.0f} agents are beyond twice the load seen; run more than {self.agents:.0f} to know"
+            return f"that is beyond twice the load seen; run more than {self.agents:.0f} agents to know"
         return None
 
     @property
@@ -306,12 +295,13 @@ class Outlook:
         if reason is not None or agents == 0:
             rate, share = (estimate(unit, self.basis, None, reason=reason) for unit in ("turns/h", "fraction"))
             return {"name": name, "turns_per_hour": rate, "change": share}
-        then = [change(fleet).thinking(think).throughput(agents) for fleet in self.fleets]
-        gain, gains = (rate / fleet.throughput(self.agents) for rate, fleet in zip(then, self.fleets, strict=True))
-        rates = [3600 * model.throughput(self.agents) for model in (self.model, self.draws)]
-        gain = float(np.squeeze(gain))
-        rate = estimate("turns/h", self.basis, rates[0] * gain, rates[1] * gains)
-        share = estimate("fraction", self.basis, gain - 1, (gains - 1) * self.doubt)
+        gain, gains = (
+            np.squeeze(change(fleet).thinking(think).throughput(agents) / fleet.throughput(self.agents))
+            for fleet in self.fleets
+        )
+        rate, rates = (3600 * model.throughput(self.agents) for model in (self.model, self.draws))
+        rate = estimate("turns/h", self.basis, float(rate * gain), rates * gains)
+        share = estimate("fraction", self.basis, float(gain) - 1, (gains - 1) * self.doubt)
         return {"name": name, "turns_per_hour": rate, "change": share}
 
     def what_ifs(self) -> list[dict[str, Any]]:
@@ -390,16 +380,17 @@ def fleets(model: CapacityModel, draws: CapacityModel, fit: ServiceFit | None, m
     """
     import numpy as np
 
-    if fit is None or not fit.slow:
+    if fit is None or not any(factor > 1 for factor, _, _ in fit.lately.values()):
         return model, draws
     speeds, shares, answers = np.array([*fit.lately.values()]).T[:, :, None]
-    homes, anywhere = shares * (model.think_s + answers / model.parallel), moves * len(speeds) / (len(speeds) - 1)
+    homes = shares * (model.think_s + answers / model.parallel)
+    moves = min(1.0, moves * len(speeds) / max(1, len(speeds) - 1))  # a turn that goes to any may stay, too
     base, slope = fit.factors
-    ones = (
-        dataclasses.replace(m, base_s=m.base_s / base, per_request_s=m.per_request_s / slope) for m in (model, draws)
+    point, drawn = (
+        replace(fleet, base_s=fleet.base_s / base, per_request_s=fleet.per_request_s / slope)
+        for fleet in (model, draws)
     )
-    point, drawn = (UnequalFleet(one, speeds, shares, homes / homes.sum(), min(1.0, anywhere)) for one in ones)
-    return point, drawn
+    return UnequalFleet(point, speeds, shares, homes, moves), UnequalFleet(drawn, speeds, shares, homes, moves)
 
 
 def misfit(predicted: Array, turns: Array) -> float:
@@ -409,8 +400,6 @@ def misfit(predicted: Array, turns: Array) -> float:
     """
     import numpy as np
 
-    if not len(turns):
-        return LEAST_MISFIT
     squares = np.log(predicted / np.maximum(turns, 1.0)) ** 2
     typical = min(np.mean(squares), np.median(squares) / 0.455)  # the median of χ² with one degree of freedom
     return max(LEAST_MISFIT, math.sqrt(max(typical - np.mean(0.5 / np.maximum(turns, 1.0)), 0.0)))
@@ -429,4 +418,4 @@ def widened(model: CapacityModel, draws: CapacityModel, agents: float, error: fl
     names = ("base_s", "per_request_s", "think_s")
     both = [(getattr(model, name), getattr(draws, name)) for name in names]
     spread_out = [np.maximum(value + factor * (drawn - value), 0.1 * value) for value, drawn in both]
-    return dataclasses.replace(draws, **dict(zip(names, spread_out, strict=True)))
+    return replace(draws, **dict(zip(names, spread_out, strict=True)))

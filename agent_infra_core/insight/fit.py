@@ -52,11 +52,6 @@ class ServiceFit:
     changes: Mapping[str, float]  # replica → when its speed changed, if it did
     reason: str | None = None  # why B can't be determined
 
-    @property
-    def slow(self) -> dict[str, float]:
-        """The replicas that are slower than the others, and their factors."""
-        return {name: factor for name, (factor, _, _) in self.lately.items() if factor > 1}
-
     def at_full_slots(self, here: Operating, replicas: int, slots: int | None) -> ServiceFit:
         """The fit if B can't be determined but isn't needed: with every slot taken, R follows from X = k·c / R."""
         if self.reason is None or not slots or here.full < FULL:
@@ -160,8 +155,7 @@ def _speed_changes(rows: Measured, off: Array, replica: Array, names: Sequence[s
     found = {}
     for index, name in enumerate(names):
         here = np.flatnonzero(replica == index)[-500:]
-        at = change_point(np.log(np.maximum(1 + off[here], 0.05)), math.log(STEP_RATIO))
-        if at is not None:
+        if (at := change_point(np.log(np.maximum(1 + off[here], 0.05)), math.log(STEP_RATIO))) is not None:
             found[name] = float(rows.begin[here[at]])
     return found
 
@@ -364,19 +358,6 @@ def _observing_share(turns: Array) -> float:
     return float(np.minimum(known["pre_s"], known["think_s"]).sum() / known["think_s"].sum()) if len(known) else 1.0
 
 
-def _think_blocks(sessions: Array) -> Array:
-    """The number of each think time's block: its session, or with few sessions a stretch of ten of its think times."""
-    import numpy as np
-
-    names, number = np.unique(sessions, return_inverse=True)
-    if len(names) >= 20:
-        return number
-    order = np.argsort(number, kind="stable")
-    rank = np.empty(len(number), dtype=int)
-    rank[order] = np.arange(len(number)) - np.searchsorted(number[order], number[order])
-    return np.unique(number * len(number) + rank // 10, return_inverse=True)[1]
-
-
 def _kaplan_meier(durations: Array, over: Array, weight: Array) -> tuple[Array, Array]:
     """The mean for each row of ``weight``, and the share that lasts longer than each duration for the first.
 
@@ -409,7 +390,7 @@ def fit_think(
     if over.sum() < 2:
         return None
     order = np.argsort(seconds, kind="stable")
-    durations, over, block = seconds[order], over[order], _think_blocks(sessions)[order]
+    durations, over, block = seconds[order], over[order], np.unique(sessions, return_inverse=True)[1][order]
     named = np.unique(turns["session"][turns["session"] != 0])
     reported = named[np.isin(named, known_ends)].tolist()
     quiet = ((over == 0) & (durations > QUIET_S)).sum()

@@ -258,7 +258,6 @@ class Operating:
     aborted: float  # share of turns without an answer
     agents: float | None  # N, sampled; None without samples
     agents_error: float  # standard error of N, as a share
-    variation: float  # of N, as a coefficient
     in_flight: float | None  # per replica, sampled
     parallel: float  # p: turns in flight of an agent that waits
     full: float  # share of samples with every slot taken and turns that wait for one
@@ -304,7 +303,6 @@ def operating(turns: Array, samples: Sequence[FleetSample], since: float, until:
         aborted=1 - len(done) / max(1, len(over)),
         agents=float(agents.mean()) if len(agents) else None,
         agents_error=_relative_error(agents[np.linspace(0, len(agents) - 1, 16).astype(int)]) if len(agents) else 0.0,
-        variation=float(agents.std() / max(1.0, agents.mean())) if len(agents) else 0.0,
         in_flight=float(np.mean(in_flight)) if in_flight else None,
         parallel=max(1.0, sum(look.open_turns for look in looks) / max(1, sum(look.waiting_agents for look in looks))),
         full=sum(map(_is_full, looks)) / max(1, len(looks)),
@@ -354,8 +352,7 @@ def mix_change(turns: Array) -> tuple[float, str] | None:
         (math.log(MIX_RATIO), "prompt mix", np.log(added)),
         (HIT_CHANGE, "hit rate", hits),
     ):
-        index = change_point(values, least)
-        if index is not None:
+        if (index := change_point(values, least)) is not None:
             found.append((float(later["begin"][index]), what))
     return max(found, default=None)
 

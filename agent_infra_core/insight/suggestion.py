@@ -8,6 +8,7 @@ from typing import Any
 
 from agent_infra_core.insight.capacity import (
     EPSILON,
+    FULL,
     RESAMPLES,
     Array,
     CapacityModel,
@@ -99,7 +100,7 @@ def _limits(
     why = f"the GPUs would be {percent(GOOD_UTILISATION)} busy."
     if name == "latency_goal":
         why = f"95 % of the answers would take at most {goal_s:g} s."
-    elif math.isfinite(outlook.model.slots) and outlook.is_full:
+    elif math.isfinite(outlook.model.slots) and outlook.here.full >= FULL:
         name, why = "slots", "that takes every slot; more would only wait for one."
         value, draws = (model.agents_at(model.slots) for model in (outlook.model, outlook.draws))
     most = outlook.most_agents
@@ -127,9 +128,7 @@ def suggest(outlook: Outlook, goal_s: float | None) -> dict[str, Any]:
         nothing = outlook.beyond(math.inf)
     if nothing is not None:
         none = estimate("agents", outlook.basis, None, reason=nothing)
-        units = {"turns_per_hour": "turns/h", "wait_s": "s", "change": "fraction"}
-        unknown = {name: estimate(unit, outlook.basis, None, reason=nothing) for name, unit in units.items()}
-        sentence = f"No suggestion: {nothing}."
+        sentence, unknown = f"No suggestion: {nothing}.", _priced(outlook, math.inf)
         return {"agents": none, "bound_by": None, "sentence": sentence, "now": unknown, "then": unknown, "options": []}
     loads = _loads(outlook, goal_s)
     limits = _limits(outlook, loads[-1 if goal_s is not None else 0], goal_s)
@@ -161,18 +160,8 @@ def figures(outlook: Outlook) -> dict[str, Any]:
     model, draws, here = outlook.model, outlook.draws, outlook.here
     thinking, no_kv = "no session had two turns", "the KV capacity or the contexts are not known"
     alone = outlook.beyond(math.inf) if outlook.fit and outlook.fit.is_alone else None
-    blind = alone or outlook.evicting
-    knee_flight = float(model.in_flight(model.knee)) if math.isfinite(model.knee) else math.inf
-    far = None
-    if outlook.fit is not None and knee_flight > outlook.most_in_flight:
-        far = f"it lies beyond twice the load seen ({outlook.fit.most_in_flight:.1f} turns in flight on a replica)"
-    good_flight = GOOD_UTILISATION / (1 - GOOD_UTILISATION) * model.base_s / max(model.per_request_s, EPSILON)
-    good_far = far if good_flight > outlook.most_in_flight else None
     kv_value, kv_draws = outlook.kv if outlook.kv is not None else (None, None)
-
-    def utilised(model: CapacityModel) -> Figure:
-        return model.agents_at_utilisation(GOOD_UTILISATION)
-
+    utilised = model.agents_at_utilisation(GOOD_UTILISATION)
     return {
         "fit": {
             "base_latency_s": outlook.told("s", lambda m: m.base_s),
@@ -187,9 +176,13 @@ def figures(outlook: Outlook) -> dict[str, Any]:
             "utilisation": outlook.told("fraction", lambda m: m.utilisation(outlook.agents), alone),
         },
         "limits": {
-            "knee_agents": outlook.told("agents", lambda m: m.knee, blind or far),
+            "knee_agents": outlook.told("agents", lambda m: m.knee, outlook.evicting or outlook.beyond(model.knee)),
             "kv_agents": outlook.measured("agents", kv_value, kv_draws, no_kv),
-            "utilisation_agents": outlook.told("agents", utilised, blind or good_far),
+            "utilisation_agents": outlook.told(
+                "agents",
+                lambda m: m.agents_at_utilisation(GOOD_UTILISATION),
+                outlook.evicting or outlook.beyond(utilised),
+            ),
         },
     }
 

@@ -22,12 +22,11 @@ def judge(outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]], before: str |
     """
     import numpy as np
 
-    names = ("agent", "base_latency", "contention")  # in the order of VERDICTS
     reason = outlook.few or outlook.reason
     point = [float(share) for share in outlook.model.shares(outlook.agents)]
     drawn = np.stack(np.broadcast_arrays(*outlook.draws.shares(outlook.agents_draws)))
     told = (estimate("fraction", outlook.basis, *share, reason) for share in zip(point, drawn, strict=True))
-    shares = dict(zip(names, told, strict=True))
+    shares = dict(zip(("agent", "base_latency", "contention"), told, strict=True))  # in the order of VERDICTS
     if reason is not None:
         sentence = f"No verdict: {reason}."
         return {"name": "NO DATA", "confidence": None, "sentence": sentence, "reason": reason, "shares": shares}
