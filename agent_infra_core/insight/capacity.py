@@ -140,7 +140,8 @@ class UnequalFleet:
         base, slope = self.speeds * model.base_s, self.speeds * model.per_request_s
         one = replace(model, replicas=1, base_s=base, per_request_s=slope)
         low: Figure = 0.0
-        high = agents / (model.think_s + (shares * base).sum(axis=0) / model.parallel)
+        full = (1 / np.maximum(base / model.slots + slope, EPSILON) / shares).min(axis=0)  # all slots of a replica
+        high = np.minimum(full, agents / (model.think_s + (shares * base).sum(axis=0) / model.parallel))
         for _ in range(30):
             rate = (low + high) / 2
             answer = (shares * base / np.maximum(1 - slope * shares * rate, EPSILON)).sum(axis=0)
@@ -374,13 +375,13 @@ def capacity_models(
 
 
 def fleets(model: CapacityModel, draws: CapacityModel, fit: ServiceFit | None, moves: float) -> tuple[Any, Any]:
-    """What changes are predicted with: ``model`` and ``draws``, or an UnequalFleet of each if a replica is slow.
+    """What changes are predicted with: ``model`` and ``draws``, or an UnequalFleet of each if replicas differ.
 
     ``moves`` is the share of turns that go to another replica than the session's last.
     """
     import numpy as np
 
-    if fit is None or not any(factor > 1 for factor, _, _ in fit.lately.values()):
+    if fit is None or not any(factor != 1 for factor, _, _ in fit.lately.values()):
         return model, draws
     speeds, shares, answers = np.array([*fit.lately.values()]).T[:, :, None]
     homes = shares * (model.think_s + answers / model.parallel)

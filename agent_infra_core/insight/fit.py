@@ -207,7 +207,7 @@ def fit_service(
     recent = recent if len(recent) else np.arange(now)
     speed, crowd = fit.speed[recent], rows.in_flight[recent]
     base_factor, slope_factor = (speed.mean(), speed @ crowd / crowd.sum()) if now else (1.0, 1.0)
-    seconds, homes = rows.seconds[recent], [(name, replica[recent] == index) for index, name in enumerate(names)]
+    seconds, own = rows.seconds[recent], [(name, replica[recent] == index) for index, name in enumerate(names)]
     slope, slopes = fit.found[2] + fit.found[3], drawn[:, 2] + drawn[:, 3]
     mean = rows.seconds.mean()
     return ServiceFit(
@@ -218,7 +218,7 @@ def fit_service(
         most_in_flight=float(np.quantile(rows.in_flight, 0.99)),
         is_alone=is_alone,
         factors=(float(base_factor), float(slope_factor)),
-        lately={name: (speed[here][-1], here.mean(), seconds[here].mean()) for name, here in homes if here.any()},
+        lately={name: (speed[here][-1], here.mean(), seconds[here].mean()) for name, here in own if here.any()},
         changes=_speed_changes(rows, fit.off, replica, names),
         reason=reason,
     )

@@ -33,8 +33,7 @@ def judge(outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]], before: str |
     counts = np.bincount(np.argmax(drawn, axis=0), minlength=3) / RESAMPLES
     largest = VERDICTS.index(before) if before in VERDICTS and max(counts) < CONFIDENCE else int(np.argmax(counts))
     confidence = float(counts[largest])
-    is_named = confidence >= (KEPT if VERDICTS[largest] == before else CONFIDENCE)
-    name = VERDICTS[largest] if is_named else "BALANCED"
+    name = VERDICTS[largest] if confidence >= (KEPT if VERDICTS[largest] == before else CONFIDENCE) else "BALANCED"
     sentence = verdict_sentence(name, confidence, point, outlook, what_ifs)
     return {"name": name, "confidence": round(confidence, 3), "sentence": sentence, "reason": None, "shares": shares}
 

@@ -13,9 +13,10 @@ import pytest
 from families import FAMILIES, SETTLE_S, Family, Habits, Watched, thinking
 
 from agent_infra_core.insight.analysis import CapacityAnalysis
-from agent_infra_core.insight.capacity import Basis, CapacityModel, Estimate, UnequalFleet
+from agent_infra_core.insight.capacity import RESAMPLES, Basis, CapacityModel, Estimate, Outlook, UnequalFleet
 from agent_infra_core.insight.fit import _cure_model
-from agent_infra_core.insight.verdict import find_flags
+from agent_infra_core.insight.measure import FleetSample, observed_turns, operating_change
+from agent_infra_core.insight.verdict import find_flags, judge
 
 FAMILY = {family.name: family for family in FAMILIES}
 
@@ -83,6 +84,21 @@ def test_nothing_is_said_while_silent_sessions_may_be_thinking_or_gone() -> None
     assert entry["fit"]["think_s"]["low"] is not None  # the range is told all the same
 
 
+def test_a_replica_with_few_slots_takes_no_more_turns_than_they_do() -> None:
+    fleet = slow_fleet(1.0)
+    fleet = replace(fleet, model=replace(fleet.model, slots=4.0))
+    full = 4 / (2 * (1.875 + 0.269 * 4))  # turns per second of the slow replica
+    assert fleet.throughput(1000) == pytest.approx(4 * full)
+
+
+@pytest.mark.parametrize(("routing", "gain"), [("round_robin", 0.071), ("affinity", 0.114)])
+def test_more_agents_beside_a_slow_replica_bring_what_the_routing_makes_of_it(routing: str, gain: float) -> None:
+    """The gains are simulated (benchmarks/families.py). A model of the mean replica says 0.087 and 0.095."""
+    agents = 120 if routing == "round_robin" else 152
+    family = replace(FAMILY["slow_robin"], routing=routing, agents=agents)
+    assert change(watch(family, 240.0)[-1], "+25 % agents")["value"] == pytest.approx(gain, abs=0.014)
+
+
 def slow_fleet(moves: float) -> UnequalFleet:
     """Four replicas, of which the last takes twice as long; turns and agents are shared evenly."""
     even = np.full((4, 1), 0.25)
@@ -142,6 +158,35 @@ def test_nothing_is_predicted_where_clients_leave_before_their_answers() -> None
 
 def test_a_few_lost_turns_are_no_reason_to_refuse() -> None:
     assert entry_of("timeouts_rare")["verdict"]["name"] != "NO DATA"
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shared_tools_are_found_in_the_first_minute(seed: int) -> None:
+    """Early on, only short think times are over: they are left out, so that the rest can be trusted sooner."""
+    watched = Watched(replace(FAMILY["tools"], seconds=64.0), seed)
+    assert "TOOLS" in flags(list(watched.documents())[-1])
+
+
+def test_a_number_of_agents_that_was_there_before_is_no_change() -> None:
+    """Batches of 60 agents with a pause of 32 s between two, looked at in the second pause."""
+    agents = [60.0] * 75 + [1.0] * 32 + [60.0] * 60 + [1.0] * 31
+    samples = [FleetSample(float(at), "m", None, {}, number) for at, number in enumerate(agents)]
+    turns = observed_turns([], {})
+    assert operating_change(turns, samples) == 0.0
+    assert operating_change(turns, samples[:106]) == pytest.approx(75, abs=1)  # the first time, it is one
+
+
+def test_a_verdict_allows_for_the_error_of_the_number_of_agents() -> None:
+    """Shares that lead by little where N is known lead in few draws where N goes up and down."""
+    model, draws = (CapacityModel(4, 2.0, 0.2 + zero, 5.0) for zero in (0.0, np.zeros(RESAMPLES)))
+    here: Any = SimpleNamespace(full=0.0)
+    found = []
+    for error in (0.0, 0.3):
+        agents = 80 * (1 + error * np.random.default_rng(1).standard_normal(RESAMPLES))
+        basis, fit = Basis(1000, 300.0), None
+        outlook = Outlook(model, draws, fit, None, here, 80.0, agents, basis, None, None, None, 1.0, (model, draws))
+        found.append(judge(outlook, [{"name": "", "change": Estimate(None, None, None, "", basis)}] * 4, None)["name"])
+    assert found == ["AGENT-BOUND", "BALANCED"]
 
 
 def test_agents_that_queue_for_tools_are_promised_nothing_for_more_of_them() -> None:
