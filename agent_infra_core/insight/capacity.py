@@ -212,11 +212,11 @@ def estimate(unit: str, basis: Basis, value: Figure, draws: Figure = None, reaso
     # As np.quantile, in a tenth of its time.
     low, high = map(significant, np.interp(at, np.arange(len(spread)), spread))
     if high is None or not math.isfinite(value) or abs(high) > 1e6 * (1 + abs(low or 0)):
-        few = "the load was too light to tell how a replica slows down under more"
-        return Estimate(None, low, None, unit, basis, few)
+        return Estimate(
+            None, low, None, unit, basis, "the load was too light to tell how a replica slows down under more"
+        )
     if basis.turns < POINT_TURNS:
-        few = f"{basis.turns} of {POINT_TURNS} turns: a range, no point yet"
-        return Estimate(None, low, high, unit, basis, few)
+        return Estimate(None, low, high, unit, basis, f"{basis.turns} of {POINT_TURNS} turns: a range, no point yet")
     return Estimate(significant(value), low, high, unit, basis)
 
 

@@ -325,13 +325,12 @@ def littles_law(here: Operating, think_s: float | None) -> dict[str, Any]:
     bounds = sorted((rate * cycle_s, rate * (cycle_s - think_s + here.think_s)))
     computed = rate * cycle_s if here.agents is None else min(max(here.agents, bounds[0]), bounds[1])
     error = None if not here.agents else computed / here.agents - 1
-    is_judged = error is not None and here.window_s >= 2 * cycle_s
     tolerance = LITTLE_TOLERANCE + 1.64 * float(np.std(here.per_s_draws)) / max(here.per_s, EPSILON)
     return {
         "agents_sampled": None if here.agents is None else significant(here.agents),
         "agents_computed": significant(computed),
         "error": None if error is None else round(error, 4),
-        "holds": abs(error or 0.0) <= tolerance if is_judged else None,
+        "holds": abs(error) <= tolerance if error is not None and here.window_s >= 2 * cycle_s else None,
     }
 
 

@@ -7,8 +7,17 @@ from collections.abc import Mapping, Sequence
 from operator import methodcaller
 from typing import Any
 
-from agent_infra_core.insight.capacity import CONFIDENCE, RESAMPLES, Outlook, estimate, in_words, percent
-from agent_infra_core.insight.measure import FleetSample
+from agent_infra_core.insight.capacity import (
+    CONFIDENCE,
+    FULL,
+    LEAST_TURNS,
+    RESAMPLES,
+    Outlook,
+    estimate,
+    in_words,
+    percent,
+)
+from agent_infra_core.insight.measure import MOST_ABORTED, FleetSample
 from agent_infra_core.insight.suggestion import GOOD_KV_SHARE
 
 VERDICTS = ("AGENT-BOUND", "LATENCY-BOUND", "GPU-BOUND")
@@ -18,13 +27,17 @@ KEPT = 0.6  # share of the resampled fits that keeps a verdict
 def judge(outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]], before: str | None) -> dict[str, Any]:
     """The verdict: the largest share, if it leads in at least CONFIDENCE of the resampled fits; otherwise BALANCED.
 
-    The verdict ``before`` stays while it leads in KEPT of them and no other one is sure.
+    The verdict ``before`` stays while it leads in KEPT of them and no other one is sure. Where every slot is taken and
+    turns wait, that is measured and decides, with or without a fit.
     """
     import numpy as np
 
-    reason = outlook.few or outlook.reason
-    point = [float(share) for share in outlook.model.shares(outlook.agents)]
-    drawn = np.stack(np.broadcast_arrays(*outlook.draws.shares(outlook.agents_draws)))
+    here = outlook.here
+    is_full = here.full >= FULL and here.turns >= LEAST_TURNS and here.aborted <= MOST_ABORTED
+    reason = None if is_full else outlook.few or outlook.reason
+    point = [0.0, 0.0, 1.0] if is_full else [float(share) for share in outlook.model.shares(outlook.agents)]
+    shared = [np.full(RESAMPLES, share) for share in point] if is_full else outlook.draws.shares(outlook.agents_draws)
+    drawn = np.stack(np.broadcast_arrays(*shared))
     told = (estimate("fraction", outlook.basis, *share, reason) for share in zip(point, drawn, strict=True))
     shares = dict(zip(("agent", "base_latency", "contention"), told, strict=True))  # in the order of VERDICTS
     if reason is not None:
@@ -47,7 +60,7 @@ def verdict_sentence(
     model, agents = outlook.model, outlook.agents
     if name == "GPU-BOUND":
         said = f"GPU-bound ({sure}): throughput follows GPU capacity with elasticity {shares[2]:.2f}."
-        if math.isfinite(model.slots) and float(model.in_flight(agents)) >= model.slots:
+        if shares[2] == 1:
             said = f"GPU-bound ({sure}): all {model.slots:.0f} slots of each replica are taken, turns queue."
         effects = [in_words(replica, True), in_words(more)]
     elif name == "AGENT-BOUND":

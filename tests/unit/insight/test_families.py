@@ -162,6 +162,15 @@ def test_a_few_lost_turns_are_no_reason_to_refuse() -> None:
     assert entry_of("timeouts_rare")["verdict"]["name"] != "NO DATA"
 
 
+def test_full_slots_are_a_verdict_by_turn_45() -> None:
+    """They are measured: no think time needs to be over, and no neighbour of a turn to have ended."""
+    watched = Watched(replace(FAMILY["slots"], seconds=30.0), seed=3)
+    first = next(entry for entry in watched.documents() if entry["verdict"]["name"] != "NO DATA")
+    assert watched.turns <= 45
+    assert first["verdict"]["name"] == "GPU-BOUND"
+    assert "all 8 slots of each replica are taken" in first["verdict"]["sentence"]
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_shared_tools_are_found_in_the_first_minute(seed: int) -> None:
     """Early on, only short think times are over: they are left out, so that the rest can be trusted sooner."""
