@@ -191,7 +191,7 @@ class SlurmCluster:
 
     def find_proxies(self) -> Sequence[SlurmJob]:
         """The jobs that run the deployment's proxy, ended ones too. SchedulerError if Slurm doesn't respond."""
-        return self._answered().proxies
+        return self._answered("nothing was changed").proxies
 
     def _still_there(self, wanted: set[str]) -> set[str]:
         """Replicas whose job hasn't ended; if the job continues for others, those without a record of their end."""
@@ -225,12 +225,12 @@ class SlurmCluster:
             view = dataclasses.replace(view, told={**told, **view.told}, records={**records, **view.records})
         return view
 
-    def _answered(self) -> QueueView:
-        """Poll the cluster. SchedulerError if Slurm still doesn't respond after ANSWER_S."""
+    def _answered(self, so: str = "nothing can be stopped") -> QueueView:
+        """Poll the cluster. SchedulerError, with what follows, if Slurm still doesn't respond after ANSWER_S."""
         deadline = time.monotonic() + ANSWER_S
         while (view := self._look()).problem:
             if time.monotonic() > deadline:
-                raise SchedulerError(f"Slurm does not answer ({view.problem}), so nothing was changed; try again")
+                raise SchedulerError(f"Slurm does not answer ({view.problem}), so {so}; try again")
             time.sleep(1.0)
         return view
 
