@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from agent_infra_core.insight.capacity import (
-    FULL,
     LEAST_MISFIT,
     LEAST_TURNS,
     RESAMPLES,
@@ -261,7 +260,7 @@ class FleetAnalysis:
             few=few,
             doubt=1 + math.hypot(STRUCTURE, here.agents_error) * rng.standard_normal(RESAMPLES),
             kv=kv_agent_limit(turns_since, kv_tokens, self.replicas, moves, rng),
-            fleets=(model, draws) if here.full >= FULL else fleets(model, draws, fit, moves),
+            fleets=fleets(model, draws, fit, moves),
         )
 
     def _fit_service(self, here: Operating, settled: float, rng: Any) -> tuple[ServiceFit | None, Basis, str | None]:

@@ -208,8 +208,7 @@ def fit_service(
     speed, crowd = fit.speed[recent], rows.in_flight[recent]
     base_factor, slope_factor = (speed.mean(), speed @ crowd / crowd.sum()) if now else (1.0, 1.0)
     seconds, own = rows.seconds[recent], [(name, replica[recent] == index) for index, name in enumerate(names)]
-    slope, slopes = fit.found[2] + fit.found[3], drawn[:, 2] + drawn[:, 3]
-    mean = rows.seconds.mean()
+    slope, slopes, mean = fit.found[2] + fit.found[3], drawn[:, 2] + drawn[:, 3], rows.seconds.mean()
     return ServiceFit(
         base_s=mean if is_alone else max(base_factor * fit.found[0], mean / 100),
         per_request_s=0.0 if is_alone else max(slope_factor * slope, 0.0),

@@ -82,6 +82,19 @@ def verdict_sentence(
     return f"{said} {known[0].upper()}{known[1:]}." if known else said
 
 
+def _slow_replicas(outlook: Outlook) -> list[str]:
+    """A sentence for each replica that is slower than the others."""
+    found = []
+    lately = outlook.fit.lately if outlook.fit and not outlook.few else {}
+    for number, (name, (factor, _, _)) in enumerate(lately.items()):
+        if factor > 1:
+            healed = methodcaller("healed", number)
+            gain = in_words(outlook.what_if("A replica as fast as the others", outlook.agents, change=healed), True)
+            sentence = f"{name} takes {factor:.1f} times as long as the others for the same turns."
+            found.append(f"{sentence} {gain}." if gain else sentence)
+    return found
+
+
 def find_flags(outlook: Outlook, samples: Sequence[FleetSample]) -> dict[str, str]:
     """Further problems: flag → sentence."""
     found = {}
@@ -92,15 +105,7 @@ def find_flags(outlook: Outlook, samples: Sequence[FleetSample]) -> dict[str, st
             f"do: thinking sessions are evicted and computed again. Run {GOOD_KV_SHARE * outlook.kv[0]:.0f} agents, or "
             "add a replica."
         )
-    slow_ones = []
-    lately = outlook.fit.lately if outlook.fit and not outlook.few else {}
-    for number, (name, (factor, _, _)) in enumerate(lately.items()):
-        if factor > 1:
-            healed = methodcaller("healed", number)
-            gain = in_words(outlook.what_if("A replica as fast as the others", outlook.agents, change=healed), True)
-            sentence = f"{name} takes {factor:.1f} times as long as the others for the same turns."
-            slow_ones.append(f"{sentence} {gain}." if gain else sentence)
-    if slow_ones:
+    if slow_ones := _slow_replicas(outlook):
         found["SLOW"] = " ".join(slow_ones)
     if outlook.crowding and not outlook.few:
         found["TOOLS"] = (

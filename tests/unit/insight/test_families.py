@@ -171,6 +171,15 @@ def test_full_slots_are_a_verdict_by_turn_45() -> None:
     assert "all 8 slots of each replica are taken" in first["verdict"]["sentence"]
 
 
+def test_a_slow_replica_whose_slots_are_full_is_worth_what_the_others_do_more() -> None:
+    """With every slot taken, four replicas of which one takes twice as long do 3.5 times what one does."""
+    entry = watch(replace(FAMILY["slots"], agents=176, replicas=4, slow=2.0), 150.0)[-1]
+    assert "SLOW" in flags(entry)
+    assert entry["verdict"]["name"] == "GPU-BOUND"
+    assert change(entry, "+1 replica")["low"] < 1 / 3.5 < change(entry, "+1 replica")["high"]
+    assert "A replica as fast as the others → +1" in flags(entry)["SLOW"]  # 14 %
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_shared_tools_are_found_in_the_first_minute(seed: int) -> None:
     """Early on, only short think times are over: they are left out, so that the rest can be trusted sooner."""
