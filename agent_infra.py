@@ -102,6 +102,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from agent_infra_core.control.controller import Controller
     from agent_infra_core.control.handover import Handover
+    from agent_infra_core.control.proxy_job import ProxyJob
     from agent_infra_core.control.scaling import Autoscaler
     from agent_infra_core.control.status import ProxyClient
     from agent_infra_core.fleet.cluster import Cluster, Logs
@@ -360,6 +361,9 @@ def _contradictions(config: Config) -> Iterator[str]:
                 yield f"cluster.{item.name}: applies only to type: slurm; delete it, or set cluster.type"
     else:
         yield from _slurm_contradictions(config.cluster.slurm)
+        if config.cluster.slurm.proxy == "job" and config.cluster.ssh is not None:
+            fix = "run the program on the login host and delete cluster.ssh, or set proxy: here"
+            yield f"cluster.slurm.proxy: a job can't be reached through cluster.ssh; {fix}"
     for index, model in enumerate(config.models):
         path = f"models[{index}]"
         if model.name in [earlier.name for earlier in config.models[:index]]:
@@ -386,7 +390,7 @@ def _slurm_contradictions(slurm: SlurmConfig) -> Iterator[str]:
     for index, partition in enumerate(slurm.partitions):
         if partition.name in [earlier.name for earlier in slurm.partitions[:index]]:
             yield f"cluster.slurm.partitions[{index}].name: {partition.name} is used twice"
-    scopes = {"cluster.slurm.sbatch": slurm.sbatch}
+    scopes = {"cluster.slurm.sbatch": slurm.sbatch, "cluster.slurm.proxy_job.sbatch": slurm.proxy_job.sbatch}
     scopes |= {f"cluster.slurm.partitions[{i}].sbatch": each.sbatch for i, each in enumerate(slurm.partitions)}
     for path, directives in scopes.items():
         for name in directives:
@@ -425,38 +429,6 @@ def shell_words(value: Any) -> str:
     return shlex.quote(str(value))
 
 
-def job_directives(request: JobRequest, slurm: SlurmConfig) -> list[tuple[str, str | int | bool]]:
-    """Return sbatch's options: ours, overridden by cluster.slurm.sbatch, then by the partition's; null removes one."""
-    from agent_infra_core.fleet.place import USR1_BEFORE_END_S, job_name, job_options
-
-    partition = request.partition
-    gpus = f"{partition.gres}:{request.gpus}".partition(":")[2]  # without the GRES' name: h100:4, or 4
-    memory = request.memory_mb and f"{request.memory_mb}M"
-    resources = {"account": slurm.account, "constraint": slurm.constraint, "mem": memory}
-    options: dict[str, str | int | bool | None] = {
-        "job-name": job_name(request),
-        "partition": partition.name,
-        "qos": partition.qos or slurm.default_qos,
-        "time": partition.time_limit,
-        "nodes": request.nodes,
-        "ntasks-per-node": 1,
-        "cpus-per-task": request.cpus,
-        "gres": f"{partition.gres}:{request.gpus}" if request.gpus and slurm.gpu_flag == "gres" else None,
-        "gpus-per-node": gpus if request.gpus and slurm.gpu_flag == "gpus-per-node" else None,
-        "exclusive": partition.exclusive or None,
-        "output": f"{request.run_dir}/logs/{request.replicas[0]}.log",
-        "open-mode": "append",  # otherwise a requeue empties the log
-        "chdir": request.run_dir,
-        "signal": f"B:USR1@{USR1_BEFORE_END_S}",
-        "requeue": True,
-        "dependency": f"afterany:{request.after}" if request.after else None,
-        "export": "HOME,USER,LOGNAME,SHELL,PATH,LANG",  # by default sbatch copies every variable, secrets included
-        **{name: value for name, value in resources.items() if value},
-        **job_options(partition, slurm),
-    }
-    return [(name, value) for name, value in options.items() if value is not None]
-
-
 def job_launchers(request: JobRequest, slurm: SlurmConfig) -> tuple[ShellText, ShellText]:
     """Return the shell command before `serve`, and the one before `rank` (which srun starts)."""
     from agent_infra_core.fleet.containers import container_launchers, inside_of
@@ -478,10 +450,27 @@ def job_template(request: JobRequest) -> str:
 
 def render_job(request: JobRequest, slurm: SlurmConfig) -> str:
     """Render a job's script from a packaged template or from cluster.slurm.template. Raises RefusedError."""
+    from agent_infra_core.fleet.directives import job_directives
+
+    own = absolute_path(slurm.template, "cluster.slurm.template") if slurm.template else None
+    launcher, rank_launcher = job_launchers(request, slurm)
+    values = {item.name: getattr(request, item.name) for item in dataclasses.fields(request)}
+    values |= {"partition": request.partition.name, "directives": job_directives(request, slurm)}
+    values |= {"setup": slurm.setup, "container": slurm.container}
+    values |= {"launcher": launcher, "rank_launcher": rank_launcher}
+    return _render_template(own.name if own else job_template(request), own, values)
+
+
+def render_proxy_job(values: Mapping[str, Any]) -> str:
+    """Render the script of the job that runs the proxy. Raises RefusedError."""
+    return _render_template("proxy.sbatch.j2", None, {"replicas": (), **values})
+
+
+def _render_template(name: str, own: Path | None, values: Mapping[str, Any]) -> str:
+    """Render the template ``name``, of the packaged ones or those beside ``own``. Raises RefusedError."""
     import jinja2
 
     folder = resource("slurm_templates")
-    own = absolute_path(slurm.template, "cluster.slurm.template") if slurm.template else None
     loaders = [jinja2.FileSystemLoader(path) for path in ([own.parent] if own else []) + [folder]]
     environment = jinja2.Environment(  # noqa: S701  no HTML: every value is quoted for the shell by shell_words
         loader=jinja2.ChoiceLoader(loaders),
@@ -492,13 +481,8 @@ def render_job(request: JobRequest, slurm: SlurmConfig) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["shell"] = ShellText
-    launcher, rank_launcher = job_launchers(request, slurm)
-    values = {item.name: getattr(request, item.name) for item in dataclasses.fields(request)}
-    values |= {"partition": request.partition.name, "directives": job_directives(request, slurm)}
-    values |= {"setup": slurm.setup, "container": slurm.container, "version": __version__}
-    name = own.name if own else job_template(request)
     try:
-        script = environment.get_template(name).render(**values, launcher=launcher, rank_launcher=rank_launcher)
+        script = environment.get_template(name).render(**values, version=__version__)
     except jinja2.TemplateNotFound as error:
         where = " or ".join(str(path) for loader in loaders for path in loader.searchpath)
         raise RefusedError(f"the job template {error.name} is not in {where}") from error
@@ -958,12 +942,17 @@ class Deployment:
         report: Callable[[str], None],
         environment: Mapping[str, str],
         ask: Callable[[str], str] | None = None,
+        in_job: bool = False,
     ) -> None:
         """``report`` takes lines for the operator; ``ask`` prompts for a secret (None: nobody can be asked).
+
+        ``in_job``: this process is the one that cluster.slurm.proxy: job is about.
 
         Raises RefusedError when the state directory cannot be written.
         """
         from agent_infra_core.control.lock import DeploymentLock
+        from agent_infra_core.control.proxy_job import ProxyJob
+        from agent_infra_core.fleet.slurm import SlurmCluster
         from agent_infra_core.ssh.login_host import LoginHost
 
         self.config, self.report, self.environment = config, report, environment
@@ -973,6 +962,9 @@ class Deployment:
             self.login = LoginHost(config.cluster, environment, str(self.paths.root), ask)
         self.cluster = make_cluster(config.cluster, self.paths, self.login, environment, report)
         self._lock = DeploymentLock(self.paths)
+        self.in_job, self.proxy_job = in_job, None
+        if isinstance(self.cluster, SlurmCluster) and not in_job:  # it may exist, whatever the configuration says now
+            self.proxy_job = ProxyJob(self.cluster, config.cluster, self.paths, render_proxy_job)
         self.controller: Controller | None = None
         self._handover: Handover | None = None
         self._autoscaler: Autoscaler | None = None
@@ -1025,14 +1017,20 @@ class Deployment:
         """Save the configuration for `stop`, which must work even if the file is changed or deleted."""
         write_atomically(self.paths.config, json.dumps({"format": CONFIG_FORMAT, **dataclasses.asdict(self.config)}))
 
-    def proxy(self) -> ProxyClient | None:
-        """Return a client for the deployment's proxy; None if no proxy runs."""
+    def find_proxy(self) -> tuple[Mapping[str, Any] | None, str | None]:
+        """Return ``{pid, host, port, …}`` of the running proxy, or None; and what is wrong with it."""
+        from agent_infra_core.control.lock import local_proxy
+
+        return self.proxy_job.find() if self.proxy_job is not None else local_proxy(self.paths)
+
+    def proxy(self, found: Mapping[str, Any] | None = None) -> ProxyClient | None:
+        """Return a client for the deployment's proxy, perhaps ``found`` already; None if no proxy runs."""
         from agent_infra_core.control.status import ProxyClient
 
-        relay = read_relay_record(self.paths)
-        if relay is None:
+        found = self.find_proxy()[0] if found is None else found
+        if found is None:
             return None
-        return ProxyClient(connect_address(relay["host"]), relay["port"], client_key(self.config, self.paths))
+        return ProxyClient(connect_address(found["host"]), found["port"], client_key(self.config, self.paths))
 
     def wait_ready(
         self,
@@ -1067,7 +1065,9 @@ class Deployment:
         return ()
 
     def claim(self, verb: str) -> None:
-        """Make this process the deployment's controller. RefusedError when another process already is."""
+        """Make this process the deployment's controller. RefusedError when another process is, or a job is to be it."""
+        if self.proxy_job is not None:
+            self.proxy_job.refuse(verb)
         if not self._lock.is_held:
             self._lock.acquire(verb)
         if self.login is not None:
@@ -1119,25 +1119,31 @@ class Deployment:
 
     def disconnect(self, grace_s: float) -> None:
         """Stop the controller and relay if this process runs them; turns in flight have ``grace_s`` to finish."""
+        from agent_infra_core.control.proxy_job import record_proxy
+
+        if self.in_job:
+            with contextlib.suppress(OSError):
+                record_proxy(self.paths, self.environment, None)
         if self.controller is not None:
             self.controller.stop(grace_s)
             self.controller = None
         self._lock.release()
 
     def status(self) -> dict[str, Any]:
-        """Return ``{deployment, models, replicas, proxy: {pid, host, port, controller} | None, …}``.
+        """Return ``{deployment, models, replicas, proxy: {pid, host, port, controller, …} | None, …}``.
 
         ``models`` holds rows of summarize(), ``replicas`` ReplicaRecords, ``accounting`` the part of /stats (None
         without a proxy); ``handover`` maps a replica to its Succession; ``degraded`` lists what differs from the
         wanted state.
         """
         from agent_infra_core.control.handover import read_successions
-        from agent_infra_core.control.lock import describe_holder, is_here, lock_holder
+        from agent_infra_core.control.lock import lock_holder
         from agent_infra_core.control.status import list_problems, summarize, unreached
 
         records = [r for r in self.cluster.replicas() if r.state != "stopped" or r.is_idle]
         wanted = self.wanted()
-        relay, holder, proxy = read_relay_record(self.paths), lock_holder(self.paths.lock), self.proxy()
+        found, trouble = self.find_proxy()
+        proxy = self.proxy(found) if found else None
         stats = proxy.stats() if proxy else {}
         rows = stats.get("backends", ())
         models = [summarize(name, wanted[name], records, rows) for name in wanted]
@@ -1146,19 +1152,12 @@ class Deployment:
         degraded += [
             f"{name} is ready, but no turn reaches it: {why}" for name, why in unreached(records, rows).items()
         ]
-        if self.cluster.problem:
-            degraded.append(self.cluster.problem)
-        if relay is None and holder and not is_here(holder, self.paths.lock):
-            degraded.append(f"the proxy runs elsewhere, by {describe_holder(holder)}; run `status` there")
-        elif relay is None:
-            degraded.append("no proxy is running; `connect` starts one")
-        elif holder is None:
-            degraded.append("the proxy is running without its controller; `connect` takes it over")
+        degraded += [problem for problem in (self.cluster.problem, trouble) if problem]
         return {
             "deployment": self.config.cluster.name,
             "models": models,
             "replicas": [dataclasses.asdict(record) for record in records],
-            "proxy": relay and {**relay, "controller": holder},
+            "proxy": found and {**found, "controller": lock_holder(self.paths.lock)},
             "accounting": stats.get("accounting"),
             "handover": {replica: dataclasses.asdict(each) for replica, each in successions.items()},
             "degraded": degraded,
@@ -1180,7 +1179,8 @@ class Deployment:
         if self.cluster.problem and not own:
             self.cluster.stop((), now)  # raises if it couldn't end any
         live = {record.replica: record for record in records if record.state in LIVE_STATES}
-        ended = ["proxy"] if own else [] if self._lock.is_held else end_controller(self.paths, now)
+        ended = self.proxy_job.stop(now) if self.proxy_job is not None and not own else []
+        ended += ["proxy"] if own else [] if self._lock.is_held else end_controller(self.paths, now)
         self.disconnect(0.0 if now else DRAIN_S)
         relay = read_relay_record(self.paths) or unrecorded_relay(self.paths)
         if relay is not None:
@@ -1192,7 +1192,8 @@ class Deployment:
             live |= {record.replica: record for record in self._end_replicas(now)}
         except AgentInfraError as error:
             raise type(error)(f"{error}; ended: {', '.join(ended) or 'nothing'}") from error
-        for leftover in (self.paths.wanted, self.paths.config, self.paths.handover, self.paths.drained):
+        paths = self.paths
+        for leftover in (paths.wanted, paths.config, paths.handover, paths.drained, paths.leaving):
             leftover.unlink(missing_ok=True)
         return ended + [name + (f" (job {record.job_id})" if record.job_id else "") for name, record in live.items()]
 
@@ -1524,13 +1525,13 @@ def _tell_queued(records: Sequence[ReplicaRecord]) -> None:
             _say(f"{record.replica} joins later: {describe_replica(record)}")
 
 
-def _greet(controller: Controller, deployment: Deployment) -> None:
-    """Print what the operator needs to connect an agent to the proxy."""
-    _say(f"proxy  {controller.url}  ({deployment.config.proxy.strategy})")
-    _say(f"stats  {controller.url}/stats")
-    for line in controller.tunnels.describe() if controller.tunnels is not None else ():
+def _greet(url: str, deployment: Deployment, routes: Iterable[str]) -> None:
+    """Print what the operator needs to connect an agent to the proxy; ``routes`` are lines on how all is reached."""
+    _say(f"proxy  {url}  ({deployment.config.proxy.strategy})")
+    _say(f"stats  {url}/stats")
+    for line in routes:
         _say(line)
-    _say_environment(controller.url, deployment.config, deployment.paths)
+    _say_environment(url, deployment.config, deployment.paths)
 
 
 def _say_environment(url: str, config: Config, paths: DeploymentPaths) -> None:
@@ -1599,19 +1600,56 @@ def _run_connect(arguments: argparse.Namespace) -> int:
 
 
 def _connect(arguments: argparse.Namespace, detach: Callable[[Path], None] | None = None) -> int:
-    """Run controller and proxy until a signal arrives; call ``detach`` once they serve."""
-    from agent_infra_core.control.link import DRAIN_S
-
+    """Run controller and proxy until a signal arrives, or submit their job; call ``detach`` once they serve."""
     deployment = _deployment(arguments)
+    if deployment.proxy_job is not None and deployment.config.cluster.slurm.proxy == "job":
+        return _connect_job(deployment, deployment.proxy_job, arguments)
     if arguments.dashboard:
         page_script()
+    return _serve(deployment, arguments, detach)
+
+
+def _connect_job(deployment: Deployment, job: ProxyJob, arguments: argparse.Namespace) -> int:
+    """Run the proxy in a job of its own, and print its URL once it serves."""
+    if arguments.dashboard:
+        raise RefusedError("--dashboard: the proxy runs in a job; run `connect`, then `dashboard`")
+    signals = OperatorSignals()
+    job.submit(deployment.save_config, "--log-format", arguments.log_format)
+    with ReplicaBoard() as board:
+        found = job.wait(board.show, signals.came)
+    if found is None:
+        _say("the proxy's job stays in the queue; `connect` waits for it again, `stop` ends it")
+        return 130
+    _greet(proxy_url(found["host"], found["port"]), deployment, job.describe(found))
+    return 0
+
+
+def _run_proxy_job(arguments: argparse.Namespace) -> int:
+    """Run the `proxy-job` role: `connect` in a job, with the configuration that the operator's `connect` saved."""
+    from agent_infra_core.control.proxy_job import job_host
+
+    paths = deployment_paths(arguments.name, os.environ)
+    config = saved_config(paths)
+    if config is None:
+        raise RefusedError(f"{paths.config} is missing: the deployment was stopped; run `connect` again")
+    proxy = dataclasses.replace(config.proxy, host=job_host(config.proxy.host))
+    return _serve(Deployment(dataclasses.replace(config, proxy=proxy), _say, os.environ, in_job=True), arguments)
+
+
+def _serve(deployment: Deployment, arguments: argparse.Namespace, detach: Callable[[Path], None] | None = None) -> int:
+    """Run controller and proxy until a signal arrives; call ``detach`` once they serve."""
+    from agent_infra_core.control.link import DRAIN_S
+    from agent_infra_core.control.proxy_job import record_proxy
+
     signals = OperatorSignals()
     deployment.claim("connect")
     try:
         controller = deployment.connect(arguments.log_format)
         signals.on_second = controller.relay.terminate
         controller.refresh()
-        _greet(controller, deployment)
+        if deployment.in_job:  # only now: before the first look at the replicas, a turn would find none
+            record_proxy(deployment.paths, os.environ, (deployment.config.proxy.host, controller.relay.port))
+        _greet(controller.url, deployment, controller.routes())
         try:
             for reason in deployment.status()["degraded"]:
                 _say(f"degraded: {reason}")
@@ -1760,11 +1798,13 @@ def _run_page(arguments: argparse.Namespace) -> int:
 
 def _expected_proxy(deployment: Deployment) -> str:
     """Return the URL of the deployment's proxy, running or not. Raises RefusedError if it cannot be known."""
-    relay, settings = read_relay_record(deployment.paths), deployment.config.proxy
-    if relay is not None:
-        return proxy_url(relay["host"], relay["port"])
+    (found, trouble), settings = deployment.find_proxy(), deployment.config.proxy
+    if found is not None:
+        return proxy_url(found["host"], found["port"])
     if settings.port == 0:
         raise RefusedError("no proxy is running, and proxy.port 0 means any port; run `connect` first")
+    if deployment.config.cluster.slurm.proxy == "job":
+        raise RefusedError(trouble or f"{deployment.cluster.problem}; try again")
     _say("no proxy is running; `connect` starts one, and the page will find it")
     return proxy_url(settings.host, settings.port)
 
@@ -1852,7 +1892,7 @@ def _up(deployment: Deployment, models: Sequence[ModelConfig], arguments: argpar
     signals, verb, has_page = OperatorSignals(), arguments.verb, arguments.dashboard
     with _serving(deployment, models, signals, verb, arguments.log_format, has_page) as controller:
         if not signals.came():
-            _greet(controller, deployment)
+            _greet(controller.url, deployment, controller.routes())
             _say("Ctrl-C stops everything")
             _attend(controller, signals)
     return 0
@@ -2027,43 +2067,18 @@ def _run_status(arguments: argparse.Namespace) -> int:
         time.sleep(max(1.0, deployment.cluster.poll_s))
 
 
-def describe_model(row: Mapping[str, Any]) -> str:
-    """Describe a model's row of the status in a line."""
-    words = [f"{row['ready']} of {row['wanted']} ready"]
-    words += [f"{row['idle']} stopped (idle)"] if row["idle"] else []
-    if row["sessions"] is not None:
-        told = ((row["in_flight"], "turn"), (row["sessions"], "session"))
-        turns, sessions = (f"{number} {word}" + "s" * (number != 1) for number, word in told)
-        words += [f"{turns} in flight, {sessions}"]
-    return f"{row['name']}  {', '.join(words)}"
-
-
-def describe_succession(replica: str, row: Mapping[str, Any]) -> str:
-    """Describe in a line how a replica whose walltime is about to end is replaced."""
-    if not row["successor"]:
-        return f"the successor of {replica} {row['note']}; there will be a gap"
-    gap = ": there will be a gap while it loads" if row["is_after"] else ""
-    return f"{row['successor']} {row['note'] or 'takes over'} from {replica}{gap}"
-
-
-def describe_accounting(accounting: Mapping[str, Any] | None) -> str | None:
-    """Describe the GPU-hours in a line; None if no GPU was used."""
-    hours: Mapping[str, float] = (accounting or {}).get("gpu_hours", {})
-    total = sum(hours.values())
-    if accounting is None or total <= 0:
-        return None
-    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(accounting["since"]))
-    parts = ", ".join(f"{value:.2f} {state.replace('_', ' ')}" for state, value in hours.items())
-    return f"GPU-hours  {total:.2f} since {since}: {parts}"
-
-
 def _show_status(status: Mapping[str, Any], clear: bool) -> None:
     """Print the status: a table of the replicas, the models, the proxy, and what is degraded."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from agent_infra_core.control.status import describe_replica
+    from agent_infra_core.control.status import (
+        describe_accounting,
+        describe_model,
+        describe_replica,
+        describe_succession,
+    )
 
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     if clear:
@@ -2085,7 +2100,8 @@ def _show_status(status: Mapping[str, Any], clear: bool) -> None:
     if hours is not None:
         console.print(Text(hours))
     if proxy is not None:
-        console.print(Text(f"proxy  {proxy_url(proxy['host'], proxy['port'])}  (pid {proxy['pid']})"))
+        where = f"job {proxy['job']} on {proxy['node']}" if "job" in proxy else f"pid {proxy['pid']}"
+        console.print(Text(f"proxy  {proxy_url(proxy['host'], proxy['port'])}  ({where})"))
     for reason in status["degraded"]:
         console.print(Text(printable_text(f"degraded: {reason}"), style="yellow"))
 
@@ -2392,7 +2408,7 @@ def _add_proxy_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--history", metavar="FILE", help='file for finished turns; "off" keeps none')
 
 
-ROLES = ("serve", "fetch", "rank", "llama-cpp", "page", "relay", "tunnel")
+ROLES = ("serve", "fetch", "rank", "llama-cpp", "page", "relay", "tunnel", "proxy-job")
 
 
 def _add_roles(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -2409,6 +2425,10 @@ def _add_roles(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     relay.add_argument("--listener-fd", type=int, required=True)
     relay.set_defaults(run=lambda arguments: run_relay(arguments.socket, arguments.listener_fd))
     verbs.add_parser("tunnel").set_defaults(run=lambda _: run_tunnel())
+    job = verbs.add_parser("proxy-job")
+    job.add_argument("--name", required=True)
+    job.add_argument("--log-format", default="text")
+    job.set_defaults(run=_run_proxy_job, dashboard=False)
 
 
 def parse_command_line(words: Sequence[str]) -> argparse.Namespace:

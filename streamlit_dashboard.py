@@ -855,12 +855,14 @@ def watchdog_frame(document: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def run_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """Announced runs: name, done (%), tasks, remaining, stragglers."""
+    """Announced runs: name, done (%), tasks, remaining, stragglers, GPU time wasted per task."""
     rows = []
     for row in listed(document, "runs"):
         left, tasks, done = part(row, "remaining_s"), row.get("tasks"), row.get("done")
         span = f" ({seconds(left.get('low'))} to {seconds(left.get('high'))})" if is_known(left.get("low")) else ""
         text = f"{seconds(left['value'])}{span}" if is_known(left.get("value")) else str(left.get("reason") or UNKNOWN)
+        spent = part(row, "gpu_time")
+        wasted = f"{seconds(spent.get('wasted_per_task'))} of {seconds(spent.get('held_per_task'))}"
         late = ", ".join(str(each.get("task")) for each in listed(row, "stragglers"))
         share = 100 * done / tasks if is_known(done) and is_known(tasks) and tasks else None
         rows.append(
@@ -870,9 +872,10 @@ def run_frame(document: Mapping[str, Any]) -> pd.DataFrame:
                 "tasks": f"{count(done)} of {count(tasks)}",
                 "left": text,
                 "late": late,
+                "wasted": wasted if is_known(spent.get("held_per_task")) else UNKNOWN,
             }
         )
-    return pd.DataFrame(rows, columns=["name", "done", "tasks", "left", "late"])
+    return pd.DataFrame(rows, columns=["name", "done", "tasks", "left", "late", "wasted"])
 
 
 PIPELINE_WORDS = {
@@ -1877,6 +1880,7 @@ def attention_view(document: Mapping[str, Any]) -> None:
     if not runs.empty:
         st.markdown("**Runs**")
         titles = {"tasks": "tasks", "left": "remaining (90 % interval)", "late": "stragglers"}
+        titles |= {"wasted": "GPU time wasted per task"}
         show_table(runs, {**titled({"name": "run"}), "done": share("done"), **titled(titles)}, "runs")
     left, right = st.columns(2)
     with left, st.container(border=True, height="stretch"):

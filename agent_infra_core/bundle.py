@@ -27,6 +27,7 @@ PROGRAM_FILES = (
     "configs/slurm.yaml",
     "slurm_templates/engine.sbatch.j2",
     "slurm_templates/job.sbatch.j2",
+    "slurm_templates/proxy.sbatch.j2",
     "slurm_templates/vllm.sbatch.j2",
     "slurm_templates/vllm_multinode.sbatch.j2",
     "streamlit_dashboard.py",

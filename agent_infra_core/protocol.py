@@ -147,6 +147,7 @@ class TurnStarted:
     prints: bytes = b""  # a four-byte checksum of everything before the messages (tools), then one of each message
     follows: str | None = None  # conversation_key that it continues; "": a new conversation; None: cannot be known
     run: str | None = None  # the value of X-Run-Tasks, which announces a run
+    is_retry: bool = False  # a client library sends the same body again
 
 
 @dataclass(slots=True)
@@ -206,6 +207,8 @@ class SessionEnded:
 TurnEvent = TurnStarted | TurnSent | TurnAnswering | TurnFinished | SessionEnded
 MAX_CONVERSATIONS = 50_000  # answers kept to find the session of turns whose client names none
 MAX_GIVERS = 256  # of these, sessions that gave the same one
+MAX_TRIES = 10_000  # bodies kept for the client libraries that send them again
+RETRY_S = 10.0  # since an answer that its client didn't wait for; client libraries pause for up to 8 s
 
 
 class Conversations:
@@ -214,28 +217,34 @@ class Conversations:
     Exact matches only. While a turn that continues an answer is open, and once it is completed, no other turn can
     match that answer. So turns that continue one answer at the same time are sessions of their own. An answer given in
     several sessions is continued by as many turns, by those sessions' age: their conversations are the same so far.
-    Keeps MAX_CONVERSATIONS answers; the longest unused is dropped.
+    Keeps MAX_CONVERSATIONS answers; the longest unused is dropped. Also knows the last turns' bodies, by their prints:
+    when a client library sends one again, it is the same turn.
     The relay, which routes by it, and the controller, which keeps it for longer than a relay lives, both have one.
     """
 
     def __init__(self) -> None:
         self._sessions: collections.OrderedDict[str, list[str]] = collections.OrderedDict()  # answer → who gave it
         self._continued: collections.OrderedDict[str, str] = collections.OrderedDict()  # answers that were matched
+        # Body → session that sent it (empty: several), key of the answer, until when a retry means this turn.
+        self._tries: collections.OrderedDict[int, tuple[str, str | None, float]] = collections.OrderedDict()
 
     def session_of(self, turn: str, session: str | None, follows: str | None) -> str | None:
         """Return the session of a starting turn, a new one if there is no match; None if it continues nothing."""
         if session or follows is None:
             return session
         givers = self._sessions.get(follows)
-        if givers is None:
-            return f"auto-{turn}"
-        found = givers.pop(0)
+        return self._continue(follows, givers[0]) if givers else f"auto-{turn}"
+
+    def _continue(self, follows: str, session: str) -> str:
+        """Record that a turn continues the answer that ``session`` gave; returns the session."""
+        givers = self._sessions[follows]
+        givers.remove(session)
         if not givers:
             del self._sessions[follows]
-        self._continued[follows] = found
+        self._continued[follows] = session
         if len(self._continued) > MAX_CONVERSATIONS:
             self._continued.popitem(last=False)
-        return found
+        return session
 
     def parent_of(self, follows: str | None) -> str | None:
         """Return the session that gave an answer which another turn continues already: that of a fork's parent."""
@@ -257,6 +266,33 @@ class Conversations:
             self.answered(key, session)
         elif follows and session != f"auto-{turn}":
             self.answered(follows, session)
+
+    def tried(self, session: str, named: str | None, prints: bytes, key: str | None, answered_at: float | None) -> None:
+        """Record the end of a turn for its client's retry. ``answered_at`` is None if it got no answer; ``named`` is
+        the session that its client named."""
+        body = hash((named, prints))
+        before, key_before, until = self._tries.pop(body, ("", None, 0.0))
+        if answered_at is None:
+            self._tries[body] = session, None, math.inf
+        elif until == math.inf:  # the one without an answer is more likely to be sent again
+            self._tries[body] = before, key_before, until
+        else:
+            is_open = answered_at <= until and key_before not in self._continued
+            self._tries[body] = "" if is_open and before != session else session, key, answered_at + RETRY_S
+        if len(self._tries) > MAX_TRIES:
+            self._tries.popitem(last=False)
+
+    def retried(self, named: str | None, prints: bytes, follows: str | None, at: float) -> str | None:
+        """Return the session of the turn that a client library sends again at ``at``; None if that isn't certain.
+
+        It is a turn that got no answer, or one whose answer is new and wasn't continued: its client had given up.
+        """
+        session, key, until = self._tries.pop(hash((named, prints)), ("", None, 0.0))
+        if not session or at > until or key in self._continued:
+            return None
+        if follows and session in self._sessions.get(follows, ()):
+            self._continue(follows, session)
+        return session
 
 
 # Buckets of a histogram of durations. Number n starts at 2^(n / BUCKETS_PER_OCTAVE) ms.
@@ -508,7 +544,7 @@ class ServeSpec:
     nodes: int = 1  # that the replica spans; `rank` runs on all but the first
     is_job: bool = False  # it runs in a Slurm job, whose environment has the job id and the node's name
     is_gated: bool = False  # the engine listens on loopback, and `serve` forwards to it what carries the key (see Gate)
-    is_probe: bool = False  # `serve` only reports what it finds on the node (see probe_node()), and exits
+    is_probe: bool = False  # `serve` starts no engine; it answers `doctor` (see answer_probe())
     format: int = SPEC_FORMAT
 
 

@@ -19,6 +19,7 @@ ENGINE_NAMES = ("vllm", "sglang", "llama_cpp", "command")
 CLUSTER_TYPES = ("local", "slurm")
 CONTAINER_RUNTIMES = ("apptainer", "pyxis", "podman", "podman-hpc")
 GPU_FLAGS = ("gres", "gpus-per-node", "none")  # the sbatch option that asks for GPUs
+PROXY_PLACES = ("here", "job")  # where `connect` runs the proxy
 TUNNEL_MODES = ("auto", "login", "node", "exec", "none")
 TUNNEL_DRIVERS = ("auto", "sshtunnel", "openssh")
 PACKAGED_MODEL = "smollm2-135m-instruct"
@@ -121,6 +122,12 @@ RESERVED_DIRECTIVES = (
 )
 
 
+_TIME_PATTERN = r"\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}"
+_TIME_WORDS = 'a time as sbatch takes it, in quotes (YAML reads 8:00:00 as a number): "8:00:00", "2-00:00:00"'
+_SIZE_PATTERN = r"[1-9]\d*[KMGT]?"
+_SIZE_WORDS = 'a size as sbatch takes it, such as "64G" (without a unit: MB)'
+
+
 @dataclass(frozen=True)
 class PartitionConfig:
     """A partition for replicas; of several with free nodes, the one with the highest priority is used."""
@@ -130,11 +137,7 @@ class PartitionConfig:
     gpus_per_node: int = _key(4, low=1, high=1024)
     priority: int = 1
     gres: str = _key("gpu", pattern=r"[\w.-]+(:[\w.-]+)?", allowed="a GRES as name or name:type, such as gpu:h100")
-    time_limit: str | None = _key(
-        None,
-        pattern=r"\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2}",
-        allowed='a time as sbatch takes it, in quotes (YAML reads 8:00:00 as a number): "8:00:00", "2-00:00:00"',
-    )
+    time_limit: str | None = _key(None, pattern=_TIME_PATTERN, allowed=_TIME_WORDS)
     exclusive: bool = False  # whole nodes: one job holds as many replicas as fit
     sbatch: Mapping[str, str | int | bool | None] = _key({})  # true: option without a value; None: no such option
 
@@ -154,6 +157,20 @@ class ContainerConfig:
 
 
 @dataclass(frozen=True)
+class ProxyJobConfig:
+    """What the job of the proxy asks for, with cluster.slurm.proxy: job."""
+
+    partition: str | None = _key(
+        None, pattern=r"[\w.@+-]{1,64}", allowed="the name of a partition, as `sinfo` shows it"
+    )
+    qos: str | None = _key(None, pattern=r"[\w.@+-]{1,64}", allowed="the name of a QoS")
+    cpus: int = _key(2, low=1)
+    memory: str | None = _key("4G", pattern=_SIZE_PATTERN, allowed=_SIZE_WORDS)  # None: the partition's default
+    time_limit: str | None = _key(None, pattern=_TIME_PATTERN, allowed=_TIME_WORDS)
+    sbatch: Mapping[str, str | int | bool | None] = _key({})  # true: option without a value; None: no such option
+
+
+@dataclass(frozen=True)
 class SlurmConfig:
     """How replicas run as Slurm jobs."""
 
@@ -162,9 +179,7 @@ class SlurmConfig:
     account: str | None = _key(None, pattern=r"[\w.@+-]{1,64}", allowed="the name of an account")
     constraint: str | None = _key(None, pattern=r"[^\s\"']+", allowed="features of nodes, as sbatch takes them")
     cpus_per_gpu: int | None = _key(None, low=1)  # None: the site's default
-    memory_per_gpu: str | None = _key(
-        None, pattern=r"[1-9]\d*[KMGT]?", allowed='a size as sbatch takes it, such as "64G" (without a unit: MB)'
-    )
+    memory_per_gpu: str | None = _key(None, pattern=_SIZE_PATTERN, allowed=_SIZE_WORDS)
     gpu_flag: str = _key("gres", choices=GPU_FLAGS)
     work_dir: str = _key(
         "~/.agent-infra",
@@ -177,6 +192,8 @@ class SlurmConfig:
     template: str | None = _key(None, pattern=r"\S(.*\S)?", allowed="the path of a template")
     sbatch: Mapping[str, str | int | bool | None] = _key({})  # true: option without a value; None: no such option
     handover: bool = True  # replace a replica before its walltime ends
+    proxy: str = _key("here", choices=PROXY_PLACES)
+    proxy_job: ProxyJobConfig = ProxyJobConfig()
 
 
 @dataclass(frozen=True)

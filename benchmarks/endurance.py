@@ -29,6 +29,7 @@ from agent_infra_core.host import is_listening  # noqa: E402
 
 MODEL = "m"
 ANSWER_S = 60.0  # that an agent waits for a byte of its answer
+END_S = 60.0  # for the controller to end
 MOST_SHOWN = 40  # problems
 PAUSE_S = 0.1  # of an agent after a turn that failed
 SESSION_TURNS = 25  # of an agent's session; then it begins another one
@@ -126,11 +127,11 @@ class RunningProxy:
         self._kill(self.controller)
         self.end()
 
-    def end(self, seconds: float = 60.0) -> None:
+    def end(self) -> None:
         """Wait for the controller's end."""
         child = self._child
         if child is not None:
-            wait_until(lambda: not child.is_running, "the controller's end", seconds)
+            wait_until(lambda: not child.is_running, "the controller's end", END_S)
 
     def ask_to_end(self) -> None:
         os.kill(self.controller, signal.SIGTERM)
@@ -257,6 +258,12 @@ def judge(status: int, body: bytes, said: str, is_stream: bool) -> tuple[str, st
 def totals(agents: Sequence[Agent]) -> Counter[str]:
     """How many turns of all agents had each outcome."""
     return sum((agent.counts() for agent in agents), Counter[str]())
+
+
+def tracebacks(log: Path) -> list[str]:
+    """The first traceback in a log, as a problem; none if there is none."""
+    text = log.read_text(errors="replace")
+    return [f"a traceback in {log}: {text[text.index('Traceback') :][:2000]}"] if "Traceback" in text else []
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_process import BenchmarkError, proxy_and_load_cores, wait_until
-from endurance import MODEL, Agent, RunningProxy, ScriptedEngine, ask, main, table, totals
+from endurance import MODEL, Agent, RunningProxy, ScriptedEngine, ask, main, table, totals, tracebacks
 from nonsense import BODY, EXPECTED, STREAM, assail, mutate, post
 from relay_harness import Client
 
@@ -232,11 +232,11 @@ def run(seconds: float, seed: int, folder: Path) -> list[str]:
 
 def _watch(proxy: RunningProxy, agents: list[Agent], seconds: float) -> list[tuple[float, dict[str, float]]]:
     """Samples of the usage, and a line a minute."""
-    samples, start, told = list[tuple[float, dict[str, float]]](), time.monotonic(), 0.0
+    samples, start, report_at = list[tuple[float, dict[str, float]]](), time.monotonic(), 0.0
     while (passed := time.monotonic() - start) < seconds:
         samples.append((passed, proxy.usage()))
-        if passed >= told:
-            told += 60.0
+        if passed >= report_at:
+            report_at += 60.0
             print(f"{passed:5.0f} s  {dict(totals(agents))}  {samples[-1][1]}", file=sys.stderr, flush=True)
         time.sleep(SAMPLE_S)
     return samples
@@ -273,8 +273,7 @@ def _judge(
         problems.append(f"unexpected statuses: {unexpected}")
     if proxy.relay() != relay:
         problems.append("the relay was replaced")
-    if "Traceback" in (log := proxy.relay_log.read_text(errors="replace")):
-        problems.append(f"a traceback in {proxy.relay_log}: {log[log.index('Traceback') :][:2000]}")
+    problems += tracebacks(proxy.relay_log)
     middle, end = (_median(samples, share, "relay_mb") for share in ((0.4, 0.6), (0.8, 1.0)))
     is_long = samples[-1][0] >= FLAT_AFTER_S
     if is_long and end > middle * GROWTH + GROWTH_MB:

@@ -39,7 +39,7 @@ from relay_harness import RelayProcess, backend
 from testbed.vllm import tiny_model, tiny_weights, vllm_python
 
 from agent_infra_core.routing.policies import Ours
-from agent_infra_core.routing.replay import RecordedTurn, Recording, Replay
+from agent_infra_core.routing.replay import RecordedTurn, Recording, Replay, by_session
 
 READY_S = 300.0
 OUTPUT_TOKENS = 16
@@ -80,10 +80,7 @@ class Run:
         return max(held.values()) / (sum(held.values()) / 2)
 
     def recording(self) -> Recording:
-        by_session: dict[str, list[RecordedTurn]] = {}
-        for turn in sorted(self.turns, key=lambda turn: turn.arrived):
-            by_session.setdefault(turn.session, []).append(turn)
-        return Recording("tiny", list(by_session.values()), sorted({turn.backend for turn in self.turns}), 0, 1024)
+        return Recording("tiny", by_session(self.turns), sorted({turn.backend for turn in self.turns}), 0, 1024)
 
 
 @contextmanager

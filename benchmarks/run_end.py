@@ -91,7 +91,7 @@ def play(name: str, seed: int, agents: int, replicas: int) -> list[tuple[float, 
                 book.end_session(event.session, event.at)
         world.events.clear()
         clock = closed_loop.START + world.now
-        [row] = book.document(clock, lambda _: None, {}, lambda: rng)
+        [row] = book.document(clock, lambda _: None, {}, lambda: rng, {})
         found.append((end - world.now, row, oracle(name, next(iter(book._runs.values())), rng)))
     return found
 

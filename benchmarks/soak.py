@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_process import BenchmarkError, proxy_and_load_cores
-from endurance import MODEL, Agent, Asked, RunningProxy, ScriptedEngine, ask, main, table, totals
+from endurance import MODEL, Agent, Asked, RunningProxy, ScriptedEngine, ask, main, table, totals, tracebacks
 from relay_harness import Client, request
 
 AGENTS = 8
@@ -360,10 +360,9 @@ def run(seconds: float, seed: int, folder: Path) -> list[str]:
         proxy.end()
         asked = [each for agent in agents for each in agent.log] + bed.left
         rows = read_history(proxy.history)
-        log = proxy.relay_log.read_text(errors="replace")
-    problems = unexpected(asked, strikes) + compare(asked, rows, bed.kills)
+        bugs = tracebacks(proxy.relay_log)
+    problems = unexpected(asked, strikes) + compare(asked, rows, bed.kills) + bugs
     problems += [f"{in_flight} turns are still in flight"] if in_flight else []
-    problems += [f"a traceback in the log: {log[log.index('Traceback') :][:2000]}"] if "Traceback" in log else []
     print(_report(asked, rows, strikes))
     print(f"\nturns of the agents: {dict(totals(agents))}; in the history: {len(rows)}; before {before}, after {after}")
     return problems

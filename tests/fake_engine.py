@@ -38,6 +38,8 @@ from typing import Any
 
 from patience import PATIENCE_S
 
+CLOSE_S = 5.0  # for a killed engine's port
+
 
 class ClientLeftError(Exception):
     """The client closed its connection before its answer was complete."""
@@ -385,11 +387,16 @@ class FakeEngine:
         self.kill()
 
     def kill(self) -> None:
-        """SIGKILL, and reap."""
-        self.process.kill()
-        self.process.wait(PATIENCE_S)
+        """SIGKILL, and reap. Then its listening socket, which may close a little later, is closed, too."""
         assert self.process.stdout is not None
         self.process.stdout.close()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(PATIENCE_S)
+            deadline = time.monotonic() + CLOSE_S
+            with contextlib.suppress(OSError):  # refused
+                while time.monotonic() < deadline:
+                    socket.create_connection(("127.0.0.1", self.port), timeout=CLOSE_S).close()
 
     def call(self, behaviour: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What it saw so far; with ``behaviour``, what it shall do from now on."""

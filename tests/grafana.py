@@ -13,8 +13,8 @@ DASHBOARD = Path(__file__).resolve().parent.parent / "docs" / "grafana.json"
 def expressions() -> list[str]:
     """Every expression of the dashboard, with Grafana's variables as Prometheus would get them."""
     document: Any = json.loads(DASHBOARD.read_text(encoding="utf-8"))
-    told = [target["expr"] for panel in document["panels"] for target in panel["targets"]]
-    told += [
+    found = [target["expr"] for panel in document["panels"] for target in panel["targets"]]
+    found += [
         re.sub(r"label_values\((\w+), \w+\)", r"\1", each["definition"]) for each in document["templating"]["list"][1:]
     ]
-    return [text.replace("$__rate_interval", "1m").replace("$model", ".*") for text in told]
+    return [text.replace("$__rate_interval", "1m").replace("$model", ".*") for text in found]

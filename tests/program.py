@@ -144,6 +144,7 @@ class Program:
         self.environment = {**os.environ, "XDG_STATE_HOME": str(self.state), "PYTHONUNBUFFERED": "1"}
         self.config = folder / "config.yaml"
         self.module = module
+        self.prefix: tuple[str, ...] = ()  # words before every command, to run it elsewhere
         self.running: list[Running] = []
         self.configure(**config)
 
@@ -173,7 +174,7 @@ class Program:
     def command(self, *words: str) -> list[str]:
         without = ("bundle", "init", "launch", "proxy", "--help", "--version")
         options = [] if words[0] in without else ["--config", str(self.config)]
-        return [sys.executable, str(self.module), words[0], *options, *words[1:]]
+        return [*self.prefix, sys.executable, str(self.module), words[0], *options, *words[1:]]
 
     def run(self, *words: str, seconds: float = 120.0) -> subprocess.CompletedProcess[str]:
         """A command, to its end."""
@@ -208,7 +209,7 @@ class Program:
 
     def get(self, path: str) -> Any:
         """A JSON document of the proxy; what the controller has to be asked, once it answers."""
-        return once_told(lambda: self._get(path)) if path.startswith("/stats") else self._get(path)
+        return once_told(lambda: self._get(path)) if path.startswith(("/stats", "/runs")) else self._get(path)
 
     def _get(self, path: str) -> Any:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=PATIENCE_S) as answer:

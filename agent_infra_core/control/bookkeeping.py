@@ -18,7 +18,7 @@ from agent_infra_core.fleet.engines import ENGINES
 from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.insight.analysis import CapacityAnalysis
 from agent_infra_core.insight.gauges import GaugeLog
-from agent_infra_core.insight.gpu_hours import ReplicaTime, hours_by_state, replica_use
+from agent_infra_core.insight.gpu_hours import ReplicaTime, ReplicaUse, hours_by_state, replica_use
 from agent_infra_core.insight.history import RESTORED_S, History, HistoryBatch, HistoryFile, history_path, verdict_row
 from agent_infra_core.insight.measure import fleet_samples
 from agent_infra_core.insight.metrics import StatsMetrics, TurnMetrics, metrics_text
@@ -69,10 +69,12 @@ class Analyst:
         self._has_news = False  # set when data is added, cleared by the thread
         self._runs = RunBook()
         self._ends_at: dict[str, list[float]] = {}  # model → walltimes of its replicas
+        self._held: Mapping[ReplicaUse, float] = {}  # seconds of all replicas; replaced as a whole
         self.document: list[dict[str, Any]] = []  # ``analysis`` of /stats; replaced as a whole, so readers need no lock
         self.runs: list[dict[str, Any]] = []  # ``runs`` of /stats; likewise
 
     def start(self) -> None:
+        self._runs.hold(self._held, time.time())
         self._thread.start()
 
     def stop(self) -> None:
@@ -100,10 +102,18 @@ class Analyst:
         return self._runs.announce(run)
 
     def restore_runs(
-        self, runs: Iterable[Announcement], turns: Iterable[TurnRecord], ended: Iterable[tuple[str, float]]
+        self,
+        runs: Iterable[Announcement],
+        turns: Iterable[TurnRecord],
+        ended: Iterable[tuple[str, float]],
+        held_between: Callable[[float, float], Mapping[ReplicaUse, float]],
     ) -> None:
         """Continue the runs of an earlier controller. Call it before start()."""
-        self._runs.restore(runs, turns, ended)
+        self._runs.restore(runs, turns, ended, time.time(), held_between)
+
+    def hold(self, held: Mapping[ReplicaUse, float]) -> None:
+        """Set the seconds of all replicas by use, of which runs get those after start()."""
+        self._held = dict(held)
 
     def end_session(self, session: str, at: float) -> None:
         """Record that an agent ended its session."""
@@ -145,7 +155,8 @@ class Analyst:
         began = time.thread_time()
         try:
             self.document, self._told = self._analysis.document(), None
-            self.runs = self._runs.document(time.time(), self._analysis.model, self._ends_at, self._analysis.dice)
+            model_of, rng_of = self._analysis.model, self._analysis.dice
+            self.runs = self._runs.document(time.time(), model_of, self._ends_at, rng_of, self._held)
         except Exception as error:  # noqa: BLE001  an analysis that fails must not end the next
             self.document, self.runs = [], []  # no data is better than old data
             if self._told != repr(error):
@@ -199,6 +210,7 @@ class Bookkeeper:
         self._reader.start()
         if self._exporter is not None:
             self._exporter.start()
+        self._analyst.hold(self._replica_time.seconds())
         self._analyst.start()
 
     def _restore(self, file: HistoryFile) -> None:
@@ -213,7 +225,7 @@ class Bookkeeper:
             runs = file.runs(RESTORED_RUN_TURNS)
             if runs:
                 turns = file.latest_turns(RESTORED_RUN_TURNS, min(run.at for run in runs))
-                self._analyst.restore_runs(runs, turns, ended.items())
+                self._analyst.restore_runs(runs, turns, ended.items(), file.replica_seconds)
             file.end_runs({run.name for run in runs})
         finally:  # even if it failed halfway: restored data must not be added again
             self._told_totals = dict(self._tracker.totals)
@@ -277,6 +289,7 @@ class Bookkeeper:
         if time.monotonic() >= self._figures_due:
             self._figures_due = time.monotonic() + FIGURES_WRITE_S
             self._write_figures()
+            self._analyst.hold(self._replica_time.seconds())
             hours = {name: hours_by_state(sums, of_gpus=True) for name, sums in self._replica_time.by_model().items()}
             self.gpu_hours = {name: sum(row.values()) - row["pending"] for name, row in hours.items()}
 

@@ -180,6 +180,10 @@ class Controller:
         """The proxy's address for clients on this machine."""
         return proxy_url(self._config.proxy.host, self.relay.port)
 
+    def routes(self) -> list[str]:
+        """Lines on how the replicas are reached, for the operator."""
+        return self.tunnels.describe() if self.tunnels is not None else []
+
     def start(self) -> None:
         """Take over or start the relay, then keep everything in step in a thread until stop()."""
         self.relay.open()

@@ -14,7 +14,7 @@ from typing import Any
 
 from agent_infra_core.control.link import DRAIN_S
 from agent_infra_core.errors import AgentInfraError, RefusedError
-from agent_infra_core.fleet.state import DeploymentPaths
+from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
 from agent_infra_core.host import command_name, end_process, process_stamp
 
 LIBRARY_HOLDER_VERB = "ConnectionManager"  # verb of a holder that isn't our process, so it must not be ended
@@ -95,6 +95,16 @@ def is_here(holder: Mapping[str, Any], path: Path) -> bool:
 def describe_holder(holder: Mapping[str, Any]) -> str:
     """The process that holds the lock, for a message: its verb, pid and machine."""
     return f"`{holder['verb']}` (pid {holder['pid']} on {holder.get('node', 'this or another machine')})"
+
+
+def local_proxy(paths: DeploymentPaths) -> tuple[dict[str, Any] | None, str | None]:
+    """``{pid, process, host, port}`` of the relay on this machine, or None; and what is wrong with the proxy."""
+    relay, holder = read_relay_record(paths), lock_holder(paths.lock)
+    if relay is None and holder and not is_here(holder, paths.lock):
+        return None, f"the proxy runs elsewhere, by {describe_holder(holder)}; run `status` there"
+    if relay is None:
+        return None, "no proxy is running; `connect` starts one"
+    return relay, None if holder else "the proxy is running without its controller; `connect` takes it over"
 
 
 def end_controller(paths: DeploymentPaths, now: bool) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
 import threading
 import time
@@ -14,6 +16,8 @@ from agent_infra_core.control.handover import ReplacedDeployment, read_successio
 from agent_infra_core.control.status import SERVING_STATES, choose_to_stop
 from agent_infra_core.errors import AgentInfraError
 from agent_infra_core.fleet.cluster import Cluster
+from agent_infra_core.fleet.state import DeploymentPaths
+from agent_infra_core.host import write_atomically
 from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import ModelConfig
 
@@ -123,6 +127,27 @@ def decide(model: ModelConfig, wanted: int, fleet: Fleet, demand: Demand, state:
     return Decision(fleet.serving)
 
 
+@dataclass(frozen=True)
+class Leaving:
+    """A replica that is being removed."""
+
+    identity: str  # see identify()
+    until: float  # when its turns are cut, monotonic s
+
+
+def identify(record: ReplicaRecord) -> str:
+    """What tells a replica from a later one of the same name."""
+    return record.job_id or record.process
+
+
+def read_leaving(paths: DeploymentPaths, until: float) -> dict[str, Leaving]:
+    """The replicas that an earlier controller was removing, as it saved them; empty if there are none."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        saved = json.loads(paths.leaving.read_text(encoding="utf-8"))
+        return {name: Leaving(identity, until) for name, identity in saved.items()}
+    return {}
+
+
 class ScaledDeployment(ReplacedDeployment, Protocol):
     """The parts of a deployment that Autoscaler uses."""
 
@@ -142,6 +167,7 @@ class ScaledTraffic(Protocol):
 class Autoscaler:
     """Wakes models that were shut down for idleness, and keeps those with bounds at the number that demand asks for.
 
+    leaving.json lists the replicas that it is removing, for the next controller.
     Its steps run right after each poll of the replicas, so they never act on old data.
     """
 
@@ -155,7 +181,7 @@ class Autoscaler:
         self._deployment, self._cluster, self._traffic, self._clock = deployment, cluster, traffic, clock
         self._log = deployment.report
         self._states: dict[str, DemandState] = {}
-        self._leaving: dict[str, float] = {}  # replica that is being removed → when its turns are cut
+        self._leaving = read_leaving(deployment.paths, clock() + LEAVE_S)
         self._started: dict[str, set[str]] = {}  # model → replicas that were added
         self._logged: dict[str, str] = {}  # topic → what was logged last
         self._lock = threading.Lock()
@@ -233,19 +259,29 @@ class Autoscaler:
         self._log(f"{model.name}: {decision.reason}; {len(serving)} → {decision.target} replicas")
         rows = {replica: {"inflight": count} for replica, count in self._traffic.turns().items()}
         for record in choose_to_stop(serving, rows, len(serving) - decision.target):
-            self._leaving[record.replica] = now + LEAVE_S
+            self._leaving[record.replica] = Leaving(identify(record), now + LEAVE_S)
+        self._save_leaving()
         self._states[model.name] = DemandState()
         self._deployment.want({model.name: decision.target})
 
     def _retire(self, records: Sequence[ReplicaRecord]) -> None:
         """End the replicas that are being removed and have no turn left, and clean up those that have ended."""
-        states = {record.replica: record.state for record in records}
-        for replica, until in list(self._leaving.items()):
-            if states.get(replica) in ("stopped", "failed", None):
+        known = {record.replica: record for record in records}
+        for replica, leaving in list(self._leaving.items()):
+            record = known.get(replica)
+            if record is None or record.state in ("stopped", "failed"):
                 self._cluster.wait_stopped([replica], time.monotonic())
-                del self._leaving[replica]
-            elif self._traffic.drain(replica) == 0 or self._clock() >= until:
-                self._cluster.stop([replica])
+            elif identify(record) == leaving.identity:
+                if self._traffic.drain(replica) == 0 or self._clock() >= leaving.until:
+                    self._cluster.stop([replica])
+                continue
+            del self._leaving[replica]
+            self._save_leaving()
+
+    def _save_leaving(self) -> None:
+        identities = {replica: leaving.identity for replica, leaving in self._leaving.items()}
+        with contextlib.suppress(OSError):  # on a full disk: the next controller takes them for replicas that stay
+            write_atomically(self._deployment.paths.leaving, json.dumps(identities))
 
     def _log_change(self, topic: str, line: str) -> None:
         """Log a line of a topic, unless it is the last one that was logged."""

@@ -41,6 +41,36 @@ def describe_replica(record: ReplicaRecord) -> str:
     return words
 
 
+def describe_model(row: Mapping[str, Any]) -> str:
+    """Describe a model's row of the status in a line."""
+    words = [f"{row['ready']} of {row['wanted']} ready"]
+    words += [f"{row['idle']} stopped (idle)"] if row["idle"] else []
+    if row["sessions"] is not None:
+        told = ((row["in_flight"], "turn"), (row["sessions"], "session"))
+        turns, sessions = (f"{number} {word}" + "s" * (number != 1) for number, word in told)
+        words += [f"{turns} in flight, {sessions}"]
+    return f"{row['name']}  {', '.join(words)}"
+
+
+def describe_succession(replica: str, row: Mapping[str, Any]) -> str:
+    """Describe in a line how a replica whose walltime is about to end is replaced."""
+    if not row["successor"]:
+        return f"the successor of {replica} {row['note']}; there will be a gap"
+    gap = ": there will be a gap while it loads" if row["is_after"] else ""
+    return f"{row['successor']} {row['note'] or 'takes over'} from {replica}{gap}"
+
+
+def describe_accounting(accounting: Mapping[str, Any] | None) -> str | None:
+    """Describe the GPU-hours in a line; None if no GPU was used."""
+    hours: Mapping[str, float] = (accounting or {}).get("gpu_hours", {})
+    total = sum(hours.values())
+    if accounting is None or total <= 0:
+        return None
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(accounting["since"]))
+    parts = ", ".join(f"{value:.2f} {state.replace('_', ' ')}" for state, value in hours.items())
+    return f"GPU-hours  {total:.2f} since {since}: {parts}"
+
+
 SERVING_STATES = ("pending", "starting", "loading", "ready")  # states that count towards a model's wanted replicas
 LIVE_STATES = (*SERVING_STATES, "draining")
 STATS_OLD_S = 10.0  # an older /stats document is out of date: its controller is gone or hangs

@@ -19,7 +19,7 @@ from agent_infra_core.fleet.local import find_engine
 from agent_infra_core.fleet.parse import count_gres, describe_span, parse_partitions, slurm_limit_s
 from agent_infra_core.fleet.place import HANDOVER_RESERVE_S, asks_for_gpus, idle_gpus
 from agent_infra_core.fleet.slurm import SlurmCluster, SlurmExamination
-from agent_infra_core.fleet.slurm_host import failure_text
+from agent_infra_core.fleet.slurm_host import PROXY_PROBLEMS, failure_text
 from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
 from agent_infra_core.fleet.weights import has_packaged_model, model_cache, resolve_model_path
 from agent_infra_core.host import is_port_free, listen_on
@@ -30,6 +30,12 @@ from agent_infra_core.protocol import ReplicaRecord
 from agent_infra_core.settings import CLUSTER_TYPES, PACKAGED_MODEL, Config, ModelConfig
 from agent_infra_core.ssh.login_host import LoginHost
 from agent_infra_core.ssh.tunnels import TunnelSet
+
+
+class ExaminedJob(Protocol):
+    """The part of the proxy's job that the checks use."""
+
+    def script(self, *options: str) -> str: ...
 
 
 class ExaminedDeployment(Protocol):
@@ -45,6 +51,8 @@ class ExaminedDeployment(Protocol):
     def cluster(self) -> Cluster: ...
     @property
     def login(self) -> LoginHost | None: ...
+    @property
+    def proxy_job(self) -> ExaminedJob | None: ...
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,9 @@ def _check_disk(deployment: ExaminedDeployment) -> Iterator[Finding]:
 
 def _check_proxy_port(deployment: ExaminedDeployment) -> Iterator[Finding]:
     host, port = deployment.config.proxy.host, deployment.config.proxy.port
+    if deployment.config.cluster.slurm.proxy == "job":
+        yield Finding("ok", f"{port or 'any free port'} of the node that the proxy's job runs on")
+        return
     relay = read_relay_record(deployment.paths)
     if relay is not None and (relay["host"], relay["port"]) == (host, port):
         yield Finding("ok", f"{host}:{port} is served by this deployment's proxy (pid {relay['pid']})")
@@ -356,6 +367,8 @@ def _check_submission(deployment: ExaminedDeployment) -> Iterator[Finding]:
     for model in deployment.config.models:
         said = examination.test_submission(model)
         yield Finding("ok", f"model {model.name}: {said}")
+    if deployment.proxy_job is not None and deployment.config.cluster.slurm.proxy == "job":
+        yield Finding("ok", f"the proxy: {examination.test_script(deployment.proxy_job.script(), PROXY_PROBLEMS)}")
 
 
 def _check_job(deployment: ExaminedDeployment) -> Iterator[Finding]:

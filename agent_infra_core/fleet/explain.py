@@ -112,6 +112,14 @@ JOB_EXIT_CODES: Mapping[int, tuple[str, str, str]] = {
 }
 
 
+def known_ending(end: JobEnd) -> tuple[str, str, str] | None:
+    """The failure kind, what happened with Slurm's own word, and what to do; None if the state doesn't reveal it."""
+    is_removed = end.is_partition_gone and end.state in ("NODE_FAIL", "CANCELLED")
+    known = _PARTITION_GONE if is_removed else JOB_ENDINGS.get(end.state)
+    word = f"{end.state}{f', {end.reason}' if end.reason not in ('', 'None') else ''}"
+    return (known[0], f"{known[1]} (Slurm: {word})", known[2]) if known else None
+
+
 def diagnose_job(end: JobEnd | None, job_id: str, log: str) -> ReplicaFailure:
     """Why a replica's job ended, if the replica itself didn't report it. ``log`` is the end of its log."""
     if job_id == UNCONFIRMED_JOB:
@@ -121,10 +129,7 @@ def diagnose_job(end: JobEnd | None, job_id: str, log: str) -> ReplicaFailure:
         return ReplicaFailure("unknown", f"job {job_id} is no longer known to Slurm, so the reason is unknown", hint)
     lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("--- ")]
     told = [line for line in lines if " agent-infra: " not in line or line.startswith("agent-infra: ")]
-    slurms_word = f" (Slurm: {end.state}{f', {end.reason}' if end.reason not in ('', 'None') else ''})"
-    is_removed = end.is_partition_gone and end.state in ("NODE_FAIL", "CANCELLED")
-    known = _PARTITION_GONE if is_removed else JOB_ENDINGS.get(end.state)
-    known = (known[0], known[1] + slurms_word, known[2]) if known else JOB_EXIT_CODES.get(end.exit_code)
+    known = known_ending(end) or JOB_EXIT_CODES.get(end.exit_code)
     if known is not None and end.state != "CANCELLED":
         kind, what, hint = known
         ours = [line for line in told if line.startswith("agent-infra: ")]  # printed by the job's script

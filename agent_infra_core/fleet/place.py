@@ -41,6 +41,11 @@ def job_name(request: JobRequest) -> str:
     return f"{JOB_NAME_HEAD}{request.deployment}:{request.model.name}:{numbers}"
 
 
+def proxy_job_name(deployment: str) -> str:
+    """The name of the job that runs a deployment's proxy; no replica's job can have it."""
+    return f"{JOB_NAME_HEAD}{deployment}:proxy"
+
+
 def job_replicas(name: str, deployment: str) -> tuple[str, list[str]] | None:
     """The model and replicas in a job's name; None for a job of another deployment."""
     parts = name.split(":")

@@ -27,7 +27,14 @@ from agent_infra_core.fleet.parse import (
     parse_submission,
 )
 from agent_infra_core.fleet.place import JobRequest, bind_options, job_replicas, place_replicas, replica_shape
-from agent_infra_core.fleet.slurm_host import Order, QueueAnswer, SchedulerError, SlurmHost, failure_text
+from agent_infra_core.fleet.slurm_host import (
+    SUBMIT_PROBLEMS,
+    Order,
+    QueueAnswer,
+    SchedulerError,
+    SlurmHost,
+    failure_text,
+)
 from agent_infra_core.fleet.state import DeploymentPaths, free_replica_id, read_or_make_key, replica_order, start_lock
 from agent_infra_core.fleet.weights import fetch_packaged_model, model_cache
 from agent_infra_core.host import CommandResult, CommandRunner, HostUnreachableError
@@ -48,6 +55,7 @@ class QueueView:
     clock: float  # of the cluster, s since the epoch
     problem: str | None  # why Slurm doesn't respond; ``jobs`` is empty then
     unreadable: str | None  # why ``told`` and ``records`` may lack some
+    proxies: Sequence[SlurmJob] = ()  # jobs that run the deployment's proxy, ended ones too
 
     def job_of(self, replica: str) -> SlurmJob | None:
         """The job that is to run a replica."""
@@ -67,7 +75,7 @@ def view_queue(answer: QueueAnswer, deployment: str) -> QueueView:
             noted = set(named)  # if its replicas have other jobs, it must end with them
         held.append((job, noted))
     records = {replica: decode_record(replica, text) for replica, text in answer.reports.items()}
-    return QueueView(held, told, records, answer.clock, answer.problem, answer.unreadable)
+    return QueueView(held, told, records, answer.clock, answer.problem, answer.unreadable, answer.proxies)
 
 
 class SlurmCluster:
@@ -97,6 +105,8 @@ class SlurmCluster:
         self.started: set[str] = set()
         self._read: tuple[Mapping[str, Submission], Mapping[str, ReplicaRecord]] | None = None  # by the last poll
         self.problem: str | None = None
+        # Jobs that run the proxy, ended ones too, as of the last look; None before it, and while Slurm doesn't respond.
+        self.proxies: Sequence[SlurmJob] | None = None
         self.poll_s = config.poll_interval
 
     def prepare(self, model: ModelConfig) -> ModelConfig:
@@ -179,6 +189,10 @@ class SlurmCluster:
                     raise
             time.sleep(min(2.0, self.poll_s))
 
+    def find_proxies(self) -> Sequence[SlurmJob]:
+        """The jobs that run the deployment's proxy, ended ones too. SchedulerError if Slurm doesn't respond."""
+        return self._answered("nothing was changed").proxies
+
     def _still_there(self, wanted: set[str]) -> set[str]:
         """Replicas whose job hasn't ended; if the job continues for others, those without a record of their end."""
         view, left = self._answered(), set[str]()
@@ -203,6 +217,7 @@ class SlurmCluster:
     def _look(self) -> QueueView:
         """Poll the cluster. What this process has read before stands in for files that can't be read at the moment."""
         view = view_queue(self.host.poll(), self._config.name)
+        self.proxies = None if view.problem else view.proxies
         if not view.unreadable:
             self._read = view.told, view.records
         elif self._read:
@@ -210,12 +225,12 @@ class SlurmCluster:
             view = dataclasses.replace(view, told={**told, **view.told}, records={**records, **view.records})
         return view
 
-    def _answered(self) -> QueueView:
-        """Poll the cluster. SchedulerError if Slurm still doesn't respond after ANSWER_S."""
+    def _answered(self, so: str = "nothing can be stopped") -> QueueView:
+        """Poll the cluster. SchedulerError, with what follows, if Slurm still doesn't respond after ANSWER_S."""
         deadline = time.monotonic() + ANSWER_S
         while (view := self._look()).problem:
             if time.monotonic() > deadline:
-                raise SchedulerError(f"Slurm does not answer ({view.problem}), so nothing can be stopped; try again")
+                raise SchedulerError(f"Slurm does not answer ({view.problem}), so {so}; try again")
             time.sleep(1.0)
         return view
 
@@ -323,9 +338,12 @@ class SlurmExamination:
 
     def test_submission(self, model: ModelConfig) -> str:
         """Test a job of this model without submitting it. Returns Slurm's answer. RefusedError if Slurm rejects it."""
-        script = self._render_job(self._request(model), self._config.slurm)
+        return self.test_script(self._render_job(self._request(model), self._config.slurm))
+
+    def test_script(self, script: str, problems: Sequence[tuple[str, str]] = SUBMIT_PROBLEMS) -> str:
+        """The same for any script; ``problems`` as for SlurmHost.asked()."""
         done = self._host.slurm("exec sbatch --test-only", stdin=script.encode())
-        return failure_text(self._host.asked(done))
+        return failure_text(self._host.asked(done, problems))
 
     @contextlib.contextmanager
     def probe(self, model: ModelConfig, timeout_s: float) -> Iterator[tuple[dict[str, Any] | None, str]]:

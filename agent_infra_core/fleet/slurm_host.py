@@ -23,11 +23,12 @@ from agent_infra_core.fleet.parse import (
     SlurmJob,
     SlurmNode,
     parse_job_end,
+    parse_job_number,
     parse_nodes,
     parse_squeue,
     squeue_format,
 )
-from agent_infra_core.fleet.place import JobRequest, job_name, job_replicas
+from agent_infra_core.fleet.place import JobRequest, job_name, job_replicas, proxy_job_name
 from agent_infra_core.fleet.weights import FETCH_THERE_S, WEIGHTS_NAME, WEIGHTS_SHA256, fetched_path
 from agent_infra_core.host import CommandResult, CommandRunner, HostUnreachableError
 from agent_infra_core.protocol import ServeSpec
@@ -126,7 +127,9 @@ done
 """
 _FORGET_SCRIPT = """\
 cd "$1" || exit 3; shift
-for replica; do rm -f "specs/$replica.json" "replicas/$replica.json" "jobs/$replica" "ranks/$replica.json"; done
+for replica; do
+  rm -f "specs/$replica.json" "replicas/$replica.json" "jobs/$replica" "ranks/$replica.json" "ranks/$replica.refused"
+done
 find logs -type f -name '*-*.log*' -mtime +30 -exec rm -f {} +
 """
 _EXPLAIN_SCRIPT = """\
@@ -148,6 +151,7 @@ class QueueAnswer:
     clock: float  # of the host, s since the epoch
     problem: str | None  # why Slurm doesn't respond; the jobs are unknown then
     unreadable: str | None = None  # why notes and reports may be missing
+    proxies: Sequence[SlurmJob] = ()  # jobs that run the deployment's proxy, ended ones too
 
 
 @dataclass(frozen=True)
@@ -259,14 +263,13 @@ class SlurmHost:
             self.asked(CommandResult(127, b"", done.errors))
         jobs, problem = list[SlurmJob](), None if code == "0" else failure_text(done)
         try:
-            jobs = [job for job in parse_squeue(listing, nonce) if self._is_ours(job)]
+            jobs = [job for job in parse_squeue(listing, nonce) if job.work_dir == self.run_dir]
         except ValueError as error:
             problem = problem or str(error)
-        unreadable = match[1] if (match := _UNREADABLE.search(files)) else None
-        return QueueAnswer(jobs, told["jobs"], told["replicas"], float(clock), problem, unreadable)
-
-    def _is_ours(self, job: SlurmJob) -> bool:
-        return job.work_dir == self.run_dir and job_replicas(job.name, self._config.name) is not None
+        unreadable, name = match[1] if (match := _UNREADABLE.search(files)) else None, self._config.name
+        ours = [job for job in jobs if job_replicas(job.name, name) is not None]
+        proxies = [job for job in jobs if job.name == proxy_job_name(name)]
+        return QueueAnswer(ours, told["jobs"], told["replicas"], float(clock), problem, unreadable, proxies)
 
     def nodes(self) -> list[SlurmNode]:
         """Every node that Slurm shows: none where PrivateData hides them, and sbatch has to decide.
@@ -301,19 +304,32 @@ class SlurmHost:
                 raise RefusedError(f"{self.run_dir} cannot be written on the cluster: {failure_text(done)}")
             for order, (status, job, said) in zip(orders, answers, strict=False):
                 is_known = status == "0" and job != UNCONFIRMED_JOB
-                yield job if is_known else self._find_submitted(order.request, int(status), said)
+                yield job if is_known else self._find_replicas_job(order.request, int(status), said)
             orders = orders[len(answers) :]
 
-    def _find_submitted(self, request: JobRequest, status: int, said: str) -> str:
-        """The number of a job of which sbatch didn't tell it, found by its name. RefusedError, SchedulerError."""
+    def _find_replicas_job(self, request: JobRequest, status: int, said: str) -> str:
+        """The number of a job of which sbatch didn't tell it. RefusedError, SchedulerError."""
         if status and not _SLURM_SILENT.search(said):
             self.forget(request.replicas)
             self.asked(CommandResult(status, b"", said.encode()))
+        return self._find_submitted(job_name(request), said)
+
+    def submit_proxy(self, script: str) -> str:
+        """Submit the job that runs the proxy. Returns its number. RefusedError, SchedulerError."""
+        done = self.slurm("exec sbatch --parsable 2>&1", stdin=script.encode())
+        said = done.output.decode("utf-8", "replace")
+        if done.status and not _SLURM_SILENT.search(said):
+            self.asked(CommandResult(done.status, b"", said.encode()), PROXY_PROBLEMS)
+        job = parse_job_number(said) if done.status == 0 else UNCONFIRMED_JOB
+        return job if job != UNCONFIRMED_JOB else self._find_submitted(proxy_job_name(self._config.name), said)
+
+    def _find_submitted(self, name: str, said: str) -> str:
+        """The number of a job of which sbatch didn't tell it, found by its name. SchedulerError if it isn't there."""
         deadline = time.monotonic() + FIND_JOB_S
         while True:
-            jobs = [
-                job for job in self.poll().jobs if job.name == job_name(request) and job.state not in ENDED_JOB_STATES
-            ]
+            answer = self.poll()
+            listed = [*answer.jobs, *answer.proxies]
+            jobs = [job for job in listed if job.name == name and job.state not in ENDED_JOB_STATES]
             if jobs:
                 return jobs[-1].id
             if time.monotonic() > deadline:
@@ -323,14 +339,17 @@ class SlurmHost:
                 )
             time.sleep(1.0)
 
-    def cancel(self, jobs: Sequence[str], now: bool) -> None:
-        """Cancel waiting jobs and ask running ones to drain (safe to repeat), or with ``now`` end them at once."""
+    def cancel(self, jobs: Sequence[str], now: bool, signal: str = "USR1") -> None:
+        """Cancel waiting jobs and ask running ones to drain (safe to repeat), or with ``now`` end them at once.
+
+        ``signal`` is the one that makes them drain.
+        """
         words = shlex.join(jobs)
         if now:
             script = f"scancel --full --signal=KILL {words}; scancel {words}"
         else:
             # In this order, so the second command catches a job that starts in between.
-            script = f"scancel --state=PENDING {words}; scancel --state=RUNNING --batch --signal=USR1 {words}"
+            script = f"scancel --state=PENDING {words}; scancel --state=RUNNING --batch --signal={signal} {words}"
         done = self.slurm(script)
         if _SLURM_SILENT.search(done.errors.decode("utf-8", "replace")):
             raise SchedulerError(f"Slurm does not answer: {failure_text(done)}")
@@ -378,8 +397,11 @@ class SlurmHost:
         done = self.shell("exec bash -l -s", stdin="\n".join(lines).encode(), timeout_s=FETCH_THERE_S)
         return fetched_path(model, done.output, done.status)
 
-    def asked(self, done: CommandResult) -> CommandResult:
-        """Check the result of a Slurm command. SchedulerError if Slurm didn't respond, RefusedError if it refused."""
+    def asked(self, done: CommandResult, problems: Sequence[tuple[str, str]] = ()) -> CommandResult:
+        """Check the result of a Slurm command. SchedulerError if Slurm didn't respond, RefusedError if it refused.
+
+        ``problems`` are patterns of messages with what to do (default: SUBMIT_PROBLEMS).
+        """
         if done.status == 0:
             return done
         words = failure_text(done)
@@ -390,7 +412,8 @@ class SlurmHost:
             )
         if _SLURM_SILENT.search(words):
             raise SchedulerError(f"Slurm does not answer: {words}; try again, nothing was changed")
-        hint = next((hint for pattern, hint in SUBMIT_PROBLEMS if re.search(pattern, words)), "see `sbatch --help`")
+        known = problems or SUBMIT_PROBLEMS
+        hint = next((hint for pattern, hint in known if re.search(pattern, words)), "see `sbatch --help`")
         raise RefusedError(f"Slurm refused: {words}; {hint}")
 
     def close(self) -> None:
@@ -418,6 +441,25 @@ SUBMIT_PROBLEMS = (
     ),
     (r"[Ii]nvalid feature", "correct cluster.slurm.constraint (`sinfo -o '%P %f'`)"),
     (r"unrecognized option|[Ii]nvalid.*argument", "correct sbatch under cluster.slurm"),
+)
+
+# The same, for the job of the proxy.
+PROXY_PROBLEMS = (
+    (
+        r"[Ii]nvalid qos|QOS",
+        "correct cluster.slurm.proxy_job.qos; `sacctmgr show assoc user=$USER format=qos` lists yours",
+    ),
+    (r"[Ii]nvalid account", "set cluster.slurm.account; `sacctmgr show assoc user=$USER` lists yours"),
+    (r"time limit", "lower cluster.slurm.proxy_job.time_limit to what the partition allows (`sinfo -o '%P %l'`)"),
+    (
+        r"configuration is not available|[Mm]emory|CPU count",
+        "lower cpus or memory of cluster.slurm.proxy_job, or name another partition there",
+    ),
+    (
+        r"[Pp]artition|gres|GRES|gpu|GPU",
+        "set cluster.slurm.proxy_job.partition to one that takes jobs without GPUs (`sinfo` lists them)",
+    ),
+    (r"unrecognized option|[Ii]nvalid.*argument", "correct cluster.slurm.proxy_job.sbatch"),
 )
 
 

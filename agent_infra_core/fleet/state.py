@@ -82,6 +82,16 @@ class DeploymentPaths:
         return self.root / "handover.json"
 
     @property
+    def leaving(self) -> Path:
+        """JSON {replica: its job, or its process without one} of replicas that scaling removes."""
+        return self.root / "leaving.json"
+
+    @property
+    def proxy_job(self) -> Path:
+        """JSON {job, node, host, port, pid} of the proxy in a job of its own while it serves; then {job}."""
+        return self.root / "proxy_job.json"
+
+    @property
     def run(self) -> Path:
         """The run directory: specs/, replicas/, logs/. With Slurm it is on the cluster's shared file system."""
         return self.root / "run"

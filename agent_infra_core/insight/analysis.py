@@ -14,13 +14,13 @@ from agent_infra_core.insight.capacity import (
     LEAST_TURNS,
     RESAMPLES,
     STRUCTURE,
-    UNSTEADY,
     Array,
     Basis,
     CapacityModel,
     Estimate,
     Outlook,
     capacity_models,
+    fleets,
     misfit,
     percent,
     widened,
@@ -36,6 +36,7 @@ from agent_infra_core.insight.measure import (
     littles_law,
     measure,
     mix_change,
+    moved_share,
     number_of,
     observed_turns,
     operating,
@@ -96,8 +97,7 @@ class FleetAnalysis:
             return float(silent_s < 60)
         think = self._thinks[-1][1]
         if think.ends_reported:
-            older = [fit for at, fit in self._thinks if at <= now - silent_s]
-            think = older[-1] if older else self._thinks[0][1]
+            think = next((fit for at, fit in reversed(self._thinks) if at <= now - silent_s), self._thinks[0][1])
         return think.presence(silent_s)
 
     def sample(self, sample: FleetSample) -> None:
@@ -176,9 +176,7 @@ class FleetAnalysis:
 
     def document(self, now: float, ended: Mapping[int, float], goal_s: float | None, rng: Any) -> dict[str, Any]:
         """This model's entry of ``analysis`` in /stats, at time ``now``."""
-        start = self._start
-        change = mix_change(self._turns[self._turns["begin"] >= start])
-        if change is not None:
+        if (change := mix_change(self._turns[self._turns["begin"] >= self._start])) is not None:
             self._restart(change[0], f"the {change[1]} changed")
         outlook = self._outlook(now, ended, rng)
         self.model_now = None if outlook.few or outlook.reason or outlook.evicting else outlook.model
@@ -208,14 +206,11 @@ class FleetAnalysis:
         """The verdict to show: one that differs from the last is shown when it has been found for HELD_S."""
         before = self._shown["name"] if self._shown else None
         found = judge(outlook, what_ifs, before)
-        if found["name"] == before:
-            self._rival_since = math.inf
-        else:
-            self._rival_since = min(self._rival_since, now)
-            if self._shown and before != "NO DATA" and not outlook.few and now < self._rival_since + HELD_S:
-                return self._shown
-            self._rival_since = math.inf
-        self._shown = found
+        since = math.inf if found["name"] == before else min(self._rival_since, now)
+        if self._shown and before != "NO DATA" and not outlook.few and since <= now < since + HELD_S:
+            self._rival_since = since
+            return self._shown
+        self._rival_since, self._shown = math.inf, found
         return found
 
     def _keep_verdict(self, verdict: Mapping[str, Any], suggestion: Mapping[str, Any]) -> None:
@@ -227,6 +222,8 @@ class FleetAnalysis:
 
     def _outlook(self, now: float, ended: Mapping[int, float], rng: Any) -> Outlook:
         """Fit the model and collect all figures for the document."""
+        import numpy as np
+
         start, last = self._start, self._samples[-1] if self._samples else None
         recent = self._turns["seconds"][-500:]
         # Turns are recorded when they end, so figures on turns that began after this may still change.
@@ -243,12 +240,12 @@ class FleetAnalysis:
         law = littles_law(here, think_s)
         is_counted = here.agents is not None and not (think and think.is_guessed)
         agents = here.agents if is_counted else law["agents_computed"]
-        slots = last.slots if last else None
-        model, draws = capacity_models(max(1, self.replicas), fit, think, here.parallel, slots)
+        model, draws = capacity_models(max(1, self.replicas), fit, think, here.parallel, last.slots if last else None)
         if fit is not None and agents:
             # A guessed number of agents says little about the model.
             error = self._misfit(model, point, now) if is_counted else LEAST_MISFIT
             draws = widened(model, draws, agents, error)
+        moves = moved_share(turns_since)
         kv_tokens = (last.kv_capacity_tokens or 0) * self.replicas if last else 0
         return Outlook(
             model=model,
@@ -257,18 +254,19 @@ class FleetAnalysis:
             think=think,
             here=here,
             agents=agents or 0.0,
+            agents_draws=(agents or 0.0) * np.maximum(1 + here.agents_error * rng.standard_normal(RESAMPLES), 0.01),
             basis=basis,
-            reason=self._refusal(fit, think, here, agents, law),
+            reason=self._refusal(think, here, agents, law) or (fit.reason if fit else None),
             few=few,
-            doubt=1 + math.hypot(STRUCTURE, UNSTEADY * here.variation) * rng.standard_normal(RESAMPLES),
-            kv=kv_agent_limit(turns_since, kv_tokens, self.replicas, rng),
+            doubt=1 + math.hypot(STRUCTURE, here.agents_error) * rng.standard_normal(RESAMPLES),
+            kv=kv_agent_limit(turns_since, kv_tokens, self.replicas, moves, rng),
+            fleets=fleets(model, draws, fit, moves),
         )
 
     def _fit_service(self, here: Operating, settled: float, rng: Any) -> tuple[ServiceFit | None, Basis, str | None]:
         """The fit of the turns that began before ``settled``, its data, and why there are too few for any figure."""
-        measured, beginnings, replica, names = measure(
-            self._turns, list(self._names), self._start, settled, self._speed_since
-        )
+        known = list(self._names)
+        measured, beginnings, replica, names = measure(self._turns, known, self._start, settled, self._speed_since)
         rows = self._with_remembered(measured)
         turns = len(rows.seconds)
         basis = Basis(turns, round(float(rows.begin.max() - rows.begin.min()), 1) if turns else 0.0)
@@ -279,8 +277,7 @@ class FleetAnalysis:
             return None, basis, f"no turn ended in the last {here.window_s:.0f} s"
         fit = fit_service(rows, beginnings, replica, names, here.since, rng)
         self._speed_since |= fit.changes
-        slots = self._samples[-1].slots if self._samples else None
-        return fit.at_full_slots(here, self.replicas, slots), basis, None
+        return fit.at_full_slots(here, self.replicas, self._samples[-1].slots if self._samples else None), basis, None
 
     def _fit_think(self, since: float, until: float, ended: Mapping[int, float], rng: Any) -> ThinkFit | None:
         """Fit the think time, and keep the fit for ``presence``."""
@@ -299,13 +296,13 @@ class FleetAnalysis:
         edges = np.arange(until, since - 1e-6, -WINDOW_S)[::-1]
         looks = [(look.at, look.active_agents) for look in self._samples if look.active_agents is not None]
         if len(edges) < 2 or not looks:
-            return misfit(np.zeros(0), np.zeros(0))
+            return LEAST_MISFIT
         turns, _ = np.histogram(self._turns["end"][~self._turns["is_aborted"]], edges)
         at, agents = np.array(looks).T
         number, _ = np.histogram(at, edges)
         predicted, _ = np.histogram(at, edges, weights=model.throughput(agents))
         known = (number > 0) & (predicted > 0)
-        return misfit(predicted[known] / number[known] * WINDOW_S, turns[known])
+        return misfit(predicted[known] / number[known] * WINDOW_S, turns[known]) if known.any() else LEAST_MISFIT
 
     @property
     def replicas(self) -> int:
@@ -315,12 +312,7 @@ class FleetAnalysis:
         return len(set(self._turns["replica"].tolist())) if len(self._turns) else 0
 
     def _refusal(
-        self,
-        fit: ServiceFit | None,
-        think: ThinkFit | None,
-        here: Operating,
-        agents: float | None,
-        law: Mapping[str, Any],
+        self, think: ThinkFit | None, here: Operating, agents: float | None, law: Mapping[str, Any]
     ) -> str | None:
         """Why figures that depend on the fit are withheld; None if they may be reported."""
         if think is None:
@@ -342,7 +334,7 @@ class FleetAnalysis:
                 "sessions don't report their end, and it isn't known yet which of the silent ones still think: send "
                 "X-Session-End: true with a session's last turn"
             )
-        return fit.reason if fit else None
+        return None
 
 
 def _plain(value: Any) -> Any:

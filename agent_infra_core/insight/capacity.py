@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ GROWTH_LIMIT = 2.0  # no predictions above this many times the highest number of
 MAX_CURVE_POINTS = 40
 SHARED_TOOLS = "agents think longer the more of them think: they share tools, which the model doesn't have"
 STRUCTURE = 0.06  # standard error of a predicted change, as a share of it: what the model leaves out
-UNSTEADY = 0.3  # the same for a number of agents that varies, as a share of its coefficient of variation
 LEAST_MISFIT = 0.01  # relative error of X that every prediction allows for
 EPSILON = 1e-9  # lower bound for denominators that may be zero
 Figure = Any  # a float, or an array with one value per resampled fit
@@ -104,11 +103,71 @@ class CapacityModel:
         return self.replicas * in_flight * (self.think_s + answer / self.parallel) / answer
 
     def agents_at_utilisation(self, utilisation: float) -> Figure:
-        """N at utilisation ρ: (kρ/B)·(Z + A/(p·(1 − ρ)))."""
+        """N at utilisation ρ, which n = ρ/(1 − ρ)·A/B turns in flight make."""
         import numpy as np
 
-        rate = self.replicas * utilisation / np.maximum(self.per_request_s, EPSILON)
-        return rate * (self.think_s + self.base_s / (1 - utilisation) / self.parallel)
+        return self.agents_at(utilisation / (1 - utilisation) * self.base_s / np.maximum(self.per_request_s, EPSILON))
+
+    def with_replica(self) -> CapacityModel:
+        """The fleet with one more replica."""
+        return replace(self, replicas=self.replicas + 1)
+
+    def thinking(self, share: float) -> CapacityModel:
+        """The fleet with a share of the think time."""
+        return replace(self, think_s=share * self.think_s)
+
+
+@dataclass(frozen=True)
+class UnequalFleet:
+    """Replicas that differ in speed: what a change brings depends on which of them become crowded.
+
+    Where turns go to any replica, each keeps its share of them, and R is the mean of A_i / (1 − B_i·X_i). Where
+    sessions stay, each replica is a closed system of its own with a share of the agents. In between, X is interpolated.
+    ``speeds``, ``shares`` and ``homes`` are columns with a row per replica; the rest is as in CapacityModel.
+    """
+
+    model: CapacityModel  # if every replica had speed 1
+    speeds: Array  # factor of A and B
+    shares: Array  # of the turns; they needn't sum to 1
+    homes: Array  # of the agents, likewise
+    moves: float  # share of turns that go to any replica
+
+    def throughput(self, agents: Figure) -> Figure:
+        """X in turns per second."""
+        import numpy as np
+
+        model, shares, homes = self.model, self.shares / self.shares.sum(), self.homes / self.homes.sum()
+        base, slope = self.speeds * model.base_s, self.speeds * model.per_request_s
+        one = replace(model, replicas=1, base_s=base, per_request_s=slope)
+        full = (1 / np.maximum(base / model.slots + slope, EPSILON) / shares).min(axis=0)  # all slots of a replica
+        alone, load = shares * base / model.parallel, shares * slope
+        low: Figure = 0.0
+        high = np.minimum(full, agents / (model.think_s + alone.sum(axis=0)))
+        for _ in range(12 if self.moves else 0):  # to within 1/2¹³
+            rate = (low + high) / 2
+            is_less = rate * (model.think_s + (alone / np.maximum(1 - load * rate, EPSILON)).sum(axis=0)) < agents
+            low, high = np.where(is_less, rate, low), np.where(is_less, high, rate)
+        return self.moves * (low + high) / 2 + (1 - self.moves) * one.throughput(homes * agents).sum(axis=0)
+
+    def with_replica(self) -> UnequalFleet:
+        """The fleet with one more replica that is as fast as most."""
+        import numpy as np
+
+        added = ((self.speeds, 1.0), (self.shares, np.median(self.shares)), (self.homes, self.homes.mean()))
+        speeds, shares, homes = (np.vstack([part, [[own]]]) for part, own in added)
+        return replace(self, speeds=speeds, shares=shares, homes=homes)
+
+    def thinking(self, share: float) -> UnequalFleet:
+        """The fleet with a share of the think time."""
+        return replace(self, model=self.model.thinking(share))
+
+    def healed(self, number: int) -> UnequalFleet:
+        """The fleet with a replica as fast as most in the place of one."""
+        import numpy as np
+
+        is_other = np.arange(len(self.speeds))[:, None] != number
+        shares = np.where(is_other, self.shares, np.median(self.shares))
+        return replace(self, speeds=np.where(is_other, self.speeds, 1.0), shares=shares)
 
 
 @dataclass(frozen=True)
@@ -153,11 +212,11 @@ def estimate(unit: str, basis: Basis, value: Figure, draws: Figure = None, reaso
     # As np.quantile, in a tenth of its time.
     low, high = map(significant, np.interp(at, np.arange(len(spread)), spread))
     if high is None or not math.isfinite(value) or abs(high) > 1e6 * (1 + abs(low or 0)):
-        few = "the load was too light to tell how a replica slows down under more"
-        return Estimate(None, low, None, unit, basis, few)
+        return Estimate(
+            None, low, None, unit, basis, "the load was too light to tell how a replica slows down under more"
+        )
     if basis.turns < POINT_TURNS:
-        few = f"{basis.turns} of {POINT_TURNS} turns: a range, no point yet"
-        return Estimate(None, low, high, unit, basis, few)
+        return Estimate(None, low, high, unit, basis, f"{basis.turns} of {POINT_TURNS} turns: a range, no point yet")
     return Estimate(significant(value), low, high, unit, basis)
 
 
@@ -171,16 +230,13 @@ class Outlook:
     think: ThinkFit | None
     here: Operating
     agents: float  # N, sampled or computed
+    agents_draws: Array
     basis: Basis
     reason: str | None  # why figures that depend on the fit are withheld
     few: str | None  # why all figures are withheld
     kv: tuple[float, Array] | None
     doubt: Array  # factors on the draws of a change
-
-    @property
-    def is_full(self) -> bool:
-        """Whether turns wait because every slot is taken."""
-        return self.here.full >= FULL
+    fleets: tuple[Any, Any]  # what changes are predicted with: model and draws, or an UnequalFleet of each
 
     def told(self, unit: str, figure: Callable[[CapacityModel], Figure], reason: str | None = None) -> Estimate:
         """Estimate a figure that depends on the fit. A ``reason`` withholds it."""
@@ -211,7 +267,7 @@ class Outlook:
         if self.fit is not None and self.fit.is_alone and agents > self.agents:
             return "no replica ever served two turns at once, so it cannot be told how one slows down"
         if agents > self.most_agents * 1.0001:
-            return f"{agents:.0f} agents are beyond twice the load seen; run more than {self.agents:.0f} to know"
+            return f"that is beyond twice the load seen; run more than {self.agents:.0f} agents to know"
         return None
 
     @property
@@ -226,51 +282,44 @@ class Outlook:
             return None
         return "contexts are evicted at this load, and how replicas do when others fit, the fit cannot tell"
 
-    def what_if(self, name: str, change: Callable[[CapacityModel], CapacityModel], agents: float) -> dict[str, Any]:
-        """Throughput after a change to the system, and the gain as a fraction."""
-        reason = self.evicting or self.beyond(agents)
-        if self.crowding and change(self.model).think_s != self.model.think_s:
+    def what_if(
+        self, name: str, agents: float, think: float = 1.0, change: Callable[[Any], Any] = lambda fleet: fleet
+    ) -> dict[str, Any]:
+        """Throughput with so many agents, a share ``think`` of the think time and a changed fleet, and the gain."""
+        import numpy as np
+
+        reason = self.few or self.reason or self.evicting or self.beyond(agents)
+        if self.crowding and think != 1:
             reason = SHARED_TOOLS
         if reason is None and self.kv is not None and self.agents < agents and agents > self.kv[0]:
             reason = f"the contexts of {agents:.0f} agents would not fit into the KV cache"
-        rate = self.told("turns/h", lambda model: 3600 * change(model).throughput(agents), reason)
-        if rate.low is None or agents == 0:
-            share = estimate("fraction", self.basis, None, reason=rate.reason)
-        else:
-            gain, gains = (
-                change(m).throughput(agents) / m.throughput(self.agents) - 1 for m in (self.model, self.draws)
-            )
-            share = estimate("fraction", self.basis, float(gain), gains * self.doubt)
+        if reason is not None or agents == 0:
+            rate, share = (estimate(unit, self.basis, None, reason=reason) for unit in ("turns/h", "fraction"))
+            return {"name": name, "turns_per_hour": rate, "change": share}
+        gain, gains = (
+            np.squeeze(change(fleet).thinking(think).throughput(agents) / fleet.throughput(self.agents))
+            for fleet in self.fleets
+        )
+        rate, rates = (3600 * model.throughput(self.agents) for model in (self.model, self.draws))
+        rate = estimate("turns/h", self.basis, float(rate * gain), rates * gains)
+        share = estimate("fraction", self.basis, float(gain) - 1, (gains - 1) * self.doubt)
         return {"name": name, "turns_per_hour": rate, "change": share}
-
-    def _with_replica(self, model: CapacityModel) -> CapacityModel:
-        return self.fit.with_replica(model) if self.fit else model
 
     def what_ifs(self) -> list[dict[str, Any]]:
         half = 1 - 0.5 * (self.think.observing_share if self.think else 0.0)
         return [
-            self.what_if("+1 replica", self._with_replica, self.agents),
-            self.what_if(
-                "half the observation time",
-                lambda model: dataclasses.replace(model, think_s=half * model.think_s),
-                self.agents,
-            ),
-            self.what_if("+25 % agents", lambda model: model, 1.25 * self.agents),
-            self.what_if("−25 % agents", lambda model: model, 0.75 * self.agents),
+            self.what_if("+1 replica", self.agents, change=methodcaller("with_replica")),
+            self.what_if("half the observation time", self.agents, half),
+            self.what_if("+25 % agents", 1.25 * self.agents),
+            self.what_if("−25 % agents", 0.75 * self.agents),
         ]
 
     def curve(self) -> list[dict[str, Any]]:
         """Points of X(N), up to the highest N that can be predicted and is of interest."""
         import numpy as np
 
-        if (
-            self.few
-            or self.reason
-            or self.evicting
-            or self.fit is None
-            or self.fit.is_alone
-            or self.basis.turns < POINT_TURNS
-        ):
+        base = self.told("s", lambda model: model.base_s, self.evicting)
+        if base.value is None or self.fit is None or self.fit.is_alone:
             return []
         most = min(self.most_agents, max(2 * self.agents, 1.5 * float(self.model.knee)))
         points = np.unique(np.round(np.linspace(1, max(1.0, most), MAX_CURVE_POINTS)))
@@ -318,16 +367,31 @@ def capacity_models(
     """The models of the estimates and of their draws. Without a fit, A and B are placeholders: don't use them."""
     import numpy as np
 
-    zeros = np.zeros(RESAMPLES)
-    limit = float(slots) if slots else math.inf
-    point = CapacityModel(replicas, 1.0, 0.0, think.mean_s if think else 0.0, parallel, limit)
-    draws = CapacityModel(replicas, zeros + 1, zeros, think.draws if think else zeros, parallel, limit)
-    if fit is None:
-        return point, draws
-    return (
-        dataclasses.replace(point, base_s=fit.base_s, per_request_s=fit.per_request_s),
-        dataclasses.replace(draws, base_s=fit.base_draws, per_request_s=fit.per_request_draws),
+    zeros, limit = np.zeros(RESAMPLES), float(slots) if slots else math.inf
+    base, slope = (fit.base_s, fit.per_request_s) if fit else (1.0, 0.0)
+    bases, slopes = (fit.base_draws, fit.per_request_draws) if fit else (zeros + 1, zeros)
+    point = CapacityModel(replicas, base, slope, think.mean_s if think else 0.0, parallel, limit)
+    return point, CapacityModel(replicas, bases, slopes, think.draws if think else zeros, parallel, limit)
+
+
+def fleets(model: CapacityModel, draws: CapacityModel, fit: ServiceFit | None, moves: float) -> tuple[Any, Any]:
+    """What changes are predicted with: ``model`` and ``draws``, or an UnequalFleet of each if replicas differ.
+
+    ``moves`` is the share of turns that go to another replica than the session's last.
+    """
+    import numpy as np
+
+    if fit is None or not any(factor != 1 for factor, _, _ in fit.lately.values()):
+        return model, draws
+    speeds, shares, answers = np.array([*fit.lately.values()]).T[:, :, None]
+    homes = shares * (model.think_s + answers / model.parallel)
+    moves = min(1.0, moves * len(speeds) / max(1, len(speeds) - 1))  # a turn that goes to any may stay, too
+    base, slope = fit.factors
+    point, drawn = (
+        replace(fleet, base_s=fleet.base_s / base, per_request_s=fleet.per_request_s / slope)
+        for fleet in (model, draws)
     )
+    return UnequalFleet(point, speeds, shares, homes, moves), UnequalFleet(drawn, speeds, shares, homes, moves)
 
 
 def misfit(predicted: Array, turns: Array) -> float:
@@ -337,8 +401,6 @@ def misfit(predicted: Array, turns: Array) -> float:
     """
     import numpy as np
 
-    if not len(turns):
-        return LEAST_MISFIT
     squares = np.log(predicted / np.maximum(turns, 1.0)) ** 2
     typical = min(np.mean(squares), np.median(squares) / 0.455)  # the median of χ² with one degree of freedom
     return max(LEAST_MISFIT, math.sqrt(max(typical - np.mean(0.5 / np.maximum(turns, 1.0)), 0.0)))
@@ -354,13 +416,7 @@ def widened(model: CapacityModel, draws: CapacityModel, agents: float, error: fl
     rate = draws.throughput(agents)
     spread = max(float(np.std(rate) / np.mean(rate)), EPSILON)
     factor = min(math.hypot(spread, error) / spread, 10.0)
-
-    def spread_out(value: float, drawn: Array) -> Array:
-        return np.maximum(value + factor * (drawn - value), 0.1 * value)
-
-    return dataclasses.replace(
-        draws,
-        base_s=spread_out(model.base_s, draws.base_s),
-        per_request_s=spread_out(model.per_request_s, draws.per_request_s),
-        think_s=spread_out(model.think_s, draws.think_s),
-    )
+    names = ("base_s", "per_request_s", "think_s")
+    both = [(getattr(model, name), getattr(draws, name)) for name in names]
+    spread_out = [np.maximum(value + factor * (drawn - value), 0.1 * value) for value, drawn in both]
+    return replace(draws, **dict(zip(names, spread_out, strict=True)))

@@ -19,7 +19,6 @@ from agent_infra_core.insight.statistics import (
 )
 
 if TYPE_CHECKING:
-    from agent_infra_core.insight.capacity import CapacityModel
     from agent_infra_core.insight.measure import Beginnings, Measured, Operating
 
 MAX_SILENCES = 8000  # think times used to fit Z; with more, only every second, third, … session is used
@@ -28,28 +27,14 @@ SLOW_FACTOR = 1.2  # a replica is as fast as the others unless it differs by mor
 SURE_ERRORS = 6.0
 LEAST_SPEED_TURNS = 20  # of a replica before its speed is judged
 ABANDONED = 0.01  # share of silences that never end where sessions report their end: agents that die
-LEAST_CROWDING = 0.35  # exponent that shows shared tools; early think times are the short ones, which looks like 0.25
+LEAST_CROWDING = 0.25  # exponent that shows shared tools, if it is CROWDING_ERRORS standard errors from 0 as well
+CROWDING_ERRORS = 4.0
 QUIET_S = 60.0  # a session silent for longer may have been abandoned
 BINS = 65  # of durations, in which the cure model is fitted
 ONE_KIND, TWO_KINDS = (1.0,), (0.5, 4.0)  # of think times, with the means to begin with
 LIKELIER = 5.0  # difference of logarithms from which there are two kinds
 CURE_ERROR = 0.06  # standard error of its mean think time beside that of resampling, as a share
 REPORTING = 0.1  # reported ends, as a share of the quiet sessions, which show that clients report them
-
-
-@dataclass
-class SlowReplica:
-    """A replica's speed factor, and by what A and B of the fleet would change if it were as fast as the others."""
-
-    factor: float
-    base: float
-    per_request: float
-
-    def healed(self, model: CapacityModel) -> CapacityModel:
-        """The fleet with a replica of the others' speed in its place."""
-        return dataclasses.replace(
-            model, base_s=self.base * model.base_s, per_request_s=self.per_request * model.per_request_s
-        )
 
 
 @dataclass
@@ -63,30 +48,17 @@ class ServiceFit:
     most_in_flight: float  # 99th percentile of the turns in flight
     is_alone: bool  # no replica ever served two turns at once, so B is unknown
     factors: tuple[float, float]  # by which A and B of the fleet exceed those of a replica of speed 1
-    slow: Mapping[str, SlowReplica]
+    lately: Mapping[str, tuple[float, float, float]]  # replica → its speed factor, share of the turns, mean answer in s
     changes: Mapping[str, float]  # replica → when its speed changed, if it did
     reason: str | None = None  # why B can't be determined
-
-    def with_replica(self, model: CapacityModel) -> CapacityModel:
-        """The fleet with one more replica of speed 1, which takes as many turns as the others do on average."""
-        count = model.replicas
-        base, slope = ((count * factor + 1) / (count + 1) / factor for factor in self.factors)
-        return dataclasses.replace(
-            model, replicas=count + 1, base_s=base * model.base_s, per_request_s=slope * model.per_request_s
-        )
 
     def at_full_slots(self, here: Operating, replicas: int, slots: int | None) -> ServiceFit:
         """The fit if B can't be determined but isn't needed: with every slot taken, R follows from X = k·c / R."""
         if self.reason is None or not slots or here.full < FULL:
             return self
-        answers = [slots * replicas / per_s for per_s in (here.per_s, here.per_s_draws)]
+        answer, answers = (slots * replicas / per_s for per_s in (here.per_s, here.per_s_draws))
         return dataclasses.replace(
-            self,
-            base_s=answers[0],
-            base_draws=answers[1],
-            per_request_s=0.0,
-            per_request_draws=0 * answers[1],
-            reason=None,
+            self, base_s=answer, base_draws=answers, per_request_s=0.0, per_request_draws=0 * answers, reason=None
         )
 
 
@@ -176,18 +148,6 @@ def regress(rows: Measured, beginnings: list[Beginnings], replica: Array) -> Reg
     return Regression(design, weight, _solve(design, rows.seconds / speed, weight), speed, off)
 
 
-def _slow_replicas(speed: Array, in_flight: Array, replica: Array, names: Sequence[str]) -> dict[str, SlowReplica]:
-    """The replicas that are slower than the others, and what their speed costs, by turns that began lately."""
-    found = {}
-    for index, name in enumerate(names):
-        here = replica == index
-        if here.any() and (factor := float(speed[here][-1])) > 1:
-            healed = speed.copy()
-            healed[here] = 1.0
-            found[name] = SlowReplica(factor, healed.mean() / speed.mean(), (healed @ in_flight) / (speed @ in_flight))
-    return found
-
-
 def _speed_changes(rows: Measured, off: Array, replica: Array, names: Sequence[str]) -> dict[str, float]:
     """When each replica last became faster or slower, where it did."""
     import numpy as np
@@ -195,8 +155,7 @@ def _speed_changes(rows: Measured, off: Array, replica: Array, names: Sequence[s
     found = {}
     for index, name in enumerate(names):
         here = np.flatnonzero(replica == index)[-500:]
-        at = change_point(np.log(np.maximum(1 + off[here], 0.05)), math.log(STEP_RATIO))
-        if at is not None:
+        if (at := change_point(np.log(np.maximum(1 + off[here], 0.05)), math.log(STEP_RATIO))) is not None:
             found[name] = float(rows.begin[here[at]])
     return found
 
@@ -248,8 +207,8 @@ def fit_service(
     recent = recent if len(recent) else np.arange(now)
     speed, crowd = fit.speed[recent], rows.in_flight[recent]
     base_factor, slope_factor = (speed.mean(), speed @ crowd / crowd.sum()) if now else (1.0, 1.0)
-    slope, slopes = fit.found[2] + fit.found[3], drawn[:, 2] + drawn[:, 3]
-    mean = rows.seconds.mean()
+    seconds, own = rows.seconds[recent], [(name, replica[recent] == index) for index, name in enumerate(names)]
+    slope, slopes, mean = fit.found[2] + fit.found[3], drawn[:, 2] + drawn[:, 3], rows.seconds.mean()
     return ServiceFit(
         base_s=mean if is_alone else max(base_factor * fit.found[0], mean / 100),
         per_request_s=0.0 if is_alone else max(slope_factor * slope, 0.0),
@@ -258,7 +217,7 @@ def fit_service(
         most_in_flight=float(np.quantile(rows.in_flight, 0.99)),
         is_alone=is_alone,
         factors=(float(base_factor), float(slope_factor)),
-        slow=_slow_replicas(speed, crowd, replica[recent], names),
+        lately={name: (speed[here][-1], here.mean(), seconds[here].mean()) for name, here in own if here.any()},
         changes=_speed_changes(rows, fit.off, replica, names),
         reason=reason,
     )
@@ -360,20 +319,21 @@ def _crowding(known: Array) -> float:
     """The exponent by which think time grows with the agents that think at its beginning; 0 unless it does for sure.
 
     Agents that don't share anything give 0, those that queue for the same machines up to 1. ``known`` are turns with a
-    think time.
+    think time. Those that began lately are left out: of them, only the short ones are over, while the crowd grows.
     """
     import numpy as np
 
-    if len(known) < 100:
-        return 0.0
     end, seconds = known["arrived"], known["think_s"]
     begin = end - seconds
     crowd = np.searchsorted(np.sort(begin), begin) - np.searchsorted(np.sort(end), begin)
-    x, y = np.log(np.maximum(crowd, 1.0)), np.log(np.maximum(seconds, 1e-3))
+    settled = begin <= end.max(initial=0.0) - np.quantile(seconds, 0.9) if len(known) else begin > 0
+    if settled.sum() < 100:
+        return 0.0
+    x, y = np.log(np.maximum(crowd, 1.0))[settled], np.log(np.maximum(seconds, 1e-3))[settled]
     x, y = x - x.mean(), y - y.mean()
     slope = float(x @ y / max(float(x @ x), EPSILON))
     error = float(np.std(y - slope * x)) / math.sqrt(max(float(x @ x), EPSILON))
-    return min(slope, 1.0) if slope > max(LEAST_CROWDING, 5 * error) else 0.0
+    return min(slope, 1.0) if slope > max(LEAST_CROWDING, CROWDING_ERRORS * error) else 0.0
 
 
 def _thinking_share(turns: Array, since: float, until: float, ends: float) -> float:
@@ -395,19 +355,6 @@ def _observing_share(turns: Array) -> float:
 
     known = turns[np.isfinite(turns["pre_s"]) & (turns["think_s"] > 0)]
     return float(np.minimum(known["pre_s"], known["think_s"]).sum() / known["think_s"].sum()) if len(known) else 1.0
-
-
-def _think_blocks(sessions: Array) -> Array:
-    """The number of each think time's block: its session, or with few sessions a stretch of ten of its think times."""
-    import numpy as np
-
-    names, number = np.unique(sessions, return_inverse=True)
-    if len(names) >= 20:
-        return number
-    order = np.argsort(number, kind="stable")
-    rank = np.empty(len(number), dtype=int)
-    rank[order] = np.arange(len(number)) - np.searchsorted(number[order], number[order])
-    return np.unique(number * len(number) + rank // 10, return_inverse=True)[1]
 
 
 def _kaplan_meier(durations: Array, over: Array, weight: Array) -> tuple[Array, Array]:
@@ -442,7 +389,7 @@ def fit_think(
     if over.sum() < 2:
         return None
     order = np.argsort(seconds, kind="stable")
-    durations, over, block = seconds[order], over[order], _think_blocks(sessions)[order]
+    durations, over, block = seconds[order], over[order], np.unique(sessions, return_inverse=True)[1][order]
     named = np.unique(turns["session"][turns["session"] != 0])
     reported = named[np.isin(named, known_ends)].tolist()
     quiet = ((over == 0) & (durations > QUIET_S)).sum()

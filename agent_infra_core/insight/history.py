@@ -437,16 +437,19 @@ class HistoryFile:
     def count_turns(self) -> int:
         return int(self._value("SELECT count(*) FROM turns"))
 
-    def replica_seconds(self, since: float = 0.0) -> dict[ReplicaUse, float]:
-        """Replica time from the time step that contains ``since``. A day merged into one row counts in proportion."""
+    def replica_seconds(self, since: float = 0.0, until: float = math.inf) -> dict[ReplicaUse, float]:
+        """Replica time from the time step that contains ``since`` to the one that contains ``until``.
+
+        A day merged into one row counts in proportion to what of it is after ``since``.
+        """
         day = int(since // 86400) * 86400
         if self._value("SELECT 1 FROM replica_time WHERE at > ? AND at < ?", day, day + 86400):
             day = -1  # the day isn't merged yet
         share = share_of_day(since, self.since())
         rows = self.query(
             "SELECT replica, model, gpu_type, gpus, state, sum(seconds * CASE at WHEN ? THEN ? ELSE 1 END) "
-            "FROM replica_time WHERE at > ? OR at = ? GROUP BY 1, 2, 3, 4, 5 ORDER BY min(at)",
-            *(day, share, since - REPLICA_TIME_BIN_S, day),
+            "FROM replica_time WHERE (at > ? OR at = ?) AND at <= ? GROUP BY 1, 2, 3, 4, 5 ORDER BY min(at)",
+            *(day, share, since - REPLICA_TIME_BIN_S, day, until),
         )
         return {ReplicaUse(*row[:5]): row[5] for row in rows}
 

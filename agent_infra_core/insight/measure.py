@@ -10,6 +10,7 @@ from typing import Any
 
 from agent_infra_core.insight.capacity import EPSILON, RESAMPLES, Array, significant
 from agent_infra_core.insight.statistics import (
+    LEAST_SIDE,
     STEP_RATIO,
     change_point,
     interval_widening,
@@ -256,8 +257,7 @@ class Operating:
     think_s: float  # mean per turn, of think times that ended
     aborted: float  # share of turns without an answer
     agents: float | None  # N, sampled; None without samples
-    agents_draws: Array
-    variation: float  # of N, as a coefficient
+    agents_error: float  # standard error of N, as a share
     in_flight: float | None  # per replica, sampled
     parallel: float  # p: turns in flight of an agent that waits
     full: float  # share of samples with every slot taken and turns that wait for one
@@ -272,15 +272,21 @@ def _is_full(sample: FleetSample) -> bool:
     return bool(sample.slots) and running >= (sample.slots or 0) * len(sample.in_flight) < sample.open_turns
 
 
+def _relative_error(parts: Array) -> float:
+    """Standard error of the mean of 16 equal parts of a window (batch means), as a share of the mean."""
+    import numpy as np
+
+    return interval_widening(16, 1) * float(np.std(parts, ddof=1)) / 4 / max(1.0, float(np.mean(parts)))
+
+
 def operating(turns: Array, samples: Sequence[FleetSample], since: float, until: float, rng: Any) -> Operating:
-    """Measure a run over [since, until]. X's draws come from counts in 16 equal parts of that time (batch means)."""
+    """Measure a run over [since, until]. The errors of X and N come from 16 equal parts of that time."""
     import numpy as np
 
     over = turns[(turns["end"] >= since) & (turns["end"] <= until)]
     done, waits = over[~over["is_aborted"]], over["queue_s"] + over["seconds"]
     length = max(until - since, EPSILON)
     counts, _ = np.histogram(done["end"], bins=16, range=(since, since + length))
-    error = interval_widening(16, 1) * float(np.std(counts, ddof=1)) / 4 / max(1.0, float(np.mean(counts)))
     per_s = len(done) / length
     looks = [sample for sample in samples if since <= sample.at <= until]
     agents = np.array([sample.active_agents for sample in looks if sample.active_agents is not None])
@@ -290,14 +296,13 @@ def operating(turns: Array, samples: Sequence[FleetSample], since: float, until:
         until=until,
         turns=len(done),
         per_s=per_s,
-        per_s_draws=per_s * np.maximum(1 + error * rng.standard_normal(RESAMPLES), 0.01),
+        per_s_draws=per_s * np.maximum(1 + _relative_error(counts) * rng.standard_normal(RESAMPLES), 0.01),
         wait_s=float(np.mean(waits)) if len(over) else 0.0,
         slow_wait_s=float(np.quantile(waits, 0.95)) if len(over) else 0.0,
         think_s=float(np.nansum(over["think_s"])) / max(1, len(over)),
         aborted=1 - len(done) / max(1, len(over)),
         agents=float(agents.mean()) if len(agents) else None,
-        agents_draws=agents if len(agents) else np.array([math.nan]),
-        variation=float(agents.std() / max(1.0, agents.mean())) if len(agents) else 0.0,
+        agents_error=_relative_error(agents[np.linspace(0, len(agents) - 1, 16).astype(int)]) if len(agents) else 0.0,
         in_flight=float(np.mean(in_flight)) if in_flight else None,
         parallel=max(1.0, sum(look.open_turns for look in looks) / max(1, sum(look.waiting_agents for look in looks))),
         full=sum(map(_is_full, looks)) / max(1, len(looks)),
@@ -320,13 +325,12 @@ def littles_law(here: Operating, think_s: float | None) -> dict[str, Any]:
     bounds = sorted((rate * cycle_s, rate * (cycle_s - think_s + here.think_s)))
     computed = rate * cycle_s if here.agents is None else min(max(here.agents, bounds[0]), bounds[1])
     error = None if not here.agents else computed / here.agents - 1
-    is_judged = error is not None and here.window_s >= 2 * cycle_s
     tolerance = LITTLE_TOLERANCE + 1.64 * float(np.std(here.per_s_draws)) / max(here.per_s, EPSILON)
     return {
         "agents_sampled": None if here.agents is None else significant(here.agents),
         "agents_computed": significant(computed),
         "error": None if error is None else round(error, 4),
-        "holds": abs(error or 0.0) <= tolerance if is_judged else None,
+        "holds": abs(error) <= tolerance if error is not None and here.window_s >= 2 * cycle_s else None,
     }
 
 
@@ -347,8 +351,7 @@ def mix_change(turns: Array) -> tuple[float, str] | None:
         (math.log(MIX_RATIO), "prompt mix", np.log(added)),
         (HIT_CHANGE, "hit rate", hits),
     ):
-        index = change_point(values, least)
-        if index is not None:
+        if (index := change_point(values, least)) is not None:
             found.append((float(later["begin"][index]), what))
     return max(found, default=None)
 
@@ -362,8 +365,8 @@ def operating_change(turns: Array, samples: Sequence[FleetSample]) -> float:
     numbers = np.log(np.maximum(1.0, agents))
     at, ratio = last_change(times, numbers, math.log(STEP_RATIO)), math.log(STEP_RATIO) / 2
     before, after = numbers[times < at], numbers[times >= at].mean()
-    levels = [before[start : start + 30].mean() for start in range(0, len(before), 30)]
-    if levels and min(levels) - ratio <= after <= max(levels) + ratio:
+    levels = np.convolve(before, np.ones(LEAST_SIDE) / LEAST_SIDE, "valid") if len(before) >= LEAST_SIDE else before
+    if len(levels) and min(levels) - ratio <= after <= max(levels) + ratio:
         at = 0.0  # batches come and go: the number has been there before
     return max(at, last_change(turns["end"], turns["is_aborted"], ERROR_CHANGE))
 
@@ -383,22 +386,29 @@ def think_change(turns: Array) -> float:
     return last_change(at[settled], np.log(np.maximum(seconds[settled], 1e-3)), math.log(STEP_RATIO))
 
 
-def kv_agent_limit(turns: Array, kv_tokens: float, replicas: int, rng: Any) -> tuple[float, Array] | None:
+def moved_share(turns: Array) -> float:
+    """Share of the turns of going sessions that went to another replica than the turn before."""
+    import numpy as np
+
+    placed = turns[turns["session"] != 0]
+    placed = placed[np.argsort(placed["session"], kind="stable")]
+    goes_on = placed["session"][1:] == placed["session"][:-1]
+    moves = (goes_on & (placed["replica"][1:] != placed["replica"][:-1])).sum()
+    return float(moves / max(1, goes_on.sum()))
+
+
+def kv_agent_limit(turns: Array, kv_tokens: float, replicas: int, moves: float, rng: Any) -> tuple[float, Array] | None:
     """N_kv and its draws: ``kv_tokens`` of all replicas divided by what a session holds, also while it thinks.
 
-    That is its mean context, times the copies that moves between replicas leave behind: 1 + k·(share of turns that
-    moved), which is 1 if sessions stay and k if each turn goes to a replica at random.
+    That is its mean context, times the copies that moves between replicas leave behind: 1 + k·``moves``, the share of
+    turns that moved. It is 1 if sessions stay and k if each turn goes to a replica at random.
     """
     import numpy as np
 
     held = turns[turns["prompt"] > 0]
     if not len(held) or not kv_tokens:
         return None
-    placed = turns[turns["session"] != 0]
-    placed = placed[np.argsort(placed["session"], kind="stable")]
-    goes_on = placed["session"][1:] == placed["session"][:-1]
-    moves = (goes_on & (placed["replica"][1:] != placed["replica"][:-1])).sum()
-    copies = min(replicas, 1 + replicas * moves / max(1, goes_on.sum()))
+    copies = min(replicas, 1 + replicas * moves)
     _, session = np.unique(held["session"], return_inverse=True)
     tokens = copies * np.bincount(session, held["prompt"] + np.nan_to_num(held["output"]))
     number, counts = np.bincount(session), resample_counts(session.max() + 1, rng)

@@ -15,6 +15,7 @@ from agent_infra_core.insight.export import read_history
 from agent_infra_core.insight.gpu_hours import OCCUPYING_STATES, grouped, hours_by_state
 from agent_infra_core.insight.history import VERDICT_COLUMNS, HistoryFile, history_path, ratio
 from agent_infra_core.insight.turns import in_seconds
+from agent_infra_core.insight.waste import KEPT_PREFILLS, TurnTime, gpu_time
 
 REPORT_PARTS = {
     "pre": "observing",
@@ -129,8 +130,8 @@ class Report:
         if self._is_trimmed:
             self._first = self._replicas_since = oldest
 
-    def _rows(self, columns: str, rest: str = "") -> list[tuple[Any, ...]]:
-        return self._file.query(f"SELECT {columns} FROM turns WHERE finished_at >= ? {rest}", self._since)
+    def _rows(self, columns: str, rest: str = "", *values: Any) -> list[tuple[Any, ...]]:
+        return self._file.query(f"SELECT {columns} FROM turns WHERE finished_at >= ? {rest}", self._since, *values)
 
     def _row(self, columns: str) -> tuple[Any, ...]:
         return self._rows(columns)[0]
@@ -271,10 +272,37 @@ class Report:
         lines: list[Block] = [Heading("Waste"), Table(("", "turns", "tokens", "of tokens in"), rows)]
         if vain_ms:
             lines.append(Sentence(f"Wasted inference: {words(vain_ms / 1000)} s."))
+        lines += self._wasted_time()
         reasons: collections.Counter[str] = collections.Counter()
         for reason, count in self._rows("cache_miss, count(*)", "AND cache_miss IS NOT NULL GROUP BY 1"):
             reasons[re.split(r" from | message ", reason)[0]] += count  # without replica names and message numbers
         return [*lines, Table(("why not in the cache", "turns"), reasons.most_common(10))] if reasons else lines
+
+    def _wasted_time(self) -> list[Block]:
+        """The GPU time that was wasted, for each model."""
+        sums = grouped(self._file.replica_seconds(self._replicas_since), "model")
+        by_model = self._rows(
+            "model, count(DISTINCT coalesce(task, session)), coalesce(sum(inference_ms), 0) / 1000, "
+            "coalesce(sum((outcome <> 'completed') * inference_ms), 0) / 1000, coalesce(sum(retry_ms), 0) / 1000, "
+            "coalesce(sum((cache_miss IS NOT NULL AND outcome = 'completed') * "
+            "max(0, expected_cached_tokens - cached_tokens)), 0)",
+            "AND model IS NOT NULL GROUP BY 1",
+        )
+        rows = []
+        for model, tasks, served_s, aborted_s, retried_s, missed in by_model:
+            prefills = self._rows(
+                "max(1, prompt_tokens - cached_tokens), ttft_ms / 1000",
+                "AND model = ? AND outcome = 'completed' AND prompt_tokens > 0 AND cached_tokens IS NOT NULL "
+                f"AND ttft_ms > 0 ORDER BY id DESC LIMIT {KEPT_PREFILLS}",
+                model,
+            )
+            time_of = TurnTime(served_s, aborted_s, retried_s, missed, collections.deque(prefills))
+            found = gpu_time(time_of, sums.get(model, {}), tasks)
+            figures = ("held", "prefilled_again", "failed", "idle", "wasted", "held_per_task", "wasted_per_task")
+            if found["held"]:
+                rows.append((f"{model}: {found['unit']}", *(found[name] for name in figures)))
+        heads = ("", "held", "prefilled again", "failed, retried", "idle", "wasted", "held per task", "wasted per task")
+        return [Table(heads, rows)] if rows else []
 
 
 def _rate(amount: float | None, seconds: float) -> float | None:

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from agent_infra_core.insight.capacity import EPSILON, RESAMPLES, Array, CapacityModel
+from agent_infra_core.insight.gpu_hours import ReplicaUse
 from agent_infra_core.insight.turns import TurnRecord
+from agent_infra_core.insight.waste import TurnTime, gpu_time
 from agent_infra_core.protocol import MAX_RUN_TASKS
 
 MAX_RUNS = 20  # above this, the oldest is dropped
@@ -73,8 +75,8 @@ class Run:
     gaps: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_GAPS))
     of_session: dict[str, dict[str, Task]] = field(default_factory=dict)  # session that hasn't ended → its tasks
     longest_gap: float = 0.0
-    answered_s: float = 0.0  # time that replicas spent on its turns
-    aborted_s: float = 0.0  # of that, on turns without an answer
+    spent: TurnTime = field(default_factory=TurnTime)
+    held: dict[ReplicaUse, float] = field(default_factory=dict)  # s, of the model's replicas while the run goes on
 
     def add(self, key: str, record: TurnRecord, ended_at: float) -> None:
         """Add a finished turn of the task ``key``, whose session ended at ``ended_at``, maybe during the turn."""
@@ -93,9 +95,7 @@ class Run:
             task.live.add(record.session)
             self.of_session.setdefault(record.session, {})[key] = task
         task.is_over = not task.live and record.session is not None
-        spent = (record.inference_ms or 0.0) / 1000
-        self.answered_s += spent
-        self.aborted_s += spent if record.outcome != "completed" else 0.0
+        self.spent.add(record)
 
     def end_session(self, session: str) -> None:
         for task in self.of_session.pop(session, {}).values():
@@ -108,6 +108,23 @@ class Run:
         ends = ((task.begun, task.last_end if task.is_over else now) for task in self.seen.values())
         together = sum(max(0.0, end - max(begun, since)) for begun, end in ends)
         return max(1, round(together / max(now - since, EPSILON)))
+
+    @property
+    def ended_at(self) -> float | None:
+        """When the last task ended; None while any runs or has yet to begin."""
+        if len(self.seen) < self.tasks or not all(task.is_over for task in self.seen.values()):
+            return None
+        return max(task.last_end for task in self.seen.values())
+
+    def span(self, now: float) -> tuple[float, float]:
+        """When the first task began, and when the last one ended, or ``now``; empty if none has begun."""
+        return min((task.begun for task in self.seen.values()), default=now), self.ended_at or now
+
+    def hold(self, seconds: Mapping[ReplicaUse, float], share: float = 1.0) -> None:
+        """Add a share of the seconds of the run's own model."""
+        for use, spent in seconds.items():
+            if use.model == self.model:
+                self.held[use] = self.held.get(use, 0.0) + share * spent
 
     def settle(self, now: float) -> None:
         """End the tasks that have been silent for too long."""
@@ -258,6 +275,8 @@ class RunBook:
         self._runs: OrderedDict[str, Run] = OrderedDict()
         self._ended: OrderedDict[str, float] = OrderedDict()  # session → when its agent ended it
         self._announced: OrderedDict[str, Announcement] = OrderedDict()  # the latest of each run
+        self._held: Mapping[ReplicaUse, float] = {}  # of the last hold()
+        self._held_until = -math.inf
 
     def announce(self, run: Announcement) -> bool:
         """Begin a run, or change the number of tasks of one. Returns False if it was announced like this before."""
@@ -271,9 +290,17 @@ class RunBook:
         return True
 
     def restore(
-        self, runs: Iterable[Announcement], turns: Iterable[TurnRecord], ended: Iterable[tuple[str, float]]
+        self,
+        runs: Iterable[Announcement],
+        turns: Iterable[TurnRecord],
+        ended: Iterable[tuple[str, float]],
+        now: float,
+        held_between: Callable[[float, float], Mapping[ReplicaUse, float]],
     ) -> None:
-        """Continue the runs of an earlier book. Call it before anything else, from the thread that announces."""
+        """Continue the runs of an earlier book. Call it before anything else, from the thread that announces.
+
+        ``held_between(since, until)`` returns the seconds of all replicas by use.
+        """
         for run in runs:
             self._announced[run.name] = run
             self._take(run)
@@ -281,10 +308,14 @@ class RunBook:
             self._take(record)
         for end in ended:
             self._take(end)
+        for known in self._runs.values():
+            known.settle(now)
+            known.hold(held_between(*known.span(now)))
 
     def add(self, record: TurnRecord) -> None:
-        """Add a finished turn."""
-        self._inbox.append(record)
+        """Add a finished turn. Without a run, it is nobody's."""
+        if self._announced:
+            self._inbox.append(record)
 
     def end_session(self, session: str, at: float) -> None:
         """Record that an agent ended its session, maybe before the session's last turn is added."""
@@ -296,12 +327,29 @@ class RunBook:
         model_of: Callable[[str | None], CapacityModel | None],
         ends_at: Mapping[str, Sequence[float]],
         rng_of: Callable[[], Any],
+        held: Mapping[ReplicaUse, float],
     ) -> list[dict[str, Any]]:
-        """``runs`` of /stats, the latest first. ``ends_at`` has the walltimes of each model's replicas."""
+        """``runs`` of /stats, the latest first. ``ends_at`` has the walltimes of each model's replicas.
+
+        ``held`` is as for hold().
+        """
         for item in [self._inbox.popleft() for _ in range(len(self._inbox))]:
             self._take(item)
+        self.hold(held, now)
         runs = list(reversed(self._runs.values()))
         return [_run_row(run, now, model_of(run.model), ends_at.get(run.model or "", ()), rng_of) for run in runs]
+
+    def hold(self, held: Mapping[ReplicaUse, float], now: float) -> None:
+        """Settle the runs, and give them the time of replicas since the last call; the first one only begins to count.
+
+        ``held`` are the seconds of all replicas by use, since ever; it must not change later.
+        """
+        new = {use: seconds - self._held.get(use, 0.0) for use, seconds in held.items()}
+        since, self._held, self._held_until = self._held_until, held, now
+        for run in self._runs.values():
+            run.settle(now)
+            begun, ended = run.span(now)
+            run.hold(new, max(0.0, ended - max(begun, since)) / max(now - since, EPSILON))
 
     def _take(self, item: Announcement | TurnRecord | tuple[str, float]) -> None:
         if isinstance(item, Announcement):
@@ -324,7 +372,6 @@ def _run_row(
     run: Run, now: float, model: CapacityModel | None, walltimes: Sequence[float], rng_of: Callable[[], Any]
 ) -> dict[str, Any]:
     """A run's entry in /stats."""
-    run.settle(now)
     over = [task.turns for task in run.seen.values() if task.is_over]
     running = {key: task for key, task in run.seen.items() if not task.is_over}
     waiting = max(0, run.tasks - len(run.seen))
@@ -337,20 +384,20 @@ def _run_row(
         "name": run.name,
         "model": run.model,
         "announced_at": run.announced_at,
-        "ended_at": None,
+        "ended_at": run.ended_at,
         "tasks": run.tasks,
         "done": len(over),
         "running": len(running),
-        "aborted_share": round(run.aborted_s / run.answered_s, 4) if run.answered_s else None,
+        "aborted_share": round(run.spent.aborted_s / run.spent.served_s, 4) if run.spent.served_s else None,
+        "gpu_time": gpu_time(run.spent, run.held, len(run.seen)),
         "remaining_s": {"value": None, "low": None, "high": None, "reason": reason},
         "walltime_at": min(walltimes, default=None),
         "ends_before_walltime": None,
         "stragglers": [],
         "what_ifs": [],
     }
-    if not running and not waiting:
+    if run.ended_at is not None:
         row["remaining_s"] = {"value": 0.0, "low": 0.0, "high": 0.0, "reason": None}
-        row["ended_at"] = max((task.last_end for task in run.seen.values()), default=run.announced_at)
     elif reason is None:
         _forecast(row, over, running, waiting, run, now, model, rng_of())
     return row

@@ -8,7 +8,7 @@ from typing import Any
 
 from agent_infra_core.insight.capacity import (
     EPSILON,
-    LEAST_TURNS,
+    FULL,
     RESAMPLES,
     Array,
     CapacityModel,
@@ -21,6 +21,7 @@ from agent_infra_core.insight.capacity import (
 )
 from agent_infra_core.insight.fit import ThinkFit
 from agent_infra_core.insight.statistics import last_of_each
+from agent_infra_core.insight.waste import prefill_s
 
 GOOD_UTILISATION = 0.7
 GOOD_KV_SHARE = 0.9
@@ -71,7 +72,7 @@ def _loads(outlook: Outlook, goal_s: float | None) -> list[tuple[str, Figure, Ar
 
 def _priced(outlook: Outlook, agents: float) -> dict[str, Estimate]:
     """What it is to run so many agents: throughput, the wait for an answer, and the change of throughput."""
-    what = outlook.what_if("", lambda model: model, agents)
+    what = outlook.what_if("", agents)
     reason = what["change"].reason if what["change"].low is None else None
     return {
         "turns_per_hour": what["turns_per_hour"],
@@ -99,7 +100,7 @@ def _limits(
     why = f"the GPUs would be {percent(GOOD_UTILISATION)} busy."
     if name == "latency_goal":
         why = f"95 % of the answers would take at most {goal_s:g} s."
-    elif math.isfinite(outlook.model.slots) and outlook.is_full:
+    elif math.isfinite(outlook.model.slots) and outlook.here.full >= FULL:
         name, why = "slots", "that takes every slot; more would only wait for one."
         value, draws = (model.agents_at(model.slots) for model in (outlook.model, outlook.draws))
     most = outlook.most_agents
@@ -127,9 +128,7 @@ def suggest(outlook: Outlook, goal_s: float | None) -> dict[str, Any]:
         nothing = outlook.beyond(math.inf)
     if nothing is not None:
         none = estimate("agents", outlook.basis, None, reason=nothing)
-        units = {"turns_per_hour": "turns/h", "wait_s": "s", "change": "fraction"}
-        unknown = {name: estimate(unit, outlook.basis, None, reason=nothing) for name, unit in units.items()}
-        sentence = f"No suggestion: {nothing}."
+        sentence, unknown = f"No suggestion: {nothing}.", _priced(outlook, math.inf)
         return {"agents": none, "bound_by": None, "sentence": sentence, "now": unknown, "then": unknown, "options": []}
     loads = _loads(outlook, goal_s)
     limits = _limits(outlook, loads[-1 if goal_s is not None else 0], goal_s)
@@ -137,11 +136,8 @@ def suggest(outlook: Outlook, goal_s: float | None) -> dict[str, Any]:
     value = max(1.0, round(value))
     spread = np.maximum(1.0, np.round(np.min([limit[1] for limit in limits], axis=0)))
     agents = estimate("agents", outlook.basis, value, spread)
-    told = (
-        f"{value:.0f}"
-        if agents.value is not None or agents.low == agents.high
-        else f"{agents.low:.0f} to {agents.high:.0f}"
-    )
+    is_sure = agents.value is not None or agents.low == agents.high
+    told = f"{value:.0f}" if is_sure else f"{agents.low:.0f} to {agents.high:.0f}"
     prices = [_priced(outlook, number) for number in (outlook.agents, value)]
     most = min([limit[0] for limit in limits[1:]], default=value)
     options = [
@@ -162,16 +158,10 @@ def suggest(outlook: Outlook, goal_s: float | None) -> dict[str, Any]:
 def figures(outlook: Outlook) -> dict[str, Any]:
     """``fit``, ``operating`` and ``limits`` of an entry of ``analysis``."""
     model, draws, here = outlook.model, outlook.draws, outlook.here
-    thinking = "no session had two turns"
+    thinking, no_kv = "no session had two turns", "the KV capacity or the contexts are not known"
     alone = outlook.beyond(math.inf) if outlook.fit and outlook.fit.is_alone else None
-    blind = alone or outlook.evicting
-    knee_flight = float(model.in_flight(model.knee)) if math.isfinite(model.knee) else math.inf
-    far = None
-    if outlook.fit is not None and knee_flight > outlook.most_in_flight:
-        far = f"it lies beyond twice the load seen ({outlook.fit.most_in_flight:.1f} turns in flight on a replica)"
-    good_flight = GOOD_UTILISATION / (1 - GOOD_UTILISATION) * model.base_s / max(model.per_request_s, EPSILON)
-    good_far = far if good_flight > outlook.most_in_flight else None
     kv_value, kv_draws = outlook.kv if outlook.kv is not None else (None, None)
+    utilised = model.agents_at_utilisation(GOOD_UTILISATION)
     return {
         "fit": {
             "base_latency_s": outlook.told("s", lambda m: m.base_s),
@@ -179,26 +169,19 @@ def figures(outlook: Outlook) -> dict[str, Any]:
             "think_s": outlook.measured("s", model.think_s if outlook.think else None, draws.think_s, thinking),
         },
         "operating": {
-            "agents": outlook.measured(
-                "agents",
-                outlook.agents or None,
-                outlook.agents if here.agents is None else here.agents_draws,
-                "no agent is active",
-            ),
-            "in_flight_per_replica": outlook.measured(
-                "turns", here.in_flight, here.in_flight, "no sample of the fleet"
-            ),
+            "agents": outlook.measured("agents", outlook.agents or None, outlook.agents_draws, "no agent is active"),
+            "in_flight_per_replica": outlook.measured("turns", here.in_flight, None, "no sample of the fleet"),
             "turns_per_hour": outlook.measured("turns/h", 3600 * here.per_s, 3600 * here.per_s_draws, ""),
             "predicted_turns_per_hour": outlook.told("turns/h", lambda m: 3600 * m.throughput(outlook.agents)),
             "utilisation": outlook.told("fraction", lambda m: m.utilisation(outlook.agents), alone),
         },
         "limits": {
-            "knee_agents": outlook.told("agents", lambda m: m.knee, blind or far),
-            "kv_agents": outlook.measured(
-                "agents", kv_value, kv_draws, "the KV capacity or the contexts are not known"
-            ),
+            "knee_agents": outlook.told("agents", lambda m: m.knee, outlook.evicting or outlook.beyond(model.knee)),
+            "kv_agents": outlook.measured("agents", kv_value, kv_draws, no_kv),
             "utilisation_agents": outlook.told(
-                "agents", lambda m: m.agents_at_utilisation(GOOD_UTILISATION), blind or good_far
+                "agents",
+                lambda m: m.agents_at_utilisation(GOOD_UTILISATION),
+                outlook.evicting or outlook.beyond(utilised),
             ),
         },
     }
@@ -208,13 +191,10 @@ def missed_gpu_share(turns: Array, since: float, replicas: int, until: float) ->
     """Share of GPU time spent on tokens that should have been cached, by the TTFT per fresh token; None if unknown."""
     import numpy as np
 
-    known = turns[(turns["end"] >= since) & (turns["ttft_s"] > 0) & (turns["fresh"] > 0) & (turns["cached"] >= 0)]
-    if len(known) < LEAST_TURNS or until <= since:
+    known = turns[(turns["end"] >= since) & (turns["ttft_s"] > 0) & (turns["cached"] >= 0)]
+    token_s = prefill_s(np.column_stack([known["fresh"], known["ttft_s"]]))
+    if token_s is None or until <= since:
         return None
-    tenths = np.array_split(known[np.argsort(known["fresh"], kind="stable")], 10)
-    # Medians, since some turns also waited for what was prefilled beside them.
-    fresh, ttft = (np.array([np.median(part[name]) for part in tenths]) for name in ("fresh", "ttft_s"))
-    token_s = max(0.0, float(np.polyfit(fresh, ttft, 1)[0])) if fresh[-1] > fresh[0] else 0.0
     missed = float(np.nansum(np.maximum(0.0, known["expected"] - known["cached"])))
     return missed * token_s / (replicas * (until - since))
 

@@ -395,19 +395,25 @@ class Tracker:
         if turn is not None and turn.session is not None:
             turn.session.finish(record, at, turn.started.prints)
             self._sessions.touch(turn.session, at)
-            if turn.started.follows is not None:
-                self._conversations.finish(event.turn, turn.started.follows, event.key, turn.session.id)
+            started, session = turn.started, turn.session.id
+            if started.follows is not None:
+                self._conversations.finish(event.turn, started.follows, event.key, session)
+            if started.prints:
+                answered_at = event.at if event.outcome == "completed" else None
+                self._conversations.tried(session, started.session, started.prints, event.key, answered_at)
         self._log.add(record)
 
     def _begin(self, event: TurnStarted, at: float) -> OpenTurn:
         """Open a turn, with the known times before it."""
-        session = self._sessions.open(
-            self._conversations.session_of(event.turn, event.session, event.follows), event, at
-        )
+        known, retried = self._conversations, None
+        if event.is_retry and event.prints:
+            retried = known.retried(event.session, event.prints, event.follows, event.at)
+        name = retried or known.session_of(event.turn, event.session, event.follows)
+        session = self._sessions.open(name, event, at)
         if session is None:
             pre_ms, unaccounted_ms = split_think_time(None, event.pre_ms, event.post_ms)
             return OpenTurn(event, None, None, None, pre_ms, unaccounted_ms)
-        gap_ms = session.think_time_ms(at)
+        gap_ms = session.think_time_ms(at) if retried is None else None
         pre_ms, unaccounted_ms = split_think_time(gap_ms, event.pre_ms, event.post_ms)
         session.think(gap_ms, pre_ms, self._log.learn_post(session.last_turn, event.post_ms), unaccounted_ms)
         return OpenTurn(event, session, session.held(event, at), gap_ms, pre_ms, unaccounted_ms)

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from operator import methodcaller
 from typing import Any
 
-from agent_infra_core.insight.capacity import CONFIDENCE, RESAMPLES, Outlook, in_words, percent
-from agent_infra_core.insight.measure import FleetSample
+from agent_infra_core.insight.capacity import (
+    CONFIDENCE,
+    FULL,
+    LEAST_TURNS,
+    RESAMPLES,
+    Outlook,
+    estimate,
+    in_words,
+    percent,
+)
+from agent_infra_core.insight.measure import MOST_ABORTED, FleetSample
 from agent_infra_core.insight.suggestion import GOOD_KV_SHARE
 
 VERDICTS = ("AGENT-BOUND", "LATENCY-BOUND", "GPU-BOUND")
@@ -17,26 +27,26 @@ KEPT = 0.6  # share of the resampled fits that keeps a verdict
 def judge(outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]], before: str | None) -> dict[str, Any]:
     """The verdict: the largest share, if it leads in at least CONFIDENCE of the resampled fits; otherwise BALANCED.
 
-    The verdict ``before`` stays while it leads in KEPT of them and no other one is sure.
+    The verdict ``before`` stays while it leads in KEPT of them and no other one is sure. Where every slot is taken and
+    turns wait, that is measured and decides, with or without a fit.
     """
     import numpy as np
 
-    names = ("agent", "base_latency", "contention")  # in the order of VERDICTS
-    reason = outlook.few or outlook.reason
-    shares = {
-        name: outlook.told("fraction", lambda model, index=index: model.shares(outlook.agents)[index])  # type: ignore[misc]
-        for index, name in enumerate(names)
-    }
+    here = outlook.here
+    is_full = here.full >= FULL and here.turns >= LEAST_TURNS and here.aborted <= MOST_ABORTED
+    reason = None if is_full else outlook.few or outlook.reason
+    point = [0.0, 0.0, 1.0] if is_full else [float(share) for share in outlook.model.shares(outlook.agents)]
+    shared = [np.full(RESAMPLES, share) for share in point] if is_full else outlook.draws.shares(outlook.agents_draws)
+    drawn = np.stack(np.broadcast_arrays(*shared))
+    told = (estimate("fraction", outlook.basis, *share, reason) for share in zip(point, drawn, strict=True))
+    shares = dict(zip(("agent", "base_latency", "contention"), told, strict=True))  # in the order of VERDICTS
     if reason is not None:
         sentence = f"No verdict: {reason}."
         return {"name": "NO DATA", "confidence": None, "sentence": sentence, "reason": reason, "shares": shares}
-    point = [float(share) for share in outlook.model.shares(outlook.agents)]
-    drawn = np.argmax(np.stack(np.broadcast_arrays(*outlook.draws.shares(outlook.agents))), axis=0)
-    counts = np.bincount(drawn, minlength=3) / RESAMPLES
+    counts = np.bincount(np.argmax(drawn, axis=0), minlength=3) / RESAMPLES
     largest = VERDICTS.index(before) if before in VERDICTS and max(counts) < CONFIDENCE else int(np.argmax(counts))
     confidence = float(counts[largest])
-    is_named = confidence >= (KEPT if VERDICTS[largest] == before else CONFIDENCE)
-    name = VERDICTS[largest] if is_named else "BALANCED"
+    name = VERDICTS[largest] if confidence >= (KEPT if VERDICTS[largest] == before else CONFIDENCE) else "BALANCED"
     sentence = verdict_sentence(name, confidence, point, outlook, what_ifs)
     return {"name": name, "confidence": round(confidence, 3), "sentence": sentence, "reason": None, "shares": shares}
 
@@ -50,7 +60,7 @@ def verdict_sentence(
     model, agents = outlook.model, outlook.agents
     if name == "GPU-BOUND":
         said = f"GPU-bound ({sure}): throughput follows GPU capacity with elasticity {shares[2]:.2f}."
-        if math.isfinite(model.slots) and float(model.in_flight(agents)) >= model.slots:
+        if shares[2] == 1:
             said = f"GPU-bound ({sure}): all {model.slots:.0f} slots of each replica are taken, turns queue."
         effects = [in_words(replica, True), in_words(more)]
     elif name == "AGENT-BOUND":
@@ -72,6 +82,19 @@ def verdict_sentence(
     return f"{said} {known[0].upper()}{known[1:]}." if known else said
 
 
+def _slow_replicas(outlook: Outlook) -> list[str]:
+    """A sentence for each replica that is slower than the others."""
+    found = []
+    lately = outlook.fit.lately if outlook.fit and not outlook.few else {}
+    for number, (name, (factor, _, _)) in enumerate(lately.items()):
+        if factor > 1:
+            healed = methodcaller("healed", number)
+            gain = in_words(outlook.what_if("A replica as fast as the others", outlook.agents, change=healed), True)
+            sentence = f"{name} takes {factor:.1f} times as long as the others for the same turns."
+            found.append(f"{sentence} {gain}." if gain else sentence)
+    return found
+
+
 def find_flags(outlook: Outlook, samples: Sequence[FleetSample]) -> dict[str, str]:
     """Further problems: flag → sentence."""
     found = {}
@@ -82,12 +105,7 @@ def find_flags(outlook: Outlook, samples: Sequence[FleetSample]) -> dict[str, st
             f"do: thinking sessions are evicted and computed again. Run {GOOD_KV_SHARE * outlook.kv[0]:.0f} agents, or "
             "add a replica."
         )
-    slow_ones = []
-    for name, slow in (outlook.fit.slow if outlook.fit and not outlook.few else {}).items():
-        gain = in_words(outlook.what_if("A replica as fast as the others", slow.healed, outlook.agents), True)
-        sentence = f"{name} takes {slow.factor:.1f} times as long as the others for the same turns."
-        slow_ones.append(f"{sentence} {gain}." if gain else sentence)
-    if slow_ones:
+    if slow_ones := _slow_replicas(outlook):
         found["SLOW"] = " ".join(slow_ones)
     if outlook.crowding and not outlook.few:
         found["TOOLS"] = (

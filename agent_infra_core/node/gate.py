@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any
 
 from agent_infra_core.host import allow_many_descriptors, listener_owners
@@ -24,7 +25,6 @@ LINGER_S = 1.0  # for what a refused client still sends
 MOST_STRANGERS = 256  # connections that haven't shown the key; one more closes the oldest
 KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}  # s, s, probes
 _HEALTH_REQUEST = b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n"
-_PHRASES = {200: "OK", 400: "Bad Request", 401: "Unauthorized", 409: "Conflict", 502: "Bad Gateway"}
 
 
 class Gate:
@@ -155,7 +155,7 @@ class Gate:
 
 def _answer(client: socket.socket, status: int, body: bytes) -> None:
     """Answer, and read on for a moment: closing a socket that has unread bytes would take the answer back."""
-    head = f"HTTP/1.1 {status} {_PHRASES[status]}\r\ncontent-type: application/json\r\n"
+    head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
     client.sendall(f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
     client.shutdown(socket.SHUT_WR)
     deadline = time.monotonic() + LINGER_S

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from agent_infra_core.host import write_atomically
 from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher
-from agent_infra_core.node.replica import engine_environment, make_launch, read_spec
-from agent_infra_core.node.staging import StagingStopped, stage_weights
+from agent_infra_core.node.replica import (
+    engine_environment,
+    job_run,
+    make_launch,
+    node_name,
+    read_spec,
+    refusal_path,
+    staging_failure,
+)
+from agent_infra_core.node.staging import StagingError, StagingStopped, stage_weights
 
 RANK_POLL_S = 0.5  # interval at which a rank checks its head
 
@@ -22,9 +32,9 @@ class Rank:
     def __init__(self, run_directory: str, replica: str, number: int) -> None:
         self._spec, self._key = read_spec(run_directory, replica)
         self._number = number
-        folder = Path(run_directory)
-        self._lead = folder / "ranks" / f"{replica}.json"
-        self._log = folder / "logs" / f"{replica}.rank{number}.log"
+        self._folder = Path(run_directory)
+        self._lead = self._folder / "ranks" / f"{replica}.json"
+        self._log = self._folder / "logs" / f"{replica}.rank{number}.log"
         self._run = ""  # the head's file for the current run; empty: no run
         self._weights: str | None = None  # the copy on this node, if it was staged
         self._process: EngineProcess | None = None
@@ -38,6 +48,9 @@ class Rank:
             self._stage(signals)
         except StagingStopped:
             return 0
+        except StagingError as error:
+            self._refuse(error)
+            raise
         try:
             while not signals.is_urgent:
                 self._follow(watcher)
@@ -68,6 +81,15 @@ class Rank:
             self._weights = stage_weights(
                 spec.model_path, spec.stage, engine_environment(spec), lambda *_: None, lambda: signals.is_asked
             )
+
+    def _refuse(self, error: StagingError) -> None:
+        """Tell the head, which would wait for this rank until load_timeout."""
+        failure = staging_failure(error)
+        failure = dataclasses.replace(failure, line=f"on {node_name(self._spec)}: {failure.line}")
+        path = refusal_path(self._folder, self._spec.replica)
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            write_atomically(path, json.dumps({"job": job_run(), "failure": dataclasses.asdict(failure)}))
 
     def _start(self, lead: Mapping[str, Any], watcher: Watcher) -> EngineProcess:
         launch = make_launch(

@@ -85,9 +85,9 @@ def make_launch(
         master = ("", 0)
         if spec.nodes > 1:
             with socket.create_server(("", 0)) as probe:
-                master = (_advertised_host("0.0.0.0"), probe.getsockname()[1])  # noqa: S104 (where others find this node)
+                master = (advertised_host("0.0.0.0"), probe.getsockname()[1])  # noqa: S104 (where others find this node)
     environment, engine = engine_environment(spec), spec.engine
-    identity = server_identity(spec.replica, _node_name(spec), port)
+    identity = server_identity(spec.replica, node_name(spec), port)
     environment[engine.key_variable] = key
     if engine.probe.is_guarded:  # the engine imports the guard from here
         paths = (str(program_home()), environment.get("PYTHONPATH", ""))
@@ -101,23 +101,23 @@ def make_launch(
     return Launch(argv, environment, port, identity, master)
 
 
-def _node_name(spec: ServeSpec) -> str:
+def node_name(spec: ServeSpec) -> str:
     """Return this node's name; in a job, the one from Slurm."""
     return (spec.is_job and os.environ.get("SLURMD_NODENAME")) or socket.gethostname()
 
 
-def _advertised_host(bind_host: str) -> str:
+def advertised_host(bind_host: str) -> str:
     """Return the address at which others reach a server on ``bind_host``; job scripts set the node's, from Slurm."""
     is_wildcard = bind_host in ("", "0.0.0.0", "::")  # noqa: S104 (a comparison)
     return (os.environ.get("AGENT_INFRA_ADDRESS") or socket.gethostname()) if is_wildcard else bind_host
 
 
-def _bound_host(bind_host: str) -> str:
+def bound_host(bind_host: str) -> str:
     """Return the address to listen on: on a node that only has IPv6, :: (which takes IPv4 too) for 0.0.0.0."""
     if bind_host != "0.0.0.0":  # noqa: S104 (a comparison)
         return bind_host
     try:
-        found = {info[0] for info in socket.getaddrinfo(_advertised_host(bind_host), None, type=socket.SOCK_STREAM)}
+        found = {info[0] for info in socket.getaddrinfo(advertised_host(bind_host), None, type=socket.SOCK_STREAM)}
     except OSError:
         return bind_host
     return "::" if found == {socket.AF_INET6} else bind_host
@@ -140,10 +140,10 @@ class Replica:
             model=spec.model,
             state="starting",
             engine=spec.engine.name,
-            node=_node_name(spec),
+            node=node_name(spec),
             pid=os.getpid(),
             process=process_stamp(os.getpid()) or "",
-            host=_advertised_host(spec.bind_host),
+            host=advertised_host(spec.bind_host),
             job_id=os.environ.get("SLURM_JOB_ID") if spec.is_job else spec.job_id,
             started_at=time.time(),
             address=os.environ.get("AGENT_INFRA_ADDRESS") or None,
@@ -182,7 +182,8 @@ class Replica:
         return {"state": self._record.state, "slots": self._record.slots, **self._load_sampler.sample()}
 
     def _stage(self) -> ReplicaFailure | None:
-        """Copy the weights to this node if the model has ``stage``. Returns the failure; None also after a signal."""
+        """Copy the weights to this node if the model has ``stage``. Returns the failure, also that of another node's
+        rank; None also after a signal."""
         spec, signals = self._spec, self._signals
         if spec.stage is None:
             return None
@@ -190,16 +191,17 @@ class Replica:
 
         def report(copied: int, total: int) -> None:
             self._update(progress=f"{copied / 1e9:.1f}/{total / 1e9:.1f} GB staged")
+            if self._rank_failure() is not None:
+                raise StagingStopped
 
         try:
             self._weights = stage_weights(
                 spec.model_path, spec.stage, engine_environment(spec), report, lambda: signals.is_asked
             )
         except StagingStopped:
-            return None
+            return self._rank_failure()
         except StagingError as error:
-            line, _, hint = str(error).partition("; ")
-            return ReplicaFailure(error.kind, line, hint)
+            return staging_failure(error)
         self._note(f"the weights are in {self._weights}")
         self._update(state="starting", progress=None)
         return None
@@ -243,7 +245,7 @@ class Replica:
             line = f"none of the thousand ports from {port + 1} on is free"
             return ReplicaFailure("port_in_use", line, "set base_port to another range")
         with contextlib.closing(inner):
-            identity = server_identity(self._spec.replica, _node_name(self._spec), port)
+            identity = server_identity(self._spec.replica, node_name(self._spec), port)
             try:
                 gate = Gate(self._spec.bind_host, port, inner.port, self._key, identity)
             except OSError as error:
@@ -290,6 +292,16 @@ class Replica:
         elif self._spec.nodes > 1:
             path.unlink(missing_ok=True)
 
+    def _rank_failure(self) -> ReplicaFailure | None:
+        """Return why a rank on one of the replica's other nodes can't start; None if none has said so."""
+        if self._spec.nodes == 1:
+            return None
+        try:
+            told = json.loads(refusal_path(self._directory, self._spec.replica).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return ReplicaFailure(**told["failure"]) if told["job"] == job_run() else None
+
     def _load(self, process: EngineProcess, client: EngineClient) -> ReplicaFailure | None:
         """Wait until the engine is ready. Returns its failure; None if it is ready or a signal asked to stop."""
         deadline = time.monotonic() + self._spec.load_timeout
@@ -297,6 +309,8 @@ class Replica:
             exit_code = process.exit_code()
             if exit_code is not None:
                 return classify_failure(process.log_tail(), exit_code)
+            if (failure := self._rank_failure()) is not None:
+                return failure
             self._read_progress(process)
             if client.answers() and client.is_ours():
                 gpus = self._gpus.sample()
@@ -378,6 +392,21 @@ class Replica:
             file.write(f"{stamp} agent-infra: {line}\n")
 
 
+def staging_failure(error: StagingError) -> ReplicaFailure:
+    line, _, hint = str(error).partition("; ")
+    return ReplicaFailure(error.kind, line, hint)
+
+
+def refusal_path(run_directory: Path, replica: str) -> Path:
+    """Return the file in which a rank says why it can't start: JSON {job: job_run(), failure: ReplicaFailure}."""
+    return run_directory / "ranks" / f"{replica}.refused"
+
+
+def job_run() -> list[str]:
+    """Return what all nodes of a job know it by; it is another one after a requeue."""
+    return [os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")]
+
+
 def read_spec(run_directory: str, replica: str) -> tuple[ServeSpec, str]:
     """Return a replica's specification and key. Raises RefusedError if either cannot be read."""
     path = Path(run_directory) / "specs" / f"{replica}.json"
@@ -426,7 +455,7 @@ def probe_node(spec: ServeSpec) -> dict[str, Any]:
         model = "missing"
     python = ".".join(str(part) for part in sys.version_info[:3])
     problem = import_problem(package, environment) if package and version else None
-    seen = {"node": _node_name(spec), "python": python, "package": version, "import_error": problem, "gpus": names}
+    seen = {"node": node_name(spec), "python": python, "package": version, "import_error": problem, "gpus": names}
     return {**seen, "model": model, "hub": hub}
 
 
@@ -451,9 +480,9 @@ def answer_probe(spec: ServeSpec, key: str, run_directory: Path) -> None:
 
     Ends when `doctor` removes the specification, or after PROBE_HELD_S.
     """
-    name = f"{spec.replica}@{_node_name(spec)}"
+    name = f"{spec.replica}@{node_name(spec)}"
     with contextlib.closing(Telemetry(spec.bind_host, key, name, dict)) as telemetry:
-        reached = {"replica": spec.replica, "host": _advertised_host(spec.bind_host), "port": telemetry.port}
+        reached = {"replica": spec.replica, "host": advertised_host(spec.bind_host), "port": telemetry.port}
         reached["address"] = os.environ.get("AGENT_INFRA_ADDRESS") or None
         report = json.dumps({**probe_node(spec), **reached})
         write_atomically(run_directory / "replicas" / f".{spec.replica}.probe", report)
@@ -468,7 +497,7 @@ def serve(run_directory: str, replica: str) -> int:
     Writes replicas/<replica>.json and logs/<replica>.log. Raises RefusedError if it cannot be started at all.
     """
     spec, key = read_spec(run_directory, replica)
-    spec = dataclasses.replace(spec, bind_host=_bound_host(spec.bind_host))
+    spec = dataclasses.replace(spec, bind_host=bound_host(spec.bind_host))
     if spec.is_probe:
         answer_probe(spec, key, Path(run_directory))
         return 0

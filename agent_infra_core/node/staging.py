@@ -144,23 +144,37 @@ def list_files(source: Path) -> Iterator[SourceFile]:
 
 
 def private_folder(stage: Path) -> Path:
-    """Create our own folder in ``stage``, which all users of the node may share. Raises StagingError."""
+    """Create our own folder in ``stage``, which all users of the node may share. Returns it without symbolic links.
+
+    Raises StagingError, also if another user could replace a folder on the way to it.
+    """
     folder = stage / f"agent-infra-{os.getuid()}"
     try:
-        stage.mkdir(parents=True, exist_ok=True)
+        for each in (*reversed(stage.parents), stage):
+            each.mkdir(mode=0o755, exist_ok=True)
+        stage = stage.resolve()
+        folder = stage / folder.name
         with contextlib.suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-        parent, found = stage.stat(), folder.lstat()
+        found = folder.lstat()
+        # Whoever can change / (in a container, its image) can change the engine, too.
+        shared = [each for each in (*reversed(stage.parents), stage)[1:] if is_replaceable(each.stat())]
     except OSError as error:
         raise StagingError(f"stage: {folder}: {error.strerror}; name a folder that you can write to") from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise StagingError(f"stage: {folder} is not a directory of yours alone; name another folder")
-    if parent.st_uid not in (0, os.getuid()) or (parent.st_mode & 0o022 and not parent.st_mode & stat.S_ISVTX):
+    if shared:
         raise StagingError(
-            f"stage: another user could replace the weights in {stage}; name a folder that only you or root can "
-            "change, or one with the sticky bit (chmod +t)"
+            f"stage: another user could replace the weights in {stage}, because {shared[0]} is not yours alone; name a "
+            "folder that only you or root can change, as all folders above it; the sticky bit (chmod +t) will do"
         )
     return folder
+
+
+def is_replaceable(folder: os.stat_result) -> bool:
+    """Whether another user than root may replace what is in a folder."""
+    is_foreign = folder.st_uid not in (0, os.getuid())
+    return is_foreign or bool(folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX)
 
 
 def is_whole(target: Path, files: list[SourceFile]) -> bool:

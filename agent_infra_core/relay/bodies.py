@@ -8,7 +8,7 @@ import re
 import zlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,6 +55,7 @@ class KnownBody:
 
     start: memoryview
     fields: dict[str, Any]  # those of KNOWN_FIELDS that stand before the messages
+    head: bytes  # checksum of the tools and the system prompt among them
     prints: bytes
     follows: str | None
     words: str  # of its last user message
@@ -63,8 +64,10 @@ class KnownBody:
 class ContinuedBody:
     """The fields of a body that continues a known one; ``messages`` are the new ones."""
 
-    __slots__ = ("before", "messages", *KNOWN_FIELDS)
+    __slots__ = ("before", "head", "messages", *KNOWN_FIELDS)
     messages: list[Any]
+    tools: Any
+    system: Any
 
     def __init__(self, before: KnownBody, rest: Any, unset: Any) -> None:
         first, *self.messages = rest.messages
@@ -74,6 +77,8 @@ class ContinuedBody:
         for name in KNOWN_FIELDS:
             value = getattr(rest, name)
             setattr(self, name, before.fields[name] if value is unset else value)
+        has_head = rest.tools is unset and rest.system is unset
+        self.head = before.head if has_head else _head(self.tools, self.system)
 
 
 class KnownBodies:
@@ -192,11 +197,13 @@ class Codec:
         if len(closed.messages) != len(fields.messages) + extra:
             return None
         if before is not None:
-            values = before.fields
+            values, head = before.fields, before.head
         else:
             values = {name: getattr(closed, name) for name in KNOWN_FIELDS}
             values |= {name: bytes(values[name]) for name in KNOWN_FIELDS[-2:]}  # not views of it
-        return KnownBody(memoryview(body)[:end], values, turn.prints, turn.follows, turn.prompt)
+            stands_before = closed.tools == fields.tools and closed.system == fields.system
+            head = turn.prints[:4] if stands_before else _head(closed.tools, closed.system)
+        return KnownBody(memoryview(body)[:end], values, head, turn.prints, turn.follows, turn.prompt)
 
     def trace(self, fields: Any, is_named: bool, has_marks: bool = True) -> tuple[bytes, str | None]:
         """Return ``prints`` and ``follows`` of TurnStarted. A session that its client names needs no ``follows``.
@@ -207,13 +214,10 @@ class Codec:
         before: KnownBody | None = getattr(fields, "before", None)
         if before is None and not messages:
             return b"", None
-        parts: Sequence[Any] = (fields.tools, fields.system, *messages)
-        if has_marks:
-            parts = [*map(_said, parts)]
-        head = zlib.crc32(parts[1], zlib.crc32(parts[0]))
-        prints = array("I", (head, *map(zlib.crc32, parts[2:]))).tobytes()
-        if before is not None:
-            prints = prints[:4] + before.prints[4:] + prints[4:]
+        head = fields.head if before is not None else _head(fields.tools, fields.system, has_marks)
+        said = map(_said, messages) if has_marks else messages
+        prints = array("I", map(zlib.crc32, said)).tobytes()
+        prints = head + (before.prints[4:] if before is not None else b"") + prints
         if is_named:
             return prints, None
         first = len(prints) // 4 - 1 - len(messages)  # number of the first of ``messages``
@@ -339,6 +343,13 @@ def plain_text(content: Any, depth: int = 8) -> str:
     if isinstance(content, list) and depth and not (content and isinstance(content[0], int)):
         return " ".join(filter(None, (plain_text(part, depth - 1) for part in content[:20])))
     return ""
+
+
+def _head(tools: Any, system: Any, has_marks: bool = True) -> bytes:
+    """The checksum of a request's tools and system prompt, with which its prints begin."""
+    if has_marks:
+        tools, system = _said(tools), _said(system)
+    return array("I", [zlib.crc32(system, zlib.crc32(tools))]).tobytes()
 
 
 def _said(part: Any) -> Any:

@@ -283,6 +283,7 @@ class TurnBook:
         return self._relay.codec.turn_started(  # by position: in the order of TurnStarted
             turn.id, turn.arrived_at, turn.model, turn.path.decode("ascii"), turn.session, labels.task, labels.client,
             turn.is_stream, labels.pre_ms, labels.post_ms, turn.prompt, turn.prints, turn.follows, labels.run,
+            labels.is_retry,
         )
         # fmt: on
 

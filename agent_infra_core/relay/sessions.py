@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from agent_infra_core.http.events import NO_DIGEST, conversation_key
+from agent_infra_core.http.events import NO_DIGEST
 from agent_infra_core.protocol import Conversations
 from agent_infra_core.relay.replicas import LiveReplica
 from agent_infra_core.routing.affinity import (
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from agent_infra_core.relay.book import Turn
     from agent_infra_core.relay.server import Relay
 
-RETRIED_BODIES = 5_000  # bodies without an answer remembered, for the client libraries that send them again
 HELD_RESPONSES = 50_000  # answers of /v1/responses remembered, for the requests that continue them by their id
 
 
@@ -39,7 +38,6 @@ class SessionRoutes:
         self._routers: dict[str, SessionRouter] = {}
         self._holds = True
         self._conversations = Conversations()
-        self._failed: OrderedDict[str, str] = OrderedDict()  # key of a body that got no answer → session that sent it
         self._responses: OrderedDict[str, tuple[str | None, str]] = OrderedDict()  # id → session, who holds it
         self._tokens_per_guess = 1.0  # decayed mean: prompt tokens over those guessed from a body's size
 
@@ -67,7 +65,7 @@ class SessionRoutes:
     def _follow(self, turn: Turn, follows: str) -> tuple[str, str | None]:
         """Find the session whose answer a turn continues; if another turn continues it already, that of its parent."""
         if turn.labels.is_retry and turn.prints:
-            session = self._failed.pop(conversation_key(turn.prints, b""), None)
+            session = self._conversations.retried(None, turn.prints, follows, turn.arrived)
             if session is not None:
                 return session, None
         parent = self._conversations.parent_of(follows)
@@ -104,10 +102,9 @@ class SessionRoutes:
             self._finish(turn.placement, turn, turn.ended, prompt, digest.cached_tokens, digest.completion_tokens)
         if turn.follows is not None:
             self._conversations.finish(turn.id, turn.follows, key, routed.session)
-            if turn.outcome != "completed" and turn.prints:
-                self._failed[conversation_key(turn.prints, b"")] = routed.session
-                if len(self._failed) > RETRIED_BODIES:
-                    self._failed.popitem(last=False)
+            if turn.prints:
+                answered_at = turn.ended if turn.outcome == "completed" else None
+                self._conversations.tried(routed.session, None, turn.prints, key, answered_at)
         if turn.labels.ends_session:
             self.end(routed.session)
 

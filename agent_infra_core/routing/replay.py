@@ -7,14 +7,14 @@ import dataclasses
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.routing.policies import LeastInFlight, Ours, Recorded, RoundRobin, StickySessions
 from agent_infra_core.routing.rates import ServiceRates
-from agent_infra_core.routing.simulator import Fleet, Physics, Policy, Script, Step
+from agent_infra_core.routing.simulator import FIRST_SESSION, Fleet, Physics, Policy, Script, Step
 
 MOST_TURNS = 20_000  # the latest are replayed
 FEWEST_TURNS, FEWEST_SESSIONS = 100, 10
@@ -83,17 +83,22 @@ def read_recording(query: Callable[..., Sequence[Sequence[Any]]], model: str | N
     for session, backend, at, queue_ms, took_ms, prompt, output, cached in query(_TURNS, since, model):
         sent = at + (queue_ms or 0.0) / 1000
         turns.append(RecordedTurn(session, backend, at, sent, sent + took_ms / 1000, prompt, output, cached))
-    by_session: dict[str, list[RecordedTurn]] = {}
-    for turn in sorted(turns, key=lambda turn: turn.arrived):
-        by_session.setdefault(turn.session, []).append(turn)
-    if len(turns) < FEWEST_TURNS or len(by_session) < FEWEST_SESSIONS:
+    sessions = by_session(turns)
+    if len(turns) < FEWEST_TURNS or len(sessions) < FEWEST_SESSIONS:
         raise RefusedError(
-            f"{len(turns)} turns of {len(by_session)} sessions of {model} have their tokens recorded; a replay needs "
+            f"{len(turns)} turns of {len(sessions)} sessions of {model} have their tokens recorded; a replay needs "
             f"{FEWEST_TURNS} turns of {FEWEST_SESSIONS} sessions"
         )
-    sessions = list(by_session.values())
     firsts = [session[0].cached or 0 for session in sessions]
     return Recording(model, sessions, _replicas(turns), int(statistics.median(firsts)), _slots(turns))
+
+
+def by_session(turns: Iterable[RecordedTurn]) -> list[list[RecordedTurn]]:
+    """The turns of each session, all in the order of their arrivals."""
+    sessions: dict[str, list[RecordedTurn]] = {}
+    for turn in sorted(turns, key=lambda turn: turn.arrived):
+        sessions.setdefault(turn.session, []).append(turn)
+    return list(sessions.values())
 
 
 def _replicas(turns: Sequence[RecordedTurn]) -> list[str]:
@@ -201,9 +206,8 @@ class Replay:
         fleet = Fleet(self._physics, self._scripts, self._speeds, len(self._scripts), starts=self._starts)
         fleet.run(policy(fleet, seed))
         seconds = [0.0] * len(self._scripts)
-        first = min(turn.session.id for turn in fleet.turns)
         for turn in fleet.turns:
-            seconds[turn.session.id - first] += turn.finished - turn.arrived
+            seconds[turn.session.id - FIRST_SESSION] += turn.finished - turn.arrived
         cached, prompts = sum(turn.cached for turn in fleet.turns), sum(turn.prompt for turn in fleet.turns)
         return Replayed(seconds, len(fleet.turns), cached / prompts)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -254,12 +255,13 @@ class Forwards:
         while (problem := login.problem()) is None:
             with contextlib.suppress(queue.Empty):
                 request = self._requests.get(timeout=CHECK_S)
-                work = self._open_forward if "open" in request else self._close_forward
+                work: Callable[[Mapping[str, Any]], None] = self._close_forward
                 if "open" in request:
+                    work = functools.partial(self._open_forward, login)
                     with self._lock:
                         self._opening.add(request["open"])
                 # In a thread of its own: a host that is silent must not hold up the forwards of others.
-                threading.Thread(target=work, args=(login, request), daemon=True).start()
+                threading.Thread(target=work, args=(request,), daemon=True).start()
             self._drop_lost()
         return problem
 
@@ -319,7 +321,7 @@ class Forwards:
                 self._nodes[route.alias] = node
             return node
 
-    def _close_forward(self, _login: Connection, request: Mapping[str, Any]) -> None:
+    def _close_forward(self, request: Mapping[str, Any]) -> None:
         """Close one forward. One that was silent ends its connection, if nothing else is heard from there."""
         number = request["close"]
         with self._lock:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from patience import PATIENCE_S
-from program import MODULE
+from program import MODULE, wait_for
 from recorded_run import HOSTILE, write_run
 
 CHARTS_S = 30.0
@@ -52,7 +52,8 @@ def test_it_opens_offline_with_all_charts_and_runs_nothing_that_an_agent_wrote(o
     page, troubles = opened
     page.wait_for_selector("#capacity svg", timeout=1000 * CHARTS_S)
     assert page.evaluate("window.hacked === undefined")
-    assert page.locator("#over-time svg .mark-line path").count() >= 9
+    lines = page.locator("#over-time svg .mark-line path")
+    wait_for(lambda: lines.count() >= 9, "the lines of all charts over time", CHARTS_S)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert troubles == []
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
+import sys
+import termios
 import threading
-import time
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +59,12 @@ class ForgetfulTunnels(SlowTunnels):
         return [] if self._hindrance.is_over.is_set() else list(records)
 
 
+def wait_ready(controller: Controller) -> None:
+    """Wait until the relay has the replica: it reads a table and a client's request in any order."""
+    with Client(controller.relay.port) as client:
+        wait_for(lambda: client.get("/health").json()["models"]["m"]["ready"] == 1, "the replica, in the relay")
+
+
 def test_a_controller_drains_a_replica_and_counts_the_turns_that_it_still_has(
     tmp_path: Path, engine: FakeEngine
 ) -> None:
@@ -66,7 +74,7 @@ def test_a_controller_drains_a_replica_and_counts_the_turns_that_it_still_has(
     controller = Controller(config, paths, lambda: [record], keys=("key", None))
     controller.start()
     try:
-        controller.refresh()
+        wait_ready(controller)
         with (
             ThreadPoolExecutor(1) as pool,
             Client(controller.relay.port) as slow,
@@ -96,12 +104,14 @@ def test_what_a_relay_said_before_its_end_is_heard_whoever_notices_that_first(
     controller = Controller(config, paths, lambda: [record], keys=("key", None), tunnels=tunnels)
     controller.start()
     try:
-        controller.refresh()
+        wait_ready(controller)
         hindrance.begins.set()
         assert hindrance.is_met.wait(PATIENCE_S)
         with Client(controller.relay.port) as client:
             assert client.chat().status == 200
-        time.sleep(2.0)  # it tells what happened ten times a second
+        for _ in range(2):  # two reports later, it has told of this turn
+            heard = unread_bytes(controller)
+            wait_for(lambda heard=heard: unread_bytes(controller) > heard, "what the relay reports")  # type: ignore[misc]
         os.kill(controller.relay.pid, signal.SIGKILL)
         hindrance.is_over.set()
         totals = once_told(lambda: stats_of(controller)["totals"])
@@ -109,6 +119,13 @@ def test_what_a_relay_said_before_its_end_is_heard_whoever_notices_that_first(
     finally:
         hindrance.is_over.set()
         controller.stop(0)
+
+
+def unread_bytes(controller: Controller) -> int:
+    """How much the relay has sent that its controller hasn't read."""
+    control = controller.relay._control
+    assert control is not None
+    return int.from_bytes(fcntl.ioctl(control, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def stats_of(controller: Controller) -> Any:

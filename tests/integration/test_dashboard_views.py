@@ -109,7 +109,7 @@ def test_the_proxys_key_comes_from_a_file_or_from_the_environment(
 
 def test_a_paused_page_asks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with stats.serving(stats.busy()) as server:
-        app = run_page(monkeypatch, server.url)
+        app = run_page(monkeypatch, server.url, tab="Replicas")  # for which it asks one thing, and that has come
         app.button(key="pause").click().run()
         assert "PAUSED" in shown(app)
         asked = len(server.asked)

@@ -52,7 +52,7 @@ def test_run_serves_a_command_and_stops_everything_with_its_status(app: Program)
     assert "stopped proxy, smollm2-1" in done.stderr
     assert "# Run eval" in done.stderr
     assert re.search(r"(?m)^\| turns \| 1 \|$", done.stderr)
-    assert app.processes() == []
+    wait_for(lambda: not app.processes(), "no process left")
 
 
 STUBBORN = """\
@@ -75,7 +75,7 @@ def test_run_stops_everything_however_it_is_told_to_end(app: Program) -> None:
             os.kill(running.process.pid, number)
             wait_for(lambda seen=seen, count=count: len(seen.read_text()) == count, "the signal")  # type: ignore[misc]
         assert running.end(number) == status, running.lines
-        assert app.processes() == []
+        wait_for(lambda: not app.processes(), "no process left")
         assert not is_listening(app.port)
 
 

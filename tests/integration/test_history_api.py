@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import urllib.error
 import urllib.request
 from typing import Any
@@ -30,6 +32,13 @@ def wait_history(app: Program, path: str, is_there: Any) -> Any:
         return document if is_there(document) else None
 
     return wait_for(attempt, path)
+
+
+def written(app: Program) -> tuple[int, int]:
+    """How many turns and ends of sessions a kill -9 can't take any more."""
+    path = app.state / "agent-infra" / f"proxy-{app.port}" / "history.db"
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        return tuple(file.execute("SELECT (SELECT count(*) FROM turns), (SELECT count(*) FROM ended)").fetchone())
 
 
 def test_what_agents_did_is_told_over_time_and_by_session_even_to_the_next_controller(
@@ -60,6 +69,7 @@ def test_what_agents_did_is_told_over_time_and_by_session_even_to_the_next_contr
             per_minute = document["series"]["turns_per_minute"]
             return bool(round(sum(rate or 0.0 for rate in per_minute) * document["step_s"] / 60) == 6)
 
+        wait_for(lambda: written(app) == (7, 1), "all turns and the end of a session, in the file")
         over_time = wait_history(app, "/history?from=0&points=2000", has_all)
         check_stats(over_time, "history_document")
         assert sum(filter(None, over_time["series"]["finish_reasons.stop"])) == 6

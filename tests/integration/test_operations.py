@@ -382,7 +382,7 @@ def test_what_ran_before_survives_a_manager_that_fails(app: Program) -> None:
     os.kill(before[0]["pid"], signal.SIGKILL)  # and now its name is taken anew, by one that is not from before
     wait_for(lambda: app.status()["replicas"][0]["state"] == "failed", "its end")
     assert imported(app, ENTERING).startswith("AgentInfraError broken-1 failed")
-    assert app.processes() == []
+    wait_for(lambda: not app.processes(), "no process left")
 
 
 def test_who_is_cancelled_while_entering_leaves_nothing_behind(app: Program) -> None:
@@ -390,7 +390,7 @@ def test_who_is_cancelled_while_entering_leaves_nothing_behind(app: Program) -> 
     loading["command"] += ["--behaviour", '{"health": 503}']
     app.configure(models=[loading])
     assert imported(app, CANCELLED) == "True []\n"
-    assert app.processes() == []
+    wait_for(lambda: not app.processes(), "no process left")
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="a machine of its own needs root")

@@ -15,7 +15,7 @@ import pytest
 from fake_engine import FakeEngine
 from patience import PATIENCE_S
 from program import Program, is_listening, program, wait_for
-from relay_harness import Client
+from relay_harness import Answer, Client
 from stats_schema import check_stats
 
 
@@ -220,10 +220,15 @@ def test_a_second_signal_ends_turns_in_flight_at_once(app: Program, engine: Fake
 def test_what_is_read_right_after_an_answer_counts_it(app: Program, engine: FakeEngine) -> None:
     app.bring_up_proxy(engine.port, model="m")
     with Client(app.port) as client:
+
+        def ask(path: str) -> Answer:
+            """The controller's answer; while it is late, the relay says 503."""
+            return wait_for(lambda: [said for said in [client.get(path)] if said.status != 503], path)[0]
+
         for count in range(1, 21):
             assert client.chat({"X-Session-ID": "s"}, stream=count % 2 == 0).status == 200
-            stats = client.get("/stats").json()
+            stats = ask("/stats").json()
             assert (stats["totals"]["requests"], stats["recent_turns"][0]["outcome"]) == (count, "completed")
-            assert len(client.get("/stats/sessions/s").json()["turns"]) == count
-            counted = [line for line in client.get("/metrics").body.decode().splitlines() if "turns_total{" in line]
+            assert len(ask("/stats/sessions/s").json()["turns"]) == count
+            counted = [line for line in ask("/metrics").body.decode().splitlines() if "turns_total{" in line]
             assert sum(float(line.rpartition(" ")[2]) for line in counted) == count

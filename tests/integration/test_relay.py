@@ -321,6 +321,7 @@ def test_a_replica_that_is_missing_without_a_controller_is_told_with_what_to_do(
         relay.controller.send_table([backend(1, engine.port)])
         assert client.chat().status == 200
         relay.controller.close()
+        wait_for(lambda: "the controller is gone" in relay.log(), "the relay's notice of that")
     with Client(relay.port) as client:
         for _ in range(3):  # when it is met, and when it is known
             answer = client.chat()

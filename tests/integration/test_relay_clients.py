@@ -109,7 +109,7 @@ def sdk(url: str) -> Iterator[openai.OpenAI]:
 
 
 def curl(url: str, body: bytes, *options: str) -> bytes:
-    command = ["curl", "--silent", "--no-buffer", "--max-time", "20", *options, "--data-binary", "@-", url]
+    command = ["curl", "--silent", "--no-buffer", "--max-time", f"{PATIENCE_S:g}", *options, "--data-binary", "@-", url]
     done = subprocess.run(command, input=body, stdout=subprocess.PIPE, timeout=PATIENCE_S, check=True)
     return done.stdout
 
@@ -276,7 +276,7 @@ def test_a_form_with_a_file_passes_byte_for_byte(url: str, echo: Echo, tmp_path:
     sound = os.urandom(300_000)
     (tmp_path / "sound.wav").write_bytes(sound)
     form = ["--form", "model=echo", "--form", f"file=@{tmp_path / 'sound.wav'}"]
-    command = ["curl", "--silent", "--max-time", "20", *form, f"{url}/v1/audio/transcriptions"]
+    command = ["curl", "--silent", "--max-time", f"{PATIENCE_S:g}", *form, f"{url}/v1/audio/transcriptions"]
     answer = subprocess.run(command, stdout=subprocess.PIPE, timeout=PATIENCE_S, check=True).stdout
     assert answer == echo.bodies[-1]
     assert sound in answer

@@ -382,18 +382,20 @@ def test_a_request_behind_the_last_one_is_not_answered(pair: Pair) -> None:
 
 def test_a_request_behind_the_last_one_is_not_answered_while_that_is_on_its_way(pair: Pair) -> None:
     """The last one is served by callbacks, as one is whose head is known."""
-    slow = b'{"model":"m","fake":{"delay":0.5}}'
-    last = post(b"Host: t\r\nConnection: close\r\nContent-Length: %d\r\n" % len(slow), slow)
+    body = b'{"model":"m","fake":{"held":0}}'
+    last = post(b"Host: t\r\nConnection: close\r\nContent-Length: %d\r\n" % len(body), body)
     before = pair.requests()
     with Client(pair.relay.port) as client:
         assert client.raw(last).status == 200
     with Client(pair.relay.port) as client:
         assert client.raw(GOOD).status == 200
-        client.sock.sendall(last)
-        pair.engine.wait_for("running", 1)
+        client.sock.sendall(last.replace(b'"held":0', b'"held":1'))
+        pair.engine.wait_for("requests", before + 3)
         client.sock.sendall(SMUGGLED)
+        pair.engine.call({"release": True})
         assert client.read().status == 200
         assert client.is_closed()
+    pair.engine.call({})
     with Client(pair.relay.port) as client:
         assert client.raw(GOOD).status == 200
     assert pair.requests() == before + 4

@@ -135,11 +135,12 @@ def test_sessions_are_spread_though_each_comes_when_all_replicas_are_idle(
 def test_a_client_librarys_retry_is_the_same_turn(relay: RelayProcess, engines: list[FakeEngine]) -> None:
     serve(relay, engines)
     with Client(relay.port) as client:
-        for number in range(8):
+        for number, status in enumerate([500] * 8 + [200] * 8):  # 200: its client gave up just before
             messages = [{"role": "user", "content": f"task {number}"}]
-            first = client.chat(messages=messages, fake={"status": 500})
+            first = client.chat(messages=messages, fake={"status": status})
             again = client.chat({"x-stainless-retry-count": "1"}, messages=messages)
             assert first.headers["x-agent-infra-backend"] == again.headers["x-agent-infra-backend"]
+    assert [turn["started"]["is_retry"] for turn in relay.controller.finished(32)] == [False, True] * 16
 
 
 def test_identical_conversations_at_once_are_sessions_with_all_their_turns(
@@ -229,13 +230,18 @@ def test_a_polite_clients_turn_goes_before_a_greedy_ones_queue(relay: RelayProce
         gauges = relay.controller.gauges
         wait_for(lambda: gauges[-1:] and gauges[-1]["queue"]["pending"] > 300, "a long queue")
         polite = stack.enter_context(Client(relay.port))
-        before, waits = engine.call()["requests"], 3
-        for _ in range(waits):
+        for _ in range(3):
             assert polite.chat({"X-Client-ID": "polite", "X-Session-ID": "p"}).status == 200
-        after = engine.call()["requests"]
         engine.call({})
         assert [client.read().status for client in greedy] == [200] * 500
-    assert after - before <= 8 * waits  # two slots: those at work, those that came while it travelled, and itself
+        turns = relay.controller.finished(503)
+    waits = {"polite": list[tuple[float, float]](), "greedy": list[tuple[float, float]]()}  # arrival and sending
+    for turn in turns:
+        arrived = turn["started"]["at"]
+        waits[turn["started"]["client"]].append((arrived, arrived + turn["queue_ms"] / 1000))
+    assert len(waits["polite"]) == 3
+    for arrived, sent in waits["polite"]:  # nobody else got a slot meanwhile; a millisecond for two clocks' readings
+        assert [other for _, other in waits["greedy"] if arrived + 0.001 < other < sent - 0.001] == []
 
 
 def test_a_turn_that_is_held_for_a_kv_cache_says_so_and_goes_on_when_there_is_room(relay: RelayProcess) -> None:
@@ -261,9 +267,10 @@ def test_a_turn_that_is_held_for_a_kv_cache_says_so_and_goes_on_when_there_is_ro
             assert client.get("/queue/status").json()["held"] == 0
 
 
-def test_an_engine_that_schedules_by_priority_gets_the_order_of_our_queue(relay: RelayProcess) -> None:
-    """Near 0, which its other requests have; the session that had a second of service comes as much later."""
-    with FakeEngine() as engine:
+def test_an_engine_that_schedules_by_priority_gets_the_order_of_our_queue(tmp_path: Path) -> None:
+    """Near 0, which its other requests have; the session that had a second of service comes as much later. Here, the
+    moments that a turn waits for this machine count for little."""
+    with FakeEngine() as engine, RelayProcess(tmp_path, AGING=0.05) as relay:
         serve(relay, [engine], takes_priority=True)
 
         def priority(session: str, **fields: Any) -> Any:

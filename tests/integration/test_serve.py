@@ -89,7 +89,7 @@ def test_the_embedded_engine_answers_a_chat_and_tells_its_load(serve: Serve, ggu
     assert (record.engine, record.slots, record.process) == ("llama_cpp", 2, process_stamp(served.process.pid))
     answer = served.request("/v1/chat/completions", chat(8))
     assert answer["choices"][0]["message"]["content"]
-    load = wait_for(lambda: told if (told := served.load())["running"] is not None else None)
+    load = wait_for(lambda: told if (told := served.load())["running"] == 0 and told["generation_tokens"] else None)
     assert load is not None
     assert (load["state"], load["slots"], load["running"], load["waiting"]) == ("ready", 2, 0, 0)
     assert load["generation_tokens"] == answer["usage"]["completion_tokens"] == 8
@@ -229,7 +229,7 @@ def test_a_hung_engine_is_killed_and_started_again(serve: Serve, port: int) -> N
     served.wait_for_state("ready")
     (engine,) = engine_pids(served.directory)
     served.request("/behave/hang", {})
-    served.wait_for_record(lambda record: record.restarts == 1 and record.state == "ready")
+    served.wait_for_record(lambda record: record.restarts > 0 and record.state == "ready")
     wait_for(lambda: is_gone(engine))
 
 
@@ -249,11 +249,11 @@ def test_a_shared_file_system_that_fails_for_a_moment_ends_no_engine(serve: Serv
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True, timeout=PATIENCE_S)
     run = tmp_path / "run0"
     environment = {"LD_PRELOAD": str(library), "STALE_BELOW": str(run), "STALE_WHILE": str(flag)}
-    served = serve(command_model(port), environment=environment, hang_timeout=1.0)
+    served = serve(command_model(port), environment=environment, hang_timeout=4.0)
     first = served.wait_for_state("ready")
     pid = served.request("/v1/chat/completions", {})["pid"]
     flag.touch()
-    time.sleep(2.0)  # it looks at its record four times a second
+    time.sleep(2.0)  # it looks at its record once a second
     flag.unlink()
     assert served.request("/v1/chat/completions", {})["pid"] == pid
     assert served.record == first

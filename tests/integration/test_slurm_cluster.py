@@ -125,7 +125,7 @@ def test_start_connect_talk_stop(bed: SlurmBed, run: Program) -> None:
         assert f"smollm2-{number} (job " in stopped.stdout
     assert bed.jobs() == [f"{before} RUNNING sbatch"]
     assert "nothing of the deployment d ran" in run.run("stop").stdout
-    assert run.processes() == []
+    wait_for(lambda: not run.processes(), "no process left")
 
 
 def no_key_is_seen(bed: SlurmBed, run: Program) -> None:

@@ -141,7 +141,7 @@ def test_up_serves_what_is_ready_and_tells_what_still_waits_in_the_queue(
     up.wait_line(r"^m-3 joins later: PENDING \(\w+")
     up.wait_line("export OPENAI_BASE_URL")
     assert app.chat(model="m")[0]["choices"]
-    assert app.get("/health")["models"]["m"]["ready"] == 2
+    wait_for(lambda: app.get("/health")["models"]["m"]["ready"] == 2, "the two that run, in the proxy")
     bed.run("scancel", "--name=sbatch")
     wait_for(lambda: app.get("/health")["models"]["m"]["ready"] == 3, "the third joins")
     assert up.end() == 0

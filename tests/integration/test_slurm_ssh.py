@@ -383,3 +383,81 @@ def test_a_wrong_host_key_is_refused_before_anything_is_submitted(run: Program, 
     finally:
         known.write_text(right)
     assert far.slurm.jobs() == []
+
+
+# --- The operator on the login node, and the proxy in a job of its own. ----------------------------------------------
+
+
+@pytest.fixture
+def at_login(run: Program, far: FarCluster) -> Program:
+    """The command line on the login node: another network, other processes and another host name than the nodes'."""
+    run.prefix = far.on("login")
+    run.environment = {**far.slurm.environment, **run.environment, "PATH": far.slurm.environment["PATH"]}
+    return run
+
+
+def configure_job(run: Program, far: FarCluster, host: str = "127.0.0.1", **sbatch: str) -> None:
+    configure(run, far, replicas=1, poll_interval=0.3)
+    document = json.loads(run.config.read_text())
+    del document["cluster"]["ssh"]
+    document["proxy"]["host"] = host
+    job = {"partition": "only1", "cpus": 1, "time_limit": "30", "sbatch": sbatch}
+    document["cluster"]["slurm"] |= {"proxy": "job", "proxy_job": job}
+    run.config.write_text(json.dumps(document))
+
+
+def test_the_proxy_runs_in_a_job_and_the_login_node_finds_it(at_login: Program, far: FarCluster) -> None:
+    run = at_login
+    configure_job(run, far)
+    assert run.run("start", "--detach").returncode == 0
+    done = run.run("connect")
+    assert done.returncode == 0, done.stdout + done.stderr
+    [job] = [line.split()[0] for line in far.slurm.jobs() if line.endswith(" agent-infra:far:proxy")]
+    told = rf"^it runs in job {job} on {far.nodes[1]}, until \w+ \d\d:\d\d; `stop` ends it"
+    assert re.search(told, done.stdout, re.MULTILINE), done.stdout
+    url = re.search(r"^export OPENAI_BASE_URL=(http://10\.\S+:\d+)/v1$", done.stdout, re.MULTILINE)
+    assert url is not None, done.stdout
+    key = (run.state / "agent-infra" / "far" / "api_key").read_text().strip()
+    assert key not in far.slurm.run("scontrol", "write", "batch_script", job, "-") + done.stdout
+    wait_for(lambda: run.status()["degraded"] == [], "a replica that the proxy reaches")
+    assert_a_stream_needs_the_key(far, f"{url[1]}/v1/chat/completions", key)
+    proxy = run.status()["proxy"]
+    assert (proxy["job"], proxy["node"], f"http://{proxy['host']}:{proxy['port']}") == (job, far.nodes[1], url[1])
+    assert f"it runs in job {job} on " in run.run("connect").stdout  # finds it, and submits nothing
+    assert len(far.slurm.jobs()) == 2
+    stopped = run.run("stop")
+    assert stopped.returncode == 0, stopped.stderr
+    assert f"stopped proxy (job {job}), smollm2-1 (job " in stopped.stdout
+    assert far.slurm.jobs() == []
+    assert run.processes() == []
+
+
+def assert_a_stream_needs_the_key(far: FarCluster, url: str, key: str) -> None:
+    """From the login node."""
+    body = {"model": "smollm2", "max_tokens": 4, "stream": True, "messages": [{"role": "user", "content": "Count."}]}
+    words = ["curl", "-sS", "--max-time", "90", "-H", "Content-Type: application/json", "-d", json.dumps(body), url]
+    assert "a key is needed" in far.run_on("login", *words).stdout
+    said = far.run_on("login", *words, "-H", f"Authorization: Bearer {key}").stdout
+    assert said.startswith("data: "), said
+    assert said.rstrip().endswith("data: [DONE]"), said
+
+
+def test_a_proxy_job_that_ends_says_why(at_login: Program, far: FarCluster) -> None:
+    run = at_login
+    configure_job(run, far, host="192.0.2.1")
+    failed = run.run("connect")
+    assert failed.returncode == 1
+    assert re.search(r"the proxy's job \d+ failed: the proxy cannot listen on 192\.0\.2\.1:\d+: ", failed.stderr)
+    configure_job(run, far, begin="now+1hour")
+    waiting = run.spawn("connect")
+    waiting.wait_line(r"^proxy  PENDING \(BeginTime")
+    [pid] = [pid for pid, words in run.processes() if " connect " in words and not words.startswith("nsenter")]
+    os.kill(pid, signal.SIGINT)
+    waiting.wait_line("the proxy's job stays in the queue")
+    assert waiting.process.wait(PATIENCE_S) == 130
+    waiting = run.spawn("connect")
+    waiting.wait_line(r"^proxy  PENDING \(BeginTime")
+    [job] = [line.split()[0] for line in far.slurm.jobs()]
+    far.slurm.run("scancel", job)  # as an administrator does
+    waiting.wait_line(rf"the proxy's job {job} ended: unknown: its job was cancelled \(Slurm: CANCELLED")
+    assert waiting.process.wait(PATIENCE_S) == 1

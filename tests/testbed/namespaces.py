@@ -199,6 +199,10 @@ class FarCluster:
         """A command on one of the machines."""
         return self._machines[name].run(*argv, check=check, namespaces="nump")
 
+    def on(self, name: str) -> tuple[str, ...]:
+        """What stands before a command to run it on one of the machines."""
+        return self._machines[name].words("nump")
+
     def close(self) -> None:
         if "login" in self._machines:
             self.slurm.close()

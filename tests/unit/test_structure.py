@@ -27,6 +27,7 @@ from agent_infra_core.settings import (
     OtelConfig,
     PartitionConfig,
     ProxyConfig,
+    ProxyJobConfig,
     SlurmConfig,
     SshConfig,
 )
@@ -43,6 +44,7 @@ KINDS = {
     "ssh": SshConfig,
     "slurm": SlurmConfig,
     "partitions": PartitionConfig,
+    "proxy_job": ProxyJobConfig,
     "container": ContainerConfig,
     "models": ModelConfig,
     "headers": HeadersConfig,
@@ -361,6 +363,7 @@ def test_the_documented_limits_are_those_of_the_code() -> None:
     from agent_infra_core import protocol
     from agent_infra_core.control import reader
     from agent_infra_core.http import events, heads
+    from agent_infra_core.insight import tracker
     from agent_infra_core.relay import admission, bodies, book, connection, control, requests, server, sessions, turn
     from agent_infra_core.routing import affinity
 
@@ -389,7 +392,9 @@ def test_the_documented_limits_are_those_of_the_code() -> None:
         "an event of a stream that is read": f"{events.MAX_HELD_EVENT_BYTES >> 20} MB",
         "an answer whose conversation is followed": f"{events.MAX_TRACED_BYTES >> 20} MB",
         "answers of `/v1/responses` whose replica is known": f"{sessions.HELD_RESPONSES:,}",
-        "bodies without an answer that are known when they are sent again": f"{sessions.RETRIED_BODIES:,}",
+        "bodies that are known when a client library sends them again": f"{protocol.MAX_TRIES:,}",
+        "answers by which the session of a turn without a header is found": f"{protocol.MAX_CONVERSATIONS:,}",
+        "live sessions in the statistics": f"{tracker.MAX_LIVE_SESSIONS:,}",
         "time in which a turn waits for room in a KV cache": f"{affinity.LONGEST_HOLD_S:g} s",
         "finished turns kept without a controller": (
             f"{control.MAX_BUFFERED_EVENTS:,} and {control.MAX_BUFFERED_BYTES >> 20} MB"

@@ -259,7 +259,12 @@ class Story:
         self.now, self.lines = 1000.0, list[str]()
         self.cluster, self.traffic = Cluster(), Traffic()
         self.deployment = Deployment(folder, model, self.lines.append)
+        self.restart()
+
+    def restart(self) -> None:
+        """Another controller takes over; it has not asked for any drain yet."""
         cluster: Any = self.cluster
+        self.traffic.draining.clear()
         self.autoscaler = Autoscaler(self.deployment, cluster, self.traffic, lambda: self.now)
 
     def follow(self, seconds: float = 0.0) -> None:
@@ -366,6 +371,36 @@ def test_a_turn_that_never_ends_does_not_keep_a_replica_for_ever(tmp_path: Path)
     story.traffic.draining["m-2"] = 1
     story.follow(LEAVE_S + 5)
     assert "m-2" in story.cluster.stopped
+
+
+def test_the_next_controller_goes_on_removing_a_replica_and_removes_no_other(tmp_path: Path) -> None:
+    story = Story(tmp_path, SCALED)
+    for name in ("m-1", "m-2", "m-3"):
+        story.cluster.put(name, "ready")
+    story.follow(DOWN_AFTER_S)
+    assert list(story.traffic.draining) == []
+    story.follow(5)
+    [leaving] = story.traffic.draining
+    story.restart()
+    story.traffic.now_demanded = QUEUE  # two replicas serve: that is fewer than are wanted now
+    story.follow(UP_AFTER_S)
+    assert list(story.traffic.draining) == [leaving]
+    assert story.deployment.counts == {"m": 3}
+    story.traffic.draining[leaving] = 0
+    story.follow()
+    assert story.cluster.stopped == [leaving]
+
+
+def test_a_later_replica_of_the_same_name_is_not_removed(tmp_path: Path) -> None:
+    story = Story(tmp_path, SCALED)
+    for name in ("m-1", "m-2"):
+        story.cluster.put(name, "ready", job_id="7")
+    story.follow(DOWN_AFTER_S + 5)
+    assert list(story.traffic.draining) == ["m-2"]
+    story.restart()
+    story.cluster.put("m-2", "ready", job_id="8")
+    story.follow(LEAVE_S + 5)
+    assert (list(story.traffic.draining), story.cluster.stopped) == ([], [])
 
 
 def test_a_budget_that_is_spent_is_told_once(tmp_path: Path) -> None:

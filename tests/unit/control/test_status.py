@@ -6,16 +6,14 @@ from typing import Any
 
 import pytest
 
-from agent_infra import (
-    describe_accounting,
-    describe_model,
-    describe_succession,
-)
 from agent_infra_core.control.status import (
     LOAD_DEADLINE_S,
     QUEUE_PATIENCE_S,
     StartWatch,
     choose_to_stop,
+    describe_accounting,
+    describe_model,
+    describe_succession,
     list_problems,
     summarize,
     unreached,

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from patience import PATIENCE_S
 
 import agent_infra
-from agent_infra import job_directives, render_job, shell_words
+from agent_infra import render_job, shell_words
 from agent_infra_core import __version__
 from agent_infra_core.control.status import describe_replica
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.containers import fetch_command
+from agent_infra_core.fleet.directives import job_directives
 from agent_infra_core.fleet.explain import diagnose_job, explain_pending, reconcile_record
 from agent_infra_core.fleet.parse import (
     JobEnd,
@@ -538,6 +539,13 @@ def test_a_container_gets_the_folder_for_staging(stage: str, line: str | None, m
         [line] if line else []
     )
     assert script.count('"$TMPDIR:$TMPDIR"') == 1
+
+
+def test_every_node_of_a_replica_gets_the_folder_that_its_container_mounts() -> None:
+    request = dataclasses.replace(REQUEST, model=dataclasses.replace(SIXTEEN, stage="/local"), nodes=2, gpus=8)
+    script = render_job(request, SlurmConfig(container=ContainerConfig("apptainer", "v.sif")))
+    assert "\nsrun --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpu-bind=none mkdir -p /local\n" in script
+    assert script.index("mkdir -p /local") < script.index(" rank --replica ")
 
 
 @pytest.mark.parametrize(

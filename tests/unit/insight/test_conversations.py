@@ -15,7 +15,7 @@ from agent_infra_core.http.bodies import BodyDecoder, encode_chunk
 from agent_infra_core.http.events import EventStream, conversation_key
 from agent_infra_core.insight.tracker import Tracker
 from agent_infra_core.insight.turns import TurnRecord
-from agent_infra_core.protocol import SessionEnded, TurnFinished, TurnStarted
+from agent_infra_core.protocol import RETRY_S, SessionEnded, TurnFinished, TurnStarted
 from agent_infra_core.relay.bodies import Codec
 
 CODEC = Codec()
@@ -331,6 +331,52 @@ def test_a_turn_that_failed_is_tried_again_in_its_session(agents: Agents) -> Non
     messages = [*START, says("a"), user("go on")]
     assert agents.take_turn(messages, None) == first
     assert agents.take_turn(messages, says("b")) == first
+
+
+BEGUN = [*START, says("a"), user("go on")]
+
+
+@pytest.mark.parametrize("named", [None, "s"])
+@pytest.mark.parametrize("messages", [START, BEGUN], ids=["first", "later"])
+@pytest.mark.parametrize("answer", [says("b"), None], ids=["answered", "failed"])
+def test_a_client_librarys_retry_is_the_same_turn_again_without_think_time(
+    named: str | None, messages: list[Message], answer: Message | None, agents: Agents
+) -> None:
+    if messages == BEGUN:
+        agents.take_turn(START, says("a"), session=named)
+    first = agents.take_turn(messages, answer, session=named)
+    assert agents.take_turn(messages, says("c"), session=named, is_retry=True) == first
+    assert (agents.records[-1].think_ms, agents.records[-1].pre_ms) == (None, None)
+    assert agents.take_turn([*messages, says("c"), user("so")], says("d"), session=named) == first
+    assert agents.records[-1].think_ms == 1000.0
+    if named is None:  # the answer that the first try continued isn't there for another turn
+        assert agents.take_turn(messages, says("e")) != first
+
+
+def test_an_answer_that_was_continued_or_is_old_was_received_and_its_body_is_not_sent_again(agents: Agents) -> None:
+    first = agents.take_turn(START, says("a"))
+    assert agents.take_turn(BEGUN, says("b")) == first
+    assert agents.take_turn(START, says("c"), is_retry=True) != first
+    second = agents.take_turn([user("Hi")], says("a"))
+    agents.now += RETRY_S
+    assert agents.take_turn([user("Hi")], says("b"), is_retry=True) != second
+
+
+def test_a_retry_whose_body_several_have_just_sent_is_a_session_of_its_own(agents: Agents) -> None:
+    found = [agents.take_turn(START, says(answer)) for answer in "ab"]
+    assert agents.take_turn(START, says("c"), is_retry=True) not in found
+
+
+def test_a_retry_goes_to_the_turn_without_an_answer_rather_than_to_one_with(agents: Agents) -> None:
+    failed, other = agents.take_turn(START, None), agents.take_turn(START, says("a"))
+    assert agents.take_turn(START, says("b"), is_retry=True) == failed != other
+
+
+def test_bodies_that_may_be_sent_again_are_bounded(agents: Agents, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent_infra_core.protocol.MAX_TRIES", 3)
+    found = [agents.take_turn([user(str(number))], None) for number in range(5)]
+    assert agents.take_turn([user("4")], says("a"), is_retry=True) == found[4]
+    assert agents.take_turn([user("0")], says("a"), is_retry=True) not in found
 
 
 def test_examples_in_a_first_request_are_no_session(agents: Agents) -> None:

@@ -13,9 +13,10 @@ import pytest
 from families import FAMILIES, SETTLE_S, Family, Habits, Watched, thinking
 
 from agent_infra_core.insight.analysis import CapacityAnalysis
-from agent_infra_core.insight.capacity import Basis, CapacityModel, Estimate
-from agent_infra_core.insight.fit import ServiceFit, _cure_model
-from agent_infra_core.insight.verdict import find_flags
+from agent_infra_core.insight.capacity import RESAMPLES, Basis, CapacityModel, Estimate, Outlook, UnequalFleet
+from agent_infra_core.insight.fit import _cure_model
+from agent_infra_core.insight.measure import FleetSample, observed_turns, operating_change
+from agent_infra_core.insight.verdict import find_flags, judge
 
 FAMILY = {family.name: family for family in FAMILIES}
 
@@ -83,12 +84,45 @@ def test_nothing_is_said_while_silent_sessions_may_be_thinking_or_gone() -> None
     assert entry["fit"]["think_s"]["low"] is not None  # the range is told all the same
 
 
+def test_a_replica_with_few_slots_takes_no_more_turns_than_they_do() -> None:
+    fleet = slow_fleet(1.0)
+    fleet = replace(fleet, model=replace(fleet.model, slots=4.0))
+    full = 4 / (2 * (1.875 + 0.269 * 4))  # turns per second of the slow replica
+    assert fleet.throughput(1000) == pytest.approx(4 * full, rel=1e-3)
+
+
+@pytest.mark.parametrize(("routing", "gain"), [("round_robin", 0.071), ("affinity", 0.114)])
+def test_more_agents_beside_a_slow_replica_bring_what_the_routing_makes_of_it(routing: str, gain: float) -> None:
+    """The gains are simulated (benchmarks/families.py). A model of the mean replica says 0.087 and 0.095."""
+    agents = 120 if routing == "round_robin" else 152
+    family = replace(FAMILY["slow_robin"], routing=routing, agents=agents)
+    assert change(watch(family, 240.0)[-1], "+25 % agents")["value"] == pytest.approx(gain, abs=0.014)
+
+
+def slow_fleet(moves: float) -> UnequalFleet:
+    """Four replicas, of which the last takes twice as long; turns and agents are shared evenly."""
+    even = np.full((4, 1), 0.25)
+    return UnequalFleet(CapacityModel(4, 1.875, 0.269, 10.0), np.array([[1.0], [1.0], [1.0], [2.0]]), even, even, moves)
+
+
 def test_one_more_replica_beside_a_slow_one_is_a_fast_one() -> None:
-    """A slow replica's share of the turns becomes smaller: the fleet's mean factor falls from 5/4 to 6/5."""
-    nothing = np.zeros(1)
-    fit = ServiceFit(1.25, 0.25, nothing, nothing, 8.0, False, (1.25, 1.25), {}, {})
-    model = fit.with_replica(CapacityModel(4, fit.base_s, fit.per_request_s, 10.0))
-    assert (model.replicas, model.base_s, model.per_request_s) == (5, pytest.approx(1.2), pytest.approx(0.24))
+    """Sessions that stay make each replica a closed system of its own; turns in turn, each serves as many."""
+    alone = CapacityModel(1, 1.875, 0.269, 10.0)
+    stays, moves = (slow_fleet(moves).with_replica().throughput(152) for moves in (0.0, 1.0))
+    slow = CapacityModel(1, 3.75, 0.538, 10.0)
+    assert stays == pytest.approx(4 * alone.throughput(152 / 5) + slow.throughput(152 / 5))
+    each = moves / 5
+    answers = [1.875 / (1 - 0.269 * each)] * 4 + [3.75 / (1 - 0.538 * each)]
+    assert moves * (10.0 + sum(answers) / 5) == pytest.approx(152, rel=1e-3)
+
+
+@pytest.mark.parametrize("moves", [0.0, 0.5, 1.0])
+def test_replicas_of_one_speed_are_a_fleet_of_the_plain_model(moves: float) -> None:
+    fleet = slow_fleet(moves).healed(3)
+    for agents in (20, 152, 400):
+        assert fleet.throughput(agents) == pytest.approx(
+            CapacityModel(4, 1.875, 0.269, 10.0).throughput(agents), rel=1e-3
+        )
 
 
 def test_agents_that_send_several_turns_at_once_are_still_counted_once() -> None:
@@ -126,6 +160,53 @@ def test_nothing_is_predicted_where_clients_leave_before_their_answers() -> None
 
 def test_a_few_lost_turns_are_no_reason_to_refuse() -> None:
     assert entry_of("timeouts_rare")["verdict"]["name"] != "NO DATA"
+
+
+def test_full_slots_are_a_verdict_by_turn_45() -> None:
+    """They are measured: no think time needs to be over, and no neighbour of a turn to have ended."""
+    watched = Watched(replace(FAMILY["slots"], seconds=30.0), seed=3)
+    first = next(entry for entry in watched.documents() if entry["verdict"]["name"] != "NO DATA")
+    assert watched.turns <= 45
+    assert first["verdict"]["name"] == "GPU-BOUND"
+    assert "all 8 slots of each replica are taken" in first["verdict"]["sentence"]
+
+
+def test_a_slow_replica_whose_slots_are_full_is_worth_what_the_others_do_more() -> None:
+    """With every slot taken, four replicas of which one takes twice as long do 3.5 times what one does."""
+    entry = watch(replace(FAMILY["slots"], agents=176, replicas=4, slow=2.0), 150.0)[-1]
+    assert "SLOW" in flags(entry)
+    assert entry["verdict"]["name"] == "GPU-BOUND"
+    assert change(entry, "+1 replica")["low"] < 1 / 3.5 < change(entry, "+1 replica")["high"]
+    assert "A replica as fast as the others → +1" in flags(entry)["SLOW"]  # 14 %
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shared_tools_are_found_in_the_first_minute(seed: int) -> None:
+    """Early on, only short think times are over: they are left out, so that the rest can be trusted sooner."""
+    watched = Watched(replace(FAMILY["tools"], seconds=64.0), seed)
+    assert "TOOLS" in flags(list(watched.documents())[-1])
+
+
+def test_a_number_of_agents_that_was_there_before_is_no_change() -> None:
+    """Batches of 60 agents with a pause of 32 s between two, looked at in the second pause."""
+    agents = [60.0] * 75 + [1.0] * 32 + [60.0] * 60 + [1.0] * 31
+    samples = [FleetSample(float(at), "m", None, {}, number) for at, number in enumerate(agents)]
+    turns = observed_turns([], {})
+    assert operating_change(turns, samples) == 0.0
+    assert operating_change(turns, samples[:106]) == pytest.approx(75, abs=1)  # the first time, it is one
+
+
+def test_a_verdict_allows_for_the_error_of_the_number_of_agents() -> None:
+    """Shares that lead by little where N is known lead in few draws where N goes up and down."""
+    model, draws = (CapacityModel(4, 2.0, 0.2 + zero, 5.0) for zero in (0.0, np.zeros(RESAMPLES)))
+    here: Any = SimpleNamespace(full=0.0)
+    found = []
+    for error in (0.0, 0.3):
+        agents = 80 * (1 + error * np.random.default_rng(1).standard_normal(RESAMPLES))
+        basis, fit = Basis(1000, 300.0), None
+        outlook = Outlook(model, draws, fit, None, here, 80.0, agents, basis, None, None, None, 1.0, (model, draws))
+        found.append(judge(outlook, [{"name": "", "change": Estimate(None, None, None, "", basis)}] * 4, None)["name"])
+    assert found == ["AGENT-BOUND", "BALANCED"]
 
 
 def test_agents_that_queue_for_tools_are_promised_nothing_for_more_of_them() -> None:
@@ -209,12 +290,12 @@ def test_gpu_time_lost_to_cache_misses_is_what_the_missing_tokens_cost() -> None
 
 
 def test_each_of_several_slow_replicas_is_named() -> None:
-    slow = {name: SimpleNamespace(factor=factor, healed=None) for name, factor in (("r1", 2.0), ("r2", 3.0))}
+    lately = {"r0": (1.0, 0.5, 2.0), "r1": (2.0, 0.3, 4.0), "r2": (3.0, 0.2, 6.0)}
     unknown = Estimate(None, None, None, "fraction", Basis(0, 0.0))
     outlook: Any = SimpleNamespace(
-        fit=SimpleNamespace(slow=slow),
+        fit=SimpleNamespace(lately=lately),
         here=SimpleNamespace(since=0.0),
-        what_if=lambda name, *_: {"name": name, "change": unknown},
+        what_if=lambda name, *_, **__: {"name": name, "change": unknown},
         few=None,
         kv=None,
         crowding=None,

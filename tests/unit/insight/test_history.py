@@ -206,6 +206,7 @@ def test_totals_and_replica_time_are_summed(path: Path) -> None:
         assert file.totals() == {"requests": 6}
         assert file.replica_seconds() == {USE: 7.0}
         assert file.replica_seconds(since=620.0) == {USE: 4.0}  # the step of 600 s holds it
+        assert file.replica_seconds(until=500.0) == {USE: 3.0}
 
 
 def test_points_are_kept_while_they_are_shown(path: Path) -> None:
@@ -430,7 +431,7 @@ def test_runs_go_on_under_the_next_controller(tmp_path: Path) -> None:
                 books.observe(SessionEnded(f"s{task}", now + task + 1))
         books.take()
         book = books._analyst._runs
-        [run] = book.document(now + 10, lambda _: None, {}, lambda: np.random.default_rng(1))
+        [run] = book.document(now + 10, lambda _: None, {}, lambda: np.random.default_rng(1), {})
         found.append((run["name"], run["tasks"], run["announced_at"], run["done"], run["running"]))
         books.close()
     assert found == [("night", 9, now, 2, 2), ("night", 9, now, 4, 4)]
@@ -1049,6 +1050,8 @@ def test_a_report_sums_a_run_up(path: Path, capsys: pytest.CaptureFixture[str]) 
     assert rows["aborted, cut or failed"] == ["1", "120", "0.5%"]
     assert rows["prefilled again: expected in the cache but missing"] == ["1", "65", "0.3%"]
     assert rows["moved"] == ["1"]
+    # Of 4,800 GPU-s 3,600 were busy, 1.007 of 268.7 s of them for a turn that was aborted.
+    assert rows["m: GPU-s"] == ["4,800", "0", "13.5", "1,080", "1,093", "2,400", "547"]
     verdicts = [line.partition(" ")[2] for line in text.splitlines() if "BOUND" in line]
     assert [verdict.split("**")[1] for verdict in verdicts] == ["AGENT-BOUND", "GPU-BOUND"]
     assert "m (H100)" in verdicts[0]

@@ -45,7 +45,7 @@ class Played:
 
     def row(self, now: float, tasks: int, model: CapacityModel | None = None, **ends_at: list[float]) -> dict[str, Any]:
         book = self.until(now, tasks)
-        [row] = book.document(now, lambda _: model, ends_at, lambda: np.random.default_rng(1))
+        [row] = book.document(now, lambda _: model, ends_at, lambda: np.random.default_rng(1), {})
         return row
 
 
@@ -140,7 +140,7 @@ def test_turns_without_an_answer_are_waste() -> None:
         book.add(
             TurnRecord(f"t{number}", 5.0, outcome, 200, session="s", task="t", started_at=1.0, inference_ms=1000.0)
         )
-    [row] = book.document(6.0, lambda _: None, {}, lambda: None)
+    [row] = book.document(6.0, lambda _: None, {}, lambda: None, {})
     assert row["aborted_share"] == 0.2
 
 
@@ -150,7 +150,7 @@ def test_a_task_belongs_to_the_run_whose_name_its_id_begins_with() -> None:
     book.announce(Announcement("web", 10, 0.0))
     for task in ("swe-1", "swe-2", "web-1", "other"):
         book.add(TurnRecord(task, 5.0, "completed", 200, session=task, task=task, started_at=1.0))
-    latest, first = book.document(6.0, lambda _: None, {}, lambda: None)
+    latest, first = book.document(6.0, lambda _: None, {}, lambda: None, {})
     assert (latest["name"], latest["running"]) == ("web", 2)
     assert (first["name"], first["running"]) == ("swe", 2)
 
@@ -176,15 +176,22 @@ def test_a_run_that_each_turn_announces_is_announced_once() -> None:
     assert book.announce(Announcement("night", 10, 4.0))  # the turns of a batch don't come in the order they began in
     assert book.announce(Announcement("night", 12, 7.0))
     book.add(TurnRecord("t", 6.0, "completed", 200, session="s", started_at=4.0))
-    [row] = book.document(8.0, lambda _: None, {}, lambda: None)
+    [row] = book.document(8.0, lambda _: None, {}, lambda: None, {})
     assert (row["tasks"], row["announced_at"], row["running"]) == (12, 4.0, 1)
+
+
+def test_without_a_run_no_turn_is_kept_for_one() -> None:
+    book = RunBook()
+    for number in range(3):
+        book.add(TurnRecord(str(number), 1.0, "completed", 200, task="t"))
+    assert len(book._inbox) == 0
 
 
 def test_tasks_that_began_before_the_run_are_not_of_it() -> None:
     book = RunBook()
     book.announce(Announcement("night", 10, 3.0))
     book.add(TurnRecord("t", 5.0, "completed", 200, session="s", task="t", started_at=1.0))
-    [row] = book.document(6.0, lambda _: None, {}, lambda: None)
+    [row] = book.document(6.0, lambda _: None, {}, lambda: None, {})
     assert row["running"] == row["done"] == 0
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import os
+import socket
+import sys
 import threading
+import time
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +22,9 @@ import pytest
 from agent_infra_core.errors import RefusedError
 from agent_infra_core.fleet.engines import serve_spec
 from agent_infra_core.node import staging
+from agent_infra_core.node.process import Watcher
 from agent_infra_core.node.ranks import Rank
-from agent_infra_core.node.replica import make_launch
+from agent_infra_core.node.replica import Replica, make_launch
 from agent_infra_core.node.staging import StagingError, StagingStopped, find_source, list_files, stage_weights
 from agent_infra_core.settings import ModelConfig
 
@@ -179,24 +184,41 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path) -> None:
         stage(model(tmp_path), tmp_path / "local")
 
 
+@pytest.mark.parametrize("below", ["", "mine", "a/b"])
 @pytest.mark.parametrize(
     ("owner", "mode", "is_safe"),
     [(0, 0o755, True), (0, 0o1777, True), (0, 0o777, False), (0, 0o775, False), (65534, 0o755, False)],
 )
-def test_a_folder_whose_content_another_user_can_replace_is_refused(
-    owner: int, mode: int, is_safe: bool, tmp_path: Path
+def test_a_folder_is_refused_if_another_user_can_replace_anything_on_the_way_to_it(
+    owner: int, mode: int, is_safe: bool, below: str, tmp_path: Path
 ) -> None:
     if owner and os.getuid() != 0:
         pytest.skip("only root can give a folder away")
-    (tmp_path / "local").mkdir()
+    (tmp_path / "local" / below).mkdir(parents=True, mode=0o755)
     (tmp_path / "local").chmod(mode)
     if owner:
         os.chown(tmp_path / "local", owner, -1)
     if is_safe:
-        assert stage(model(tmp_path), tmp_path / "local").is_dir()
+        assert stage(model(tmp_path), tmp_path / "local" / below).is_dir()
     else:
-        with pytest.raises(StagingError, match="another user could replace the weights"):
-            stage(model(tmp_path), tmp_path / "local")
+        with pytest.raises(StagingError, match=f"replace the weights in .*, because {tmp_path}/local is not yours"):
+            stage(model(tmp_path), tmp_path / "local" / below)
+
+
+def test_a_link_on_the_way_is_followed_once_so_nobody_can_change_it_later(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "disk").mkdir(mode=0o755)
+    (tmp_path / "open" / "local").symlink_to(tmp_path / "disk")
+    assert stage(model(tmp_path), tmp_path / "open" / "local").is_relative_to(tmp_path / "disk")
+
+
+def test_folders_that_it_creates_are_its_own_whatever_the_umask(tmp_path: Path) -> None:
+    umask = os.umask(0o002)
+    try:
+        assert stage(model(tmp_path), tmp_path / "local" / "a" / "b").is_dir()
+    finally:
+        os.umask(umask)
 
 
 def test_a_model_without_files_is_refused(tmp_path: Path) -> None:
@@ -231,6 +253,32 @@ def test_a_rank_stages_without_waiting_for_its_head(tmp_path: Path) -> None:
     watcher: Any = None  # no engine is started
     assert Rank(str(tmp_path), "m-1", 1).run(watcher, signals) == 0
     assert list((tmp_path / "local").rglob("model-1.safetensors"))
+
+
+@pytest.mark.parametrize(("restarts", "kind"), [("0", "model_not_found"), ("1", "timed_out")])
+def test_a_rank_that_cannot_stage_fails_its_replica_and_none_after_a_requeue(
+    restarts: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = (sys.executable, "-c", "import time; time.sleep(300)", "{port}", "{model_path}")
+    config = ModelConfig("m", str(model(tmp_path)), engine="command", command=engine, stage="$FAST_DISK")
+    spec = serve_spec("m-1", config, str(tmp_path), str(tmp_path / "key"))
+    spec = dataclasses.replace(spec, nodes=2, load_timeout=0.5 if restarts == "1" else 300.0)
+    for folder in ("specs", "replicas", "logs"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "key").write_text("secret-key")
+    (tmp_path / "specs" / "m-1.json").write_text(json.dumps(dataclasses.asdict(spec)))
+    signals: Any = SimpleNamespace(is_asked=False, is_urgent=False, wait=time.sleep)
+    with contextlib.closing(Watcher()) as watcher:
+        with pytest.raises(StagingError, match="FAST_DISK is not set"):
+            Rank(str(tmp_path), "m-1", 1).run(watcher, signals)
+        monkeypatch.setenv("FAST_DISK", str(tmp_path / "local"))  # on the head's node it is
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        assert Replica(spec, "secret-key", watcher, signals).run() == 1
+    failure = json.loads((tmp_path / "replicas" / "m-1.json").read_text())["failure"]
+    assert failure["kind"] == kind
+    if kind == "model_not_found":
+        assert failure["line"] == f"on {socket.gethostname()}: stage: $FAST_DISK: FAST_DISK is not set on this node"
+        assert failure["hint"] == "name a folder on the nodes' own disks"
 
 
 def test_a_signal_ends_the_copy_and_leaves_nothing(tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ def test_a_beginning_that_is_known_makes_nothing_valid(body: bytes) -> None:
 def test_what_is_kept_is_bounded_and_the_longest_unused_goes_first() -> None:
     bodies = KnownBodies(1000)
     for number in range(20):
-        bodies.keep(number, KnownBody(memoryview(b"x" * 100), {}, b"", None, ""))
-        bodies.keep(0, KnownBody(memoryview(b"x" * 100), {}, b"", None, ""))
+        bodies.keep(number, KnownBody(memoryview(b"x" * 100), {}, b"", b"", None, ""))
+        bodies.keep(0, KnownBody(memoryview(b"x" * 100), {}, b"", b"", None, ""))
     assert bodies.bytes == 1000
     assert bodies.find(0) is not None
     assert bodies.find(1) is None

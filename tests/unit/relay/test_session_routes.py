@@ -85,6 +85,13 @@ def test_a_retry_belongs_to_the_session_of_the_try_that_got_no_answer_once() -> 
     assert said.finish(other) != session
 
 
+def test_a_retry_of_a_turn_that_was_answered_too_late_for_its_client_belongs_to_its_session() -> None:
+    said = Conversations()
+    session = said.finish(said.start(prints=b"1234"))
+    assert said.finish(said.start(prints=b"1234", is_retry=True)) == session
+    assert said.finish(said.start(prints=b"1234")) != session
+
+
 def test_a_retry_does_not_join_a_session_that_lives() -> None:
     """Many workers may begin with the same words; and a body that wasn't read has no prints."""
     said = Conversations()

@@ -1,0 +1,311 @@
+"""The proxy in a job of its own, seen from outside: what is submitted, where it is found, how it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from patience import PATIENCE_S
+
+from agent_infra import make_cluster, parse_config, render_proxy_job
+from agent_infra_core import __version__
+from agent_infra_core.control.lock import DeploymentLock
+from agent_infra_core.control.proxy_job import ProxyJob, explain_end, job_host, record_proxy
+from agent_infra_core.errors import AgentInfraError, ConfigError, RefusedError
+from agent_infra_core.fleet.directives import proxy_directives
+from agent_infra_core.fleet.doctor import CHECKS
+from agent_infra_core.fleet.parse import JobEnd, SlurmJob
+from agent_infra_core.fleet.slurm import SlurmCluster
+from agent_infra_core.fleet.slurm_host import SlurmHost
+from agent_infra_core.fleet.state import deployment_paths
+from agent_infra_core.host import CommandResult
+from agent_infra_core.settings import ClusterConfig, PartitionConfig, ProxyJobConfig, SlurmConfig
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+RUN = "/w/d/run"
+JOB = SlurmJob("7", "RUNNING", "None", None, None, 3600.0, "cpu", "n1", RUN, "agent-infra:d:proxy")
+PENDING = dataclasses.replace(JOB, state="PENDING", reason="Priority", node="")
+SLURM = SlurmConfig((PartitionConfig("gpu"),), account="abc", work_dir="/w", proxy="job")
+
+
+class StandIn:
+    """Slurm's host: answers with its ``jobs``, and keeps what was submitted and cancelled."""
+
+    def __init__(self) -> None:
+        self.jobs: list[SlurmJob] = []
+        self.said = CommandResult(0, b"8\n", b"")  # of sbatch
+        self.accepts: SlurmJob | None = PENDING  # what sbatch adds to the queue
+        self.end = ""  # of scontrol show job
+        self.is_silent = False
+        self.submitted: list[str] = []
+        self.cancelled: list[str] = []
+
+    def run(self, argv: Sequence[str], *, stdin: bytes = b"", **_: float) -> CommandResult:
+        script, words = argv[2], argv[4:]
+        if "squeue --noheader --all" in script:
+            return self._queue(words[1])
+        if "exec sbatch" in script:
+            self.submitted.append(stdin.decode())
+            self.jobs += [self.accepts] if self.accepts else []
+            return self.said
+        if "scancel" in script:
+            self.cancelled.append(script[script.index("scancel") :])
+            self.jobs = []
+        if "scontrol --oneliner show job" in script:
+            return CommandResult(0, f"{self.end}\n@log@\n".encode(), b"")
+        if "replica_key" in script:  # the installation
+            return CommandResult(0, f"/w\n{'k' * 40}\n{'0' * 64}\n".encode(), b"")
+        return CommandResult(0, b"/w\n", b"")
+
+    def _queue(self, nonce: str) -> CommandResult:
+        rows = ""
+        for job in self.jobs:
+            told = (job.id, job.state, job.reason, "N/A", "N/A", "1:00:00", job.partition, job.node or "n/a")
+            rows += f"@{nonce}job@" + "".join(f"{item}@{nonce}@" for item in (*told, job.work_dir, job.name)) + "\n"
+        tail = f"@{nonce}status@{int(self.is_silent)} 1800000000@{nonce}files@\n"
+        return CommandResult(0, ((rows if not self.is_silent else "") + tail).encode(), b"squeue: error: down")
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def host() -> StandIn:
+    return StandIn()
+
+
+@pytest.fixture
+def job(host: StandIn) -> ProxyJob:
+    config = ClusterConfig(type="slurm", name="d", poll_interval=0.1, slurm=SLURM)
+    paths = deployment_paths("d", os.environ)
+    cluster = make_cluster(config, paths, host, os.environ, print)  # type: ignore[arg-type]
+    assert isinstance(cluster, SlurmCluster)
+    return ProxyJob(cluster, config, paths, render_proxy_job)
+
+
+def record(serves: bool = True) -> None:
+    environment = {"SLURM_JOB_ID": "7", "SLURMD_NODENAME": "n1"}
+    record_proxy(deployment_paths("d", os.environ), environment, ("10.0.0.5", 5800) if serves else None)
+
+
+def nothing() -> None:
+    pass
+
+
+# --- What is submitted. ----------------------------------------------------------------------------------------------
+
+
+def test_the_script_of_the_proxys_job() -> None:
+    own = ProxyJobConfig(partition="cpu", time_limit="2-00:00:00", sbatch={"nice": 10, "requeue": None})
+    slurm = dataclasses.replace(SLURM, constraint="a100", default_qos="gpus", sbatch={"mem": 0}, proxy_job=own)
+    script = render_proxy_job(
+        {
+            "directives": proxy_directives("d", slurm, RUN, "/home/me/.local/state/agent-infra/d/run/logs/proxy.log"),
+            "run_dir": RUN,
+            "state_home": "/home/me/.local/state",
+            "record": "/home/me/.local/state/agent-infra/d/proxy_job.json",
+            "command": ["/opt/my env/bin/python", "/home/me/agent_infra.py", "proxy-job", "--name", "d"],
+        }
+    )
+    assert script.replace(__version__, "VERSION") == (GOLDEN / "proxy.sbatch").read_text()
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True, timeout=PATIENCE_S)
+
+
+def test_it_has_the_program_the_state_directory_and_no_secret(job: ProxyJob, host: StandIn) -> None:
+    job.submit(nothing, "--log-format", "json")
+    [script] = host.submitted
+    assert f"export XDG_STATE_HOME={os.environ['XDG_STATE_HOME']}\n" in script
+    assert script.rstrip().endswith("agent_infra.py proxy-job --name d --log-format json")
+    assert "k" * 40 not in script
+
+
+def test_there_is_never_a_second_one(job: ProxyJob, host: StandIn) -> None:
+    job.submit(nothing)
+    job.submit(lambda: pytest.fail("the configuration of the job that waits is kept"))
+    assert len(host.submitted) == 1
+    host.jobs = [dataclasses.replace(PENDING, name="agent-infra:other:proxy"), dataclasses.replace(JOB, work_dir="/x")]
+    job.submit(nothing)
+    assert len(host.submitted) == 2
+
+
+def test_one_of_which_sbatch_did_not_tell_the_number_is_found_by_its_name(job: ProxyJob, host: StandIn) -> None:
+    host.said = CommandResult(1, b"sbatch: error: Batch job submission failed: Socket timed out on send/recv", b"")
+    job.submit(nothing)
+    assert len(host.submitted) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        ("No partition specified or system default partition", "proxy_job.partition to one that takes jobs without"),
+        ("invalid partition specified: x", "proxy_job.partition to one that takes jobs without"),
+        ("jobs in gpu must ask for a GPU", "proxy_job.partition to one that takes jobs without"),
+        ("Invalid qos specification", "correct cluster.slurm.proxy_job.qos"),
+        ("Requested time limit is invalid", "lower cluster.slurm.proxy_job.time_limit"),
+        ("Requested node configuration is not available", "lower cpus or memory of cluster.slurm.proxy_job"),
+    ],
+)
+def test_what_slurm_refuses_has_what_to_do(job: ProxyJob, host: StandIn, said: str, hint: str) -> None:
+    host.said, host.accepts = CommandResult(1, f"sbatch: error: {said}\n".encode(), b""), None
+    with pytest.raises(RefusedError, match=f"Slurm refused: {said}; .*{hint}"):
+        job.submit(nothing)
+
+
+def test_none_is_submitted_beside_a_process_that_runs_the_proxy(job: ProxyJob, host: StandIn) -> None:
+    lock = DeploymentLock(deployment_paths("d", os.environ))
+    lock.acquire("connect")
+    try:
+        with pytest.raises(RefusedError, match="already run by `connect`"):
+            job.submit(nothing)
+    finally:
+        lock.release()
+    assert host.submitted == []
+    with pytest.raises(RefusedError, match="`up` would run the proxy on this machine"):
+        job.refuse("up")
+
+
+def test_doctor_tests_the_job_before_anything_is_submitted(job: ProxyJob, host: StandIn) -> None:
+    host.said, host.accepts = CommandResult(0, b"", b"sbatch: Job 9 to start at 2026-11-29T12:00:00 on n1"), None
+    config = parse_config("models: [{name: m, model_path: o/m}]", {})
+    config = dataclasses.replace(config, cluster=ClusterConfig(type="slurm", name="d", slurm=SLURM))
+    examined: Any = types.SimpleNamespace(config=config, cluster=job._cluster, proxy_job=job)
+    checks = {check.name: check.run for check in CHECKS if "slurm" in check.clusters}
+    assert [finding.text for finding in checks["proxy port"](examined)] == [
+        "5800 of the node that the proxy's job runs on"
+    ]
+    assert [finding.text for finding in checks["submission"](examined)][-1].startswith("the proxy: Job 9 to start")
+    assert "--job-name=agent-infra:d:proxy" in host.submitted[-1]
+    assert host.jobs == []
+
+
+@pytest.mark.parametrize(("configured", "host"), [("127.0.0.1", "0.0.0.0"), ("::1", "0.0.0.0"), ("10.0.0.5",) * 2])
+def test_the_proxy_in_a_job_never_listens_on_loopback_alone(configured: str, host: str) -> None:
+    assert job_host(configured) == host
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        ("ssh: {host: h}, slurm: {proxy: job, partitions: [{name: a}]}", "cluster.slurm.proxy: a job can't be reached"),
+        ("slurm: {proxy: there, partitions: [{name: a}]}", "cluster.slurm.proxy: found"),
+        ("slurm: {partitions: [{name: a}], proxy_job: {sbatch: {time: 5}}}", "proxy_job.sbatch.time: is set by this"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused(cluster: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config(f"{{cluster: {{type: slurm, {cluster}}}, models: [{{name: m, model_path: o/m}}]}}", {})
+
+
+# --- Where it is. ----------------------------------------------------------------------------------------------------
+
+
+def test_it_is_found_once_it_serves(job: ProxyJob, host: StandIn) -> None:
+    host.jobs = [JOB]
+    record()
+    found, trouble = job.find()
+    assert trouble is None
+    assert found == {"job": "7", "node": "n1", "host": "10.0.0.5", "port": 5800, "pid": os.getpid()}
+    shown: list[Any] = []
+    assert job.wait(shown.extend, lambda: False) == found
+    assert [(each.replica, each.state, each.node) for each in shown] == [("proxy", "starting", "n1")]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "trouble"),
+    [
+        ([], "no proxy is running; `connect` starts one"),
+        ([PENDING], "the proxy does not serve: its job 7 is PENDING (Priority)"),
+        # Requeued to another node, where it hasn't written yet; and the next job after that one.
+        ([dataclasses.replace(JOB, node="n2")], "the proxy does not serve: its job 7 is RUNNING"),
+        ([dataclasses.replace(JOB, id="8")], "the proxy does not serve: its job 8 is RUNNING"),
+        ([dataclasses.replace(JOB, id="6", state="COMPLETED")], "no proxy is running; `connect` starts one"),
+    ],
+)
+def test_it_is_not_found_where_it_no_longer_is(
+    job: ProxyJob, host: StandIn, jobs: list[SlurmJob], trouble: str
+) -> None:
+    host.jobs = jobs
+    record()
+    assert job.find() == (None, trouble)
+
+
+def test_it_is_not_found_any_more_while_it_ends(job: ProxyJob, host: StandIn) -> None:
+    host.jobs = [JOB]
+    record(serves=False)
+    assert job.find() == (None, "the proxy does not serve: its job 7 is RUNNING")
+
+
+def test_while_slurm_is_silent_nothing_is_said_of_it(job: ProxyJob, host: StandIn) -> None:
+    host.is_silent = True
+    record()
+    assert job.find() == (None, None)
+
+
+def test_one_that_served_and_ended_says_why(job: ProxyJob, host: StandIn) -> None:
+    host.jobs = [dataclasses.replace(JOB, state="TIMEOUT")]
+    host.end = "JobId=7 JobState=TIMEOUT Reason=TimeLimit ExitCode=0:15"
+    record(serves=False)
+    found, trouble = job.find()
+    assert found is None
+    assert trouble is not None
+    assert trouble.startswith("no proxy is running: the proxy's job 7 ended: timed_out: its job reached its walltime")
+    assert "(Slurm: TIMEOUT, TimeLimit); raise cluster.slurm.proxy_job.time_limit; `connect` starts" in trouble
+    with pytest.raises(AgentInfraError, match=r"timed_out: .* \(log: "):
+        job.wait(lambda _: None, lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("end", "said", "told"),
+    [
+        (None, "", "is no longer known to Slurm"),
+        (JobEnd("FAILED", 2), "error: the proxy cannot listen on x", "the proxy's job 7 failed: the proxy cannot"),
+        (JobEnd("FAILED", 127), "x: not found", "failed: it ended with exit code 127; its log ends with: x: not found"),
+        (JobEnd("FAILED", -53), "", "failed: its node doesn't see the state directory (XDG_STATE_HOME)"),
+        (JobEnd("COMPLETED", 0), "any", "ended in order, before its walltime or by a signal"),
+        (JobEnd("CANCELLED", 0, "by 0"), "", "unknown: its job was cancelled (Slurm: CANCELLED, by 0); somebody ran"),
+        (JobEnd("OUT_OF_MEMORY", 125), "", "(Slurm: OUT_OF_MEMORY); raise cluster.slurm.proxy_job.memory"),
+    ],
+)
+def test_an_end_is_explained(end: JobEnd | None, said: str, told: str) -> None:
+    assert told in explain_end("7", end, said)
+
+
+# --- How it ends. ----------------------------------------------------------------------------------------------------
+
+
+def test_stop_ends_it_wherever_it_is(job: ProxyJob, host: StandIn) -> None:
+    assert job.stop(now=False) == []
+    host.jobs = [JOB]
+    job._cluster.replicas()
+    record()
+    assert job.stop(now=False) == ["proxy (job 7)"]
+    assert host.cancelled == ["scancel --state=PENDING 7; scancel --state=RUNNING --batch --signal=TERM 7"]
+    assert not deployment_paths("d", os.environ).proxy_job.exists()
+
+
+def test_turns_in_flight_are_cut_only_by_now(job: ProxyJob, host: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second TERM cuts them."""
+    asked: list[Sequence[str]] = []
+
+    def cancel(_: SlurmHost, jobs: Sequence[str], now: bool, signal: str) -> None:
+        asked.append(jobs)
+        host.jobs = host.jobs if len(asked) < 3 else []
+
+    monkeypatch.setattr(SlurmHost, "cancel", cancel)
+    host.jobs = [JOB]
+    assert job.stop(now=True) == ["proxy (job 7)"]
+    assert asked == [["7"]] * 3
+
+
+def test_the_record_is_private(job: ProxyJob) -> None:
+    record()
+    path = deployment_paths("d", os.environ).proxy_job
+    assert path.stat().st_mode & 0o077 == 0
+    assert json.loads(path.read_text())["port"] == 5800
