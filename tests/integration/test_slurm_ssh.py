@@ -284,55 +284,6 @@ class Agents:
             thread.join(120)
 
 
-def test_agents_see_no_error_whatever_breaks_on_the_way(run: Program, far: FarCluster) -> None:
-    configure(run, far, replicas=4, tunnel="node")
-    assert run.run("start").returncode == 0
-    run.spawn("connect").wait_line(r"^proxy ")
-    wait_for(lambda: all_up(run, 4), "four tunnels are up")
-    agents = Agents(run)
-    try:
-        agents.settle()
-        first, second = sorted({row["node"] for row in backends(run)})
-        # One SSH session is killed.
-        agents.phase = "an SSH session killed"
-        before = reconnects(run)
-        os.kill(far.sshds[first].sessions()[0], 9)
-        wait_for(lambda: reconnects(run) > before and all_up(run, 4), "its tunnel is replaced")
-        agents.settle()
-        # The scheduler's controller is away for a while.
-        agents.phase = "no slurmctld"
-        far.slurm.stop_controller()
-        agents.settle()
-        far.slurm.start_controller()
-        # One node is silent for 20 s.
-        agents.phase = "a silent node"
-        far.disconnect(first)
-        silent_until = time.monotonic() + 20
-        agents.settle()
-        wait_for(lambda: any((row["tunnel"] or {}).get("state") != "up" for row in backends(run)), "it is noticed")
-        time.sleep(max(0.0, silent_until - time.monotonic()))
-        far.reconnect(first)
-        wait_for(lambda: all_up(run, 4), "the tunnels are back")
-        agents.settle()
-        # A stream through a tunnel that breaks ends with an error, not as if it were whole.
-        agents.phase = "a broken stream"
-        before = reconnects(run)
-        assert_broken_stream_says_so(run, far)
-        wait_for(lambda: reconnects(run) > before and all_up(run, 4), "the tunnels are back")
-        agents.settle()
-        # The other node loses its power.
-        agents.phase = "a power cut"
-        far.cut_power(second)
-        agents.settle()
-    finally:
-        agents.end()
-    assert agents.errors == [], "\n".join(agents.errors)
-    # As Slurm does itself when the node has been silent for its SlurmdTimeout: else its jobs would end only then.
-    far.slurm.run("scontrol", "update", f"nodename={second}", "state=down", "reason=dark")
-    assert run.run("stop", "--now").returncode == 0
-    wait_for(lambda: run.processes() == [], "no process is left here")
-
-
 def assert_broken_stream_says_so(run: Program, far: FarCluster) -> None:
     nodes = {row["id"]: row["node"] for row in backends(run)}
     stream = client(run).chat.completions.create(
@@ -461,3 +412,53 @@ def test_a_proxy_job_that_ends_says_why(at_login: Program, far: FarCluster) -> N
     far.slurm.run("scancel", job)  # as an administrator does
     waiting.wait_line(rf"the proxy's job {job} ended: unknown: its job was cancelled \(Slurm: CANCELLED")
     assert waiting.process.wait(PATIENCE_S) == 1
+
+
+# The last one: a node has lost its power after it.
+def test_agents_see_no_error_whatever_breaks_on_the_way(run: Program, far: FarCluster) -> None:
+    configure(run, far, replicas=4, tunnel="node")
+    assert run.run("start").returncode == 0
+    run.spawn("connect").wait_line(r"^proxy ")
+    wait_for(lambda: all_up(run, 4), "four tunnels are up")
+    agents = Agents(run)
+    try:
+        agents.settle()
+        first, second = sorted({row["node"] for row in backends(run)})
+        # One SSH session is killed.
+        agents.phase = "an SSH session killed"
+        before = reconnects(run)
+        os.kill(far.sshds[first].sessions()[0], 9)
+        wait_for(lambda: reconnects(run) > before and all_up(run, 4), "its tunnel is replaced")
+        agents.settle()
+        # The scheduler's controller is away for a while.
+        agents.phase = "no slurmctld"
+        far.slurm.stop_controller()
+        agents.settle()
+        far.slurm.start_controller()
+        # One node is silent for 20 s.
+        agents.phase = "a silent node"
+        far.disconnect(first)
+        silent_until = time.monotonic() + 20
+        agents.settle()
+        wait_for(lambda: any((row["tunnel"] or {}).get("state") != "up" for row in backends(run)), "it is noticed")
+        time.sleep(max(0.0, silent_until - time.monotonic()))
+        far.reconnect(first)
+        wait_for(lambda: all_up(run, 4), "the tunnels are back")
+        agents.settle()
+        # A stream through a tunnel that breaks ends with an error, not as if it were whole.
+        agents.phase = "a broken stream"
+        before = reconnects(run)
+        assert_broken_stream_says_so(run, far)
+        wait_for(lambda: reconnects(run) > before and all_up(run, 4), "the tunnels are back")
+        agents.settle()
+        # The other node loses its power.
+        agents.phase = "a power cut"
+        far.cut_power(second)
+        agents.settle()
+    finally:
+        agents.end()
+    assert agents.errors == [], "\n".join(agents.errors)
+    # As Slurm does itself when the node has been silent for its SlurmdTimeout: else its jobs would end only then.
+    far.slurm.run("scontrol", "update", f"nodename={second}", "state=down", "reason=dark")
+    assert run.run("stop", "--now").returncode == 0
+    wait_for(lambda: run.processes() == [], "no process is left here")
