@@ -78,7 +78,7 @@ def web(chromium: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web
     pages = http.server.ThreadingHTTPServer(("127.0.0.1", 0), EmptyPage)
     threading.Thread(target=pages.serve_forever, args=(0.1,), daemon=True).start()
     folder: Path = tmp_path_factory.mktemp("relay")
-    with FakeEngine() as engine, RelayProcess(folder) as relay:
+    with FakeEngine() as engine, RelayProcess(folder, REFUSALS_LOGGED_A_SECOND=1000) as relay:
         origin = f"http://chat.example:{pages.server_port}"
         relay.controller.send_table([backend(1, engine.port)], proxy={"cors_origins": [origin]})
         yield Web(chromium, pages.server_port, relay, engine)
