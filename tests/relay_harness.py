@@ -126,10 +126,10 @@ class Controller:
         }
         self.sock.sendall(encode_frame(FRAME_TABLE, json.dumps(table).encode()))
         if self._has_sent_table:  # before the first, requests wait for it
-            self._wait_for_a_round()
+            self.wait_for_a_round()
         self._has_sent_table = True
 
-    def _wait_for_a_round(self) -> None:
+    def wait_for_a_round(self) -> None:
         """Wait until the relay's event loop has gone round: it reads sockets that get bytes at once in any order.
 
         The second answer is of a later round than what was sent before the first request.
