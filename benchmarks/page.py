@@ -3,7 +3,7 @@
 
     python benchmarks/page.py                     # 64 replicas, 2,000 live sessions, whose figures change all the time
     python benchmarks/page.py --seconds 60 --tab Sessions
-    python benchmarks/page.py --minutes 10        # whether memory stays flat
+    python benchmarks/page.py --seconds 600       # whether memory stays flat
 
 Needs Chromium (apt-get install chromium) and playwright (pip install -e '.[test]').  A viewer paints first when the
 status is there, and has the page whole with its figures and charts.  Memory is that of the page's server and of the
@@ -106,12 +106,9 @@ def memory_mib(pids: Iterable[int]) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure once."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    stay = parser.add_mutually_exclusive_group()
-    stay.add_argument("--seconds", type=float, default=30.0, help="of steady showing")
-    stay.add_argument("--minutes", type=float, help="likewise")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of steady showing")
     parser.add_argument("--tab", choices=list(WHOLE), default="Overview", help="the one that is open")
     arguments, port, stopping = parser.parse_args(argv), free_port(), threading.Event()
-    seconds = arguments.seconds if arguments.minutes is None else 60 * arguments.minutes
     try:
         from playwright.sync_api import sync_playwright
     except ModuleNotFoundError:
@@ -137,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=flags)
                     key = (state / "agent-infra/default/page_key").read_text().strip()
                     url = f"http://127.0.0.1:{port}/?key={key}&tab={arguments.tab}"
-                    measure(browser, url, WHOLE[arguments.tab], child.pid, server.asked, seconds)
+                    measure(browser, url, WHOLE[arguments.tab], child.pid, server.asked, arguments.seconds)
                     browser.close()
         finally:
             stopping.set()

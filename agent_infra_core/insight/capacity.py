@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -308,7 +307,7 @@ class Outlook:
     def what_ifs(self) -> list[dict[str, Any]]:
         half = 1 - 0.5 * (self.think.observing_share if self.think else 0.0)
         return [
-            self.what_if("+1 replica", self.agents, change=methodcaller("with_replica")),
+            self.what_if("+1 replica", self.agents, change=lambda fleet: fleet.with_replica()),
             self.what_if("half the observation time", self.agents, half),
             self.what_if("+25 % agents", 1.25 * self.agents),
             self.what_if("−25 % agents", 0.75 * self.agents),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from operator import methodcaller
+from functools import partial
 from typing import Any
 
 from agent_infra_core.insight.capacity import (
@@ -13,6 +13,7 @@ from agent_infra_core.insight.capacity import (
     LEAST_TURNS,
     RESAMPLES,
     Outlook,
+    UnequalFleet,
     estimate,
     in_words,
     percent,
@@ -88,7 +89,7 @@ def _slow_replicas(outlook: Outlook) -> list[str]:
     lately = outlook.fit.lately if outlook.fit and not outlook.few else {}
     for number, (name, (factor, _, _)) in enumerate(lately.items()):
         if factor > 1:
-            healed = methodcaller("healed", number)
+            healed = partial(UnequalFleet.healed, number=number)
             gain = in_words(outlook.what_if("A replica as fast as the others", outlook.agents, change=healed), True)
             sentence = f"{name} takes {factor:.1f} times as long as the others for the same turns."
             found.append(f"{sentence} {gain}." if gain else sentence)
