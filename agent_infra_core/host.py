@@ -18,9 +18,11 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from agent_infra_core.errors import AgentInfraError, RefusedError
+
+_T = TypeVar("_T")
 
 PROBE_TIMEOUT_S = 2.0
 _PROGRAM_HOME = Path(os.path.abspath(__file__)).parents[1]  # at import: in an archive, __file__ may be relative
@@ -75,6 +77,17 @@ def freeze_imported_objects() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+
+
+def in_portions(items: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    """Yield the items in portions of ``size``, and between them let others run that wait for this core.
+
+    For work that comes in bursts of milliseconds: where the controller shares a core with the relay, every turn that
+    arrives meanwhile would wait for the end of the burst.
+    """
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
+        os.sched_yield()
 
 
 def release_free_memory() -> None:
