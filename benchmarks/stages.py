@@ -13,6 +13,7 @@ calls are counted in a second run, with strace if it is installed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -123,8 +124,7 @@ class Run:
         environment = {"XDG_STATE_HOME": str(folder / "state"), "PYTHONPATH": str(PROGRAM.parent)}
         self._proxy = Child(command, cores, folder / "proxy.log", environment, folder)
         os.sched_setaffinity(0, load_cores)
-        wait_until(lambda: self.relay() is not None, "the relay", 60)
-        time.sleep(2.0)
+        wait_until(self._answers, "the first answer", 60)
 
     def relay(self) -> int | None:
         """The relay's pid."""
@@ -133,8 +133,14 @@ class Run:
         ]
         return found[0] if found else None
 
+    def _answers(self) -> bool:
+        """Whether all that a turn needs has started."""
+        with contextlib.suppress(OSError):
+            return RequestLoad(self.port, lambda _: chat_request(1_000), 50, 100, connections=16).run(5).succeeded == 50
+        return False
+
     def load(self, options: argparse.Namespace) -> int:
-        """Offer the load; the number of requests, or of chunks."""
+        """Offer the load; the number of requests that were answered, or of chunks."""
         if options.streams:
             load = StreamLoad(self.port)
             load.open(
@@ -144,8 +150,11 @@ class Run:
             load.close()
             return load.events
         requests = [chat_request(options.size, session=f"session-{number}") for number in range(64)]
-        RequestLoad(self.port, lambda number: requests[number % 64], options.count, 0, connections=16).run()
-        return int(options.count)
+        return (
+            RequestLoad(self.port, lambda number: requests[number % 64], options.count, 0, connections=16)
+            .run()
+            .succeeded
+        )
 
     def close(self) -> None:
         self._proxy.stop()
