@@ -61,6 +61,11 @@ class KnownBody:
     words: str  # of its last user message
 
 
+def _is_heavy(body: bytes | bytearray) -> bool:
+    """Whether reading a body's words would keep others waiting."""
+    return len(body) > LIGHT_BODY_BYTES and body.count(b",") > MAX_READ_VALUES
+
+
 class ContinuedBody:
     """The fields of a body that continues a known one; ``messages`` are the new ones."""
 
@@ -155,15 +160,15 @@ class Codec:
         """Return the fields that routing needs (ROUTED_FIELDS), and those with text if they
         have the usual types; None if the body isn't a JSON object. If the body continues ``known``, ``messages`` are
         the new ones."""
-        if len(body) > LIGHT_BODY_BYTES and body.count(b",") > MAX_READ_VALUES:
-            return self._request_alone(body)
         if known is not None and body.startswith(known.start):
+            rest = _MESSAGES + body[len(known.start) :]
             try:
-                return ContinuedBody(known, self._rest_of_request(_MESSAGES + body[len(known.start) :]), self._unset)
+                if not _is_heavy(rest):
+                    return ContinuedBody(known, self._rest_of_request(rest), self._unset)
             except (ValueError, RecursionError):
                 pass  # read in full below
         try:
-            return self._worded_request(body)
+            return self._request_alone(body) if _is_heavy(body) else self._worded_request(body)
         except (ValueError, RecursionError):  # bad UTF-8 is a plain ValueError
             return self._request_alone(body)
 

@@ -169,7 +169,8 @@ class TurnBook:
             if turn.path == RESPONSES_PATH:
                 turn.prints, turn.follows = codec.trace_response(fields, is_named)
             else:
-                has_marks = body.find(b'"cache_control"') >= 0
+                known = len(fields.before.start) if getattr(fields, "before", None) is not None else 0
+                has_marks = body.find(b'"cache_control"', known) >= 0
                 turn.prints, turn.follows = codec.trace(fields, is_named, has_marks)
         sessions.identify(turn, *codec.shared_prefix(fields, turn.prints))
         if turn.prints and len(body) >= LONG_BODY_BYTES and turn.path != RESPONSES_PATH:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent_infra_core.relay.bodies import KNOWN_FIELDS, Codec, KnownBodies, KnownBody
+from agent_infra_core.relay.bodies import KNOWN_FIELDS, MAX_READ_VALUES, Codec, KnownBodies, KnownBody
 
 CODEC = Codec()
 WORDS = ['plain "quoted" \\ ünï \n', "]}", '"}],"model":"other"', '{"role":"user"}', "0", "", "messages", "\ud83d"]
@@ -89,6 +89,17 @@ def test_a_conversation_that_goes_on_is_read_from_where_it_was() -> None:
         assert known is not None
         assert bytes(known.start) == body[: body.rindex(b"]")]
         messages = [*messages, {"role": "assistant", "content": "]}"}, {"role": "user", "content": str(turn)}]
+
+
+def test_only_what_is_new_of_a_conversation_is_looked_through() -> None:
+    """One of 60,000 values would not be read at once, but came bit by bit."""
+    messages: list[dict[str, Any]] = []
+    known = None
+    for turn in range(4):
+        messages = [*messages, {"role": "user", "content": f"{turn}," * (MAX_READ_VALUES // 3)}]
+        said, known, went_on = read(json.dumps({"messages": messages, "model": "m"}).encode(), known, True)
+        assert went_on == (turn > 0)
+        assert len(said["prints"]) == 4 * (1 + len(messages))
 
 
 @pytest.mark.parametrize(
