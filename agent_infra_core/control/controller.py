@@ -205,7 +205,7 @@ class Controller:
             raise AgentInfraError(f"the controller failed: {self.failure!r}; the proxy's log says more")
 
     def refresh(self, deadline_s: float = 5.0) -> None:
-        """Poll the replicas now, and return when the relay has the result or after ``deadline_s``."""
+        """Poll the replicas now, and return once the result was sent to the relay or after ``deadline_s``."""
         self.discovery.look()
         deadline = time.monotonic() + deadline_s
         while self._looked is not self.discovery.records and self.is_running and time.monotonic() < deadline:
