@@ -14,7 +14,7 @@ from patience import PATIENCE_S
 from program import MODULE, wait_for
 from recorded_run import HOSTILE, write_run
 
-CHARTS_S = 30.0
+CHARTS_S = PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def opened(chromium: Any, page_file: Path) -> Iterator[tuple[Any, list[str]]]:
     )
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.on("console", lambda message: troubles.append(message.text))
-    page.goto(page_file.as_uri())
+    page.goto(page_file.as_uri(), timeout=1000 * CHARTS_S)
     page.wait_for_selector("#stages svg", timeout=1000 * CHARTS_S)
     page.wait_for_selector("#over-time svg", timeout=1000 * CHARTS_S)
     yield page, troubles
