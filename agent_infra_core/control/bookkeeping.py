@@ -277,13 +277,8 @@ class Bookkeeper:
         if self._history is None or not entries or now < self._verdicts_due:
             return
         self._verdicts_due = now + VERDICT_INTERVAL_S
-        self._history.add(HistoryBatch(verdicts=[verdict_row(entry, now) for entry in entries]))
-        self._write_curves()
-
-    def _write_curves(self) -> None:
-        if self._history is not None:
-            analyses = {key: encode_stats(entry) for key, entry in self._curves.items()}
-            self._history.add(HistoryBatch(analyses=analyses))
+        analyses = {key: encode_stats(entry) for key, entry in self._curves.items()}
+        self._history.add(HistoryBatch(verdicts=[verdict_row(entry, now) for entry in entries], analyses=analyses))
 
     def metrics(self, stats: Mapping[str, Any]) -> bytes:
         """The body of GET /metrics, which includes figures from ``stats``, a /stats document."""
@@ -369,7 +364,8 @@ class Bookkeeper:
             self._tracker.relay_restarted()  # closes the turns that are still open
             self.take()
             self._write_figures()
-            self._write_curves()
+            self._verdicts_due = 0.0
+            self._keep_verdicts(self._analyst.document, time.time())
         if self._exporter is not None:
             self._exporter.close()
         if self._history is not None:
