@@ -16,6 +16,7 @@ from agent_infra_core.insight.export import read_history
 from agent_infra_core.insight.gpu_hours import OCCUPYING_STATES, grouped, hours_by_state
 from agent_infra_core.insight.history import VERDICT_COLUMNS, HistoryFile, history_path, ratio
 from agent_infra_core.insight.turns import in_seconds
+from agent_infra_core.insight.verdict import sure_in_words
 from agent_infra_core.insight.waste import KEPT_PREFILLS, TurnTime, gpu_time
 
 REPORT_PARTS = {
@@ -248,7 +249,7 @@ class Report:
             return []
         lines: list[Block] = [Heading("Verdict over time")]
         for span in spans[-REPORT_VERDICTS:]:
-            sure = f", {span['confidence']:.0%} sure" if span["confidence"] is not None else ""
+            sure = f", {sure_in_words(span['confidence'])}" if span["confidence"] is not None else ""
             flags = f" [{span['flags']}]" if span["flags"] else ""
             where = f"{span['model']} ({span['gpu']})" if span["gpu"] else span["model"]
             when = f"{at(span['at'])}–{at(span['until'], '%H:%M')}"

@@ -106,14 +106,16 @@ def _lines(text: str) -> str:
 
 
 def duration(ms: float) -> str:
-    """A duration with about three digits: 0.4 ms, 340 ms, 3.21 s, 2 min 05 s, 3 h 12 min."""
+    """A duration with about three digits: 0.4 ms, 340 ms, 3.21 s, 2 min 05 s, 3 h 12 min, 2 d 3 h."""
     if ms < 999.5:
         return f"{ms:.1f} ms" if 0 < ms < 9.95 else f"{ms:.0f} ms"
     if ms < 59_950:
         return f"{ms / 1000:.{2 if ms < 9995 else 1}f} s"
-    size, unit, part, rest = (3600, "h", 60, "min") if ms >= 3_599_500 else (60, "min", 1, "s")
-    whole, left = divmod(round(ms / 1000), size)
-    return f"{whole} {unit}" + (f" {left // part:02d} {rest}" if left // part else "")
+    seconds = round(ms / 1000)
+    units = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
+    size, unit, part, part_unit = next(row for row in units if seconds >= row[0])
+    rest = seconds % size // part
+    return f"{seconds // size} {unit}" + (f" {rest:0{1 if unit == 'd' else 2}d} {part_unit}" if rest else "")
 
 
 def _ticks(span_ms: float) -> list[float]:

@@ -1074,7 +1074,7 @@ def test_a_report_sums_a_run_up(path: Path, capsys: pytest.CaptureFixture[str]) 
     verdicts = [line.partition(" ")[2] for line in text.splitlines() if "BOUND" in line]
     assert [verdict.split("**")[1] for verdict in verdicts] == ["AGENT-BOUND", "GPU-BOUND"]
     assert "m (H100)" in verdicts[0]
-    assert "90% sure. It is AGENT-BOUND." in verdicts[0]
+    assert "90 % sure. It is AGENT-BOUND." in verdicts[0]
 
 
 @pytest.mark.parametrize("since", [0.0, NOW + 75 * 60])

@@ -15,11 +15,12 @@ import pytest
 from recorded_run import HOSTILE, START, write_run
 
 import agent_infra
+import streamlit_dashboard as dashboard
 from agent_infra_core.insight.history import HistoryFile
 from agent_infra_core.insight.html_report import HtmlReport
 from agent_infra_core.insight.report import Report, Table, capacity
 from agent_infra_core.insight.report_charts import CAPACITY, CHART_CONFIGS, capacity_spec
-from agent_infra_core.insight.report_traces import duration, waterfall
+from agent_infra_core.insight.report_traces import PHASES, TRACE_STYLE, duration, waterfall
 from agent_infra_core.insight.series import turn_row
 from agent_infra_core.insight.turns import TurnRecord
 
@@ -192,10 +193,19 @@ def test_long_texts_of_a_trace_are_shortened_and_a_turn_without_a_start_is_passe
     [
         *((0, "0 ms"), (0.42, "0.4 ms"), (340, "340 ms"), (999.6, "1.00 s"), (3214, "3.21 s"), (12_345, "12.3 s")),
         *((59_960, "1 min"), (125_000, "2 min 05 s"), (3_599_600, "1 h"), (11_520_000, "3 h 12 min")),
+        *((86_400_000, "1 d"), (183_600_000, "2 d 3 h")),
     ],
 )
 def test_durations_read_as_on_the_page(ms: float, text: str) -> None:
     assert duration(ms) == text
+    assert dashboard.duration(ms).replace(dashboard.SPACE, " ") == text
+
+
+def test_a_trace_has_the_words_and_colours_of_the_page() -> None:
+    assert PHASES == dashboard.PHASE_MEANINGS
+    colours = re.findall(r"--\w+: light-dark\([^)]*\)", TRACE_STYLE)
+    assert len(colours) == 8
+    assert [colour for colour in colours if colour not in dashboard.COLOURS_CSS] == []
 
 
 def test_a_page_of_a_later_time_leaves_the_rest_out(tmp_path: Path) -> None:
