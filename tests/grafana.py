@@ -15,6 +15,6 @@ def expressions() -> list[str]:
     document: Any = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     found = [target["expr"] for panel in document["panels"] for target in panel["targets"]]
     found += [
-        re.sub(r"label_values\((\w+), \w+\)", r"\1", each["definition"]) for each in document["templating"]["list"][1:]
+        re.sub(r"label_values\((.+), \w+\)", r"\1", each["definition"]) for each in document["templating"]["list"][1:]
     ]
-    return [text.replace("$__rate_interval", "1m").replace("$model", ".*") for text in found]
+    return [re.sub(r"\$(instance|model)", ".*", text.replace("$__rate_interval", "1m")) for text in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,21 @@ def write_run(path: Path) -> None:
             fields["error"] = f"it broke {HOSTILE}"
         file.write(HistoryBatch(deque([TurnRecord(f"t{number}", at, outcome, 200, **fields)])))
     busy, at_slot = ReplicaUse("m-1", "m", "H100", 2, "ready_busy"), int(START // 300) * 300
+    entry = json.loads((Path(__file__).parent / "golden/analysis.json").read_text())[0]
+    of_m = ("m", "H100")
+    analyses = {of_m: json.dumps({**entry, "model": "m", "gpu": "H100", "computed_at": START + 2400}).encode()}
     verdicts = [
-        (START + 60 * minute, "m", "H100", verdict, 0.9, f"It is {verdict}.", "", 4.0 + minute, 360.0 + minute, 6.0)
+        (
+            START + 60 * minute,
+            *of_m,
+            verdict,
+            0.9,
+            f"It is {verdict}.",
+            "",
+            60.0 + 5 * minute,
+            2e4 + 600 * minute,
+            147.0,
+        )
         for minute in range(40)
         for verdict in ["GPU-BOUND" if minute >= 25 else "AGENT-BOUND"]
     ]
@@ -39,5 +53,9 @@ def write_run(path: Path) -> None:
         (START + 5 * step, model, 5.0, 3.0, 1.0, 0.5, 0.8, step % 2) for step in range(1, 480) for model in ("", "m")
     ]
     runs = {"night": Announcement(f"night {HOSTILE}", 100, START + 600)}
-    file.write(HistoryBatch(replica_time={(busy, at_slot): 1800.0}, verdicts=verdicts, gauges=gauges, runs=runs))
+    file.write(
+        HistoryBatch(
+            replica_time={(busy, at_slot): 1800.0}, verdicts=verdicts, analyses=analyses, gauges=gauges, runs=runs
+        )
+    )
     file.close()

@@ -24,7 +24,7 @@ from agent_infra_core.insight.measure import fleet_samples
 from agent_infra_core.insight.metrics import StatsMetrics, TurnMetrics, metrics_text
 from agent_infra_core.insight.replicas import as_mapping
 from agent_infra_core.insight.runs import Announcement, RunBook, announcement
-from agent_infra_core.insight.tracker import Tracker
+from agent_infra_core.insight.tracker import Tracker, encode_stats
 from agent_infra_core.insight.turns import TurnRecord
 from agent_infra_core.protocol import ReplicaRecord, SessionEnded, TurnEvent, TurnFinished, TurnStarted
 from agent_infra_core.settings import Config
@@ -199,6 +199,7 @@ class Bookkeeper:
         self.gpu_hours: Mapping[str, float] = {}  # model → GPU-hours of its replicas; replaced as a whole
         self._told_totals = dict(tracker.totals)
         self._verdicts_due = 0.0
+        self._curves: dict[tuple[str, str], Mapping[str, Any]] = {}  # (model, GPU type) → the entry with the last curve
         self._told_until = 0.0  # points of throughput.history up to this time have been written
         self._analyst = Analyst(tracker, log, config.analysis.latency_goal_s)
         self._metrics = TurnMetrics()
@@ -266,11 +267,18 @@ class Bookkeeper:
                     self._history.add(HistoryBatch(ended={event.session: event.at}))
 
     def _keep_verdicts(self, entries: Sequence[Mapping[str, Any]], now: float) -> None:
-        """Write the verdicts to the history, once a minute."""
+        """Write verdicts and curves to the history, once a minute."""
+        for entry in entries:
+            key, last = (entry["model"], entry["gpu"] or ""), entry["last_verdict"]
+            kept = self._curves.get(key)
+            # An idle fleet's entry doesn't replace the one of its last turns.
+            if entry["curve"] and last and (kept is None or last["at"] > kept["last_verdict"]["at"]):
+                self._curves[key] = entry
         if self._history is None or not entries or now < self._verdicts_due:
             return
         self._verdicts_due = now + VERDICT_INTERVAL_S
-        self._history.add(HistoryBatch(verdicts=[verdict_row(entry, now) for entry in entries]))
+        analyses = {key: encode_stats(entry) for key, entry in self._curves.items()}
+        self._history.add(HistoryBatch(verdicts=[verdict_row(entry, now) for entry in entries], analyses=analyses))
 
     def metrics(self, stats: Mapping[str, Any]) -> bytes:
         """The body of GET /metrics, which includes figures from ``stats``, a /stats document."""
@@ -356,6 +364,8 @@ class Bookkeeper:
             self._tracker.relay_restarted()  # closes the turns that are still open
             self.take()
             self._write_figures()
+            self._verdicts_due = 0.0
+            self._keep_verdicts(self._analyst.document, time.time())
         if self._exporter is not None:
             self._exporter.close()
         if self._history is not None:

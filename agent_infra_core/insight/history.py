@@ -66,6 +66,7 @@ _MIGRATIONS = (
     "CREATE TABLE points (at REAL PRIMARY KEY, figures TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE ended (session TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID",
     summaries.SCHEMA,
+    "CREATE TABLE analyses (model TEXT, gpu TEXT, entry TEXT NOT NULL, PRIMARY KEY (model, gpu)) WITHOUT ROWID",
 )
 TURN_COLUMNS = tuple(item.name for item in dataclasses.fields(TurnRecord))
 _BOOLEAN_COLUMNS = tuple(
@@ -116,6 +117,7 @@ class HistoryBatch:
     totals: dict[str, int] = field(default_factory=dict)  # amounts to add
     replica_time: dict[tuple[ReplicaUse, int], float] = field(default_factory=dict)  # (use, step) → seconds to add
     verdicts: list[tuple[Any, ...]] = field(default_factory=list)  # rows of VERDICT_COLUMNS
+    analyses: dict[tuple[str, str], bytes] = field(default_factory=dict)  # (model, GPU type or "") → entry as JSON
     points: list[dict[str, Any]] = field(default_factory=list)  # of throughput.history; only the latest are kept
     ended: dict[str, float] = field(default_factory=dict)  # session → time its agent ended it
     gauges: list[tuple[Any, ...]] = field(default_factory=list)  # rows of put_gauges()
@@ -133,6 +135,7 @@ class HistoryBatch:
         for key, seconds in later.replica_time.items():
             self.replica_time[key] = self.replica_time.get(key, 0.0) + seconds
         self.verdicts = (self.verdicts + later.verdicts)[-MAX_VERDICTS:]
+        self.analyses.update(later.analyses)
         self.points = (self.points + later.points)[-HISTORY_POINTS:]
         self.ended.update(later.ended)
         self.gauges = (self.gauges + later.gauges)[-HISTORY_BACKLOG_ROWS:]
@@ -157,7 +160,7 @@ class HistoryBatch:
         return dropped
 
     def __bool__(self) -> bool:
-        details = self.posts or self.replica_time or self.verdicts or self.points or self.ended
+        details = self.posts or self.replica_time or self.verdicts or self.analyses or self.points or self.ended
         return bool(self.turns or details or self.gauges or self.runs or self.run_ends or any(self.totals.values()))
 
 
@@ -308,6 +311,8 @@ class HistoryFile:
             self._put(_ADD_TOTAL, [(name, value) for name, value in batch.totals.items() if value])
             self._put(_ADD_REPLICA_TIME, [(*use, at, seconds) for (use, at), seconds in batch.replica_time.items()])
             self._put(_INSERT_VERDICT, batch.verdicts)
+            analyses = [(*key, entry.decode()) for key, entry in batch.analyses.items()]
+            self._put("INSERT OR REPLACE INTO analyses VALUES (?, ?, ?)", analyses)
             points = [(point["at"], json.dumps(point)) for point in batch.points]
             self._put("INSERT OR REPLACE INTO points VALUES (?, ?)", points)
             self._put("INSERT OR REPLACE INTO ended VALUES (?, ?)", list(batch.ended.items()))
@@ -409,6 +414,13 @@ class HistoryFile:
     def totals(self) -> dict[str, int]:
         """The deployment's totals by name, including turns removed since."""
         return dict(self.query("SELECT name, value FROM totals"))
+
+    def analyses(self, since: float) -> list[dict[str, Any]]:
+        """Of each model and GPU type, the entry of ``analysis`` with a curve that had the latest turns, if it is of
+        ``since`` or later.
+        """
+        rows = self.query("SELECT entry FROM analyses ORDER BY model, gpu")
+        return [entry for (text,) in rows for entry in [json.loads(text)] if entry["computed_at"] >= since]
 
     def points(self) -> list[dict[str, Any]]:
         """The latest points of ``throughput.history`` in /stats, oldest first."""

@@ -2,66 +2,36 @@
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from agent_infra_core.host import printable_text
 from agent_infra_core.insight.history import HistoryFile
 from agent_infra_core.insight.report import (
-    REPORT_PARTS,
     Block,
     Heading,
     Report,
     Sentence,
-    Table,
     VerdictSpan,
     at,
+    capacity,
+    count,
+    label,
     words,
 )
-from agent_infra_core.insight.series import SeriesQuery, SessionsQuery, find_sessions, read_series
+from agent_infra_core.insight.report_charts import CHART_CONFIGS, capacity_spec, stages_spec, timeline_spec
+from agent_infra_core.insight.report_traces import LEGEND, MAX_TRACE_TEXT, TRACE_STYLE, escape, waterfall
+from agent_infra_core.insight.series import SeriesQuery, SessionsQuery, SessionTurns, find_sessions, read_series
 
 CHART_POINTS = 600
 LISTED_SESSIONS = 1000
 LISTED_TURNS = 50
 MAX_TEXT = 2000  # characters of a prompt or an answer
-
-# The charts over time: title with unit → series of GET /history.
-PANELS: Mapping[str, Sequence[str]] = {
-    "turns per minute": ("turns_per_minute", "errors_per_minute", "rejected_per_minute", "aborted_per_minute"),
-    "output tokens per second": ("tokens_per_second",),
-    "time to first token, ms": ("ttft_ms_p50", "ttft_ms_p95"),
-    "inter-token latency, ms": ("itl_ms_p50",),
-    "latency of a turn (queue and inference), ms": ("latency_ms_p50", "latency_ms_p95"),
-    "turns in flight and waiting": ("in_flight", "queue"),
-    "KV cache used, prefix cache hits and GPU use, share": ("kv_usage", "hit_rate", "gpu_utilization"),
-    "preemptions": ("preemptions",),
-    "turns by finish reason": (),  # whichever there are
-}
-
-
-def _chart_config(text: str, lines: Sequence[str]) -> dict[str, Any]:
-    return {
-        "background": "transparent",
-        "view": {"stroke": None},
-        "axis": dict.fromkeys(("labelColor", "titleColor", "domainColor", "tickColor"), text) | {"gridColor": "#8884"},
-        "legend": {"labelColor": text, "titleColor": text, "orient": "top", "title": None},
-        "title": {"color": text, "anchor": "start", "fontSize": 12, "fontWeight": "normal"},
-        "rule": {"color": text},
-        "range": {"category": list(lines)},
-    }
-
-
-# The page's colours: text at least 4.5:1 on its background, lines at least 3:1.
-CHART_CONFIGS = {
-    "light": _chart_config("#4f5965", ("#1f5fb4", "#b0448f", "#0b8076", "#7a6a00", "#6d4fc2", "#59626d")),
-    "dark": _chart_config("#b4bcc6", ("#5a96e6", "#e08ac4", "#3fc4b0", "#d2bd4a", "#b39df0", "#98a2ad")),
-}
-_CHART = {
-    "$schema": "https://vega.github.io/schema/vega-lite/v6.json",  # a name; nothing is loaded from there
-    "config": CHART_CONFIGS["light"],  # the page sets the one of the reader's scheme
-}
+TRACED_SESSIONS = 10  # of each kind: with turns that failed, and with the slowest turns
+TRACED_TURNS = 100  # of one session, the latest
+MEASURED_MINUTES = 2000
+FAILED = "outcome IN ('error', 'cut', 'rejected')"
+COMPLETED, SLOWEST = "outcome = 'completed'", "queue_ms + inference_ms"
 
 
 class HtmlReport:
@@ -84,21 +54,20 @@ class HtmlReport:
             hint = "<p>Drag to move, scroll to zoom: all charts follow.</p>"
             overview += ['<div id="over-time"></div>', hint, _blocks(report.throughput())]
             sessions, turns = self._sessions(), self._turns()
-            if rows := self._operating():
-                specs["capacity"] = capacity_spec(rows)
-                analysis.append('<div id="capacity"></div>')
-            analysis += ['<div id="stages"></div>', _blocks(report.durations()), _blocks(report.waste())]
+            analysis += self._capacity(specs)
+            analysis += [_blocks(report.durations()), '<div id="stages"></div>', _blocks(report.waste())]
         parts = {
             "Overview": "\n".join(overview),
             "Sessions": sessions,
             "Turns": turns,
+            "Traces": self._traces(),
             "Analysis": "\n".join(analysis),
             "Replicas": _blocks(report.replica_time()),
         }
         sections = {title: _section(title, body) for title, body in parts.items() if body}
         return _PAGE.format(
-            title=_escape(report.title),
-            style=_STYLE,
+            title=escape(report.title),
+            style=_STYLE + TRACE_STYLE,
             body="\n".join(sections.values()),
             links="".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections),
             # JSON inside a script element: nothing in it may end the element.
@@ -128,11 +97,10 @@ class HtmlReport:
             for row in found["sessions"]
         ]
         listed = f"showing the {len(rows):,} most recent of " if found["total"] > len(rows) else ""
-        return f"<p>{listed}{_count(found['total'], 'session')}</p>{_table(heads, rows, is_searchable=True)}"
+        return f"<p>{listed}{count(found['total'], 'session')}</p>{_table(heads, rows, is_searchable=True)}"
 
     def _turns(self) -> str:
-        failed = self._listed("outcome IN ('error', 'cut', 'rejected')", "id DESC")
-        slow = self._listed("outcome = 'completed'", "queue_ms + inference_ms DESC")
+        failed, slow = self._listed(FAILED, "id"), self._listed(COMPLETED, SLOWEST)
         heads = ("at", "session", "outcome", "status", "replica", "queue s", "first token s", "inference s")
         columns = (*heads, "error", "prompt", "answer")
         parts = ["<h3>The last that failed or were refused</h3>", _table(columns, failed)] if failed else []
@@ -142,7 +110,7 @@ class HtmlReport:
         query = (
             "SELECT finished_at, session, outcome, status, backend, queue_ms / 1000, ttft_ms / 1000, "
             "inference_ms / 1000, error, prompt, answer "
-            f"FROM turns WHERE finished_at >= ? AND {where} ORDER BY {order} LIMIT {LISTED_TURNS}"
+            f"FROM turns WHERE finished_at >= ? AND {where} ORDER BY {order} DESC LIMIT {LISTED_TURNS}"
         )
         rows = self._file.query(query, self._since)
         return [
@@ -151,161 +119,57 @@ class HtmlReport:
             for texts in [(error, prompt, answer)]
         ]
 
-    def _operating(self) -> list[dict[str, Any]]:
-        """Agents, throughput and verdict of each minute for which the analysis had them."""
-        names = ("model", "verdict", "agents", "turns_per_hour", "suggested_agents")
+    def _traces(self) -> str:
+        """The sessions that the two lists of turns begin with, as waterfalls."""
+        names = dict.fromkeys([*self._traced(FAILED, "max(id)"), *self._traced(COMPLETED, f"max({SLOWEST})")])
+        if not names:
+            return ""
+        hint = (
+            f"The {TRACED_SESSIONS} sessions that failed last and the {TRACED_SESSIONS} with the slowest turns: the "
+            f"last {TRACED_TURNS} turns of each, with up to {MAX_TRACE_TEXT} characters of prompts and answers."
+        )
+        traces: list[str] = []
+        for name in names:
+            turns = SessionTurns(TRACED_TURNS, None)
+            turns.add(self._file.turns(session=name, since=self._since))
+            rows = turns.latest_first()
+            failures = sum(row["outcome"] not in ("completed", "aborted") for row in rows)
+            facts = [count(turns.count, "turn"), f"{failures} failed" if failures else "", rows[0]["model"] or ""]
+            title = escape(" · ".join(filter(None, (name, *facts))))
+            is_open = " open" * (not traces)
+            traces.append(f'<details class="trace"{is_open}><summary>{title}</summary>{waterfall(rows)}</details>')
+        return f'<p>{hint}</p><ul class="legend">{LEGEND}</ul>{"".join(traces)}'
+
+    def _traced(self, where: str, order: str) -> list[str]:
         rows = self._file.query(
-            f"SELECT CAST(at * 1000 AS INTEGER), {', '.join(names)} FROM verdicts "
-            "WHERE at >= ? AND agents IS NOT NULL AND turns_per_hour IS NOT NULL ORDER BY id DESC LIMIT 2000",
+            f"SELECT session FROM turns WHERE finished_at >= ? AND session IS NOT NULL AND {where} "
+            f"GROUP BY session ORDER BY {order} DESC LIMIT {TRACED_SESSIONS}",
             self._since,
         )
-        return [dict(zip(("at", *names), row, strict=True)) for row in rows]
+        return [name for (name,) in rows]
 
-
-def timeline_spec(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A Vega-Lite specification of all charts over time, which zoom together, from the body of GET /history."""
-    series = document["series"]
-    reasons = [name for name in series if name.startswith("finish_reasons.")]
-    panels = {title: [name for name in names or reasons if name in series] for title, names in PANELS.items()}
-    panels = {title: names for title, names in panels.items() if any(_has_figures(series[name]) for name in names)}
-    times = [at_s * 1000 for at_s in series["at"]]
-    charts = [_panel(title, {_label(name): series[name] for name in names}, times) for title, names in panels.items()]
-    runs = [{"at": run["from"] * 1000, "run": run["name"]} for run in document["runs"]]
-    if runs and charts:
-        charts[0]["layer"].append(
-            {
-                "data": {"values": runs},
-                "mark": {"type": "rule", "strokeDash": [4, 4], "strokeWidth": 1.5, "clip": True},
-                "encoding": {"x": {"field": "at", "type": "temporal"}, "tooltip": {"field": "run", "title": "run"}},
-            }
+    def _capacity(self, specs: dict[str, Any]) -> list[str]:
+        """For each model and GPU type what the analysis says, and a chart, whose specification goes into ``specs``."""
+        entries = {(entry["model"], entry["gpu"]): entry for entry in self._report.analyses()}
+        minutes: dict[tuple[str, str | None], list[dict[str, Any]]] = {key: [] for key in entries}
+        rows = self._file.query(
+            "SELECT model, gpu, CAST(at * 1000 AS INTEGER), verdict, agents, turns_per_hour FROM verdicts WHERE "
+            f"at >= ? AND agents IS NOT NULL AND turns_per_hour IS NOT NULL ORDER BY id DESC LIMIT {MEASURED_MINUTES}",
+            self._since,
         )
-    return {
-        **_CHART,
-        "params": [
-            {
-                "name": "zoom",
-                "select": {"type": "interval", "encodings": ["x"]},
-                "bind": "scales",
-                "views": list(panels),  # not the layer with the runs
-            }
-        ],
-        "vconcat": charts,
-        "spacing": 18,
-        "resolve": {"scale": {"x": "shared", "color": "independent"}},
-    }
-
-
-def _label(name: str) -> str:
-    """``ttft_ms_p50`` → ``ttft p50``; the unit is in the title."""
-    return name.removeprefix("finish_reasons.").replace("_ms", "").replace("_per_minute", "").replace("_", " ")
-
-
-def _has_figures(values: Iterable[float | None]) -> bool:
-    return any(value is not None for value in values)
-
-
-def _panel(title: str, series: Mapping[str, Sequence[float | None]], times: Sequence[int]) -> dict[str, Any]:
-    """One chart over time: figures are of whole steps, and nothing is drawn where there are none.
-
-    Names are data, never fields: a finish reason may be any text.
-    """
-    names = list(series)
-    rows = [
-        {"at": moment, "name": name, "value": value}
-        for name, values in series.items()
-        for moment, value in zip(times, values, strict=True)
-    ]
-    return {
-        "title": title,
-        "height": 110,
-        "data": {"values": rows},
-        "layer": [
-            {
-                "name": title,
-                "mark": {
-                    "type": "line",
-                    "interpolate": "step-after",
-                    "strokeWidth": 1.5,
-                    "clip": True,
-                    "tooltip": True,
-                },
-                "encoding": {
-                    "x": {"field": "at", "type": "temporal", "axis": {"title": None, "grid": False}},
-                    "y": {"field": "value", "type": "quantitative", "axis": {"title": None, "tickCount": 3}},
-                    "color": {
-                        "field": "name",
-                        "type": "nominal",
-                        "scale": {"domain": names},
-                        **({"legend": None} if len(names) == 1 else {}),
-                    },
-                },
-            }
-        ],
-    }
-
-
-def stages_spec(durations: Sequence[Block]) -> dict[str, Any]:
-    """A Vega-Lite specification of where the time of a turn went, from Report.durations()."""
-    [table] = [block for block in durations if isinstance(block, Table)]
-    names = {f"{part}: {meaning}": meaning for part, meaning in REPORT_PARTS.items()}
-    rows = [
-        {"stage": names.get(row[0], row[0]), "statistic": statistic, "seconds": row[column]}
-        for row in table.rows
-        for column, statistic in ((2, "mean"), (5, "p95"))
-    ]
-    return {
-        **_CHART,
-        "data": {"values": rows},
-        "height": {"step": 14},
-        "mark": {"type": "bar", "tooltip": True},
-        "encoding": {
-            "y": {"field": "stage", "type": "nominal", "sort": None, "axis": {"title": None, "labelLimit": 240}},
-            "yOffset": {"field": "statistic", "sort": None},
-            "x": {"field": "seconds", "type": "quantitative", "axis": {"title": "seconds", "tickCount": 6}},
-            "color": {"field": "statistic", "scale": {"domain": ["mean", "p95"]}},
-        },
-    }
-
-
-def capacity_spec(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A Vega-Lite specification of agents against throughput, minute by minute, with the latest suggestion."""
-    suggested = [row for row in rows[:1] if row["suggested_agents"] is not None]
-    points = {
-        "mark": {"type": "point", "filled": True, "size": 40, "opacity": 0.7, "tooltip": {"content": "data"}},
-        "encoding": {
-            "x": {"field": "agents", "type": "quantitative", "axis": {"title": "agents in parallel", "tickCount": 6}},
-            "y": {
-                "field": "turns_per_hour",
-                "type": "quantitative",
-                "axis": {"title": "turns per hour", "tickCount": 5},
-            },
-            "color": {"field": "verdict", "type": "nominal"},
-            "shape": {"field": "model", "type": "nominal"},
-        },
-    }
-    rule = {
-        "data": {"values": [dict(row) for row in suggested]},
-        "mark": {"type": "rule", "strokeDash": [4, 4], "strokeWidth": 1.5},
-        "encoding": {
-            "x": {"field": "suggested_agents", "type": "quantitative"},
-            "tooltip": {"field": "suggested_agents", "title": "suggested agents"},
-        },
-    }
-    return {
-        **_CHART,
-        "title": "agents and throughput, minute by minute; dashed: the agents suggested last",
-        "data": {"values": [dict(row) for row in rows]},
-        "height": 240,
-        "layer": [points, rule] if suggested else [points],
-    }
-
-
-def _escape(value: object) -> str:
-    return html.escape(printable_text(str(value)))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+        for model, gpu, *figures in rows:
+            row = dict(zip(("at", "verdict", "agents", "turns_per_hour"), figures, strict=True))
+            minutes.setdefault((model, gpu), []).append(row)
+        parts = []
+        for number, (key, measured) in enumerate(minutes.items()):
+            entry, place = entries.get(key), f"capacity-{number}"
+            specs[place] = capacity_spec(entry, measured)
+            without: list[Block] = [
+                Heading(f"Capacity of {label(*key)}"),
+                Sentence("No curve: too little is known to predict throughput."),
+            ]
+            parts += [_blocks(capacity(entry) if entry else without), f'<div id="{place}"></div>']
+        return parts
 
 
 def _section(title: str, body: str) -> str:
@@ -316,12 +180,12 @@ def _blocks(blocks: Iterable[Block]) -> str:
     parts = []
     for block in blocks:
         if isinstance(block, Heading):
-            parts.append(f"<h3>{_escape(block.text)}</h3>" if block.level > 1 else "")
+            parts.append(f"<h3>{escape(block.text)}</h3>" if block.level > 1 else "")
         elif isinstance(block, Sentence):
-            parts.append(f"<p>{_escape(block.text)}</p>")
+            parts.append(f"<p>{escape(block.text)}</p>")
         elif isinstance(block, VerdictSpan):
-            told = f"{_escape(block.where)}: <strong>{_escape(block.verdict)}</strong>{_escape(block.rest)}"
-            parts.append(f'<p class="verdict">{told}. {_escape(block.sentence)}</p>')
+            told = f"{escape(block.where)}: <strong>{escape(block.verdict)}</strong>{escape(block.rest)}"
+            parts.append(f'<p class="verdict">{told}. {escape(block.sentence)}</p>')
         else:
             parts.append(_table(block.heads, block.rows, first_figure=1))
     return "\n".join(parts)
@@ -334,7 +198,7 @@ def _table(
 
     Columns from ``first_figure`` on are figures, even if they come as text.
     """
-    head = "".join(f'<th scope="col"><button>{_escape(name)}</button></th>' for name in heads)
+    head = "".join(f'<th scope="col"><button>{escape(name)}</button></th>' for name in heads)
     last_text = len(heads) if first_figure is None else first_figure
     cells = ("".join(_cell(value, number >= last_text) for number, value in enumerate(row)) for row in rows)
     body = "".join(f"<tr>{row}</tr>" for row in cells)
@@ -344,11 +208,11 @@ def _table(
 
 def _cell(value: Any, is_figure: bool) -> str:
     if isinstance(value, (int, float)):
-        return f'<td class="figure" data-value="{value!r}">{_escape(words(value))}</td>'
+        return f'<td class="figure" data-value="{value!r}">{escape(words(value))}</td>'
     text = words(value) if value is None else str(value)
     if len(text) <= 60 and "\n" not in text:
-        return f"<td{' class=figure' * is_figure}>{_escape(text)}</td>"
-    short, whole = _escape(" ".join(text[:60].split())), "\n".join(map(_escape, text.split("\n")))
+        return f"<td{' class=figure' * is_figure}>{escape(text)}</td>"
+    short, whole = escape(" ".join(text[:60].split())), "\n".join(map(escape, text.split("\n")))
     return f"<td><details><summary>{short} …</summary><pre>{whole}</pre></details></td>"
 
 

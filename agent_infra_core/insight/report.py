@@ -6,15 +6,17 @@ import collections
 import math
 import re
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from agent_infra_core.insight.capacity import Basis, Estimate, change_in_words, percent
 from agent_infra_core.insight.export import read_history
 from agent_infra_core.insight.gpu_hours import OCCUPYING_STATES, grouped, hours_by_state
 from agent_infra_core.insight.history import VERDICT_COLUMNS, HistoryFile, history_path, ratio
 from agent_infra_core.insight.turns import in_seconds
+from agent_infra_core.insight.verdict import sure_in_words
 from agent_infra_core.insight.waste import KEPT_PREFILLS, TurnTime, gpu_time
 
 REPORT_PARTS = {
@@ -138,7 +140,7 @@ class Report:
 
     def text(self) -> str:
         """The whole report, as Markdown."""
-        parts = [self.summary(), self.replica_time(), self.verdicts()]
+        parts = [self.summary(), self.replica_time(), self.verdicts(), *map(capacity, self.analyses())]
         if self.turns:
             parts[1:1] = [self.throughput(), self.durations()]
             parts.append(self.waste())
@@ -247,12 +249,16 @@ class Report:
             return []
         lines: list[Block] = [Heading("Verdict over time")]
         for span in spans[-REPORT_VERDICTS:]:
-            sure = f", {span['confidence']:.0%} sure" if span["confidence"] is not None else ""
+            sure = f", {sure_in_words(span['confidence'])}" if span["confidence"] is not None else ""
             flags = f" [{span['flags']}]" if span["flags"] else ""
             where = f"{span['model']} ({span['gpu']})" if span["gpu"] else span["model"]
             when = f"{at(span['at'])}–{at(span['until'], '%H:%M')}"
             lines.append(VerdictSpan(f"{when} {where}", span["verdict"], flags + sure, words(span["sentence"])))
         return lines
+
+    def analyses(self) -> list[dict[str, Any]]:
+        """The entries of ``analysis`` in /stats with the last fitted curve, one for each model and GPU type."""
+        return self._file.analyses(self._since)
 
     def waste(self) -> list[Block]:
         in_vain = "outcome IN ('aborted', 'cut', 'error')"
@@ -313,3 +319,93 @@ def _rate(amount: float | None, seconds: float) -> float | None:
 def _share(part: float | None, whole: float | None) -> str | None:
     share = ratio(part, whole)
     return None if share is None else f"{share:.1%}"
+
+
+_SHARES = {"agent": "think time of the agents", "base_latency": "unloaded latency", "contention": "contention for GPUs"}
+LIMITS = {"knee_agents": "knee", "kv_agents": "KV cache full", "utilisation_agents": "70 % utilisation"}
+_OPTIONS = {
+    "utilisation": "70 % utilisation",
+    "knee": "the knee: more would mostly wait",
+    "efficient": "most throughput for its wait",
+    "latency_goal": "the latency goal",
+}
+
+
+def capacity(entry: Mapping[str, Any]) -> list[Block]:
+    """What an entry of ``analysis`` says: limits, loads with their price, what-ifs, and what it is based on."""
+    suggestion, operating = entry["suggestion"], entry["operating"]
+    shares = {text: _estimate(entry["verdict"]["shares"][name]) for name, text in _SHARES.items()}
+    known = [(text, *_share_and_interval(share)) for text, share in shares.items() if share.value is not None]
+    limits = [(text, told(entry["limits"][name]) or entry["limits"][name]["reason"]) for name, text in LIMITS.items()]
+    measured = {"name": "measured", "agents": operating["agents"], **suggestion["now"], "change": None}
+    suggested = {"name": "suggested", "agents": suggestion["agents"], **suggestion["then"]}
+    loads = [
+        (
+            *(_OPTIONS.get(row["name"], row["name"]), told(row["agents"]), row["turns_per_hour"]["value"]),
+            *((row["change"] and change_in_words(_estimate(row["change"]))) or None, told(row["wait_s"])),
+        )
+        for row in (measured, suggested, *suggestion["options"])
+        if told(row["agents"]) is not None
+    ]
+    what_ifs = [
+        (row["name"], row["turns_per_hour"]["value"], *_change_and_interval(_estimate(row["change"])))
+        for row in entry["what_ifs"]
+    ]
+    return [
+        Heading(f"Capacity of {label(entry['model'], entry['gpu'])}"),
+        Sentence(f"{at(entry['computed_at'])}, {count(entry['replicas'], 'replica')}. {entry['verdict']['sentence']}"),
+        Sentence(suggestion["sentence"]),
+        *([Table(("throughput is limited by", "share", "interval"), known)] if known else []),
+        Table(("limit", "agents"), limits),
+        Table(("agents", "number", "turns/h", "change", "wait per turn, s"), loads),
+        Table(("what if", "turns/h", "change", "interval"), what_ifs),
+        Sentence(_basis(entry)),
+    ]
+
+
+def label(model: str, gpu: str | None) -> str:
+    """The name of an entry of ``analysis``."""
+    return f"{model} on {gpu}" if gpu else model
+
+
+def told(value: Mapping[str, Any]) -> str | None:
+    """``147 (135 to 159)``, or the interval alone; None if nothing is known."""
+    span = f"{words(value['low'])} to {words(value['high'])}" if value["low"] is not None else None
+    if value["value"] is None:
+        return span
+    return words(value["value"]) + (f" ({span})" if span and value["low"] != value["high"] else "")
+
+
+def _estimate(value: Mapping[str, Any]) -> Estimate:
+    return Estimate(**{**value, "basis": Basis(**value["basis"])})
+
+
+def _share_and_interval(share: Estimate) -> tuple[str, str | None]:
+    interval = None if share.low is None or share.high is None else f"{100 * share.low:.0f} to {percent(share.high)}"
+    return percent(share.value or 0.0), interval
+
+
+def _change_and_interval(change: Estimate) -> tuple[str | None, str | None]:
+    interval = change_in_words(replace(change, value=None)) or change.reason
+    return (change_in_words(change) or None) if change.value is not None else None, interval
+
+
+def count(number: int, noun: str) -> str:
+    """``1 turn``, ``1,200 turns``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _basis(entry: Mapping[str, Any]) -> str:
+    """What the model was fitted to, and whether the fit holds."""
+    fit, operating, law = entry["fit"], entry["operating"], entry["littles_law"]
+    basis = operating["turns_per_hour"]["basis"]
+    sentences = [
+        f"A turn takes {told(fit['base_latency_s']) or '–'} s alone and {told(fit['per_request_s']) or '–'} s more for "
+        f"each turn in flight on its replica; agents think for {told(fit['think_s']) or '–'} s."
+    ]
+    if law["error"] is not None:
+        sentences.append(
+            f"Little's law {'holds' if law['holds'] else 'does not hold'}: {words(law['agents_sampled'])} agents seen, "
+            f"{words(law['agents_computed'])} computed."
+        )
+    return " ".join([*sentences, f"From {count(basis['turns'], 'turn')} in {basis['window_s']:,.0f} s."])

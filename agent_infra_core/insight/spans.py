@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any
 
 from agent_infra_core.insight.turns import TurnRecord, in_seconds
@@ -43,23 +44,25 @@ def turn_span(record: TurnRecord, deployment: str, provider: str, has_text: bool
         "gen_ai.agent.id": record.client,
         "gen_ai.request.model": record.model,
         "gen_ai.request.stream": record.stream,
-        "gen_ai.response.id": record.turn,
         "gen_ai.response.finish_reasons": [record.finish_reason] if record.finish_reason else None,
         "gen_ai.response.time_to_first_chunk": in_seconds(record.ttft_ms) if record.stream else None,
         "gen_ai.usage.input_tokens": record.prompt_tokens,
         "gen_ai.usage.output_tokens": record.completion_tokens,
         "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
         "http.response.status_code": record.status or None,
-        "error.type": None if record.outcome == "completed" else record.outcome,
+        "error.type": _error_type(record),
         "agent_infra.deployment": deployment,
+        "agent_infra.turn": record.turn,
         "agent_infra.outcome": record.outcome,
         "agent_infra.replica": record.backend,
         "agent_infra.task": record.task,
         "agent_infra.retries": record.retries,
         "agent_infra.cache_miss": record.cache_miss,
+        "agent_infra.tokens_estimated": record.tokens_estimated or None,
         "agent_infra.expected_cached_tokens": record.expected_cached_tokens,
         **{f"agent_infra.{name}": getattr(record, name) for name in ("think_ms", "queue_ms", "held_ms", "retry_ms")},
-        **(_messages(record) if has_text else {}),
+        **_for_langfuse(record),
+        **(_texts(record, operation) if has_text else {}),
     }
     started_at = record.finished_at if record.started_at is None else record.started_at
     return Span(
@@ -73,15 +76,48 @@ def turn_span(record: TurnRecord, deployment: str, provider: str, has_text: bool
     )
 
 
-def _messages(record: TurnRecord) -> dict[str, str | None]:
-    def text(role: str, content: str, **more: str) -> str:
+def _error_type(record: TurnRecord) -> str | None:
+    """The status of an error answer, otherwise what became of the turn."""
+    if record.outcome in ("error", "rejected") and record.status >= 400:
+        return str(record.status)
+    return None if record.outcome == "completed" else record.outcome
+
+
+def _for_langfuse(record: TurnRecord) -> Mapping[str, str | None]:
+    """What Langfuse doesn't read from the conventions: when the first token came, and that cached tokens are input
+    tokens, which it would add to them.
+    """
+    usage = first_at = None
+    if record.prompt_tokens is not None and record.completion_tokens is not None:
+        cached = min(record.cached_tokens or 0, record.prompt_tokens)
+        tokens = {"input": record.prompt_tokens - cached, "input_cached_tokens": cached}
+        tokens |= {"output": record.completion_tokens, "total": record.prompt_tokens + record.completion_tokens}
+        usage = json.dumps(tokens)
+    if record.stream and record.started_at is not None and record.ttft_ms is not None:
+        at = record.started_at + ((record.queue_ms or 0.0) + record.ttft_ms) / 1000
+        first_at = datetime.fromtimestamp(at, timezone.utc).isoformat(timespec="milliseconds")
+    return {
+        "langfuse.observation.usage_details": usage,
+        "langfuse.observation.completion_start_time": first_at,
+    }
+
+
+def _texts(record: TurnRecord, operation: str) -> Mapping[str, str | None]:
+    """Prompt and answer, as messages and as OpenInference's plain values: Phoenix lists and searches only these."""
+
+    def message(role: str, content: str, **more: str) -> str:
         return json.dumps([{"role": role, "parts": [{"type": "text", "content": content}], **more}], ensure_ascii=False)
 
+    texts = {"input": record.prompt, "output": record.answer}
+    told = {f"{name}.value": text for name, text in texts.items() if text}
+    told |= {f"{name}.mime_type": "text/plain" for name, text in texts.items() if text}
+    if operation == "embeddings":  # they have no messages
+        return told
+    reason = record.finish_reason or ("unknown" if record.outcome == "completed" else "error")
     return {
-        "gen_ai.input.messages": text("user", record.prompt) if record.prompt else None,
-        "gen_ai.output.messages": (
-            text("assistant", record.answer, finish_reason=record.finish_reason or "") if record.answer else None
-        ),
+        **told,
+        "gen_ai.input.messages": message("user", record.prompt) if record.prompt else None,
+        "gen_ai.output.messages": message("assistant", record.answer, finish_reason=reason) if record.answer else None,
     }
 
 

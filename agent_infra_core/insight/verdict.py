@@ -52,11 +52,15 @@ def judge(outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]], before: str |
     return {"name": name, "confidence": round(confidence, 3), "sentence": sentence, "reason": None, "shares": shares}
 
 
+def sure_in_words(confidence: float) -> str:
+    return "over 99 % sure" if confidence > 0.99 else f"{math.floor(100 * confidence)} % sure"
+
+
 def verdict_sentence(
     name: str, confidence: float, shares: Sequence[float], outlook: Outlook, what_ifs: Sequence[Mapping[str, Any]]
 ) -> str:
     """The verdict as text for researchers: what limits the run, and the effect of each change."""
-    sure = "over 99 % sure" if confidence > 0.99 else f"{math.floor(100 * confidence)} % sure"
+    sure = sure_in_words(confidence)
     replica, observing, more, _ = what_ifs
     model, agents = outlook.model, outlook.agents
     if name == "GPU-BOUND":

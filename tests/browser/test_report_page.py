@@ -14,7 +14,7 @@ from patience import PATIENCE_S
 from program import MODULE, wait_for
 from recorded_run import HOSTILE, write_run
 
-CHARTS_S = 30.0
+CHARTS_S = PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def opened(chromium: Any, page_file: Path) -> Iterator[tuple[Any, list[str]]]:
     )
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.on("console", lambda message: troubles.append(message.text))
-    page.goto(page_file.as_uri())
+    page.goto(page_file.as_uri(), timeout=1000 * CHARTS_S)
     page.wait_for_selector("#stages svg", timeout=1000 * CHARTS_S)
     page.wait_for_selector("#over-time svg", timeout=1000 * CHARTS_S)
     yield page, troubles
@@ -50,7 +50,7 @@ def opened(chromium: Any, page_file: Path) -> Iterator[tuple[Any, list[str]]]:
 
 def test_it_opens_offline_with_all_charts_and_runs_nothing_that_an_agent_wrote(opened: tuple[Any, list[str]]) -> None:
     page, troubles = opened
-    page.wait_for_selector("#capacity svg", timeout=1000 * CHARTS_S)
+    page.wait_for_selector("#capacity-0 svg", timeout=1000 * CHARTS_S)
     assert page.evaluate("window.hacked === undefined")
     lines = page.locator("#over-time svg .mark-line path")
     wait_for(lambda: lines.count() >= 9, "the lines of all charts over time", CHARTS_S)
@@ -72,3 +72,37 @@ def test_sessions_are_searched_and_sorted_and_a_prompt_is_read(opened: tuple[Any
     prompt = slowest.locator("details").nth(1)
     prompt.locator("summary").click()
     assert prompt.locator("pre").inner_text() == f"q239 {HOSTILE}"
+
+
+def test_the_fitted_curve_has_its_limits_and_what_was_measured(opened: tuple[Any, list[str]]) -> None:
+    page, _ = opened
+    chart = page.locator("#capacity-0 svg")
+    words = chart.locator("text").all_text_contents()
+    assert {"knee 181", "suggested 147", "predicted, with its interval", "measured, each minute"} <= set(words)
+    assert chart.locator(".mark-symbol.role-mark path").count() == 41  # minutes, and the diamond
+    assert chart.locator(".mark-area path").count() == 1
+    assert "+1 replica" in page.locator("#analysis").inner_text()
+
+
+def test_a_trace_shows_where_the_time_of_its_turns_went_and_opens_a_prompt(opened: tuple[Any, list[str]]) -> None:
+    page, troubles = opened
+    traces = page.locator("#traces .trace")
+    assert traces.count() == 3
+    rows = traces.first.locator(".row:visible")
+    assert rows.count() == 80
+    assert traces.nth(1).locator(".row:visible").count() == 0
+    failed = rows.filter(has_text="error").last
+    assert failed.locator(".lane span").evaluate_all("bars => bars.map(bar => bar.className)") == [
+        *("think", "queued", "prefill", "decode")
+    ]
+    axis = traces.first.locator(".axis > div").bounding_box()
+    boxes = [bar.bounding_box() for bar in rows.last.locator(".lane span").all()]
+    assert all(axis["x"] - 3 <= box["x"] <= axis["x"] + axis["width"] + 3 for box in boxes)
+    failed.click()
+    opened_turn = failed.locator("xpath=..")
+    texts = opened_turn.locator("pre:visible").all_inner_texts()
+    assert texts[0] == f"it broke {HOSTILE}"
+    assert texts[1].endswith(HOSTILE)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("window.hacked === undefined")
+    assert troubles == []

@@ -373,22 +373,22 @@ def test_the_documented_limits_are_those_of_the_code() -> None:
         "a request's head": f"{heads.MAX_HEAD_BYTES >> 10} KB; {connection.HEAD_S:g} s from first to last byte",
         "a body": f"`max_body_mb`; {connection.BODY_S:g} s without a byte",
         "a body of anything but inference": f"{turn.APP_BODY_BYTES >> 10} KB",
-        f"values in a JSON body of more than {bodies.HEAVY_BODY_BYTES >> 20} MB": f"{bodies.MAX_SKIPPED_VALUES:,}",
+        f"JSON values in a body larger than {bodies.HEAVY_BODY_BYTES >> 20} MB": f"{bodies.MAX_SKIPPED_VALUES:,}",
         "all bodies that may still be sent": (
             f"`max_buffered_mb`, of which one client may hold {connection.CLIENT_SHARE * 100:g} %"
         ),
         "time for replicas that answer 429 or 503": (
-            f"{admission.PATIENCE_WITH_BUSY_S:g} s; at once where they ask for more"
+            f"{admission.PATIENCE_WITH_BUSY_S:g} s; none if their `Retry-After` is longer"
         ),
         "a connection without a request that was let pass": f"{connection.STRANGER_S:g} s",
         "a connection between two requests": f"{connection.IDLE_CLIENT_S:g} s",
         "a replica's head": f"{heads.MAX_HEAD_BYTES >> 10} KB",
-        "a plain answer kept for a retry": f"{turn.BUFFERED_ANSWER_BYTES >> 20} MB",
+        "a non-streaming answer kept for a retry": f"{turn.BUFFERED_ANSWER_BYTES >> 20} MB",
         "a body whose conversation is followed": (
             f"{events.MAX_TRACED_BYTES >> 20} MB and {bodies.MAX_READ_VALUES:,} values"
         ),
         "requests sent again": f"{book.RETRY_SHARE * 100:g} % of all, and {book.RETRY_FLOOR:g} more at the start",
-        "a plain answer that is read for the statistics": f"{turn.DIGESTED_ANSWER_BYTES >> 20} MB",
+        "a non-streaming answer that is read for the statistics": f"{turn.DIGESTED_ANSWER_BYTES >> 20} MB",
         "an event of a stream that is read": f"{events.MAX_HELD_EVENT_BYTES >> 20} MB",
         "an answer whose conversation is followed": f"{events.MAX_TRACED_BYTES >> 20} MB",
         "answers of `/v1/responses` whose replica is known": f"{sessions.HELD_RESPONSES:,}",
@@ -402,7 +402,7 @@ def test_the_documented_limits_are_those_of_the_code() -> None:
         "time for the controller to answer": (
             f"{agent_infra.QUESTION_S:g} s; {protocol.HISTORY_QUESTION_S:g} s for the history"
         ),
-        "questions about the history that wait": f"{reader.MAX_QUESTIONS}",
+        "waiting questions about the history": f"{reader.MAX_QUESTIONS}",
         "tasks of a run": f"{protocol.MAX_RUN_TASKS:,}",
         "names of sessions, tasks and clients": f"{requests.MAX_NAME} characters",
         "refusals in the log": f"{server.REFUSALS_LOGGED_A_SECOND} a second",

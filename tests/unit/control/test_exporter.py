@@ -6,6 +6,8 @@ import json
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
 
 import pytest
 from otlp_receiver import attributes, otlp_receiver
@@ -111,6 +113,10 @@ def test_a_receiver_decodes_a_trace_of_a_session_with_a_span_of_each_turn(said: 
     assert json.loads(told["gen_ai.input.messages"]) == [
         {"role": "user", "parts": [{"type": "text", "content": "Which one?"}]}
     ]
+    assert (told["input.value"], told["output.value"], told["output.mime_type"]) == (
+        *("Which one?", "The blue one."),
+        "text/plain",
+    )
     assert (second.status.code, second.status.message) == (2, "it died")
     assert attributes(second)["error.type"] == "cut"
     assert receiver.resources[0]["service.name"] == "agent-infra"
@@ -121,7 +127,44 @@ def test_a_receiver_decodes_a_trace_of_a_session_with_a_span_of_each_turn(said: 
 def test_prompts_and_answers_stay_here_unless_asked_for() -> None:
     told = span_maker("default", {}, False)(TURN).attributes
     assert not {name for name in told if "messages" in name}
+    assert not {name for name in told if name.startswith(("input.", "output."))}
     assert "Which one?" not in str(told)
+
+
+def test_an_embedding_has_its_text_and_no_messages() -> None:
+    told = span_maker("default", {}, True)(replace(TURN, path="/v1/embeddings", answer="")).attributes
+    assert told["input.value"] == "Which one?"
+    assert not {name for name in told if "messages" in name or name.startswith("output.")}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "status", "error"),
+    [
+        ("error", 400, "400"),
+        ("rejected", 429, "429"),
+        ("error", 0, "error"),
+        ("cut", 200, "cut"),
+        ("aborted", 0, "aborted"),
+    ],
+)
+def test_an_error_has_the_type_that_tells_it_from_others(outcome: str, status: int, error: str) -> None:
+    made = span_maker("default", {}, True)(replace(TURN, outcome=outcome, status=status, finish_reason=None))
+    assert (made.attributes["error.type"], made.error) == (error, outcome)
+    assert json.loads(made.attributes["gen_ai.output.messages"])[0]["finish_reason"] == "error"
+
+
+def test_langfuse_gets_the_first_token_and_counts_cached_tokens_once() -> None:
+    told = span_maker("default", {}, False)(TURN).attributes
+    assert json.loads(told["langfuse.observation.usage_details"]) == {
+        "input": 100,
+        "input_cached_tokens": 900,
+        "output": 50,
+        "total": 1050,
+    }
+    first_at = datetime.fromisoformat(told["langfuse.observation.completion_start_time"])
+    assert first_at.timestamp() == pytest.approx(START + 0.2625, abs=0.001)
+    unknown = span_maker("default", {}, False)(TurnRecord("t", START, "error", 500)).attributes
+    assert not {name for name in unknown if name.startswith("langfuse.")}
 
 
 def test_attributes_follow_the_semantic_conventions() -> None:

@@ -853,6 +853,25 @@ def test_a_verdict_is_kept_with_its_figures(path: Path) -> None:
     ]
 
 
+def test_the_curve_of_the_last_turns_is_kept_and_an_idle_fleets_entry_does_not_replace_it(tmp_path: Path) -> None:
+    entry = json.loads((Path(agent_infra.__file__).parent / "tests/golden/analysis.json").read_text())[0]
+    busy, last, idle, without = (json.loads(json.dumps(entry)) for _ in range(4))
+    busy["last_verdict"]["at"] = 1.0
+    last["last_verdict"]["at"] = 2.0
+    idle.update(replicas=0, last_verdict=last["last_verdict"])
+    without.update(replicas=0, curve=[], last_verdict={**entry["last_verdict"], "at": 3.0})
+    paths = DeploymentPaths(tmp_path)
+    books = Bookkeeper(DEFAULT_CONFIG, paths, Tracker(time.time), lambda *_: None, lambda *_: None)
+    books.open()
+    for each in (busy, last, idle, without):
+        books._analyst.document = [each]
+        books.analyse([], is_watched=False)
+    books.close()
+    with contextlib.closing(HistoryFile(paths.history, read_only=True)) as file:
+        assert file.analyses(0.0) == [last]
+        assert file.analyses(entry["computed_at"] + 1) == []
+
+
 # --- Export and report ------------------------------------------------------------------------------------------------
 
 
@@ -1055,7 +1074,7 @@ def test_a_report_sums_a_run_up(path: Path, capsys: pytest.CaptureFixture[str]) 
     verdicts = [line.partition(" ")[2] for line in text.splitlines() if "BOUND" in line]
     assert [verdict.split("**")[1] for verdict in verdicts] == ["AGENT-BOUND", "GPU-BOUND"]
     assert "m (H100)" in verdicts[0]
-    assert "90% sure. It is AGENT-BOUND." in verdicts[0]
+    assert "90 % sure. It is AGENT-BOUND." in verdicts[0]
 
 
 @pytest.mark.parametrize("since", [0.0, NOW + 75 * 60])
