@@ -156,7 +156,7 @@ class Relay:
 
     def _add_replica(self, row: Backend) -> LiveReplica:
         replica = LiveReplica(row)
-        replica.probe_now = self.reactor.new_event()
+        replica.probe_now, replica.has_work = self.reactor.new_event(), self.reactor.new_event()
         tasks = [self.watch.health]
         if row.telemetry_port is not None:
             tasks.append(self.watch.load)
