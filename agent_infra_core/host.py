@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import gc
 import os
 import re
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -25,6 +27,8 @@ from agent_infra_core.errors import AgentInfraError, RefusedError
 _T = TypeVar("_T")
 
 PROBE_TIMEOUT_S = 2.0
+IS_LINUX = sys.platform == "linux"  # elsewhere psutil tells what /proc tells here; a node's program has no psutil
+_MOST_OPEN_FILES = 10240  # that macOS lets a process ask for where its hard limit is none (OPEN_MAX)
 _PROGRAM_HOME = Path(os.path.abspath(__file__)).parents[1]  # at import: in an archive, __file__ may be relative
 
 
@@ -69,7 +73,8 @@ def allow_many_descriptors() -> None:
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    wanted = hard if IS_LINUX or hard != resource.RLIM_INFINITY else _MOST_OPEN_FILES
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def freeze_imported_objects() -> None:
@@ -115,17 +120,84 @@ def is_only_ours(port: int) -> bool:
     return listener_owners(port) <= {0, os.getuid()}
 
 
+@functools.cache  # asked with every stamp
+def boot_id() -> str:
+    """Return the name of this machine's present boot. No other machine and no other boot has it."""
+    if IS_LINUX:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    said = subprocess.run(["sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, check=True, timeout=10.0)
+    return said.stdout.decode().strip()
+
+
 def process_stamp(pid: int) -> str | None:
     """Return boot id and start time of process ``pid``, which a later process with this pid doesn't share.
 
     None if it is gone. A zombie counts as gone: it has no open port or file, and its parent may be slow to reap it.
     """
+    if not IS_LINUX:
+        return _stamp_by_psutil(pid)
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return None if fields[0] in "ZX" else f"{boot_id()}:{fields[19]}"
     except (OSError, ValueError):
         return None
-    return None if fields[0] in "ZX" else f"{boot}:{fields[19]}"
+
+
+def _stamp_by_psutil(pid: int) -> str | None:
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        is_zombie = process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return None
+    # Its hash is of pid and start time as the kernel keeps it; create_time() follows whoever sets the clock.
+    return None if is_zombie else f"{boot_id()}:{hash(process)}"
+
+
+def usable_cores() -> int:
+    """Return how many logical processors this process may use."""
+    return len(os.sched_getaffinity(0)) if IS_LINUX else os.cpu_count() or 1
+
+
+class ResidentMemory:
+    """Reads this process's resident memory, even when no descriptor is free."""
+
+    def __init__(self) -> None:
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY) if IS_LINUX else -1
+
+    def read(self) -> int:
+        """Return it, in bytes."""
+        if self._statm >= 0:
+            return int(os.pread(self._statm, 100, 0).split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+
+
+def peer_process(sock: socket.socket) -> int:
+    """Return the pid of the process at the other end of a connected Unix socket. OSError if the kernel won't tell."""
+    if IS_LINUX:
+        return int(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])
+    return sock.getsockopt(0, 2)  # SOL_LOCAL, LOCAL_PEERPID of macOS (sys/un.h)
+
+
+def die_with_parent_thread() -> None:
+    """Ask the kernel to end this process when the thread that started it ends. Linux only: see end_children()."""
+    if IS_LINUX:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def end_children() -> None:
+    """End the processes that this one started, before it exits: where the kernel can't do it."""
+    if not IS_LINUX:
+        import psutil
+
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                child.terminate()
 
 
 def write_atomically(path: Path, text: str, mode: int = 0o600) -> None:
@@ -400,10 +472,19 @@ def last_line(log: Path) -> str:
 def unix_address(path: str) -> Iterator[str]:
     """Yield the address to bind or connect a Unix socket to: ``path``, or a short name that works inside the block.
 
-    The kernel limits addresses to about 100 bytes; the short name goes through a descriptor of the directory.
+    The kernel limits addresses to about 100 bytes; the short name goes through a descriptor of the directory, or
+    through a link to it where descriptors have no names.
     """
     if len(os.fsencode(path)) <= 100:
         yield path
+        return
+    if not IS_LINUX:
+        link = private_temp_directory() / f"{os.getpid()}.{threading.get_ident()}"
+        link.symlink_to(os.path.dirname(path))
+        try:
+            yield str(link / os.path.basename(path))
+        finally:
+            link.unlink()
         return
     directory = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY)
     try:

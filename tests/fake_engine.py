@@ -16,7 +16,7 @@ in pieces of so many bytes), ``health`` (status of /health), ``health_s`` (that 
 digest), ``models`` (rows of its list).
 
 ``GET /fake`` tells what it saw: requests, aborted (whose client left first), running, probes (of /health, answered),
-the heads and the last body, and the seconds that answers took it in all.
+loads (reads of /load), the heads and the last body, and the seconds that answers took it in all.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Engine:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.behaviour: dict[str, Any] = {}
-        self.requests = self.running = self.aborted = self.probes = self.responses = 0
+        self.requests = self.running = self.aborted = self.probes = self.loads = self.responses = 0
         self.seconds = 0.0
         self.works = Works()
         self.heads: list[str] = []
@@ -89,7 +89,7 @@ class Engine:
 
     def snapshot(self) -> dict[str, Any]:
         with self.lock:
-            names = ("requests", "running", "aborted", "probes", "heads", "body", "seconds")
+            names = ("requests", "running", "aborted", "probes", "loads", "heads", "body", "seconds")
             return {name: getattr(self, name) for name in names}
 
 
@@ -140,6 +140,8 @@ class Connection:
             with engine.lock:
                 engine.probes += 1
         elif path == "/load":
+            with engine.lock:
+                engine.loads += 1
             self.send_json(200, engine.behaviour.get("load", {}))
         elif path == "/v1/models":
             self.send_json(200, {"object": "list", "data": engine.behaviour.get("models", [])})

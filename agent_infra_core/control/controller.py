@@ -169,6 +169,7 @@ class Controller:
         self._records: Sequence[ReplicaRecord] = ()  # the same, with the local ends of the tunnels
         self._seen: tuple[Any, ...] = (None, None, None)  # inputs of _sent_table
         self._sent_table: Any = None
+        self._rows: tuple[Any, Any, list[dict[str, Any]], list[Backend]] = None, None, [], []  # see _replicas()
         self._stop = threading.Event()
         self._ending = threading.Event()  # set by stop(): the relay is expected to exit
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
@@ -428,8 +429,12 @@ class Controller:
     def _replicas(self) -> tuple[list[dict[str, Any]], list[Backend]]:
         """Records and table, in the form the tracker takes."""
         tunnels = self.tunnels.rows() if self.tunnels is not None else {}
-        records = [{**dataclasses.asdict(record), "tunnel": tunnels.get(record.replica)} for record in self._records]
-        return records, [Backend(**row) for row in self._sent_table["backends"]]
+        if self._rows[0] is not self._records or self._rows[1] is not self._sent_table:  # made anew once a poll
+            rows = [dataclasses.asdict(record) for record in self._records]
+            backends = [Backend(**row) for row in self._sent_table["backends"]]
+            self._rows = self._records, self._sent_table, rows, backends
+        _, _, rows, backends = self._rows
+        return [{**row, "tunnel": tunnels.get(row["replica"])} for row in rows], backends
 
 
 def _read_drained(path: Path) -> dict[str, tuple[str | None, str]]:

@@ -17,7 +17,7 @@ from agent_infra_core.fleet.cluster import Cluster
 from agent_infra_core.fleet.engines import ENGINES, check_engine_args
 from agent_infra_core.fleet.local import find_engine
 from agent_infra_core.fleet.parse import count_gres, describe_span, parse_partitions, slurm_limit_s
-from agent_infra_core.fleet.place import HANDOVER_RESERVE_S, asks_for_gpus, idle_gpus
+from agent_infra_core.fleet.place import HANDOVER_RESERVE_S, asks_for_gpus, idle_gpus, job_options
 from agent_infra_core.fleet.slurm import SlurmCluster, SlurmExamination
 from agent_infra_core.fleet.slurm_host import PROXY_PROBLEMS, failure_text
 from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
@@ -277,19 +277,39 @@ def _check_partitions(deployment: ExaminedDeployment) -> Iterator[Finding]:
             yield Finding("ok", f"{partition.name}: {len(members)} nodes{gpus}")
 
 
+_WALLTIMES_SCRIPT = """\
+LC_ALL=C; export LC_ALL
+scontrol --all --oneliner show partition
+echo @qos@; sacctmgr -nP show qos format=name,maxwall 2> /dev/null
+echo @default@; sacctmgr -nP show assoc user="$(id -un)" format=defaultqos 2> /dev/null
+exit 0
+"""
+
+
 def _check_walltime(deployment: ExaminedDeployment) -> Iterator[Finding]:
-    cluster = _slurm(deployment)
-    text = cluster.host.slurm("scontrol --all --oneliner show partition").output.decode("utf-8", "replace")
+    cluster, config = _slurm(deployment), deployment.config.cluster.slurm
+    text, _, rest = cluster.host.slurm(_WALLTIMES_SCRIPT).output.decode("utf-8", "replace").partition("@qos@\n")
     rows = parse_partitions(text)
+    qos, _, default = rest.partition("@default@\n")
+    walls = dict(line.split("|") for line in qos.splitlines() if line.count("|") == 1)
+    usual = set(default.split())  # the QoS of a job that asks for none; several if accounts differ
     loads = [r.ready_at - r.started_at for r in cluster.replicas() if r.ready_at is not None]
     load_s = max(loads, default=EXPECTED_LOAD_S)
-    for partition in deployment.config.cluster.slurm.partitions:
+    for partition in config.partitions:
         row = rows.get(partition.name, {})
         limits = (partition.time_limit, row.get("DefaultTime"), row.get("MaxTime"))
         spans = [slurm_limit_s(limit) for limit in limits if limit and limit not in ("NONE", "n/a")]
         wanted_s, most_s = (spans[0], spans[-1]) if spans else (math.inf, math.inf)
         words = f"{partition.name}: {describe_span(wanted_s)}"
-        if wanted_s > most_s:
+        asked = job_options(partition, config).get("qos") or partition.qos or config.default_qos
+        # The first that has a limit counts, the partition's own before the job's.
+        mine = (row.get("QoS"), asked or (min(usual) if len(usual) == 1 else None))
+        limiting = next((str(name) for name in mine if walls.get(str(name))), "")
+        if limiting and wanted_s > slurm_limit_s(walls[limiting]):
+            allowed = describe_span(slurm_limit_s(walls[limiting]))
+            fix = f"lower time_limit to {walls[limiting]}, or ask for another qos: a job that is longer will never run"
+            yield Finding("error", f"{words}, QoS {limiting} allows {allowed} (MaxWall)", fix)
+        elif wanted_s > most_s:
             fix = f"lower time_limit to {row['MaxTime']}, or jobs will wait forever (PartitionTimeLimit)"
             yield Finding("error", f"{words}, the partition allows {describe_span(most_s)}", fix)
         elif wanted_s < 3 * (load_s + HANDOVER_RESERVE_S):

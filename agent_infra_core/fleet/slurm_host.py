@@ -132,10 +132,10 @@ for replica; do
 done
 find logs -type f -name '*-*.log*' -mtime +30 -exec rm -f {} +
 """
-_EXPLAIN_SCRIPT = """\
+EXPLAIN_SCRIPT = """\
 cd "$1" 2> /dev/null
 scontrol --oneliner show job "$2" 2> /dev/null || sacct -X -j "$2" -Pno State,ExitCode,Reason 2> /dev/null
-[ -z "$4" ] || scontrol show partition "$4" > /dev/null 2>&1 || printf '%s\\n' "$5"
+[ -z "$4" ] || scontrol --all show partition "$4" > /dev/null 2>&1 || printf '%s\\n' "$5"
 printf '@log@\\n'; tail -c 65536 "logs/$3.log" 2> /dev/null
 exit 0
 """
@@ -356,7 +356,7 @@ class SlurmHost:
 
     def explain(self, job: str, log: str, partition: str) -> tuple[JobEnd | None, bool, str]:
         """How a job ended, if Slurm still knows; whether it is still active after all; and the end of a log."""
-        done = self.slurm(_EXPLAIN_SCRIPT, self.run_dir, job, log, partition, PARTITION_GONE)
+        done = self.slurm(EXPLAIN_SCRIPT, self.run_dir, job, log, partition, PARTITION_GONE)
         told, _, tail = done.output.decode("utf-8", "replace").partition("@log@\n")
         end = parse_job_end(told)
         return end, end is None and "JobState=" in told, tail

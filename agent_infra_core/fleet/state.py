@@ -8,7 +8,6 @@ import json
 import os
 import re
 import socket
-import struct
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -16,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from agent_infra_core.errors import RefusedError
-from agent_infra_core.host import absolute_path, create_atomically, file_lock, process_stamp, unix_address
+from agent_infra_core.host import (
+    absolute_path,
+    boot_id,
+    create_atomically,
+    file_lock,
+    peer_process,
+    process_stamp,
+    unix_address,
+)
 from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, decode_record
 from agent_infra_core.settings import KEY_PATTERN, Config, base_directory
 
@@ -176,8 +183,7 @@ def is_elsewhere(record: ReplicaRecord) -> bool:
     Its replica can't be judged or ended from this machine. The node's name alone isn't enough to tell: a laptop gets a
     new one from every network.
     """
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return record.node not in ("", os.uname().nodename) and not record.process.startswith(f"{boot}:")
+    return record.node not in ("", os.uname().nodename) and not record.process.startswith(f"{boot_id()}:")
 
 
 def is_gone(record: ReplicaRecord) -> bool:
@@ -201,8 +207,7 @@ def replica_order(record: ReplicaRecord) -> tuple[str, int, str]:
 
 def failed_record(record: ReplicaRecord, line: str) -> ReplicaRecord:
     """The failed record of a replica whose `serve` is gone without a final report; ``line`` is the last of its log."""
-    boot = (process_stamp(os.getpid()) or "").partition(":")[0]
-    if record.process and record.process.partition(":")[0] != boot:  # "" if it was gone before its stamp was taken
+    if record.process and record.process.partition(":")[0] != boot_id():  # "" if it was gone before its stamp was taken
         kind, message = "node_failure", f"{record.node} was restarted while it ran"
         hint = "start it again"
     else:
@@ -231,7 +236,7 @@ def unrecorded_relay(paths: DeploymentPaths) -> dict[str, Any] | None:
         probe.settimeout(1.0)
         with unix_address(str(paths.relay_socket)) as address:
             probe.connect(address)
-        pid: int = struct.unpack("3i", probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        pid = peer_process(probe)
         return {"pid": pid, "process": process_stamp(pid)}
     return None
 

@@ -7,7 +7,7 @@ import os
 import signal
 
 from agent_infra_core.errors import AgentInfraError
-from agent_infra_core.host import is_port_free
+from agent_infra_core.host import is_port_free, usable_cores
 from agent_infra_core.node.chat_template import template_with_tools
 
 
@@ -45,7 +45,7 @@ def run_llama_cpp(options: argparse.Namespace) -> int:
     parameters.hostnames, parameters.port = [options.host], port
     parameters.api_keys = [os.environ["AGENT_INFRA_API_KEY"]]
     parameters.n_parallel, parameters.n_ctx = slots, options.context_tokens * slots  # the slots share n_ctx
-    parameters.cpuparams.n_threads = options.threads or max(1, len(os.sched_getaffinity(0)) // 2)
+    parameters.cpuparams.n_threads = options.threads or max(1, usable_cores() // 2)
     parameters.cpuparams_batch.n_threads = parameters.cpuparams.n_threads
     parameters.endpoint_metrics = parameters.endpoint_slots = parameters.endpoint_props = True
     if template := template_with_tools(model_path):

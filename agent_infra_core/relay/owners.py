@@ -9,6 +9,8 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+from agent_infra_core.host import IS_LINUX
+
 NO_DESCRIPTOR = errno.EMFILE, errno.ENFILE
 PROOF_POLL_S = 0.01
 CONNECTED_STATES = (1, 4, 5)  # of Linux: established, or closed for sending by the client (FIN_WAIT1, FIN_WAIT2)
@@ -39,6 +41,8 @@ def _ask_sock_diag(family: int, source: tuple[bytes, int], target: tuple[bytes, 
     The kernel may answer with another socket: with a listener on the source's port where it doesn't find the socket,
     as it doesn't when that is bound to a device. So state, addresses and ports of its answer are compared.
     """
+    if not IS_LINUX:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
     by_family, request_flag, no_cookie = 20, 1, b"\xff" * 8
     body = struct.pack(">BBBBI", family, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
     body += struct.pack(">HH16s16sI", source[1], target[1], source[0], target[0], 0) + no_cookie

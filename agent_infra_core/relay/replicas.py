@@ -31,6 +31,7 @@ AWAY_STATES = ("draining", "stopped", "failed")  # in a replica's own digest: it
 LOOPBACK = ("127.0.0.1", "::1")
 MAX_MODEL_ROWS = 1000  # of a replica's list of models
 NAMED_ABSENT = 3  # number of replicas that a refusal names
+REST_POLLS = 1.5  # load poll intervals by which a replica without work is polled later
 
 
 class LiveReplica:
@@ -62,6 +63,7 @@ class LiveReplica:
         self.idle: dict[Upstream, None] = {}  # the most recently used last
         self.greenlets: list[Any] = []  # of its health and load, killed with it
         self.probe_now: Any = None  # event: probe now
+        self.has_work: Any = None  # event: it got a turn since its load was read
         self.accepts_work = True
         self.is_gone = False  # the table no longer has it
         # Its port may be taken over by another user while it is down: nothing is sent before the kernel has said whose
@@ -157,6 +159,8 @@ class LiveReplica:
     def reserve(self, choice: int, tokens: int) -> None:
         """Count a turn that chose it, and its prompt at once: the next report comes too late for the next choice."""
         self.last_chosen = choice
+        if not self.in_flight and self.has_work is not None:
+            self.has_work.set()
         self.in_flight += 1
         self.requests += 1
         if self.kv_tokens:
@@ -289,7 +293,12 @@ class ReplicaWatch:
                     missed += getattr(error, "errno", None) not in NO_DESCRIPTOR
                     if missed == 5:
                         replica.apply_load(None)
-                self._relay.reactor.sleep(self._relay.settings.proxy.load_poll_interval)
+                interval = self._relay.settings.proxy.load_poll_interval
+                self._relay.reactor.sleep(interval)
+                # Most of what a large fleet costs while nothing happens is these polls.
+                if not (missed or replica.in_flight or replica.foreign_work):
+                    replica.has_work.wait(REST_POLLS * interval)
+                replica.has_work.clear()
 
     def has_survived(self, replica: LiveReplica, since: float) -> bool:
         """Whether it answers a health probe now, or can't be asked, and wasn't found dead after ``since`` (monotonic).

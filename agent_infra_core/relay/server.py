@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from agent_infra_core.host import printable_text
+from agent_infra_core.host import ResidentMemory, printable_text
 from agent_infra_core.http.heads import RequestHead
 from agent_infra_core.protocol import FRAME_GAUGES, FRAME_STATS, FRAME_TABLE, Backend
 from agent_infra_core.relay.access import AccessControl, is_same_endpoint
@@ -100,7 +100,7 @@ class Relay:
         self.stats_read = 0  # how often /stats and /runs were read
         self.bodies = HeldBodies()
         self.is_stopping = self.is_over = False  # over: the time to finish turns has passed
-        self._statm = os.open("/proc/self/statm", os.O_RDONLY)  # kept open for when no descriptor is free
+        self._memory = ResidentMemory()
         self._stopped, self._has_news = self.reactor.new_event(), self.reactor.new_event()
         self._watchers: list[Any] = []
         self._exit_code = 0
@@ -156,7 +156,7 @@ class Relay:
 
     def _add_replica(self, row: Backend) -> LiveReplica:
         replica = LiveReplica(row)
-        replica.probe_now = self.reactor.new_event()
+        replica.probe_now, replica.has_work = self.reactor.new_event(), self.reactor.new_event()
         tasks = [self.watch.health]
         if row.telemetry_port is not None:
             tasks.append(self.watch.load)
@@ -236,7 +236,7 @@ class Relay:
                 **self.book.counters,
                 "events_dropped": self.control.events_dropped,
             },
-            "rss_bytes": int(os.pread(self._statm, 100, 0).split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+            "rss_bytes": self._memory.read(),
             "connections": len(self.connections),
             "waiting": Counter(turn.model for turn in self.admission.waiting()),
             "stats_read": self.stats_read,

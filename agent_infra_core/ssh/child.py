@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import threading
@@ -15,7 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from agent_infra_core.host import HostUnreachableError, LocalCommands, self_command
+from agent_infra_core.host import (
+    HostUnreachableError,
+    LocalCommands,
+    die_with_parent_thread,
+    end_children,
+    self_command,
+)
 from agent_infra_core.node.process import open_log
 from agent_infra_core.protocol import rebuild
 from agent_infra_core.ssh.host_keys import explain_changed_host, explain_unknown_host, scan_host_keys
@@ -159,7 +164,6 @@ class TunnelChild:
             if self._process.stdin is not None:
                 with contextlib.suppress(BrokenPipeError):
                     self._process.stdin.close()
-        self._process.terminate()
         try:
             self._process.wait(3.0)
         except subprocess.TimeoutExpired:
@@ -175,6 +179,7 @@ def exit_when_stdin_closes(pipe: BinaryIO) -> None:
     try:
         pipe.read(1)
     finally:
+        end_children()
         os._exit(0)
 
 
@@ -217,7 +222,7 @@ def run_openssh_master(spec: Mapping[str, Any]) -> str:
         leftover.unlink(missing_ok=True)
     with open(open_log(log), "ab") as errors:
         process = subprocess.Popen(
-            spec["argv"], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, preexec_fn=_die_with_parent_thread
+            spec["argv"], stdin=subprocess.DEVNULL, stdout=errors, stderr=errors, preexec_fn=die_with_parent_thread
         )
         is_told = False
         while process.poll() is None:
@@ -230,13 +235,6 @@ def run_openssh_master(spec: Mapping[str, Any]) -> str:
     said = log.read_text(encoding="utf-8", errors="replace")
     runner = LocalCommands(os.environ)
     raise explain_openssh(said, route, lambda asked: () if asked.proxy_command else scan_host_keys(asked, runner))
-
-
-def _die_with_parent_thread() -> None:
-    """Ask the kernel to end this process when the thread that started it ends (PR_SET_PDEATHSIG)."""
-    import ctypes
-
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 # Messages on ssh's stderr when it gives up: pattern, meaning with the fix, error class.

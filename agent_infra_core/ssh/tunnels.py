@@ -102,6 +102,7 @@ class Tunnel:
         self.state = TunnelState("connecting", 0, None, driver, target.mode)  # replaced, never changed in place
         self.ends: tuple[str, tuple[int, ...]] | None = None  # local host and ports; None while it is closed
         self.lost_at = time.monotonic()  # when ``ends`` became None; monotonic s
+        self.shown: tuple[Any, ReplicaRecord] | None = None  # TunnelSet's: its last answer, and what that came from
         self._thread = threading.Thread(target=self._run, name=f"tunnel {target.replica}", daemon=True)
         self._thread.start()
 
@@ -337,18 +338,29 @@ class TunnelSet:
         if tunnel is None:
             return record
         ends, state = tunnel.ends, tunnel.state
-        message = f"tunnel {state.state}" + (f": {state.reason}" if state.reason else "")
-        if ends is not None:
-            host, ports = ends
-            record = dataclasses.replace(
-                record, host=host, port=ports[0], telemetry_port=ports[1] if len(ports) > 1 else None
-            )
-            # Send it no new turns: a turn lost to one silent replica must not be lost to another.
-            if state.state == "suspect" and record.state == "ready":
-                record = dataclasses.replace(record, state="draining", message=message)
-            return record
-        # For a while, turns wait for it as for a replica that loads; after that they get an error.
-        is_coming = record.state == "ready" and time.monotonic() - tunnel.lost_at < RECONNECT_WAIT_S
-        return dataclasses.replace(
-            record, port=None, telemetry_port=None, message=message, state="loading" if is_coming else record.state
+        is_ready = ends is None and record.state == "ready"
+        is_coming = is_ready and time.monotonic() - tunnel.lost_at < RECONNECT_WAIT_S
+        seen = record, ends, state, is_coming
+        if tunnel.shown is None or tunnel.shown[0] != seen:
+            tunnel.shown = seen, _through(record, ends, state, is_coming)
+        return tunnel.shown[1]
+
+
+def _through(
+    record: ReplicaRecord, ends: tuple[str, tuple[int, ...]] | None, state: TunnelState, is_coming: bool
+) -> ReplicaRecord:
+    """The record as the relay sees it through a tunnel, which stands if it has ``ends``. ``is_coming``: turns wait."""
+    message = f"tunnel {state.state}" + (f": {state.reason}" if state.reason else "")
+    if ends is not None:
+        host, ports = ends
+        record = dataclasses.replace(
+            record, host=host, port=ports[0], telemetry_port=ports[1] if len(ports) > 1 else None
         )
+        # Send it no new turns: a turn lost to one silent replica must not be lost to another.
+        if state.state == "suspect" and record.state == "ready":
+            record = dataclasses.replace(record, state="draining", message=message)
+        return record
+    # For a while, turns wait for it as for a replica that loads; after that they get an error.
+    return dataclasses.replace(
+        record, port=None, telemetry_port=None, message=message, state="loading" if is_coming else record.state
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import threading
@@ -11,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 from program import Program, wait_for
 from testbed.hub import COMMIT, TOKEN
 from testbed.ports import free_port
 from testbed.slurm import SlurmBed, missing_programs, slurm_bed
 from weights import packaged_gguf
+
+from agent_infra import Deployment, load_config
+from agent_infra_core.control import scaling
 
 
 @pytest.fixture(scope="module")
@@ -261,3 +266,73 @@ def test_a_requeued_job_comes_back_as_a_replica_and_turns_go_on(app: Program, be
 def ready_again(app: Program, former_pid: int) -> Any:
     row = replicas(app).get("smollm2-1", {"state": "stopped"})
     return row if row["state"] == "ready" and row["pid"] != former_pid else None
+
+
+def test_replicas_are_added_and_removed_as_jobs_and_one_that_waits_counts(
+    app: Program, bed: SlurmBed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process, whose clock of the decision can be quickened; Slurm, replicas, relay and turns are real."""
+    monkeypatch.setattr(scaling, "UP_AFTER_S", 1.0)
+    monkeypatch.setattr(scaling, "DOWN_AFTER_S", 3.0)
+    configure(app, bed)
+    change_model(app, min_replicas=1, max_replicas=3, engine_args=["--threads", "1", "--max-num-seqs", "1"])
+    lines: list[str] = []
+    deployment = Deployment(load_config(app.config), lines.append, app.environment)
+    over = threading.Event()
+
+    def talk() -> None:
+        while not over.is_set():
+            with contextlib.suppress(OSError):  # of a turn that waited for too long on a busy machine
+                app.chat(max_tokens=20)
+
+    def states() -> list[str]:
+        return sorted(job.split()[1] for job in bed.jobs() if "agent-infra" in job)
+
+    agents = [threading.Thread(target=talk) for _ in range(2)]  # of which one waits
+    try:
+        deployment.start(deployment.select_models())
+        deployment.claim("test")
+        deployment.connect()
+        wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] == 1, "the first replica")
+        foreign = bed.submit("sleep 600", "--ntasks=7")  # all other processors
+        wait_for(lambda: f"{foreign} RUNNING sbatch" in bed.jobs(), "somebody else's job")
+        for agent in agents:
+            agent.start()
+        wait_for(lambda: states() == ["PENDING", "RUNNING"], "a job that waits")
+        answered = app.get("/stats")["totals"]["requests"]
+        wait_for(lambda: app.get("/stats")["totals"]["requests"] > answered + 5, "turns, while others wait")
+        assert states() == ["PENDING", "RUNNING"]  # no third is asked for before the second has come
+        assert deployment.wanted() == {"smollm2": 2}
+        bed.run("scancel", foreign)
+        wait_for(lambda: app.get("/health")["models"]["smollm2"]["ready"] >= 2, "the second replica")
+        over.set()
+        for agent in agents:
+            agent.join(PATIENCE_S)
+        wait_for(lambda: states() == ["RUNNING"], "the end of all but one")
+        assert deployment.wanted() == {"smollm2": 1}
+        steps = [line.partition("; ")[2] for line in lines if "→" in line]
+        assert (steps[0], steps[-1]) == ("1 → 2 replicas", "2 → 1 replicas")
+    finally:
+        over.set()
+        deployment.stop(now=True)
+    wait_for(lambda: not states(), "no job of ours")
+
+
+def test_a_turn_wakes_a_model_whose_jobs_ended_for_idleness(app: Program, bed: SlurmBed) -> None:
+    configure(app, bed)
+    change_model(app, idle_shutdown_minutes=0.05)
+    assert app.run("start", "--detach").returncode == 0
+    assert app.run("connect", "--background").returncode == 0
+    wait_for(lambda: [row["state"] for row in app.status()["replicas"] if row["is_idle"]] == ["stopped"], "its end")
+    wait_for(lambda: not bed.jobs(), "its job is over")
+    assert app.chat()[0]["choices"]  # waits while its job is submitted, starts and loads
+    assert "it sleeps; 0 → 1 replicas" in app.run("logs", "proxy").stdout
+    assert app.run("stop").returncode == 0
+    assert bed.jobs() == []
+
+
+def change_model(app: Program, **changes: Any) -> None:
+    """Change keys of the one model."""
+    document = json.loads(app.config.read_text())
+    document["models"][0] |= changes
+    app.config.write_text(json.dumps(document))

@@ -474,6 +474,18 @@ def test_an_odd_digest_of_load_is_the_last_ones(relay: RelayProcess) -> None:
     assert told["backends"]["r1"]["in_flight"] == 0
 
 
+def test_the_load_of_a_replica_without_work_is_read_less_often_until_it_gets_a_turn(relay: RelayProcess) -> None:
+    with FakeEngine() as idle, FakeEngine(load={"running": 1}) as busy, Client(relay.port) as client:
+        rows = [backend(1, idle.port, telemetry_port=idle.port), backend(2, busy.port, telemetry_port=busy.port)]
+        relay.controller.send_table(rows, proxy={"load_poll_interval": 0.2, "strategy": "round_robin"})
+        busy.wait_for("loads", 25)
+        at_rest = idle.call()["loads"]
+        assert at_rest <= 15  # 10, and as many again as it takes to look
+        while busy.call()["loads"] < 50:
+            assert client.chat().status == 200
+        assert idle.call()["loads"] - at_rest > 15
+
+
 def test_a_turn_that_no_replica_is_left_for_is_told_at_once(relay: RelayProcess) -> None:
     with FakeEngine() as dying, FakeEngine() as busy, ExitStack() as stack:
         rows = [backend(1, dying.port, slots=1), backend(2, busy.port, slots=1)]

@@ -24,6 +24,7 @@ from testbed.sshd import SSHD, SshServer
 from weights import packaged_gguf
 
 from agent_infra_core.fleet.place import idle_gpus
+from agent_infra_core.fleet.slurm_host import EXPLAIN_SCRIPT
 from agent_infra_core.fleet.state import deployment_paths
 from agent_infra_core.settings import ClusterConfig, ModelConfig, PartitionConfig, SlurmConfig
 
@@ -470,6 +471,10 @@ def test_gpus_without_a_type_and_ones_of_a_reservation_are_counted_as_slurm_give
         told = untyped.run("scontrol", "--oneliner", "show", "job", str(started[0].job_id))
         assert "CPUs/Task=2" in told
         assert "MinMemoryNode=100M" in told
+        # Those who may not look behind the curtain are still told which partitions there are.
+        for name, is_gone in (("main", False), ("hidden", False), ("nowhere", True)):
+            words = ["setpriv", "--reuid=nobody", "--clear-groups", "sh", "-c", EXPLAIN_SCRIPT, "sh"]
+            assert ("is gone" in untyped.run(*words, "/", "1", "log", name, "is gone")) == is_gone, name
 
 
 # --- Why jobs ended. -------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import pytest
 from node_testbed import KEY, STDLIB_ENGINE, Served
 from patience import PATIENCE_S
 from program import is_listening, wait_for
+from testbed.not_linux import not_linux
 from testbed.ports import free_port
 from testbed.sshd import SSHD, SshServer, descendants, make_key, public_key
 
@@ -501,8 +502,13 @@ time.sleep(600)
 """
 
 
+@pytest.mark.parametrize("is_linux", [True, False], ids=["linux", "elsewhere"])
 @pytest.mark.parametrize("driver", DRIVERS)
-def test_nothing_outlives_a_parent_that_is_killed_and_no_secret_shows(driver: str, cluster: Cluster) -> None:
+def test_nothing_outlives_a_parent_that_is_killed_and_no_secret_shows(
+    driver: str, is_linux: bool, cluster: Cluster
+) -> None:
+    environment = dict(os.environ)
+    prefix = () if is_linux else not_linux(cluster.folder, environment)
     record = cluster.start()
     ssh = cluster.login.ssh(config_file=str(cluster.config))
     document = {
@@ -510,10 +516,11 @@ def test_nothing_outlives_a_parent_that_is_killed_and_no_secret_shows(driver: st
         "record": json.dumps(dataclasses.asdict(record)),
     }  # fmt: skip
     with subprocess.Popen(
-        [sys.executable, "-c", PARENT],
+        [*prefix, sys.executable, "-c", PARENT],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=Path(agent_infra.__file__).parent,
+        env=environment,
     ) as parent:
         assert parent.stdin is not None
         assert parent.stdout is not None

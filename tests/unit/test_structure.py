@@ -75,6 +75,7 @@ MAY_IMPORT = {
 UPWARDS = {("client.py", "from_config")}  # (file, function) that may import agent_infra
 # Third-party packages that a room may import; the standard library is open to all.
 PACKAGES = {
+    "host": {"psutil"},
     "insight": {"msgspec", "numpy", "prometheus_client"},
     "fleet": {"requests"},
     "protocol": {"msgspec"},

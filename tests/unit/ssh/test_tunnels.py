@@ -323,7 +323,9 @@ def test_a_dead_node_closes_no_mode_that_has_worked(was_up: bool, mode: str) -> 
     target = tunnels._target(RECORD)
     assert isinstance(target, TunnelTarget)
     state = TunnelState("up", 0, None, "sshtunnel", "node")
-    up: Any = SimpleNamespace(target=target, ends=("127.0.0.1", (1, 2)) if was_up else None, state=state, lost_at=0.0)
+    up: Any = SimpleNamespace(
+        target=target, ends=("127.0.0.1", (1, 2)) if was_up else None, state=state, shown=None, lost_at=0.0
+    )
     tunnels._tunnels[RECORD.replica] = up
     tunnels.follow([RECORD])
     tunnels._close_mode(target, HostUnreachableError("gpu08 is dead"))
