@@ -1,4 +1,4 @@
-"""A command that runs in this terminal while a deployment serves it."""
+"""This terminal: its signals, and a command that runs in it while a deployment serves it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 from agent_infra_core.errors import RefusedError
 
@@ -78,16 +77,34 @@ class ForegroundCommand:
             self._process.send_signal(number)
 
 
-class PassedSignals(Protocol):
-    """The signals of this process: what is called with each one and at the second one, and which came last."""
+class OperatorSignals:
+    """Counts SIGINT, SIGTERM and SIGHUP; the second one calls ``on_second``, which ends turns in flight at once.
 
-    on_each: Callable[[int], None]
-    on_second: Callable[[], None]
-    last: int  # number of the last one; 0 before the first
+    ``on_each`` is called with the number of each signal; ``last`` is that of the last one.
+    """
+
+    def __init__(self) -> None:
+        self.count = self.last = 0
+        self.on_second: Callable[[], None] = lambda: None
+        self.on_each: Callable[[int], None] = lambda _: None
+        self._listen()
+
+    def _listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._take)
+
+    def _take(self, number: int, _frame: object) -> None:
+        self.count, self.last = self.count + 1, number
+        self.on_each(number)
+        if self.count > 1:
+            self.on_second()
+
+    def came(self) -> bool:
+        return self.count > 0
 
 
 def run_command(
-    argv: Sequence[str], environment: Mapping[str, str], signals: PassedSignals, check: Callable[[], None]
+    argv: Sequence[str], environment: Mapping[str, str], signals: OperatorSignals, check: Callable[[], None]
 ) -> int:
     """Run a command in the foreground, which gets this process's signals. Returns its status as a shell has it.
 
