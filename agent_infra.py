@@ -41,7 +41,7 @@ try:
     from agent_infra_core import __version__, client
     from agent_infra_core.client import ClientError as ClientError
     from agent_infra_core.client import SessionContext, attach
-    from agent_infra_core.control.foreground import OperatorSignals
+    from agent_infra_core.control.foreground import OperatorSignals, run_detached
     from agent_infra_core.errors import (
         PROGRAM_PACKAGES,
         AgentInfraError,
@@ -1006,10 +1006,16 @@ class Deployment:
         from agent_infra_core.control.handover import read_successions
         from agent_infra_core.control.status import SERVING_STATES
 
+        self._fetch_state()
         records, successions = self.cluster.replicas(), read_successions(self.paths)
         serving = {record.replica: record for record in records if record.state in SERVING_STATES}
         doubles = {s.successor for old, s in successions.items() if old in serving and serving[old].job_id == s.job}
         return [record for name, record in serving.items() if name not in doubles]
+
+    def _fetch_state(self) -> None:
+        """Bring what a proxy behind a login host has noted to this machine."""
+        if self.planned_job is not None:
+            self.planned_job.fetch_state()
 
     def wanted(self) -> dict[str, int]:
         """Return the wanted number of replicas per model: from the last `start` or `scale`, else the configuration."""
@@ -1179,6 +1185,7 @@ class Deployment:
         from agent_infra_core.control.status import list_problems, summarize, unreached
 
         records = [r for r in self.cluster.replicas() if r.state != "stopped" or r.is_idle]
+        self._fetch_state()
         wanted = self.wanted()
         found, trouble = self.find_proxy()
         proxy = self.proxy(found) if found else None
@@ -1574,48 +1581,6 @@ def _attend(proxy: Controller | ProxyLink, signals: OperatorSignals) -> None:
     while not signals.came():
         proxy.check()
         time.sleep(0.2)
-
-
-def run_detached(work: Callable[[Callable[[Path], None]], int]) -> int:
-    """Run ``work(detach)`` in a child process that keeps the terminal until it calls ``detach(log)``.
-
-    Until then, prompts, messages and errors appear on the terminal.  After that the child runs without the terminal
-    and writes to the file ``log``.  Returns 0 when the child detaches, or its exit code if it ends first.  Call it
-    before starting any thread.
-    """
-    from agent_infra_core.node.failures import describe_exit
-
-    ready, child_end = os.pipe()
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        os.close(ready)
-        return work(functools.partial(_leave_terminal, child_end))
-    os.close(child_end)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the child too, which decides
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: os.kill(child, number))
-    with open(ready, "rb") as pipe:
-        if pipe.read(1):
-            return 0
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code < 0:
-        raise AgentInfraError(f"the proxy {describe_exit(code)} before it was ready; its log may say more")
-    return code
-
-
-def _leave_terminal(report: int, log: Path) -> None:
-    """Detach this process from the terminal for good and report it through the pipe ``report``."""
-    os.setsid()
-    sys.stdout.flush()
-    null, output = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    for source, target in ((null, 0), (output, 1), (output, 2)):
-        os.dup2(source, target)
-    os.close(null)
-    os.close(output)
-    with contextlib.suppress(BrokenPipeError):  # the parent is gone; the proxy runs anyway
-        os.write(report, b"1")
-    os.close(report)
 
 
 def _run_connect(arguments: argparse.Namespace) -> int:

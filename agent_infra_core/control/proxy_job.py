@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -153,6 +154,23 @@ class ProxyJob:
         if self.is_far and self._config.slurm.proxy == "job":
             self._cluster.host.install()
             self._cluster.host.write(f"{self._state}/{path.name}", text.encode())
+
+    def fetch_state(self) -> None:
+        """Bring what a job with its own state directory has noted there: the wanted replicas, and handovers.
+
+        HostUnreachableError.
+        """
+        if not self.is_far or not _living(self._cluster.proxies or ()):
+            return
+        paths = (self._paths.wanted, self._paths.handover)
+        script = 'cd "$1" && shift && for name; do printf "@%s@" "$name"; cat "$name" 2> /dev/null; done; exit 0'
+        done = self._cluster.host.shell(script, self._state, *(path.name for path in paths))
+        for path in paths if done.status == 0 else ():
+            found = re.search(rf"@{path.name}@([^@]*)", done.output.decode("utf-8", "replace"))
+            if found and found[1]:
+                write_atomically(path, found[1])
+            elif path == self._paths.handover:
+                path.unlink(missing_ok=True)
 
     @property
     def _state(self) -> str:

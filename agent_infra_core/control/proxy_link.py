@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from agent_infra_core.control.discovery import Discovery
 from agent_infra_core.control.proxy_job import ProxyJob
 from agent_infra_core.errors import AgentInfraError
-from agent_infra_core.fleet.place import PROXY
 from agent_infra_core.fleet.state import DeploymentPaths
 from agent_infra_core.host import listen_on, process_stamp, write_atomically
 from agent_infra_core.node.forwarder import Forwarder, answer, cut, pass_on
@@ -24,6 +23,7 @@ from agent_infra_core.ssh.login_host import LoginHost
 from agent_infra_core.ssh.tunnels import RECONNECT_WAIT_S, TunnelSet
 
 HOST = "127.0.0.1"
+OVER_S = 15.0  # from the end of the job until check() raises: `stop` may be about to end this process, too
 FOLLOW_S = 0.2  # interval between looks at the tunnel
 CONNECT_S = 5.0  # to reach the tunnel's end here, or the node
 
@@ -64,7 +64,8 @@ class ProxyLink:
         )
         self._through: tuple[str, int] | None = None  # the same for those in it, which may end in a silent one
         self._servers: set[socket.socket] = set()  # connections through it
-        self._ended: str | None = None  # why the job has ended
+        self._message: str | None = None  # on the tunnel's state
+        self._ended: tuple[float, str] | None = None  # when the job was seen to have ended (monotonic s), and why
         self._thread = threading.Thread(target=self._run, name="proxy link", daemon=True)
 
     @property
@@ -110,9 +111,12 @@ class ProxyLink:
         return True
 
     def check(self) -> None:
-        """Raise AgentInfraError, with the reason, once the job has ended."""
-        if self._ended is not None:
-            raise AgentInfraError(f"{self._ended}; `connect` starts another")
+        """Raise AgentInfraError, with the reason, once the job has ended.
+
+        Not at once: `stop`, which ends the job, may use this process's connection to the login host until it ends that.
+        """
+        if self._ended is not None and time.monotonic() - self._ended[0] > OVER_S:
+            raise AgentInfraError(f"{self._ended[1]}; `connect` starts another")
         if not self._thread.is_alive():
             raise AgentInfraError("the proxy's job is no longer followed: a bug; run `connect` again")
 
@@ -133,19 +137,21 @@ class ProxyLink:
     def _look(self) -> list[ReplicaRecord]:
         """The proxy's record while it is to be reached. Called by discovery's thread."""
         job, record = self._job.look()
-        self._ended = self._job.explain(job) if self._job.is_over(job) else None
+        if not self._job.is_over(job):
+            self._ended = None
+        elif self._ended is None:
+            self._ended = time.monotonic(), self._job.explain(job)
         return [record] if record is not None else []
 
     def _run(self) -> None:
         """Follow the tunnel. Its thread's main loop."""
         while not self._stop.wait(FOLLOW_S):
-            record = next(
-                (each for each in self._tunnels.follow(self._discovery.records) if each.port is not None), None
-            )
-            end = (record.host, record.port or 0) if record is not None else None
+            record = next(iter(self._tunnels.follow(self._discovery.records)), None)
+            end = (record.host, record.port) if record is not None and record.port is not None else None
             with self._changed:
                 is_lost, self._through = self._through not in (None, end), end
                 self._end = end if record is not None and record.state == "ready" else None
+                self._message = record.message if record is not None else None
                 self._changed.notify_all()
                 for server in self._servers if is_lost else ():  # a node that lost its power doesn't close them
                     cut(server)
@@ -189,6 +195,5 @@ class ProxyLink:
 
     def _trouble(self) -> str:
         """Why the proxy isn't reached."""
-        state = self._tunnels.states().get(PROXY)
-        why = self._ended or (state and state.reason) or self._discovery.error or "its job waits or starts"
+        why = (self._ended and self._ended[1]) or self._message or self._discovery.error or "its job waits or starts"
         return f"this machine doesn't reach it: {why}"

@@ -499,6 +499,8 @@ def test_up_has_the_proxy_in_a_job(run: Program, far: FarCluster) -> None:
     up.wait_line(rf"^proxy  http://127\.0\.0\.1:{run.port} ", 240)
     up.wait_line("^Ctrl-C stops everything")
     assert run.status()["degraded"] == []
+    told = far.folder / "work" / "far" / "agent-infra" / "far" / "wanted.json"
+    assert (json.loads(told.read_text()), told.stat().st_mode & 0o077) == ({"smollm2": 1}, 0)
     assert "already run by `up`" in run.run("connect").stderr
     os.kill(run.find("up"), signal.SIGINT)
     up.wait_line(r"^stopped proxy \(job \d+\), smollm2-1 ")

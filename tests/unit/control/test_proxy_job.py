@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 from patience import PATIENCE_S
+from slurm_stand_in import CONFIG, JOB, PENDING, RUN, SLURM, StandIn, make_job
 
-from agent_infra import make_cluster, parse_config, render_proxy_job
+from agent_infra import parse_config, render_proxy_job
 from agent_infra_core import __version__
 from agent_infra_core.control.lock import DeploymentLock
 from agent_infra_core.control.proxy_job import ProxyJob, ServedProxy, explain_end, job_host
@@ -23,84 +24,17 @@ from agent_infra_core.errors import AgentInfraError, ConfigError, RefusedError
 from agent_infra_core.fleet.directives import proxy_directives
 from agent_infra_core.fleet.doctor import CHECKS
 from agent_infra_core.fleet.parse import JobEnd, SlurmJob
-from agent_infra_core.fleet.slurm import SlurmCluster
 from agent_infra_core.fleet.slurm_host import SlurmHost
 from agent_infra_core.fleet.state import deployment_paths
 from agent_infra_core.host import CommandResult, process_stamp
-from agent_infra_core.settings import ClusterConfig, PartitionConfig, ProxyJobConfig, SlurmConfig, SshConfig
+from agent_infra_core.settings import ProxyJobConfig, SshConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-RUN = "/w/d/run"
-JOB = SlurmJob("7", "RUNNING", "None", None, None, 3600.0, "cpu", "n1", RUN, "agent-infra:d:proxy")
-PENDING = dataclasses.replace(JOB, state="PENDING", reason="Priority", node="")
-SLURM = SlurmConfig((PartitionConfig("gpu"),), account="abc", work_dir="/w", proxy="job")
-CONFIG = dataclasses.replace(
-    parse_config("models: [{name: m, model_path: o/m}]", {}),
-    cluster=ClusterConfig(type="slurm", name="d", poll_interval=0.1, slurm=SLURM),
-)
-
-
-class StandIn:
-    """Slurm's host: answers with its ``jobs``, and keeps what was submitted, cancelled and written."""
-
-    def __init__(self, folder: Path) -> None:
-        (folder / "replicas").mkdir()
-        self.folder = folder  # the run directory
-        self.written: dict[str, bytes] = {}
-        self.jobs: list[SlurmJob] = []
-        self.said = CommandResult(0, b"8\n", b"")  # of sbatch
-        self.accepts: SlurmJob | None = PENDING  # what sbatch adds to the queue
-        self.end = ""  # of scontrol show job
-        self.is_silent = False
-        self.submitted: list[str] = []
-        self.cancelled: list[str] = []
-
-    def run(self, argv: Sequence[str], *, stdin: bytes = b"", **_: float) -> CommandResult:
-        script, words = argv[2], argv[4:]
-        if "squeue --noheader --all" in script:
-            return self._queue(words[1])
-        if "exec sbatch" in script:
-            self.submitted.append(stdin.decode())
-            self.jobs += [self.accepts] if self.accepts else []
-            return self.said
-        if "cat > " in script:
-            self.written[words[0]] = stdin
-        if "sha256sum -c" in script:
-            return CommandResult(int(words[0] not in self.written), b"", b"")
-        if 'rm -f "$@"' in script:
-            (self.folder / "replicas" / Path(words[0]).name).unlink(missing_ok=True)
-        if "scancel" in script:
-            self.cancelled.append(script[script.index("scancel") :])
-            self.jobs = []
-        if "scontrol --oneliner show job" in script:
-            return CommandResult(0, f"{self.end}\n@log@\n".encode(), b"")
-        if "replica_key" in script:  # the installation
-            return CommandResult(0, f"/w\n{'k' * 40}\n{'0' * 64}\n".encode(), b"")
-        return CommandResult(0, b"/w\n", b"")
-
-    def _queue(self, nonce: str) -> CommandResult:
-        rows = ""
-        for job in self.jobs:
-            told = (job.id, job.state, job.reason, "N/A", "N/A", "1:00:00", job.partition, job.node or "n/a")
-            rows += f"@{nonce}job@" + "".join(f"{item}@{nonce}@" for item in (*told, job.work_dir, job.name)) + "\n"
-        tail = f"@{nonce}status@{int(self.is_silent)} 1800000000@{nonce}files@\n"
-        tail += "".join(f"replicas/{path.name}:{path.read_text()}\n" for path in self.folder.glob("replicas/*.json"))
-        return CommandResult(0, ((rows if not self.is_silent else "") + tail).encode(), b"squeue: error: down")
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture
 def host(tmp_path: Path) -> StandIn:
     return StandIn(tmp_path)
-
-
-def make_job(host: StandIn, config: ClusterConfig) -> ProxyJob:
-    paths = deployment_paths("d", os.environ)
-    cluster = make_cluster(config, paths, host, os.environ, print)  # type: ignore[arg-type]
-    assert isinstance(cluster, SlurmCluster)
-    return ProxyJob(cluster, config, paths, render_proxy_job, lambda: b"the program")
 
 
 @pytest.fixture
@@ -294,6 +228,20 @@ def test_behind_a_login_host_it_is_found_where_a_tunnel_to_it_begins(host: Stand
     link = {"pid": os.getpid(), "process": process_stamp(os.getpid()), "host": "127.0.0.1", "port": 5801}
     deployment_paths("d", os.environ).link_record.write_text(json.dumps(link))
     assert job.find() == ({"job": "7", "node": "n1", "host": "127.0.0.1", "port": 5801, "pid": os.getpid()}, None)
+
+
+def test_what_it_has_noted_behind_a_login_host_is_known_here(host: StandIn) -> None:
+    job = make_job(host, dataclasses.replace(CONFIG.cluster, ssh=SshConfig("login")))
+    paths = deployment_paths("d", os.environ)
+    host.jobs, host.noted = [JOB], '@wanted.json@{"m": 3}@handover.json@{"m-1": {}}'
+    job._cluster.replicas()
+    job.fetch_state()
+    assert (paths.wanted.read_text(), paths.handover.read_text()) == ('{"m": 3}', '{"m-1": {}}')
+    host.noted = "@wanted.json@@handover.json@"  # none yet; the last handover is over
+    job.fetch_state()
+    assert (paths.wanted.read_text(), paths.handover.exists()) == ('{"m": 3}', False)
+    job.share(paths.wanted, '{"m": 4}')
+    assert host.written["/w/d/agent-infra/d/wanted.json"] == b'{"m": 4}'
 
 
 @pytest.mark.usefixtures("served")
