@@ -41,6 +41,7 @@ try:
     from agent_infra_core import __version__, client
     from agent_infra_core.client import ClientError as ClientError
     from agent_infra_core.client import SessionContext, attach
+    from agent_infra_core.control.foreground import OperatorSignals, run_detached
     from agent_infra_core.errors import (
         PROGRAM_PACKAGES,
         AgentInfraError,
@@ -52,6 +53,8 @@ try:
     from agent_infra_core.fleet.state import (
         DeploymentPaths,
         client_key,
+        config_text,
+        default_history,
         deployment_names,
         deployment_paths,
         read_or_make_key,
@@ -73,7 +76,7 @@ try:
         self_command,
         write_atomically,
     )
-    from agent_infra_core.protocol import CONFIG_FORMAT, MAX_RUN_TASKS, STATS_PREFIX, ReplicaRecord, rebuild
+    from agent_infra_core.protocol import MAX_RUN_TASKS, STATS_PREFIX, ReplicaRecord, rebuild
     from agent_infra_core.settings import (
         DEFAULT_CONFIG,
         NAME_PATTERN,
@@ -89,6 +92,7 @@ try:
         SlurmConfig,
         connect_address,
         proxy_url,
+        proxy_view,
         shorten,
     )
 except ImportError as error:
@@ -102,7 +106,8 @@ except ImportError as error:
 if TYPE_CHECKING:
     from agent_infra_core.control.controller import Controller
     from agent_infra_core.control.handover import Handover
-    from agent_infra_core.control.proxy_job import ProxyJob
+    from agent_infra_core.control.proxy_job import ProxyJob, ServedProxy
+    from agent_infra_core.control.proxy_link import ProxyLink
     from agent_infra_core.control.scaling import Autoscaler
     from agent_infra_core.control.status import ProxyClient
     from agent_infra_core.fleet.cluster import Cluster, Logs
@@ -234,7 +239,9 @@ def _refuse_duplicates(node: Any) -> None:
         _refuse_duplicates(child)
 
 
-_SHELL_LINES = r"cluster\.slurm\.(setup|prologue)\b"  # keys whose values a shell on the cluster expands
+_SHELL_LINES = (
+    r"cluster\.slurm\.(setup|prologue|proxy_job\.setup)\b"  # keys whose values a shell on the cluster expands
+)
 
 
 def _expand_environment(value: Any, environment: Mapping[str, str], path: str, problems: list[str]) -> Any:
@@ -361,9 +368,6 @@ def _contradictions(config: Config) -> Iterator[str]:
                 yield f"cluster.{item.name}: applies only to type: slurm; delete it, or set cluster.type"
     else:
         yield from _slurm_contradictions(config.cluster.slurm)
-        if config.cluster.slurm.proxy == "job" and config.cluster.ssh is not None:
-            fix = "run the program on the login host and delete cluster.ssh, or set proxy: here"
-            yield f"cluster.slurm.proxy: a job can't be reached through cluster.ssh; {fix}"
     for index, model in enumerate(config.models):
         path = f"models[{index}]"
         if model.name in [earlier.name for earlier in config.models[:index]]:
@@ -916,6 +920,7 @@ def make_cluster(
     if config.type == "local":
         return LocalCluster(paths, self_command("serve"), environment, report)
     runner = login or LocalCommands(environment)
+    config = dataclasses.replace(config, tunnel=proxy_view(config).tunnel)  # by which the proxy reaches engines
     return SlurmCluster(config, paths, runner, environment, report, render_job=render_job, archive=build_node)
 
 
@@ -950,6 +955,7 @@ class Deployment:
 
         Raises RefusedError when the state directory cannot be written.
         """
+        from agent_infra_core.bundle import build_program
         from agent_infra_core.control.lock import DeploymentLock
         from agent_infra_core.control.proxy_job import ProxyJob
         from agent_infra_core.fleet.slurm import SlurmCluster
@@ -961,11 +967,16 @@ class Deployment:
         if config.cluster.ssh is not None:
             self.login = LoginHost(config.cluster, environment, str(self.paths.root), ask)
         self.cluster = make_cluster(config.cluster, self.paths, self.login, environment, report)
-        self._lock = DeploymentLock(self.paths)
         self.in_job, self.proxy_job = in_job, None
         if isinstance(self.cluster, SlurmCluster) and not in_job:  # it may exist, whatever the configuration says now
-            self.proxy_job = ProxyJob(self.cluster, config.cluster, self.paths, render_proxy_job)
+            build = functools.partial(build_program, resource)
+            self.proxy_job = ProxyJob(self.cluster, config.cluster, self.paths, render_proxy_job, build)
+        # The job that is to run the proxy, rather than this process.
+        self.planned_job = self.proxy_job if config.cluster.slurm.proxy == "job" else None
+        self._lock = DeploymentLock(self.paths.link_lock if self.planned_job else self.paths.lock)
         self.controller: Controller | None = None
+        self.link: ProxyLink | None = None  # instead of it
+        self._served: ServedProxy | None = None  # in a job
         self._handover: Handover | None = None
         self._autoscaler: Autoscaler | None = None
 
@@ -995,10 +1006,16 @@ class Deployment:
         from agent_infra_core.control.handover import read_successions
         from agent_infra_core.control.status import SERVING_STATES
 
+        self._fetch_state()
         records, successions = self.cluster.replicas(), read_successions(self.paths)
         serving = {record.replica: record for record in records if record.state in SERVING_STATES}
         doubles = {s.successor for old, s in successions.items() if old in serving and serving[old].job_id == s.job}
         return [record for name, record in serving.items() if name not in doubles]
+
+    def _fetch_state(self) -> None:
+        """Bring what a proxy behind a login host has noted to this machine."""
+        if self.planned_job is not None:
+            self.planned_job.fetch_state()
 
     def wanted(self) -> dict[str, int]:
         """Return the wanted number of replicas per model: from the last `start` or `scale`, else the configuration."""
@@ -1010,12 +1027,15 @@ class Deployment:
 
     def want(self, counts: Mapping[str, int]) -> None:
         """Save how many replicas of these models are wanted, and the configuration."""
-        write_atomically(self.paths.wanted, json.dumps({**self.wanted(), **counts}))
+        text = json.dumps({**self.wanted(), **counts})
+        write_atomically(self.paths.wanted, text)
         self.save_config()
+        if self.planned_job is not None:
+            self.planned_job.share(self.paths.wanted, text)
 
     def save_config(self) -> None:
         """Save the configuration for `stop`, which must work even if the file is changed or deleted."""
-        write_atomically(self.paths.config, json.dumps({"format": CONFIG_FORMAT, **dataclasses.asdict(self.config)}))
+        write_atomically(self.paths.config, config_text(self.config))
 
     def find_proxy(self) -> tuple[Mapping[str, Any] | None, str | None]:
         """Return ``{pid, host, port, …}`` of the running proxy, or None; and what is wrong with it."""
@@ -1031,6 +1051,11 @@ class Deployment:
         if found is None:
             return None
         return ProxyClient(connect_address(found["host"]), found["port"], client_key(self.config, self.paths))
+
+    @property
+    def front(self) -> Controller | ProxyLink | None:
+        """What connect() returned, until disconnect()."""
+        return self.controller or self.link
 
     def wait_ready(
         self,
@@ -1065,21 +1090,21 @@ class Deployment:
         return ()
 
     def claim(self, verb: str) -> None:
-        """Make this process the deployment's controller. RefusedError when another process is, or a job is to be it."""
-        if self.proxy_job is not None:
-            self.proxy_job.refuse(verb)
+        """Make this process the deployment's controller, or the one that leads to it. RefusedError if another is."""
         if not self._lock.is_held:
             self._lock.acquire(verb)
         if self.login is not None:
             self.login.lead()
 
-    def connect(self, log_format: str = "text", expected: Sequence[ModelConfig] = ()) -> Controller:
-        """Start the controller and its relay; call claim() first. Raises RefusedError when the port is taken.
+    def connect(self, log_format: str = "text", expected: Sequence[ModelConfig] = ()) -> Controller | ProxyLink:
+        """Start the proxy; call claim() first, and settle() on what it returns. Raises RefusedError if the port is
+        taken.
 
         Turns for ``expected`` models, which the caller is about to start, wait until they are ready.
         """
         from agent_infra_core.control.controller import Controller
         from agent_infra_core.control.handover import Handover
+        from agent_infra_core.control.proxy_link import ProxyLink
         from agent_infra_core.control.scaling import Autoscaler
         from agent_infra_core.fleet.engines import GUARDED_ENGINES
         from agent_infra_core.fleet.slurm import SlurmCluster
@@ -1088,6 +1113,10 @@ class Deployment:
         keys = (client_key(self.config, self.paths), self.cluster.replica_key())
         with contextlib.suppress(OSError):  # a full disk doesn't stop the proxy
             self.save_config()
+        if self.planned_job is not None:
+            options = ("--log-format", log_format)
+            self.link = ProxyLink(self.planned_job, self.config, self.login, keys[1], self.paths, options, self.report)
+            return self.link
         tunnels = None
         if self.config.cluster.type != "local":
             tunnels = TunnelSet(self.config.cluster, self.login, keys[1], GUARDED_ENGINES)
@@ -1117,17 +1146,32 @@ class Deployment:
                     follower.follow(records)
         return records
 
-    def disconnect(self, grace_s: float) -> None:
-        """Stop the controller and relay if this process runs them; turns in flight have ``grace_s`` to finish."""
-        from agent_infra_core.control.proxy_job import record_proxy
+    def announce(self, port: int) -> None:
+        """In a job, have others find its proxy."""
+        from agent_infra_core.control.proxy_job import serve_in_job
 
         if self.in_job:
-            with contextlib.suppress(OSError):
-                record_proxy(self.paths, self.environment, None)
-        if self.controller is not None:
-            self.controller.stop(grace_s)
-            self.controller = None
+            self._served = serve_in_job(self.cluster, self.environment, (self.config.proxy.host, port))
+
+    def disconnect(self, grace_s: float) -> None:
+        """Stop what connect() started; the turns in flight of a proxy in this process have ``grace_s`` to finish."""
+        if self._served is not None:
+            self._served.drain()
+        for front in (self.controller, self.link):
+            if front is not None:
+                front.stop(grace_s)
+        if self._served is not None:
+            self._served.close()
+        self.controller = self.link = self._served = None
         self._lock.release()
+
+    def undo_connect(self) -> None:
+        """Stop what connect() started, and end the proxy's job if this process submitted it."""
+        is_new = self.link is not None and self.link.is_new
+        self.disconnect(0.0)
+        if self.planned_job is not None and is_new:
+            with contextlib.suppress(AgentInfraError, OSError):  # the caller reports the first error, not these
+                self.planned_job.stop(now=True)
 
     def status(self) -> dict[str, Any]:
         """Return ``{deployment, models, replicas, proxy: {pid, host, port, controller, …} | None, …}``.
@@ -1141,6 +1185,7 @@ class Deployment:
         from agent_infra_core.control.status import list_problems, summarize, unreached
 
         records = [r for r in self.cluster.replicas() if r.state != "stopped" or r.is_idle]
+        self._fetch_state()
         wanted = self.wanted()
         found, trouble = self.find_proxy()
         proxy = self.proxy(found) if found else None
@@ -1152,6 +1197,8 @@ class Deployment:
         degraded += [
             f"{name} is ready, but no turn reaches it: {why}" for name, why in unreached(records, rows).items()
         ]
+        if proxy is not None and self.planned_job is not None and not stats:
+            trouble = "the proxy doesn't answer this machine: `connect` says how it is reached"
         degraded += [problem for problem in (self.cluster.problem, trouble) if problem]
         return {
             "deployment": self.config.cluster.name,
@@ -1171,7 +1218,7 @@ class Deployment:
         of this process; or when something still runs at the end.
         """
         from agent_infra_core.control.link import DRAIN_S, end_relay
-        from agent_infra_core.control.lock import end_controller
+        from agent_infra_core.control.lock import end_holder
         from agent_infra_core.control.status import LIVE_STATES
         from agent_infra_core.fleet.state import unrecorded_relay
 
@@ -1180,8 +1227,10 @@ class Deployment:
             self.cluster.stop((), now)  # raises if it couldn't end any
         live = {record.replica: record for record in records if record.state in LIVE_STATES}
         ended = self.proxy_job.stop(now) if self.proxy_job is not None and not own else []
-        ended += ["proxy"] if own else [] if self._lock.is_held else end_controller(self.paths, now)
+        ended += ["proxy"] if own else []
         self.disconnect(0.0 if now else DRAIN_S)
+        for lock in (self.paths.lock, self.paths.link_lock):
+            ended += end_holder(lock, now)
         relay = read_relay_record(self.paths) or unrecorded_relay(self.paths)
         if relay is not None:
             end_relay(relay["pid"], relay["process"], 0.0 if now else DRAIN_S)
@@ -1192,6 +1241,11 @@ class Deployment:
             live |= {record.replica: record for record in self._end_replicas(now)}
         except AgentInfraError as error:
             raise type(error)(f"{error}; ended: {', '.join(ended) or 'nothing'}") from error
+        if self.planned_job is not None and any(name.startswith("proxy (job") for name in ended):
+            try:
+                self.planned_job.fetch_history()
+            except (AgentInfraError, OSError) as error:
+                self.report(f"the history stays on the cluster: {error}")
         paths = self.paths
         for leftover in (paths.wanted, paths.config, paths.handover, paths.drained, paths.leaving):
             leftover.unlink(missing_ok=True)
@@ -1288,10 +1342,10 @@ class ConnectionManager:
     @property
     def base_url(self) -> str:
         """``base_url`` for an OpenAI client. Raises AgentInfraError before connect()."""
-        controller = self._deployment.controller if self._deployment else None
-        if controller is None:
+        front = self._deployment.front if self._deployment else None
+        if front is None:
             raise AgentInfraError("not connected; await connect() first")
-        return f"{controller.url}/v1"
+        return f"{front.url}/v1"
 
     @property
     def api_key(self) -> str:
@@ -1322,13 +1376,14 @@ class ConnectionManager:
 
         from agent_infra_core.control.lock import LIBRARY_HOLDER_VERB
 
-        deployment = self._open()
-        if deployment.controller is None:
+        deployment, stopping = self._open(), threading.Event()
+        if deployment.front is None:
             deployment.claim(LIBRARY_HOLDER_VERB)
             try:
-                await asyncio.to_thread(deployment.connect)
+                await asyncio.to_thread(lambda: deployment.connect().settle(lambda _: None, stopping.is_set))
             except BaseException:
-                deployment.disconnect(0.0)
+                stopping.set()
+                deployment.undo_connect()
                 raise
         return self.base_url
 
@@ -1374,12 +1429,12 @@ class ConnectionManager:
             with end_new_replicas_on_error(deployment.cluster):
                 deployment.start(models)
                 deployment.wait_ready(lambda _: None, should_stop)
+                if not should_stop() and deployment.front is None:
+                    deployment.connect().settle(lambda _: None, should_stop)
                 if should_stop():
-                    raise AgentInfraError("cancelled before the replicas were ready")
-                if deployment.controller is None:
-                    deployment.connect()
+                    raise AgentInfraError("cancelled before the replicas and the proxy were ready")
         except BaseException:
-            deployment.disconnect(0.0)
+            deployment.undo_connect()
             if deployment.login is not None:
                 deployment.login.close()
             raise
@@ -1437,29 +1492,6 @@ class ReplicaBoard:
         trail.pop(record.state, None)
         trail[record.state] = line
         return " → ".join(trail.values())
-
-
-class OperatorSignals:
-    """Counts SIGINT, SIGTERM and SIGHUP; the second one calls ``on_second``, which ends turns in flight at once.
-
-    ``on_each`` is called with the number of each signal; ``last`` is that of the last one.
-    """
-
-    def __init__(self) -> None:
-        self.count = self.last = 0
-        self.on_second: Callable[[], None] = lambda: None
-        self.on_each: Callable[[int], None] = lambda _: None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._take)
-
-    def _take(self, number: int, _frame: object) -> None:
-        self.count, self.last = self.count + 1, number
-        self.on_each(number)
-        if self.count > 1:
-            self.on_second()
-
-    def came(self) -> bool:
-        return self.count > 0
 
 
 def _say(line: str, *, error: bool = False) -> None:
@@ -1543,54 +1575,12 @@ def _say_environment(url: str, config: Config, paths: DeploymentPaths) -> None:
         _say("export OPENAI_API_KEY=...  # proxy.api_key of the configuration")
 
 
-def _attend(controller: Controller, signals: OperatorSignals) -> None:
-    """Wait for a signal. Raises AgentInfraError if the controller fails."""
+def _attend(proxy: Controller | ProxyLink, signals: OperatorSignals) -> None:
+    """Wait for a signal. Raises AgentInfraError if the proxy fails."""
     freeze_imported_objects()
     while not signals.came():
-        controller.check()
+        proxy.check()
         time.sleep(0.2)
-
-
-def run_detached(work: Callable[[Callable[[Path], None]], int]) -> int:
-    """Run ``work(detach)`` in a child process that keeps the terminal until it calls ``detach(log)``.
-
-    Until then, prompts, messages and errors appear on the terminal.  After that the child runs without the terminal
-    and writes to the file ``log``.  Returns 0 when the child detaches, or its exit code if it ends first.  Call it
-    before starting any thread.
-    """
-    from agent_infra_core.node.failures import describe_exit
-
-    ready, child_end = os.pipe()
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        os.close(ready)
-        return work(functools.partial(_leave_terminal, child_end))
-    os.close(child_end)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the child too, which decides
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: os.kill(child, number))
-    with open(ready, "rb") as pipe:
-        if pipe.read(1):
-            return 0
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code < 0:
-        raise AgentInfraError(f"the proxy {describe_exit(code)} before it was ready; its log may say more")
-    return code
-
-
-def _leave_terminal(report: int, log: Path) -> None:
-    """Detach this process from the terminal for good and report it through the pipe ``report``."""
-    os.setsid()
-    sys.stdout.flush()
-    null, output = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    for source, target in ((null, 0), (output, 1), (output, 2)):
-        os.dup2(source, target)
-    os.close(null)
-    os.close(output)
-    with contextlib.suppress(BrokenPipeError):  # the parent is gone; the proxy runs anyway
-        os.write(report, b"1")
-    os.close(report)
 
 
 def _run_connect(arguments: argparse.Namespace) -> int:
@@ -1602,23 +1592,27 @@ def _run_connect(arguments: argparse.Namespace) -> int:
 def _connect(arguments: argparse.Namespace, detach: Callable[[Path], None] | None = None) -> int:
     """Run controller and proxy until a signal arrives, or submit their job; call ``detach`` once they serve."""
     deployment = _deployment(arguments)
-    if deployment.proxy_job is not None and deployment.config.cluster.slurm.proxy == "job":
-        return _connect_job(deployment, deployment.proxy_job, arguments)
+    if deployment.planned_job is not None and deployment.login is None:
+        return _connect_job(deployment, deployment.planned_job, arguments)
     if arguments.dashboard:
         page_script()
     return _serve(deployment, arguments, detach)
 
 
+_STILL_QUEUED = "the proxy's job stays in the queue; `connect` waits for it again, `stop` ends it"
+
+
 def _connect_job(deployment: Deployment, job: ProxyJob, arguments: argparse.Namespace) -> int:
-    """Run the proxy in a job of its own, and print its URL once it serves."""
+    """Run the proxy in a job of its own, and print its URL, at which this machine reaches it, once it serves."""
     if arguments.dashboard:
         raise RefusedError("--dashboard: the proxy runs in a job; run `connect`, then `dashboard`")
     signals = OperatorSignals()
-    job.submit(deployment.save_config, "--log-format", arguments.log_format)
+    deployment.save_config()
+    job.submit(deployment.config, "--log-format", arguments.log_format)
     with ReplicaBoard() as board:
         found = job.wait(board.show, signals.came)
     if found is None:
-        _say("the proxy's job stays in the queue; `connect` waits for it again, `stop` ends it")
+        _say(_STILL_QUEUED)
         return 130
     _greet(proxy_url(found["host"], found["port"]), deployment, job.describe(found))
     return 0
@@ -1639,29 +1633,32 @@ def _run_proxy_job(arguments: argparse.Namespace) -> int:
 def _serve(deployment: Deployment, arguments: argparse.Namespace, detach: Callable[[Path], None] | None = None) -> int:
     """Run controller and proxy until a signal arrives; call ``detach`` once they serve."""
     from agent_infra_core.control.link import DRAIN_S
-    from agent_infra_core.control.proxy_job import record_proxy
 
     signals = OperatorSignals()
     deployment.claim("connect")
     try:
-        controller = deployment.connect(arguments.log_format)
-        signals.on_second = controller.relay.terminate
-        controller.refresh()
-        if deployment.in_job:  # only now: before the first look at the replicas, a turn would find none
-            record_proxy(deployment.paths, os.environ, (deployment.config.proxy.host, controller.relay.port))
-        _greet(controller.url, deployment, controller.routes())
+        proxy = deployment.connect(arguments.log_format)
+        signals.on_second = proxy.end_turns
+        with ReplicaBoard() as board:
+            if not proxy.settle(board.show, signals.came):
+                _say(_STILL_QUEUED)
+                return 130
+        deployment.announce(proxy.port)  # only now: before the first look at the replicas, a turn would find none
+        _greet(proxy.url, deployment, proxy.routes())
         try:
             for reason in deployment.status()["degraded"]:
                 _say(f"degraded: {reason}")
         except HostUnreachableError as error:  # the proxy serves what it knows
             _say(f"degraded: {error}")
-        with _page(arguments.dashboard, deployment, controller.url):
+        with _page(arguments.dashboard, deployment, proxy.url):
             if detach is not None:
-                log, pid = deployment.paths.log("proxy"), os.getpid()
+                log, pid = deployment.paths.log("proxy" if deployment.planned_job is None else "link"), os.getpid()
                 _say(f"runs in the background: `stop` ends it and the replicas, `kill {pid}` it alone; log: {log}")
                 detach(log)
-            _attend(controller, signals)
-        _say("finishing the turns in flight (Ctrl-C again ends them now); the replicas keep running, `stop` ends them")
+            _attend(proxy, signals)
+        turns = "finishing the turns in flight (Ctrl-C again ends them now)"
+        left = (turns, "the replicas keep") if deployment.link is None else ("disconnecting", "proxy and replicas keep")
+        _say(f"{left[0]}; {left[1]} running, `stop` ends them")
     finally:
         deployment.disconnect(DRAIN_S)
     return 0
@@ -1803,7 +1800,7 @@ def _expected_proxy(deployment: Deployment) -> str:
         return proxy_url(found["host"], found["port"])
     if settings.port == 0:
         raise RefusedError("no proxy is running, and proxy.port 0 means any port; run `connect` first")
-    if deployment.config.cluster.slurm.proxy == "job":
+    if deployment.planned_job is not None:
         raise RefusedError(trouble or f"{deployment.cluster.problem}; try again")
     _say("no proxy is running; `connect` starts one, and the page will find it")
     return proxy_url(settings.host, settings.port)
@@ -1825,13 +1822,13 @@ def _run_dashboard(arguments: argparse.Namespace) -> int:
     return serve_page(script, port, proxy, arguments.token_file)
 
 
-def _wait_for_some(deployment: Deployment, controller: Controller, signals: OperatorSignals) -> Sequence[ReplicaRecord]:
+def _wait_for_some(deployment: Deployment, signals: OperatorSignals) -> Sequence[ReplicaRecord]:
     """Wait until the replicas have settled. Raises AgentInfraError if none is ready; reports models that failed."""
     try:
         with ReplicaBoard() as board:
             return deployment.wait_ready(board.show, signals.came)
     except AgentInfraError as error:
-        records = controller.discovery.records
+        records = deployment.cluster.replicas()
         if all(record.state != "ready" for record in records):
             raise
         _say(f"degraded: {error}")
@@ -1846,31 +1843,31 @@ def _serving(
     verb: str,
     log_format: str,
     has_page: bool = False,
-) -> Iterator[Controller]:
+) -> Iterator[Controller | ProxyLink]:
     """Run replicas and proxy for the length of the block, which begins once some are ready, or after a signal.
 
     The page is there before: it also shows replicas that aren't ready yet.
     """
     deployment.claim(verb)
     try:
-        controller = deployment.connect(log_format, models)
-        signals.on_second = controller.relay.terminate
-        deployment.start(models)
+        proxy = deployment.connect(log_format, models)
+        signals.on_second = proxy.end_turns
+        with end_new_replicas_on_error(deployment.cluster):
+            deployment.start(models)
+            proxy.begin()
     except BaseException:
         # Replicas that ran before keep running, but a relay must not stay without its controller. Not only for
         # RefusedError: the scheduler may have failed to answer.
-        deployment.disconnect(0.0)
+        deployment.undo_connect()
         raise
     is_over = False
     try:
-        controller.refresh()
-        controller.expected = frozenset()
-        with _page(has_page, deployment, controller.url):
-            records = _wait_for_some(deployment, controller, signals)
-            if not signals.came():
-                controller.refresh()
-                _tell_queued(records)
-            yield controller
+        with _page(has_page, deployment, proxy.url):
+            records = _wait_for_some(deployment, signals)
+            with ReplicaBoard() as board:
+                if not signals.came() and proxy.settle(board.show, signals.came):
+                    _tell_queued(records)
+            yield proxy
         is_over = True
     finally:
         with contextlib.suppress(OSError):  # the terminal may be gone; stop everything anyway
@@ -1890,11 +1887,11 @@ def _run_up(arguments: argparse.Namespace) -> int:
 def _up(deployment: Deployment, models: Sequence[ModelConfig], arguments: argparse.Namespace) -> int:
     """Serve until a signal arrives."""
     signals, verb, has_page = OperatorSignals(), arguments.verb, arguments.dashboard
-    with _serving(deployment, models, signals, verb, arguments.log_format, has_page) as controller:
+    with _serving(deployment, models, signals, verb, arguments.log_format, has_page) as proxy:
         if not signals.came():
-            _greet(controller.url, deployment, controller.routes())
+            _greet(proxy.url, deployment, proxy.routes())
             _say("Ctrl-C stops everything")
-            _attend(controller, signals)
+            _attend(proxy, signals)
     return 0
 
 
@@ -1908,7 +1905,7 @@ def _run_run(arguments: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr):
         deployment, signals = _deployment(arguments), OperatorSignals()
         models = deployment.select_models(arguments.model, arguments.replicas)
-        with _serving(deployment, models, signals, "run", arguments.log_format) as controller:
+        with _serving(deployment, models, signals, "run", arguments.log_format) as served:
             if arguments.tasks and not signals.came():
                 proxy = deployment.proxy()
                 if proxy is None:
@@ -1919,9 +1916,10 @@ def _run_run(arguments: argparse.Namespace) -> int:
                 code = 128 + signals.last  # as a shell has it, although the command never ran
             else:
                 key = client_key(deployment.config, deployment.paths)
-                variables = {"OPENAI_BASE_URL": f"{controller.url}/v1", "OPENAI_API_KEY": key}
-                code = run_command(argv, {**os.environ, **variables}, signals, controller.check)
-        _say(report_text(deployment.config.proxy.history, deployment.paths.history, f"Run {name}", since))
+                variables = {"OPENAI_BASE_URL": f"{served.url}/v1", "OPENAI_API_KEY": key}
+                code = run_command(argv, {**os.environ, **variables}, signals, served.check)
+        path = default_history(deployment.config, deployment.paths)
+        _say(report_text(deployment.config.proxy.history, path, f"Run {name}", since))
     return code
 
 
@@ -1973,7 +1971,7 @@ def _run_proxy(arguments: argparse.Namespace) -> int:
     config = _proxy_config(arguments, dict.fromkeys(record.model for record in records))
     paths = deployment_paths(config.cluster.name, os.environ)
     spans = span_sender(config.otel)
-    lock, signals = DeploymentLock(paths), OperatorSignals()
+    lock, signals = DeploymentLock(paths.lock), OperatorSignals()
     lock.acquire("proxy")
     keys = (client_key(config, paths), os.environ.get("AGENT_INFRA_BACKEND_KEY"))
     controller = Controller(config, paths, lambda: records, keys=keys, log_format=arguments.log_format, spans=spans)
@@ -2036,7 +2034,7 @@ def _run_scale(arguments: argparse.Namespace) -> int:
     signals = OperatorSignals()
     if deployment.proxy() is None:
         _say("no proxy is running: a removed replica cuts off its turns; `connect` picks up new replicas")
-    elif lock_holder(deployment.paths.lock) is None:
+    elif deployment.planned_job is None and lock_holder(deployment.paths.lock) is None:
         _say("the proxy is running without its controller: it gets no new replicas until `connect` takes it over")
     scaling = Scaling(deployment)
     started, surplus = scaling.scale(arguments.name, arguments.count)
@@ -2111,7 +2109,8 @@ def _run_logs(arguments: argparse.Namespace) -> int:
 
     deployment = _deployment(arguments)
     known = deployment.cluster.logs.names()
-    if deployment.paths.log("proxy").exists() and "proxy" not in known:
+    is_here = deployment.login is None or deployment.planned_job is None  # the proxy's log
+    if is_here and deployment.paths.log("proxy").exists() and "proxy" not in known:
         known.append("proxy")
     names = [arguments.name] if arguments.name else known
     missing = [name for name in names if name not in known]
@@ -2120,9 +2119,9 @@ def _run_logs(arguments: argparse.Namespace) -> int:
     if missing:
         raise RefusedError(f"no log of {missing[0]}; there are: {', '.join(known)}")
 
-    here = LogFolder(deployment.paths.run / "logs")  # the proxy's log is always on this machine
-    mine = [name for name in names if name == "proxy"]
-    theirs = [name for name in names if name != "proxy"]
+    here = LogFolder(deployment.paths.run / "logs")
+    mine = [name for name in names if name == "proxy" and is_here]
+    theirs = [name for name in names if name not in mine]
     prefix = {name: f"{name}: " if len(names) > 1 else "" for name in names}
 
     def say(logs: Logs, from_names: Sequence[str]) -> None:
@@ -2243,7 +2242,8 @@ def _history_of(arguments: argparse.Namespace) -> contextlib.AbstractContextMana
             raise RefusedError(f"--history {arguments.history}: there is no such file")
         return read_history(Path(arguments.history))
     config = load_config(arguments.config)
-    path = history_path(config.proxy.history, deployment_paths(config.cluster.name, os.environ).history)
+    default = default_history(config, deployment_paths(config.cluster.name, os.environ))
+    path = history_path(config.proxy.history, default)
     if path is None:
         raise RefusedError('proxy.history is "off": turns are not kept; name an older file with --history')
     return read_history(path)

@@ -167,6 +167,7 @@ class ProxyJobConfig:
     cpus: int = _key(2, low=1)
     memory: str | None = _key("4G", pattern=_SIZE_PATTERN, allowed=_SIZE_WORDS)  # None: the partition's default
     time_limit: str | None = _key(None, pattern=_TIME_PATTERN, allowed=_TIME_WORDS)
+    setup: tuple[str, ...] = ()  # shell lines before the proxy
     sbatch: Mapping[str, str | int | bool | None] = _key({})  # true: option without a value; None: no such option
 
 
@@ -207,6 +208,13 @@ class ClusterConfig:
     tunnel_driver: str = _key("auto", choices=TUNNEL_DRIVERS)
     poll_interval: float = _key(30.0, low=0.1)  # s between queries to the scheduler
     slurm: SlurmConfig = SlurmConfig()
+
+
+def proxy_view(config: ClusterConfig) -> ClusterConfig:
+    """Return the cluster as its proxy sees it: one in a job needs no login host to reach the replicas."""
+    if config.ssh is None or config.slurm.proxy != "job":
+        return config
+    return dataclasses.replace(config, ssh=None, tunnel=ClusterConfig.tunnel, tunnel_driver=ClusterConfig.tunnel_driver)
 
 
 @dataclass(frozen=True)

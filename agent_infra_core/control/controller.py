@@ -205,6 +205,25 @@ class Controller:
         if not self.is_running:
             raise AgentInfraError(f"the controller failed: {self.failure!r}; the proxy's log says more")
 
+    @property
+    def port(self) -> int:
+        """The port that clients use."""
+        return self.relay.port
+
+    def begin(self) -> None:
+        """The replicas that turns wait for are submitted: look at them."""
+        self.refresh()
+        self.expected = frozenset()
+
+    def settle(self, _show: object = None, _should_stop: object = None) -> bool:
+        """Return once turns reach the replicas that are ready."""
+        self.refresh()
+        return True
+
+    def end_turns(self) -> None:
+        """Have the relay cut its turns, if it is ending already."""
+        self.relay.terminate()
+
     def refresh(self, deadline_s: float = 5.0) -> None:
         """Poll the replicas now, and return once the result was sent to the relay or after ``deadline_s``."""
         self.discovery.look()

@@ -1,17 +1,20 @@
-"""A command that runs in this terminal while a deployment serves it."""
+"""This terminal: its signals, a command that runs in it while a deployment serves it, and how a process leaves it."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from pathlib import Path
 
-from agent_infra_core.errors import RefusedError
+from agent_infra_core.errors import AgentInfraError, RefusedError
+from agent_infra_core.node.failures import describe_exit
 
 COMMAND_END_S = 10.0  # for the command to end after SIGTERM or SIGHUP; then it is killed
 
@@ -78,16 +81,34 @@ class ForegroundCommand:
             self._process.send_signal(number)
 
 
-class PassedSignals(Protocol):
-    """The signals of this process: what is called with each one and at the second one, and which came last."""
+class OperatorSignals:
+    """Counts SIGINT, SIGTERM and SIGHUP; the second one calls ``on_second``, which ends turns in flight at once.
 
-    on_each: Callable[[int], None]
-    on_second: Callable[[], None]
-    last: int  # number of the last one; 0 before the first
+    ``on_each`` is called with the number of each signal; ``last`` is that of the last one.
+    """
+
+    def __init__(self) -> None:
+        self.count = self.last = 0
+        self.on_second: Callable[[], None] = lambda: None
+        self.on_each: Callable[[int], None] = lambda _: None
+        self._listen()
+
+    def _listen(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._take)
+
+    def _take(self, number: int, _frame: object) -> None:
+        self.count, self.last = self.count + 1, number
+        self.on_each(number)
+        if self.count > 1:
+            self.on_second()
+
+    def came(self) -> bool:
+        return self.count > 0
 
 
 def run_command(
-    argv: Sequence[str], environment: Mapping[str, str], signals: PassedSignals, check: Callable[[], None]
+    argv: Sequence[str], environment: Mapping[str, str], signals: OperatorSignals, check: Callable[[], None]
 ) -> int:
     """Run a command in the foreground, which gets this process's signals. Returns its status as a shell has it.
 
@@ -103,6 +124,46 @@ def run_command(
     finally:
         signals.on_each, signals.on_second = lambda _: None, on_second
         command.close()
+
+
+def run_detached(work: Callable[[Callable[[Path], None]], int]) -> int:
+    """Run ``work(detach)`` in a child process that keeps the terminal until it calls ``detach(log)``.
+
+    Until then, prompts, messages and errors appear on the terminal.  After that the child runs without the terminal
+    and writes to the file ``log``.  Returns 0 when the child detaches, or its exit code if it ends first.  Call it
+    before starting any thread.
+    """
+    ready, child_end = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(ready)
+        return work(functools.partial(_leave_terminal, child_end))
+    os.close(child_end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the child too, which decides
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    with open(ready, "rb") as pipe:
+        if pipe.read(1):
+            return 0
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code < 0:
+        raise AgentInfraError(f"the proxy {describe_exit(code)} before it was ready; its log may say more")
+    return code
+
+
+def _leave_terminal(report: int, log: Path) -> None:
+    """Detach this process from the terminal for good and report it through the pipe ``report``."""
+    os.setsid()
+    sys.stdout.flush()
+    null, output = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for source, target in ((null, 0), (output, 1), (output, 2)):
+        os.dup2(source, target)
+    os.close(null)
+    os.close(output)
+    with contextlib.suppress(BrokenPipeError):  # the parent is gone; the proxy runs anyway
+        os.write(report, b"1")
+    os.close(report)
 
 
 def _is_in_foreground() -> bool:

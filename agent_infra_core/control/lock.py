@@ -23,8 +23,8 @@ LIBRARY_HOLDER_VERB = "ConnectionManager"  # verb of a holder that isn't our pro
 class DeploymentLock:
     """The lock held by a deployment's controller: an flock, which the kernel releases when its holder dies."""
 
-    def __init__(self, paths: DeploymentPaths) -> None:
-        self._path = paths.lock
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._file: int | None = None
 
     def acquire(self, verb: str) -> None:
@@ -107,15 +107,15 @@ def local_proxy(paths: DeploymentPaths) -> tuple[dict[str, Any] | None, str | No
     return relay, None if holder else "the proxy is running without its controller; `connect` takes it over"
 
 
-def end_controller(paths: DeploymentPaths, now: bool) -> list[str]:
-    """End the process that holds the deployment's lock: ask it to shut down, and kill it if that fails."""
-    holder = lock_holder(paths.lock)
+def end_holder(path: Path, now: bool) -> list[str]:
+    """End the process that holds the lock at ``path``: ask it to shut down, and kill it if that fails."""
+    holder = lock_holder(path)
     if holder is None:
         return []
-    if not is_here(holder, paths.lock):
+    if not is_here(holder, path):
         raise AgentInfraError(
             f"the deployment is run by {describe_holder(holder)}, this is {os.uname().nodename}: run `stop` there. "
-            f"If that machine is gone for good, delete {paths.lock}"
+            f"If that machine is gone for good, delete {path}"
         )
     if holder["verb"] == LIBRARY_HOLDER_VERB:
         raise AgentInfraError(

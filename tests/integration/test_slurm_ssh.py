@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai import APIError, OpenAI
+from openai import APIError, AuthenticationError, OpenAI
 from patience import PATIENCE_S
 from program import Program, is_listening, wait_for
 from testbed.namespaces import FarCluster, missing_parts
@@ -286,13 +286,7 @@ class Agents:
 
 def assert_broken_stream_says_so(run: Program, far: FarCluster) -> None:
     nodes = {row["id"]: row["node"] for row in backends(run)}
-    stream = client(run).chat.completions.create(
-        model="smollm2",
-        max_tokens=400,
-        stream=True,
-        messages=[{"role": "user", "content": "Tell a long story."}],
-        extra_body={"ignore_eos": True},
-    )
+    stream = long_story(client(run))
     node = nodes[stream.response.headers["x-agent-infra-backend"]]
     with pytest.raises(APIError):
         for index, _ in enumerate(stream):
@@ -347,12 +341,14 @@ def at_login(run: Program, far: FarCluster) -> Program:
     return run
 
 
-def configure_job(run: Program, far: FarCluster, host: str = "127.0.0.1", **sbatch: str) -> None:
+def configure_job(run: Program, far: FarCluster, host: str = "127.0.0.1", is_far: bool = False, **sbatch: str) -> None:
     configure(run, far, replicas=1, poll_interval=0.3)
     document = json.loads(run.config.read_text())
-    del document["cluster"]["ssh"]
+    if not is_far:
+        del document["cluster"]["ssh"]
     document["proxy"]["host"] = host
-    job = {"partition": "only1", "cpus": 1, "time_limit": "30", "sbatch": sbatch}
+    setup = [f"export AGENT_INFRA_PYTHON={sys.executable}"]
+    job = {"partition": "only1", "cpus": 1, "time_limit": "30", "setup": setup, "sbatch": sbatch}
     document["cluster"]["slurm"] |= {"proxy": "job", "proxy_job": job}
     run.config.write_text(json.dumps(document))
 
@@ -389,7 +385,7 @@ def assert_a_stream_needs_the_key(far: FarCluster, url: str, key: str) -> None:
     words = ["curl", "-sS", "--max-time", "90", "-H", "Content-Type: application/json", "-d", json.dumps(body), url]
     assert "a key is needed" in far.run_on("login", *words).stdout
     said = far.run_on("login", *words, "-H", f"Authorization: Bearer {key}").stdout
-    assert said.startswith("data: "), said
+    assert said.removeprefix(":\n\n").startswith("data: "), said  # the comment keeps a slow turn's connection alive
     assert said.rstrip().endswith("data: [DONE]"), said
 
 
@@ -412,6 +408,104 @@ def test_a_proxy_job_that_ends_says_why(at_login: Program, far: FarCluster) -> N
     far.slurm.run("scancel", job)  # as an administrator does
     waiting.wait_line(rf"the proxy's job {job} ended: unknown: its job was cancelled \(Slurm: CANCELLED")
     assert waiting.process.wait(PATIENCE_S) == 1
+
+
+# --- The proxy in a job, and the operator on a machine that only reaches the login node. -----------------------------
+
+
+def proxy_jobs(far: FarCluster) -> list[str]:
+    return [line.split()[0] for line in far.slurm.jobs() if line.endswith(" agent-infra:far:proxy")]
+
+
+def test_a_proxy_in_a_job_is_reached_through_one_tunnel(run: Program, far: FarCluster) -> None:
+    configure_job(run, far, is_far=True)
+    assert run.run("start", "--detach").returncode == 0
+    connected = run.spawn("connect")
+    connected.wait_line(rf"^proxy  http://127\.0\.0\.1:{run.port} ")
+    [job] = proxy_jobs(far)
+    connected.wait_line(rf"^it runs in job {job} on {far.nodes[1]}, until \w+ \d\d:\d\d; `stop` ends it")
+    connected.wait_line(r"^inside the cluster it is http://10\.")
+    connected.wait_line(r"^tunnel login: ")
+    key = (run.state / "agent-infra" / "far" / "api_key").read_text().strip()
+    talker = OpenAI(base_url=f"http://127.0.0.1:{run.port}/v1", api_key=key, timeout=90)
+    wait_for(lambda: run.status()["degraded"] == [], "a replica that the proxy reaches")
+    assert ask(talker, "What is the capital of France?")
+    with pytest.raises(AuthenticationError):  # whoever is on this machine, and whatever the way
+        ask(client(run), "Hi")
+    assert_no_key_shows(run, far)
+    # The SSH connection breaks under a stream: that ends with an error, and the next turn waits for the next tunnel.
+    with pytest.raises(APIError):
+        for index, _ in enumerate(long_story(talker)):
+            if index == 2:
+                far.sshds["login"].cut_sessions()
+    assert ask(talker, "And of Spain?")
+    # Requeued, the job gets a node again, and the port here leads to it.
+    pid = run.status()["proxy"]["pid"]
+    far.slurm.run("scontrol", "requeue", job)
+    wait_for(lambda: (run.status()["proxy"] or {"pid": pid})["pid"] != pid, "the proxy in its next run", 240)
+    assert ask(talker, "And of Italy?")
+    assert proxy_jobs(far) == [job]
+    assert "http://" in run.run("logs", "proxy").stdout
+    assert_stop_leaves_nothing(run, far)
+    connected.process.wait(PATIENCE_S)
+
+
+def long_story(talker: OpenAI) -> Any:
+    return talker.chat.completions.create(
+        model="smollm2",
+        max_tokens=400,
+        stream=True,
+        messages=[{"role": "user", "content": "Tell a long story."}],
+        extra_body={"ignore_eos": True},
+    )
+
+
+def test_a_link_to_a_proxy_job_that_is_cancelled_ends_and_says_why(run: Program, far: FarCluster) -> None:
+    configure_job(run, far, is_far=True)
+    done = run.run("connect", "--background")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "degraded: 0 of 1 replicas of smollm2 are running" in done.stdout
+    [job] = proxy_jobs(far)
+    far.slurm.run("scancel", job)  # as an administrator does
+    wait_for(lambda: run.processes() == [], "the link has ended")
+    log = (run.state / "agent-infra" / "far" / "run" / "logs" / "link.log").read_text()
+    assert re.search(rf"^error: the proxy's job {job} ended: .*Slurm: CANCELLED.*; `connect` starts another", log, re.M)
+    assert "no proxy is running" in run.run("status").stdout
+
+
+@pytest.mark.parametrize("is_far", [True, False], ids=["a laptop", "the login node"])
+def test_run_has_the_proxy_in_a_job(run: Program, far: FarCluster, is_far: bool) -> None:
+    if not is_far:
+        run.prefix = far.on("login")
+        run.environment = {**far.slurm.environment, **run.environment, "PATH": far.slurm.environment["PATH"]}
+    configure_job(run, far, is_far=is_far)
+    program = (
+        "import openai; it = openai.OpenAI(max_retries=0).chat.completions.create(model='smollm2', max_tokens=4, "
+        "messages=[{'role': 'user', 'content': 'Hi'}]); print(len(it.choices), 'answer'); raise SystemExit(7)"
+    )
+    done = run.run("run", "--tasks", "1", "--", sys.executable, "-c", program, seconds=240)
+    assert done.returncode == 7, done.stdout + done.stderr
+    assert done.stdout == "1 answer\n"
+    assert re.search(r"^stopped proxy \(job \d+\), smollm2-1 ", done.stderr, re.MULTILINE), done.stderr
+    assert "| turns | 1 |" in done.stderr  # the report
+    assert re.search(r"\| turns \| \d+ \|", run.run("report").stdout)  # of all that the module's cluster has kept
+    assert far.slurm.jobs() == []
+    assert run.processes() == []
+
+
+def test_up_has_the_proxy_in_a_job(run: Program, far: FarCluster) -> None:
+    configure_job(run, far, is_far=True)
+    up = run.spawn("up")
+    up.wait_line(rf"^proxy  http://127\.0\.0\.1:{run.port} ", 240)
+    up.wait_line("^Ctrl-C stops everything")
+    assert run.status()["degraded"] == []
+    told = far.folder / "work" / "far" / "agent-infra" / "far" / "wanted.json"
+    assert (json.loads(told.read_text()), told.stat().st_mode & 0o077) == ({"smollm2": 1}, 0)
+    assert "already run by `up`" in run.run("connect").stderr
+    os.kill(run.find("up"), signal.SIGINT)
+    up.wait_line(r"^stopped proxy \(job \d+\), smollm2-1 ")
+    assert up.process.wait(PATIENCE_S) == 0
+    assert far.slurm.jobs() == []
 
 
 # The last one: a node has lost its power after it.

@@ -17,7 +17,7 @@ from program import wait_for
 
 from agent_infra import main
 from agent_infra_core.control import foreground
-from agent_infra_core.control.foreground import ForegroundCommand, find_command, run_command
+from agent_infra_core.control.foreground import ForegroundCommand, OperatorSignals, find_command, run_command
 from agent_infra_core.errors import AgentInfraError, RefusedError
 
 IGNORES = (
@@ -28,11 +28,11 @@ ENVIRONMENT = dict(os.environ)
 Begin = Callable[[Callable[[], None]], Path]
 
 
-class Signals:
-    def __init__(self) -> None:
-        self.on_each: Callable[[int], None] = lambda _: None
-        self.on_second: Callable[[], None] = lambda: None
-        self.last = 0
+class Signals(OperatorSignals):
+    """Those of no process: the tests' own keeps its handlers."""
+
+    def _listen(self) -> None:
+        pass
 
 
 def python(program: str) -> list[str]:
