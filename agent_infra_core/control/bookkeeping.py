@@ -72,6 +72,7 @@ class Analyst:
         self._held: Mapping[ReplicaUse, float] = {}  # seconds of all replicas; replaced as a whole
         self.document: list[dict[str, Any]] = []  # ``analysis`` of /stats; replaced as a whole, so readers need no lock
         self.runs: list[dict[str, Any]] = []  # ``runs`` of /stats; likewise
+        self.last_verdicts: list[dict[str, Any]] = []  # of CapacityAnalysis; likewise
 
     def start(self) -> None:
         self._runs.hold(self._held, time.time())
@@ -95,6 +96,10 @@ class Analyst:
         """Add a turn of an earlier controller. Runs get theirs from restore_runs()."""
         self._analysis.add(record)
         self._has_news = True
+
+    def restore_verdicts(self, last_verdicts: Iterable[Mapping[str, Any]]) -> None:
+        """Keep the last verdicts of an earlier controller. Call it before start()."""
+        self._analysis.restore(last_verdicts)
 
     def announce_run(self, run: Announcement) -> bool:
         """Begin a run, or change the number of tasks of one. Returns False if that is known already."""
@@ -155,6 +160,7 @@ class Analyst:
         began = time.thread_time()
         try:
             self.document, self._told = self._analysis.document(), None
+            self.last_verdicts = self._analysis.last_verdicts()
             model_of, rng_of = self._analysis.model, self._analysis.dice
             self.runs = self._runs.document(time.time(), model_of, self._ends_at, rng_of, self._held)
         except Exception as error:  # noqa: BLE001  an analysis that fails must not end the next
@@ -199,6 +205,7 @@ class Bookkeeper:
         self.gpu_hours: Mapping[str, float] = {}  # model → GPU-hours of its replicas; replaced as a whole
         self._told_totals = dict(tracker.totals)
         self._verdicts_due = 0.0
+        self._told_last: list[dict[str, Any]] = []  # the last verdicts, as written
         self._told_until = 0.0  # points of throughput.history up to this time have been written
         self._analyst = Analyst(tracker, log, config.analysis.latency_goal_s)
         self._metrics = TurnMetrics()
@@ -227,6 +234,7 @@ class Bookkeeper:
                 turns = file.latest_turns(RESTORED_RUN_TURNS, min(run.at for run in runs))
                 self._analyst.restore_runs(runs, turns, ended.items(), file.replica_seconds)
             file.end_runs({run.name for run in runs})
+            self._analyst.restore_verdicts(file.last_verdicts())
         finally:  # even if it failed halfway: restored data must not be added again
             self._told_totals = dict(self._tracker.totals)
             self._told_until = time.time()
@@ -266,11 +274,15 @@ class Bookkeeper:
                     self._history.add(HistoryBatch(ended={event.session: event.at}))
 
     def _keep_verdicts(self, entries: Sequence[Mapping[str, Any]], now: float) -> None:
-        """Write the verdicts to the history, once a minute."""
-        if self._history is None or not entries or now < self._verdicts_due:
+        """Write the verdicts to the history, once a minute, and the last ones whenever they change."""
+        if self._history is None:
             return
-        self._verdicts_due = now + VERDICT_INTERVAL_S
-        self._history.add(HistoryBatch(verdicts=[verdict_row(entry, now) for entry in entries]))
+        if (last := self._analyst.last_verdicts) != self._told_last:
+            self._told_last = last
+            self._history.add(HistoryBatch(last_verdicts=last))
+        if entries and now >= self._verdicts_due:
+            self._verdicts_due = now + VERDICT_INTERVAL_S
+            self._history.add(HistoryBatch(verdicts=[verdict_row(entry, now) for entry in entries]))
 
     def metrics(self, stats: Mapping[str, Any]) -> bytes:
         """The body of GET /metrics, which includes figures from ``stats``, a /stats document."""

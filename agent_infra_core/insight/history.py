@@ -41,6 +41,7 @@ MAX_VERDICTS = 100_000  # one per minute and model: two months of one model
 REPLICA_TIME_FINE_S = 8 * 86400
 PROGRESS_STEPS = 50_000  # of SQLite's machine, about a millisecond: between looks at a deadline
 _HISTORY_MARK = 0x41494E46  # PRAGMA application_id, which identifies a history file
+_LAST = "last_verdicts"  # the row of ``about`` that has them
 
 # Steps from each schema version (PRAGMA user_version) to the next. Never change a released step.
 _MIGRATIONS = (
@@ -115,6 +116,7 @@ class HistoryBatch:
     totals: dict[str, int] = field(default_factory=dict)  # amounts to add
     replica_time: dict[tuple[ReplicaUse, int], float] = field(default_factory=dict)  # (use, step) → seconds to add
     verdicts: list[tuple[Any, ...]] = field(default_factory=list)  # rows of VERDICT_COLUMNS
+    last_verdicts: list[dict[str, Any]] = field(default_factory=list)  # of all models; they replace those in the file
     points: list[dict[str, Any]] = field(default_factory=list)  # of throughput.history; only the latest are kept
     ended: dict[str, float] = field(default_factory=dict)  # session → time its agent ended it
     gauges: list[tuple[Any, ...]] = field(default_factory=list)  # rows of put_gauges()
@@ -132,6 +134,7 @@ class HistoryBatch:
         for key, seconds in later.replica_time.items():
             self.replica_time[key] = self.replica_time.get(key, 0.0) + seconds
         self.verdicts = (self.verdicts + later.verdicts)[-MAX_VERDICTS:]
+        self.last_verdicts = later.last_verdicts or self.last_verdicts
         self.points = (self.points + later.points)[-HISTORY_POINTS:]
         self.ended.update(later.ended)
         self.gauges = (self.gauges + later.gauges)[-HISTORY_BACKLOG_ROWS:]
@@ -156,7 +159,7 @@ class HistoryBatch:
         return dropped
 
     def __bool__(self) -> bool:
-        details = self.posts or self.replica_time or self.verdicts or self.points or self.ended
+        details = self.posts or self.replica_time or self.verdicts or self.last_verdicts or self.points or self.ended
         return bool(self.turns or details or self.gauges or self.runs or self.run_ends or any(self.totals.values()))
 
 
@@ -307,6 +310,8 @@ class HistoryFile:
             self._put(_ADD_TOTAL, [(name, value) for name, value in batch.totals.items() if value])
             self._put(_ADD_REPLICA_TIME, [(*use, at, seconds) for (use, at), seconds in batch.replica_time.items()])
             self._put(_INSERT_VERDICT, batch.verdicts)
+            if batch.last_verdicts:
+                self._put("INSERT OR REPLACE INTO about VALUES (?, ?)", [(_LAST, json.dumps(batch.last_verdicts))])
             points = [(point["at"], json.dumps(point)) for point in batch.points]
             self._put("INSERT OR REPLACE INTO points VALUES (?, ?)", points)
             self._put("INSERT OR REPLACE INTO ended VALUES (?, ?)", list(batch.ended.items()))
@@ -412,6 +417,10 @@ class HistoryFile:
         """The latest points of ``throughput.history`` in /stats, oldest first."""
         rows = self.query("SELECT figures FROM points ORDER BY at DESC LIMIT ?", HISTORY_POINTS)
         return [json.loads(figures) for (figures,) in reversed(rows)]
+
+    def last_verdicts(self) -> list[dict[str, Any]]:
+        """The last verdict of each model and GPU type, as written last."""
+        return list(json.loads(self._value("SELECT value FROM about WHERE name = ?", _LAST) or "[]"))
 
     def ended_sessions(self) -> dict[str, float]:
         """Session → time its agent ended it, for at least the last RESTORED_S."""
