@@ -96,6 +96,10 @@ class Analyst:
         self._analysis.add(record)
         self._has_news = True
 
+    def restore_verdicts(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Keep the last verdicts of an earlier controller's entries. Call it before start()."""
+        self._analysis.restore(entries)
+
     def announce_run(self, run: Announcement) -> bool:
         """Begin a run, or change the number of tasks of one. Returns False if that is known already."""
         self._has_news = True
@@ -199,7 +203,7 @@ class Bookkeeper:
         self.gpu_hours: Mapping[str, float] = {}  # model → GPU-hours of its replicas; replaced as a whole
         self._told_totals = dict(tracker.totals)
         self._verdicts_due = 0.0
-        self._curves: dict[tuple[str, str], Mapping[str, Any]] = {}  # (model, GPU type) → the entry with the last curve
+        self._latest: dict[tuple[str, str], Mapping[str, Any]] = {}  # (model, GPU type) → entry on its latest turns
         self._told_until = 0.0  # points of throughput.history up to this time have been written
         self._analyst = Analyst(tracker, log, config.analysis.latency_goal_s)
         self._metrics = TurnMetrics()
@@ -228,6 +232,8 @@ class Bookkeeper:
                 turns = file.latest_turns(RESTORED_RUN_TURNS, min(run.at for run in runs))
                 self._analyst.restore_runs(runs, turns, ended.items(), file.replica_seconds)
             file.end_runs({run.name for run in runs})
+            self._latest = {(entry["model"], entry["gpu"] or ""): entry for entry in file.analyses()}
+            self._analyst.restore_verdicts(self._latest.values())
         finally:  # even if it failed halfway: restored data must not be added again
             self._told_totals = dict(self._tracker.totals)
             self._told_until = time.time()
@@ -267,17 +273,17 @@ class Bookkeeper:
                     self._history.add(HistoryBatch(ended={event.session: event.at}))
 
     def _keep_verdicts(self, entries: Sequence[Mapping[str, Any]], now: float) -> None:
-        """Write verdicts and curves to the history, once a minute."""
+        """Write the verdicts to the history, once a minute, and the entries on the latest turns."""
         for entry in entries:
             key, last = (entry["model"], entry["gpu"] or ""), entry["last_verdict"]
-            kept = self._curves.get(key)
-            # An idle fleet's entry doesn't replace the one of its last turns.
-            if entry["curve"] and last and (kept is None or last["at"] > kept["last_verdict"]["at"]):
-                self._curves[key] = entry
+            kept = self._latest.get(key)
+            # An idle fleet's entry doesn't replace the one on its last turns, nor one without a curve one that has it.
+            if last and (kept is None or last["at"] > kept["last_verdict"]["at"]):
+                self._latest[key] = entry if entry["curve"] or kept is None else {**kept, "last_verdict": last}
         if self._history is None or not entries or now < self._verdicts_due:
             return
         self._verdicts_due = now + VERDICT_INTERVAL_S
-        analyses = {key: encode_stats(entry) for key, entry in self._curves.items()}
+        analyses = {key: encode_stats(entry) for key, entry in self._latest.items()}
         self._history.add(HistoryBatch(verdicts=[verdict_row(entry, now) for entry in entries], analyses=analyses))
 
     def metrics(self, stats: Mapping[str, Any]) -> bytes:

@@ -170,8 +170,7 @@ class Controller:
         self._seen: tuple[Any, ...] = (None, None, None)  # inputs of _sent_table
         self._sent_table: Any = None
         self._rows: tuple[Any, Any, list[dict[str, Any]], list[Backend]] = None, None, [], []  # see _replicas()
-        self._stop = threading.Event()
-        self._ending = threading.Event()  # set by stop(): the relay is expected to exit
+        self._stop, self._ending = threading.Event(), threading.Event()  # _ending: the relay is expected to exit
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._heard_at = 0.0
         self._gauges: tuple[float, Mapping[str, Any]] = (0.0, {})  # the relay's latest report, and when it came

@@ -85,7 +85,7 @@ class FleetAnalysis:
         self.model_now: CapacityModel | None = None  # the latest fit; None if it may not be reported
         self._shown: dict[str, Any] | None = None  # the verdict shown last
         self._rival_since = math.inf  # time since when another one has been found
-        self._last_verdict: dict[str, Any] | None = None  # on the latest turns for which there was one
+        self.last_verdict: dict[str, Any] | None = None  # on the latest turns for which there was one
 
     def presence(self, silent_s: float, now: float) -> float:
         """Probability that a silent session is still thinking. A guess until think times are known.
@@ -192,7 +192,7 @@ class FleetAnalysis:
             "replicas": self.replicas,
             "computed_at": now,
             "verdict": verdict,
-            "last_verdict": self._last_verdict,
+            "last_verdict": self.last_verdict,
             "flags": [{"name": name, "since": self._flagged[name], "sentence": flags[name]} for name in flags],
             **figures(outlook),
             "suggestion": suggestion,
@@ -216,9 +216,9 @@ class FleetAnalysis:
     def _keep_verdict(self, verdict: Mapping[str, Any], suggestion: Mapping[str, Any]) -> None:
         """Keep the verdict on the latest turns. Once turns stop, an idle fleet's doesn't replace it."""
         at = float(self._turns["end"][-1]) if len(self._turns) else 0.0
-        if verdict["name"] != "NO DATA" and (self._last_verdict is None or at > self._last_verdict["at"]):
+        if verdict["name"] != "NO DATA" and (self.last_verdict is None or at > self.last_verdict["at"]):
             kept = {name: verdict[name] for name in ("name", "confidence", "sentence")}
-            self._last_verdict = {**kept, "at": at, "suggestion": suggestion["bound_by"] and suggestion["sentence"]}
+            self.last_verdict = {**kept, "at": at, "suggestion": suggestion["bound_by"] and suggestion["sentence"]}
 
     def _outlook(self, now: float, ended: Mapping[int, float], rng: Any) -> Outlook:
         """Fit the model and collect all figures for the document."""
@@ -388,6 +388,11 @@ class CapacityAnalysis:
         """The model of the fleet that serves ``name``, as fitted by the latest document(); None if none may be used."""
         fitted = [fleet.model_now for fleet in self._fleets.values() if fleet.model == name and fleet.model_now]
         return fitted[-1] if fitted else None
+
+    def restore(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        """Keep the last verdicts of an earlier document's entries. Call it before the first document()."""
+        for entry in entries:
+            self._fleet((entry["model"], entry["gpu"])).last_verdict = entry["last_verdict"]
 
     def document(self) -> list[dict[str, Any]]:
         """One entry per model and GPU type that had a turn, as described in docs/stats.schema.json."""

@@ -415,10 +415,8 @@ class HistoryFile:
         """The deployment's totals by name, including turns removed since."""
         return dict(self.query("SELECT name, value FROM totals"))
 
-    def analyses(self, since: float) -> list[dict[str, Any]]:
-        """Of each model and GPU type, the entry of ``analysis`` with a curve that had the latest turns, if it is of
-        ``since`` or later.
-        """
+    def analyses(self, since: float = -math.inf) -> list[dict[str, Any]]:
+        """Of each model and GPU type, the entry of ``analysis`` with the last curve, if it is of ``since`` or later."""
         rows = self.query("SELECT entry FROM analyses ORDER BY model, gpu")
         return [entry for (text,) in rows for entry in [json.loads(text)] if entry["computed_at"] >= since]
 

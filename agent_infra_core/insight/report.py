@@ -257,7 +257,7 @@ class Report:
         return lines
 
     def analyses(self) -> list[dict[str, Any]]:
-        """The entries of ``analysis`` in /stats with the last fitted curve, one for each model and GPU type."""
+        """The entry of ``analysis`` in /stats with the last curve, of each model and GPU type."""
         return self._file.analyses(self._since)
 
     def waste(self) -> list[Block]:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import closed_loop
 import numpy as np
 import pytest
 from clock import Clock
@@ -435,6 +436,34 @@ def test_runs_go_on_under_the_next_controller(tmp_path: Path) -> None:
         found.append((run["name"], run["tasks"], run["announced_at"], run["done"], run["running"]))
         books.close()
     assert found == [("night", 9, now, 2, 2), ("night", 9, now, 4, 4)]
+
+
+def test_the_last_verdict_outlives_the_controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was when turns stopped: the next controller, whose fleet has had no turns for an hour, has no other."""
+    loop = closed_loop.ClosedLoop(closed_loop.planted_fleet(4, 1.875, 0.269), 200, closed_loop.Workload(), 1)
+    loop.run_turns(2000)
+    paths, clock = DeploymentPaths(tmp_path), Clock(closed_loop.START + loop.now)
+    with history_file(paths.history) as file:
+        file.write(batch(*loop.records))
+    loop.records.clear()
+    monkeypatch.setattr(time, "time", clock)
+    entries, last_sample = [], loop.samples[-1]
+    for _ in range(2):
+        tracker = Tracker(time.time)
+        books = Bookkeeper(DEFAULT_CONFIG, paths, tracker, lambda message, _: pytest.fail(message), lambda *_: None)
+        books.open()
+        books._analyst.stop()  # it is done here, at once
+        closed_loop.show(books._analyst._analysis, loop)
+        books._analyst._compute()
+        entries += books.analysis
+        books.analyse([], is_watched=False)
+        books.close()
+        clock.now += 3600.0
+        loop.samples.append(dataclasses.replace(last_sample, at=clock.now))
+    before, after = entries
+    assert (before["verdict"]["name"], after["verdict"]["name"]) == ("GPU-BOUND", "NO DATA")
+    assert before["last_verdict"]["sentence"] == before["verdict"]["sentence"]
+    assert after["last_verdict"] == before["last_verdict"]
 
 
 def test_a_run_that_lacks_its_first_turns_is_not_continued(path: Path) -> None:
@@ -868,7 +897,7 @@ def test_the_curve_of_the_last_turns_is_kept_and_an_idle_fleets_entry_does_not_r
         books.analyse([], is_watched=False)
     books.close()
     with contextlib.closing(HistoryFile(paths.history, read_only=True)) as file:
-        assert file.analyses(0.0) == [last]
+        assert file.analyses() == [{**last, "last_verdict": without["last_verdict"]}]
         assert file.analyses(entry["computed_at"] + 1) == []
 
 
