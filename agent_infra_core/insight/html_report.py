@@ -53,7 +53,7 @@ class HtmlReport:
         if report.turns:
             specs |= {"over-time": timeline_spec(self._series()), "stages": stages_spec(report.durations())}
             hint = "<p>Drag to move, scroll to zoom: all charts follow.</p>"
-            overview += ['<div id="over-time"></div>', hint, _blocks(report.throughput())]
+            overview += ['<div id="over-time"></div>', hint, _blocks(report.runs()), _blocks(report.throughput())]
             traced = self._traced()
             sessions, turns, traces = self._sessions(), self._turns(traced), self._traces(traced)
             analysis += self._capacity(specs)
