@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from agent_infra_core.insight.history import HistoryFile
@@ -48,19 +49,20 @@ class HtmlReport:
         """The whole page. ``script`` defines ``vegaEmbed``."""
         report, specs = self._report, dict[str, Any]()
         overview, analysis = [_blocks(report.summary())], [_blocks(report.verdicts())]
-        sessions = turns = ""
+        sessions = turns = traces = ""
         if report.turns:
             specs |= {"over-time": timeline_spec(self._series()), "stages": stages_spec(report.durations())}
             hint = "<p>Drag to move, scroll to zoom: all charts follow.</p>"
-            overview += ['<div id="over-time"></div>', hint, _blocks(report.throughput())]
-            sessions, turns = self._sessions(), self._turns()
+            overview += ['<div id="over-time"></div>', hint, _blocks(report.runs()), _blocks(report.throughput())]
+            traced = self._traced()
+            sessions, turns, traces = self._sessions(), self._turns(traced), self._traces(traced)
             analysis += self._capacity(specs)
             analysis += [_blocks(report.durations()), '<div id="stages"></div>', _blocks(report.waste())]
         parts = {
             "Overview": "\n".join(overview),
             "Sessions": sessions,
             "Turns": turns,
-            "Traces": self._traces(),
+            "Traces": traces,
             "Analysis": "\n".join(analysis),
             "Replicas": _blocks(report.replica_time()),
         }
@@ -99,8 +101,14 @@ class HtmlReport:
         listed = f"showing the {len(rows):,} most recent of " if found["total"] > len(rows) else ""
         return f"<p>{listed}{count(found['total'], 'session')}</p>{_table(heads, rows, is_searchable=True)}"
 
-    def _turns(self) -> str:
-        failed, slow = self._listed(FAILED, "id"), self._listed(COMPLETED, SLOWEST)
+    def _turns(self, traced: Sequence[str]) -> str:
+        failed, slow = (
+            [
+                (moment, _Link(name, f"trace-{traced.index(name)}") if name in traced else name, *rest)
+                for moment, name, *rest in rows
+            ]
+            for rows in (self._listed(FAILED, "id"), self._listed(COMPLETED, SLOWEST))
+        )
         heads = ("at", "session", "outcome", "status", "replica", "queue s", "first token s", "inference s")
         columns = (*heads, "error", "prompt", "answer")
         parts = ["<h3>The last that failed or were refused</h3>", _table(columns, failed)] if failed else []
@@ -119,9 +127,8 @@ class HtmlReport:
             for texts in [(error, prompt, answer)]
         ]
 
-    def _traces(self) -> str:
-        """The sessions that the two lists of turns begin with, as waterfalls."""
-        names = dict.fromkeys([*self._traced(FAILED, "max(id)"), *self._traced(COMPLETED, f"max({SLOWEST})")])
+    def _traces(self, names: Sequence[str]) -> str:
+        """These sessions as waterfalls."""
         if not names:
             return ""
         hint = (
@@ -129,24 +136,27 @@ class HtmlReport:
             f"last {TRACED_TURNS} turns of each, with up to {MAX_TRACE_TEXT} characters of prompts and answers."
         )
         traces: list[str] = []
-        for name in names:
+        for number, name in enumerate(names):
             turns = SessionTurns(TRACED_TURNS, None)
             turns.add(self._file.turns(session=name, since=self._since))
             rows = turns.latest_first()
             failures = sum(row["outcome"] not in ("completed", "aborted") for row in rows)
             facts = [count(turns.count, "turn"), f"{failures} failed" if failures else "", rows[0]["model"] or ""]
             title = escape(" · ".join(filter(None, (name, *facts))))
-            is_open = " open" * (not traces)
-            traces.append(f'<details class="trace"{is_open}><summary>{title}</summary>{waterfall(rows)}</details>')
+            # Browsers open what a link leads into, but not what it leads to.
+            inner = f'<summary>{title}</summary><div id="trace-{number}">{waterfall(rows)}</div>'
+            traces.append(f'<details class="trace"{" open" * (number == 0)}>{inner}</details>')
         return f'<p>{hint}</p><ul class="legend">{LEGEND}</ul>{"".join(traces)}'
 
-    def _traced(self, where: str, order: str) -> list[str]:
-        rows = self._file.query(
-            f"SELECT session FROM turns WHERE finished_at >= ? AND session IS NOT NULL AND {where} "
-            f"GROUP BY session ORDER BY {order} DESC LIMIT {TRACED_SESSIONS}",
-            self._since,
+    def _traced(self) -> list[str]:
+        """The sessions with which the two lists of turns begin."""
+        query = (
+            "SELECT session FROM turns WHERE finished_at >= ? AND session IS NOT NULL AND {} "
+            f"GROUP BY session ORDER BY {{}} DESC LIMIT {TRACED_SESSIONS}"
         )
-        return [name for (name,) in rows]
+        orders = ((FAILED, "max(id)"), (COMPLETED, f"max({SLOWEST})"))
+        rows = [row for kind in orders for row in self._file.query(query.format(*kind), self._since)]
+        return list(dict.fromkeys(name for (name,) in rows))
 
     def _capacity(self, specs: dict[str, Any]) -> list[str]:
         """For each model and GPU type what the analysis says, and a chart, whose specification goes into ``specs``."""
@@ -206,7 +216,18 @@ def _table(
     return f'{search}<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+@dataclass(frozen=True)
+class _Link:
+    """A text that leads to another place of the page."""
+
+    text: str
+    place: str
+
+
 def _cell(value: Any, is_figure: bool) -> str:
+    if isinstance(value, _Link):
+        short = value.text[:60] + " …" * (len(value.text) > 60)
+        return f'<td><a href="#{value.place}">{escape(short)}</a></td>'
     if isinstance(value, (int, float)):
         return f'<td class="figure" data-value="{value!r}">{escape(words(value))}</td>'
     text = words(value) if value is None else str(value)

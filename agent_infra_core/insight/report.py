@@ -30,6 +30,7 @@ REPORT_PARTS = {
 REPORT_ROWS = 24  # in the table of throughput over time, at most
 REPORT_RATE_S = 30.0
 REPORT_VERDICTS = 100  # only the latest
+REPORT_RUNS = 100
 _REPORT_STEPS_S = (60, 300, 900, 3600, 4 * 3600, 86400, 7 * 86400)
 
 
@@ -140,9 +141,9 @@ class Report:
 
     def text(self) -> str:
         """The whole report, as Markdown."""
-        parts = [self.summary(), self.replica_time(), self.verdicts(), *map(capacity, self.analyses())]
+        parts = [self.summary(), self.runs(), self.replica_time(), self.verdicts(), *map(capacity, self.analyses())]
         if self.turns:
-            parts[1:1] = [self.throughput(), self.durations()]
+            parts[2:2] = [self.throughput(), self.durations()]
             parts.append(self.waste())
         return markdown(block for part in parts for block in part)
 
@@ -174,6 +175,18 @@ class Report:
             ("tokens out per second", _rate(tokens_out, span_s)),
         ]
         return [*lines, Table(("", "all"), figures)]
+
+    def runs(self) -> list[Block]:
+        """The latest announced runs that were not over before."""
+        rows = self._file.query(
+            "SELECT name, tasks, at, ended FROM runs WHERE coalesce(ended, ?) >= ? ORDER BY at DESC LIMIT ?",
+            *(math.inf, self._since, REPORT_RUNS),
+        )
+        table = [
+            (name, tasks, at(began), None if ended is None else at(ended), ended and (ended - began) / 3600)
+            for name, tasks, began, ended in rows
+        ]
+        return [Heading("Runs"), Table(("run", "tasks", "from", "to", "hours"), table)] if table else []
 
     def throughput(self) -> list[Block]:
         span_s = self._last - self._first

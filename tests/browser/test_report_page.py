@@ -69,7 +69,7 @@ def test_sessions_are_searched_and_sorted_and_a_prompt_is_read(opened: tuple[Any
         assert sessions.locator("th").first.get_attribute("aria-sort") == order
     assert sessions.locator("tbody tr").first.inner_text().startswith("s2")
     slowest = page.locator("#turns table").last.locator("tbody tr").first
-    prompt = slowest.locator("details").nth(1)
+    prompt = slowest.locator("details").first
     prompt.locator("summary").click()
     assert prompt.locator("pre").inner_text() == f"q239 {HOSTILE}"
 
@@ -105,4 +105,16 @@ def test_a_trace_shows_where_the_time_of_its_turns_went_and_opens_a_prompt(opene
     assert texts[1].endswith(HOSTILE)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("window.hacked === undefined")
+    assert troubles == []
+
+
+def test_a_turn_leads_to_the_trace_of_its_session(opened: tuple[Any, list[str]]) -> None:
+    page, troubles = opened
+    link = page.locator("#turns table").last.locator("tbody tr a").first  # of the slowest turn
+    place = link.get_attribute("href")
+    trace = page.locator(place)
+    name = link.inner_text().removesuffix(" …")
+    assert trace.locator("xpath=..").locator("> summary").inner_text().startswith(name)
+    link.click()
+    trace.locator(".row").first.wait_for(state="visible", timeout=1000 * PATIENCE_S)
     assert troubles == []

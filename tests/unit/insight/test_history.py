@@ -723,8 +723,8 @@ def test_a_full_disk_is_served_without_and_caught_up_later(small_disk: Path) -> 
 
 
 def test_an_end_that_cannot_write_says_what_is_lost(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agent_infra_core.insight.history.HISTORY_BUSY_S", 0.5)
-    monkeypatch.setattr("agent_infra_core.insight.history.HISTORY_CLOSE_S", 1.5)
+    monkeypatch.setattr("agent_infra_core.insight.history.HISTORY_BUSY_S", 2.0)
+    monkeypatch.setattr("agent_infra_core.insight.history.HISTORY_CLOSE_S", 6.5)  # two attempts, and 2.5 s of rest
     with history_file(path):
         pass
     holder = sqlite3.connect(path, isolation_level=None)

@@ -118,7 +118,7 @@ def test_the_page_has_every_figure_of_the_text(tmp_path: Path) -> None:
         report = Report(file, "a run", 0.0)
         text = report.text()
         parts = [report.summary(), report.throughput(), report.durations(), report.replica_time(), report.waste()]
-        parts += map(capacity, report.analyses())
+        parts += [report.runs(), *map(capacity, report.analyses())]
     tables = [block for part in parts for block in part if isinstance(block, Table)]
     assert len(tables) >= 6
     cells = [cell for table in tables for row in table.rows for cell in row if isinstance(cell, str)]
@@ -127,6 +127,8 @@ def test_the_page_has_every_figure_of_the_text(tmp_path: Path) -> None:
     assert len(figures) > 50
     assert [figure for figure in figures if figure not in texts] == []
     assert [text for text in texts if "BOUND" in text]
+    [run] = [line for line in text.splitlines() if line.startswith("| night ")]
+    assert re.fullmatch(r"100 \| [-\d]{10} [:\d]{5} \| – \| – \|", run.partition(" | ")[2])  # it goes on
 
 
 def test_a_run_without_a_fit_shows_what_was_measured_and_says_that_there_is_no_curve(tmp_path: Path) -> None:
