@@ -16,11 +16,7 @@ from agent_infra_core.routing.strategies import BackendView
 IDLE_S = 300.0  # a session silent for longer, or for longer than most think, is no load any more
 MAX_SESSIONS = 20_000  # remembered; the longest silent goes first
 LOOKED_AT = 8  # replicas of a larger fleet compared for one turn, besides the session's own
-# The next three were chosen on simulated fleets (benchmarks/routing.py): sessions that follow every imbalance lose more
-# to prefill than they win.
-MOVE_COST = 2.0  # what a session that moves prefills counts twice: it also pushes others out of that cache
-MOVE_MARGIN = 8.0  # contexts of its own by which another replica's load must be lower before a session moves for that
-LOAD_WEIGHT = 4.0  # of the slowdown by the sessions that live on a replica
+FURTHER_WEIGHT = 0.25  # of a session's further turns where it settles: loads change. From benchmarks/routing.py
 MIN_EVIDENCE_TOKENS = 1024  # a shorter prefix that wasn't cached says nothing: engines cache whole blocks
 ENDS_SOON_S = 1e6  # added to the score of a replica whose walltime ends too soon: better than none
 LONGEST_HOLD_S = 60.0  # that a turn waits for room in a KV cache; then it goes on, and another session is evicted
@@ -81,10 +77,12 @@ class Placement:
 class SessionRouter:
     """Chooses replicas for the turns of one model's sessions, and remembers whose prefix is cached where.
 
-    The score of a replica is the seconds that the turn is expected to take there: prefill work that waits there, the
-    prompt's tokens that aren't cached there (each also delays the turns that run there), and the answer at that batch.
-    To this it adds, for each turn that the session is expected to have still, the slowdown by the sessions that live
-    there. The lowest score wins; ties are broken at random. The rates are fitted from the turns (see ServiceRates).
+    The score of a replica is the prefill work that waits there and the turn's own, times one more than the turns that
+    run there, for it delays them all, and the seconds of the answer beside them. What the session's home has cached and
+    the replica hasn't counts twice. Where a session settles, the answers of its further turns count too, beside the
+    turns that the sessions living there have in flight on average: those that think now are seen so. A settled session
+    doesn't move for that. The lowest score wins; ties are broken at random. The rates are fitted from the turns (see
+    ServiceRates).
 
     With ``holds``, a turn whose context isn't cached waits while it would evict a context that is expected to be used
     again soon, LONGEST_HOLD_S at most.
@@ -149,36 +147,35 @@ class SessionRouter:
         now: float, waited_s: float, excluded: frozenset[str],
     ) -> ViewT | None:  # fmt: skip
         home, cached = (source.home, min(source.cached, turn.prompt)) if source is not None else (None, 0)
-        own = place.context if place is not None else 0
-        own_load, moved_load = own if place is not None and place.is_live else 0, MOVE_MARGIN * own
-        context = self._live_tokens / len(self._live) if self._live else 1.0
-        prefill_s, neighbour_s, base_s, load_s, in_turns, first_stay_s, stay_s = self._prices
-        load_s, ends_by = load_s / context, now + (first_stay_s if place is None else stay_s)
+        settles = place is None or not cached  # it has nothing to lose anywhere, or only its parent's context
+        own = place.context if place is not None and place.is_live else 0
+        prefill_s, step_s, neighbour_s, in_turns, further, first_stay_s, stay_s = self._prices
+        beside_s = neighbour_s * in_turns * len(self._live) / self._live_tokens if self._live else 0.0  # per token
+        ends_by, least = now + (first_stay_s if place is None else stay_s), turn.prompt - cached
         prefix, holds, waits = turn.prefix, self._may_hold and waited_s < LONGEST_HOLD_S, waited_s < prefill_s * cached
         best, lowest, ties = None, math.inf, 0
         for view in views:
             belief = view.belief
-            if (base_s + load_s * (belief.live_tokens + moved_load)) * belief.slowness > lowest:
-                continue  # even without any work to do there
             is_home, others = belief is home, view.in_flight
             is_full = 0 < view.capacity <= others
             is_closed = not view.accepts_work or view.busy_until > now or view.id in excluded
             if is_closed or (is_full and not (waits and is_home)):
                 continue
-            load = belief.live_tokens + (-own_load if is_home else moved_load)
-            tokens = float(turn.prompt - cached if is_home else turn.prompt)
-            if foreign := view.foreign_work:
-                others += foreign
-                load += foreign * context / in_turns
+            tokens = least if is_home else turn.prompt
             if prefix is not None and prefix in belief.warm:
                 tokens = min(tokens, turn.prompt - turn.prefix_tokens)
             if holds and tokens > MIN_EVIDENCE_TOKENS and belief.would_evict(tokens, now - self.return_s):
-                turn.is_held, turn.held_tokens = True, int(tokens)
+                turn.is_held, turn.held_tokens = True, tokens
                 continue
-            if own and not is_home:
-                tokens *= MOVE_COST
-            score = tokens * prefill_s * (1 + others) + neighbour_s * others + base_s + load_s * load
-            score = score * belief.slowness + (belief.ready_at - now if belief.ready_at > now else 0.0)
+            if cached and tokens > least:
+                tokens += tokens - least  # lost by leaving: a copy also pushes others out of that cache
+            slowness, foreign = belief.slowness, view.foreign_work
+            others += foreign
+            wait_s = belief.ready_at - now if belief.ready_at > now else 0.0
+            score = (tokens * prefill_s * slowness + wait_s) * (1 + others) + (step_s + neighbour_s * others) * slowness
+            if settles:
+                load_s = beside_s * (belief.live_tokens - own if is_home else belief.live_tokens)
+                score += further * (step_s + load_s + neighbour_s * foreign) * slowness
             if is_full or view.ends_at < ends_by:
                 score += self._turns_s / view.capacity if is_full else ENDS_SOON_S  # until one of its turns ends
             if score < lowest:
@@ -193,20 +190,21 @@ class SessionRouter:
     def _refresh(self, now: float) -> None:
         """Retire silent sessions, decide whether turns may be held, and set the prices.
 
-        These are the seconds that a turn costs per token to prefill, per turn that is beside it, in any case, and per
-        context that lives beside it, in its session's expected turns. Then the share of their time that sessions spend
-        in turns, and the seconds for which a replica must last for a session's first turn and for a later one: a
-        session that lives somewhere can leave between two turns.
+        These are the seconds that a turn costs per token to prefill, for its answer, and for its answer per turn beside
+        it. Then the share of their time that sessions spend in turns, the further turns that count where a session
+        settles, and the seconds for which a replica must last for a session's first turn and for a later one: a session
+        that lives somewhere can leave between two turns.
         """
         self._refreshed_at = now
         self._expire(now)
         self._may_hold = self.holds and self.horizon >= LEAST_RETURNS
         rates, output, turn_s = self.rates, self._output, self._turns_s
-        in_turns, neighbour_s = turn_s / (turn_s + self._think_s), output * rates.neighbour_s
-        load_s = LOAD_WEIGHT * self.horizon * neighbour_s * in_turns
-        base_s = (1.0 + self.horizon) * output * rates.step_s
+        in_turns = turn_s / (turn_s + self._think_s)
         first_stay_s = (1.0 + self.horizon) * (turn_s + self._think_s)
-        self._prices = (rates.prefill_s, neighbour_s, base_s, load_s, in_turns, first_stay_s, 2.0 * turn_s)
+        self._prices = (
+            rates.prefill_s, output * rates.step_s, output * rates.neighbour_s, in_turns, FURTHER_WEIGHT * self.horizon,
+            first_stay_s, 2.0 * turn_s,
+        )  # fmt: skip
 
     def place(self, view: ReplicaView, turn: SessionTurn, now: float, arrived: float) -> Placement:
         """Reserve a turn's work on the chosen replica; ``finish`` is then due."""
@@ -340,6 +338,7 @@ class SessionRouter:
         """Learn how fast the fleet is, and how slow this replica is beside the others: only that ratio can be told."""
         self._output += (output - self._output) / RECENT_ANSWERS
         self._turns_s += (seconds - self._turns_s) / RECENT_ANSWERS
-        belief.measure(seconds, self.rates.seconds(computed, output, others))
+        if self.rates.is_fitted:  # the first turns would tell how far the defaults are off, not how fast a replica is
+            belief.measure(seconds, self.rates.seconds(computed, output, others))
         self._mean_slowness += (belief.slowness - self._mean_slowness) / RECENT_SPEEDS
         self.rates.add(computed, output, others, seconds * self._mean_slowness / belief.slowness)

@@ -27,6 +27,11 @@ class ServiceRates:
         for prompt, output, others in ((8000.0, 10.0, 0.0), (100.0, 200.0, 0.0), (100.0, 200.0, 16.0)):
             self._add((prompt, output, output * others), self.seconds(prompt, output, others), PRIOR_TURNS / 3)
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether turns have been measured."""
+        return self._turns >= REFIT_TURNS
+
     def seconds(self, uncached: float, output: float, others: float) -> float:
         """Expected seconds of a turn on a replica of average speed."""
         return self.prefill_s * uncached + (self.step_s + self.neighbour_s * others) * output

@@ -84,6 +84,43 @@ def test_a_fork_joins_the_replica_of_its_parent() -> None:
     assert fleet.turn("fork", 61_000, parent="parent") == home
 
 
+def crowd(fleet: Fleet, home: int, sessions: int) -> None:
+    """Sessions that live on one replica, each with a context of 20,000 tokens, and think now."""
+    fleet.router.return_s = IDLE_S
+    for number in range(sessions):
+        turn = SessionTurn(f"crowd{home}-{number}", 20_000)
+        placement = fleet.router.place(fleet.views[home], turn, fleet.now, fleet.now)
+        fleet.views[home].in_flight += 1
+        fleet.now += fleet.router.rates.seconds(20_000, 100, 0)
+        fleet.answer(fleet.views[home], placement, 20_000, placement.expected)
+
+
+def test_a_fork_stays_with_its_parent_where_more_sessions_live_but_nothing_runs() -> None:
+    fleet = Fleet(2)
+    home = int(fleet.turn("parent", 60_000)[1:])
+    crowd(fleet, home, 12)
+    assert fleet.turn("fork", 61_000, parent="parent") == f"r{home}"
+
+
+def test_a_new_session_goes_where_fewer_turns_run_though_somewhat_more_sessions_live_there() -> None:
+    fleet = Fleet(2)
+    crowd(fleet, 0, 12)
+    crowd(fleet, 1, 2)
+    for number in range(8):
+        fleet.router.place(fleet.views[1], SessionTurn(f"busy{number}", 100), fleet.now, fleet.now)
+        fleet.views[1].in_flight += 1
+    assert fleet.turn("new", 5000) == "r0"
+
+
+def test_a_move_for_a_prefix_that_is_gone_costs_nothing_more() -> None:
+    fleet = Fleet(2)
+    home = int(fleet.turn("a", 20_000)[1:])
+    crowd(fleet, home, 3)
+    assert fleet.turn("a", 21_000) == f"r{home}"
+    fleet.views[home].belief.drop("a")
+    assert fleet.turn("a", 22_000) != f"r{home}"
+
+
 @pytest.mark.parametrize("state", [{"accepts_work": False}, {"busy_until": 1e9}], ids=lambda state: next(iter(state)))
 def test_a_session_leaves_a_replica_that_takes_no_work_once_and_stays_away(state: dict[str, float]) -> None:
     fleet = Fleet(4)
@@ -218,7 +255,7 @@ def test_a_slow_replica_gets_fewer_sessions() -> None:
         fleet.router.finish(placement, fleet.now + (4.0 if view.number else 1.0), 1, 500, 0, 100)
         fleet.router.end(f"m{count}")
     homes = Counter(fleet.send(SessionTurn(f"s{number}", 5000))[0].number for number in range(30))
-    assert homes[0] >= 2 * homes[1]
+    assert homes[0] >= 1.5 * homes[1]  # of a burst: each further one waits longer there, too
 
 
 def test_silent_sessions_are_load_no_more() -> None:
