@@ -1457,11 +1457,6 @@ class ReplicaBoard:
         self._live: Any = None
 
     def __enter__(self) -> ReplicaBoard:
-        if sys.stdout.isatty():
-            from rich.live import Live
-
-            self._live = Live(refresh_per_second=8)
-            self._live.__enter__()
         return self
 
     def __exit__(self, *details: Any) -> None:
@@ -1473,6 +1468,11 @@ class ReplicaBoard:
         from agent_infra_core.control.status import describe_replica
 
         lines = {record.replica: describe_replica(record) for record in records}
+        if self._live is None and sys.stdout.isatty():  # only now: one that shows nothing would leave an empty line
+            from rich.live import Live
+
+            self._live = Live(refresh_per_second=8)
+            self._live.__enter__()
         if self._live is not None:
             from rich.text import Text
 
