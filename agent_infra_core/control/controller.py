@@ -151,9 +151,8 @@ class Controller:
             "drain_seconds": DRAIN_S,
         }
         self._journal = ControllerLog(paths.log("proxy"), log_format)
-        self._log = self._journal.say
-        warn = functools.partial(self._log, level="warning")
-        self.discovery = Discovery(look, max(pause_s, DISCOVERY_INTERVAL_S), warn)
+        self._log, pause_s = self._journal.say, max(pause_s, DISCOVERY_INTERVAL_S)
+        self.discovery = Discovery(look, pause_s, functools.partial(self._log, level="warning"))
         self.relay = RelayLink(paths, config.proxy.host, config.proxy.port)
         self._tracker = Tracker(time.time)
         self._books = Bookkeeper(config, paths, self._tracker, self._log, self._answer, spans)

@@ -128,7 +128,7 @@ done
 _FORGET_SCRIPT = """\
 cd "$1" || exit 3; shift
 for replica; do
-  rm -f "specs/$replica.json" "replicas/$replica.json" "jobs/$replica" "ranks/$replica.json" "ranks/$replica.refused"
+  rm -f "specs/$replica.json" "replicas/$replica.json" "jobs/$replica" "ranks/$replica".*
 done
 find logs -type f -name '*-*.log*' -mtime +30 -exec rm -f {} +
 """

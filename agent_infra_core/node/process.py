@@ -154,6 +154,15 @@ def open_log(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 
 
+def log_tail(path: Path, start: int = 0) -> str:
+    """Return the last LOG_TAIL_BYTES of a log, none before the byte ``start``; empty while they can't be read."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(start, size - LOG_TAIL_BYTES))
+        return file.read(LOG_TAIL_BYTES).decode("utf-8", "replace")
+    return ""
+
+
 class EngineProcess:
     """One run of an engine: its process group and its part of the log."""
 
@@ -191,8 +200,4 @@ class EngineProcess:
 
     def log_tail(self) -> str:
         """Return the last LOG_TAIL_BYTES that this run wrote; empty while they can't be read."""
-        with contextlib.suppress(OSError), open(self._log, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(self._log_start, size - LOG_TAIL_BYTES))
-            return file.read(LOG_TAIL_BYTES).decode("utf-8", "replace")
-        return ""
+        return log_tail(self._log, self._log_start)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from agent_infra_core.host import write_atomically
+from agent_infra_core.node.failures import classify_failure
 from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher
 from agent_infra_core.node.replica import (
     engine_environment,
@@ -22,6 +23,7 @@ from agent_infra_core.node.replica import (
     staging_failure,
 )
 from agent_infra_core.node.staging import StagingError, StagingStopped, stage_weights
+from agent_infra_core.protocol import ReplicaFailure
 
 RANK_POLL_S = 0.5  # interval at which a rank checks its head
 
@@ -49,7 +51,7 @@ class Rank:
         except StagingStopped:
             return 0
         except StagingError as error:
-            self._refuse(error)
+            self._refuse(staging_failure(error))
             raise
         try:
             while not signals.is_urgent:
@@ -68,6 +70,9 @@ class Rank:
             text = ""
         except OSError:  # the shared file system fails for a moment; the engine needn't end for that
             return
+        if text == self._run and self._process is not None and (code := self._process.exit_code()) is not None:
+            self._refuse(classify_failure(self._process.log_tail(), code))
+            self._end()
         if text != self._run:
             self._end()
             self._run = text
@@ -82,14 +87,14 @@ class Rank:
                 spec.model_path, spec.stage, engine_environment(spec), lambda *_: None, lambda: signals.is_asked
             )
 
-    def _refuse(self, error: StagingError) -> None:
-        """Tell the head, which would wait for this rank until load_timeout."""
-        failure = staging_failure(error)
+    def _refuse(self, failure: ReplicaFailure) -> None:
+        """Tell the head, which would wait for this rank: until load_timeout, or for as long as its turns may take."""
         failure = dataclasses.replace(failure, line=f"on {node_name(self._spec)}: {failure.line}")
         path = refusal_path(self._folder, self._spec.replica)
         with contextlib.suppress(OSError):
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            write_atomically(path, json.dumps({"job": job_run(), "failure": dataclasses.asdict(failure)}))
+            told = {"job": job_run(), "run": self._run or None, "failure": dataclasses.asdict(failure)}
+            write_atomically(path, json.dumps(told))
 
     def _start(self, lead: Mapping[str, Any], watcher: Watcher) -> EngineProcess:
         launch = make_launch(

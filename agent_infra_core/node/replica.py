@@ -26,7 +26,7 @@ from agent_infra_core.node.gpus import GpuSampler, sampled_gpus
 from agent_infra_core.node.guard import server_identity
 from agent_infra_core.node.health import EngineClient, IdleWatch
 from agent_infra_core.node.hub import is_hub_id, is_in_hub_cache
-from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher, open_log, reserve_port
+from agent_infra_core.node.process import EngineProcess, StopSignals, Watcher, log_tail, open_log, reserve_port
 from agent_infra_core.node.staging import StagingError, StagingStopped, stage_weights
 from agent_infra_core.node.telemetry import LoadSampler, Telemetry
 from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, ServeSpec, replace_placeholders, spec_from_json
@@ -34,7 +34,7 @@ from agent_infra_core.protocol import ReplicaFailure, ReplicaRecord, ServeSpec, 
 LOAD_POLL_S = 0.1  # interval between checks of a loading engine
 HEALTH_POLL_S = 5.0  # interval between checks of a ready engine
 DRAIN_SETTLE_S = 0.5  # a draining engine is idle after this long without turns: some may still be on their way
-IDLE_SETTLE_S = 3.0  # the same if it shuts itself down: the relay learns of it only when it next polls the load
+IDLE_SETTLE_S = 5.0  # the same if it shuts itself down: the relay learns of it only when it next polls the load
 END_MARGIN_S = 3.0  # part of stop_grace reserved for the engine's shutdown
 MAX_RESTARTS = 3
 IMPORT_S = 180.0  # time for an engine's package to be imported, from a slow file system
@@ -134,6 +134,7 @@ class Replica:
         self._gpus = GpuSampler(sampled_gpus(spec, {**os.environ, **spec.env}))
         self._load_sampler = LoadSampler(self._gpus)
         self._weights: str | None = None  # the copy on this node, once it was staged
+        self._led = ""  # what the ranks were told of the latest run
         self._is_written = False  # whether the file matches the record
         self._record = ReplicaRecord(
             replica=spec.replica,
@@ -222,7 +223,8 @@ class Replica:
             was_ready = self._record.state == "ready"
             if was_ready and time.time() - (self._record.ready_at or 0) > RESTARTS_RESET_AFTER_S:
                 restarts = 0
-            if restarts == MAX_RESTARTS or (failure.kind in PERMANENT_FAILURES and not was_ready):
+            is_hopeless = (failure.kind in PERMANENT_FAILURES and not was_ready) or self._step_failure() is not None
+            if restarts == MAX_RESTARTS or is_hopeless:
                 return failure
             if failure.kind == "port_in_use":
                 base_port = reservation.port + 1
@@ -288,29 +290,46 @@ class Replica:
         path = self._directory / "ranks" / f"{self._spec.replica}.json"
         if self._spec.nodes > 1 and launch is not None:
             path.parent.mkdir(mode=0o700, exist_ok=True)
-            write_atomically(path, json.dumps({"master": launch.master, "port": launch.port, "at": time.time()}))
+            self._led = json.dumps({"master": launch.master, "port": launch.port, "at": time.time()})
+            write_atomically(path, self._led)
         elif self._spec.nodes > 1:
             path.unlink(missing_ok=True)
 
     def _rank_failure(self) -> ReplicaFailure | None:
-        """Return why a rank on one of the replica's other nodes can't start; None if none has said so."""
+        """Return why a rank on one of the replica's other nodes can't start or has ended; None if nobody says so."""
         if self._spec.nodes == 1:
             return None
         try:
             told = json.loads(refusal_path(self._directory, self._spec.replica).read_text(encoding="utf-8"))
         except (OSError, ValueError):
+            return self._step_failure()
+        is_meant = told["job"] == job_run() and told.get("run") in (None, self._led)
+        return ReplicaFailure(**told["failure"]) if is_meant else self._step_failure()
+
+    def _step_failure(self) -> ReplicaFailure | None:
+        """Return why the step that held all ranks is over, by the job's script; None if it isn't."""
+        path = self._directory / "ranks" / f"{self._spec.replica}.over"
+        try:
+            *job, code = path.read_text(encoding="utf-8").split()
+        except (OSError, ValueError):
             return None
-        return ReplicaFailure(**told["failure"]) if told["job"] == job_run() else None
+        if self._spec.nodes == 1 or job != job_run():
+            return None
+        said = [line for line in log_tail(self._log).splitlines() if line.startswith("srun: ")]
+        line = f"the step on its other nodes ended with exit code {code}: {said[-1] if said else 'srun said nothing'}"
+        hint = "its log ends with .rank1.log, .rank2.log, …; if that doesn't tell, `sacct` may; start it again"
+        return ReplicaFailure("node_failure", line, hint)
 
     def _load(self, process: EngineProcess, client: EngineClient) -> ReplicaFailure | None:
         """Wait until the engine is ready. Returns its failure; None if it is ready or a signal asked to stop."""
         deadline = time.monotonic() + self._spec.load_timeout
         while not self._signals.is_asked:
+            # First: when a rank has ended, the head ends for want of it.
+            if (failure := self._rank_failure()) is not None:
+                return failure
             exit_code = process.exit_code()
             if exit_code is not None:
                 return classify_failure(process.log_tail(), exit_code)
-            if (failure := self._rank_failure()) is not None:
-                return failure
             self._read_progress(process)
             if client.answers() and client.is_ours():
                 gpus = self._gpus.sample()
@@ -329,6 +348,8 @@ class Replica:
         """Monitor a ready engine. Returns its failure; None after a signal to stop, or if it was idle for too long."""
         answered_at, idle = time.monotonic(), IdleWatch(self._spec.idle_shutdown_minutes, time.monotonic)
         while not self._signals.is_asked:
+            if (failure := self._rank_failure()) is not None:
+                return failure
             exit_code = process.exit_code()
             if exit_code is not None:
                 return classify_failure(process.log_tail(), exit_code)
@@ -398,7 +419,10 @@ def staging_failure(error: StagingError) -> ReplicaFailure:
 
 
 def refusal_path(run_directory: Path, replica: str) -> Path:
-    """Return the file in which a rank says why it can't start: JSON {job: job_run(), failure: ReplicaFailure}."""
+    """Return the file in which a rank says why it can't start or has ended.
+
+    JSON {job: job_run(), run: the head's file for it or null, failure: ReplicaFailure}.
+    """
     return run_directory / "ranks" / f"{replica}.refused"
 
 
