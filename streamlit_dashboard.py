@@ -17,15 +17,18 @@ import argparse
 import functools
 import gc
 import hmac
+import itertools
 import json
 import math
 import os
 import re
 import statistics
 import sys
+import textwrap
 import threading
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -37,6 +40,7 @@ from zoneinfo import ZoneInfo
 
 import altair as alt
 import pandas as pd
+import requests
 import streamlit as st
 
 DEFAULT_PROXY = "http://127.0.0.1:5800"
@@ -44,6 +48,7 @@ SCHEMA_VERSION = 2  # of /stats, as this page reads it
 INTERVALS_S = (1, 2, 5, 10)
 CHARTS_EVERY_S = 5.0
 HISTORY_EVERY_S = 10.0  # ten charts
+HISTORY_STEPS = 300  # of a chart over time
 LIST_EVERY_S = 2.0
 READ_TIMEOUT_S = 15.0  # longer than the 10 s after which the proxy itself gives up on a question
 LISTED_SESSIONS = 200  # on one page of the list
@@ -87,9 +92,8 @@ def duration(ms: Any) -> str:
     if seconds < 59.95:
         return f"{seconds:.{2 if seconds < 9.995 else 1}f}{SPACE}s"
     whole = round(seconds)
-    size, unit, part, part_unit = next(
-        row for row in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")) if whole >= row[0]
-    )
+    sizes = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))
+    size, unit, part, part_unit = next(row for row in sizes if whole >= row[0])
     rest = whole % size // part
     tail = f" {rest:0{1 if size == 86400 else 2}d}{SPACE}{part_unit}" if rest else ""
     return f"{whole // size}{SPACE}{unit}{tail}"
@@ -137,10 +141,6 @@ def percent(fraction: Any, signed: bool = False) -> str:
     return f"{text}{SPACE}%".replace("-", "−")
 
 
-def gibibytes(value: Any) -> str:
-    return f"{value / 2**30:.1f}{SPACE}GiB" if is_known(value) else UNKNOWN
-
-
 def estimate(value: Mapping[str, Any], show: Callable[[Any], str] = figure, unit: str | None = None) -> str:
     """An Estimate as text: "147 agents (135 to 159)", a range alone, or a dash."""
     low, high = value.get("low"), value.get("high")
@@ -173,13 +173,13 @@ def clock(at: float, zone: str | None, now: float) -> str:
 # =====================================================================================================================
 
 
-@dataclass(frozen=True)
-class Problem:
+class ProxyError(Exception):
     """Why there are no current figures: what happened, and what to do."""
 
-    what: str
-    fix: str
-    is_final: bool = False  # what was asked for isn't there, and won't be
+    def __init__(self, what: str, fix: str, is_final: bool = False) -> None:
+        """``is_final``: what was asked for isn't there, and won't be."""
+        super().__init__(what)
+        self.what, self.fix, self.is_final = what, fix, is_final
 
 
 @dataclass(frozen=True)
@@ -188,15 +188,7 @@ class Reading:
 
     document: Mapping[str, Any] | None = None
     read_at: float = 0.0  # monotonic seconds: when the document came
-    problem: Problem | None = None
-
-
-class ProxyError(Exception):
-    """The proxy returned no document that this page can show."""
-
-    def __init__(self, what: str, fix: str, is_final: bool = False) -> None:
-        super().__init__(what)
-        self.problem = Problem(what, fix, is_final)
+    problem: ProxyError | None = None
 
 
 def checked_url(url: str) -> str:
@@ -211,29 +203,25 @@ class ProxyClient:
     """GET requests to one proxy, over one kept connection per thread."""
 
     def __init__(self, url: str, token: str | None) -> None:
-        import requests
-
-        self.url = url
-        self._requests = requests
-        self._token = token
+        self.url, self._token = url, token
         self._of_thread = threading.local()
 
     def get(self, path: str) -> Mapping[str, Any]:
         """The JSON document at ``path``; ProxyError, with what to do, if there is none."""
         session = getattr(self._of_thread, "session", None)
         if session is None:
-            session = self._of_thread.session = self._requests.Session()
+            session = self._of_thread.session = requests.Session()
             session.trust_env = False  # ignores http_proxy and ~/.netrc
             if self._token:
                 session.headers["Authorization"] = f"Bearer {self._token}"
         try:
             answer = session.get(self.url + path, timeout=(2.0, READ_TIMEOUT_S), allow_redirects=False)
-        except self._requests.Timeout:
+        except requests.Timeout:
             raise ProxyError(
                 f"The proxy at {self.url} doesn't answer in time.",
                 "It may be overloaded, or the network is down; this page keeps trying.",
             ) from None
-        except self._requests.RequestException:
+        except requests.RequestException:
             raise ProxyError(
                 f"There is no proxy at {self.url}.",
                 "Start one with “python agent_infra.py up” or “connect”, or say where it is with --proxy; "
@@ -265,21 +253,20 @@ def document_of(url: str, path: str, status: int, body: bytes) -> Mapping[str, A
             f"What answers at {url} isn't Agent Infra's proxy (status {status}).", "Say where it is with --proxy."
         )
     if path == "/stats" and version != SCHEMA_VERSION:
-        older, newer = ("proxy", "page") if int(version or 0) < SCHEMA_VERSION else ("page", "proxy")
         raise ProxyError(
             f"The proxy at {url} speaks version {version} of /stats, this page reads {SCHEMA_VERSION}.",
-            f"The {older} is older than the {newer}: run both from the same release of Agent Infra.",
+            "Run both from the same release of Agent Infra.",
         )
     return document
 
 
+@dataclass
 class Kept:
     """A document that viewers read: its last reading, and the request under way or done last."""
 
-    def __init__(self) -> None:
-        self.reading = Reading()
-        self.asked_at = -math.inf
-        self.request: Future[None] | None = None
+    reading: Reading = Reading()
+    asked_at: float = -math.inf
+    request: Future[None] | None = None
 
 
 class Documents:
@@ -320,9 +307,10 @@ class Documents:
         try:
             kept.reading = Reading(self._client.get(path), self.clock())
         except ProxyError as error:
-            kept.reading = replace(kept.reading, problem=error.problem)
+            kept.reading = replace(kept.reading, problem=error)
         except Exception as error:  # noqa: BLE001 - whatever it is, the viewers are told and the next read tries again
-            kept.reading = replace(kept.reading, problem=Problem(f"This page failed: {error!r}.", "It keeps trying."))
+            problem = ProxyError(f"This page failed: {error!r}.", "It keeps trying.")
+            kept.reading = replace(kept.reading, problem=problem)
 
 
 # =====================================================================================================================
@@ -333,27 +321,22 @@ class Documents:
 GOOD, BUSY, BAD, NEUTRAL = "good", "busy", "bad", "neutral"
 SHAPES = {GOOD: "●", BUSY: "▲", BAD: "✕", NEUTRAL: "○"}
 COLOURS: Mapping[str, Any] = {GOOD: "green", BUSY: "orange", BAD: "red", NEUTRAL: "gray"}  # as Streamlit names them
-JUDGEMENT_OF_STATE = {
-    "ready": GOOD,
-    "pending": NEUTRAL,
-    "starting": BUSY,
-    "loading": BUSY,
-    "draining": BUSY,
-    "stopped": NEUTRAL,
-    "gone": NEUTRAL,
-    "failed": BAD,
-    "lost": BAD,
-    "unhealthy": BAD,
+JUDGEMENTS = {  # of states of replicas, verdicts and flags; all others: BUSY
+    **dict.fromkeys(("ready", "BALANCED"), GOOD),
+    **dict.fromkeys(("pending", "stopped", "gone", "NO DATA"), NEUTRAL),
+    **dict.fromkeys(("failed", "unhealthy", "UNHEALTHY"), BAD),
 }
-JUDGEMENT_OF_VERDICT = {"BALANCED": GOOD, "NO DATA": NEUTRAL, "UNHEALTHY": BAD}  # all others: BUSY
 STARTING = ("pending", "starting", "loading")
 HOLDING_TURNS = ("ready", "unhealthy", "draining")  # states of replicas that have turns
+REPLICA_STATES = (*STARTING, *HOLDING_TURNS, "stopped", "failed", "gone")
 FAILED_OUTCOMES = ("error", "cut")
 RECENT = f"5{SPACE}min"  # window of recent_outcomes, pipeline and the replicas' latencies in /stats
 STALE_S = 10.0  # figures older than this are of the past
 IDLE_S = 60.0  # without a turn for so long, nothing is going on
 BAD_ERROR_SHARE = 0.05
 RESTARTED_S = 120.0
+START = "“python agent_infra.py start” starts them."
+LOGS = "“python agent_infra.py logs” shows why."
 
 
 @dataclass(frozen=True)
@@ -366,19 +349,23 @@ class Status:
     hint: str = ""
 
 
+def judgement_of(word: str) -> str:
+    return JUDGEMENTS.get(word, BUSY)
+
+
 def status_of(
-    document: Mapping[str, Any], problem: Problem | None, age_s: float | None, zone: str | None = None
+    document: Mapping[str, Any], problem: ProxyError | None, age_s: float | None, zone: str | None = None
 ) -> list[Status]:
     """What is going on, the most urgent first; the first one is the headline, and the others never contradict it.
 
     Without current figures, that is all that is said: figures of the past say nothing about now.
     """
     if problem is not None:
-        old = f" The figures below are {seconds(age_s)} old." if document and age_s is not None else ""
+        old = f" The figures below are {seconds(age_s)} old." if document else ""
         return [Status(BAD, "NO CONNECTION", problem.what + old, problem.fix)]
     if not document:
         return [Status(NEUTRAL, "CONNECTING", "Waiting for the proxy's first answer.")]
-    if (document.get("snapshot_age_ms") or 0) / 1000 >= STALE_S:
+    if document["snapshot_age_ms"] / 1000 >= STALE_S:
         text = f"The figures below are {seconds(age_s)} old: the controller is gone. Turns are still served."
         return [Status(BAD, "CONTROLLER GONE", text, "“python agent_infra.py connect” takes over.")]
     if age_s is not None and age_s >= STALE_S:
@@ -392,8 +379,7 @@ def status_of(
 
 def state_of(row: Mapping[str, Any]) -> str:
     """A replica's state; "unhealthy" if it is ready but gets no turns."""
-    state = str(row.get("state") or "unknown")
-    return "unhealthy" if state == "ready" and row.get("healthy") is False else state
+    return "unhealthy" if row["state"] == "ready" and row["healthy"] is False else str(row["state"])
 
 
 def _ready(document: Mapping[str, Any]) -> int:
@@ -402,9 +388,8 @@ def _ready(document: Mapping[str, Any]) -> int:
 
 def reason_of(row: Mapping[str, Any]) -> str:
     """Why a replica is in its state: the class of its failure, its progress or its reason; empty if unknown."""
-    failure = part(row, "failure")
-    known = (row.get("state") == "failed" and failure.get("kind"), row.get("progress"), row.get("reason"))
-    return next((str(text).replace("_", " ") for text in known if text), "")
+    kind = part(row, "failure").get("kind") if row["state"] == "failed" else None
+    return str(kind or row["progress"] or row["reason"] or "").replace("_", " ")
 
 
 def hint_of(row: Mapping[str, Any]) -> str:
@@ -414,131 +399,95 @@ def hint_of(row: Mapping[str, Any]) -> str:
 
 def _named(rows: Sequence[Mapping[str, Any]], most: int = 3) -> str:
     """qwen-2 (out of memory), qwen-3 (driver) and 4 more."""
-    shown = []
-    for row in rows[:most]:
-        reason = reason_of(row)
-        short = reason if len(reason) <= 80 else reason[:80].rstrip() + "…"
-        shown.append(f"{row.get('id')}" + (f" ({short})" if reason else ""))
-    more = f" and {len(rows) - most} more" if len(rows) > most else ""
-    return ", ".join(shown) + more
+    reasons = {row["id"]: textwrap.shorten(reason_of(row), 80, placeholder="…") for row in rows[:most]}
+    shown = ", ".join(f"{name} ({reason})" if reason else name for name, reason in reasons.items())
+    return shown + (f" and {len(rows) - most} more" if len(rows) > most else "")
 
 
 def _replica_status(document: Mapping[str, Any]) -> list[Status]:
-    rows = [row for row in listed(document, "backends") if state_of(row) != "stopped"]
-    by_state: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_state.setdefault(state_of(row), []).append(row)
-    ready, total = len(by_state.get("ready", ())), len(rows)
+    by_state: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in listed(document, "backends"):
+        by_state[state_of(row)].append(row)
+    total = sum(map(len, by_state.values())) - len(by_state["stopped"])
     if not total:
-        return [Status(NEUTRAL, "NO REPLICAS", "There are no replicas.", "“python agent_infra.py start” starts them.")]
-    found = []
-    failed = by_state.get("failed", []) + by_state.get("lost", [])
-    if failed:
-        hints = list(dict.fromkeys(filter(None, map(hint_of, failed))))
-        text = f"{len(failed)} of {things(total, 'replica')} failed: {_named(failed)}."
-        advice = hints[0] if hints else "“python agent_infra.py logs” shows why."
-        found.append(Status(BAD, "DOWN" if not ready else "FAILED", text, advice))
-    unhealthy = by_state.get("unhealthy", [])
-    if unhealthy:
-        verb = "gets" if len(unhealthy) == 1 else "get"
-        text = f"{len(unhealthy)} of {things(total, 'replica')} {verb} no turns: {_named(unhealthy)}."
-        found.append(Status(BAD, "UNHEALTHY", text, "“python agent_infra.py logs” shows why."))
-    starting = [row for state in STARTING for row in by_state.get(state, ())]
-    if starting:
-        what = ", ".join(f"{len(by_state[state])} {state}" for state in STARTING if state in by_state)
-        text = f"{ready} of {things(total, 'replica')} ready; {what}: {_named(starting)}."
+        return [Status(NEUTRAL, "NO REPLICAS", "There are no replicas.", START)]
+    found, ready, of_all = [], len(by_state["ready"]), f"of {things(total, 'replica')}"
+    if failed := by_state["failed"]:
+        hint = next(filter(None, map(hint_of, failed)), LOGS)
+        text = f"{len(failed)} {of_all} failed: {_named(failed)}."
+        found.append(Status(BAD, "FAILED" if ready else "DOWN", text, hint))
+    if unhealthy := by_state["unhealthy"]:
+        text = f"{len(unhealthy)} {of_all} {'gets' if len(unhealthy) == 1 else 'get'} no turns: {_named(unhealthy)}."
+        found.append(Status(BAD, "UNHEALTHY", text, LOGS))
+    if starting := [row for state in STARTING for row in by_state[state]]:
+        what = ", ".join(f"{len(by_state[state])} {state}" for state in STARTING if by_state[state])
+        text = f"{ready} {of_all} ready; {what}: {_named(starting)}."
         found.append(Status(NEUTRAL if ready else BUSY, "STARTING", text))
     if not found and not ready:
-        found.append(Status(BUSY, "DRAINING", f"None of {things(total, 'replica')} takes new turns."))
+        found.append(Status(BUSY, "DRAINING", f"None {of_all} takes new turns."))
     return found
 
 
 def recent_failures(document: Mapping[str, Any]) -> tuple[int, int]:
     """``(failed, finished)`` of the last 5 minutes. Failed: error answers and answers that broke off."""
-    counts = {name: value for name, value in part(document, "recent_outcomes").items() if is_known(value)}
-    counts.pop("window_s", None)
-    return int(counts.get("errors", 0)), int(sum(counts.values()))
+    counts = {name: value for name, value in part(document, "recent_outcomes").items() if name != "window_s"}
+    return counts.get("errors", 0), sum(counts.values())
 
 
 def _error_status(document: Mapping[str, Any]) -> list[Status]:
     failed, finished = recent_failures(document)
     if not failed:
         return []
-    text = f"{count(failed)} of {things(finished, 'turn')} failed in the last {RECENT}"
-    latest = next((row for row in listed(document, "recent_turns") if row.get("outcome") in FAILED_OUTCOMES), {})
-    why = str(latest.get("error") or "")[:200]
-    text += f": {why.rstrip('.')}." if why else "."
-    is_bad = failed / finished >= BAD_ERROR_SHARE
-    return [Status(BAD if is_bad else BUSY, "ERRORS", text, "See Sessions → failed.")]
+    errors = (row["error"] for row in document["recent_turns"] if row["outcome"] in FAILED_OUTCOMES)
+    why = str(next(errors, None) or "")[:200].rstrip(".")
+    text = f"{count(failed)} of {things(finished, 'turn')} failed in the last {RECENT}{f': {why}' if why else ''}."
+    judgement = BAD if failed / finished >= BAD_ERROR_SHARE else BUSY
+    return [Status(judgement, "ERRORS", text, "See Sessions → failed.")]
 
 
 def _side_status(document: Mapping[str, Any]) -> list[Status]:
     """What doesn't concern turns: tunnels, the history, a restart."""
-    found = []
-    down = [row for row in listed(document, "backends") if part(row, "tunnel").get("state") == "down"]
-    if down:
-        names = ", ".join(str(row.get("id")) for row in down[:3])
-        found.append(Status(BAD, "TUNNEL DOWN", f"No tunnel to {names}; it is being replaced."))
-    history = part(document, "history")
+    found, history, uptime = [], part(document, "history"), document["uptime_seconds"]
+    if down := [row["id"] for row in document["backends"] if part(row, "tunnel").get("state") == "down"]:
+        found.append(Status(BAD, "TUNNEL DOWN", f"No tunnel to {', '.join(down[:3])}; it is being replaced."))
     if history.get("state") == "failing":
-        found.append(Status(BUSY, "HISTORY FAILS", f"Turns aren't recorded: {history.get('reason') or 'unknown'}."))
-    now, uptime = document.get("now"), document.get("uptime_seconds")
-    points = listed(part(document, "throughput"), "history")
-    if is_known(now) and is_known(uptime) and uptime < RESTARTED_S and points:
-        began = points[0].get("at")
-        if is_known(began) and began < now - uptime - 1:  # measured by an earlier controller, and restored
-            text = f"The controller restarted {seconds(uptime)} ago; rates and verdicts start again, totals go on."
-            found.append(Status(NEUTRAL, "RESTARTED", text))
+        found.append(Status(BUSY, "HISTORY FAILS", f"Turns aren't recorded: {history['reason']}."))
+    began = [point["at"] for point in document["throughput"]["history"][:1]]
+    if uptime < RESTARTED_S and began and began[0] < document["now"] - uptime - 1:  # by an earlier controller
+        text = f"The controller restarted {seconds(uptime)} ago; rates and verdicts start again, totals go on."
+        found.append(Status(NEUTRAL, "RESTARTED", text))
     return found
-
-
-def last_finish(document: Mapping[str, Any]) -> float | None:
-    """When the last turn finished (s since the epoch); None if /stats lists none."""
-    known = [row["finished_at"] for row in listed(document, "recent_turns") if is_known(row.get("finished_at"))]
-    return max(known, default=None)
-
-
-def open_turns(document: Mapping[str, Any]) -> int:
-    """Turns with a replica or in the queue."""
-    queue = part(document, "queue")
-    return int(queue.get("in_flight") or 0) + int(queue.get("pending") or 0)
 
 
 def idle_s(document: Mapping[str, Any]) -> float | None:
     """For how long nothing has been going on (s); None while turns are open, or finished less than IDLE_S ago."""
-    if open_turns(document) > 0:
+    queue = part(document, "queue")
+    if not document or queue["in_flight"] or queue["pending"]:
         return None
-    finished = last_finish(document)
-    since = ago(document.get("now"), finished) if finished is not None else document.get("uptime_seconds")
-    return since if is_known(since) and since >= IDLE_S else None
-
-
-def verdict_name(entry: Mapping[str, Any]) -> str:
-    return str(part(entry, "verdict").get("name") or "NO DATA")
+    ages = [document["now"] - row["finished_at"] for row in document["recent_turns"]]
+    since = min(ages, default=document["uptime_seconds"])
+    return since if since >= IDLE_S else None
 
 
 def last_verdict(entry: Mapping[str, Any], now: Any) -> str:
     """The last verdict with its age: "GPU-BOUND as of 12 min ago"; empty if there was none."""
-    last = part(entry, "last_verdict")
-    return f"{last['name']} as of {seconds(ago(now, last.get('at')))} ago" if last.get("name") else ""
+    last = entry["last_verdict"]
+    return f"{last['name']} as of {seconds(ago(now, last['at']))} ago" if last else ""
 
 
 def _activity_status(document: Mapping[str, Any], zone: str | None, is_down: bool) -> list[Status]:
     """Whether turns are flowing, and what limits them."""
-    requests, finished, idle = part(document, "totals").get("requests"), last_finish(document), idle_s(document)
-    queue, now = part(document, "queue"), document.get("now")
-    if open_turns(document) <= 0 and finished is None:
-        text = "No turn has arrived yet." if not requests else "No turn since the controller started."
-        return [Status(NEUTRAL, "NO TRAFFIC" if not requests else "IDLE", text)]
-    entries = listed(document, "analysis")
-    if idle is not None and finished is not None:
-        text = f"No turn for {seconds(idle)}, since {clock(finished, zone, finished + idle)}."
-        last = [f"{entry_label(entry)}: {last_verdict(entry, now)}" for entry in entries if last_verdict(entry, now)]
-        if last:
-            text += f" Last verdict: {', '.join(last)}."
-        return [Status(NEUTRAL, "IDLE", text)]
+    queue, now, entries, idle = document["queue"], document["now"], document["analysis"], idle_s(document)
+    if not document["recent_turns"] and not queue["in_flight"] and not queue["pending"]:
+        if document["totals"]["requests"]:
+            return [Status(NEUTRAL, "IDLE", "No turn since the controller started.")]
+        return [Status(NEUTRAL, "NO TRAFFIC", "No turn has arrived yet.")]
+    if idle is not None:
+        text = f"No turn for {seconds(idle)}, since {clock(now - idle, zone, now)}."
+        last = [f"{entry_label(entry)}: {last_verdict(entry, now)}" for entry in entries if entry["last_verdict"]]
+        return [Status(NEUTRAL, "IDLE", text + (f" Last verdict: {', '.join(last)}." if last else ""))]
     if is_down:
-        waiting = queue.get("pending") or 0
+        waiting = queue["pending"]
         return [Status(NEUTRAL, "WAITING", f"{things(waiting, 'turn')} in the queue.")] if waiting else []
     if not entries:
         return [Status(NEUTRAL, "MEASURING", "Turns are arriving; there is no verdict yet.")]
@@ -546,32 +495,35 @@ def _activity_status(document: Mapping[str, Any], zone: str | None, is_down: boo
 
 
 def _verdict_status(entry: Mapping[str, Any], now: Any, is_named: bool) -> Status:
-    name, verdict = verdict_name(entry), part(entry, "verdict")
-    label = f"{entry_label(entry)}: " if is_named else ""
-    if name == "NO DATA":
-        reason = str(verdict.get("reason") or "too few turns")
-        last = f" The last one: {last_verdict(entry, now)}." if last_verdict(entry, now) else ""
-        return Status(NEUTRAL, "MEASURING", f"{label}No verdict yet: {reason}.{last}")
-    sentence = label + str(verdict.get("sentence") or "").replace(" %", f"{SPACE}%")
-    return Status(JUDGEMENT_OF_VERDICT.get(name, BUSY), name, sentence, advice_of(entry))
+    verdict, label = entry["verdict"], f"{entry_label(entry)}: " if is_named else ""
+    if verdict["name"] == "NO DATA":
+        last = f" The last one: {last_verdict(entry, now)}." if entry["last_verdict"] else ""
+        return Status(NEUTRAL, "MEASURING", f"{label}No verdict yet: {verdict['reason']}.{last}")
+    sentence = label + verdict["sentence"].replace(" %", f"{SPACE}%")
+    return Status(judgement_of(verdict["name"]), verdict["name"], sentence, advice_of(entry))
 
 
 def advice_of(entry: Mapping[str, Any]) -> str:
     """The suggestion, whose sentence has its price in throughput and in the wait; if that isn't known, why."""
-    suggestion = part(entry, "suggestion")
-    sentence, change = str(suggestion.get("sentence") or ""), part(suggestion, "then", "change")
-    if suggestion.get("bound_by") and not is_known(change.get("low")) and change.get("reason"):
+    suggestion, change = entry["suggestion"], entry["suggestion"]["then"]["change"]
+    sentence = str(suggestion["sentence"])
+    if suggestion["bound_by"] and change["low"] is None and change["reason"]:
         sentence += f" What it does to throughput isn't known: {change['reason']}."
     return sentence.replace(" %", f"{SPACE}%")
 
 
 def entry_label(entry: Mapping[str, Any]) -> str:
     """The label that distinguishes an entry of the analysis from the others."""
-    return " on ".join(str(entry[name]) for name in ("model", "gpu") if entry.get(name)) or "all"
+    return f"{entry['model']} on {entry['gpu']}" if entry["gpu"] else str(entry["model"])
+
+
+def paused_status(document: Mapping[str, Any], zone: str | None, now: float) -> Status:
+    of = f"The figures are of {clock(document['now'], zone, now)} and" if document else "The figures"
+    return Status(NEUTRAL, "PAUSED", f"{of} stand still until you resume.")
 
 
 # =====================================================================================================================
-# Shaping: documents → DataFrames and rows. Pure; every figure may be missing. All times are by the proxy's clock.
+# Shaping: documents → DataFrames and rows. Pure. The columns of frames are named as they are shown.
 # =====================================================================================================================
 
 SLOW_FACTOR = 1.2  # a replica whose median exceeds the median of all by this factor is marked
@@ -579,51 +531,88 @@ FULL_KV = 0.95  # of the KV cache: from here on sequences are preempted
 SOON_S = 900.0  # a job that ends this soon is marked
 # As in `sessions.alive` of /stats: longer silences than these are of "silent" sessions, which aren't alive.
 THINKING_FACTOR, THINKING_LEAST_S = 4.0, 30.0
-REPLICA_COLUMNS = (
-    *("state", "id", "model", "note", "gpu", "kv", "in_flight", "slots", "history", "ttft_s", "p50_s", "p95_s"),
-    *("memory", "requests", "errors", "restarts", "ends", "tunnel", "node", "partition", "gpu_name"),
-)
-SESSION_COLUMNS = (
-    *("state", "id", "task", "client", "model", "replica", "turns", "errors", "queued_s", "inference_s", "think_s"),
-    *("tokens_in", "tokens_out", "cached", "seen_s", "length_s"),
-)
-STATE_WORDS = {  # of sessions
-    "idle": "thinking",
-    "silent": "silent",
-    "waiting": "in the queue",
-    "prefill": "prefill",
-    "decoding": "answering",
-    "ended": "ended",
-}
+STATE_WORDS = {"idle": "thinking", "waiting": "in the queue", "decoding": "answering"}  # of sessions
 
 
-def replica_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per replica, the most urgent first: REPLICA_COLUMNS; times in s, shares in percent."""
-    now = document.get("now")
-    rows = [_replica_row(row, now) for row in listed(document, "backends")]
-    ready = [row["p50_s"] for row in rows if row["word"] == "ready" and is_known(row["p50_s"])]
-    typical = statistics.median(ready) if len(ready) > 1 else math.inf
-    for row in rows:
-        if is_known(row["p50_s"]) and row["p50_s"] == max(ready, default=None) and row["p50_s"] > SLOW_FACTOR * typical:
-            row["notes"].append("slowest")
-        row["note"] = ", ".join(row["notes"])
-    order = {BAD: 0, BUSY: 1, NEUTRAL: 2, GOOD: 3}
-    rows.sort(
-        key=lambda row: (order[JUDGEMENT_OF_STATE.get(row["word"], NEUTRAL)], not row["notes"], natural(row["id"]))
+def table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str | Callable[[Any], Any]]) -> pd.DataFrame:
+    """One row per object of ``rows``; ``columns``: title → the name of a field, or what makes the cell of an object."""
+    cells = [[row.get(read) if isinstance(read, str) else read(row) for read in columns.values()] for row in rows]
+    return pd.DataFrame(cells, columns=list(columns))
+
+
+def scaled(value: Any, factor: float) -> float | None:
+    return value * factor if is_known(value) else None
+
+
+def share_of(value: Any, total: Any) -> float | None:
+    """A share in percent."""
+    return scaled(value, 100 / total) if total else None
+
+
+def value_of(document: Any, *names: str) -> Any:
+    """The value of the Estimate at the path ``names``."""
+    return part(document, *names).get("value")
+
+
+def ago_text(document: Mapping[str, Any], at: Any) -> str:
+    return f"{seconds(ago(document.get('now'), at))} ago"
+
+
+def by_urgency(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The replicas of /stats, each with its ``notes``, the most urgent first."""
+    rows, now = listed(document, "backends"), document.get("now")
+    medians = {row["id"]: row["latency_ms"]["p50"] for row in rows if state_of(row) == "ready"}
+    known = sorted(filter(is_known, medians.values()))
+    slowest = known[-1] if len(known) > 1 and known[-1] > SLOW_FACTOR * statistics.median(known) else math.inf
+    noted = [{**row, "notes": _notes(row, now) + ["slowest"] * (medians.get(row["id"]) == slowest)} for row in rows]
+    order = (BAD, BUSY, NEUTRAL, GOOD)
+    return sorted(
+        noted, key=lambda row: (order.index(judgement_of(state_of(row))), not row["notes"], natural(row["id"]))
     )
-    return pd.DataFrame(rows, columns=list(REPLICA_COLUMNS))
 
 
-def with_gone(current: Sequence[Mapping[str, Any]], former: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """``current`` and those replicas of ``former`` that vanished, as "gone": without them, later rows would move up."""
-    known = {row.get("id") for row in current}
-    return [*current, *({**row, "state": "gone"} for row in former if row.get("id") not in known)]
+def replica_frame(rows: Iterable[Mapping[str, Any]], now: Any) -> pd.DataFrame:
+    """One row per replica of ``by_urgency``, in the given order; times in s, shares in percent."""
+    return table(
+        rows,
+        {
+            "replica": "id",
+            "state": lambda row: [state_label(state_of(row))],
+            "note": lambda row: ", ".join(row["notes"]),
+            "model": "model",
+            "GPU utilised": lambda row: part(row, "gpu").get("utilization"),
+            "KV cache": lambda row: scaled(row["engine"]["kv_usage"], 100),
+            "GPU memory": lambda row: share_of(
+                part(row, "gpu").get("memory_used"), part(row, "gpu").get("memory_total")
+            ),
+            "in flight": "inflight",
+            "slots": "slots",
+            "in flight, 2 min": lambda row: list(filter(is_known, row["inflight_history"])),
+            "first token, s": lambda row: scaled(row["ttft_ms"]["p50"], 0.001),
+            "inference, s": lambda row: scaled(row["latency_ms"]["p50"], 0.001),
+            "p95, s": lambda row: scaled(row["latency_ms"]["p95"], 0.001),
+            "turns": "requests",
+            "failed": "errors",
+            "restarts": "restarts",
+            "job ends in": lambda row: seconds(ago(row["ends_at"], now)),
+            "tunnel": lambda row: part(row, "tunnel").get("state"),
+            "node": "node",
+            "partition": "partition",
+            "GPU": lambda row: part(row, "gpu").get("name"),
+        },
+    )
 
 
-def in_order(frame: pd.DataFrame, names: Sequence[Any]) -> pd.DataFrame:
-    """``frame`` with its rows in the order of ``names``, which are ids; the others come last."""
-    places = {name: place for place, name in enumerate(names)}
-    return frame.sort_values("id", key=lambda ids: ids.map(places), kind="stable", ignore_index=True)
+def _notes(row: Mapping[str, Any], now: Any) -> list[str]:
+    """What is unusual about a replica."""
+    kv, left_s, tunnel = row["engine"]["kv_usage"], ago(row["ends_at"], now), part(row, "tunnel").get("state", "up")
+    notes = {
+        reason_of(row): state_of(row) != "ready" and reason_of(row),
+        "KV cache full": is_known(kv) and kv >= FULL_KV,
+        "job ends soon": left_s is not None and left_s < SOON_S,
+        f"tunnel {tunnel}": tunnel != "up",
+    }
+    return [note for note, applies in notes.items() if applies]
 
 
 def natural(name: Any) -> tuple[Any, ...]:
@@ -633,91 +622,69 @@ def natural(name: Any) -> tuple[Any, ...]:
 
 
 def state_label(word: str) -> str:
-    return f"{SHAPES[JUDGEMENT_OF_STATE.get(word, NEUTRAL)]} {word}"
-
-
-def _replica_row(row: Mapping[str, Any], now: Any) -> dict[str, Any]:
-    word, gpu, tunnel, engine = state_of(row), part(row, "gpu"), part(row, "tunnel"), part(row, "engine")
-    ends_at, history, kv = row.get("ends_at"), row.get("inflight_history"), engine.get("kv_usage")
-    left_s = ends_at - now if is_known(ends_at) and is_known(now) and ends_at > 0 else None
-    notes = [reason_of(row)] if word != "ready" and reason_of(row) else []
-    if is_known(kv) and kv >= FULL_KV:
-        notes.append("KV cache full")
-    if left_s is not None and left_s < SOON_S:
-        notes.append("job ends soon")
-    if tunnel and tunnel.get("state") != "up":
-        notes.append(f"tunnel {tunnel.get('state')}")
-    used, total = gpu.get("memory_used"), gpu.get("memory_total")
-    return {
-        "word": word,
-        "state": [state_label(word)],
-        "notes": notes,
-        "id": row.get("id"),
-        "model": row.get("model"),
-        "gpu": gpu.get("utilization"),
-        "kv": 100 * kv if is_known(kv) else None,
-        "in_flight": row.get("inflight"),
-        "slots": row.get("slots"),
-        "history": [each for each in history if is_known(each)] if isinstance(history, list) else [],
-        "ttft_s": _in_s(part(row, "ttft_ms").get("p50")),
-        "p50_s": _in_s(part(row, "latency_ms").get("p50")),
-        "p95_s": _in_s(part(row, "latency_ms").get("p95")),
-        "memory": 100 * used / total if is_known(used) and is_known(total) and total else None,
-        "requests": row.get("requests"),
-        "errors": row.get("errors"),
-        "restarts": row.get("restarts"),
-        "ends": None if left_s is None else duration(1000 * max(0.0, left_s)),
-        "tunnel": tunnel.get("state"),
-        "node": row.get("node"),
-        "partition": row.get("partition"),
-        "gpu_name": gpu.get("name"),
-    }
-
-
-def _in_s(ms: Any) -> float | None:
-    return ms / 1000 if is_known(ms) else None
+    return f"{SHAPES[judgement_of(word)]} {word}"
 
 
 def session_state(row: Mapping[str, Any], now: Any) -> str:
     """A session's state in a word: one that is idle for far longer than it usually thinks is silent, not thinking."""
-    state, turns, silent_s = str(row.get("state")), row.get("turns") or 0, ago(now, row.get("last_at"))
-    if state == "idle" and silent_s is not None:
-        think_s = row.get("think_s")
-        usual_s = think_s / max(1, turns - 1) if is_known(think_s) else 0.0
-        if silent_s > max(THINKING_LEAST_S, THINKING_FACTOR * usual_s):
-            state = "silent"
+    state, silent_s = str(row.get("state")), ago(now, row.get("last_at"))
+    usual_s = (row.get("think_s") or 0.0) / max(1, (row.get("turns") or 0) - 1)
+    if state == "idle" and silent_s is not None and silent_s > max(THINKING_LEAST_S, THINKING_FACTOR * usual_s):
+        return "silent"
     return STATE_WORDS.get(state, state)
 
 
+def session_facts(session: Mapping[str, Any], now: Any) -> str:
+    """A session, as GET /stats/sessions/{id} has it, in a line."""
+    seen, thought = session["last_seen"], [session[name] or 0.0 for name in ("pre_ms", "post_ms", "unaccounted_ms")]
+    facts = [
+        session_state({**session, "think_s": sum(thought) / 1000, "last_at": seen}, now),
+        f"seen {seconds(ago(now, seen))} ago",
+        f"task {session['task']}" if session["task"] else "",
+        session["model"],
+        f"on {session['backend']}" if session["backend"] else "",
+        things(session["turns"], "turn"),
+        f"{count(session['errors'])} failed" if session["errors"] else "",
+    ]
+    return " · ".join(filter(None, facts))
+
+
 def session_frame(rows: Iterable[Mapping[str, Any]], now: Any) -> pd.DataFrame:
-    """One row per session, in the given order: SESSION_COLUMNS; times in s, ``cached`` in percent of the input."""
-    shaped = []
-    for row in rows:
-        tokens_in, cached = row.get("tokens_in"), row.get("cached_tokens")
-        shaped.append(
-            {
-                **{name: row.get(name) for name in SESSION_COLUMNS},
-                "state": session_state(row, now),
-                "cached": 100 * cached / tokens_in if is_known(cached) and is_known(tokens_in) and tokens_in else None,
-                "seen_s": ago(now, row.get("last_at")),
-                "length_s": ago(row.get("last_at"), row.get("started_at")),
-            }
-        )
-    return pd.DataFrame(shaped, columns=list(SESSION_COLUMNS))
+    """One row per session, in the given order; times in s, ``cached`` in percent of the input."""
+    return table(
+        rows,
+        {
+            "session": "id",
+            "state": lambda row: session_state(row, now),
+            "turns": "turns",
+            "failed": "errors",
+            "waited, s": "queued_s",
+            "inference, s": "inference_s",
+            "thinking, s": "think_s",
+            "seen, s ago": lambda row: ago(now, row.get("last_at")),
+            "lasted, s": lambda row: ago(row.get("last_at"), row.get("started_at")),
+            "tokens in": "tokens_in",
+            "tokens out": "tokens_out",
+            "cached": lambda row: share_of(row["cached_tokens"], row["tokens_in"]),
+            "task": "task",
+            "replica": "replica",
+            "model": "model",
+            "client": "client",
+        },
+    )
 
 
 def arranged(
-    former: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]
-) -> tuple[list[Mapping[str, Any]], int]:
-    """``(rows, number held back)``: the sessions of ``former`` in their order, with their current figures.
+    former: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]], gone: str
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """``(rows, others)``: the rows of ``former`` in their order, with their current figures, and those that are new.
 
-    So no row moves while somebody points at it. Sessions that came since are held back until they are asked for; one
-    that has left this part of the list keeps its last figures, and says so.
+    So no row moves while somebody points at it. One that isn't in ``current`` keeps its last figures, in the state
+    ``gone``.
     """
-    by_id = {row.get("id"): row for row in current}
-    known = {row.get("id") for row in former}
-    rows = [by_id.get(row.get("id")) or {**row, "state": "not current"} for row in former]
-    return rows, sum(name not in known for name in by_id)
+    by_id: dict[Any, Any] = {row["id"]: row for row in current}
+    rows = [by_id.pop(row["id"], None) or {**row, "state": gone} for row in former]
+    return rows, list(by_id.values())
 
 
 # The phases of a turn on the time axis: what is drawn before its arrival, and then one after the other.
@@ -737,12 +704,11 @@ PHASE_MEANINGS = {
 
 def phases_of(turn: Mapping[str, Any]) -> dict[str, float]:
     """A turn's known phases in ms, in their order on the time axis."""
-    known = {name: turn.get(f"{name.replace(' ', '_')}_ms") for name in PHASE_MEANINGS}
-    if is_known(known["prefill"]) or is_known(known["decode"]):
-        known["inference"] = None
-    if is_known(known["think"]) and is_known(known["idle"]):
-        known["think"] = max(0.0, known["think"] - known["idle"])  # think_ms is the whole gap
-    return {name: float(value) for name, value in known.items() if is_known(value) and value > 0}
+    known = {name: turn.get(f"{name.replace(' ', '_')}_ms") or 0.0 for name in PHASE_MEANINGS}
+    if known["prefill"] or known["decode"]:
+        known["inference"] = 0.0
+    known["think"] -= known["idle"]  # think_ms is the whole gap
+    return {name: value for name, value in known.items() if value > 0}
 
 
 def waterfall(turns: Sequence[Mapping[str, Any]], chosen: int | None) -> dict[str, Any]:
@@ -750,35 +716,27 @@ def waterfall(turns: Sequence[Mapping[str, Any]], chosen: int | None) -> dict[st
 
     {"rows": [{number, title, note, judgement, is_open, bars: [[phase, left %, width %]]}], "ticks": [[left %, text]]}
     """
-    rows = []
-    for turn in sorted(turns, key=lambda turn: turn.get("number") or 0):
-        if not is_known(turn.get("number")) or not is_known(turn.get("started_at")):
-            continue
-        phases, bars = phases_of(turn), []
+    begun = sorted((turn for turn in turns if is_known(turn.get("started_at"))), key=lambda turn: turn["number"])
+    bars: list[list[tuple[str, float, float]]] = []  # of each turn: (phase, begin, length), in ms
+    for turn in begun:
+        phases = phases_of(turn)
         at = turn["started_at"] * 1000 - sum(phases.get(name, 0.0) for name in BEFORE)
-        for name, ms in phases.items():
-            bars.append((name, at, ms))
-            at += ms
-        rows.append((turn, phases, bars))
-    begins = [bar[1] for _, _, bars in rows for bar in bars]
-    ends = [bar[1] + bar[2] for _, _, bars in rows for bar in bars]
-    begin, span = min(begins, default=0.0), max(1.0, max(ends, default=1.0) - min(begins, default=0.0))
-    return {
-        "rows": [
-            {
-                "number": int(turn["number"]),
-                "title": ", ".join(f"{name} {duration(ms)}" for name, ms in phases.items()) or "no times known",
-                "note": turn_note(turn, phases),
-                "judgement": outcome_judgement(turn.get("outcome")),
-                "is_open": turn["number"] == chosen,
-                "bars": [
-                    [name, round(100 * (at - begin) / span, 3), round(100 * ms / span, 3)] for name, at, ms in bars
-                ],
-            }
-            for turn, phases, bars in rows
-        ],
-        "ticks": [[round(100 * ms / span, 2), duration(ms)] for ms in ticks(span)],
-    }
+        begins = itertools.accumulate(phases.values(), initial=at)
+        bars.append([(name, begin, ms) for (name, ms), begin in zip(phases.items(), begins, strict=False)])
+    begin = min((at for row in bars for _, at, _ in row), default=0.0)
+    span = max((at + ms - begin for row in bars for _, at, ms in row), default=1.0)
+    rows = [
+        {
+            "number": turn["number"],
+            "title": ", ".join(f"{name} {duration(ms)}" for name, _, ms in row) or "no times known",
+            "note": turn_note(turn),
+            "judgement": {"completed": GOOD, "aborted": NEUTRAL}.get(turn["outcome"], BAD),
+            "is_open": turn["number"] == chosen,
+            "bars": [[name, round(100 * (at - begin) / span, 3), round(100 * ms / span, 3)] for name, at, ms in row],
+        }
+        for turn, row in zip(begun, bars, strict=True)
+    ]
+    return {"rows": rows, "ticks": [[round(100 * ms / span, 2), duration(ms)] for ms in ticks(span)]}
 
 
 def ticks(span_ms: float, most: int = 5) -> list[float]:
@@ -788,94 +746,76 @@ def ticks(span_ms: float, most: int = 5) -> list[float]:
     return [index * step for index in range(int(span_ms / step) + 1)]
 
 
-def outcome_judgement(outcome: Any) -> str:
-    return {"completed": GOOD, "aborted": NEUTRAL}.get(str(outcome), BAD)
-
-
-def turn_note(turn: Mapping[str, Any], phases: Mapping[str, float]) -> str:
+def turn_note(turn: Mapping[str, Any]) -> str:
     """A turn's length without think time, and what went wrong: "3.21 s", "3.21 s · error"."""
-    took = sum(ms for name, ms in phases.items() if name not in BEFORE)
-    words = [duration(took) if took else UNKNOWN]
-    if turn.get("outcome") not in ("completed", None):
-        words.append(str(turn["outcome"]))
-    if turn.get("miss_reason"):
-        words.append("cache miss")
-    return " · ".join(words)
+    took_ms = sum(ms for name, ms in phases_of(turn).items() if name not in BEFORE)
+    wrong = turn["outcome"] if turn["outcome"] != "completed" else ""
+    return " · ".join(filter(None, (duration(took_ms or None), wrong, turn.get("miss_reason") and "cache miss")))
 
 
-def turn_facts(turn: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What is known of a turn, as (name, text)."""
-    retries, expected = turn.get("retries"), turn.get("expected_cached_tokens")
-    tokens = f"{count(turn.get('tokens_in'))} in, {count(turn.get('tokens_out'))} out"
-    cached = f"{count(turn.get('cached_tokens'))} of {count(turn.get('tokens_in'))} input tokens"
-    if is_known(expected):
-        cached += f", {count(expected)} expected"
-    outcome = str(turn.get("outcome") or UNKNOWN)
-    if is_known(turn.get("status")) and turn["status"]:
-        outcome += f", HTTP {turn['status']}"
-    if is_known(retries) and retries:
-        outcome += f", retried {'once' if retries == 1 else f'{retries} times'}"
-    facts = [
-        ("outcome", outcome),
-        ("replica", str(turn.get("replica") or UNKNOWN)),
-        ("tokens", ("≈ " if turn.get("tokens_estimated") else "") + tokens),
-        ("cached", cached),
-        *((name, duration(ms)) for name, ms in phases_of(turn).items()),
-    ]
-    if turn.get("miss_reason"):
-        facts.append(("cache miss", str(turn["miss_reason"])))
-    return facts
+def turn_facts(turn: Mapping[str, Any]) -> dict[str, str]:
+    """What is known of a turn: name → text."""
+    retries = turn["retries"]
+    outcome = [str(turn["outcome"])]
+    if turn["status"]:
+        outcome.append(f"HTTP {turn['status']}")
+    if retries:
+        outcome.append("retried once" if retries == 1 else f"retried {retries} times")
+    tokens_in, expected = count(turn.get("tokens_in")), turn.get("expected_cached_tokens")
+    facts = {
+        "outcome": ", ".join(outcome),
+        "replica": str(turn.get("replica") or UNKNOWN),
+        "tokens": f"{'≈ ' * bool(turn['tokens_estimated'])}{tokens_in} in, {count(turn.get('tokens_out'))} out",
+        "cached": f"{count(turn.get('cached_tokens'))} of {tokens_in} input tokens"
+        + (f", {count(expected)} expected" if is_known(expected) else ""),
+        **{name: duration(ms) for name, ms in phases_of(turn).items()},
+    }
+    return facts | ({"cache miss": turn["miss_reason"]} if turn.get("miss_reason") else {})
 
 
 def failure_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """The latest turns that failed or were refused: ago_s, session, model, replica, outcome, error."""
-    rows = [
-        {
-            "ago": f"{seconds(ago(document.get('now'), row.get('finished_at')))} ago",
-            **{name: row.get(name) for name in ("session", "model", "outcome", "error")},
-            "replica": row.get("backend"),
-        }
-        for row in listed(document, "recent_turns")
-        if row.get("outcome") in (*FAILED_OUTCOMES, "rejected")
-    ]
-    return pd.DataFrame(rows[:20], columns=["ago", "session", "model", "replica", "outcome", "error"])
+    """The latest turns that failed or were refused."""
+    failed = [row for row in listed(document, "recent_turns") if row["outcome"] in (*FAILED_OUTCOMES, "rejected")]
+    columns = {name: name for name in ("session", "outcome", "error")}
+    when = {"finished": lambda row: ago_text(document, row["finished_at"])}
+    return table(failed[:20], {**when, **columns, "replica": "backend"})
 
 
 def watchdog_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """Sessions that may need attention: kind, session, model, sentence, since."""
-    rows = [
+    """Sessions that may need attention."""
+    return table(
+        listed(document, "watchdog"),
         {
-            "kind": str(row.get("kind")).replace("_", " "),
-            **{name: row.get(name) for name in ("session", "model", "sentence")},
-            "since": f"{seconds(ago(document.get('now'), row.get('since')))} ago",
-        }
-        for row in listed(document, "watchdog")
-    ]
-    return pd.DataFrame(rows, columns=["kind", "session", "model", "sentence", "since"])
+            "kind": lambda row: row["kind"].replace("_", " "),
+            "session": "session",
+            "sentence": "sentence",
+            "since": lambda row: ago_text(document, row["since"]),
+        },
+    )
 
 
 def run_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """Announced runs: name, done (%), tasks, remaining, stragglers, GPU time wasted per task."""
-    rows = []
-    for row in listed(document, "runs"):
-        left, tasks, done = part(row, "remaining_s"), row.get("tasks"), row.get("done")
-        span = f" ({seconds(left.get('low'))} to {seconds(left.get('high'))})" if is_known(left.get("low")) else ""
-        text = f"{seconds(left['value'])}{span}" if is_known(left.get("value")) else str(left.get("reason") or UNKNOWN)
-        spent = part(row, "gpu_time")
-        wasted = f"{seconds(spent.get('wasted_per_task'))} of {seconds(spent.get('held_per_task'))}"
-        late = ", ".join(str(each.get("task")) for each in listed(row, "stragglers"))
-        share = 100 * done / tasks if is_known(done) and is_known(tasks) and tasks else None
-        rows.append(
-            {
-                "name": row.get("name"),
-                "done": share,
-                "tasks": f"{count(done)} of {count(tasks)}",
-                "left": text,
-                "late": late,
-                "wasted": wasted if is_known(spent.get("held_per_task")) else UNKNOWN,
-            }
-        )
-    return pd.DataFrame(rows, columns=["name", "done", "tasks", "left", "late", "wasted"])
+    """Announced runs, with what is left of them and the GPU time that they waste."""
+
+    def left(value: Mapping[str, Any]) -> str:
+        text = estimate(value, seconds, "")
+        return text if text != UNKNOWN else str(value["reason"] or UNKNOWN)
+
+    def waste(spent: Mapping[str, Any]) -> str:
+        text = f"{seconds(spent['wasted_per_task'])} of {seconds(spent['held_per_task'])}"
+        return text if is_known(spent["held_per_task"]) else UNKNOWN
+
+    return table(
+        listed(document, "runs"),
+        {
+            "run": "name",
+            "done": lambda row: share_of(row["done"], row["tasks"]),
+            "tasks": lambda row: f"{count(row['done'])} of {count(row['tasks'])}",
+            "remaining (90 % interval)": lambda row: left(row["remaining_s"]),
+            "stragglers": lambda row: ", ".join(each["task"] for each in row["stragglers"]),
+            "GPU time wasted per task": lambda row: waste(row["gpu_time"]),
+        },
+    )
 
 
 PIPELINE_WORDS = {
@@ -888,27 +828,21 @@ PIPELINE_WORDS = {
 
 
 def pipeline_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """Where turns of the last 5 minutes spent their time: part, share (0 to 1), mean, p50, p95. Empty without any."""
-    pipeline = part(document, "pipeline")
-    rows = [
-        {"part": name, "share": row["share"], **{key: duration(row.get(f"{key}_ms")) for key in ("mean", "p50", "p95")}}
-        for name in PIPELINE_WORDS
-        for row in [part(pipeline, name)]
-        if is_known(row.get("share"))
-    ]
-    return pd.DataFrame(rows, columns=["part", "share", "mean", "p50", "p95"])
+    """Where turns of the last 5 minutes spent their time; shares in percent. Empty without any."""
+    known = [{"part": name, **part(document, "pipeline", name)} for name in PIPELINE_WORDS]
+    times = {name: lambda row, key=f"{name}_ms": duration(row[key]) for name in ("mean", "p50", "p95")}
+    columns = {"part": lambda row: PIPELINE_WORDS[row["part"]], "share": lambda row: 100 * row["share"]}
+    return table([row for row in known if is_known(row.get("share"))], {**columns, **times})
 
 
 RANGES = {"15m": 900.0, "1h": 3600.0, "6h": 21_600.0, "24h": 86_400.0, "7d": 604_800.0, "all": math.inf}
-RANGE_WORDS = {"15m": "15 min", "1h": "hour", "6h": "6 h", "24h": "24 h", "7d": "7 days"}
 
 
-def history_path(now: float, span_s: float, points: int, model: str | None) -> str:
+def history_path(now: float, span_s: float, model: str | None) -> str:
     """The path of GET /history for the last ``span_s``; the same for a step's time, so viewers share it."""
-    step = max(1.0, span_s / points)
+    step = max(1.0, span_s / HISTORY_STEPS)
     begin = 0 if math.isinf(span_s) else int((now - span_s) // step * step)
-    options = {"from": begin, "points": points, **({"model": model} if model else {})}
-    return "/history?" + urlencode(options)
+    return "/history?" + urlencode({"from": begin, "points": HISTORY_STEPS, **({"model": model} if model else {})})
 
 
 def history_frame(document: Mapping[str, Any]) -> pd.DataFrame:
@@ -916,41 +850,27 @@ def history_frame(document: Mapping[str, Any]) -> pd.DataFrame:
 
     Latencies are in s. Unknown values are NaN, which break the line: a gap of the controller is a gap everywhere.
     """
-    series, step_s = part(document, "series"), document.get("step_s")
-    at = series.get("at")
-    if not isinstance(at, list) or not at or not is_known(step_s):
-        return pd.DataFrame({"at": pd.to_datetime([], utc=True)})
-    columns: dict[str, Any] = {"at": [moment for begin in at for moment in (begin, begin + step_s * 0.999)]}
-    for name, values in series.items():
-        if name != "at" and isinstance(values, list) and len(values) == len(at):
-            scale = 0.001 if name.startswith(("latency_ms", "ttft_ms", "queued_ms")) else 1.0
-            known = [value * scale if is_known(value) else None for value in values]
-            columns[column(name)] = [value for value in known for _ in (0, 1)]
-    frame = pd.DataFrame(columns).astype(dict.fromkeys(columns, float))
+    frame = pd.DataFrame(part(document, "series"), dtype=float)
+    if frame.empty:
+        return frame
+    in_ms = frame.columns.str.match("latency_ms|ttft_ms|queued_ms")
+    frame.loc[:, in_ms] /= 1000
+    frame.columns = frame.columns.str.replace(r"\W", "_", regex=True)  # Vega reads dots and brackets as a path
+    frame = frame.loc[frame.index.repeat(2)].reset_index(drop=True)
+    frame.loc[1::2, "at"] += document["step_s"] * 0.999
     frame["at"] = pd.to_datetime(frame["at"], unit="s", utc=True)
     return frame
 
 
-def column(series: str) -> str:
-    """The column of a series; Vega reads dots and brackets in a name as a path."""
-    return re.sub(r"\W", "_", series)
-
-
 def run_markers(document: Mapping[str, Any]) -> pd.DataFrame:
     """The announced runs in the range of GET /history: at (UTC, where each began), run."""
-    begin = document.get("from")
-    rows = [
-        {"at": max(row["from"], begin) if is_known(begin) else row["from"], "run": str(row.get("name"))}
-        for row in listed(document, "runs")
-        if is_known(row.get("from"))
-    ]
-    frame = pd.DataFrame(rows, columns=["at", "run"])
+    frame = table(listed(document, "runs"), {"at": lambda row: max(row["from"], document["from"]), "run": "name"})
     frame["at"] = pd.to_datetime(frame["at"].astype(float), unit="s", utc=True)
     return frame
 
 
 CAPACITY = {"curve": "predicted, with its interval", "here": "you are here, as measured"}
-_LIMITS = (("knee", "knee_agents"), ("KV cache full", "kv_agents"), ("70 % utilisation", "utilisation_agents"))
+_LIMITS = {"knee": "knee_agents", "KV cache full": "kv_agents", "70 % utilisation": "utilisation_agents"}
 
 
 def capacity_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
@@ -960,48 +880,23 @@ def capacity_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
     which side of the line it stands). A limit's turns_per_hour is the height of its label, above the curve.
     Limits beyond the curve are left out. Empty if there is no curve.
     """
-    columns = ["kind", "agents", "turns_per_hour", "low", "high", "text", "side"]
-    curve = [{**row, "kind": CAPACITY["curve"]} for row in listed(entry, "curve")]
-    curve = [row for row in curve if all(is_known(row.get(name)) for name in columns[1:5])][:500]
-    if len(curve) < 2:
-        return pd.DataFrame([], columns=columns)
-    agents, rate = part(entry, "operating", "agents"), part(entry, "operating", "turns_per_hour")
-    here = {"kind": CAPACITY["here"], "agents": agents.get("value"), "turns_per_hour": rate.get("value")}
-    here.update(low=rate.get("low"), high=rate.get("high"))
-    rows = curve + [here] * (is_known(here["agents"]) and is_known(here["turns_per_hour"]))
-    right = max(row["agents"] for row in rows)
-    found = [(part(entry, "limits", name).get("value"), label) for label, name in _LIMITS]
+    figures = ["agents", "turns_per_hour", "low", "high"]
+    rows: list[dict[str, Any]] = [{**row, "kind": CAPACITY["curve"]} for row in listed(entry, "curve")]
+    rate, agents = part(entry, "operating", "turns_per_hour"), value_of(entry, "operating", "agents")
+    if rows and is_known(agents) and is_known(rate.get("value")):
+        here = {"agents": agents, "turns_per_hour": rate["value"], "low": rate.get("low"), "high": rate.get("high")}
+        rows.append({**here, "kind": CAPACITY["here"]})
+    right = max((row["agents"] for row in rows), default=0.0)
+    top = max((row[name] for row in rows for name in ("turns_per_hour", "high") if is_known(row[name])), default=0.0)
+    found = [(value_of(entry, "limits", name), label) for label, name in _LIMITS.items()]
     limits = sorted((value, label) for value, label in found if is_known(value) and value <= right)
-    top = max(max(row[name] for name in ("turns_per_hour", "high") if is_known(row.get(name))) for row in rows)
     # All labels are on the same side of their lines; the line that other labels cross is drawn lowest.
     side = "left" if not limits or limits[-1][0] < right * 0.72 else "right"
     for level, (value, label) in enumerate(limits if side == "right" else reversed(limits)):
-        height = top * (1.14 + 0.14 * level)
-        text = f"{label} {count(value)}"
-        rows.append({"kind": "limit", "agents": value, "turns_per_hour": height, "text": text, "side": side})
-    frame = pd.DataFrame(rows, columns=columns)
-    return frame.astype(dict.fromkeys(columns[1:5], float))
-
-
-def what_if_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
-    """What a change would do: what, change, interval, then (all texts)."""
-    rows = []
-    for row in listed(entry, "what_ifs"):
-        change = part(row, "change")
-        span = f"{percent(change.get('low'), True)} to {percent(change.get('high'), True)}"
-        rows.append(
-            {
-                "what": row.get("name"),
-                "change": percent(change.get("value"), signed=True),
-                "interval": span if is_known(change.get("low")) else str(change.get("reason") or UNKNOWN),
-                "then": _per_hour(part(row, "turns_per_hour")),
-            }
-        )
-    return pd.DataFrame(rows, columns=["what", "change", "interval", "then"])
-
-
-def _per_hour(value: Mapping[str, Any]) -> str:
-    return f"{count(value['value'])}{SPACE}/h" if is_known(value.get("value")) else UNKNOWN
+        text = {"kind": "limit", "text": f"{label} {count(value)}", "side": side}
+        rows.append({**text, "agents": value, "turns_per_hour": top * (1.14 + 0.14 * level)})
+    frame = pd.DataFrame(rows, columns=["kind", *figures, "text", "side"])
+    return frame.astype(dict.fromkeys(figures, float))
 
 
 _OPTION_WORDS = {
@@ -1013,117 +908,95 @@ _OPTION_WORDS = {
 
 
 def option_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
-    """Numbers of agents worth knowing, with their price: what, agents, then, change, wait (all texts)."""
+    """What other numbers of agents, and other changes, would do to throughput and to the wait, as far as is known."""
     suggestion = part(entry, "suggestion")
     now = {"name": "now", "agents": part(entry, "operating", "agents"), **part(suggestion, "now")}
     then = {"name": "suggested", "agents": part(suggestion, "agents"), **part(suggestion, "then")}
-    rows = [
+    rows = [now, then, *listed(suggestion, "options"), *listed(entry, "what_ifs")]
+    return table(
+        [row for row in rows if {estimate(part(row, name)) for name in ("agents", "change")} != {UNKNOWN}],
         {
-            "what": _OPTION_WORDS.get(str(row.get("name")), str(row.get("name"))),
-            "agents": estimate(part(row, "agents"), count, ""),
-            "then": _per_hour(part(row, "turns_per_hour")),
-            "change": percent(part(row, "change").get("value"), signed=True),
-            "wait": estimate(part(row, "wait_s")),
-        }
-        for row in (now, then, *listed(suggestion, "options"))
-        if is_known(part(row, "agents").get("value"))
-    ]
-    return pd.DataFrame(rows, columns=["what", "agents", "then", "change", "wait"])
+            "what if": lambda row: _OPTION_WORDS.get(row["name"], row["name"]),
+            "agents": lambda row: estimate(part(row, "agents"), count, ""),
+            "turns per hour": lambda row: count(value_of(row, "turns_per_hour")),
+            "change": lambda row: estimate(part(row, "change"), functools.partial(percent, signed=True), ""),
+            "wait per turn": lambda row: estimate(part(row, "wait_s")),
+        },
+    )
+
+
+_SHARE_WORDS = {
+    "agent": "think time of the agents",
+    "base_latency": "unloaded latency",
+    "contention": "contention for the GPUs",
+}
 
 
 def share_frame(entry: Mapping[str, Any]) -> pd.DataFrame:
-    """What limits throughput: name, share (percent), interval; empty if unknown."""
-    named = (
-        ("think time of the agents", "agent"),
-        ("unloaded latency", "base_latency"),
-        ("contention for the GPUs", "contention"),
-    )
-    rows = [
+    """What limits throughput; shares in percent. Empty if unknown."""
+    shares = [{"name": text, **part(entry, "verdict", "shares", key)} for key, text in _SHARE_WORDS.items()]
+    return table(
+        [row for row in shares if is_known(row.get("value"))],
         {
-            "name": text,
-            "share": 100 * share["value"],
-            "interval": f"{percent(share.get('low'))} to {percent(share.get('high'))}",
-        }
-        for text, key in named
-        for share in [part(entry, "verdict", "shares", key)]
-        if is_known(share.get("value"))
-    ]
-    return pd.DataFrame(rows, columns=["name", "share", "interval"])
+            "throughput is limited by": "name",
+            "share": lambda row: 100 * row["value"],
+            "interval": lambda row: f"{percent(row['low'])} to {percent(row['high'])}",
+        },
+    )
 
 
 def basis_of(entry: Mapping[str, Any]) -> str:
-    """The data that the model was fitted to, and whether the fit holds; empty without a fit."""
-    fit, operating, law = part(entry, "fit"), part(entry, "operating"), part(entry, "littles_law")
-    if not is_known(part(fit, "base_latency_s").get("value")):
+    """The model that was fitted, and to what; empty without a fit."""
+    fit, operating = part(entry, "fit"), part(entry, "operating")
+    if not is_known(value_of(fit, "base_latency_s")):
         return ""
     basis = part(operating, "turns_per_hour", "basis")
-    sentences = [
-        f"A turn takes {estimate(part(fit, 'base_latency_s'))} alone and {estimate(part(fit, 'per_request_s'))} more "
-        f"for each turn in flight on its replica; agents think for {estimate(part(fit, 'think_s'))}.",
-        f"The replicas are {estimate(part(operating, 'utilisation'), percent, '')} utilised.",
-    ]
-    if is_known(law.get("error")):
-        sentences.append(
-            f"Little's law {'holds' if law.get('holds') else 'does not hold'}: "
-            f"{figure(law.get('agents_sampled'))} agents seen, "
-            f"{figure(law.get('agents_computed'))} computed ({percent(law['error'], signed=True)})."
-        )
-    if is_known(basis.get("turns")):
-        sentences.append(f"From {count(basis['turns'])} turns in {seconds(basis.get('window_s'))}.")
-    return " ".join(sentences)
-
-
-HOUR_STATES = ("ready_busy", "ready_idle", "loading", "pending")
+    return (
+        f"A turn takes {estimate(fit['base_latency_s'])} alone and {estimate(fit['per_request_s'])} more "
+        f"for each turn in flight on its replica; agents think for {estimate(fit['think_s'])}. "
+        f"The replicas are {estimate(operating['utilisation'], percent, '')} utilised. "
+        f"From {count(basis.get('turns'))} turns in {seconds(basis.get('window_s'))}."
+    )
 
 
 def hours_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """Time of GPUs by model and state, with their sum last if there are several: model, unit, HOUR_STATES, busy (%).
+    """Time of GPUs, or of replicas if none has a GPU, by model and state; with the sum if there are several models.
 
-    It is GPU time, or replica time if no replica has a GPU. Empty if it isn't recorded.
+    The first column is titled by what it is the time of. Empty if it isn't recorded.
     """
     accounting = part(document, "accounting")
-    kept = [(row.get("model"), row) for row in listed(accounting, "by_model")]
-    if len(kept) > 1:
-        kept.append(("all", accounting))
     has_gpus = any(part(accounting, "gpu_hours").values())
     key, unit = ("gpu_hours", "GPU time") if has_gpus else ("replica_hours", "replica time")
-    rows = []
-    for model, row in kept:
-        hours = {state: part(row, key).get(state) for state in HOUR_STATES}
-        total = sum(value for value in hours.values() if is_known(value))
-        busy = 100 * hours["ready_busy"] / total if is_known(hours["ready_busy"]) and total else None
-        texts = {state: duration(3.6e6 * value) if is_known(value) else UNKNOWN for state, value in hours.items()}
-        rows.append({"model": model, "unit": unit, **texts, "busy": busy})
-    return pd.DataFrame(rows, columns=["model", "unit", *HOUR_STATES, "busy"])
+    rows = [{"model": row["model"], **row[key]} for row in listed(accounting, "by_model")]
+    if len(rows) > 1:
+        rows.append({"model": "all", **accounting[key]})
+    states = {"busy": "ready_busy", "idle": "ready_idle", "loading": "loading", "pending": "pending"}
+
+    times = {title: lambda row, state=state: duration(3.6e6 * row[state]) for title, state in states.items()}
+    total = {"busy share": lambda row: share_of(row["ready_busy"], sum(row[state] for state in states.values()))}
+    return table(rows, {unit: "model", **times, **total})
 
 
 def cost_frame(document: Mapping[str, Any]) -> pd.DataFrame:
-    """GPU time per turn, session and task: of, turn, session, task, lost (share spent on cache misses), all texts."""
-    rows = []
-    for entry in listed(document, "analysis"):
-        cost = part(entry, "cost")
-        spent = {
-            name: estimate(part(cost, f"gpu_seconds_per_{name}"), unit="s") for name in ("turn", "session", "task")
-        }
-        if cost:
-            lost = estimate(part(cost, "cache_miss_share"), percent, "")
-            rows.append({"of": entry_label(entry), **spent, "lost": lost})
-    return pd.DataFrame(rows, columns=["of", "turn", "session", "task", "lost"])
+    """GPU time per turn, session and task, and the share of it spent on cache misses."""
+    costs = {f"per {name}": f"gpu_seconds_per_{name}" for name in ("turn", "session", "task")}
+    shown = {title: lambda row, key=key: estimate(row["cost"][key], unit="s") for title, key in costs.items()}
+    lost = {"cache misses": lambda row: estimate(row["cost"]["cache_miss_share"], percent, "")}
+    return table(listed(document, "analysis"), {"GPU time": entry_label, **shown, **lost})
 
 
-COURSE_S = 15.0
-COURSE_BLOCKS = 40  # at most: the ten minutes that /stats lists, also where a controller was away in between
+COURSE_BLOCK, COURSE_BLOCKS = "15s", 40  # at most: the ten minutes that /stats lists
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of the overview: its label with its window, its value, a note, its course and its judgement."""
+    """A figure of the overview: its label with its window, its value, a note, its judgement and its course."""
 
     label: str
     value: str
     note: str
-    course: tuple[float, ...] = ()
     judgement: str = NEUTRAL
+    course: tuple[float, ...] = ()
 
 
 def metrics_of_now(document: Mapping[str, Any]) -> list[Metric]:
@@ -1140,42 +1013,37 @@ def metrics_of_now(document: Mapping[str, Any]) -> list[Metric]:
         Metric("Sessions alive", count(sessions.get("alive")), "in a turn or thinking"),
         Metric("In flight", count(queue.get("in_flight")), of_slots),
         Metric("Waiting", count(pending), waiting),
-        Metric("Failed turns", percent(share), f"last {RECENT}", (), judgement),
+        Metric("Failed turns", percent(share), f"last {RECENT}", judgement),
     ]
 
 
 def metrics_of_minute(document: Mapping[str, Any]) -> list[Metric]:
     """The rates and latencies of the last minute, with their course over the last minutes."""
-    rates = part(document, "throughput")
-    points = [point for point in listed(rates, "history") if is_known(point.get("at"))]
-    current = {**rates, "latency_ms": part(points[-1], "latency_ms") if points else {}}
-    shown: tuple[tuple[str, Callable[[Any], str], tuple[str, ...]], ...] = (
-        ("Turns per min", figure, ("turns_per_minute",)),
-        ("Tokens per s", figure, ("tokens_per_second",)),
-        ("Latency, median", duration, ("latency_ms", "p50")),
-        ("Latency, p95", duration, ("latency_ms", "p95")),
+    points = [{**point, **point["latency_ms"]} for point in listed(part(document, "throughput"), "history")]
+    current = {**(points[-1] if points else {}), **part(document, "throughput")}
+    shown: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+        ("Turns per min", "turns_per_minute", figure),
+        ("Tokens per s", "tokens_per_second", figure),
+        ("Latency, median", "p50", duration),
+        ("Latency, p95", "p95", duration),
     )
-
-    def read(point: Mapping[str, Any], path: Sequence[str]) -> Any:
-        return part(point, *path[:-1]).get(path[-1])
-
     return [
-        Metric(label, show(read(current, path)), "last minute", course((p["at"], read(p, path)) for p in points))
-        for label, show, path in shown
+        Metric(label, show(current.get(name)), "last minute", course=course((p["at"], p[name]) for p in points))
+        for label, name, show in shown
     ]
 
 
 def course(points: Iterable[tuple[float, Any]]) -> tuple[float, ...]:
-    """Means of a figure, from its ``(time, value)``, over blocks of COURSE_S: what is drawn changes no more often.
+    """Means of a figure, from its ``(time, value)``, over blocks of time: what is drawn changes no more often.
 
     NaN where nothing is known. The latest block, which isn't over, is left out.
     """
-    blocks: dict[int, list[float]] = {}
-    for at, value in points:
-        blocks.setdefault(int(at // COURSE_S), []).extend([value] if is_known(value) else [])
-    spanned = range(min(blocks, default=0), max(blocks, default=0))
-    means = [statistics.fmean(blocks[block]) if blocks.get(block) else math.nan for block in spanned]
-    return tuple(means[-COURSE_BLOCKS:]) if any(map(is_known, means)) else ()
+    known = dict(points)
+    if not any(map(is_known, known.values())):
+        return ()
+    figures = pd.Series(known, dtype=float)
+    figures.index = pd.to_datetime(figures.index, unit="s")
+    return tuple(figures.resample(COURSE_BLOCK).mean()[:-1].tail(COURSE_BLOCKS))
 
 
 # =====================================================================================================================
@@ -1183,20 +1051,14 @@ def course(points: Iterable[tuple[float, Any]]) -> tuple[float, ...]:
 # =====================================================================================================================
 
 TIMES = {  # of axes, by what a tick begins
+    **dict.fromkeys(("minutes", "hours"), "%H:%M"),
+    **dict.fromkeys(("day", "date", "week"), "%d %b"),
+    **dict.fromkeys(("month", "quarter"), "%b"),
     "seconds": "%H:%M:%S",
-    "minutes": "%H:%M",
-    "hours": "%H:%M",
-    "day": "%d %b",
-    "date": "%d %b",
-    "week": "%d %b",
-    "month": "%b",
-    "quarter": "%b",
     "year": "%Y",
 }
 AXIS_PX = 44  # of the time axes' labels: "1,000" and some room
-Data: TypeAlias = (
-    "pd.DataFrame | alt.NamedData"  # named: the chart without its data, built once and filled again and again
-)
+ROWS, STEPS, RUNS = (alt.NamedData(name) for name in ("rows", "steps", "runs"))  # charts are filled when shown
 
 
 @dataclass(frozen=True)
@@ -1208,25 +1070,23 @@ class Panel:
 
 
 THROUGHPUT = Panel("turns per minute, completed", {"turns_per_minute": "turns"})
-TOKENS = Panel("output tokens per second", {"tokens_per_second": "tokens"})
 LATENCY = Panel(
     "latency of completed turns, s: queue and inference", {"latency_ms_p50": "median", "latency_ms_p95": "p95"}
 )
-FIRST_TOKEN = Panel("time to the first token, s", {"ttft_ms_p50": "median", "ttft_ms_p95": "p95"})
-TOKEN_GAP = Panel("inter-token latency, ms", {"itl_ms_p50": "median"})
 QUEUE = Panel("concurrent turns", {"in_flight": "in flight", "queue": "waiting"})
-CACHE = Panel(
-    "KV cache, prefix hits, GPU: share",
-    {"kv_usage": "KV cache in use", "hit_rate": "prefix cache hits", "gpu_utilization": "GPUs utilised"},
-)
-FAILURES = Panel(
-    "turns per minute that failed",
-    {"errors_per_minute": "errors", "rejected_per_minute": "refused", "aborted_per_minute": "client left"},
-)
-PREEMPTIONS = Panel("preemptions by the engines, per step", {"preemptions": "preemptions"})
+SHARES = {"kv_usage": "KV cache in use", "hit_rate": "prefix cache hits", "gpu_utilization": "GPUs utilised"}
+FAILURES = {"errors_per_minute": "errors", "rejected_per_minute": "refused", "aborted_per_minute": "client left"}
 OVERVIEW_PANELS = (THROUGHPUT, LATENCY, QUEUE)
 HISTORY_PANELS = (
-    *(THROUGHPUT, TOKENS, LATENCY, FIRST_TOKEN, TOKEN_GAP, QUEUE, CACHE, FAILURES, PREEMPTIONS),
+    THROUGHPUT,
+    Panel("output tokens per second", {"tokens_per_second": "tokens"}),
+    LATENCY,
+    Panel("time to the first token, s", {"ttft_ms_p50": "median", "ttft_ms_p95": "p95"}),
+    Panel("inter-token latency, ms", {"itl_ms_p50": "median"}),
+    QUEUE,
+    Panel("KV cache, prefix hits, GPU: share", SHARES),
+    Panel("turns per minute that failed", FAILURES),
+    Panel("preemptions by the engines, per step", {"preemptions": "preemptions"}),
     Panel("turns by finish reason, per step", {}),  # its lines are those that the engines report
 )
 REASON = "finish_reasons_"
@@ -1234,24 +1094,20 @@ REASON = "finish_reasons_"
 
 def panels_of(panels: Sequence[Panel], columns: Iterable[str]) -> tuple[Panel, ...]:
     """``panels`` with the lines that there are columns for; those of finish reasons are found by name."""
-    names = set(columns)
-    reasons = {name: name.removeprefix(REASON) for name in sorted(names) if name.startswith(REASON)}
-    filled = [panel if panel.lines else replace(panel, lines=dict(list(reasons.items())[:6])) for panel in panels]
-    return tuple(
-        replace(panel, lines=lines)
-        for panel in filled
-        for lines in [{name: word for name, word in panel.lines.items() if name in names}]
-        if lines
-    )
+    names = sorted(columns)
+    reasons = [name for name in names if name.startswith(REASON)][:6]
+    lines = [panel.lines or {name: name.removeprefix(REASON) for name in reasons} for panel in panels]
+    known = [{name: word for name, word in each.items() if name in names} for each in lines]
+    return tuple(replace(panel, lines=each) for panel, each in zip(panels, known, strict=True) if each)
 
 
-def _steps(data: Data, panel: Panel, is_last: bool, height: int, brush: Any, crosshair: Any) -> Any:
+def _steps(panel: Panel, is_last: bool, height: int, brush: Any, crosshair: Any) -> Any:
     """One panel of the time axis.
 
     Streamlit gives each of several charts the whole width, without room for an axis beside it: so the lines begin
     AXIS_PX inside, and the labels stand before them, aligned over the panels.
     """
-    names, own = list(panel.lines), alt.Chart(data)
+    names = list(panel.lines)
     times = alt.Axis(title=None, format=TIMES, tickCount=6, labelOverlap=True, labelFlush=True, grid=False)
     times.labels = is_last  # the axis is common
     figures = alt.Axis(title=None, tickCount=3, ticks=False, domain=False, offset=-AXIS_PX, labelPadding=6)
@@ -1260,7 +1116,7 @@ def _steps(data: Data, panel: Panel, is_last: bool, height: int, brush: Any, cro
     titles = f"{json.dumps(dict(panel.lines))}[datum.label]"
     legend = alt.Legend(symbolType="stroke", offset=10, labelExpr=titles) if len(names) > 1 else None
     dashes = alt.Scale(domain=names, range=[[1, 0], [6, 3], [2, 2]])
-    folded = own.transform_fold(names, as_=["name", "value"])
+    folded = alt.Chart(ROWS).transform_fold(names, as_=["name", "value"])
     lines = folded.mark_line(strokeWidth=1.75, clip=True).encode(
         x=x,
         y=alt.Y("value:Q", scale=alt.Scale(zero=True, nice=3), axis=figures),
@@ -1270,13 +1126,14 @@ def _steps(data: Data, panel: Panel, is_last: bool, height: int, brush: Any, cro
     tooltip = [alt.Tooltip("at:T", title="time", format="%d %b %H:%M:%S")]
     tooltip += [alt.Tooltip(f"{name}:Q", title=word, format=",.3~r") for name, word in panel.lines.items()]
     shown = alt.condition(crosshair, alt.value(1), alt.value(0), empty=False)
-    rule = own.mark_rule(strokeWidth=1, clip=True).encode(x=x, tooltip=tooltip, opacity=shown).add_params(crosshair)
-    runs = alt.Chart(alt.NamedData("runs")).encode(x=x, tooltip=[alt.Tooltip("run:N", title="run")])
+    steps = alt.Chart(STEPS).mark_rule(strokeWidth=1, clip=True)  # each of these marks costs more than a line's point
+    rule = steps.encode(x=x, tooltip=tooltip, opacity=shown).add_params(crosshair)
+    runs = alt.Chart(RUNS).encode(x=x, tooltip=[alt.Tooltip("run:N", title="run")])
     marks = runs.mark_rule(strokeWidth=1.5, strokeDash=[3, 3], clip=True)
     return alt.layer(lines, rule, marks).properties(height=height, title=panel.title)
 
 
-def timeline_chart(data: Data, panels: Sequence[Panel], height: int = 110) -> Any:
+def timeline_chart(panels: Sequence[Panel], height: int = 110) -> Any:
     """``panels`` of history_frame on one time axis, above each other, with a crosshair through all of them.
 
     A stretch chosen by dragging over the strip at the top is what all of them show; a double click shows all again.
@@ -1289,18 +1146,18 @@ def timeline_chart(data: Data, panels: Sequence[Panel], height: int = 110) -> An
     x = alt.X("at:T", axis=axis, scale=alt.Scale(range=[AXIS_PX, alt.ExprRef("width")]))
     y = alt.Y(f"{next(iter(panels[0].lines))}:Q", axis=None)
     hint = "drag here to zoom all charts; double-click to show all"
-    area = alt.Chart(data).mark_area(opacity=0.5).encode(x=x, y=y)
+    area = alt.Chart(ROWS).mark_area(opacity=0.5).encode(x=x, y=y)
     strip = area.properties(height=28, title=hint).add_params(brush)
-    rest = [_steps(data, panel, panel is panels[-1], height, brush, crosshair) for panel in panels]
+    rest = [_steps(panel, panel is panels[-1], height, brush, crosshair) for panel in panels]
     with warnings.catch_warnings():  # Altair warns that several charts share a crosshair, which is intended
         warnings.simplefilter("ignore", UserWarning)
         joined = alt.vconcat(strip, *rest, spacing=14)
     return joined.resolve_scale(color="independent", strokeDash="independent")
 
 
-def capacity_chart(data: Data, height: int = 300) -> Any:
+def capacity_chart(height: int = 300) -> Any:
     """Throughput by agents, of capacity_frame: the fitted curve, its limits, and "you are here", with intervals."""
-    everything = alt.Chart(data).encode(
+    everything = alt.Chart(ROWS).encode(
         x=alt.X("agents:Q", title="agents in parallel", scale=alt.Scale(zero=True, nice=False)),
         y=alt.Y("turns_per_hour:Q", title="turns per hour", scale=alt.Scale(zero=True, nice=False)),
     )
@@ -1334,6 +1191,7 @@ def themed(specification: Mapping[str, Any], is_dark: bool) -> dict[str, Any]:
     at_the_top = {"orient": "top", "direction": "horizontal"}
     config = {
         **part(specification, "config"),
+        "aria": False,  # descriptions of single marks, which a canvas can't show
         "background": "transparent",
         "view": {"strokeWidth": 0},
         "font": '"Source Sans", sans-serif',
@@ -1345,18 +1203,9 @@ def themed(specification: Mapping[str, Any], is_dark: bool) -> dict[str, Any]:
         "rule": {"color": line},
         "text": {"color": text},
     }
-    return {**specification, "config": config}
-
-
-def chart_template(chart: Any) -> dict[str, Any]:
-    """A chart's Vega-Lite specification, of which the data are looked for under their names.
-
-    Altair takes a few hundred milliseconds to build one; filling this one takes almost none.
-    """
-    specification: dict[str, Any] = chart.to_dict()
     # Vega warns about layers without rows
-    specification["usermeta"] = {"embedOptions": {"logLevel": 1, "renderer": "canvas", "actions": False}}
-    return specification
+    embedding = {"logLevel": 1, "renderer": "canvas", "actions": False}
+    return {**specification, "config": config, "usermeta": {"embedOptions": embedding}}
 
 
 # =====================================================================================================================
@@ -1388,26 +1237,32 @@ function make(tag, className, text) {
   if (text !== undefined) made.textContent = text;
   return made;
 }
+
+function placed(className, left, width) {
+  const made = make("span", className);
+  if (left !== null) made.style.left = left + "%";
+  made.style.width = width + "%";
+  return made;
+}
+
+function legend(list, items) {  // [phase, text, title] of each
+  list.replaceChildren(...items.map(([phase, text, title]) => {
+    const item = make("li");
+    if (phase) item.append(make("span", "swatch " + phase.replace(" ", "-")));
+    if (title) item.title = title;
+    item.append(text);
+    return item;
+  }));
+}
 """
 
-BAR_CSS = (
-    COLOURS_CSS
-    + """
+BAR_CSS = """
 .bar { display: flex; height: 14px; border-radius: 3px; overflow: hidden; outline: 1px solid var(--line); }
 .bar > span { display: block; height: 100%; border-right: 1px solid var(--card); box-sizing: border-box; }
-[role=alert] { position: fixed; inset: auto 0 0 0; z-index: 1000; padding: 12px 20px; font-weight: 600;
-  background: light-dark(#ab1f17, #7d1a14); color: #fff; }
-[hidden] { display: none; }
 """
-)
 
-# The bar of phases is always there, so it also owns what belongs to the whole page: it notices that the page's server
-# is gone, and hears the keys.
-BAR_JS = (
-    MAKE_JS
-    + r"""
-const SILENT_MS = 5000;
-
+# The bar of phases is always there, so it also hears the keys of the whole page.
+BAR_JS = r"""
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
   const target = event.composedPath()[0];
@@ -1418,61 +1273,23 @@ function onKey(event) {
     target.dispatchEvent(new KeyboardEvent("keydown", { key: arrow, code: arrow, bubbles: true, cancelable: true }));
 }
 
-async function watch(root) {
-  let isAlive = false;
-  try {
-    const ping = await fetch("_stcore/health", { cache: "no-store", signal: AbortSignal.timeout(SILENT_MS) });
-    isAlive = ping.ok;
-  } catch { /* it is gone */ }
-  root.alarm.hidden = isAlive;
-}
-
-function begin(parentElement) {
-  const root = parentElement.appendChild(make("div", "root"));
-  root.bar = root.appendChild(make("div", "bar"));
-  root.bar.setAttribute("role", "img");
-  root.legend = root.appendChild(make("ul"));
-  root.alarm = root.appendChild(make("div", "", "The page's server is gone: nothing here is current. " +
-    "Start it again with “python agent_infra.py dashboard”, and reload."));
-  root.alarm.setAttribute("role", "alert");
-  root.alarm.hidden = true;
-  root.timer = setInterval(() => watch(root), SILENT_MS);
-  return root;
-}
-
 export default function ({ data, parentElement, setStateValue }) {
-  const root = parentElement.root || (parentElement.root = begin(parentElement));
   const { parts, label, hasKeys, isFirst } = JSON.parse(new TextDecoder().decode(data));
-  root.bar.setAttribute("aria-label", label);
-  root.bar.replaceChildren(...parts.map(([name, share]) => {
-    const made = make("span", name);
-    made.style.width = 100 * share + "%";
-    return made;
-  }));
-  root.legend.replaceChildren(...(parts.length ? parts : [["", 0, label]]).map(([name, , text]) => {
-    const item = make("li");
-    if (name) item.append(make("span", "swatch " + name));
-    item.append(text);
-    return item;
-  }));
+  const root = make("div", "root"), bar = root.appendChild(make("div", "bar"));
+  bar.role = "img";
+  bar.ariaLabel = label;
+  bar.append(...parts.map(([name, share]) => placed(name, null, 100 * share)));
+  legend(root.appendChild(make("ul")), parts.length ? parts.map(([name, , text]) => [name, text]) : [["", label]]);
+  parentElement.querySelector(".root")?.remove();
+  parentElement.append(root);
   if (isFirst) requestAnimationFrame(() => setTimeout(() => setStateValue("isPainted", true)));
   if (document.documentElement.lang !== "en") document.documentElement.lang = "en";  // to set it restyles everything
-  document.removeEventListener("keydown", root.onKey);
-  root.onKey = hasKeys ? onKey : null;
-  if (hasKeys) document.addEventListener("keydown", root.onKey);
-  return () => {
-    clearInterval(root.timer);
-    document.removeEventListener("keydown", root.onKey);
-    delete parentElement.root;
-    root.remove();
-  };
+  document[hasKeys ? "addEventListener" : "removeEventListener"]("keydown", onKey);
+  return () => { document.removeEventListener("keydown", onKey); root.remove(); };
 }
 """
-)
 
-TRACE_CSS = (
-    COLOURS_CSS
-    + """
+TRACE_CSS = """
 .axis, .row { display: grid; grid-template-columns: 3.2ch minmax(0, 1fr) 23ch; gap: 0 12px; align-items: center; }
 .axis { font-size: 12px; color: var(--muted); height: 20px; }
 .axis > div, .lane { position: relative; height: 100%; }
@@ -1492,11 +1309,8 @@ TRACE_CSS = (
 .lane .think, .lane .idle { top: 10px; height: 4px; }
 @media (max-width: 700px) { .axis, .row { grid-template-columns: 2.6ch minmax(0, 1fr) 12ch; gap: 0 6px; } }
 """
-)
 
-TRACE_JS = (
-    MAKE_JS
-    + r"""
+TRACE_JS = r"""
 const rowsOf = root => [...root.rows.children];
 
 // One row is in the order of Tab: the current one, by its number, whatever moves around it.
@@ -1545,20 +1359,25 @@ function begin(parentElement) {
   return root;
 }
 
+function begun(number) {
+  const row = make("div", "row");
+  row.dataset.number = number;
+  row.role = "option";
+  row.tabIndex = -1;
+  return row;
+}
+
 function update(row, data) {
   const { number, title, note, judgement, is_open, bars } = data, text = JSON.stringify(data);
-  if (row.text === text) return;  // what hasn't changed is left alone
+  if (row.text === text) return row;  // what hasn't changed is left alone
   row.text = text;
   row.ariaSelected = String(is_open);
   row.dataset.judgement = judgement;
   row.title = title;
   const lane = make("div", "lane");
-  for (const [name, left, width] of bars) {
-    const bar = lane.appendChild(make("span", name.replace(" ", "-")));
-    bar.style.left = left + "%";
-    bar.style.width = width + "%";
-  }
+  lane.append(...bars.map(([name, left, width]) => placed(name.replace(" ", "-"), left, width)));
   row.replaceChildren(make("span", "number", String(number)), lane, make("span", "note", note));
+  return row;
 }
 
 export default function ({ data, parentElement, setStateValue }) {
@@ -1571,47 +1390,34 @@ export default function ({ data, parentElement, setStateValue }) {
     tick.style.left = left + "%";
     return tick;
   }));
-  const wanted = new Set(rows.map(each => String(each.number)));
-  for (const row of rowsOf(root)) if (!wanted.has(row.dataset.number)) row.remove();
   const known = new Map(rowsOf(root).map(row => [row.dataset.number, row]));
-  rows.forEach((each, index) => {
-    const row = known.get(String(each.number)) || make("div", "row");
-    if (!row.dataset.number) {
-      row.dataset.number = each.number;
-      row.setAttribute("role", "option");
-      row.tabIndex = -1;
-    }
-    update(row, each);
+  const wanted = rows.map(each => update(known.get(String(each.number)) || begun(each.number), each));
+  const kept = new Set(wanted);
+  for (const row of known.values()) if (!kept.has(row)) row.remove();
+  wanted.forEach((row, index) => {
     if (root.rows.children[index] !== row) root.rows.insertBefore(row, root.rows.children[index] || null);
   });
   const current = rowsOf(root).find(row => row.dataset.number === root.current) || root.rows.firstElementChild;
   if (current && current.tabIndex !== 0) setCurrent(root, current, false);
   const names = phases.map(([name]) => name).join();
-  if (root.names !== names) root.legend.replaceChildren(...phases.map(([name, meaning]) => {
-    const item = make("li");
-    item.title = meaning;
-    item.append(make("span", "swatch " + name.replace(" ", "-")), name);
-    return item;
-  }));
+  if (root.names !== names) legend(root.legend, phases.map(([name, meaning]) => [name, name, meaning]));
   root.names = names;
   if (!root.isShown && current && document.activeElement === document.body) setCurrent(root, current, true);
   root.isShown = true;
   return () => { delete parentElement.root; root.remove(); };
 }
 """
-)
 
 # What Streamlit has no setting for: less room above, no fading while figures are refreshed, cards in a grid.
 PAGE_CSS = """
 .stMainBlockContainer { padding: 3.6rem clamp(12px, 2vw, 32px) 40px; max-width: 2600px; }
 [data-stale="true"] { opacity: 1 !important; transition: none !important; }
-[data-testid="stStatusWidget"] { visibility: hidden; }
+[data-testid="stStatusWidget"]:not(:has(.stConnectionStatus)) { visibility: hidden; }
 [class*=st-key-metrics_] { display: grid !important; gap: 12px;
   grid-template-columns: repeat(auto-fit, minmax(132px, 1fr)); }
 [class*=st-key-metrics_] > * { width: auto !important; min-width: 0; }
 .st-key-status { min-height: 132px; }
 """
-
 
 # =====================================================================================================================
 # Views: the only part that speaks to Streamlit.
@@ -1627,6 +1433,21 @@ ORDERS = {  # of the list: its words → the field of GET /sessions, all with th
     "most input tokens": "tokens_in",
     "most inference": "inference_s",
 }
+_number, _share = st.column_config.NumberColumn, functools.partial(st.column_config.ProgressColumn, format="%.0f %%")
+COLUMNS: Mapping[str, Any] = {  # by title, in all tables; the others are text, or numbers as they are
+    **{title: _share(max_value=100) for title in ("done", "share", "busy share")},
+    **{title: _share(max_value=100, width=110) for title in ("GPU utilised", "KV cache", "GPU memory")},
+    "cached": _share(max_value=100, width=110, help="share of the input tokens"),
+    "waited, s": _number(format="%.1f", help="in the queue, sum over its turns"),
+    "thinking, s": _number(format="%.1f", help="sum of the times between its turns"),
+    "seen, s ago": _number(format="%,.0f"),
+    "lasted, s": _number(format="%,.0f", help="from its first turn to its latest sign of life"),
+    "tokens in": _number(format="compact"),
+    "tokens out": _number(format="compact"),
+    "first token, s": _number(format="%.2f", help="median"),
+    "inference, s": _number(format="%.2f", help="median of a replica; sum of a session"),
+    "p95, s": _number(format="%.2f"),
+}
 
 
 @dataclass(frozen=True)
@@ -1638,7 +1459,7 @@ class Source:
     interval_s: float
     is_paused: bool
 
-    def read(self, path: str, every_s: float = 0.0, name: str | None = None, patience_s: float = 0.5) -> Reading:
+    def read(self, path: str, every_s: float = 0.0, name: str | None = None) -> Reading:
         """The reading of ``path`` to show: the current one, or the one from when the viewer paused.
 
         ``name`` stands for paths that differ only in their time.
@@ -1647,7 +1468,7 @@ class Source:
         name = name or path
         former = kept.pop(name, None)
         if former is None or not self.is_paused:
-            found = self.documents.read(path, 0.9 * max(self.interval_s, every_s), patience_s)
+            found = self.documents.read(path, 0.9 * max(self.interval_s, every_s))
             is_open = found.document is None and found.problem is None  # a later path of the same name
             former = former if former is not None and is_open else found
         kept[name] = former  # the one read last is at the end
@@ -1663,16 +1484,6 @@ class Source:
         """Show a view repeatedly unless paused."""
         every = None if self.is_paused else max(self.interval_s, least_s)
         st.fragment(view, run_every=every)(self)
-
-
-def titled(titles: Mapping[str, str]) -> dict[str, Any]:
-    """Columns of text with these titles."""
-    return {name: st.column_config.TextColumn(title) for name, title in titles.items()}
-
-
-def share(title: str, **options: Any) -> Any:
-    """A column of bars, of shares in percent."""
-    return st.column_config.ProgressColumn(title, format="%.0f %%", min_value=0, max_value=100, **options)
 
 
 def open_session(name: str | None) -> None:
@@ -1693,52 +1504,55 @@ def _open_selected(key: str, names: Sequence[Any]) -> None:
         open_session(names[rows[0]])
 
 
-def show_table(frame: pd.DataFrame, columns: Mapping[str, Any], key: str, opens: str = "", **options: Any) -> None:
-    """A table of the columns of ``frame`` that are in ``columns`` and of which anything is known.
-
-    A row's box opens the session that the column ``opens`` names.
-    """
-    if opens:
-        on_select = functools.partial(_open_selected, key, list(frame[opens]))
+def show_table(frame: pd.DataFrame, key: str, opens_session: bool = False, **options: Any) -> None:
+    """A table of the columns of ``frame`` of which anything is known. A row's box may open its session."""
+    if opens_session:
+        on_select = functools.partial(_open_selected, key, list(frame["session"]))
         options.update(on_select=on_select, selection_mode="single-row")
-    known = frame.notna() & ~frame.isin([UNKNOWN])
-    shown = [name for name in columns if name in frame and known[name].any()]
-    st.dataframe(
-        frame[shown],
-        hide_index=True,
-        column_config={name: columns[name] for name in shown},
-        key=key,
-        placeholder=UNKNOWN,
-        row_height=32,
-        **options,
-    )
+    known = frame.loc[:, (frame.notna() & ~frame.isin([UNKNOWN])).any()]
+    columns = {title: column for title, column in {**COLUMNS, **options.pop("columns", {})}.items() if title in known}
+    st.dataframe(known, hide_index=True, column_config=columns, key=key, placeholder=UNKNOWN, row_height=32, **options)
+
+
+def show_card(title: str, frame: pd.DataFrame, key: str, empty: str, **options: Any) -> None:
+    """A table under its title, or why there is none."""
+    with st.container(border=True, height="stretch"):
+        st.markdown(title)
+        if frame.empty:
+            st.text(empty)
+        else:
+            show_table(frame, key, **options)
 
 
 def show_badge(judgement: str, word: str) -> None:
     st.badge(f"{SHAPES[judgement]} {word}", color=COLOURS[judgement])
 
 
-def show_problem(problem: Problem | None) -> None:
+def show_statement(judgement: str, word: str, text: str) -> None:
+    with st.container(horizontal=True, wrap=False, gap="small"):
+        show_badge(judgement, word)
+        st.text(text, width="stretch")
+
+
+def show_problem(problem: ProxyError | None) -> None:
     """Why a part of the page isn't current."""
     if problem is not None and problem.is_final:
         st.text(problem.what)
     elif problem is not None:
-        with st.container(horizontal=True):
-            show_badge(BAD, "not current")
-            st.text(" ".join(filter(None, (problem.what, problem.fix))))
+        show_statement(BAD, "not current", f"{problem.what} {problem.fix}")
 
 
 @st.cache_resource(show_spinner=False, hash_funcs={Panel: repr})
 def _template(panels: Sequence[Panel], dark: bool) -> dict[str, Any]:
     """A chart without its data, built once per process; without panels, the curve of the capacity.
 
-    Streamlit collects garbage after every run, a fragment's too: 0.2 s of CPU with all that pandas and Altair have
-    made. Objects that exist by now stay, so collections skip them from here on.
+    Altair takes a few hundred milliseconds to build one; filling this one takes almost none. Streamlit collects garbage
+    after every run, a fragment's too: 0.2 s of CPU with all that pandas and Altair have made. Objects that exist by now
+    stay, so collections skip them from here on.
     """
-    rows = alt.NamedData("rows")
-    template = chart_template(timeline_chart(rows, panels) if panels else capacity_chart(rows))
+    template = themed((timeline_chart(panels) if panels else capacity_chart()).to_dict(), dark)
     gc.freeze()
-    return themed(template, dark)
+    return template
 
 
 def show_chart(name: str, label: str, data: Mapping[str, pd.DataFrame], panels: Sequence[Panel] = ()) -> None:
@@ -1747,77 +1561,60 @@ def show_chart(name: str, label: str, data: Mapping[str, pd.DataFrame], panels: 
     st.vega_lite_chart(spec=specification, key=name, width="stretch", alt=label, theme=None)
 
 
+def show_part(name: str, css: str, script: str, data: Any, **callbacks: Any) -> None:
+    """Show a browser part; its messages are of one piece, so that what hasn't changed is the same."""
+    part = st.components.v2.component(f"agent_infra_{name}", css=COLOURS_CSS + css, js=MAKE_JS + script)
+    part(key=name, data=json.dumps(data).encode(), **callbacks)
+
+
 def _nothing() -> None:
     """Streamlit reports a component's state only if it has a callback."""
 
 
 def is_painted() -> bool:
     """Whether the browser shows the status. It is sent first, on its own, so it appears quickly."""
-    state = st.session_state.get("phases")
-    if state and state.get("isPainted"):
-        st.session_state["painted"] = True
-    return bool(st.session_state.get("painted"))
+    reported = (st.session_state.get("phases") or {}).get("isPainted")
+    st.session_state["painted"] = bool(reported or st.session_state.get("painted"))
+    return bool(st.session_state["painted"])
 
 
 def phase_bar(document: Mapping[str, Any]) -> None:
     """Where the time of recent turns went, as a bar."""
-    frame = pipeline_frame(document)
-    parts = [
-        [row.part, row.share, f"{PIPELINE_WORDS[row.part]} {percent(row.share)}"]
-        for row in frame.itertuples(index=False)
-        if row.share > 0
-    ]
+    known = {name: part(document, "pipeline", name).get("share") for name in PIPELINE_WORDS}
+    parts = [[name, share, f"{PIPELINE_WORDS[name]} {percent(share)}"] for name, share in known.items() if share]
     label = "No turn has finished in the last 5 minutes."
     if parts:
         label = "Where the time of turns went, last 5 minutes: " + ", ".join(text for _, _, text in parts)
     flags = {"hasKeys": bool(st.session_state.get("keys")), "isFirst": not is_painted()}
-    show = st.components.v2.component("agent_infra_phases", css=BAR_CSS, js=BAR_JS)
-    data = json.dumps({"parts": parts, "label": label, **flags}).encode()
-    show(key="phases", data=data, on_isPainted_change=_nothing)
+    data = {"parts": parts, "label": label, **flags}
+    show_part("phases", BAR_CSS, BAR_JS, data, on_isPainted_change=_nothing)
 
 
 def status_view(source: Source, body: Callable[[Source], None] | None) -> None:
     """What is going on and where the time goes, on every tab; below it ``body``."""
-    if is_painted() != st.session_state["was_painted"]:
-        st.rerun()  # with the rest of the page
     reading = source.read("/stats")
     document, age_s = reading.document or {}, None
-    if model_names(document) != st.session_state["models"]:
-        st.rerun()  # with the choice of models
-    if reading.document is not None:
-        age_s = max(0.0, source.documents.clock() - reading.read_at) + (document.get("snapshot_age_ms") or 0) / 1000
-    if source.is_paused:
-        age_s = (document.get("snapshot_age_ms") or 0) / 1000
+    if is_painted() != st.session_state["was_painted"] or model_names(document) != st.session_state["models"]:
+        st.rerun()  # with the rest of the page, and with the choice of models
+    if document:
+        read_s = 0.0 if source.is_paused else max(0.0, source.documents.clock() - reading.read_at)
+        age_s = read_s + document["snapshot_age_ms"] / 1000
     statements = status_of(document, reading.problem, age_s, st.context.timezone)
     if source.is_paused:
         statements.insert(0, paused_status(document, st.context.timezone, time.time()))
-    st.text(facts_of(source, document))
+    facts = [source.url, ", ".join(model_names(document)), document.get("strategy")]
+    facts += [f"up {seconds(document['uptime_seconds'])}"] if document else []
+    st.text(" · ".join(filter(None, facts)))
     with st.container(border=True, key="status", gap="xsmall"):
         for status in statements[:5]:
-            with st.container(horizontal=True, wrap=False, gap="small"):
-                show_badge(status.judgement, status.word)
-                st.text(" ".join(filter(None, (status.sentence, status.hint))), width="stretch")
+            show_statement(status.judgement, status.word, f"{status.sentence} {status.hint}".strip())
         phase_bar(document)
     if body is not None:
         body(source)
 
 
 def model_names(document: Mapping[str, Any]) -> list[str]:
-    return [str(row.get("name")) for row in listed(document, "models")]
-
-
-def paused_status(document: Mapping[str, Any], zone: str | None, now: float) -> Status:
-    at = document.get("now")
-    of = f"The figures are of {clock(at, zone, now)} and" if is_known(at) else "The figures"
-    return Status(NEUTRAL, "PAUSED", f"{of} stand still until you resume.")
-
-
-def facts_of(source: Source, document: Mapping[str, Any]) -> str:
-    """What the proxy is, in a line."""
-    facts = [source.url, ", ".join(model_names(document)), str(document.get("strategy") or "")]
-    if is_known(document.get("uptime_seconds")):
-        facts.append(f"up {seconds(document['uptime_seconds'])}")
-    return " · ".join(filter(None, facts))
+    return [row["name"] for row in listed(document, "models")]
 
 
 # --- Overview ---------------------------------------------------------------------------------------------------------
@@ -1846,8 +1643,7 @@ def show_metrics(metrics: Iterable[Metric], key: str) -> None:
 
 def now_view(source: Source) -> None:
     """The figures of this moment."""
-    document = source.stats()
-    if document:
+    if document := source.stats():
         show_metrics(metrics_of_now(document), "metrics_now")
 
 
@@ -1858,20 +1654,16 @@ def course_view(source: Source) -> None:
     document = source.stats()
     if not document:
         return
-    if not part(document, "totals").get("requests"):
-        first_steps(source, document)
+    if not document["totals"]["requests"]:
+        request = FIRST_REQUEST.format(url=source.url, model=next(iter(model_names(document)), "MODEL"))
+        with st.container(border=True):
+            st.markdown("**A first request**")
+            st.code(request, language="bash", wrap_lines=True)
+            st.markdown("**In an agent**: sessions, turns and think time")
+            st.code(ATTACH.format(url=source.url), language="python", wrap_lines=True)
     show_metrics(metrics_of_minute(document), "metrics_minute")
-    timeline_view(source, "overview", OVERVIEW_PANELS, 300)
+    timeline_view(source, "overview", OVERVIEW_PANELS, CHARTS_EVERY_S)
     attention_view(document)
-
-
-def first_steps(source: Source, document: Mapping[str, Any]) -> None:
-    model = next((str(row.get("name")) for row in listed(document, "models")), "MODEL")
-    with st.container(border=True):
-        st.markdown("**A first request**")
-        st.code(FIRST_REQUEST.format(url=source.url, model=model), language="bash", wrap_lines=True)
-        st.markdown("**In an agent**: sessions, turns and think time")
-        st.code(ATTACH.format(url=source.url), language="python", wrap_lines=True)
 
 
 def attention_view(document: Mapping[str, Any]) -> None:
@@ -1879,53 +1671,41 @@ def attention_view(document: Mapping[str, Any]) -> None:
     runs = run_frame(document)
     if not runs.empty:
         st.markdown("**Runs**")
-        titles = {"tasks": "tasks", "left": "remaining (90 % interval)", "late": "stragglers"}
-        titles |= {"wasted": "GPU time wasted per task"}
-        show_table(runs, {**titled({"name": "run"}), "done": share("done"), **titled(titles)}, "runs")
+        show_table(runs, "runs")
     left, right = st.columns(2)
-    with left, st.container(border=True, height="stretch"):
-        st.markdown("**Sessions that may need attention**")
-        watched = watchdog_frame(document)
-        if watched.empty:
-            st.text("None: no session is silent, repeating, oversized or thrashing.")
-        else:
-            columns = titled({name: name for name in ("kind", "session", "sentence", "since")})
-            show_table(watched, columns, "watchdog", "session", height=260)
-    with right, st.container(border=True, height="stretch"):
-        st.markdown("**Latest turns that failed or were refused**")
-        failed = failure_frame(document)
-        if failed.empty:
-            st.text(f"None among the {things(len(listed(document, 'recent_turns')), 'turn')} that finished last.")
-        else:
-            columns = titled({name: name for name in ("ago", "session", "outcome", "error", "replica")})
-            show_table(failed, columns, "failures", "session", height=260)
+    with left:
+        empty = "None: no session is silent, repeating, oversized or thrashing."
+        options: dict[str, Any] = {"opens_session": True, "height": 260}
+        show_card("**Sessions that may need attention**", watchdog_frame(document), "watchdog", empty, **options)
+    with right:
+        empty = f"None among the {things(len(document['recent_turns']), 'turn')} that finished last."
+        show_card("**Latest turns that failed or were refused**", failure_frame(document), "failures", empty, **options)
 
 
-def timeline_view(source: Source, name: str, panels: Sequence[Panel], points: int) -> None:
+def timeline_view(source: Source, name: str, panels: Sequence[Panel], every_s: float) -> None:
     """Charts over the chosen time."""
     now, chosen = source.stats().get("now"), str(st.session_state.get("range") or "1h")
     if not is_known(now):
         return
     model = st.session_state.get("model")
-    path = history_path(now, RANGES[chosen], points, model)
-    reading = source.read(path, CHARTS_EVERY_S, name=f"history {chosen} {points} {model}")
+    reading = source.read(history_path(now, RANGES[chosen], model), every_s, name=f"history {chosen} {model}")
     show_problem(reading.problem)
-    frame = history_frame(reading.document or {})
+    document = reading.document or {}
+    frame = history_frame(document)
     if frame.empty:
         if reading.problem is None:
             st.text("Nothing has been recorded in this time.")
         return
-    of = f" of {model}" if model else ""
-    step = seconds(float((reading.document or {})["step_s"]))
-    span = f"Last {RANGE_WORDS.get(chosen, chosen)}" if chosen != "all" else "All that is recorded"
+    span = "All that is recorded" if chosen == "all" else f"Last {duration(1000 * RANGES[chosen])}"
     st.text(
-        f"{span}{of}, in steps of {step}. Gaps: no controller ran, or nothing was measured. "
+        f"{span}{f' of {model}' if model else ''}, in steps of {seconds(document['step_s'])}. "
+        "Gaps: no controller ran, or nothing was measured. "
         "Latency is the time from a turn's arrival to the last byte of its answer: queue and inference."
     )
-    label = "Lines over time, on one axis: " + "; ".join(panel.title for panel in panels)
     drawn = panels_of(panels, frame.columns)
+    label = "Lines over time, on one axis: " + "; ".join(panel.title for panel in drawn)
     rows = frame[["at", *(line for panel in drawn for line in panel.lines)]]  # Vega copies all columns for each line
-    show_chart(name, label, {"rows": rows, "runs": run_markers(reading.document or {})}, drawn)
+    show_chart(name, label, {"rows": rows, "steps": rows[::2], "runs": run_markers(document)}, drawn)
 
 
 # --- Sessions ---------------------------------------------------------------------------------------------------------
@@ -1933,10 +1713,7 @@ def timeline_view(source: Source, name: str, panels: Sequence[Panel], points: in
 
 def sessions_view(source: Source) -> None:
     name = st.query_params.get("session")
-    if name:
-        trace_view(source, name)
-    else:
-        list_view(source)
+    trace_view(source, name) if name else list_view(source)
 
 
 def sessions_path(offset: int) -> str:
@@ -1972,58 +1749,30 @@ def list_view(source: Source) -> None:
     """The sessions, searched, filtered and ordered by the proxy; each row keeps its place until the viewer moves it."""
     list_filters()
     pages = f"page of {sessions_path(0)}"
-    page = int(st.session_state.get(pages) or 1)
-    path = sessions_path(LISTED_SESSIONS * (page - 1))
+    before = LISTED_SESSIONS * (int(st.session_state.get(pages) or 1) - 1)
+    path = sessions_path(before)
     reading = source.read(path, LIST_EVERY_S)
     show_problem(reading.problem)
-    current, total = listed(reading.document, "sessions"), (reading.document or {}).get("total")
+    current, total = listed(reading.document, "sessions"), (reading.document or {}).get("total", 0)
     shown = st.session_state.get("listing")
-    if shown is None or shown[0] != path or st.session_state.pop("is_reordered", False) or not shown[1]:
+    if shown is None or shown[0] != path or not shown[1]:
         shown = (path, current)
-    rows, held_back = arranged(shown[1], current)
+    rows, others = arranged(shown[1], current, gone="not current")
     st.session_state["listing"] = (path, rows)
-    many = total if is_known(total) and total > LISTED_SESSIONS else 0
     with st.container(horizontal=True, vertical_alignment="center"):
-        before, order = LISTED_SESSIONS * (page - 1), st.session_state.get("order") or next(iter(ORDERS))
-        span = f"Showing {count(before + 1)} to {count(before + len(rows))} of " if many else ""
-        st.text(f"{span}{things(many or len(rows), 'session')}, {order} first.")
-        others = f"{things(held_back, 'other session')} in this order now: refresh"
-        label = others if held_back else "Refresh order"
-        st.button(label, key="reorder", on_click=_reorder, type="secondary" if held_back else "tertiary")
+        has_pages = total > LISTED_SESSIONS
+        span = f"Showing {count(before + 1)} to {count(before + len(rows))} of " if has_pages else ""
+        order = st.session_state.get("order") or next(iter(ORDERS))
+        st.text(f"{span}{things(total if has_pages else len(rows), 'session')}, {order} first.")
+        label = f"{things(len(others), 'other session')} in this order now: refresh" if others else "Refresh order"
+        kind: Any = "secondary" if others else "tertiary"
+        st.button(label, key="reorder", type=kind, on_click=st.session_state.pop, args=("listing", None))
     if not rows:
         st.text("No session matches." if reading.document else "Loading sessions…")
         return
-    show_table(session_frame(rows, source.stats().get("now")), session_columns(), "sessions", "id", height=640)
-    if many:
-        st.pagination(math.ceil(many / LISTED_SESSIONS), key=pages)
-
-
-def _reorder() -> None:
-    st.session_state["is_reordered"] = True
-
-
-def session_columns() -> dict[str, Any]:
-    text, number = st.column_config.TextColumn, st.column_config.NumberColumn
-    return {
-        "id": text("session", width=190),
-        "state": text("state", width=90),
-        "turns": number("turns", width=60),
-        "errors": number("failed", width=60, help="turns that failed or broke off"),
-        "queued_s": number("waited, s", format="%.1f", width=80, help="in the queue, sum over its turns"),
-        "inference_s": number("inference, s", format="%.1f", width=95, help="sum over its turns"),
-        "think_s": number("thinking, s", format="%.1f", width=90, help="sum of the times between its turns"),
-        "seen_s": number("seen, s ago", format="%,.0f", width=90),
-        "length_s": number(
-            "lasted, s", format="%,.0f", width=80, help="from its first turn to its latest sign of life"
-        ),
-        "tokens_in": number("tokens in", format="compact", width=80),
-        "tokens_out": number("tokens out", format="compact", width=85),
-        "cached": share("cached", width=110, help="share of the input tokens"),
-        "task": text("task", width=130),
-        "replica": text("replica", width=110),
-        "model": text("model", width=110),
-        "client": text("client", width=220),
-    }
+    show_table(session_frame(rows, source.stats().get("now")), "sessions", opens_session=True, height=640)
+    if has_pages:
+        st.pagination(math.ceil(total / LISTED_SESSIONS), key=pages)
 
 
 def trace_view(source: Source, name: str) -> None:
@@ -2038,68 +1787,41 @@ def trace_view(source: Source, name: str) -> None:
         st.code(name, language=None, width="content", wrap_lines=True)
     show_problem(reading.problem)
     document = reading.document or {}
-    turns, session = listed(document, "turns"), part(document, "session")
+    turns = listed(document, "turns")
     if not turns:
         if reading.problem is None:
             st.text("No finished turn yet." if document else "Loading turns…")
         return
-    total = document.get("turns_total")
+    total = document["turns_total"]
     st.session_state["turns_total"] = total if page == 1 else turns_total
-    st.text(session_facts(session, document.get("now")))
-    chosen = _chosen_turn(turns)
-    left, right = st.columns([3, 2] if chosen is not None else [1, 0.001], gap="medium")
+    st.text(session_facts(document["session"], document["now"]))
+    number = (st.session_state.get("trace") or {}).get("turn")
+    chosen = next((turn for turn in turns if turn["number"] == number), None)
+    left, right = st.columns([3, 2] if chosen else [1, 0.001], gap="medium")
     with left:
-        drawn = waterfall(turns, chosen)
         known = {phase for turn in turns for phase in phases_of(turn)}
         phases = [[phase, text] for phase, text in PHASE_MEANINGS.items() if phase in known]
-        label = f"{things(len(drawn['rows']), 'turn')}; Enter shows a turn's text"
-        show = st.components.v2.component("agent_infra_trace", css=TRACE_CSS, js=TRACE_JS)
-        message = json.dumps({**drawn, "phases": phases, "label": label}).encode()
-        show(key="trace", data=message, on_turn_change=_nothing)
-        if is_known(total) and total > LISTED_TURNS:
+        label = f"{things(len(turns), 'turn')}; Enter shows a turn's text"
+        data = {**waterfall(turns, number), "phases": phases, "label": label}
+        show_part("trace", TRACE_CSS, TRACE_JS, data, on_turn_change=_nothing)
+        if total > LISTED_TURNS:
             st.text(f"Showing {LISTED_TURNS} of {count(total)} turns, the most recent ones on page 1.")
             st.pagination(math.ceil(total / LISTED_TURNS), key="turns_page")
-    if chosen is not None:
+    if chosen:
         with right:
-            turn_view(next(turn for turn in turns if turn.get("number") == chosen))
-
-
-def _chosen_turn(turns: Sequence[Mapping[str, Any]]) -> int | None:
-    """The number of the turn that the trace reports as chosen, if it is there."""
-    state = st.session_state.get("trace")
-    number = state.get("turn") if state else None
-    return int(number) if is_known(number) and any(turn.get("number") == number for turn in turns) else None
-
-
-def session_facts(session: Mapping[str, Any], now: Any) -> str:
-    """A session in a line."""
-    replica = session.get("replica") or session.get("backend")
-    seen = session.get("last_at") or session.get("last_seen")
-    thought = [ms for name in ("pre_ms", "post_ms", "unaccounted_ms") for ms in [session.get(name)] if is_known(ms)]
-    state = session_state({"think_s": sum(thought) / 1000 if thought else None, **session, "last_at": seen}, now)
-    facts = [
-        state,
-        f"seen {seconds(ago(now, seen))} ago",
-        f"task {session['task']}" if session.get("task") else "",
-        str(session.get("model") or ""),
-        f"on {replica}" if replica else "",
-        things(session.get("turns"), "turn"),
-        f"{count(session['errors'])} failed" if session.get("errors") else "",
-    ]
-    return " · ".join(filter(None, facts))
+            turn_view(chosen)
 
 
 def turn_view(turn: Mapping[str, Any]) -> None:
     """A turn: what it was about, and what is known of it."""
     st.markdown(f"**Turn {int(turn['number'])}**")
-    if turn.get("error"):
+    if turn["error"]:
         show_badge(BAD, "failed")
-        st.code(str(turn["error"]), language=None, wrap_lines=True)
-    for name in ("prompt", "answer"):
-        st.text(name)
-        st.code(str(turn.get(name) or UNKNOWN), language=None, wrap_lines=True)
-    st.text("details")
-    st.code("\n".join(f"{name}: {text}" for name, text in turn_facts(turn)), language=None, wrap_lines=True)
+        st.code(turn["error"], language=None, wrap_lines=True)
+    details = "\n".join(f"{name}: {text}" for name, text in turn_facts(turn).items())
+    for title, text in (("prompt", turn["prompt"]), ("answer", turn["answer"]), ("details", details)):
+        st.text(title)
+        st.code(text or UNKNOWN, language=None, wrap_lines=True)
 
 
 # --- Replicas ---------------------------------------------------------------------------------------------------------
@@ -2108,82 +1830,52 @@ def turn_view(turn: Mapping[str, Any]) -> None:
 def replicas_view(source: Source) -> None:
     """The replicas, the most urgent first, and all that is known of the chosen one."""
     document = source.stats()
-    former: Sequence[Mapping[str, Any]] = ()
-    if part(st.session_state.get("replicas"), "selection").get("rows"):  # Streamlit knows a ticked row by its place
-        former = st.session_state.get("former replicas", ())
-    rows = with_gone(listed(document, "backends"), former)
-    frame = in_order(replica_frame({**document, "backends": rows}), [row["id"] for row in former])
-    if frame.empty:
-        st.text("There are no replicas; “python agent_infra.py start” starts them." if document else "")
+    current = by_urgency(document)
+    is_ticked = bool(part(st.session_state.get("replicas"), "selection").get("rows"))
+    former = st.session_state.get("former replicas", ()) if is_ticked else ()  # Streamlit knows a row by its place
+    rows, others = arranged(former, current, gone="gone")
+    rows += others
+    if not rows:
+        st.text(f"There are no replicas; {START}" if document else "")
         return
-    st.session_state["former replicas"] = frame[["id", "model"]].to_dict("records")
+    st.session_state["former replicas"] = rows
     total = sum(state_of(row) not in ("stopped", "gone") for row in rows)
     st.text(
         f"{_ready(document)} of {things(total, 'replica')} ready. Inference and first token: last {RECENT}. "
         "Turns and failures: since the proxy started."
     )
-    height = min(640, 40 + 32 * len(frame))
-    columns = replica_columns(frame)
-    show_table(frame, columns, "replicas", on_select="rerun", selection_mode="single-row", height=height)
+    frame = replica_frame(rows, document["now"])
+    most = max([1.0, *(value for history in frame["in flight, 2 min"] for value in history)])
+    states = st.column_config.MultiselectColumn(
+        options=[state_label(state) for state in REPLICA_STATES],
+        color=[COLOURS[judgement_of(state)] for state in REPLICA_STATES],
+        width=110,
+    )
+    course = st.column_config.LineChartColumn(y_min=0, y_max=most, width=130)
+    columns = {"state": states, "in flight, 2 min": course}
+    options: dict[str, Any] = {"on_select": "rerun", "selection_mode": "single-row"}
+    show_table(frame, "replicas", columns=columns, height=min(640, 40 + 32 * len(frame)), **options)
     ticked = st.session_state["replicas"]["selection"]["rows"]
-    if ticked and ticked[0] < len(frame):
-        name = frame["id"].iloc[ticked[0]]
-        replica_view(next(row for row in rows if row.get("id") == name))
-
-
-def replica_columns(frame: pd.DataFrame) -> dict[str, Any]:
-    text, number = st.column_config.TextColumn, st.column_config.NumberColumn
-    colours: list[Any] = [COLOURS[judgement] for judgement in JUDGEMENT_OF_STATE.values()]
-    most = max([1.0, *(value for row in frame["history"] for value in row)])
-    return {
-        "id": text("replica"),
-        "state": st.column_config.MultiselectColumn(
-            "state", options=[state_label(state) for state in JUDGEMENT_OF_STATE], color=colours, width=110
-        ),
-        "note": text("note", width=150),
-        "model": text("model"),
-        "gpu": share("GPU utilised", width=110),
-        "kv": share("KV cache", width=110),
-        "memory": share("GPU memory", width=110),
-        "in_flight": number("in flight", width=70),
-        "slots": number("slots", width=60),
-        "history": st.column_config.LineChartColumn("in flight, 2 min", y_min=0, y_max=most, width=130),
-        "ttft_s": number("first token, s", format="%.2f", help="median", width=100),
-        "p50_s": number("inference, s", format="%.2f", help="median", width=100),
-        "p95_s": number("p95, s", format="%.2f", width=80),
-        "requests": number("turns", width=80),
-        "errors": number("failed", width=70),
-        "restarts": number("restarts", width=70),
-        "ends": text("job ends in", width=100),
-        "tunnel": text("tunnel", width=80),
-        "node": text("node", width=100),
-        "partition": text("partition", width=90),
-        "gpu_name": text("GPU", width=200),
-    }
+    if ticked and ticked[0] < len(rows):
+        replica_view(rows[ticked[0]])
 
 
 def replica_view(row: Mapping[str, Any]) -> None:
     """Why a replica is as it is."""
+    state, tunnel = state_of(row), part(row, "tunnel")
     with st.container(border=True):
-        state = state_of(row)
         with st.container(horizontal=True, vertical_alignment="center"):
-            show_badge(JUDGEMENT_OF_STATE.get(state, NEUTRAL), state)
-            st.code(str(row.get("id")), language=None, width="content")
-        failure, tunnel = part(row, "failure"), part(row, "tunnel")
-        for text in (reason_of(row), hint_of(row), tunnel.get("reason")):
-            if text:
-                st.text(str(text))
-        if failure.get("line"):
+            show_badge(judgement_of(state), state)
+            st.code(row["id"], language=None, width="content")
+        for text in filter(None, (reason_of(row), hint_of(row), tunnel.get("reason"))):
+            st.text(text)
+        if line := part(row, "failure").get("line"):
             st.text("The line of its log that decides it:")
-            st.code(str(failure["line"]), language=None, wrap_lines=True)
-        memory, total = part(row, "gpu").get("memory_used"), part(row, "gpu").get("memory_total")
+            st.code(line, language=None, wrap_lines=True)
         facts = [
-            f"GPU memory {gibibytes(memory)} of {gibibytes(total)}" if is_known(memory) else "",
             f"port {row['port']}" if row.get("port") else "",
-            f"{things(row['sessions'], 'session')}" if is_known(row.get("sessions")) else "",
-            f"tunnel {tunnel.get('state')}, replaced {things(tunnel['reconnects'], 'time')}"
-            if is_known(tunnel.get("reconnects"))
-            else "",
+            things(row.get("sessions"), "session"),
+            f"tunnel {tunnel['state']}, replaced {things(tunnel['reconnects'], 'time')}" if tunnel else "",
         ]
         st.text(" · ".join(filter(None, facts)))
 
@@ -2193,81 +1885,51 @@ def replica_view(row: Mapping[str, Any]) -> None:
 
 def analysis_view(source: Source) -> None:
     """What limits throughput, and what would help; below, where the time and the GPU time went."""
-    document = source.stats()
-    entries = listed(document, "analysis")
-    chosen = st.session_state.get("model")
-    shown = [entry for entry in entries if chosen is None or entry.get("model") == chosen]
+    document, chosen = source.stats(), st.session_state.get("model")
+    shown = [entry for entry in listed(document, "analysis") if chosen is None or entry["model"] == chosen]
     for index, entry in enumerate(shown):
         with st.container(border=True):
-            entry_view(entry, index, document.get("now"), idle_s(document) is not None)
+            entry_view(entry, index, document["now"], idle_s(document) is not None)
     if not shown:
         st.text("There is no analysis yet: it needs turns.")
     left, right = st.columns(2)
-    with left, st.container(border=True, height="stretch"):
-        st.markdown("**Where the time of turns goes**, last 5 minutes")
-        pipeline = pipeline_frame(document)
-        if pipeline.empty:
-            st.text("No turn has finished in the last 5 minutes.")
-        else:
-            pipeline["share"] *= 100
-            pipeline["part"] = [PIPELINE_WORDS[name] for name in pipeline["part"]]
-            titles = {name: name for name in ("mean", "p50", "p95")}
-            show_table(pipeline, {**titled({"part": "part"}), "share": share("share"), **titled(titles)}, "pipeline")
-    with right, st.container(border=True, height="stretch"):
-        hours_view(document)
-
-
-def hours_view(document: Mapping[str, Any]) -> None:
-    """Time of GPUs by state, and the cost of a turn, a session and a task."""
-    hours, cost = hours_frame(document), cost_frame(document)
-    since = ago(document.get("now"), part(document, "accounting").get("since"))
-    if hours.empty:
-        st.markdown("**GPU time**")
-        st.text("No GPU time has been recorded yet.")
-    else:
-        st.markdown(f"**{hours['unit'].iloc[0]}**, last {seconds(since)}")
-        titles = {"model": "model", "ready_busy": "busy", "ready_idle": "idle"}
-        columns = titled({**titles, "loading": "loading", "pending": "pending"})
-        show_table(hours, {**columns, "busy": share("busy share")}, "hours")
-    if not cost.empty:
-        titles = {"turn": "per turn", "session": "per session", "task": "per task", "lost": "cache misses"}
-        show_table(cost, {"of": st.column_config.TextColumn("GPU time", width=130), **titled(titles)}, "cost")
+    with left:
+        empty = "No turn has finished in the last 5 minutes."
+        show_card("**Where the time of turns goes**, last 5 minutes", pipeline_frame(document), "pipeline", empty)
+    with right:
+        hours = hours_frame(document)
+        since_s = ago(document.get("now"), part(document, "accounting").get("since"))
+        title = f"**{hours.columns[0]}**, last {seconds(since_s)}" if not hours.empty else "**GPU time**"
+        show_card(title, hours, "hours", "No GPU time has been recorded yet.")
+        show_card("**GPU time per turn, session and task**", cost_frame(document), "cost", "None is known yet.")
 
 
 def entry_view(entry: Mapping[str, Any], index: int, now: Any, is_idle: bool) -> None:
     """The verdict on one model and GPU type: the last one, with its age, while ``is_idle`` or while there is none."""
-    verdict, last = part(entry, "verdict"), part(entry, "last_verdict")
-    word = name = verdict_name(entry)
-    judgement, advice = JUDGEMENT_OF_VERDICT.get(name, BUSY), advice_of(entry)
-    if last and (is_idle or name == "NO DATA"):
-        word, judgement, verdict, advice = last_verdict(entry, now), NEUTRAL, last, str(last.get("suggestion") or "")
-    with st.container(horizontal=True, vertical_alignment="center"):
-        show_badge(judgement, word)
-        st.text(entry_label(entry))
-    st.text(str(verdict.get("sentence") or verdict.get("reason") or ""))
-    if advice:
-        st.text(advice)
-    for flag in listed(entry, "flags"):
-        with st.container(horizontal=True, wrap=False):
-            show_badge(JUDGEMENT_OF_VERDICT.get(str(flag.get("name")), BUSY), str(flag.get("name")))
-            st.text(str(flag.get("sentence") or ""), width="stretch")
+    verdict, last = entry["verdict"], part(entry, "last_verdict")
+    judgement, word = judgement_of(verdict["name"]), verdict["name"]
+    texts, is_past = [verdict["sentence"] or verdict["reason"], advice_of(entry)], False
+    if last and (is_idle or word == "NO DATA"):
+        is_past = last["name"] != word
+        judgement, word, texts = NEUTRAL, last_verdict(entry, now), [last["sentence"], last["suggestion"]]
+    show_statement(judgement, word, entry_label(entry))
+    for text in filter(None, texts):
+        st.text(text)
+    for flag in entry["flags"]:
+        show_statement(judgement_of(flag["name"]), flag["name"], flag["sentence"])
     shares, curve = share_frame(entry), capacity_frame(entry)
-    if shares.empty or (is_idle and last and last.get("name") != name):  # what an idle fleet looks like
+    if shares.empty or is_past:  # what an idle fleet looks like
         return
-    left, right = st.columns(2)
+    left, right = st.columns([3, 2])
     with left:
-        columns = {**titled({"name": "throughput is limited by"}), "share": share("share")}
-        show_table(shares, {**columns, **titled({"interval": "interval"})}, f"shares {index}")
-        titles = {"what": "agents", "agents": "number", "then": "turns", "change": "change", "wait": "wait per turn"}
-        show_table(option_frame(entry), titled(titles), f"options {index}")
-        titles = {"what": "what if", "change": "turns", "interval": "interval", "then": "then"}
-        show_table(what_if_frame(entry), titled(titles), f"what ifs {index}")
+        show_table(shares, f"shares {index}")
+        show_table(option_frame(entry), f"options {index}")
     with right:
         if curve.empty:
             st.text("No curve: too little is known to predict throughput.")
         else:
             label = "Predicted turns per hour by number of agents, with the current position and the limits."
-            show_chart("capacity" if index == 0 else f"capacity {index}", label, {"rows": curve})
+            show_chart(f"capacity {index}", label, {"rows": curve})
     st.text(basis_of(entry))
 
 
@@ -2276,19 +1938,12 @@ def entry_view(entry: Mapping[str, Any], index: int, now: Any, is_idle: bool) ->
 
 def controls_view(source: Source, models: Sequence[str]) -> None:
     """What the figures are of, and how they are refreshed."""
+    bound: dict[str, Any] = {"label_visibility": "collapsed", "bind": "query-params"}
     with st.container(horizontal=True, vertical_alignment="center", key="controls"):
         st.markdown("#### Agent Infra", width="stretch")
         if len(models) > 1:
-            st.pills("Model", models, key="model", label_visibility="collapsed", bind="query-params")
-        st.segmented_control(
-            "Time",
-            list(RANGES),
-            default="1h",
-            required=True,
-            key="range",
-            label_visibility="collapsed",
-            bind="query-params",
-        )
+            st.pills("Model", models, key="model", **bound)
+        st.segmented_control("Time", list(RANGES), default="1h", required=True, key="range", **bound)
         st.button("Resume" if source.is_paused else "Pause", key="pause", on_click=_pause)
         with st.popover("Settings"):
             st.segmented_control(
@@ -2299,16 +1954,11 @@ def controls_view(source: Source, models: Sequence[str]) -> None:
 
 def _pause() -> None:
     st.session_state["paused"] = not st.session_state.get("paused")
-    if not st.session_state["paused"]:
-        st.session_state.pop("readings", None)
 
 
-def history_view(source: Source) -> None:
-    timeline_view(source, "history", HISTORY_PANELS, 600)
-
-
-# Of each tab: what is shown with the status, at every refresh; what is refreshed less often; and how often, in s.
+history_view = functools.partial(timeline_view, name="history", panels=HISTORY_PANELS, every_s=HISTORY_EVERY_S)
 View: TypeAlias = "Callable[[Source], None] | None"
+# Of each tab: what is shown with the status, at every refresh; what is refreshed less often; and how often, in s.
 TABS: Mapping[str, tuple[View, View, float]] = {
     "Overview": (now_view, course_view, CHARTS_EVERY_S),
     "Sessions": (None, sessions_view, LIST_EVERY_S),
@@ -2328,9 +1978,7 @@ def tabs_view(source: Source) -> None:
             with tab:
                 models = st.session_state["models"] = model_names(source.stats())
                 controls_view(source, models)
-                source.refreshed(
-                    functools.partial(status_view, body=fast if is_painted() else None),
-                )
+                source.refreshed(functools.partial(status_view, body=fast if is_painted() else None))
                 if slow is not None and is_painted():
                     source.refreshed(slow, least_s)
 

@@ -503,7 +503,7 @@ class StatsServer:
         found = {
             "schema_version": 2,
             "now": self.document["now"],
-            "session": {**rows[0], "turns": self.turns},
+            "session": session(1, name, turns=self.turns, **{key: rows[0][key] for key in ("task", "model", "state")}),
             "turns_total": self.turns,
         }
         return 200, {**found, "turns": turns}

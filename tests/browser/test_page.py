@@ -387,6 +387,7 @@ def test_fleets_are_shown_as_what_they_are(
         tab.wait_for_selector("[data-testid=stCode] code" if picture == "empty" else TABS[each])
     if picture in ("saturated", "agent-bound"):
         assert {"saturated": "GPU-BOUND", "agent-bound": "AGENT-BOUND"}[picture] in status(tab)
+    tab.wait_for_function("!document.querySelector('[data-testid=stSkeleton]')")
     assert_tidy(tab)
     tab.wait_for_timeout(2500 if is_kept else 100)
     folder = MODULE.parent / "docs" if is_kept else tmp_path
@@ -407,7 +408,9 @@ def test_a_page_whose_own_server_died_says_so(chromium: Any, tmp_path: Path) -> 
             tab.goto(url)
             tab.wait_for_selector(".st-key-phases ul")
             process.send_signal(signal.SIGKILL)
-            tab.wait_for_selector("text=The page's server is gone", timeout=1000 * PATIENCE_S)
+            tab.wait_for_selector("text=Connection error", timeout=1000 * PATIENCE_S)
+            tab.get_by_role("button", name="Close").click()
+            tab.wait_for_selector(".stConnectionStatus", timeout=1000 * PATIENCE_S)  # also when that is closed
             tab.close()
         finally:
             process.kill()

@@ -12,7 +12,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import altair as alt
 import pytest
 import stats_server as stats
 from patience import PATIENCE_S
@@ -25,6 +24,10 @@ SOURCE = Path(page.__file__)
 TREE = ast.parse(SOURCE.read_text())
 SPACE = "\u00a0"
 DOCUMENTS = {"busy": stats.busy, "empty": stats.empty, "extreme": stats.extreme, "all down": stats.all_down}
+
+
+def replica_frame(document: dict[str, Any]) -> Any:
+    return page.replica_frame(page.by_urgency(document), document.get("now"))
 
 
 def golden() -> dict[str, Any]:
@@ -74,15 +77,15 @@ def test_the_documents_of_these_tests_are_such_as_the_proxy_makes(name: str) -> 
     check_stats(DOCUMENTS[name]())
 
 
-@pytest.mark.parametrize("name", [*DOCUMENTS, "golden", "nothing at all", "nothing but nulls"])
+@pytest.mark.parametrize("name", [*DOCUMENTS, "golden", "nothing at all"])
 def test_every_document_is_shaped_without_nan_or_none_in_a_text(name: str) -> None:
-    others: dict[str, Any] = {"golden": golden(), "nothing at all": {}, "nothing but nulls": dict.fromkeys(golden())}
+    others: dict[str, Any] = {"golden": golden(), "nothing at all": {}}
     document = others[name] if name in others else DOCUMENTS[name]()
-    entries = page.listed(document, "analysis") or [{}]
+    entries = page.listed(document, "analysis")
     frames = [
-        *(shape(document) for shape in (page.replica_frame, page.failure_frame, page.watchdog_frame, page.run_frame)),
+        *(shape(document) for shape in (replica_frame, page.failure_frame, page.watchdog_frame, page.run_frame)),
         *(shape(document) for shape in (page.pipeline_frame, page.hours_frame, page.cost_frame)),
-        *(shape(entry) for entry in entries for shape in (page.what_if_frame, page.option_frame, page.share_frame)),
+        *(shape(entry) for entry in entries for shape in (page.option_frame, page.share_frame)),
     ]
     shown = [str(value) for frame in frames for column in frame for value in frame[column] if isinstance(value, str)]
     for status in page.status_of(document, None, 0.2):
@@ -119,8 +122,25 @@ def test_what_reads_markdown_gets_words_of_this_program_alone() -> None:
         and ast.unparse(node.func) in ("st.markdown", "st.caption", "st.error")
         and not isinstance(node.args[0], ast.Constant)
     }
-    allowed = ("Turn {int(turn", "unit")
-    assert [each for each in markdown if not any(word in each for word in allowed)] == []
+    assert markdown == {"title", "f\"**Turn {int(turn['number'])}**\""}
+    calls = [node for node in ast.walk(TREE) if isinstance(node, ast.Call) and ast.unparse(node.func) == "show_card"]
+    assert {ast.unparse(call.args[0]) for call in calls if not isinstance(call.args[0], ast.Constant)} == {"title"}
+    titles = [
+        node.value
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.Assign) and "title" in map(ast.unparse, node.targets)
+    ]
+    assert [ast.unparse(title) for title in titles] == [
+        "f'**{hours.columns[0]}**, last {seconds(since_s)}' if not hours.empty else '**GPU time**'"
+    ]
+
+
+def test_what_is_not_known_of_a_change_has_no_row() -> None:
+    entry = stats.analysis("GPU-BOUND")[0]
+    assert {"now", "suggested", "+1 replica"} < set(page.option_frame(entry)["what if"])
+    unknown = {"value": None, "low": None, "high": None, "unit": "", "reason": "too few turns"}
+    entry["what_ifs"] = [{**row, "change": unknown} for row in entry["what_ifs"]]
+    assert "+1 replica" not in set(page.option_frame(entry)["what if"])
 
 
 def test_functions_stay_small() -> None:
@@ -303,7 +323,7 @@ def test_a_suggestion_states_its_price_or_why_that_is_not_known() -> None:
 
 
 def test_without_a_connection_nothing_else_is_said() -> None:
-    problem = page.Problem("There is no proxy at http://x.", "Start one.")
+    problem = page.ProxyError("There is no proxy at http://x.", "Start one.")
     (status,) = page.status_of(failed(stats.busy(), 4), problem, 71.0)
     assert status.judgement == page.BAD
     assert f"1{SPACE}min 11{SPACE}s old" in status.sentence
@@ -325,42 +345,34 @@ def test_replicas_that_start_say_how_far_they_are() -> None:
 
 
 def test_what_needs_a_look_stands_first() -> None:
-    frame = page.replica_frame(stats.extreme())
+    frame = replica_frame(stats.extreme())
     assert [each for (each,) in frame["state"][:3]] == ["✕ failed", "✕ unhealthy", "▲ loading"]
-    marked = dict(zip(frame["id"][3:7], frame["note"][3:7], strict=True))
+    marked = dict(zip(frame["replica"][3:7], frame["note"][3:7], strict=True))
     assert marked == {
         "qwen-9": "slowest", "qwen-10": "tunnel down", "qwen-11": "job ends soon", "qwen-12": "KV cache full",
     }  # fmt: skip
-    assert list(frame["id"][7:10]) == ["qwen-1", "qwen-2", "qwen-3"]
+    assert list(frame["replica"][7:10]) == ["qwen-1", "qwen-2", "qwen-3"]
 
 
 def test_the_slowest_replica_is_marked_only_when_it_is_slower_than_the_others() -> None:
     alike, one = stats.busy(), stats.busy()
     one["backends"][2]["latency_ms"] = stats.percentiles(20_000.0)
-    assert set(page.replica_frame(alike)["note"]) == {""}
-    assert list(page.replica_frame(one).query("note == 'slowest'")["id"]) == ["qwen-3"]
+    assert set(replica_frame(alike)["note"]) == {""}
+    assert list(replica_frame(one).query("note == 'slowest'")["replica"]) == ["qwen-3"]
 
 
-def test_replicas_keep_their_order_while_one_is_chosen() -> None:
-    """Streamlit knows a chosen row by its place."""
-    former = list(page.replica_frame(stats.busy())["id"])
+def test_replicas_keep_their_rows_while_one_is_chosen() -> None:
+    """Streamlit knows a chosen row by its place: also one that fails or vanishes stays where it was."""
+    former = page.by_urgency(stats.busy())
     document = stats.busy(replicas=5)
     document["backends"][3].update(state="failed", healthy=False)
-    frame = page.replica_frame(document)
-    assert frame["id"].iloc[0] == "qwen-4"
-    assert list(page.in_order(frame, former)["id"]) == [*former, "qwen-5"]
-
-
-def test_a_replica_that_vanishes_keeps_its_row_while_one_is_chosen() -> None:
-    """Else the tick would be on the next one."""
-    document = stats.busy()
-    former = [{"id": row["id"], "model": row["model"]} for row in document["backends"]]
     del document["backends"][1]
-    rows = page.with_gone(document["backends"], former)
-    frame = page.in_order(page.replica_frame({**document, "backends": rows}), [row["id"] for row in former])
-    assert list(frame["id"]) == [row["id"] for row in former]
-    assert [state for (state,) in frame["state"]] == ["● ready", "○ gone", "● ready", "● ready"]
-    assert page.with_gone(document["backends"], ()) == document["backends"]
+    assert page.by_urgency(document)[0]["id"] == "qwen-4"
+    rows, others = page.arranged(former, page.by_urgency(document), gone="gone")
+    frame = page.replica_frame(rows, document["now"])
+    assert list(frame["replica"]) == ["qwen-1", "qwen-2", "qwen-3", "qwen-4"]
+    assert [state for (state,) in frame["state"]] == ["● ready", "○ gone", "● ready", "✕ failed"]
+    assert [row["id"] for row in others] == ["qwen-5"]
 
 
 # --- Sessions and turns -----------------------------------------------------------------------------------------------
@@ -369,9 +381,9 @@ def test_a_replica_that_vanishes_keeps_its_row_while_one_is_chosen() -> None:
 def test_rows_keep_their_place_and_new_sessions_wait_until_they_are_asked_for() -> None:
     former = [stats.session_row(number) for number in range(3)]
     later = [stats.session_row(9), {**former[2], "turns": 99}, former[0]]  # without the second one
-    rows, held_back = page.arranged(former, later)
+    rows, others = page.arranged(former, later, gone="not current")
     assert [row["id"] for row in rows] == [row["id"] for row in former]
-    assert (rows[2]["turns"], held_back) == (99, 1)
+    assert (rows[2]["turns"], others) == (99, [later[0]])
     assert [row["state"] for row in rows] == [former[0]["state"], "not current", former[2]["state"]]
 
 
@@ -469,9 +481,9 @@ def test_steps_are_flat_and_a_gap_of_the_controller_is_a_gap_everywhere() -> Non
 
 
 def test_the_history_is_asked_for_in_steps_that_viewers_share() -> None:
-    paths = {page.history_path(stats.NOW + second, 3600.0, 300, None) for second in range(10)}
+    paths = {page.history_path(stats.NOW + second, 3600.0, None) for second in range(10)}
     assert len(paths) <= 2
-    assert page.history_path(stats.NOW, math.inf, 600, "a b") == "/history?from=0&points=600&model=a+b"
+    assert page.history_path(stats.NOW, math.inf, "a b") == "/history?from=0&points=300&model=a+b"
 
 
 def test_every_series_has_its_chart_and_finish_reasons_are_found_by_name() -> None:
@@ -480,11 +492,11 @@ def test_every_series_has_its_chart_and_finish_reasons_are_found_by_name() -> No
     drawn = {name for panel in panels for name in panel.lines}
     assert set(frame.columns) - drawn == {"at", "queued_ms_p95"}
     assert panels[-1].lines == {"finish_reasons_stop": "stop", "finish_reasons_tool_calls": "tool_calls"}
-    assert page.panels_of([page.CACHE], ["at"]) == ()
+    assert page.panels_of([page.QUEUE], ["at"]) == ()
 
 
 def test_the_charts_over_time_share_what_is_zoomed_and_a_crosshair() -> None:
-    template = page.chart_template(page.timeline_chart(alt.NamedData("rows"), page.OVERVIEW_PANELS))
+    template = page.timeline_chart(page.OVERVIEW_PANELS).to_dict()
     params = {each["name"]: each for each in template["params"]}
     assert len(params["moment"]["views"]) >= 3
     assert params["zoom"]["select"]["type"] == "interval"
@@ -533,14 +545,14 @@ def test_the_curve_has_the_run_its_limits_and_room_for_their_labels() -> None:
 
 
 def test_what_is_not_known_of_gpu_time_is_told_of_replicas() -> None:
-    assert list(page.hours_frame(stats.busy())["unit"]) == ["GPU time"]
+    assert page.hours_frame(stats.busy()).columns[0] == "GPU time"
     none = {"pending": 0.0, "loading": 0.0002, "ready_busy": 0.0, "ready_idle": 0.0}
     some = {**none, "ready_busy": 1.5}
     rows = [{"model": name, "gpu_hours": dict.fromkeys(none, 0.0), "replica_hours": some} for name in ("a", "b")]
     document = {"accounting": {"since": 0, "gpu_hours": {}, "replica_hours": some, "by_model": rows}}
     frame = page.hours_frame(document)
-    assert list(frame["unit"]) == ["replica time"] * 3
-    assert list(frame["ready_busy"]) == [f"1{SPACE}h 30{SPACE}min"] * 3
+    assert list(frame["replica time"]) == ["a", "b", "all"]
+    assert list(frame["busy"]) == [f"1{SPACE}h 30{SPACE}min"] * 3
     assert list(frame["loading"]) == [f"720{SPACE}ms"] * 3
     assert page.hours_frame({"accounting": None}).empty
 
@@ -574,14 +586,14 @@ def test_a_proxy_that_gives_no_figures_is_told_with_what_to_do(change: dict[str,
             setattr(server, name, value)
         with pytest.raises(page.ProxyError, match=what) as caught:
             page.ProxyClient(server.url, None).get("/stats")
-        assert caught.value.problem.fix
+        assert caught.value.fix
 
 
 def test_a_proxy_that_is_busy_gives_its_own_reason() -> None:
     for body, what in ((b"", "has no figures yet"), (b'{"error": {"message": "the controller is gone"}}', "is gone")):
         with pytest.raises(page.ProxyError, match=what) as caught:
             page.document_of("http://x", "/stats", 503, body)
-        assert "started" not in str(caught.value.problem)
+        assert "started" not in str(caught.value)
 
 
 def test_a_key_goes_in_the_header_and_nowhere_else() -> None:
@@ -619,7 +631,7 @@ def test_a_proxy_that_refuses_a_document_says_why() -> None:
         client = page.ProxyClient(server.url, None)
         with pytest.raises(page.ProxyError, match="no such session") as caught:
             client.get("/stats/sessions/nobody")
-        assert caught.value.problem.is_final
+        assert caught.value.is_final
 
 
 def test_the_figures_of_now_wait_for_no_slow_question() -> None:
