@@ -157,7 +157,9 @@ def _stamp_by_psutil(pid: int) -> str | None:
 
 def usable_cores() -> int:
     """Return how many logical processors this process may use."""
-    return len(os.sched_getaffinity(0)) if IS_LINUX else os.cpu_count() or 1
+    if IS_LINUX:
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class ResidentMemory:

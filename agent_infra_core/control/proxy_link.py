@@ -59,9 +59,7 @@ class ProxyLink:
         self._discovery = Discovery(self._look, config.cluster.poll_interval, warn)
         self.is_new = False  # whether begin() has submitted the job
         self._stop, self._changed = threading.Event(), threading.Condition()  # the latter guards what follows
-        self._end: tuple[str, int] | None = (
-            None  # where the tunnel begins; None while there is none for new connections
-        )
+        self._end: tuple[str, int] | None = None  # where the tunnel begins; None: there is none for new connections
         self._through: tuple[str, int] | None = None  # the same for those in it, which may end in a silent one
         self._servers: set[socket.socket] = set()  # connections through it
         self._message: str | None = None  # on the tunnel's state

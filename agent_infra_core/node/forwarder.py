@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,11 @@ from agent_infra_core.host import allow_many_descriptors
 CHUNK_BYTES = 64 << 10
 CLOSE_S = 5.0
 LINGER_S = 1.0  # for what a refused client still sends
-KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}  # s, s, probes
+if sys.platform == "darwin":
+    TCP_KEEPIDLE = socket.TCP_KEEPALIVE
+else:
+    TCP_KEEPIDLE = socket.TCP_KEEPIDLE
+KEEPALIVE = {TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4}  # s, s, probes
 
 
 class Forwarder:
