@@ -1,4 +1,4 @@
-"""What one look at a Slurm cluster costs: 200 replicas in one squeue answer, each with its record.
+"""What submitting 200 replicas takes, and what one look at them costs: one squeue answer, and a record of each.
 
 python benchmarks/slurm_poll.py [REPLICAS]    # as root; brings up a Slurm of its own, see tests/testbed/slurm.py
 """
@@ -47,7 +47,9 @@ def main() -> None:
         config = ClusterConfig(type="slurm", name="d", tunnel="none", slurm=slurm)
         cluster = slurm_cluster(config, paths, bed.environment)
         model = cluster.prepare(ModelConfig("m", "org/m"))
+        began = time.monotonic()
         cluster.start_replicas(model, count)
+        submitted_s = time.monotonic() - began
         time.sleep(5)  # Slurm starts what fits; a job's script removes what its replica said before
         gpus = tuple(GpuSample("NVIDIA H100 80GB HBM3", 50.0, 70 << 30, 80 << 30, 350.0, 60.0) for _ in range(4))
         for record in cluster.replicas():
@@ -62,7 +64,7 @@ def main() -> None:
             costs.append(cpu_s() - cpu)
             walls.append(time.monotonic() - wall)
         states = {state: sum(r.state == state for r in records) for state in sorted({r.state for r in records})}
-        print(f"{len(records)} replicas {states}, {ROUNDS} looks")
+        print(f"{len(records)} replicas {states}, submitted in {submitted_s:.1f} s, {ROUNDS} looks")
         print(f"CPU, this side and its commands: median {statistics.median(costs):.3f} s, worst {max(costs):.3f} s")
         print(f"wall: median {statistics.median(walls):.3f} s, worst {max(walls):.3f} s")
 
