@@ -239,9 +239,8 @@ def _refuse_duplicates(node: Any) -> None:
         _refuse_duplicates(child)
 
 
-_SHELL_LINES = (
-    r"cluster\.slurm\.(setup|prologue|proxy_job\.setup)\b"  # keys whose values a shell on the cluster expands
-)
+# Keys whose values a shell on the cluster expands.
+_SHELL_LINES = r"cluster\.slurm\.(setup|prologue|proxy_job\.setup)\b"
 
 
 def _expand_environment(value: Any, environment: Mapping[str, str], path: str, problems: list[str]) -> Any:

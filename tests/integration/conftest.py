@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fake_engine import FakeEngine
 from program import MODULE, Program, program
-from testbed.slurm import SlurmBed, missing_programs, slurm_bed
+from testbed.slurm import SlurmBed, require_slurm, slurm_bed
 
 
 @pytest.fixture
@@ -30,8 +30,7 @@ def app(tmp_path: Path) -> Iterator[Program]:
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[SlurmBed]:
     """A real Slurm of two nodes with four GPUs each (character devices), partitions low and high; for all tests."""
-    if missing := missing_programs():
-        pytest.skip(f"a real Slurm needs {', '.join(missing)} (tests/run.sh installs what is missing)")
+    require_slurm()
     with slurm_bed() as bed:
         yield bed
 

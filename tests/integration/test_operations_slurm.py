@@ -16,7 +16,7 @@ from patience import PATIENCE_S
 from program import Program, wait_for
 from testbed.hub import COMMIT, TOKEN
 from testbed.ports import free_port
-from testbed.slurm import SlurmBed, missing_programs, slurm_bed
+from testbed.slurm import SlurmBed, require_slurm, slurm_bed
 from weights import packaged_gguf
 
 from agent_infra import Deployment, load_config
@@ -26,8 +26,7 @@ from agent_infra_core.control import scaling
 @pytest.fixture(scope="module")
 def bed() -> Iterator[SlurmBed]:
     """Two nodes; a job may ask for the cluster's only `slot`, a licence, as for a job limit of one."""
-    if missing := missing_programs():
-        pytest.skip(f"a real Slurm needs {', '.join(missing)} (tests/run.sh installs what is missing)")
+    require_slurm()
     partitions = ("PartitionName=main Nodes=ALL Default=YES MaxTime=1:00:00 DefaultTime=00:30:00",)
     with slurm_bed(gpus=2, cpus=4, partitions=partitions, settings="Licenses=slot:1\nMinJobAge=10") as made:
         yield made

@@ -17,7 +17,7 @@ from openai import OpenAI
 from patience import PATIENCE_S
 from program import Program, wait_for
 from testbed.ports import free_port
-from testbed.slurm import SlurmBed, missing_programs, slurm_bed, slurm_cluster
+from testbed.slurm import SlurmBed, require_slurm, slurm_bed, slurm_cluster
 from weights import packaged_gguf
 
 from agent_infra import render_job
@@ -36,8 +36,7 @@ Make = Callable[..., SlurmCluster]
 @pytest.fixture(scope="module")
 def bed() -> Iterator[SlurmBed]:
     """Two nodes of two processors and two GPUs; partition first has one of them, second the other, all has both."""
-    if missing := missing_programs():
-        pytest.skip(f"a real Slurm needs {', '.join(missing)} (tests/run.sh installs what is missing)")
+    require_slurm()
     partitions = (
         "PartitionName=first Nodes={0} Default=YES MaxTime=1:00:00 DefaultTime=00:10:00 PriorityTier=1",
         "PartitionName=second Nodes={1} MaxTime=1:00:00 DefaultTime=00:10:00 PriorityTier=1",

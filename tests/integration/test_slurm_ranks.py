@@ -12,7 +12,7 @@ import pytest
 from patience import PATIENCE_S
 from program import wait_for
 from testbed.ports import free_port
-from testbed.slurm import SlurmBed, missing_programs, slurm_bed, slurm_cluster
+from testbed.slurm import SlurmBed, require_slurm, slurm_bed, slurm_cluster
 
 from agent_infra_core.fleet.slurm import SlurmCluster
 from agent_infra_core.fleet.state import deployment_paths
@@ -29,8 +29,7 @@ time.sleep(600)
 
 @pytest.fixture(scope="module")
 def bed() -> Iterator[SlurmBed]:
-    if missing := missing_programs():
-        pytest.skip(f"a real Slurm needs {', '.join(missing)} (tests/run.sh installs what is missing)")
+    require_slurm()
     with slurm_bed(nodes=2, gpus=1) as made:
         yield made
 

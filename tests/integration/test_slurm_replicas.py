@@ -17,7 +17,7 @@ from node_testbed import STDLIB_ENGINE
 from patience import PATIENCE_S
 from program import is_listening, wait_for
 from testbed.ports import free_port
-from testbed.slurm import SlurmBed, missing_programs, slurm_bed, slurm_cluster
+from testbed.slurm import SlurmBed, require_slurm, slurm_bed, slurm_cluster
 from weights import packaged_gguf
 
 from agent_infra_core.fleet.slurm import SlurmCluster
@@ -34,8 +34,7 @@ Make = Callable[..., SlurmCluster]
 @pytest.fixture(scope="module")
 def bed() -> Iterator[SlurmBed]:
     """One node of two GPUs; jobs in low give way to those in high."""
-    if missing := missing_programs():
-        pytest.skip(f"a real Slurm needs {', '.join(missing)} (tests/run.sh installs what is missing)")
+    require_slurm()
     with slurm_bed(nodes=1, gpus=2, cpus=4) as made:
         yield made
 

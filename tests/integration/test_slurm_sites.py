@@ -19,7 +19,7 @@ import pytest
 from patience import PATIENCE_S
 from program import Program, is_listening, processes_with, wait_for
 from testbed.ports import free_port
-from testbed.slurm import SlurmBed, missing_programs, slurm_bed, slurm_cluster
+from testbed.slurm import SlurmBed, require_slurm, slurm_bed, slurm_cluster
 from testbed.sshd import SSHD, SshServer
 from weights import packaged_gguf
 
@@ -47,8 +47,7 @@ exec "$REAL_SBATCH" "$@"
 @pytest.fixture(scope="module")
 def bed() -> Iterator[SlurmBed]:
     """Two nodes of two processors and two GPUs in one partition."""
-    if missing := missing_programs():
-        pytest.skip(f"a real Slurm needs {', '.join(missing)} (tests/run.sh installs what is missing)")
+    require_slurm()
     times = "Nodes=ALL MaxTime=1:00:00 DefaultTime=00:10:00"
     partitions = (f"PartitionName=main Default=YES {times}", f"PartitionName=doomed {times}")
     with slurm_bed(gpus=2, cpus=2, partitions=partitions, settings="MinJobAge=20\nMessageTimeout=5") as made:
@@ -440,8 +439,7 @@ def test_files_that_jobs_run_are_known_by_their_content(app: Program, bed: Slurm
 
 
 def test_gpus_without_a_type_and_ones_of_a_reservation_are_counted_as_slurm_gives_them(tmp_path: Path) -> None:
-    if missing := missing_programs():
-        pytest.skip(f"a real Slurm needs {', '.join(missing)}")
+    require_slurm()
     times = "Nodes=ALL MaxTime=1:00:00 DefaultTime=00:10:00"
     partitions = (f"PartitionName=main Default=YES {times}", f"PartitionName=hidden Hidden=YES {times}")
     with slurm_bed(nodes=3, gpus=2, gpu_type="", cpus=4, partitions=partitions) as untyped:

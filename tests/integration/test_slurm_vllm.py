@@ -13,7 +13,7 @@ import pytest
 from patience import PATIENCE_S
 from program import is_listening, wait_for
 from testbed.ports import free_port
-from testbed.slurm import SlurmBed, missing_programs, slurm_bed, slurm_cluster
+from testbed.slurm import SlurmBed, require_slurm, slurm_bed, slurm_cluster
 from testbed.vllm import tiny_model, tiny_weights, vllm_python
 
 from agent_infra_core.fleet.slurm import SlurmCluster
@@ -26,8 +26,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def bed() -> Iterator[SlurmBed]:
-    if missing := missing_programs():
-        pytest.skip(f"a real Slurm needs {', '.join(missing)} (tests/run.sh installs what is missing)")
+    require_slurm()
     with slurm_bed(nodes=2, gpus=1) as made:
         yield made
 

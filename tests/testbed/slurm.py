@@ -83,6 +83,14 @@ def missing_programs() -> list[str]:
     return missing + ([] if os.getuid() == 0 else ["root"])
 
 
+def require_slurm() -> None:
+    """Skip the test where no bed can be started."""
+    import pytest
+
+    if missing := missing_programs():
+        pytest.skip(f"a real Slurm needs {', '.join(missing)} (tests/run.sh installs what is missing)")
+
+
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
