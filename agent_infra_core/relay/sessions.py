@@ -113,9 +113,7 @@ class SessionRoutes:
         output: int | None = None,
     ) -> None:  # fmt: skip
         turn.placement = None
-        replica = self._relay.replicas.get(turn.backend or "")
-        others = replica.in_flight if replica is not None else 0
-        self._router(turn.model).finish(placement, now, others, prompt, cached, output)
+        self._router(turn.model).finish(placement, now, prompt, cached, output)
 
     def end(self, session: str) -> None:
         """A session is over."""

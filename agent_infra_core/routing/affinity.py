@@ -69,7 +69,8 @@ class Placement:
     expected: int  # tokens of the prompt that should be cached
     used_at: float  # when its session's prefix was used last before
     sent: float
-    others: int  # turns that ran there when it was sent
+    prompt: int  # tokens, as it was guessed
+    beside_tokens: int  # prompts of the turns that ran there when it was sent
     waiting_tokens: float  # to be prefilled before its own
     sent_tokens: int  # to be prefilled there, up to its own, since the start
 
@@ -78,11 +79,12 @@ class SessionRouter:
     """Chooses replicas for the turns of one model's sessions, and remembers whose prefix is cached where.
 
     The score of a replica is the prefill work that waits there and the turn's own, times one more than the turns that
-    run there, for it delays them all, and the seconds of the answer beside them. What the session's home has cached and
-    the replica hasn't counts twice. Where a session settles, the answers of its further turns count too, beside the
-    turns that the sessions living there have in flight on average: those that think now are seen so. A settled session
-    doesn't move for that. The lowest score wins; ties are broken at random. The rates are fitted from the turns (see
-    ServiceRates).
+    run there, for it delays them all, and the seconds of the answer: each token of it reads the contexts of all turns
+    that run there. What the session's home has cached and the replica hasn't counts twice. Where a session settles, the
+    answers of its further turns count too, beside the contexts that the sessions living there have in flight on
+    average: those that think now are seen so. A settled session doesn't move for that. The lowest score wins; ties are
+    broken at random. The rates are fitted from the turns (see ServiceRates). Work from elsewhere counts as turns like
+    this one.
 
     With ``holds``, a turn whose context isn't cached waits while it would evict a context that is expected to be used
     again soon, LONGEST_HOLD_S at most.
@@ -149,9 +151,9 @@ class SessionRouter:
         home, cached = (source.home, min(source.cached, turn.prompt)) if source is not None else (None, 0)
         settles = place is None or not cached  # it has nothing to lose anywhere, or only its parent's context
         own = place.context if place is not None and place.is_live else 0
-        prefill_s, step_s, neighbour_s, in_turns, further, first_stay_s, stay_s = self._prices
-        beside_s = neighbour_s * in_turns * len(self._live) / self._live_tokens if self._live else 0.0  # per token
-        ends_by, least = now + (first_stay_s if place is None else stay_s), turn.prompt - cached
+        prefill_s, step_s, context_s, in_turns, further, first_stay_s, stay_s = self._prices
+        prompt, ends_by = turn.prompt, now + (first_stay_s if place is None else stay_s)
+        least = prompt - cached
         prefix, holds, waits = turn.prefix, self._may_hold and waited_s < LONGEST_HOLD_S, waited_s < prefill_s * cached
         best, lowest, ties = None, math.inf, 0
         for view in views:
@@ -161,21 +163,25 @@ class SessionRouter:
             is_closed = not view.accepts_work or view.busy_until > now or view.id in excluded
             if is_closed or (is_full and not (waits and is_home)):
                 continue
-            tokens = least if is_home else turn.prompt
+            tokens = least if is_home else prompt
             if prefix is not None and prefix in belief.warm:
-                tokens = min(tokens, turn.prompt - turn.prefix_tokens)
+                tokens = min(tokens, prompt - turn.prefix_tokens)
             if holds and tokens > MIN_EVIDENCE_TOKENS and belief.would_evict(tokens, now - self.return_s):
                 turn.is_held, turn.held_tokens = True, tokens
                 continue
             if cached and tokens > least:
                 tokens += tokens - least  # lost by leaving: a copy also pushes others out of that cache
-            slowness, foreign = belief.slowness, view.foreign_work
-            others += foreign
+            slowness, running, like_it = (
+                belief.slowness,
+                1 + others + view.foreign_work,
+                prompt * (1 + view.foreign_work),
+            )
             wait_s = belief.ready_at - now if belief.ready_at > now else 0.0
-            score = (tokens * prefill_s * slowness + wait_s) * (1 + others) + (step_s + neighbour_s * others) * slowness
+            answer_s = step_s + context_s * (like_it + belief.running_tokens)
+            score = (tokens * prefill_s * slowness + wait_s) * running + answer_s * slowness
             if settles:
-                load_s = beside_s * (belief.live_tokens - own if is_home else belief.live_tokens)
-                score += further * (step_s + load_s + neighbour_s * foreign) * slowness
+                living = belief.live_tokens - own if is_home else belief.live_tokens
+                score += further * (step_s + context_s * (like_it + in_turns * living)) * slowness
             if is_full or view.ends_at < ends_by:
                 score += self._turns_s / view.capacity if is_full else ENDS_SOON_S  # until one of its turns ends
             if score < lowest:
@@ -190,10 +196,10 @@ class SessionRouter:
     def _refresh(self, now: float) -> None:
         """Retire silent sessions, decide whether turns may be held, and set the prices.
 
-        These are the seconds that a turn costs per token to prefill, for its answer, and for its answer per turn beside
-        it. Then the share of their time that sessions spend in turns, the further turns that count where a session
-        settles, and the seconds for which a replica must last for a session's first turn and for a later one: a session
-        that lives somewhere can leave between two turns.
+        These are the seconds that a turn costs per token to prefill, for its answer, and for its answer per token of
+        the contexts that run there. Then the share of their time that sessions spend in turns, the further turns that
+        count where a session settles, and the seconds for which a replica must last for a session's first turn and for
+        a later one: a session that lives somewhere can leave between two turns.
         """
         self._refreshed_at = now
         self._expire(now)
@@ -202,7 +208,7 @@ class SessionRouter:
         in_turns = turn_s / (turn_s + self._think_s)
         first_stay_s = (1.0 + self.horizon) * (turn_s + self._think_s)
         self._prices = (
-            rates.prefill_s, output * rates.step_s, output * rates.neighbour_s, in_turns, FURTHER_WEIGHT * self.horizon,
+            rates.prefill_s, output * rates.step_s, output * rates.context_s, in_turns, FURTHER_WEIGHT * self.horizon,
             first_stay_s, 2.0 * turn_s,
         )  # fmt: skip
 
@@ -232,11 +238,14 @@ class SessionRouter:
         else:
             self._return(turn.session, place, belief, arrived)
         place.in_flight += 1
+        beside_tokens = belief.running_tokens
+        belief.running_tokens += prompt
         self._use(turn.session, place, max(1, prompt), shared, now)
-        others, waiting_tokens = view.in_flight + view.foreign_work, waiting / prefill_s
+        beside_tokens += prompt * view.foreign_work
         return Placement(
-            turn.session, place, belief, expected, used_at, now, others, waiting_tokens, belief.sent_tokens
-        )
+            turn.session, place, belief, expected, used_at, now, prompt, beside_tokens, waiting / prefill_s,
+            belief.sent_tokens,
+        )  # fmt: skip
 
     def _begin(self, session: str, home: ReplicaBelief, now: float) -> SessionPlace:
         """A session sends its first turn."""
@@ -307,7 +316,7 @@ class SessionRouter:
                 place.home.drop(session)
 
     def finish(
-        self, placement: Placement, now: float, others: int, prompt: int | None, cached: int | None, output: int | None
+        self, placement: Placement, now: float, prompt: int | None, cached: int | None, output: int | None
     ) -> None:
         """Release a turn's reservation and learn from its answer; None is what the engine didn't report."""
         belief, place = placement.belief, placement.place
@@ -321,6 +330,7 @@ class SessionRouter:
                 place.used_at = now
                 if place.is_live:
                     self._live.move_to_end(placement.session)
+        belief.running_tokens -= placement.prompt
         belief.note_prefilled(placement.sent_tokens, self.rates.prefill_s, now)
         if cached is not None and placement.expected > MIN_EVIDENCE_TOKENS:
             if 2 * cached < placement.expected:
@@ -330,15 +340,15 @@ class SessionRouter:
         if output and prompt and now > belief.measured_at + MEASURE_EVERY_S:
             belief.measured_at = now
             known = min(placement.expected, prompt) if cached is None else cached
-            beside = (placement.others + others) / 2
+            contexts = placement.prompt + (placement.beside_tokens + belief.running_tokens) / 2
             computed = placement.waiting_tokens + max(0, prompt - known)
-            self._measure(belief, computed, output, beside, now - placement.sent)
+            self._measure(belief, computed, output, contexts, now - placement.sent)
 
-    def _measure(self, belief: ReplicaBelief, computed: float, output: int, others: float, seconds: float) -> None:
+    def _measure(self, belief: ReplicaBelief, computed: float, output: int, contexts: float, seconds: float) -> None:
         """Learn how fast the fleet is, and how slow this replica is beside the others: only that ratio can be told."""
         self._output += (output - self._output) / RECENT_ANSWERS
         self._turns_s += (seconds - self._turns_s) / RECENT_ANSWERS
         if self.rates.is_fitted:  # the first turns would tell how far the defaults are off, not how fast a replica is
-            belief.measure(seconds, self.rates.seconds(computed, output, others))
+            belief.measure(seconds, self.rates.seconds(computed, output, contexts))
         self._mean_slowness += (belief.slowness - self._mean_slowness) / RECENT_SPEEDS
-        self.rates.add(computed, output, others, seconds * self._mean_slowness / belief.slowness)
+        self.rates.add(computed, output, contexts, seconds * self._mean_slowness / belief.slowness)

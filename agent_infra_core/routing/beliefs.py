@@ -40,6 +40,7 @@ class ReplicaBelief:
     sent_tokens: int = 0  # to be prefilled, since the start
     prefilled_tokens: int = 0  # of these, those that are done for sure
     live_tokens: int = 0  # contexts of the sessions that live here; reserved at the choice
+    running_tokens: int = 0  # prompts of the turns in flight
     slowness: float = 1.0  # its seconds per unit of work, over the fleet's
     measured_s: float = 100.0  # decayed sums over its turns: their seconds, and what the fit predicts for them
     predicted_s: float = 100.0

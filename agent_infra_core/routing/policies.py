@@ -70,7 +70,7 @@ class Ours:
     def finish(self, turn: Turn, is_last: bool, now: float) -> None:
         view = self.views[turn.replica]
         view.in_flight -= 1
-        self.router.finish(self.placements.pop(id(turn)), now, view.in_flight, turn.prompt, turn.cached, turn.output)
+        self.router.finish(self.placements.pop(id(turn)), now, turn.prompt, turn.cached, turn.output)
         if is_last:
             self.router.end(str(turn.session.id))
 

@@ -116,8 +116,11 @@ def _replicas(turns: Sequence[RecordedTurn]) -> list[str]:
     return sorted(spans)
 
 
-def _running(turns: Sequence[RecordedTurn]) -> Iterator[tuple[RecordedTurn, float]]:
-    """Each turn as it ends, with the mean of the others that ran beside it when it was sent and when it ended."""
+def _running(
+    turns: Sequence[RecordedTurn], weigh: Callable[[RecordedTurn], int]
+) -> Iterator[tuple[RecordedTurn, float]]:
+    """Each turn as it ends, with the weight of what ran on its replica, itself included: the mean of when it was sent
+    and when it ended."""
     moments = sorted(
         [(turn.sent, 1, number) for number, turn in enumerate(turns)]
         + [(turn.ended, 0, number) for number, turn in enumerate(turns)]
@@ -128,16 +131,15 @@ def _running(turns: Sequence[RecordedTurn]) -> Iterator[tuple[RecordedTurn, floa
         turn = turns[number]
         now = running.get(turn.backend, 0)
         if is_start:
-            at_start[number] = now
-            running[turn.backend] = now + 1
+            at_start[number] = running[turn.backend] = now + weigh(turn)
         else:
-            running[turn.backend] = now - 1
-            yield turn, (at_start.get(number, 0) + now - 1) / 2
+            running[turn.backend] = now - weigh(turn)
+            yield turn, (at_start.get(number, now) + now) / 2
 
 
 def _slots(turns: Sequence[RecordedTurn]) -> int:
     """Turns that a replica runs at once, if turns had to wait for them; else more than there were."""
-    most = max(others for _, others in _running(turns)) + 1
+    most = max(running for _, running in _running(turns, lambda _: 1))
     waits = statistics.fmean(turn.sent - turn.arrived for turn in turns) > SLOTS_SEEN_S
     return math.ceil(most) if waits else 1024
 
@@ -185,21 +187,24 @@ class Replay:
         numbers = {name: number for number, name in enumerate(recording.replicas)}
         self._places = [[numbers[turn.backend] for turn in session] for session in recording.sessions]
         rates, measured, predicted = ServiceRates(), dict.fromkeys(numbers, 0.0), dict.fromkeys(numbers, 0.0)
-        for turn, others in _running(recording.turns):
-            rates.add(turn.prompt - (turn.cached or 0), turn.output, others, turn.ended - turn.sent)
-        for turn, others in _running(recording.turns):
+        running = list(_running(recording.turns, lambda turn: turn.prompt))
+        for turn, contexts in running:
+            rates.add(turn.prompt - (turn.cached or 0), turn.output, contexts, turn.ended - turn.sent)
+        for turn, contexts in running:
             measured[turn.backend] += turn.ended - turn.sent
-            predicted[turn.backend] += rates.seconds(turn.prompt - (turn.cached or 0), turn.output, others)
+            predicted[turn.backend] += rates.seconds(turn.prompt - (turn.cached or 0), turn.output, contexts)
         self._speeds = [predicted[name] / measured[name] if measured[name] else 1.0 for name in recording.replicas]
         self._physics = Physics(
-            rates.step_s, rates.neighbour_s, 1e-12, rates.prefill_s, 0.0, kv_tokens or UNLIMITED_TOKENS, recording.slots
+            rates.step_s, 0.0, rates.context_s, rates.prefill_s, 0.0, kv_tokens or UNLIMITED_TOKENS, recording.slots
         )
         for _ in range(SCALINGS):
             self.recorded = self.run(lambda fleet, _: Recorded(fleet, self._places))
             scale = recording.mean_s / self.recorded.mean_s
             if abs(scale - 1.0) < CLOSE:
                 break
-            costs = {name: scale * getattr(self._physics, name) for name in ("step_s", "sequence_s", "prefill_token_s")}
+            costs = {
+                name: scale * getattr(self._physics, name) for name in ("step_s", "context_token_s", "prefill_token_s")
+            }
             self._physics = dataclasses.replace(self._physics, **costs)
 
     def run(self, policy: Callable[[Fleet, int], Policy], seed: int = 0) -> Replayed:

@@ -41,7 +41,7 @@ class Fleet:
     def answer(self, view: View, placement: Placement, prompt: int, cached: int | None, output: int = 100) -> None:
         self.now += 0.1
         view.in_flight -= 1
-        self.router.finish(placement, self.now, view.in_flight, prompt, cached, output)
+        self.router.finish(placement, self.now, prompt, cached, output)
 
     def turn(self, session: str, prompt: int, cached: int | None = None, parent: str | None = None) -> str:
         view, placement = self.send(SessionTurn(session, prompt, parent))
@@ -252,7 +252,7 @@ def test_a_slow_replica_gets_fewer_sessions() -> None:
         view = fleet.views[count % 2]
         placement = fleet.router.place(view, SessionTurn(f"m{count}", 500), fleet.now, fleet.now)
         fleet.now += 1.0
-        fleet.router.finish(placement, fleet.now + (4.0 if view.number else 1.0), 1, 500, 0, 100)
+        fleet.router.finish(placement, fleet.now + (4.0 if view.number else 1.0), 500, 0, 100)
         fleet.router.end(f"m{count}")
     homes = Counter(fleet.send(SessionTurn(f"s{number}", 5000))[0].number for number in range(30))
     assert homes[0] >= 1.5 * homes[1]  # of a burst: each further one waits longer there, too
@@ -303,19 +303,31 @@ def test_reservations_never_leak_or_go_negative(
         fleet.answer(view, placement, prompt, None)
     for number in range(10):
         fleet.router.end(f"s{number}")
-    assert [view.belief.live_tokens for view in fleet.views] == [0, 0, 0]
+    assert [(view.belief.live_tokens, view.belief.running_tokens) for view in fleet.views] == [(0, 0)] * 3
     assert fleet.router._live_tokens == 0
+
+
+def test_an_answer_goes_where_shorter_contexts_run_not_where_fewer_turns_do() -> None:
+    """Each token of it reads them all. The turns that run are prefilled, and sessions have no further ones."""
+    fleet = Fleet(2)
+    for session, number, prompt in (("long", 0, 200_000), ("a", 1, 2000), ("b", 1, 2000), ("c", 1, 2000)):
+        view = fleet.views[number]
+        fleet.router.place(view, SessionTurn(session, prompt), fleet.now, fleet.now)
+        view.in_flight += 1
+        view.belief.ready_at = fleet.now
+    fleet.router._further_turns = 0.0
+    assert fleet.send(SessionTurn("next", 50))[0] is fleet.views[1]
 
 
 def test_the_rates_of_planted_turns_are_found() -> None:
     rates, rng = ServiceRates(), random.Random(1)
     for _ in range(600):
-        uncached, output, others = rng.randrange(20_000), rng.randrange(20, 400), rng.randrange(12)
-        seconds = (3e-5 * uncached + (0.02 + 0.001 * others) * output) * rng.uniform(0.9, 1.1)
-        rates.add(uncached, output, others, seconds)
+        uncached, output, contexts = rng.randrange(20_000), rng.randrange(20, 400), rng.randrange(200_000)
+        seconds = (3e-5 * uncached + (0.02 + 1e-7 * contexts) * output) * rng.uniform(0.9, 1.1)
+        rates.add(uncached, output, contexts, seconds)
     assert rates.prefill_s == pytest.approx(3e-5, rel=0.15)
     assert rates.step_s == pytest.approx(0.02, rel=0.1)
-    assert rates.neighbour_s == pytest.approx(0.001, rel=0.3)
+    assert rates.context_s == pytest.approx(1e-7, rel=0.3)
 
 
 def test_the_rates_start_at_the_documented_defaults_and_survive_equal_turns() -> None:
@@ -367,7 +379,7 @@ def test_a_turn_that_dies_with_its_replica_leaves_nothing_cached_there() -> None
     view, placement = fleet.send(SessionTurn("a", 6000))
     view.belief.clear()
     fleet.now += 1.0
-    fleet.router.finish(placement, fleet.now, 0, None, None, None)
+    fleet.router.finish(placement, fleet.now, None, None, None)
     place = fleet.router.find("a")
     assert place is not None
     assert (place.cached, view.belief.used_tokens, place.in_flight, place.used_at) == (0, 0, 0, fleet.now)
@@ -383,6 +395,6 @@ def test_a_turn_that_is_sent_again_is_one_turn_and_no_pause() -> None:
             view, placement = fleet.send(SessionTurn("a", 6000), arrived)
             fleet.now += 5.0
             view.in_flight -= 1
-            fleet.router.finish(placement, fleet.now, 0, None, None, None)
+            fleet.router.finish(placement, fleet.now, None, None, None)
     assert once.router.horizon == twice.router.horizon
     assert once.router.return_s == twice.router.return_s
