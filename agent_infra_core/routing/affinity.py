@@ -78,8 +78,8 @@ class Placement:
 class SessionRouter:
     """Chooses replicas for the turns of one model's sessions, and remembers whose prefix is cached where.
 
-    The score of a replica is the prefill work that waits there and the turn's own, times one more than the turns that
-    run there, for it delays them all, and the seconds of the answer: each token of it reads the contexts of all turns
+    The score of a replica is the seconds of the prefill work that waits there; the turn's own, times one more than the
+    turns that run there, for it delays them all; and the answer, each token of which reads the contexts of all turns
     that run there. What the session's home has cached and the replica hasn't counts twice. Where a session settles, the
     answers of its further turns count too, beside the contexts that the sessions living there have in flight on
     average: those that think now are seen so. A settled session doesn't move for that. The lowest score wins; ties are
@@ -171,17 +171,14 @@ class SessionRouter:
                 continue
             if cached and tokens > least:
                 tokens += tokens - least  # lost by leaving: a copy also pushes others out of that cache
-            slowness, running, like_it = (
-                belief.slowness,
-                1 + others + view.foreign_work,
-                prompt * (1 + view.foreign_work),
-            )
+            slowness, like_it = belief.slowness, 1 + view.foreign_work
+            running, contexts = others + like_it, prompt * like_it
             wait_s = belief.ready_at - now if belief.ready_at > now else 0.0
-            answer_s = step_s + context_s * (like_it + belief.running_tokens)
-            score = (tokens * prefill_s * slowness + wait_s) * running + answer_s * slowness
+            answer_s = step_s + context_s * (contexts + belief.running_tokens)
+            score = wait_s + (tokens * prefill_s * running + answer_s) * slowness
             if settles:
                 living = belief.live_tokens - own if is_home else belief.live_tokens
-                score += further * (step_s + context_s * (like_it + in_turns * living)) * slowness
+                score += further * (step_s + context_s * (contexts + in_turns * living)) * slowness
             if is_full or view.ends_at < ends_by:
                 score += self._turns_s / view.capacity if is_full else ENDS_SOON_S  # until one of its turns ends
             if score < lowest:
