@@ -323,7 +323,6 @@ class SessionRouter:
                 if prompt is not None or belief.cached.get(placement.session) is place:  # else it died with the turn
                     context = place.context if prompt is None else max(1, prompt + (output or 0))
                     self._use(placement.session, place, context, min(place.shared, context), now)
-                    belief.cached.move_to_end(placement.session)
                 place.used_at = now
                 if place.is_live:
                     self._live.move_to_end(placement.session)

@@ -84,6 +84,7 @@ class ReplicaBelief:
         """A session's whole context is cached now; what doesn't fit any more was evicted."""
         if self.cached.get(session) is place:
             self.used_tokens -= place.context - place.shared
+            self.cached.move_to_end(session)
         else:
             self.drop(session)  # an ended session of this name
             self.cached[session] = place
@@ -94,9 +95,14 @@ class ReplicaBelief:
             self._evict(session)
 
     def _evict(self, kept: str) -> None:
-        for session in [name for name, place in self.cached.items() if not place.in_flight and name != kept]:
-            if self.used_tokens <= self.room_tokens:
-                return
+        excess, evicted = self.used_tokens - self.room_tokens, []
+        for session, place in self.cached.items():
+            if excess <= 0:
+                break
+            if not place.in_flight and session != kept:
+                excess -= place.context - place.shared
+                evicted.append(session)
+        for session in evicted:
             self.drop(session)
 
     def drop(self, session: str) -> None:

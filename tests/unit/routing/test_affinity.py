@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,6 +19,7 @@ from agent_infra_core.routing.affinity import (
     SessionRouter,
     SessionTurn,
 )
+from agent_infra_core.routing.beliefs import ReplicaBelief, SessionPlace
 from agent_infra_core.routing.policies import View
 from agent_infra_core.routing.rates import DEFAULT_PREFILL_S, ServiceRates
 
@@ -398,3 +400,22 @@ def test_a_turn_that_is_sent_again_is_one_turn_and_no_pause() -> None:
             fleet.router.finish(placement, fleet.now, None, None, None)
     assert once.router.horizon == twice.router.horizon
     assert once.router.return_s == twice.router.return_s
+
+
+def test_an_eviction_looks_at_what_it_evicts_and_not_at_everything_that_is_cached() -> None:
+    """It happens with nearly every turn once a cache is full."""
+
+    class Watched(OrderedDict[str, SessionPlace]):
+        seen = 0
+
+        def items(self) -> Any:
+            for item in super().items():
+                self.seen += 1
+                yield item
+
+    belief = ReplicaBelief(room_tokens=100_000.0)
+    belief.cached = watched = Watched()
+    for number in range(2000):
+        belief.keep(f"s{number}", SessionPlace(belief), 100, 0)
+    assert len(watched) == belief.used_tokens / 100 == 1000
+    assert watched.seen <= 2 * 1000
