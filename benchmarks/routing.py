@@ -4,7 +4,7 @@
     python benchmarks/routing.py                         # all workloads, 5 seeds: at most 15 minutes of one core
     python benchmarks/routing.py --quick                 # three workloads, 2 seeds
     python benchmarks/routing.py --workloads swe kv-1.6 --policies ours "sticky sessions" --seeds 3
-    python benchmarks/routing.py --workloads steady-64   # larger fleets: steady-16, steady-64, steady-256
+    python benchmarks/routing.py --workloads swe-64      # larger fleets: swe-16, swe-64, swe-256
 
 Agents form a closed loop: a fixed number of sessions run at a time, each returns with a longer prompt after its tool or
 its human, and each that ends is followed by the next. Every policy serves the same scripts. The presets swe, coding and
@@ -61,34 +61,35 @@ class Workload:
     ramp_s: float = 60.0
 
 
-STEADY = Workload()
+SWE = Workload()
 CODING = Workload(
     agents=40, sessions=64, steps=(80, 0.3), system_tokens=15_000, systems=3, task_tokens=(25_000, 0.5),
     appended=(600, 1.5), output=(252, 1.2), human_share=0.11, kv_pressure=0.8,
 )  # fmt: skip
 WORKLOADS: Mapping[str, Workload] = {
-    "swe": STEADY,
+    "swe": SWE,
     "coding": CODING,
     "fanout": Workload(
         agents=56, sessions=96, steps=(40, 0.3), system_tokens=12_000, systems=1, task_tokens=(8000, 0.8),
         appended=(300, 1.4), output=(184, 1.0), forks_per_session=0.53, kv_pressure=0.8,
     ),
-    "skewed": dataclasses.replace(STEADY, whales=0.15, kv_pressure=0.8),
-    "kv-1.0": dataclasses.replace(STEADY, kv_pressure=1.0),
-    "kv-1.6": dataclasses.replace(STEADY, kv_pressure=1.6),
-    "paced": dataclasses.replace(STEADY, tool_s=(10.0, 0.5), kv_pressure=1.6),  # no long pauses: LRU thrashes
+    "steady": dataclasses.replace(SWE, tool_s=(0.3, 1.0)),  # no long tools: the engines are the limit
+    "skewed": dataclasses.replace(SWE, whales=0.15, kv_pressure=0.8),
+    "kv-1.0": dataclasses.replace(SWE, kv_pressure=1.0),
+    "kv-1.6": dataclasses.replace(SWE, kv_pressure=1.6),
+    "paced": dataclasses.replace(SWE, tool_s=(10.0, 0.5), kv_pressure=1.6),  # no long pauses: LRU thrashes
     "no-reuse": dataclasses.replace(
-        STEADY, sessions=6000, steps=(1, 0), system_tokens=0, task_tokens=(6000, 1.0), tool_s=(0.3, 1)
+        SWE, sessions=6000, steps=(1, 0), system_tokens=0, task_tokens=(6000, 1.0), tool_s=(0.3, 1)
     ),
-    "shared-prompt": dataclasses.replace(STEADY, sessions=800, steps=(8, 0.5), system_tokens=12_000, systems=1),
-    "slow-replica": dataclasses.replace(STEADY, slow=0.5),
-    "flushed": dataclasses.replace(STEADY, flush=600.0),
-    "burst": dataclasses.replace(STEADY, agents=160, sessions=160, ramp_s=0.0),
-    "steady-16": dataclasses.replace(STEADY, replicas=16, agents=384, sessions=600, steps=(20, 0.4)),
-    "steady-64": dataclasses.replace(STEADY, replicas=64, agents=1536, sessions=2400, steps=(20, 0.4)),
-    "steady-256": dataclasses.replace(STEADY, replicas=256, agents=6144, sessions=9600, steps=(20, 0.4)),
+    "shared-prompt": dataclasses.replace(SWE, sessions=800, steps=(8, 0.5), system_tokens=12_000, systems=1),
+    "slow-replica": dataclasses.replace(SWE, slow=0.5),
+    "flushed": dataclasses.replace(SWE, flush=600.0),
+    "burst": dataclasses.replace(SWE, agents=160, sessions=160, ramp_s=0.0),
+    "swe-16": dataclasses.replace(SWE, replicas=16, agents=384, sessions=600, steps=(20, 0.4)),
+    "swe-64": dataclasses.replace(SWE, replicas=64, agents=1536, sessions=2400, steps=(20, 0.4)),
+    "swe-256": dataclasses.replace(SWE, replicas=256, agents=6144, sessions=9600, steps=(20, 0.4)),
 }  # fmt: skip
-GRID = [name for name in WORKLOADS if name not in ("steady-64", "steady-256")]
+GRID = [name for name in WORKLOADS if name not in ("swe-64", "swe-256")]
 QUICK = ["swe", "kv-1.6", "no-reuse"]
 POLICIES: Mapping[str, Callable[[Fleet, int], Policy]] = {"ours": Ours, **BASELINES}
 
