@@ -5,6 +5,7 @@
     python benchmarks/routing.py --quick                 # three workloads, 2 seeds
     python benchmarks/routing.py --workloads swe kv-1.6 --policies ours "sticky sessions" --seeds 3
     python benchmarks/routing.py --workloads swe-64      # larger fleets: swe-16, swe-64, swe-256
+    python benchmarks/routing.py --choice                # what a choice costs, with 10,000 sessions
 
 Agents form a closed loop: a fixed number of sessions run at a time, each returns with a longer prompt after its tool or
 its human, and each that ends is followed by the next. Every policy serves the same scripts. The presets swe, coding and
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 import random
 import statistics
@@ -31,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from routing_baselines import BASELINES
 
-from agent_infra_core.routing.policies import Ours
+from agent_infra_core.routing.affinity import SessionRouter, SessionTurn
+from agent_infra_core.routing.policies import Ours, View
 from agent_infra_core.routing.simulator import Fleet, Physics, Policy, Script, Step
 
 LONGEST_TOOL_S, LONGEST_HUMAN_S = 600.0, 1800.0
@@ -221,13 +224,46 @@ def rows(results: Mapping[str, Sequence[Result]], reference: str) -> Iterator[li
         ]  # fmt: skip
 
 
+def choice_costs(replicas: int, sessions: int = 10_000, rounds: int = 5) -> list[float]:
+    """Median microseconds to choose a replica for a session that returns, to place its turn, and to learn from its
+    answer. The KV caches are full, so most turns evict another session."""
+    router = SessionRouter(random.Random(1))
+    views = [View(f"r{number}", number, kv_tokens=1000.0 * sessions / replicas) for number in range(replicas)]
+    now, costs = 0.0, []
+    for round_ in range(rounds):
+        for number in range(sessions):
+            turn = SessionTurn(f"s{number}", 1000 + 100 * round_)
+            moments = [time.perf_counter()]
+            view = router.choose(views, turn, now)
+            moments.append(time.perf_counter())
+            assert view is not None
+            placement = router.place(view, turn, now, now)
+            moments.append(time.perf_counter())
+            now += 0.001
+            router.finish(placement, now, turn.prompt, placement.expected, 50)
+            moments.append(time.perf_counter())
+            if round_:
+                costs.append([1e6 * (after - before) for before, after in itertools.pairwise(moments)])
+    return [statistics.median(column) for column in zip(*costs, strict=True)]
+
+
+def print_choice_costs() -> None:
+    print("| replicas | choose µs | place µs | learn µs |\n|---|---|---|---|")
+    for replicas in (4, 64, 256):
+        chosen, placed, learned = choice_costs(replicas)
+        print(f"| {replicas} | {chosen:.1f} | {placed:.1f} | {learned:.1f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=GRID, metavar="NAME")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="three workloads, 2 seeds")
+    parser.add_argument("--choice", action="store_true", help="what a choice costs, and nothing else")
     args = parser.parse_args()
+    if args.choice:
+        return print_choice_costs()
     names, seeds = (QUICK, 2) if args.quick else (args.workloads, args.seeds)
     for name in names:
         began = time.process_time()
@@ -238,6 +274,7 @@ def main() -> None:
         print(f"| {HEADS} |\n|" + "---|" * (HEADS.count("|") + 1))
         for row in rows(results, args.policies[0]):
             print("| " + " | ".join(row) + " |", flush=True)
+    return None
 
 
 if __name__ == "__main__":

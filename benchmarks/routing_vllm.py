@@ -42,17 +42,23 @@ from agent_infra_core.routing.policies import Ours
 from agent_infra_core.routing.replay import RecordedTurn, Recording, Replay, by_session
 
 READY_S = 300.0
-OUTPUT_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the agents do."""
+    """What the agents do. A word is two or three tokens."""
 
     sessions: int = 8
     turns: int = 8
-    words: int = 60  # that a turn appends
+    first_words: int = 60  # of a session's first prompt
+    words: int = 60  # that a later turn appends
+    output: int = 16  # tokens
     think_s: float = 0.5  # mean
+
+
+# The preset swe of routing.py, at a quarter of its tokens: 1,500 in the first prompt, 125 more with each turn and its
+# answer, and contexts that fill 0.6 of both KV caches.
+SWE = Sizes(sessions=12, turns=24, first_words=600, words=38, output=28, think_s=2.0)
 
 
 @dataclass
@@ -108,9 +114,10 @@ def session(port: int, salt: str, number: int, sizes: Sizes, run: Run, lock: thr
     messages = [{"role": "system", "content": f"{salt} agent {number}."}]
     time.sleep(source.random() * sizes.think_s)
     for turn in range(sizes.turns):
-        words = " ".join(f"item {source.randrange(1000)}" for _ in range(sizes.words))
+        count = sizes.words if turn else sizes.first_words
+        words = " ".join(f"item {source.randrange(1000)}" for _ in range(count))
         messages.append({"role": "user", "content": f"{turn}: {words}"})
-        document = {"model": "tiny", "messages": messages, "max_tokens": OUTPUT_TOKENS, "ignore_eos": True}
+        document = {"model": "tiny", "messages": messages, "max_tokens": sizes.output, "ignore_eos": True}
         document |= {"stream": True, "temperature": 0, "stream_options": {"include_usage": True}}
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=READY_S)
         sent = time.monotonic()
@@ -187,7 +194,7 @@ class Comparison:
 
 def compare(directory: Path, weights: str, sizes: Sizes) -> Comparison:
     with replicas(directory, 2, weights) as rows:
-        serve(rows, "warm-up", Sizes(4, 2, sizes.words, 0.1), strategy="round_robin")
+        serve(rows, "warm-up", Sizes(sessions=4, turns=2, think_s=0.1), strategy="round_robin")
         alone = serve(rows[:1], "alone", sizes)
         round_robin = serve(rows, "in turn", sizes, strategy="round_robin")
         return Comparison(alone, round_robin, serve(rows, "affinity", sizes))
@@ -195,16 +202,17 @@ def compare(directory: Path, weights: str, sizes: Sizes) -> Comparison:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sessions", type=int, default=Sizes.sessions)
-    parser.add_argument("--turns", type=int, default=Sizes.turns)
-    parser.add_argument("--words", type=int, default=150, help="that a turn appends, two or three tokens each")
-    parser.add_argument("--think", type=float, default=1.0, metavar="S", help="mean seconds between turns")
+    parser.add_argument("--sessions", type=int, default=SWE.sessions)
+    parser.add_argument("--turns", type=int, default=SWE.turns)
+    parser.add_argument("--first-words", type=int, default=SWE.first_words, help="two or three tokens each")
+    parser.add_argument("--words", type=int, default=SWE.words, help="that a later turn appends")
+    parser.add_argument("--think", type=float, default=SWE.think_s, metavar="S", help="mean seconds between turns")
     parser.add_argument("--hidden", type=int, default=512, help="size of the model (%(default)s)")
     parser.add_argument("--layers", type=int, default=8)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="agent-infra-bench-") as name:
         weights = tiny_weights(Path(name) / "weights", args.hidden, args.layers, 16_384)
-        sizes = Sizes(args.sessions, args.turns, args.words, args.think)
+        sizes = Sizes(args.sessions, args.turns, args.first_words, args.words, SWE.output, args.think)
         print("\n".join(compare(Path(name), weights, sizes).lines()))
 
 

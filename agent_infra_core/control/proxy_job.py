@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -313,7 +315,8 @@ class ProxyJob:
         if done.status == 0:
             new = self._paths.far_history.with_suffix(".new")
             new.touch(0o600)
-            new.write_bytes(gzip.decompress(done.output))
+            with gzip.open(io.BytesIO(done.output)) as packed, new.open("wb") as file:
+                shutil.copyfileobj(packed, file)  # a week's history has hundreds of megabytes
             new.replace(self._paths.far_history)
 
     def describe(self, found: Mapping[str, Any]) -> list[str]:
