@@ -246,10 +246,6 @@ class Conversations:
             self._continued.popitem(last=False)
         return session
 
-    def parent_of(self, follows: str | None) -> str | None:
-        """Return the session that gave an answer which another turn continues already: that of a fork's parent."""
-        return self._continued.get(follows) if follows else None
-
     def answered(self, key: str, session: str) -> None:
         """Record that ``session`` gave the answer with this ``key``, perhaps again."""
         givers = self._sessions.setdefault(key, [])

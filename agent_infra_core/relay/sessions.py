@@ -24,13 +24,18 @@ if TYPE_CHECKING:
     from agent_infra_core.relay.server import Relay
 
 HELD_RESPONSES = 50_000  # answers of /v1/responses remembered, for the requests that continue them by their id
+HELD_PROMPTS = 50_000  # remembered, for the sessions that begin with one of them
+MOST_ADDED = 32  # messages that the first prompt of such a session adds to it
+PRINT_BYTES = 4  # of each message in a turn's ``prints``, after as many of what stands before them
+NO_PARENT: tuple[str | None, int] = (None, 0)
 
 
 class SessionRoutes:
     """Owns the session routers of all models, and what conversations are known by.
 
     A session that its client names is known by that name. Otherwise a turn belongs to the session whose answer it
-    continues, as in the controller's tracking. A client library's retry of the same body is the same turn.
+    continues, as in the controller's tracking. A client library's retry of the same body is the same turn. A session
+    whose first prompt begins with all of an earlier prompt is a fork: a sub-agent that was given its parent's context.
     """
 
     def __init__(self, relay: Relay, random_source: random.Random) -> None:
@@ -39,20 +44,36 @@ class SessionRoutes:
         self._holds = True
         self._conversations = Conversations()
         self._responses: OrderedDict[str, tuple[str | None, str]] = OrderedDict()  # id → session, who holds it
+        self._prompts: OrderedDict[int, tuple[str, int]] = OrderedDict()  # prints → session that sent it last, tokens
         self._tokens_per_guess = 1.0  # decayed mean: prompt tokens over those guessed from a body's size
 
     def identify(self, turn: Turn, prefix: bytes, prefix_bytes: int) -> None:
         """Find the session of a turn that was read. ``prefix`` identifies its tools and system prompt."""
-        session, parent = turn.session, None
+        session = turn.session
         if session is None and turn.follows is not None:
-            session, parent = self._follow(turn, turn.follows)
+            session = self._follow(turn, turn.follows)
         if session is not None:
             tokens = self._tokens_per_guess
             shared = int(prefix_bytes / 4 * tokens)
             prompt = int(turn.tokens * tokens) or 1
-            if turn.route.holder and (place := self._router(turn.model).find(session)) is not None:
+            place, parent = self._router(turn.model).find(session), NO_PARENT
+            if place is None:
+                parent = self._parent_of(turn.prints)
+            elif turn.route.holder:
                 prompt += place.context  # the holder knows it already
-            turn.routed = SessionTurn(session, prompt, parent, prefix if shared else None, shared)
+            if turn.prints:
+                self._prompts[hash(turn.prints)] = session, prompt
+                if len(self._prompts) > HELD_PROMPTS:
+                    self._prompts.popitem(last=False)
+            turn.routed = SessionTurn(session, prompt, *parent, prefix if shared else None, shared)
+
+    def _parent_of(self, prints: bytes) -> tuple[str | None, int]:
+        """Return the session whose prompt a new session's first one begins with, and that prompt's tokens."""
+        size = PRINT_BYTES
+        for end in range(len(prints) - size, max(size, len(prints) - (MOST_ADDED + 1) * size), -size):
+            if (found := self._prompts.get(hash(prints[:end]))) is not None:
+                return found
+        return NO_PARENT
 
     def find_holder(self, turn: Turn, response: str) -> None:
         """A turn continues an answer of /v1/responses by its id: its session is that one's, and its replica the one
@@ -62,14 +83,13 @@ class SessionRoutes:
         turn.follows = "" if turn.session is None else None
         turn.route = RouteRequest(holder=holder or "")
 
-    def _follow(self, turn: Turn, follows: str) -> tuple[str, str | None]:
-        """Find the session whose answer a turn continues; if another turn continues it already, that of its parent."""
+    def _follow(self, turn: Turn, follows: str) -> str:
+        """Find the session whose answer a turn continues; a new one if another turn continues it already."""
         if turn.labels.is_retry and turn.prints:
             session = self._conversations.retried(None, turn.prints, follows, turn.arrived)
             if session is not None:
-                return session, None
-        parent = self._conversations.parent_of(follows)
-        return self._conversations.session_of(turn.id, None, follows) or turn.id, parent
+                return session
+        return self._conversations.session_of(turn.id, None, follows) or turn.id
 
     def choose(self, turn: Turn, routed: SessionTurn, pool: Sequence[LiveReplica], now: float) -> LiveReplica | None:
         """Return the replica for a turn of a session, its work reserved there; None if none may take it, or the turn

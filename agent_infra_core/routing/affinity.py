@@ -53,6 +53,7 @@ class SessionTurn:
     session: str
     prompt: int  # tokens
     parent: str | None = None  # session whose context it continues, if it is the first of its own
+    parent_tokens: int = 0  # of that context, that its prompt begins with
     prefix: Hashable = None  # identifies what its prompt has in common with other sessions: tools and system prompt
     prefix_tokens: int = 0
     is_held: bool = False  # set by ``choose``: it waits for room in a KV cache, not for a slot
@@ -148,7 +149,8 @@ class SessionRouter:
         self, views: Sequence[ViewT], turn: SessionTurn, place: SessionPlace | None, source: SessionPlace | None,
         now: float, waited_s: float, excluded: frozenset[str],
     ) -> ViewT | None:  # fmt: skip
-        home, cached = (source.home, min(source.cached, turn.prompt)) if source is not None else (None, 0)
+        known = turn.prompt if place is not None else turn.parent_tokens
+        home, cached = (source.home, min(source.cached, known)) if source is not None else (None, 0)
         settles = place is None or not cached  # it has nothing to lose anywhere, or only its parent's context
         own = place.context if place is not None and place.is_live else 0
         prefill_s, step_s, context_s, in_turns, further, first_stay_s, stay_s = self._prices
@@ -217,8 +219,9 @@ class SessionRouter:
         if source is not None:
             used_at = source.used_at
             if source.home is belief:
-                expected = min(source.cached, prompt)
-                shared = min(source.shared if place is not None else source.context, prompt)
+                known = prompt if place is not None else turn.parent_tokens
+                expected = min(source.cached, known)
+                shared = min(source.shared if place is not None else source.context, known)
         if turn.prefix is not None:
             shared = max(shared, min(prompt, turn.prefix_tokens))
             if turn.prefix in belief.warm:

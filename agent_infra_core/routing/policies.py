@@ -54,9 +54,11 @@ class Ours:
 
     def _place(self, turn: Turn, now: float) -> int | None:
         session = turn.session
-        parent = str(session.parent.id) if session.parent is not None and session.script.inherits else None
+        parent = session.parent if session.script.inherits else None
         key, tokens = session.script.shared[0] if session.script.shared else (None, 0)
-        asked = SessionTurn(str(session.id), turn.prompt, parent, key, tokens)
+        asked = SessionTurn(str(session.id), turn.prompt, prefix=key, prefix_tokens=tokens)
+        if parent is not None:
+            asked.parent, asked.parent_tokens = str(parent.id), parent.context
         view = self.router.choose(self.views, asked, now, now - turn.arrived)
         if view is None:
             return None

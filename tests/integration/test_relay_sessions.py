@@ -123,6 +123,32 @@ def test_a_turn_that_continues_a_response_by_its_id_goes_to_the_replica_that_hol
         assert "not found" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("is_named", [True, False])
+def test_sub_agents_join_the_replica_that_has_their_parents_context(
+    relay: RelayProcess, engines: list[FakeEngine], path: str, is_named: bool
+) -> None:
+    """The parent goes on meanwhile, and other sessions have none of its context."""
+    serve(relay, engines)
+    given: Messages = [{"role": "user", "content": "the task " * 20_000}]
+
+    def ask(session: str, messages: Messages) -> str:
+        headers = {"X-Session-ID": session} if is_named else {}
+        said = "input" if path == "/v1/responses" else "messages"
+        answer = client.post(path, {"model": "m", "max_tokens": 5, said: messages}, headers)
+        assert answer.status == 200
+        return answer.headers["x-agent-infra-backend"]
+
+    with Client(relay.port) as client:
+        home = ask("parent", given)
+        given += [{"role": "assistant", "content": "I delegate."}, {"role": "user", "content": "Do."}]
+        assert ask("parent", given) == home
+        subtasks = [[*given[:-1], {"role": "user", "content": f"subtask {number}"}] for number in range(4)]
+        assert {ask(f"sub-agent {number}", subtask) for number, subtask in enumerate(subtasks)} == {home}
+        others = {ask(f"other {n}", [{"role": "user", "content": f"{n} another task " * 10_000}]) for n in range(6)}
+    assert len(others - {home}) == 3
+
+
 def test_sessions_are_spread_though_each_comes_when_all_replicas_are_idle(
     relay: RelayProcess, engines: list[FakeEngine]
 ) -> None:

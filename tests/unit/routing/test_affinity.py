@@ -45,8 +45,11 @@ class Fleet:
         view.in_flight -= 1
         self.router.finish(placement, self.now, prompt, cached, output)
 
-    def turn(self, session: str, prompt: int, cached: int | None = None, parent: str | None = None) -> str:
-        view, placement = self.send(SessionTurn(session, prompt, parent))
+    def turn(
+        self, session: str, prompt: int, cached: int | None = None, fork_of: tuple[str | None, int] = (None, 0)
+    ) -> str:
+        """``fork_of``: the session whose context the prompt begins with, and how much of it."""
+        view, placement = self.send(SessionTurn(session, prompt, *fork_of))
         self.answer(view, placement, prompt, placement.expected if cached is None else cached)
         return view.id
 
@@ -83,7 +86,15 @@ def test_a_fork_joins_the_replica_of_its_parent() -> None:
     for number in range(8):
         fleet.turn(f"other{number}", 20_000)
     home = fleet.turn("parent", 60_000)
-    assert fleet.turn("fork", 61_000, parent="parent") == home
+    assert fleet.turn("fork", 61_000, fork_of=("parent", 60_000)) == home
+
+
+def test_a_fork_of_an_early_prompt_has_only_that_in_common_with_its_parent() -> None:
+    fleet = Fleet(1)
+    fleet.turn("parent", 20_000)
+    fleet.turn("parent", 90_000)
+    _, placement = fleet.send(SessionTurn("fork", 50_000, "parent", 20_000))
+    assert (placement.expected, placement.place.shared) == (20_000, 20_000)
 
 
 def crowd(fleet: Fleet, home: int, sessions: int) -> None:
@@ -101,7 +112,7 @@ def test_a_fork_stays_with_its_parent_where_more_sessions_live_but_nothing_runs(
     fleet = Fleet(2)
     home = int(fleet.turn("parent", 60_000)[1:])
     crowd(fleet, home, 12)
-    assert fleet.turn("fork", 61_000, parent="parent") == f"r{home}"
+    assert fleet.turn("fork", 61_000, fork_of=("parent", 60_000)) == f"r{home}"
 
 
 def test_a_new_session_goes_where_fewer_turns_run_though_somewhat_more_sessions_live_there() -> None:
@@ -283,7 +294,7 @@ def test_reservations_never_leak_or_go_negative(
         if action <= 2:
             parent = f"s{(number + 1) % 10}" if action == 1 else None
             prefix = "system" if action == 2 else None
-            turn = SessionTurn(session, tokens, parent, prefix, 500 if prefix else 0)
+            turn = SessionTurn(session, tokens, parent, tokens // 2, prefix, 500 if prefix else 0)
             view = fleet.router.choose(fleet.views, turn, fleet.now, LONGEST_HOLD_S) or fleet.views[0]
             open_turns.append((view, fleet.router.place(view, turn, fleet.now, fleet.now), tokens))
             view.in_flight += 1
