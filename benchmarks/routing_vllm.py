@@ -6,13 +6,15 @@
     python benchmarks/routing_vllm.py --hidden 64      # a model so small that only hits and tokens mean anything
 
 Agents whose prompts grow turn by turn, on vLLM for CPU with a Llama of random weights: through the proxy with its
-default and with round robin on two replicas, and on one replica alone, whose hit rate is the ceiling. Then the runs are
-replayed as `replay` does: the simulation is calibrated to the run by round robin, and predicts the one with affinity.
+default and with round robin on two replicas; and half of them on one replica, whose hit rate is the ceiling. Then the
+runs are replayed as `replay` does: the simulation is calibrated to the run by round robin, and predicts the one with
+affinity.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import http.client
 import json
 import os
@@ -148,10 +150,10 @@ def session(port: int, salt: str, number: int, sizes: Sizes, run: Run, lock: thr
 
 
 def serve(rows: Sequence[Any], salt: str, sizes: Sizes, **proxy: Any) -> Run:
-    """Run all agents through a proxy of its own. ``salt`` makes their prompts unlike those of other runs."""
+    """Run all agents through a proxy of their own. ``salt`` makes their prompts unlike those of other runs."""
     run, lock = Run(), threading.Lock()
     with tempfile.TemporaryDirectory() as directory, RelayProcess(Path(directory)) as relay:
-        relay.controller.send_table(rows, proxy=proxy)
+        relay.controller.send_table(rows, proxy={"queue_timeout": READY_S, **proxy})
         time.sleep(2.0)  # until the replicas' capacity is known
         with ThreadPoolExecutor(sizes.sessions) as pool:
             numbers = range(sizes.sessions)
@@ -163,7 +165,8 @@ def serve(rows: Sequence[Any], salt: str, sizes: Sizes, **proxy: Any) -> Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The same agents three times, and what the simulation calibrated to ``round_robin`` predicts for ``affinity``."""
+    """The same agents by round robin and with affinity, half of them on one replica alone, and what the simulation
+    calibrated to ``round_robin`` predicts for ``affinity``."""
 
     alone: Run
     round_robin: Run
@@ -195,7 +198,7 @@ class Comparison:
 def compare(directory: Path, weights: str, sizes: Sizes) -> Comparison:
     with replicas(directory, 2, weights) as rows:
         serve(rows, "warm-up", Sizes(sessions=4, turns=2, think_s=0.1), strategy="round_robin")
-        alone = serve(rows[:1], "alone", sizes)
+        alone = serve(rows[:1], "alone", dataclasses.replace(sizes, sessions=sizes.sessions // 2))
         round_robin = serve(rows, "in turn", sizes, strategy="round_robin")
         return Comparison(alone, round_robin, serve(rows, "affinity", sizes))
 
