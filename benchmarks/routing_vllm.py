@@ -48,7 +48,7 @@ READY_S = 300.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the agents do. A word is two or three tokens."""
+    """What the agents do. A word is about five tokens."""
 
     sessions: int = 8
     turns: int = 8
@@ -58,9 +58,9 @@ class Sizes:
     think_s: float = 0.5  # mean
 
 
-# The preset swe of routing.py, at a quarter of its tokens: 1,500 in the first prompt, 125 more with each turn and its
-# answer, and contexts that fill 0.6 of both KV caches.
-SWE = Sizes(sessions=12, turns=24, first_words=600, words=38, output=28, think_s=2.0)
+# Like the preset swe of routing.py, at a quarter of its tokens: 1,500 in the first prompt, 125 more with each turn and
+# its answer. The contexts fit into the two KV caches together, but not into one.
+SWE = Sizes(sessions=12, turns=16, first_words=300, words=19, output=28, think_s=2.0)
 
 
 @dataclass
@@ -181,11 +181,12 @@ class Comparison:
         return statistics.fmean(self.affinity.later_ttft_s) / statistics.fmean(self.round_robin.later_ttft_s)
 
     def lines(self) -> Iterator[str]:
-        yield "| run | hits | mean turn s | TTFT of later turns s | tokens on the fullest replica |"
-        yield "|---|---|---|---|---|"
+        yield "| run | prompt, tokens | hits | mean turn s | TTFT of later turns s | tokens on the fullest replica |"
+        yield "|---|---|---|---|---|---|"
         for name, run in (("one replica", self.alone), ("round robin", self.round_robin), ("default", self.affinity)):
             ttft_s, skew = statistics.fmean(run.later_ttft_s), "" if run is self.alone else f"{run.skew:.2f}"
-            yield f"| {name} | {run.hit_rate:.3f} | {run.mean_s:.3f} | {ttft_s:.3f} | {skew} |"
+            prompt = statistics.fmean(turn.prompt for turn in run.turns)
+            yield f"| {name} | {prompt:.0f} | {run.hit_rate:.3f} | {run.mean_s:.3f} | {ttft_s:.3f} | {skew} |"
         yield f"\nhits over the ceiling's {self.of_ceiling:.3f}, TTFT over round robin's {self.ttft_ratio:.2f}"
         simulated = Replay(self.round_robin.recording(), None)
         predicted = simulated.run(Ours)
@@ -207,7 +208,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=SWE.sessions)
     parser.add_argument("--turns", type=int, default=SWE.turns)
-    parser.add_argument("--first-words", type=int, default=SWE.first_words, help="two or three tokens each")
+    parser.add_argument("--first-words", type=int, default=SWE.first_words, help="about five tokens each")
     parser.add_argument("--words", type=int, default=SWE.words, help="that a later turn appends")
     parser.add_argument("--think", type=float, default=SWE.think_s, metavar="S", help="mean seconds between turns")
     parser.add_argument("--hidden", type=int, default=512, help="size of the model (%(default)s)")
