@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from node_testbed import KEY as REPLICA_KEY
 from node_testbed import Served
 from relay_harness import RelayProcess, backend
-from testbed.vllm import tiny_model, tiny_weights, vllm_python
+from testbed.vllm import KV_TOKENS, tiny_model, tiny_weights, vllm_python
 
 from agent_infra_core.routing.policies import Ours
 from agent_infra_core.routing.replay import RecordedTurn, Recording, Replay, by_session
@@ -59,8 +59,8 @@ class Sizes:
 
 
 # Like the preset swe of routing.py, at a quarter of its tokens: 1,500 in the first prompt, 125 more with each turn and
-# its answer. The contexts fit into the two KV caches together, but not into one.
-SWE = Sizes(sessions=12, turns=16, first_words=300, words=19, output=28, think_s=2.0)
+# its answer. The contexts take half of the two KV caches.
+SWE = Sizes(sessions=10, turns=16, first_words=300, words=19, output=28, think_s=2.0)
 
 
 @dataclass
@@ -188,7 +188,7 @@ class Comparison:
             prompt = statistics.fmean(turn.prompt for turn in run.turns)
             yield f"| {name} | {prompt:.0f} | {run.hit_rate:.3f} | {run.mean_s:.3f} | {ttft_s:.3f} | {skew} |"
         yield f"\nhits over the ceiling's {self.of_ceiling:.3f}, TTFT over round robin's {self.ttft_ratio:.2f}"
-        simulated = Replay(self.round_robin.recording(), None)
+        simulated = Replay(self.round_robin.recording(), KV_TOKENS)
         predicted = simulated.run(Ours)
         yield (
             f"simulated: round robin hits {simulated.recorded.hit_rate:.3f}; default hits {predicted.hit_rate:.3f}, "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from routing_vllm import Sizes, compare
-from testbed.vllm import tiny_weights
+from testbed.vllm import KV_TOKENS, tiny_weights
 
 from agent_infra_core.routing.policies import Ours
 from agent_infra_core.routing.replay import Replay
@@ -21,6 +21,6 @@ def test_two_replicas_hit_as_much_as_one_and_share_the_sessions(tmp_path: Path) 
     assert seen.of_ceiling >= 0.95
     assert seen.affinity.skew <= 1.3
     assert seen.round_robin.hit_rate < 0.9 * seen.affinity.hit_rate
-    simulated = Replay(seen.round_robin.recording(), None)
+    simulated = Replay(seen.round_robin.recording(), KV_TOKENS)
     assert simulated.recorded.hit_rate == pytest.approx(seen.round_robin.hit_rate, abs=0.1)
     assert simulated.run(Ours).hit_rate == pytest.approx(seen.affinity.hit_rate, abs=0.1)  # blocks of 128 tokens

@@ -12,6 +12,8 @@ import pytest
 from agent_infra_core.settings import ModelConfig
 
 TESTBED = Path(__file__).parent
+KV_BLOCKS = 256
+KV_TOKENS = KV_BLOCKS * 128  # vLLM's blocks on the CPU
 
 
 def vllm_python() -> str:
@@ -38,5 +40,13 @@ def tiny_model(weights: str, **fields: Any) -> ModelConfig:
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    arguments = ("--dtype", "bfloat16", "--enforce-eager", "--max-num-seqs", "4", "--num-gpu-blocks-override", "256")
+    arguments = (
+        "--dtype",
+        "bfloat16",
+        "--enforce-eager",
+        "--max-num-seqs",
+        "4",
+        "--num-gpu-blocks-override",
+        str(KV_BLOCKS),
+    )
     return ModelConfig("tiny", weights, engine_args=arguments, env=environment, **fields)
