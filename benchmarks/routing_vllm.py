@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from node_testbed import KEY as REPLICA_KEY
 from node_testbed import Served
 from relay_harness import RelayProcess, backend
-from testbed.vllm import KV_TOKENS, tiny_model, tiny_weights, vllm_python
+from testbed.vllm import KV_TOKENS, SLOTS, tiny_model, tiny_weights, vllm_python
 
 from agent_infra_core.routing.policies import Ours
 from agent_infra_core.routing.replay import RecordedTurn, Recording, Replay, by_session
@@ -76,7 +76,7 @@ class Run:
 
     @property
     def mean_s(self) -> float:
-        return statistics.fmean(turn.ended - turn.sent for turn in self.turns)
+        return statistics.fmean(turn.ended - turn.arrived for turn in self.turns)
 
     @property
     def skew(self) -> float:
@@ -88,7 +88,7 @@ class Run:
         return max(held.values()) / (sum(held.values()) / 2)
 
     def recording(self) -> Recording:
-        return Recording("tiny", by_session(self.turns), sorted({turn.backend for turn in self.turns}), 0, 1024)
+        return Recording("tiny", by_session(self.turns), sorted({turn.backend for turn in self.turns}), 0, SLOTS)
 
 
 @contextmanager
@@ -138,12 +138,13 @@ def session(port: int, salt: str, number: int, sizes: Sizes, run: Run, lock: thr
         if not events or not events[-1].get("usage"):
             raise RuntimeError(f"a turn was cut: {events[-1:]}")
         usage, home = events[-1]["usage"], answer.headers["x-agent-infra-backend"]
+        left_queue = sent + int(answer.headers["x-agent-infra-queue-ms"]) / 1000
         said = "".join(event["choices"][0]["delta"].get("content") or "" for event in events if event["choices"])
         messages.append({"role": "assistant", "content": said})
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         counts = (usage["prompt_tokens"], usage["completion_tokens"], cached)
         with lock:
-            run.turns.append(RecordedTurn(f"{salt}-{number}", home, sent, sent, ended, *counts))
+            run.turns.append(RecordedTurn(f"{salt}-{number}", home, sent, left_queue, ended, *counts))
             if turn:
                 run.later_ttft_s.append(first - sent)
         time.sleep(source.expovariate(1 / sizes.think_s))

@@ -40,8 +40,9 @@ class Ours:
 
     def __init__(self, fleet: Fleet, seed: int) -> None:
         self.router = SessionRouter(random.Random(seed))
+        slots, kv_tokens = fleet.physics.slots, fleet.physics.kv_tokens
         self.views = [
-            View(f"r{number}", number, kv_tokens=fleet.physics.kv_tokens) for number in range(len(fleet.replicas))
+            View(f"r{number}", number, capacity=slots, kv_tokens=kv_tokens) for number in range(len(fleet.replicas))
         ]
         self.held: list[Turn] = []
         self.placements: dict[int, Placement] = {}

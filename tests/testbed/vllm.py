@@ -12,7 +12,7 @@ import pytest
 from agent_infra_core.settings import ModelConfig
 
 TESTBED = Path(__file__).parent
-KV_BLOCKS = 256
+SLOTS, KV_BLOCKS = 4, 256
 KV_TOKENS = KV_BLOCKS * 128  # vLLM's blocks on the CPU
 
 
@@ -40,13 +40,6 @@ def tiny_model(weights: str, **fields: Any) -> ModelConfig:
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    arguments = (
-        "--dtype",
-        "bfloat16",
-        "--enforce-eager",
-        "--max-num-seqs",
-        "4",
-        "--num-gpu-blocks-override",
-        str(KV_BLOCKS),
-    )
+    limits = ("--max-num-seqs", str(SLOTS), "--num-gpu-blocks-override", str(KV_BLOCKS))
+    arguments = ("--dtype", "bfloat16", "--enforce-eager", *limits)
     return ModelConfig("tiny", weights, engine_args=arguments, env=environment, **fields)
