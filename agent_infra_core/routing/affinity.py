@@ -98,7 +98,6 @@ class SessionRouter:
         self._random = random_source
         self._sessions: OrderedDict[str, SessionPlace] = OrderedDict()
         self._live: OrderedDict[str, SessionPlace] = OrderedDict()  # by last use, without the idle ones
-        self._live_tokens = 0
         self._output = 200.0  # decayed means: tokens of an answer, s of a turn, s of thinking between two
         self._turns_s = self._think_s = 1.0
         self._mean_slowness = 1.0
@@ -283,7 +282,6 @@ class SessionRouter:
             place.is_live, place.used_at = True, now
             self._live[session] = place
         home.live_tokens += grown
-        self._live_tokens += grown
         home.keep(session, place, context, shared)
 
     def _retire(self, session: str, place: SessionPlace) -> None:
@@ -291,7 +289,6 @@ class SessionRouter:
         if place.is_live:
             place.is_live = False
             place.home.live_tokens -= place.context
-            self._live_tokens -= place.context
             del self._live[session]
 
     def _expire(self, now: float) -> None:
