@@ -223,9 +223,10 @@ def rows(results: Mapping[str, Sequence[Result]], reference: str) -> Iterator[li
             return statistics.fmean(getattr(run, field) for run in runs)
 
         yield [
-            name, ratio("most_s"), ratio("mean_s"), f"{mean('wall_s'):.0f}", f"{mean('p50_s'):.2f}", f"{mean('p95_s'):.2f}",
-            f"{mean('replayed'):.0f}", f"{mean('hit_rate'):.3f} of {mean('ceiling'):.3f}", f"{mean('skew'):.2f}",
-            f"{mean('moves'):.2f}", f"{mean('longest_wait_s'):.0f}", f"{mean('preemptions'):.0f}",
+            name, ratio("most_s"), ratio("mean_s"), f"{mean('wall_s'):.0f}", f"{mean('p50_s'):.2f}",
+            f"{mean('p95_s'):.2f}", f"{mean('replayed'):.0f}", f"{mean('hit_rate'):.3f} of {mean('ceiling'):.3f}",
+            f"{mean('skew'):.2f}", f"{mean('moves'):.2f}", f"{mean('longest_wait_s'):.0f}",
+            f"{mean('preemptions'):.0f}",
         ]  # fmt: skip
 
 
