@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from node_testbed import KEY as REPLICA_KEY
 from node_testbed import Served
 from relay_harness import RelayProcess, backend
-from testbed.vllm import KV_TOKENS, SLOTS, tiny_model, tiny_weights, vllm_python
+from testbed.vllm import BLOCK_TOKENS, KV_TOKENS, SLOTS, tiny_model, tiny_weights, vllm_python
 
 from agent_infra_core.routing.policies import Ours
 from agent_infra_core.routing.replay import RecordedTurn, Recording, Replay, by_session
@@ -88,7 +88,8 @@ class Run:
         return max(held.values()) / (sum(held.values()) / 2)
 
     def recording(self) -> Recording:
-        return Recording("tiny", by_session(self.turns), sorted({turn.backend for turn in self.turns}), 0, SLOTS)
+        backends = sorted({turn.backend for turn in self.turns})
+        return Recording("tiny", by_session(self.turns), backends, 0, SLOTS, BLOCK_TOKENS)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import random
 import statistics
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,11 @@ class RecordedTurn:
     output: int
     cached: int | None
 
+    @property
+    def computed(self) -> int:
+        """Tokens of its prompt that were prefilled."""
+        return self.prompt - (self.cached or 0)
+
 
 @dataclass(frozen=True)
 class Recording:
@@ -62,6 +68,7 @@ class Recording:
     replicas: Sequence[str]
     shared_tokens: int  # that a new session finds cached
     slots: int
+    block_tokens: int = 1  # of the engines' prefix caches
 
     @property
     def turns(self) -> list[RecordedTurn]:
@@ -137,6 +144,22 @@ def _running(
             yield turn, (at_start.get(number, now) + now) / 2
 
 
+def _prefilled(turns: Sequence[RecordedTurn]) -> list[int]:
+    """Tokens that each turn's replica prefilled while it ran, its own and those of turns that were sent meanwhile: all
+    of them delayed it. What was sent before it and wasn't prefilled yet stands for what wasn't at its end."""
+    sent: dict[str, list[float]] = {}
+    sums: dict[str, list[int]] = {}
+    for turn in sorted(turns, key=lambda turn: turn.sent):
+        sent.setdefault(turn.backend, []).append(turn.sent)
+        tokens = sums.setdefault(turn.backend, [0])
+        tokens.append(tokens[-1] + turn.computed)
+
+    def until(backend: str, moment: float) -> int:
+        return sums[backend][bisect_left(sent[backend], moment)]
+
+    return [until(turn.backend, turn.ended) - until(turn.backend, turn.sent) for turn in turns]
+
+
 def _slots(turns: Sequence[RecordedTurn]) -> int:
     """Turns that a replica runs at once, if turns had to wait for them; else more than there were."""
     most = max(running for _, running in _running(turns, lambda _: 1))
@@ -187,16 +210,18 @@ class Replay:
         numbers = {name: number for number, name in enumerate(recording.replicas)}
         self._places = [[numbers[turn.backend] for turn in session] for session in recording.sessions]
         rates, measured, predicted = ServiceRates(), dict.fromkeys(numbers, 0.0), dict.fromkeys(numbers, 0.0)
-        running = list(_running(recording.turns, lambda turn: turn.prompt))
-        for turn, contexts in running:
-            rates.add(turn.prompt - (turn.cached or 0), turn.output, contexts, turn.ended - turn.sent)
-        for turn, contexts in running:
+        turns, contexts = zip(*_running(recording.turns, lambda turn: turn.prompt), strict=True)
+        work = list(zip(turns, _prefilled(turns), contexts, strict=True))
+        for turn, computed, context in work:
+            rates.add(computed, turn.output, context, turn.ended - turn.sent)
+        for turn, computed, context in work:
             measured[turn.backend] += turn.ended - turn.sent
-            predicted[turn.backend] += rates.seconds(turn.prompt - (turn.cached or 0), turn.output, contexts)
+            predicted[turn.backend] += rates.seconds(computed, turn.output, context)
         self._speeds = [predicted[name] / measured[name] if measured[name] else 1.0 for name in recording.replicas]
         self._physics = Physics(
-            rates.step_s, 0.0, rates.context_s, rates.prefill_s, 0.0, kv_tokens or UNLIMITED_TOKENS, recording.slots
-        )
+            rates.step_s, 0.0, rates.context_s, rates.prefill_s, 0.0, kv_tokens or UNLIMITED_TOKENS, recording.slots,
+            block_tokens=recording.block_tokens,
+        )  # fmt: skip
         for _ in range(SCALINGS):
             self.recorded = self.run(lambda fleet, _: Recorded(fleet, self._places))
             scale = recording.mean_s / self.recorded.mean_s

@@ -35,6 +35,7 @@ class Physics:
     kv_tokens: int = 430_000
     slots: int = 256
     step_tokens: int = 8192
+    block_tokens: int = 1  # of a cached prefix, only whole blocks are found
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ class Replica:
         while self.waiting and len(self.running) < self._physics.slots:
             turn = self.waiting[0]
             found = min(self.cache.find(turn.chain), turn.prompt - 1)
+            found -= found % self._physics.block_tokens
             if not self.cache.pin(turn.chain):
                 if self.running:
                     return

@@ -13,7 +13,8 @@ from agent_infra_core.settings import ModelConfig
 
 TESTBED = Path(__file__).parent
 SLOTS, KV_BLOCKS = 4, 256
-KV_TOKENS = KV_BLOCKS * 128  # vLLM's blocks on the CPU
+BLOCK_TOKENS = 128  # vLLM's default on the CPU
+KV_TOKENS = KV_BLOCKS * BLOCK_TOKENS
 
 
 def vllm_python() -> str:

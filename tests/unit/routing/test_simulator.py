@@ -71,3 +71,11 @@ def test_a_flush_costs_a_session_its_cached_prefix_once() -> None:
     fleet = Fleet(Physics(), [script], [1.0], agents=1, ramp_s=0.0, flush=(0, 15.0))
     fleet.run(BASELINES["round robin"](fleet, 0))
     assert [turn.cached > 0 for turn in fleet.turns] == [False, True, False, True]
+
+
+def test_only_whole_blocks_of_a_cached_prefix_are_found() -> None:
+    replica, chain = Replica(Physics(block_tokens=128)), ((1, 300),)
+    replica.cache.add(chain)
+    turn = Turn(Session(0, Script((), ()), chain), ((1, 400),), 400, 1, 0.0)
+    replica.submit(turn, 0.0)
+    assert turn.cached == 256
