@@ -233,7 +233,7 @@ def rows(results: Mapping[str, Sequence[Result]], reference: str) -> Iterator[li
 def choice_costs(replicas: int, sessions: int = 10_000, rounds: int = 5) -> list[float]:
     """Median microseconds to choose a replica for a session that returns, to place its turn, and to learn from its
     answer. The KV caches are full, so most turns evict another session."""
-    router = SessionRouter(random.Random(1))
+    router = SessionRouter(random.Random(1), holds=False)
     views = [View(f"r{number}", number, kv_tokens=1000.0 * sessions / replicas) for number in range(replicas)]
     now, costs = 0.0, []
     for round_ in range(rounds):
