@@ -153,8 +153,7 @@ class SessionRouter:
         settles = place is None or not cached  # it has nothing to lose anywhere, or only its parent's context
         own = place.context if place is not None and place.is_live else 0
         prefill_s, step_s, context_s, in_turns, further, first_stay_s, stay_s = self._prices
-        prompt, ends_by = turn.prompt, now + (first_stay_s if place is None else stay_s)
-        least = prompt - cached
+        prompt, least, stay_s = turn.prompt, turn.prompt - cached, first_stay_s if place is None else stay_s
         prefix, holds, waits = turn.prefix, self._may_hold and waited_s < LONGEST_HOLD_S, waited_s < prefill_s * cached
         best, lowest, ties = None, math.inf, 0
         for view in views:
@@ -180,7 +179,7 @@ class SessionRouter:
             if settles:
                 living = belief.live_tokens - own if is_home else belief.live_tokens
                 score += further * (step_s + context_s * (contexts + in_turns * living)) * slowness
-            if is_full or view.ends_at < ends_by:
+            if is_full or view.ends_at < now + stay_s:
                 score += self._turns_s / view.capacity if is_full else ENDS_SOON_S  # until one of its turns ends
             if score < lowest:
                 best, lowest, ties = view, score, 1
