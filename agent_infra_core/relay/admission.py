@@ -53,6 +53,8 @@ class Admission:
         replica, turn.replica = turn.replica, None
         if replica is not None:
             replica.release()
+            if turn.placement is not None:
+                turn.placement.leave()
             self._queue(turn.model).end(turn.sharer)
             self.dispatch(turn.model)
 

@@ -74,6 +74,13 @@ class Placement:
     beside_tokens: int  # prompts of the turns that ran there when it was sent
     waiting_tokens: float  # to be prefilled before its own
     sent_tokens: int  # to be prefilled there, up to its own, since the start
+    is_running: bool = True
+
+    def leave(self) -> None:
+        """Its replica is done with it, so no answer there waits for its context any more. Safe to call again."""
+        if self.is_running:
+            self.is_running = False
+            self.belief.running_tokens -= self.prompt
 
 
 class SessionRouter:
@@ -325,7 +332,7 @@ class SessionRouter:
                 place.used_at = now
                 if place.is_live:
                     self._live.move_to_end(placement.session)
-        belief.running_tokens -= placement.prompt
+        placement.leave()
         belief.note_prefilled(placement.sent_tokens, self.rates.prefill_s, now)
         if cached is not None and placement.expected > MIN_EVIDENCE_TOKENS:
             if 2 * cached < placement.expected:

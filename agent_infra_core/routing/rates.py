@@ -10,6 +10,7 @@ DEFAULT_PREFILL_S, DEFAULT_STEP_S, DEFAULT_CONTEXT_S = 1e-4, 0.010, 1e-7
 PRIOR_TURNS = 8.0
 WINDOW_TURNS = 500.0  # older turns fade
 REFIT_TURNS = 16
+MOST_PREFILLED = 1000  # tokens in the time of a decoding step; engines manage 200 to 600, so a lower cost is an error
 
 
 class ServiceRates:
@@ -61,8 +62,8 @@ class ServiceRates:
         solution = solve_three(self._products, self._targets)
         if solution is not None:
             prefill_s, step_s, context_s = solution
-            self.prefill_s = max(prefill_s, 1e-7)
             self.step_s = max(step_s, 1e-5)
+            self.prefill_s = max(prefill_s, self.step_s / MOST_PREFILLED)
             self.context_s = max(context_s, 1e-12)
 
 

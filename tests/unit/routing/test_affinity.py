@@ -342,6 +342,15 @@ def test_the_rates_of_planted_turns_are_found() -> None:
     assert rates.context_s == pytest.approx(1e-7, rel=0.3)
 
 
+def test_a_prefix_keeps_its_worth_where_turns_hardly_tell_what_it_saves() -> None:
+    """Here those that prefill more are faster, by chance. A session would leave its prefix for nothing."""
+    rates, rng = ServiceRates(), random.Random(1)
+    for _ in range(600):
+        uncached = rng.randrange(20_000)
+        rates.add(uncached, 20, rng.randrange(20_000), 1.0 - 0.3 * uncached / 20_000)
+    assert rates.prefill_s * 20_000 >= 19 * rates.step_s
+
+
 def test_the_rates_start_at_the_documented_defaults_and_survive_equal_turns() -> None:
     rates = ServiceRates()
     assert rates.prefill_s == DEFAULT_PREFILL_S
