@@ -129,13 +129,21 @@ class SessionRouter:
         if now >= self._refreshed_at + REFRESH_S:
             self._refresh(now)
         turn.is_held = False
-        place = self._sessions.get(turn.session)
-        source = place if place is not None or turn.parent is None else self._sessions.get(turn.parent)
-        home = source.home if source is not None else None
-        found = self._lowest(self._looked_at(views, home), turn, place, source, now, waited_s, excluded)
+        place, source, known = self._continued(turn)
+        home, cached = (source.home, min(source.cached, known)) if source is not None else (None, 0)
+        found = self._lowest(self._looked_at(views, home), turn, place, home, cached, now, waited_s, excluded)
         if found is None and len(views) > LOOKED_AT:
-            found = self._lowest(views, turn, place, source, now, waited_s, excluded)
+            found = self._lowest(views, turn, place, home, cached, now, waited_s, excluded)
         return found
+
+    def _continued(self, turn: SessionTurn) -> tuple[SessionPlace | None, SessionPlace | None, int]:
+        """The place of a turn's session, the place whose context the turn continues (that one or its parent's), and the
+        most tokens of it that its prompt can begin with."""
+        place = self._sessions.get(turn.session)
+        if place is not None:
+            return place, place, turn.prompt
+        parent = self._sessions.get(turn.parent) if turn.parent is not None else None
+        return None, parent, min(turn.prompt, turn.parent_tokens)
 
     def _looked_at(self, views: Sequence[ViewT], home: ReplicaBelief | None) -> Sequence[ViewT]:
         """The replicas to compare, a session's own one first: its score rules out most others at a glance."""
@@ -152,11 +160,9 @@ class SessionRouter:
         return [views[own], *(view for view in some if view.belief is not home)]
 
     def _lowest(
-        self, views: Sequence[ViewT], turn: SessionTurn, place: SessionPlace | None, source: SessionPlace | None,
-        now: float, waited_s: float, excluded: frozenset[str],
+        self, views: Sequence[ViewT], turn: SessionTurn, place: SessionPlace | None, home: ReplicaBelief | None,
+        cached: int, now: float, waited_s: float, excluded: frozenset[str],
     ) -> ViewT | None:  # fmt: skip
-        known = turn.prompt if place is not None else turn.parent_tokens
-        home, cached = (source.home, min(source.cached, known)) if source is not None else (None, 0)
         settles = place is None or not cached  # it has nothing to lose anywhere, or only its parent's context
         own = place.context if place is not None and place.is_live else 0
         prefill_s, step_s, context_s, in_turns, further, first_stay_s, stay_s = self._prices
@@ -218,13 +224,11 @@ class SessionRouter:
 
     def place(self, view: ReplicaView, turn: SessionTurn, now: float, arrived: float) -> Placement:
         """Reserve a turn's work on the chosen replica; ``finish`` is then due."""
-        belief, place = view.belief, self._sessions.get(turn.session)
-        source = place if place is not None or turn.parent is None else self._sessions.get(turn.parent)
+        belief, (place, source, known) = view.belief, self._continued(turn)
         prompt, expected, shared, used_at = turn.prompt, 0, 0, -math.inf
         if source is not None:
             used_at = source.used_at
             if source.home is belief:
-                known = prompt if place is not None else turn.parent_tokens
                 expected = min(source.cached, known)
                 shared = min(source.shared if place is not None else source.context, known)
         if turn.prefix is not None:

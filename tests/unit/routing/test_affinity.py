@@ -97,6 +97,15 @@ def test_a_fork_of_an_early_prompt_has_only_that_in_common_with_its_parent() -> 
     assert (placement.expected, placement.place.shared) == (20_000, 20_000)
 
 
+def test_no_more_of_a_forks_prompt_counts_as_cached_than_it_has() -> None:
+    """The sizes of both prompts are guesses, and the second may be the lower one."""
+    fleet = Fleet(1)
+    fleet.turn("parent", 20_000)
+    view, placement = fleet.send(SessionTurn("fork", 15_000, "parent", 20_000))
+    assert (placement.expected, placement.place.shared) == (15_000, 15_000)
+    assert view.belief.ready_at == fleet.now
+
+
 def crowd(fleet: Fleet, home: int, sessions: int) -> None:
     """Sessions that live on one replica, each with a context of 20,000 tokens, and think now."""
     fleet.router.return_s = IDLE_S
