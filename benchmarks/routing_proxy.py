@@ -162,8 +162,7 @@ class Agents:
 
     async def run(self) -> float:
         """Run all scripts. Returns the engine seconds that it took."""
-        scripts, began = iter(Scripts(self.workload, SEED).draw()), self.clock.now()
-        self._began = began
+        scripts, self._began = iter(Scripts(self.workload, SEED).draw()), self.clock.now()
         self._sessions, self._numbers = Counter(dict.fromkeys(self.ports, 0)), count(1_000_001)
 
         async def agent(number: int) -> None:
@@ -172,7 +171,7 @@ class Agents:
                 await self._session(script, script.shared, [_system(script)])
 
         await asyncio.gather(*(agent(number) for number in range(self.workload.agents)))
-        return self.clock.now() - began
+        return self.clock.now() - self._began
 
     async def _session(self, script: Script, shared: Chain, messages: list[dict[str, str]]) -> None:
         """Run a session. Its first prompt begins with ``messages``, which are cached as ``shared``."""

@@ -48,7 +48,7 @@ READY_S = 300.0
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the agents do. A word is about five tokens."""
+    """What the agents do. A word is six or seven tokens."""
 
     sessions: int = 8
     turns: int = 8
@@ -58,8 +58,8 @@ class Sizes:
     think_s: float = 0.5  # mean
 
 
-# Like the preset swe of routing.py, at a quarter of its tokens: 1,500 in the first prompt, 125 more with each turn and
-# its answer. The contexts take half of the two KV caches.
+# Like the preset swe of routing.py, at a third of its tokens: 2,000 in the first prompt, 175 more with each turn and
+# its answer. In the mean, the contexts take half of the two KV caches.
 SWE = Sizes(sessions=10, turns=16, first_words=300, words=19, output=28, think_s=2.0)
 
 
@@ -210,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=SWE.sessions)
     parser.add_argument("--turns", type=int, default=SWE.turns)
-    parser.add_argument("--first-words", type=int, default=SWE.first_words, help="about five tokens each")
+    parser.add_argument("--first-words", type=int, default=SWE.first_words, help="six or seven tokens each")
     parser.add_argument("--words", type=int, default=SWE.words, help="that a later turn appends")
     parser.add_argument("--think", type=float, default=SWE.think_s, metavar="S", help="mean seconds between turns")
     parser.add_argument("--hidden", type=int, default=512, help="size of the model (%(default)s)")

@@ -23,4 +23,4 @@ def test_two_replicas_hit_as_much_as_one_and_share_the_sessions(tmp_path: Path) 
     assert seen.round_robin.hit_rate < 0.9 * seen.affinity.hit_rate
     simulated = Replay(seen.round_robin.recording(), KV_TOKENS)
     assert simulated.recorded.hit_rate == pytest.approx(seen.round_robin.hit_rate, abs=0.1)
-    assert simulated.run(Ours).hit_rate == pytest.approx(seen.affinity.hit_rate, abs=0.1)  # blocks of 128 tokens
+    assert simulated.run(Ours).hit_rate == pytest.approx(seen.affinity.hit_rate, abs=0.1)
